@@ -1,0 +1,103 @@
+"""Exact triplet losses and in-batch triplet mining for JAX.
+
+Distances, then a loss; everything is a pure function, jitted, and composes with JAX's
+transformations:
+
+>>> import jax
+>>> import jax.numpy as jnp
+>>> import tripletjax as tj
+>>> embeddings = jax.random.normal(jax.random.key(0), (8, 16))
+>>> labels = jnp.array([0, 0, 1, 1, 2, 2, 3, 3])
+>>> def loss(embeddings):
+...     return tj.batch_all_loss(tj.euclidean(embeddings), labels, margin=0.2)
+>>> value, gradient = jax.value_and_grad(loss)(embeddings)
+>>> print(gradient.shape)
+(8, 16)
+
+- `tripletjax.distances`: how far. Metrics, as matrices and pair by pair.
+- `tripletjax.pairs`: who matches whom. Labels to masks of positives and negatives.
+- `tripletjax.mining`: which triplets. Indices chosen from a distance matrix.
+- `tripletjax.losses`: what it costs. Triplet losses and their reductions.
+- `tripletjax.retrieval`: is it any good. Neighbours and ranking metrics.
+- `tripletjax.learn`: training an embedding (needs the extra ``tripletjax[train]``).
+"""
+
+import importlib.metadata
+
+from tripletjax import distances, losses, mining, pairs
+from tripletjax.distances import (
+    Metric,
+    cosine,
+    euclidean,
+    manhattan,
+    squared_euclidean,
+)
+from tripletjax.losses import (
+    TripletCost,
+    TripletTerms,
+    batch_all_loss,
+    batch_hard_loss,
+    batch_semi_hard_loss,
+    mean_active,
+    mean_valid,
+    selectively_contrastive,
+    triplet_loss,
+    triplet_margin_loss,
+)
+from tripletjax.mining import (
+    Band,
+    CountedTriplets,
+    Triplets,
+    all_triplets,
+    batch_easy_hard_triplets,
+    batch_hard_triplets,
+    batch_semi_hard_triplets,
+    distance_weighted_triplets,
+    easy_band,
+    hard_band,
+    random_semi_hard_triplets,
+    random_triplets,
+    semi_hard_band,
+    violating_band,
+)
+from tripletjax.pairs import PairMasks, pair_masks
+
+__version__ = importlib.metadata.version("tripletjax")
+
+__all__ = [
+    "Band",
+    "CountedTriplets",
+    "Metric",
+    "PairMasks",
+    "TripletCost",
+    "TripletTerms",
+    "Triplets",
+    "all_triplets",
+    "batch_all_loss",
+    "batch_easy_hard_triplets",
+    "batch_hard_loss",
+    "batch_hard_triplets",
+    "batch_semi_hard_loss",
+    "batch_semi_hard_triplets",
+    "cosine",
+    "distance_weighted_triplets",
+    "distances",
+    "easy_band",
+    "euclidean",
+    "hard_band",
+    "losses",
+    "manhattan",
+    "mean_active",
+    "mean_valid",
+    "mining",
+    "pair_masks",
+    "pairs",
+    "random_semi_hard_triplets",
+    "random_triplets",
+    "selectively_contrastive",
+    "semi_hard_band",
+    "squared_euclidean",
+    "triplet_loss",
+    "triplet_margin_loss",
+    "violating_band",
+]

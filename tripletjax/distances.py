@@ -1,0 +1,263 @@
+"""How far: metrics, as matrices and pair by pair.
+
+A `Metric` is called on two sets of vectors for all their distances, and its `paired`
+method compares vectors row by row:
+
+>>> import jax.numpy as jnp
+>>> import tripletjax as tj
+>>> x = jnp.array([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
+>>> print(tj.euclidean(x))
+[[0.        5.        1.       ]
+ [5.        0.        4.2426405]
+ [1.        4.2426405 0.       ]]
+>>> print(tj.euclidean.paired(x[:2], x[1:]))
+[5.        4.2426405]
+
+Matrices of the metrics that are made of inner products cost one matrix product at full
+precision. That form has no digits left where two vectors are much closer to each other
+than to the origin (in float32, nearer than about 3e-4 of their norm); `paired` always
+works on the difference and keeps them all.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from tripletjax.public import public
+
+
+class Metric:
+    """A distance between vectors.
+
+    `metric(x, y)` is the matrix of all distances between two sets of vectors,
+    `metric(x)` the one within a set, with an exactly zero diagonal, and
+    `metric.paired(a, b)` compares row by row. Leading dimensions are batch dimensions;
+    float16 and bfloat16 vectors are computed and returned in float32.
+
+    Metrics made from the same functions are equal and hash alike, so that they can be
+    static arguments of jitted code.
+
+    Args:
+        paired: any function of two vectors ``[d], [d] -> scalar``. Its value is used
+            as it is; where two different items may coincide, its gradient there must
+            be finite (as that of `tripletjax.euclidean.paired` is, and that of
+            ``jnp.linalg.norm(a - b)`` is not).
+        matrix: optionally a faster way to all distances at once,
+            ``[n, d], [m, d] -> [n, m]``.
+
+    Raises:
+        TypeError: if a function is not callable.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> chebyshev = tj.Metric(paired=lambda a, b: jnp.max(jnp.abs(a - b)))
+    >>> print(chebyshev(jnp.array([[0.0, 0.0], [3.0, 4.0]])))
+    [[0. 4.]
+     [4. 0.]]
+    """
+
+    def __init__(
+        self,
+        paired: Callable[[Array, Array], Array],
+        *,
+        matrix: Callable[[Array, Array], Array] | None = None,
+    ):
+        for name, function in (("paired", paired), ("matrix", matrix)):
+            if not callable(function) and not (name == "matrix" and function is None):
+                raise TypeError(f"{name} must be callable, got {function!r}.")
+        self._functions = (paired, matrix)
+
+    def __call__(self, x: ArrayLike, y: ArrayLike | None = None) -> Array:
+        """All distances between two sets of vectors, or within one.
+
+        Args:
+            x: vectors ``[..., n, d]``.
+            y: vectors ``[..., m, d]``; `x` itself if not given.
+
+        Returns:
+            Distances ``[..., n, m]``. If `y` is not given the diagonal is exactly 0,
+            and so is its gradient.
+
+        Raises:
+            TypeError: if an argument is complex.
+            ValueError: if an argument has fewer than two dimensions or no vector, or
+                the two do not fit together.
+        """
+        return _matrix(x, y, metric=self)
+
+    def paired(self, a: ArrayLike, b: ArrayLike) -> Array:
+        """The distance between each vector of `a` and its partner in `b`.
+
+        Args:
+            a: vectors ``[..., d]``.
+            b: vectors of the same shape.
+
+        Returns:
+            Distances ``[...]``.
+
+        Raises:
+            TypeError: if an argument is complex.
+            ValueError: if the shapes differ.
+        """
+        return _paired(a, b, metric=self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Metric) and self._functions == other._functions
+
+    def __hash__(self) -> int:
+        return hash(self._functions)
+
+    def __repr__(self) -> str:
+        name = getattr(self._functions[0], "__name__", repr(self._functions[0]))
+        return f"Metric({name.strip('_')})"
+
+
+@public(callables=("metric",))
+def _paired(a: ArrayLike, b: ArrayLike, *, metric: Metric) -> Array:
+    a, b = _vectors(("a", a), ("b", b), rank=1)
+    if a.shape != b.shape:
+        raise ValueError(f"a and b must have one shape, got {a.shape} and {b.shape}.")
+    return jnp.vectorize(metric._functions[0], signature="(d),(d)->()")(a, b)
+
+
+@public(callables=("metric",))
+def _matrix(x: ArrayLike, y: ArrayLike | None, *, metric: Metric) -> Array:
+    paired, matrix = metric._functions
+    same = y is None
+    x, y = _vectors(("x", x), ("y", x if same else y), rank=2)
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            f"x and y must have vectors of one length, got {x.shape} and {y.shape}."
+        )
+    try:
+        jnp.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    except ValueError:
+        raise ValueError(
+            f"x and y must have matching batch dimensions, got {x.shape} and {y.shape}."
+        ) from None
+    if matrix is not None:
+        signature = "(n,d),(m,d)->(n,m)"
+        distances = jnp.vectorize(matrix, signature=signature)(x, y)
+        return _zero_diagonal(distances) if same else distances
+    itself = jnp.eye(x.shape[-2], y.shape[-2], dtype=bool) & same
+
+    # A vector is not compared with itself: many a distance has no gradient there.
+    @jax.checkpoint
+    def compare(itself: Array, a: Array, b: Array) -> Array:
+        distance = paired(a, jnp.where(itself, a + 1, b))
+        return jnp.where(itself, 0, distance)
+
+    over_y = jax.vmap(compare, in_axes=(0, None, 0))
+    over_x = jax.vmap(over_y, in_axes=(0, 0, None))
+    return jnp.vectorize(
+        lambda x, y: over_x(itself, x, y), signature="(n,d),(m,d)->(n,m)"
+    )(x, y)
+
+
+def _vectors(*named: tuple[str, ArrayLike], rank: int) -> list[Array]:
+    """Checks ranks and dtypes; at least float32, and one dtype for all."""
+    arrays = []
+    for name, array in named:
+        array = jnp.asarray(array)
+        if array.ndim < rank:
+            shape = "[..., n, d]" if rank == 2 else "[..., d]"
+            raise ValueError(f"{name} must be {shape}, got shape {array.shape}.")
+        if array.size == 0:
+            raise ValueError(f"{name} is empty: it has shape {array.shape}.")
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise TypeError(f"{name} must be real, got dtype {array.dtype}.")
+        arrays.append(array)
+    dtype = jnp.result_type(*arrays, jnp.float32)
+    return [array.astype(dtype) for array in arrays]
+
+
+def _zero_diagonal(distances: Array) -> Array:
+    return jnp.where(jnp.eye(*distances.shape[-2:], dtype=bool), 0, distances)
+
+
+def _safe_sqrt(x: Array) -> Array:
+    """The square root, with gradient 0 at 0 instead of infinity."""
+    zero = x == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
+
+
+def _squared_euclidean(a: Array, b: Array) -> Array:
+    return jnp.sum(jnp.square(a - b), axis=-1)
+
+
+def _squared_euclidean_matrix(x: Array, y: Array) -> Array:
+    offset = _common_offset(x)
+    x, y = x - offset, y - offset
+    products = jnp.matmul(x, y.T, precision="highest")
+    squares = jnp.sum(x * x, axis=-1)[:, None] + jnp.sum(y * y, axis=-1)
+    squared = squares - 2 * products
+    return jnp.where(squared < 0, 0, squared)
+
+
+def _common_offset(x: Array) -> Array:
+    """What all vectors have in common, where that is most of what they have.
+
+    Rounding errors of inner products grow with the norms, distances do not depend on
+    the origin. The offset has few digits, so that vectors of small integers, and ties
+    between their distances, stay exact.
+    """
+    x = jax.lax.stop_gradient(x)
+    finite = jnp.isfinite(x)
+    mean = jnp.mean(x, axis=0, where=finite)
+    spread = jnp.std(x, axis=0, where=finite)
+    rounded = jax.lax.reduce_precision(mean, exponent_bits=8, mantissa_bits=7)
+    return jnp.where(jnp.abs(mean) > 4 * spread, rounded, 0)
+
+
+def _euclidean(a: Array, b: Array) -> Array:
+    return _safe_sqrt(_squared_euclidean(a, b))
+
+
+def _euclidean_matrix(x: Array, y: Array) -> Array:
+    return _safe_sqrt(_squared_euclidean_matrix(x, y))
+
+
+def _direction(x: Array) -> Array:
+    """The unit vector along `x`; a zero vector stays zero, with gradient 0."""
+    squared = jnp.sum(x * x, axis=-1, keepdims=True)
+    null = squared < jnp.finfo(x.dtype).tiny
+    return jnp.where(null, 0, x) * jax.lax.rsqrt(jnp.where(null, 1, squared))
+
+
+def _cosine(a: Array, b: Array) -> Array:
+    # Half the squared distance of unit vectors, which keeps its digits where they
+    # nearly coincide; each zero vector adds the half that it lacks.
+    a, b = _direction(a), _direction(b)
+    missing = jnp.all(a == 0, axis=-1) * 0.5 + jnp.all(b == 0, axis=-1) * 0.5
+    return 0.5 * _squared_euclidean(a, b) + missing
+
+
+def _cosine_matrix(x: Array, y: Array) -> Array:
+    distances = 1 - jnp.matmul(_direction(x), _direction(y).T, precision="highest")
+    return jnp.where(distances < 0, 0, distances)
+
+
+def _manhattan(a: Array, b: Array) -> Array:
+    return jnp.sum(jnp.abs(a - b), axis=-1)
+
+
+euclidean = Metric(_euclidean, matrix=_euclidean_matrix)
+euclidean.__doc__ = r"""The Euclidean distance, $\lVert x - y \rVert_2$.
+
+Its gradient at distance 0 is 0."""
+
+squared_euclidean = Metric(_squared_euclidean, matrix=_squared_euclidean_matrix)
+squared_euclidean.__doc__ = r"""The squared Euclidean distance,
+$\lVert x - y \rVert_2^2$: FaceNet's."""
+
+cosine = Metric(_cosine, matrix=_cosine_matrix)
+cosine.__doc__ = r"""The cosine distance,
+$1 - x \cdot y / (\lVert x \rVert \lVert y \rVert)$, between 0 and 2.
+
+A zero vector has no direction: its similarity to anything is 0, its distance 1."""
+
+manhattan = Metric(_manhattan)
+manhattan.__doc__ = r"""The Manhattan distance, $\lVert x - y \rVert_1$."""

@@ -1,0 +1,677 @@
+"""What it costs: triplet losses over a distance matrix, or over explicit triplets.
+
+All losses are one formula, the cost of a triplet,
+
+$$\\ell(a, p, n) = h(d_{ap} - d_{an} + \\text{margin}),$$
+
+summed per anchor over the triplets of its kind into `TripletTerms`, and reduced.
+
+>>> import jax
+>>> import jax.numpy as jnp
+>>> import tripletjax as tj
+>>> x = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.2], [3.0, 0.0]])
+>>> labels = jnp.array([0, 0, 1, 1])
+>>> print(f"{tj.batch_all_loss(tj.euclidean(x), labels, margin=0.5):.4f}")
+1.4925
+>>> print(tj.batch_all_loss(tj.euclidean(x), labels, margin=0.5, reduce_fn=None).active)
+[1. 0. 2. 2.]
+
+Sweep the margin, or differentiate through to the embeddings:
+
+>>> loss = lambda x, margin: tj.batch_hard_loss(tj.euclidean(x), labels, margin=margin)
+>>> print(jax.vmap(loss, in_axes=(None, 0))(x, jnp.array([0.0, 0.5, 1.0])).round(2))
+[0.99 1.3  1.76]
+>>> print(jax.grad(loss)(x, 0.5).shape)
+(4, 2)
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from tripletjax.distances import Metric, euclidean
+from tripletjax.mining import (
+    Triplets,
+    as_distances,
+    batch_hard_triplets,
+    batch_semi_hard_triplets,
+    take,
+)
+from tripletjax.pairs import PairMasks, resolve
+from tripletjax.public import public
+
+
+class TripletTerms(NamedTuple):
+    """What a loss is made of, per anchor; adds up over blocks, devices and steps.
+
+    The counts are floating-point numbers, which do not wrap: 4,096 items of 8 classes
+    already make 7.5e9 triplets. ``active.sum() / valid.sum()`` is the share of triplets
+    that still teach something.
+
+    Attributes:
+        total: summed cost ``[..., n]``.
+        active: number of triplets that cost anything ``[..., n]``.
+        valid: number of triplets ``[..., n]``.
+    """
+
+    total: Array
+    active: Array
+    valid: Array
+
+
+Reduction = Callable[[TripletTerms], Any]
+
+
+def mean_valid(terms: TripletTerms) -> Array:
+    r"""The mean cost of all triplets, 0 if there are none.
+
+    $$\frac{\sum_a \text{total}_a}{\sum_a \text{valid}_a}$$
+
+    Args:
+        terms: `TripletTerms` ``[..., n]``.
+
+    Returns:
+        The mean over the last axis, ``[...]``.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> terms = tj.TripletTerms(*jnp.array([[1.0, 2.0], [1.0, 2.0], [4.0, 2.0]]))
+    >>> print(tj.mean_valid(terms), tj.mean_active(terms))
+    0.5 1.0
+    """
+    return _ratio(terms.total, terms.valid)
+
+
+def mean_active(terms: TripletTerms) -> Array:
+    r"""The mean cost of the triplets that cost anything, 0 if none does.
+
+    $$\frac{\sum_a \text{total}_a}{\sum_a \text{active}_a}$$
+
+    Unlike `mean_valid` it does not fade as triplets become satisfied.
+
+    Args:
+        terms: `TripletTerms` ``[..., n]``.
+
+    Returns:
+        The mean over the last axis, ``[...]``.
+
+    References:
+        Hermans, Beyer, Leibe. In Defense of the Triplet Loss for Person
+        Re-Identification. 2017. arXiv:1703.07737 (there: :math:`\mathcal{L}_{BA\ne0}`)
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> print(tj.mean_active(tj.TripletTerms(*jnp.zeros((3, 5)))))
+    0.0
+    """
+    return _ratio(terms.total, terms.active)
+
+
+def _ratio(total: Array, count: Array) -> Array:
+    if total.ndim:
+        total, count = jnp.sum(total, axis=-1), jnp.sum(count, axis=-1)
+    return total / jnp.maximum(count, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TripletCost:
+    """A cost of both distances, given as `hinge` where their difference says too little.
+
+    Args:
+        function: elementwise ``(d_ap, d_an, margin) -> cost``.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> ratio = tj.TripletCost(lambda ap, an, margin: jax.nn.relu(1 + margin - an / ap))
+    >>> d = jnp.array([[0.0, 2.0, 3.0], [2.0, 0.0, 1.0], [3.0, 1.0, 0.0]])
+    >>> print(tj.batch_hard_loss(d, jnp.array([0, 0, 1]), hinge=ratio))
+    0.3
+    """
+
+    function: Callable[[Array, Array, Array], Array]
+
+
+@functools.lru_cache
+def selectively_contrastive(
+    *, hard_weight: float = 1.0, temperature: float = 0.1
+) -> TripletCost:
+    r"""A cost that keeps hard negatives from collapsing the embedding.
+
+    $$\ell = \begin{cases}
+      \lambda\, s_{an} & \text{if } s_{an} > s_{ap} \\
+      \log(1 + \exp((s_{an} - s_{ap}) / \tau)) & \text{otherwise}
+      \end{cases}, \qquad s = 1 - d$$
+
+    for cosine distances d. Where the negative is nearer than the positive, pulling the
+    positive in drags the negative along, and pushing alone is what helps. The margin
+    has no part in it. Meant for the nearest negative, with the nearest positive::
+
+        triplets = tj.batch_easy_hard_triplets(d, labels, negative=hardest_negative)
+        tj.triplet_loss(d, triplets, hinge=tj.selectively_contrastive())
+
+    Args:
+        hard_weight: λ, the weight of triplets with a hard negative.
+        temperature: τ, in units of cosine similarity.
+
+    Returns:
+        A `TripletCost`, to be given as `hinge`.
+
+    Raises:
+        ValueError: if an option is not finite and positive.
+
+    References:
+        Xuan, Stylianou, Liu, Pless. Hard Negative Examples are Hard, but Useful. 2020.
+        arXiv:2007.12749
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.0, 0.5, 0.2], [0.5, 0.0, 0.9], [0.2, 0.9, 0.0]])
+    >>> cost = tj.selectively_contrastive()
+    >>> terms = tj.batch_hard_loss(d, jnp.array([0, 0, 1]), hinge=cost, reduce_fn=None)
+    >>> print(terms.total.round(4))
+    [0.8    0.0181 0.    ]
+    """
+    for name, value in (("hard_weight", hard_weight), ("temperature", temperature)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be finite and positive, got {value!r}.")
+
+    def cost(d_ap: Array, d_an: Array, margin: Array) -> Array:
+        contrast = jax.nn.softplus((d_ap - d_an) / temperature)
+        return jnp.where(d_an < d_ap, hard_weight * (1 - d_an), contrast)
+
+    return TripletCost(cost)
+
+
+Hinge = Callable[[Array], Array] | TripletCost
+
+
+@public(
+    callables=("metric", "reduce_fn"),
+    static=("hinge", "swap"),
+    nonnegative=("margin",),
+)
+def triplet_margin_loss(
+    anchors: ArrayLike,
+    positives: ArrayLike,
+    negatives: ArrayLike,
+    *,
+    margin: ArrayLike = 0.1,
+    metric: Metric = euclidean,
+    swap: bool = False,
+    hinge: Hinge = jax.nn.relu,
+    where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    r"""The triplet loss of given triplets.
+
+    $$\ell = h(d(a, p) - d(a, n) + \text{margin})$$
+
+    Args:
+        anchors: vectors ``[..., t, d]``, or one vector ``[d]``.
+        positives: vectors of the same shape.
+        negatives: vectors of the same shape.
+        margin: a scalar, in units of the metric.
+        metric: how far two vectors are apart.
+        swap: whether the positive takes the anchor's place where it is nearer to the
+            negative: d(a, n) becomes min(d(a, n), d(p, n)).
+        hinge: the cost of a gap: ``jax.nn.relu``, ``jax.nn.softplus`` (soft margin,
+            usually with ``margin=0``), any elementwise function, or a `TripletCost`.
+        where: bool ``[..., t]``, False for triplets that do not count.
+        reduce_fn: from `TripletTerms` ``[..., t]`` to the result; None returns the
+            terms.
+
+    Returns:
+        With the default `reduce_fn` the mean over the last axis of triplets, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes differ, or the margin is negative or not finite.
+
+    References:
+        Wang et al. Learning Fine-Grained Image Similarity with Deep Ranking. 2014.
+        arXiv:1404.4661
+        Balntas et al. Learning local feature descriptors with triplets and shallow
+        convolutional neural networks. BMVC 2016 (swap)
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> a, p, n = jnp.zeros((2, 3)), jnp.ones((2, 3)), 2 * jnp.ones((2, 3))
+    >>> print(f"{tj.triplet_margin_loss(a, p, n, margin=2.0):.4f}")
+    0.2679
+    """
+    _check_hinge(hinge)
+    a, p, n = (jnp.asarray(x) for x in (anchors, positives, negatives))
+    if not a.shape == p.shape == n.shape:
+        raise ValueError(
+            "anchors, positives and negatives must have one shape, got "
+            f"{a.shape}, {p.shape} and {n.shape}."
+        )
+    d_ap, d_an = metric.paired(a, p), metric.paired(a, n)
+    if swap:
+        d_pn = metric.paired(p, n)
+        d_an = jnp.where(d_pn < d_an, d_pn, d_an)
+    valid = jnp.ones(d_ap.shape, bool)
+    if where is not None:
+        where = jnp.asarray(where)
+        if where.dtype != bool:
+            raise TypeError(f"where must be boolean, got dtype {where.dtype}.")
+        if where.shape != d_ap.shape:
+            raise ValueError(
+                f"where must have one entry per triplet, {d_ap.shape}, got shape "
+                f"{where.shape}."
+            )
+        valid = where
+    costs = _costs(d_ap, d_an, valid, _margin(margin, d_ap), hinge)
+    return _reduced(_sums(costs[..., None], valid[..., None]), reduce_fn)
+
+
+@public(callables=("reduce_fn",), static=("hinge",), nonnegative=("margin",))
+def triplet_loss(
+    distances: ArrayLike,
+    triplets: Triplets,
+    *,
+    margin: ArrayLike = 0.1,
+    hinge: Hinge = jax.nn.relu,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    r"""The triplet loss of mined triplets.
+
+    $$\ell = h(d_{ap} - d_{an} + \text{margin})$$
+
+    Args:
+        distances: ``[..., n, m]``.
+        triplets: `Triplets` of any miner: ``[..., k]`` or ``[..., n, k]``, where the
+            leading dimensions are those of `distances`.
+        margin: a scalar, in units of the distances.
+        hinge: as in `triplet_margin_loss`.
+        reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
+            terms.
+
+    Returns:
+        With the default `reduce_fn` the mean over all valid triplets, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, or the margin is negative or not finite.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = tj.euclidean(jnp.array([[0.0], [1.0], [1.5]]))
+    >>> triplets = tj.all_triplets(jnp.array([0, 0, 1]), size=10)
+    >>> print(tj.triplet_loss(d, triplets, reduce_fn=None).total)
+    [0.  0.6 0. ]
+    """
+    _check_hinge(hinge)
+    distances = as_distances(distances)
+    if not isinstance(triplets, Triplets):
+        raise TypeError(f"triplets must be Triplets, got {type(triplets).__name__}.")
+    batch = distances.shape[:-2]
+    shape = jnp.shape(triplets.valid)
+    if any(jnp.shape(field) != shape for field in triplets):
+        raise ValueError(
+            "the fields of triplets must have one shape, got "
+            f"{', '.join(str(jnp.shape(field)) for field in triplets)}."
+        )
+    if shape[: len(batch)] != batch or len(shape) == len(batch):
+        raise ValueError(
+            f"triplets have shape {shape}, which does not begin with the batch "
+            f"dimensions of distances, whose shape is {distances.shape}."
+        )
+    if jnp.result_type(triplets.valid) != bool:
+        raise TypeError("triplets.valid must be boolean.")
+
+    # Indices out of range would be clipped silently: they give NaN instead.
+    def one(distances: Array, a: Array, p: Array, n: Array, valid: Array) -> tuple:
+        at = distances.at
+        d_ap = at[a, p].get(mode="fill", fill_value=jnp.nan)
+        d_an = at[a, n].get(mode="fill", fill_value=jnp.nan)
+        costs = _costs(d_ap, d_an, valid, _margin(margin, distances), hinge)
+        none = jnp.zeros_like(distances[:, 0])
+        sums = (costs, costs > 0, valid)
+        return tuple(none.at[a].add(x.astype(none.dtype)) for x in sums)
+
+    flat = [jnp.reshape(field, (*batch, -1)) for field in triplets]
+    terms = jnp.vectorize(one, signature="(n,m),(k),(k),(k),(k)->(n),(n),(n)")(
+        distances, *flat
+    )
+    return _reduced(TripletTerms(*terms), reduce_fn)
+
+
+@public(callables=("reduce_fn",), static=("hinge",), nonnegative=("margin",))
+def batch_hard_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    margin: ArrayLike = 0.1,
+    hinge: Hinge = jax.nn.relu,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    r"""The triplet loss of each anchor's farthest positive and nearest negative.
+
+    $$\ell_a = h\Bigl(\max_{p \in P_a} d_{ap} - \min_{n \in N_a} d_{an}
+      + \text{margin}\Bigr)$$
+
+    From a cold start it is prone to collapse to one point, where every triplet costs
+    the margin: warm up with `batch_all_loss`, or see `selectively_contrastive`.
+
+    Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
+        margin: a scalar, in units of the distances.
+        hinge: as in `triplet_margin_loss`.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
+            terms.
+
+    Returns:
+        With the default `reduce_fn` the mean over anchors that have a positive and a
+        negative, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, there is no distance, or the margin is
+            negative or not finite.
+
+    References:
+        Hermans, Beyer, Leibe. In Defense of the Triplet Loss for Person
+        Re-Identification. 2017. arXiv:1703.07737
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = tj.euclidean(jnp.array([[0.0], [1.0], [3.0], [3.5]]))
+    >>> print(tj.batch_hard_loss(d, jnp.array([0, 0, 0, 1]), margin=1.0))
+    1.5
+    """
+    _check_hinge(hinge)
+    distances = as_distances(distances)
+    triplets = batch_hard_triplets(
+        distances,
+        labels,
+        reference_labels=reference_labels,
+        positions=positions,
+        where=where,
+        reference_where=reference_where,
+    )
+    d_ap = take(distances, triplets.positive)
+    d_an = take(distances, triplets.negative)
+    costs = _costs(d_ap, d_an, triplets.valid, _margin(margin, distances), hinge)
+    return _reduced(_sums(costs[..., None], triplets.valid[..., None]), reduce_fn)
+
+
+@public(callables=("reduce_fn",), static=("hinge", "fallback"), nonnegative=("margin",))
+def batch_semi_hard_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    margin: ArrayLike = 0.1,
+    hinge: Hinge = jax.nn.relu,
+    fallback: bool = True,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    r"""The triplet loss of each positive pair with the nearest negative beyond it.
+
+    $$\ell_a = \sum_{p \in P_a} h(d_{ap} - d_{a n_{ap}} + \text{margin})$$
+
+    where $n_{ap}$ is the nearest negative strictly farther than the positive, and the
+    farthest negative if there is none. `tripletjax.mining` tables what else is called
+    semi-hard.
+
+    Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
+        margin: a scalar, in units of the distances.
+        hinge: as in `triplet_margin_loss`.
+        fallback: if False, a pair without a negative beyond has no triplet.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
+            terms.
+
+    Returns:
+        With the default `reduce_fn` the mean over anchor-positive pairs, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, there is no distance, or the margin is
+            negative or not finite.
+
+    References:
+        Schroff, Kalenichenko, Philbin. FaceNet: A Unified Embedding for Face
+        Recognition and Clustering. 2015. arXiv:1503.03832
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = tj.euclidean(jnp.array([[0.0], [2.0], [1.0], [3.0]]))
+    >>> print(tj.batch_semi_hard_loss(d, jnp.array([0, 0, 1, 2]), margin=1.5))
+    1.5
+    """
+    _check_hinge(hinge)
+    distances = as_distances(distances)
+    triplets = batch_semi_hard_triplets(
+        distances,
+        labels,
+        fallback=fallback,
+        reference_labels=reference_labels,
+        positions=positions,
+        where=where,
+        reference_where=reference_where,
+    )
+    # The positive of entry (a, p) is p.
+    d_an = take(distances, triplets.negative)
+    costs = _costs(distances, d_an, triplets.valid, _margin(margin, distances), hinge)
+    return _reduced(_sums(costs, triplets.valid), reduce_fn)
+
+
+@public(callables=("reduce_fn",), static=("hinge",), nonnegative=("margin",))
+def batch_all_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    margin: ArrayLike = 0.1,
+    hinge: Hinge = jax.nn.relu,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_active,
+) -> Any:
+    r"""The triplet loss of all triplets.
+
+    $$\ell_a = \sum_{p \in P_a} \sum_{n \in N_a} h(d_{ap} - d_{an} + \text{margin})$$
+
+    Exact in O(n m) memory: the positives of all anchors are taken one at a time, as
+    many times as the anchor with the most of them has.
+
+    Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
+        margin: a scalar, in units of the distances.
+        hinge: as in `triplet_margin_loss`.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
+            terms.
+
+    Returns:
+        With the default `reduce_fn` the mean over triplets that cost anything,
+        ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, there is no distance, or the margin is
+            negative or not finite.
+
+    References:
+        Hermans, Beyer, Leibe. In Defense of the Triplet Loss for Person
+        Re-Identification. 2017. arXiv:1703.07737
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = tj.euclidean(jnp.array([[0.0], [2.0], [1.0], [3.0]]))
+    >>> print(tj.batch_all_loss(d, jnp.array([0, 0, 1, 1]), margin=0.5))
+    1.5
+    """
+    _check_hinge(hinge)
+    distances = as_distances(distances)
+    masks = resolve(
+        distances,
+        labels,
+        reference_labels=reference_labels,
+        positions=positions,
+        where=where,
+        reference_where=reference_where,
+    )
+    # The margin per anchor, so that its gradient is known per anchor as well.
+    margins = jnp.broadcast_to(_margin(margin, distances), distances.shape[:-1])
+    total, active = _batch_all(hinge, distances, margins, *masks)
+    positives, negatives = (jnp.sum(mask, axis=-1, dtype=total.dtype) for mask in masks)
+    return _reduced(TripletTerms(total, active, positives * negatives), reduce_fn)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _batch_all(
+    hinge: Hinge, distances: Array, margins: Array, positive: Array, negative: Array
+) -> tuple[Array, Array]:
+    """Summed cost and number of active triplets per anchor."""
+
+    def add(column: Array, found: Array, sums: tuple[Array, Array]):
+        costs = _costs_with(hinge, column, found, distances, margins, negative)
+        active = jnp.sum(costs > 0, axis=-1, dtype=costs.dtype)
+        return sums[0] + jnp.sum(costs, axis=-1), sums[1] + active
+
+    none = jnp.zeros_like(margins)
+    return _over_positives(add, (none, none), positive)
+
+
+@_batch_all.defjvp
+def _batch_all_jvp(hinge: Hinge, primals: tuple, tangents: tuple) -> tuple:
+    # An anchor's loss depends on its own row and margin alone, so its derivative is a
+    # product with one row of weights: that is all that reverse mode has to keep.
+    distances_dot, margins_dot, *_ = tangents
+    weights, margin_weights = _batch_all_weights(hinge, *primals)
+    total, active = _batch_all(hinge, *primals)
+    total_dot = jnp.sum(weights * distances_dot, axis=-1) + margin_weights * margins_dot
+    return (total, active), (total_dot, jnp.zeros_like(active))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _batch_all_weights(
+    hinge: Hinge, distances: Array, margins: Array, positive: Array, negative: Array
+) -> tuple[Array, Array]:
+    """The derivatives of an anchor's summed cost by its distances and its margin."""
+
+    def add(column: Array, found: Array, weights: tuple[Array, Array]):
+        def costs(distances: Array, margins: Array) -> Array:
+            return _costs_with(hinge, column, found, distances, margins, negative)
+
+        _, pull = jax.vjp(costs, distances, margins)
+        return jax.tree.map(jnp.add, weights, pull(jnp.ones_like(distances)))
+
+    none = (jnp.zeros_like(distances), jnp.zeros_like(margins))
+    return _over_positives(add, none, positive)
+
+
+@_batch_all_weights.defjvp
+def _batch_all_weights_jvp(hinge: Hinge, primals: tuple, tangents: tuple) -> tuple:
+    # For second derivatives: over all columns in turn, a loop that can be
+    # differentiated any number of times in either mode, but takes O(n m^2) time.
+    distances, margins, positive, negative = primals
+
+    def total(distances: Array, margins: Array) -> Array:
+        @jax.checkpoint
+        def add(total: Array, column: Array) -> tuple[Array, None]:
+            found = positive[..., column]
+            columns = jnp.broadcast_to(column, found.shape)
+            costs = _costs_with(hinge, columns, found, distances, margins, negative)
+            return total + jnp.sum(costs), None
+
+        none = jnp.zeros_like(margins.ravel()[0])
+        return jax.lax.scan(add, none, jnp.arange(distances.shape[-1]))[0]
+
+    return jax.jvp(
+        jax.grad(total, argnums=(0, 1)), (distances, margins), tuple(tangents[:2])
+    )
+
+
+def _over_positives(add: Callable, sums: Any, positive: Array) -> Any:
+    """Adds up over every anchor's first positive, then its second, and so on.
+
+    `add` is called with the columns of the positives ``[..., n]`` and whether each
+    anchor still had one.
+    """
+    columns = jnp.arange(positive.shape[-1])
+
+    def next_after(column: Array) -> tuple[Array, Array]:
+        left = positive & (columns > column[..., None])
+        return jnp.argmax(left, axis=-1), jnp.any(left, axis=-1)
+
+    def step(state: tuple) -> tuple:
+        column, found, sums = state
+        return *next_after(column), add(column, found, sums)
+
+    start = next_after(jnp.argmax(positive, axis=-1) - 1)
+    return jax.lax.while_loop(lambda state: jnp.any(state[1]), step, (*start, sums))[2]
+
+
+def _costs_with(
+    hinge: Hinge,
+    column: Array,
+    found: Array,
+    distances: Array,
+    margins: Array,
+    negative: Array,
+) -> Array:
+    """The costs of one positive of each anchor, if found, with all its negatives."""
+    d_ap = take(distances, column)[..., None]
+    valid = negative & found[..., None]
+    return _costs(d_ap, distances, valid, margins[..., None], hinge)
+
+
+def _check_hinge(hinge: Any) -> None:
+    if not isinstance(hinge, TripletCost) and not callable(hinge):
+        raise TypeError(f"hinge must be callable, got {hinge!r}.")
+
+
+def _margin(margin: ArrayLike, distances: Array) -> Array:
+    margin = jnp.asarray(margin)
+    if margin.ndim:
+        raise ValueError(
+            f"margin must be a scalar, got shape {margin.shape}; use jax.vmap to sweep "
+            "over several."
+        )
+    return margin.astype(distances.dtype)
+
+
+def _costs(
+    d_ap: Array, d_an: Array, valid: Array, margin: Array, hinge: Hinge
+) -> Array:
+    """The cost of each triplet, 0 and without gradient where it is not valid."""
+    d_ap, d_an = jnp.where(valid, d_ap, 0), jnp.where(valid, d_an, 0)
+    if isinstance(hinge, TripletCost):
+        costs = hinge.function(d_ap, d_an, margin)
+    else:
+        costs = hinge(d_ap - d_an + margin)
+    return jnp.where(valid, costs, 0)
+
+
+def _sums(costs: Array, valid: Array) -> TripletTerms:
+    """The terms of anchors that have a row of triplets each."""
+    terms = (costs, costs > 0, valid)
+    return TripletTerms(*(jnp.sum(t, axis=-1, dtype=costs.dtype) for t in terms))
+
+
+def _reduced(terms: TripletTerms, reduce_fn: Reduction | None) -> Any:
+    return terms if reduce_fn is None else reduce_fn(terms)

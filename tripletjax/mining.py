@@ -1,0 +1,790 @@
+"""Which triplets: indices chosen from a distance matrix.
+
+Every miner takes distances ``[..., n, m]`` of n anchors to m references and their
+labels (or `PairMasks`), and returns `Triplets` of indices: of a row for the anchor, of
+columns for the positive and the negative. Choosing is not differentiated; the loss of
+the chosen triplets is (`tripletjax.triplet_loss`). An anchor without a positive or
+without a negative has no triplet. Of equal distances the lowest index wins.
+
+"Semi-hard" has five published meanings. FaceNet's text asks for negatives that are
+farther than the positive but within the margin, and the libraries read it differently:
+
+============================================================ ===========================
+meaning                                                      here
+============================================================ ===========================
+per anchor-positive pair, the nearest negative farther than  `batch_semi_hard_triplets`
+the positive; if none, the farthest negative (TensorFlow
+Addons, sentence-transformers)
+the same, a pair without such a negative has no triplet      ``..., fallback=False``
+all triplets with 0 < d_an - d_ap <= margin                  `all_triplets` with
+(pytorch-metric-learning's TripletMarginMiner)               `semi_hard_band`
+per anchor, the nearest negative farther than its nearest    `batch_easy_hard_triplets`
+positive (pytorch-metric-learning's BatchEasyHardMiner)
+per anchor, the nearest negative farther than its farthest   `batch_easy_hard_triplets`
+positive; if none, the farthest negative (TensorFlow         with `hardest_positive`
+Similarity)                                                  and ``fallback=True``
+per anchor-positive pair, a random negative farther than the `random_semi_hard_triplets`
+positive by less than the margin (siamese-triplet)
+============================================================ ===========================
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from tripletjax.pairs import PairMasks, pair_masks, resolve
+from tripletjax.public import public
+
+
+class Triplets(NamedTuple):
+    """Indices of triplets; where `valid` is False the indices mean nothing.
+
+    Attributes:
+        anchor: rows of the distance matrix.
+        positive: columns of the distance matrix, of the same shape.
+        negative: the same.
+        valid: bool, of the same shape.
+    """
+
+    anchor: Array
+    positive: Array
+    negative: Array
+    valid: Array
+
+
+@jax.tree_util.register_pytree_node_class
+class CountedTriplets(Triplets):
+    """`Triplets` compacted to a fixed size, with the number that there really were.
+
+    Attributes:
+        count: int32 ``[...]``; if it exceeds the size, triplets were left out. It
+            stops at 2**31 - 1.
+    """
+
+    count: Array
+
+    def __new__(
+        cls, anchor: Any, positive: Any, negative: Any, valid: Any, count: Any
+    ) -> "CountedTriplets":
+        self = super().__new__(cls, anchor, positive, negative, valid)
+        self.count = count
+        return self
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, count={self.count!r})"
+
+    def tree_flatten(self) -> tuple[tuple, None]:
+        return (*self, self.count), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Iterator) -> "CountedTriplets":
+        return cls(*children)
+
+
+@public()
+def batch_hard_triplets(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+) -> Triplets:
+    r"""For each anchor its farthest positive and its nearest negative.
+
+    $$p_a = \arg\max_{p \in P_a} d_{ap}, \qquad n_a = \arg\min_{n \in N_a} d_{an}$$
+
+    Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+
+    Returns:
+        Triplets ``[..., n]``, one per anchor.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if shapes do not fit, or there is no distance.
+
+    References:
+        Hermans, Beyer, Leibe. In Defense of the Triplet Loss for Person
+        Re-Identification. 2017. arXiv:1703.07737
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> x = jnp.array([[0.0], [1.0], [3.0], [4.0]])
+    >>> triplets = tj.batch_hard_triplets(tj.euclidean(x), jnp.array([0, 0, 0, 1]))
+    >>> print(triplets.positive[:3], triplets.negative[:3], triplets.valid)
+    [2 2 0] [3 3 3] [ True  True  True False]
+    """
+    return batch_easy_hard_triplets(
+        distances,
+        labels,
+        positive=hardest_positive,
+        negative=hardest_negative,
+        reference_labels=reference_labels,
+        positions=positions,
+        where=where,
+        reference_where=reference_where,
+    )
+
+
+# What `batch_easy_hard_triplets` chooses with: functions of the distances [..., n, m],
+# the mask of candidates [..., n, m] and the distance [..., n] of the anchor's other
+# partner, to the index of the choice and whether there is one.
+
+Choice = Callable[[Array, Array, Array | None], tuple[Array, Array]]
+
+
+def easiest_positive(
+    distances: Array, candidates: Array, other: Array | None
+) -> tuple[Array, Array]:
+    """The nearest positive."""
+    return _nearest(distances, candidates)
+
+
+def semi_hard_positive(
+    distances: Array, candidates: Array, other: Array
+) -> tuple[Array, Array]:
+    """The farthest positive that is strictly nearer than the chosen negative."""
+    return _farthest(distances, candidates & (distances < other[..., None]))
+
+
+def hardest_positive(
+    distances: Array, candidates: Array, other: Array | None
+) -> tuple[Array, Array]:
+    """The farthest positive."""
+    return _farthest(distances, candidates)
+
+
+def easiest_negative(
+    distances: Array, candidates: Array, other: Array | None
+) -> tuple[Array, Array]:
+    """The farthest negative."""
+    return _farthest(distances, candidates)
+
+
+def semi_hard_negative(
+    distances: Array, candidates: Array, other: Array
+) -> tuple[Array, Array]:
+    """The nearest negative that is strictly farther than the chosen positive."""
+    return _nearest(distances, candidates & (distances > other[..., None]))
+
+
+def hardest_negative(
+    distances: Array, candidates: Array, other: Array | None
+) -> tuple[Array, Array]:
+    """The nearest negative."""
+    return _nearest(distances, candidates)
+
+
+def every_one(
+    distances: Array, candidates: Array, other: Array | None
+) -> tuple[Array, Array]:
+    """All candidates, with a triplet each."""
+    index = jnp.broadcast_to(_columns(distances), distances.shape)
+    return index, candidates
+
+
+@public(callables=("positive", "negative"), static=("fallback",))
+def batch_easy_hard_triplets(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    positive: Choice = easiest_positive,
+    negative: Choice = semi_hard_negative,
+    fallback: bool = False,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+) -> Triplets:
+    r"""For each anchor a positive and a negative of the wanted difficulty.
+
+    ============ ========================== ==========================
+    difficulty   `positive`                 `negative`
+    ============ ========================== ==========================
+    easy         `mining.easiest_positive`  `mining.easiest_negative`
+    semi-hard    `mining.semi_hard_positive` `mining.semi_hard_negative`
+    hard         `mining.hardest_positive`  `mining.hardest_negative`
+    all          `mining.every_one`         `mining.every_one`
+    ============ ========================== ==========================
+
+    A semi-hard choice is made relative to the other one, which is made first. Any
+    function of the same form can be given as well. To leave out pairs by their
+    distance, mask them: ``masks._replace(negative=masks.negative & (distances > 0.5))``.
+
+    Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
+        positive: how the positive is chosen.
+        negative: how the negative is chosen.
+        fallback: where there is no semi-hard choice, whether to take the easiest one
+            rather than none.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+
+    Returns:
+        Triplets ``[..., n]``, one per anchor, or ``[..., n, m]`` with `every_one`.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or a choice is not callable.
+        ValueError: if shapes do not fit, there is no distance, or the two choices do
+            not go together: both semi-hard, semi-hard with all, or both all (which is
+            `all_triplets`).
+
+    References:
+        Xuan, Stylianou, Pless. Improved Embeddings with Easy Positive Triplet Mining.
+        2019. arXiv:1904.04370
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = tj.euclidean(jnp.array([[0.0], [2.0], [1.0], [3.0]]))
+    >>> labels = jnp.array([0, 0, 1, 2])
+    >>> easy_semi_hard = tj.batch_easy_hard_triplets(d, labels)
+    >>> print(easy_semi_hard.valid, easy_semi_hard.negative[0])
+    [ True False False False] 3
+    >>> easy_hard = tj.batch_easy_hard_triplets(
+    ...     d, labels, negative=tj.mining.hardest_negative)
+    >>> print(easy_hard.valid, easy_hard.negative[:2])
+    [ True  True False False] [2 2]
+    """
+    distances = mineable(distances)
+    masks = resolve(
+        distances,
+        labels,
+        reference_labels=reference_labels,
+        positions=positions,
+        where=where,
+        reference_where=reference_where,
+    )
+    relative = (positive is semi_hard_positive, negative is semi_hard_negative)
+    every = (positive is every_one, negative is every_one)
+    if all(relative) or all(every) or (any(relative) and any(every)):
+        raise ValueError(
+            "positive and negative cannot both be semi-hard, nor semi-hard and all, "
+            "nor both all (see all_triplets)."
+        )
+
+    def choose(choice: Choice, candidates: Array, other: Array | None):
+        index, found = choice(distances, candidates, other)
+        if fallback and choice in (semi_hard_positive, semi_hard_negative):
+            easiest = _nearest if choice is semi_hard_positive else _farthest
+            instead, exists = easiest(distances, candidates)
+            index, found = jnp.where(found, index, instead), exists
+        return index, found
+
+    def distance_of(index: Array) -> Array | None:
+        return take(distances, index) if index.ndim < distances.ndim else None
+
+    if relative[0]:
+        n, has_n = choose(negative, masks.negative, None)
+        p, has_p = choose(positive, masks.positive, distance_of(n))
+    else:
+        p, has_p = choose(positive, masks.positive, None)
+        n, has_n = choose(negative, masks.negative, distance_of(p))
+    if every[0]:
+        n, has_n = n[..., None], has_n[..., None]
+    if every[1]:
+        p, has_p = p[..., None], has_p[..., None]
+    return _triplets(distances, p, n, has_p & has_n)
+
+
+@public(static=("fallback",))
+def batch_semi_hard_triplets(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    fallback: bool = True,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+) -> Triplets:
+    r"""For each anchor-positive pair the nearest negative beyond the positive.
+
+    $$n_{ap} = \arg\min_{n \in N_a,\; d_{an} > d_{ap}} d_{an}$$
+
+    and where no negative is strictly farther than the positive, the farthest negative.
+
+    Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
+        fallback: if False, a pair without a negative beyond has no triplet.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+
+    Returns:
+        Triplets ``[..., n, m]``: entry (a, p) is valid if p is a positive of a.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if shapes do not fit, or there is no distance.
+
+    References:
+        Schroff, Kalenichenko, Philbin. FaceNet: A Unified Embedding for Face
+        Recognition and Clustering. 2015. arXiv:1503.03832
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> x = jnp.array([[0.0], [2.0], [1.0], [3.0]])
+    >>> triplets = tj.batch_semi_hard_triplets(tj.euclidean(x), jnp.array([0, 0, 1, 2]))
+    >>> print(triplets.valid[0], triplets.negative[0, 1], triplets.negative[1, 0])
+    [False  True False False] 3 2
+    """
+    distances = mineable(distances)
+    masks = resolve(
+        distances,
+        labels,
+        reference_labels=reference_labels,
+        positions=positions,
+        where=where,
+        reference_where=reference_where,
+    )
+    negatives = _SortedNegatives.of(distances, masks.negative)
+    beyond = negatives.rank(distances, side="right")
+    found = beyond < negatives.count[..., None]
+    index = negatives.at(beyond)
+    if fallback:
+        farthest, has_negative = _farthest(distances, masks.negative)
+        index = jnp.where(found, index, farthest[..., None])
+        found = has_negative[..., None]
+    return _triplets(distances, _columns(distances), index, masks.positive & found)
+
+
+class Band(NamedTuple):
+    """Triplets by how much farther the negative is: above < d_an - d_ap <= up_to.
+
+    Attributes:
+        above: the lower end, not included.
+        up_to: the upper end, included.
+    """
+
+    above: ArrayLike
+    up_to: ArrayLike
+
+
+def hard_band() -> Band:
+    """Triplets whose negative is not farther than the positive."""
+    return Band(-jnp.inf, 0.0)
+
+
+def semi_hard_band(margin: ArrayLike = 0.1) -> Band:
+    """Triplets whose negative is farther than the positive, but within the margin."""
+    return Band(0.0, margin)
+
+
+def easy_band(margin: ArrayLike = 0.1) -> Band:
+    """Triplets that satisfy the margin."""
+    return Band(margin, jnp.inf)
+
+
+def violating_band(margin: ArrayLike = 0.1) -> Band:
+    """Triplets that do not satisfy the margin: the hard and the semi-hard."""
+    return Band(-jnp.inf, margin)
+
+
+@public(static=("size",))
+def all_triplets(
+    labels: ArrayLike | PairMasks,
+    *,
+    size: int,
+    distances: ArrayLike | None = None,
+    band: Band | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+) -> CountedTriplets:
+    r"""All triplets, or all of a kind, compacted to a fixed size.
+
+    $$\{(a, p, n) : p \in P_a,\; n \in N_a,\;
+      \text{above} < d_{an} - d_{ap} \le \text{up\_to}\}$$
+
+    Like ``jnp.nonzero(..., size=size)``, without the n x m x m mask: memory is
+    O(n m + size).
+
+    Args:
+        labels: integers ``[..., n]``, or `PairMasks`.
+        size: how many triplets there is room for.
+        distances: ``[..., n, m]``; needed with `band`.
+        band: which triplets, by their distances: `hard_band()`,
+            `semi_hard_band(margin)`, `easy_band(margin)`, `violating_band(margin)`, or
+            any `Band`. If not given, all.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+
+    Returns:
+        `CountedTriplets` ``[..., size]``, in order of anchor, then positive, then
+        negative by index, or by distance with `distances`. The first `count` are valid;
+        a `count` over `size` means that the rest was left out.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if shapes do not fit, if there are no labels, if `size` is not a
+            positive integer, or if `band` comes without `distances`.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> triplets = tj.all_triplets(jnp.array([7, 7, 8]), size=4)
+    >>> print(triplets.anchor[:2], triplets.positive[:2], triplets.negative[:2])
+    [0 1] [1 0] [2 2]
+    >>> print(triplets.count, triplets.valid)
+    2 [ True  True False False]
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"size must be a positive integer, got {size!r}.")
+    options = {
+        "reference_labels": reference_labels,
+        "positions": positions,
+        "where": where,
+        "reference_where": reference_where,
+    }
+    if distances is None:
+        if band is not None:
+            raise ValueError("band needs distances: it chooses triplets by them.")
+        masks = _masks_alone(labels, **options)
+        # With one distance for all, the sorted order is that of the indices.
+        distances = jnp.zeros(masks.positive.shape)
+    else:
+        distances = mineable(distances)
+        masks = resolve(distances, labels, **options)
+    if band is None:
+        band = Band(-jnp.inf, jnp.inf)
+    elif not isinstance(band, Band):
+        raise TypeError(f"band must be a Band, got {band!r}.")
+    compact = jnp.vectorize(
+        lambda d, p, n: tuple(_compact(d, PairMasks(p, n), band, size)),
+        signature=f"(n,m),(n,m),(n,m)->({size}),({size}),({size}),({size}),()",
+    )
+    return CountedTriplets(*compact(distances, *masks))
+
+
+def _compact(distances: Array, masks: PairMasks, band: Band, size: int) -> tuple:
+    n, m = distances.shape
+    negatives = _SortedNegatives.of(distances, masks.negative)
+    first = negatives.rank(distances + band.above, side="right")
+    last = negatives.rank(distances + band.up_to, side="right")
+    # An infinite end is beyond every negative, also beyond infinitely far ones.
+    first = jnp.where(band.above == -jnp.inf, 0, first)
+    last = jnp.where(band.up_to == jnp.inf, m, last)
+    last = jnp.minimum(last, negatives.count[:, None])
+    per_pair = jnp.where(masks.positive, jnp.maximum(last - first, 0), 0).ravel()
+    ends = jax.lax.associative_scan(_saturating_add, per_pair)
+    slot = jnp.arange(size)
+    pair = jnp.minimum(jnp.searchsorted(ends, slot, side="right"), n * m - 1)
+    within = slot - (ends[pair] - per_pair[pair])
+    anchor, positive = jnp.divmod(pair, m)
+    rank = jnp.clip(first[anchor, positive] + within, 0, m - 1)
+    return anchor, positive, negatives.order[anchor, rank], slot < ends[-1], ends[-1]
+
+
+def _saturating_add(a: Array, b: Array) -> Array:
+    most = jnp.iinfo(a.dtype).max
+    return jnp.where(a > most - b, most, a + b)
+
+
+@public(static=("per_anchor",))
+def random_triplets(
+    key: Array,
+    labels: ArrayLike | PairMasks,
+    *,
+    per_anchor: int = 1,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+) -> Triplets:
+    """Random triplets: each anchor with positives and negatives drawn uniformly.
+
+    Args:
+        key: a random key, ``jax.random.key(seed)``.
+        labels: integers ``[..., n]``, or `PairMasks`.
+        per_anchor: how many triplets to draw for each anchor, with replacement.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+
+    Returns:
+        Triplets ``[..., n, per_anchor]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if shapes do not fit, if there are no labels, or if `per_anchor` is
+            not a positive integer.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> triplets = tj.random_triplets(jax.random.key(0), jnp.array([7, 7, 8]))
+    >>> print(triplets.positive[:2, 0], triplets.negative[:2, 0], triplets.valid[:, 0])
+    [1 0] [2 2] [ True  True False]
+    """
+    if (
+        isinstance(per_anchor, bool)
+        or not isinstance(per_anchor, int)
+        or per_anchor < 1
+    ):
+        raise ValueError(f"per_anchor must be a positive integer, got {per_anchor!r}.")
+    masks = _masks_alone(
+        labels,
+        reference_labels=reference_labels,
+        positions=positions,
+        where=where,
+        reference_where=reference_where,
+    )
+
+    def draw(key: Array, candidates: Array) -> tuple[Array, Array]:
+        running = jnp.cumsum(candidates, axis=-1)
+        count = running[..., -1:]
+        shape = (*candidates.shape[:-1], per_anchor)
+        rank = jax.random.randint(key, shape, 0, jnp.maximum(count, 1))
+        return _search(running, rank, side="right"), count > 0
+
+    positive_key, negative_key = jax.random.split(key)
+    positive, has_positive = draw(positive_key, masks.positive)
+    negative, has_negative = draw(negative_key, masks.negative)
+    return _triplets(masks.positive, positive, negative, has_positive & has_negative)
+
+
+@public(nonnegative=("margin",))
+def random_semi_hard_triplets(
+    key: Array,
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    margin: ArrayLike = 0.1,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+) -> Triplets:
+    r"""For each anchor-positive pair a random negative from within the margin.
+
+    $$n_{ap} \sim \text{Uniform}\{n \in N_a : d_{ap} < d_{an} < d_{ap} + \text{margin}\}$$
+
+    A pair without such a negative has no triplet.
+
+    Args:
+        key: a random key, ``jax.random.key(seed)``.
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
+        margin: a scalar, in units of the distances.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+
+    Returns:
+        Triplets ``[..., n, m]``: entry (a, p) belongs to that pair.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if shapes do not fit, there is no distance, or the margin is
+            negative.
+
+    References:
+        Schroff, Kalenichenko, Philbin. FaceNet: A Unified Embedding for Face
+        Recognition and Clustering. 2015. arXiv:1503.03832
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = tj.euclidean(jnp.array([[0.0], [1.0], [1.05], [2.0]]))
+    >>> labels = jnp.array([0, 0, 1, 2])
+    >>> triplets = tj.random_semi_hard_triplets(jax.random.key(0), d, labels)
+    >>> print(triplets.valid[0, 1], triplets.negative[0, 1], triplets.valid[1, 0])
+    True 2 False
+    """
+    distances = mineable(distances)
+    masks = resolve(
+        distances,
+        labels,
+        reference_labels=reference_labels,
+        positions=positions,
+        where=where,
+        reference_where=reference_where,
+    )
+    negatives = _SortedNegatives.of(distances, masks.negative)
+    first = negatives.rank(distances, side="right")
+    last = negatives.rank(distances + margin, side="left")
+    last = jnp.minimum(last, negatives.count[..., None])
+    rank = first + jax.random.randint(
+        key, distances.shape, 0, jnp.maximum(last - first, 1)
+    )
+    return _triplets(
+        distances,
+        _columns(distances),
+        negatives.at(rank),
+        masks.positive & (last > first),
+    )
+
+
+@public(static=("dim",), nonnegative=("cutoff", "furthest"))
+def distance_weighted_triplets(
+    key: Array,
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    dim: int,
+    cutoff: ArrayLike = 0.5,
+    furthest: ArrayLike = 1.4,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+) -> Triplets:
+    r"""For each anchor-positive pair a negative drawn evenly over distances.
+
+    $$P(n \mid a) \propto 1 / q(\max(d_{an}, \text{cutoff})), \qquad
+      q(d) \propto d^{D - 2} (1 - d^2 / 4)^{(D - 3) / 2}$$
+
+    q is how Euclidean distances between random points of the unit sphere in D
+    dimensions are distributed, so that near and far negatives get equal attention.
+
+    Args:
+        key: a random key, ``jax.random.key(seed)``.
+        distances: Euclidean distances of unit vectors ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
+        dim: D, the number of dimensions of the embeddings, at least 2.
+        cutoff: nearer negatives are weighted as if they were this far.
+        furthest: farther negatives are not drawn, unless there are no others: then
+            all negatives of the anchor are equally likely.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+
+    Returns:
+        Triplets ``[..., n, m]``: entry (a, p) is valid if p is a positive of a.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if shapes do not fit, there is no distance, or an option is out of
+            range.
+
+    References:
+        Wu, Manmatha, Smola, Krähenbühl. Sampling Matters in Deep Embedding Learning.
+        2017. arXiv:1706.07567
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> x = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-1.0, 0.0]])
+    >>> triplets = tj.distance_weighted_triplets(
+    ...     jax.random.key(0), tj.euclidean(x), jnp.array([0, 0, 1, 1]), dim=2)
+    >>> print(triplets.negative[1, 0], triplets.valid[1])
+    2 [ True False False False]
+    """
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2:
+        raise ValueError(f"dim must be an integer of at least 2, got {dim!r}.")
+    distances = mineable(distances)
+    masks = resolve(
+        distances,
+        labels,
+        reference_labels=reference_labels,
+        positions=positions,
+        where=where,
+        reference_where=reference_where,
+    )
+    # Unit vectors are at most 2 apart; there the density is 0 or infinite.
+    d = jnp.clip(distances, jnp.maximum(cutoff, 1e-3), 2 - 1e-3)
+    log_density = (dim - 2) * jnp.log(d) + (dim - 3) / 2 * jnp.log1p(-d * d / 4)
+    drawn = masks.negative & (distances < furthest)
+    log_weights = jnp.where(drawn, -log_density, -jnp.inf)
+    most = jnp.max(log_weights, axis=-1, keepdims=True)
+    weights = jnp.exp(log_weights - jnp.where(jnp.isfinite(most), most, 0))
+    weights = jnp.where(jnp.any(drawn, -1, keepdims=True), weights, masks.negative)
+
+    running = jnp.cumsum(weights, axis=-1)
+    point = jax.random.uniform(key, distances.shape) * running[..., -1:]
+    # Rounding may put a point on the very end, beyond the last weight.
+    last = _search(running, running[..., -1:], side="left")
+    index = jnp.minimum(_search(running, point, side="right"), last)
+    has_negative = jnp.any(masks.negative, axis=-1, keepdims=True)
+    return _triplets(
+        distances, _columns(distances), index, masks.positive & has_negative
+    )
+
+
+def mineable(distances: ArrayLike) -> Array:
+    """Checks a distance matrix; the result is not differentiated."""
+    return jax.lax.stop_gradient(as_distances(distances))
+
+
+def as_distances(distances: ArrayLike) -> Array:
+    """Checks a distance matrix ``[..., n, m]``; at least float32."""
+    distances = jnp.asarray(distances)
+    if distances.ndim < 2:
+        raise ValueError(f"distances must be [..., n, m], got shape {distances.shape}.")
+    if distances.size == 0:
+        raise ValueError(f"distances is empty: it has shape {distances.shape}.")
+    if jnp.issubdtype(distances.dtype, jnp.complexfloating) or distances.dtype == bool:
+        raise TypeError(f"distances must be real, got dtype {distances.dtype}.")
+    return distances.astype(jnp.result_type(distances, jnp.float32))
+
+
+def take(distances: Array, index: Array) -> Array:
+    """The distance in each row at `index` ``[..., n]`` or ``[..., n, k]``."""
+    if index.ndim < distances.ndim:
+        return take(distances, index[..., None])[..., 0]
+    return jnp.take_along_axis(distances, index, axis=-1, mode="promise_in_bounds")
+
+
+def _farthest(distances: Array, mask: Array) -> tuple[Array, Array]:
+    index = jnp.argmax(jnp.where(mask, distances, -jnp.inf), axis=-1)
+    return index, jnp.any(mask, axis=-1)
+
+
+def _nearest(distances: Array, mask: Array) -> tuple[Array, Array]:
+    index = jnp.argmin(jnp.where(mask, distances, jnp.inf), axis=-1)
+    return index, jnp.any(mask, axis=-1)
+
+
+def _columns(matrix: Array) -> Array:
+    return jnp.arange(matrix.shape[-1])
+
+
+def _triplets(
+    matrix: Array, positive: Array, negative: Array, valid: Array
+) -> Triplets:
+    """Triplets of a matrix's rows, ``[..., n]`` or ``[..., n, k]`` like `valid`."""
+    anchor = jnp.arange(matrix.shape[-2])
+    if valid.ndim == matrix.ndim:
+        anchor = anchor[:, None]
+    indices = (anchor, positive, negative)
+    return Triplets(*(jnp.broadcast_to(i, valid.shape) for i in indices), valid)
+
+
+def _masks_alone(
+    labels: ArrayLike | PairMasks, **options: ArrayLike | None
+) -> PairMasks:
+    """The masks where there is no distance matrix."""
+    if isinstance(labels, PairMasks):
+        return resolve(jnp.zeros(jnp.shape(labels.positive)), labels, **options)
+    return pair_masks(labels, options.pop("reference_labels"), **options)
+
+
+def _search(sorted_rows: Array, values: Array, *, side: str) -> Array:
+    """``jnp.searchsorted`` in every row."""
+    search = jnp.vectorize(
+        lambda row, value: jnp.searchsorted(row, value, side=side),
+        signature="(m),(k)->(k)",
+    )
+    return search(sorted_rows, values)
+
+
+class _SortedNegatives(NamedTuple):
+    """Every anchor's negatives from near to far, ``[..., n, m]``, then the rest."""
+
+    distances: Array
+    order: Array
+    count: Array
+
+    @classmethod
+    def of(cls, distances: Array, negative: Array) -> "_SortedNegatives":
+        key = jnp.where(negative, distances, jnp.inf)
+        order = jnp.argsort(key, axis=-1)
+        return cls(take(key, order), order, jnp.sum(negative, axis=-1))
+
+    def rank(self, values: Array, *, side: str) -> Array:
+        """How many of an anchor's negatives are nearer than (or as near as) a value."""
+        return _search(self.distances, values, side=side)
+
+    def at(self, rank: Array) -> Array:
+        """The column of the negative of a rank, which is clipped to the last."""
+        return take(self.order, jnp.minimum(rank, self.order.shape[-1] - 1))
