@@ -216,8 +216,9 @@ def batch_easy_hard_triplets(
     ============ ========================== ==========================
 
     A semi-hard choice is made relative to the other one, which is made first. Any
-    function of the same form can be given as well. To leave out pairs by their
-    distance, mask them: ``masks._replace(negative=masks.negative & (distances > 0.5))``.
+    function of the same form can be given as well. Pairs can be left out by their
+    distance through the masks:
+    ``masks._replace(negative=masks.negative & (distances > 0.5))``.
 
     Args:
         distances: ``[..., n, m]``.
@@ -561,7 +562,8 @@ def random_semi_hard_triplets(
 ) -> Triplets:
     r"""For each anchor-positive pair a random negative from within the margin.
 
-    $$n_{ap} \sim \text{Uniform}\{n \in N_a : d_{ap} < d_{an} < d_{ap} + \text{margin}\}$$
+    $$n_{ap} \sim
+      \text{Uniform}\{n \in N_a : d_{ap} < d_{an} < d_{ap} + \text{margin}\}$$
 
     A pair without such a negative has no triplet.
 

@@ -155,8 +155,9 @@ def resolve(
             reference_labels = _labels("reference_labels", reference_labels, None)
             if reference_labels.shape[-1] != m:
                 raise ValueError(
-                    f"reference_labels has shape {reference_labels.shape} but distances "
-                    f"has shape {distances.shape}: there must be one label per column."
+                    f"reference_labels has shape {reference_labels.shape} but "
+                    f"distances has shape {distances.shape}: there must be one label "
+                    "per column."
                 )
         masks = pair_masks(
             labels,

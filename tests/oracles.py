@@ -1,0 +1,239 @@
+"""What every loss, miner and metric should be: loops in float64, from the definitions.
+
+Nothing here is vectorised or clever, and nothing imports tripletjax. Masks are boolean
+arrays ``[n, m]``, distances float64 ``[n, m]``. Ties go to the lowest index because
+``max`` and ``min`` of Python keep the first.
+"""
+
+import math
+
+import numpy as np
+
+NONE = (0, 0, 0, False)
+
+
+# Distances of two vectors.
+
+
+def euclidean(a, b):
+    return math.sqrt(squared_euclidean(a, b))
+
+
+def squared_euclidean(a, b):
+    return sum((float(s) - float(t)) ** 2 for s, t in zip(a, b))
+
+
+def manhattan(a, b):
+    return sum(abs(float(s) - float(t)) for s, t in zip(a, b))
+
+
+def cosine(a, b):
+    norms = [math.sqrt(sum(float(s) ** 2 for s in v)) for v in (a, b)]
+    if 0 in norms:
+        return 1.0
+    return 1 - sum(float(s) * float(t) for s, t in zip(a, b)) / norms[0] / norms[1]
+
+
+def matrix(distance, x, y=None):
+    same = y is None
+    y = x if same else y
+    return np.array(
+        [
+            [0.0 if same and i == j else distance(a, b) for j, b in enumerate(y)]
+            for i, a in enumerate(x)
+        ]
+    )
+
+
+# Pairs.
+
+
+def pair_masks(
+    labels,
+    reference_labels=None,
+    positions=None,
+    where=None,
+    reference_where=None,
+    match=lambda a, b: a == b,
+):
+    square = reference_labels is None
+    if square:
+        reference_labels = labels
+        positions = range(len(labels)) if positions is None else positions
+        reference_where = where if reference_where is None else reference_where
+    n, m = len(labels), len(reference_labels)
+    positive, negative = np.zeros((n, m), bool), np.zeros((n, m), bool)
+    for i in range(n):
+        for j in range(m):
+            if positions is not None and positions[i] == j:
+                continue
+            if where is not None and not where[i]:
+                continue
+            if reference_where is not None and not reference_where[j]:
+                continue
+            matched = bool(match(labels[i], reference_labels[j]))
+            positive[i, j], negative[i, j] = matched, not matched
+    return positive, negative
+
+
+# Mining. Triplets are (anchor, positive, negative, valid).
+
+
+def _of(mask, anchor):
+    return [int(j) for j in np.flatnonzero(mask[anchor])]
+
+
+def batch_hard(d, positive, negative):
+    return easy_hard(d, positive, negative, "hard", "hard")
+
+
+def easy_hard(d, positive, negative, pos, neg, fallback=False):
+    """One triplet per anchor, or None for an anchor without one."""
+    triplets = []
+    for a in range(len(d)):
+        by_distance = lambda j: d[a][j]  # noqa: B023, E731
+        ps, ns = _of(positive, a), _of(negative, a)
+        if not ps or not ns:
+            triplets.append(None)
+            continue
+        ends = {
+            ("p", "easy"): min(ps, key=by_distance),
+            ("p", "hard"): max(ps, key=by_distance),
+            ("n", "easy"): max(ns, key=by_distance),
+            ("n", "hard"): min(ns, key=by_distance),
+        }
+        p, n = ends.get(("p", pos)), ends.get(("n", neg))
+        if neg == "semi-hard":
+            beyond = [j for j in ns if d[a][j] > d[a][p]]
+            if beyond:
+                n = min(beyond, key=by_distance)
+            elif fallback:
+                n = ends["n", "easy"]
+        if pos == "semi-hard":
+            within = [j for j in ps if d[a][j] < d[a][n]]
+            if within:
+                p = max(within, key=by_distance)
+            elif fallback:
+                p = ends["p", "easy"]
+        triplets.append(None if p is None or n is None else (a, p, n))
+    return triplets
+
+
+def semi_hard(d, positive, negative, fallback=True):
+    """One negative per (anchor, positive) pair."""
+    chosen = {}
+    for a in range(len(d)):
+        by_distance = lambda j: d[a][j]  # noqa: B023, E731
+        ns = _of(negative, a)
+        for p in _of(positive, a):
+            beyond = [j for j in ns if d[a][j] > d[a][p]]
+            if beyond:
+                chosen[a, p] = min(beyond, key=by_distance)
+            elif ns and fallback:
+                chosen[a, p] = max(ns, key=by_distance)
+    return chosen
+
+
+def all_triplets(d, positive, negative, above=-math.inf, up_to=math.inf):
+    return [
+        (a, p, n)
+        for a in range(len(d))
+        for p in _of(positive, a)
+        for n in _of(negative, a)
+        # Compared as the miner documents it, not by the difference, which rounds.
+        if (above == -math.inf or d[a][n] > d[a][p] + above)
+        and (up_to == math.inf or d[a][n] <= d[a][p] + up_to)
+    ]
+
+
+def within_margin(d, positive, negative, margin):
+    """The negatives that random semi-hard mining draws from, per pair."""
+    return {
+        (a, p): {n for n in _of(negative, a) if d[a][p] < d[a][n] < d[a][p] + margin}
+        for a in range(len(d))
+        for p in _of(positive, a)
+    }
+
+
+def distance_weights(d, negative, anchor, dim, cutoff, furthest):
+    """The probabilities that distance-weighted sampling draws negatives with."""
+    weights = {}
+    for n in _of(negative, anchor):
+        if d[anchor][n] < furthest:
+            r = max(d[anchor][n], cutoff)
+            weights[n] = 1 / (r ** (dim - 2) * (1 - r * r / 4) ** ((dim - 3) / 2))
+    if not weights:
+        weights = dict.fromkeys(_of(negative, anchor), 1.0)
+    total = sum(weights.values())
+    return {n: w / total for n, w in weights.items()}
+
+
+# Costs: functions of (d_ap, d_an, margin), with their derivatives by the first two.
+
+
+def hinge(ap, an, margin):
+    gap = ap - an + margin
+    return (gap, 1.0, -1.0) if gap > 0 else (0.0, 0.0, 0.0)
+
+
+def soft(ap, an, margin):
+    gap = ap - an + margin
+    cost = max(gap, 0) + math.log1p(math.exp(-abs(gap)))
+    slope = 1 / (1 + math.exp(-gap)) if gap > -700 else 0.0
+    return cost, slope, -slope
+
+
+def selectively_contrastive(ap, an, margin, weight=1.0, temperature=0.1):
+    if an < ap:
+        return weight * (1 - an), 0.0, -weight
+    cost, slope, _ = soft(ap / temperature, an / temperature, 0.0)
+    return cost, slope / temperature, -slope / temperature
+
+
+# Losses: (total, active, valid) per anchor and the gradient of a weighted sum of the
+# totals, sum(weights * total), with respect to the distances.
+
+
+def loss_of(d, triplets, cost, margin, weights=None):
+    n, m = d.shape
+    weights = np.ones(n) if weights is None else weights
+    total, active, valid = np.zeros(n), np.zeros(n), np.zeros(n)
+    gradient = np.zeros((n, m))
+    for a, p, j in triplets:
+        value, by_ap, by_an = cost(d[a][p], d[a][j], margin)
+        total[a] += value
+        active[a] += value > 0
+        valid[a] += 1
+        gradient[a, p] += weights[a] * by_ap
+        gradient[a, j] += weights[a] * by_an
+    return (total, active, valid), gradient
+
+
+def batch_all_triplets_of(d, positive, negative):
+    return all_triplets(d, positive, negative)
+
+
+def batch_hard_triplets_of(d, positive, negative):
+    return [t for t in batch_hard(d, positive, negative) if t]
+
+
+def semi_hard_triplets_of(d, positive, negative, fallback=True):
+    chosen = semi_hard(d, positive, negative, fallback)
+    return [(a, p, n) for (a, p), n in chosen.items()]
+
+
+def mean_valid(terms):
+    return terms[0].sum() / max(terms[2].sum(), 1)
+
+
+def mean_active(terms):
+    return terms[0].sum() / max(terms[1].sum(), 1)
+
+
+def triplet_margin(a, p, n, distance, cost, margin, swap=False):
+    """The cost of each explicit triplet."""
+    costs = []
+    for x, y, z in zip(a, p, n):
+        far = min(distance(x, z), distance(y, z)) if swap else distance(x, z)
+        costs.append(cost(distance(x, y), far, margin)[0])
+    return np.array(costs)
