@@ -614,16 +614,13 @@ def _over_positives(add: Callable, sums: Any, positive: Array) -> Any:
     """
     columns = jnp.arange(positive.shape[-1])
 
-    def next_after(column: Array) -> tuple[Array, Array]:
-        left = positive & (columns > column[..., None])
-        return jnp.argmax(left, axis=-1), jnp.any(left, axis=-1)
+    def step(state: tuple[Array, Any]) -> tuple[Array, Any]:
+        left, sums = state
+        column = jnp.argmax(left, axis=-1)
+        sums = add(column, jnp.any(left, axis=-1), sums)
+        return left & (columns != column[..., None]), sums
 
-    def step(state: tuple) -> tuple:
-        column, found, sums = state
-        return *next_after(column), add(column, found, sums)
-
-    start = next_after(jnp.argmax(positive, axis=-1) - 1)
-    return jax.lax.while_loop(lambda state: jnp.any(state[1]), step, (*start, sums))[2]
+    return jax.lax.while_loop(lambda state: jnp.any(state[0]), step, (positive, sums))[1]
 
 
 def _costs_with(

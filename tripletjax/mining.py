@@ -744,12 +744,11 @@ def _columns(matrix: Array) -> Array:
 def _triplets(
     matrix: Array, positive: Array, negative: Array, valid: Array
 ) -> Triplets:
-    """Triplets of a matrix's rows, ``[..., n]`` or ``[..., n, k]`` like `valid`."""
+    """Triplets of a matrix's rows, ``[..., n]`` or ``[..., n, k]`` as `valid` is."""
     anchor = jnp.arange(matrix.shape[-2])
     if valid.ndim == matrix.ndim:
         anchor = anchor[:, None]
-    indices = (anchor, positive, negative)
-    return Triplets(*(jnp.broadcast_to(i, valid.shape) for i in indices), valid)
+    return Triplets(*jnp.broadcast_arrays(anchor, positive, negative, valid))
 
 
 def _masks_alone(
