@@ -237,3 +237,46 @@ def triplet_margin(a, p, n, distance, cost, margin, swap=False):
         far = min(distance(x, z), distance(y, z)) if swap else distance(x, z)
         costs.append(cost(distance(x, y), far, margin)[0])
     return np.array(costs)
+
+
+# Retrieval.
+
+
+def retrieval(x, y, ks, references=None, reference_labels=None):
+    """Means over the queries that have a relevant reference."""
+    itself = references is None
+    references = x if itself else references
+    reference_labels = y if itself else reference_labels
+    rows = []
+    for i, (query, label) in enumerate(zip(x, y)):
+        others = [j for j in range(len(references)) if not (itself and i == j)]
+        others.sort(key=lambda j: (squared_euclidean(query, references[j]), j))  # noqa: B023
+        relevant = [bool(reference_labels[j] == label) for j in others]
+        r = sum(relevant)
+        if not r:
+            continue
+        first = relevant.index(True) + 1
+        precision = [sum(relevant[: k + 1]) / (k + 1) for k in range(len(relevant))]
+        rows.append(
+            {
+                "recall_at_k": np.array([first <= k for k in ks], float),
+                "precision_at_1": float(relevant[0]),
+                "r_precision": sum(relevant[:r]) / r,
+                "map_at_r": sum(p for p, rel in zip(precision[:r], relevant) if rel) / r,
+                "mean_average_precision": sum(
+                    p for p, rel in zip(precision, relevant) if rel
+                )
+                / r,
+                "mean_reciprocal_rank": 1 / first,
+            }
+        )
+    names = (
+        "precision_at_1",
+        "r_precision",
+        "map_at_r",
+        "mean_average_precision",
+        "mean_reciprocal_rank",
+    )
+    means = {name: sum(row[name] for row in rows) / max(len(rows), 1) for name in names}
+    recall = sum((row["recall_at_k"] for row in rows), np.zeros(len(ks)))
+    return means | {"recall_at_k": recall / max(len(rows), 1), "queries": len(rows)}

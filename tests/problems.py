@@ -82,7 +82,7 @@ def mined(miner):
 
 
 def every(distances, labels, **options):
-    size = int(np.prod(np.shape(distances)[-2:])) * np.shape(distances)[-1]
+    size = max(1, int(np.prod(np.shape(distances)[-2:])) * np.shape(distances)[-1])
     return tj.all_triplets(labels, size=size, distances=distances, **options)
 
 

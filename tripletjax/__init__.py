@@ -24,7 +24,7 @@ transformations:
 
 import importlib.metadata
 
-from tripletjax import distances, losses, mining, pairs
+from tripletjax import distances, losses, mining, pairs, retrieval
 from tripletjax.distances import (
     Metric,
     cosine,
@@ -94,6 +94,7 @@ __all__ = [
     "pairs",
     "random_semi_hard_triplets",
     "random_triplets",
+    "retrieval",
     "selectively_contrastive",
     "semi_hard_band",
     "squared_euclidean",

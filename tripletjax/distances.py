@@ -19,6 +19,7 @@ than to the origin (in float32, nearer than about 3e-4 of their norm); `paired` 
 works on the difference and keeps them all.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -138,11 +139,19 @@ def _matrix(x: ArrayLike, y: ArrayLike | None, *, metric: Metric) -> Array:
         raise ValueError(
             f"x and y must have matching batch dimensions, got {x.shape} and {y.shape}."
         ) from None
+    signature = "(n,d),(m,d)->(n,m)"
     if matrix is not None:
-        signature = "(n,d),(m,d)->(n,m)"
         distances = jnp.vectorize(matrix, signature=signature)(x, y)
-        return _zero_diagonal(distances) if same else distances
-    itself = jnp.eye(x.shape[-2], y.shape[-2], dtype=bool) & same
+        diagonal = jnp.eye(*distances.shape[-2:], dtype=bool)
+        return jnp.where(diagonal & same, 0, distances)
+    every_pair = functools.partial(_every_pair, paired, same)
+    return jnp.vectorize(every_pair, signature=signature)(x, y)
+
+
+def _every_pair(
+    paired: Callable[[Array, Array], Array], same: bool, x: Array, y: Array
+) -> Array:
+    """The matrix of any metric, a few rows at a time: O(n m + (n + m) d) memory."""
 
     # A vector is not compared with itself: many a distance has no gradient there.
     @jax.checkpoint
@@ -150,11 +159,13 @@ def _matrix(x: ArrayLike, y: ArrayLike | None, *, metric: Metric) -> Array:
         distance = paired(a, jnp.where(itself, a + 1, b))
         return jnp.where(itself, 0, distance)
 
-    over_y = jax.vmap(compare, in_axes=(0, None, 0))
-    over_x = jax.vmap(over_y, in_axes=(0, 0, None))
-    return jnp.vectorize(
-        lambda x, y: over_x(itself, x, y), signature="(n,d),(m,d)->(n,m)"
-    )(x, y)
+    def row(place_and_a: tuple[Array, Array]) -> Array:
+        place, a = place_and_a
+        itself = (jnp.arange(len(y)) == place) & same
+        return jax.vmap(compare, in_axes=(0, None, 0))(itself, a, y)
+
+    rows = max(1, min(len(x), 2**20 // y.size))
+    return jax.lax.map(row, (jnp.arange(len(x)), x), batch_size=rows)
 
 
 def _vectors(*named: tuple[str, ArrayLike], rank: int) -> list[Array]:
@@ -172,10 +183,6 @@ def _vectors(*named: tuple[str, ArrayLike], rank: int) -> list[Array]:
         arrays.append(array)
     dtype = jnp.result_type(*arrays, jnp.float32)
     return [array.astype(dtype) for array in arrays]
-
-
-def _zero_diagonal(distances: Array) -> Array:
-    return jnp.where(jnp.eye(*distances.shape[-2:], dtype=bool), 0, distances)
 
 
 def _safe_sqrt(x: Array) -> Array:
@@ -241,7 +248,9 @@ def _cosine_matrix(x: Array, y: Array) -> Array:
 
 
 def _manhattan(a: Array, b: Array) -> Array:
-    return jnp.sum(jnp.abs(a - b), axis=-1)
+    difference = a - b
+    # The gradient of jnp.abs at 0 is 1.
+    return jnp.sum(jnp.where(difference == 0, 0, jnp.abs(difference)), axis=-1)
 
 
 euclidean = Metric(_euclidean, matrix=_euclidean_matrix)

@@ -136,7 +136,8 @@ def batch_hard_triplets(
 
 # What `batch_easy_hard_triplets` chooses with: functions of the distances [..., n, m],
 # the mask of candidates [..., n, m] and the distance [..., n] of the anchor's other
-# partner, to the index of the choice and whether there is one.
+# partner, to the index of the choice and whether there is one. Comparisons are such
+# that a NaN is chosen: a loss that has gone wrong must not look well.
 
 Choice = Callable[[Array, Array, Array | None], tuple[Array, Array]]
 
@@ -152,7 +153,7 @@ def semi_hard_positive(
     distances: Array, candidates: Array, other: Array
 ) -> tuple[Array, Array]:
     """The farthest positive that is strictly nearer than the chosen negative."""
-    return _farthest(distances, candidates & (distances < other[..., None]))
+    return _farthest(distances, candidates & ~(distances >= other[..., None]))
 
 
 def hardest_positive(
@@ -173,7 +174,7 @@ def semi_hard_negative(
     distances: Array, candidates: Array, other: Array
 ) -> tuple[Array, Array]:
     """The nearest negative that is strictly farther than the chosen positive."""
-    return _nearest(distances, candidates & (distances > other[..., None]))
+    return _nearest(distances, candidates & ~(distances <= other[..., None]))
 
 
 def hardest_negative(
@@ -348,11 +349,10 @@ def batch_semi_hard_triplets(
     negatives = _SortedNegatives.of(distances, masks.negative)
     beyond = negatives.rank(distances, side="right")
     found = beyond < negatives.count[..., None]
-    index = negatives.at(beyond)
-    if fallback:
-        farthest, has_negative = _farthest(distances, masks.negative)
-        index = jnp.where(found, index, farthest[..., None])
-        found = has_negative[..., None]
+    farthest, has_negative = _farthest(distances, masks.negative)
+    index = jnp.where(found, negatives.at(beyond), farthest[..., None])
+    # A NaN is nearer than nothing; its pair stays, for the loss to show it.
+    found |= has_negative[..., None] & (fallback | jnp.isnan(distances))
     return _triplets(distances, _columns(distances), index, masks.positive & found)
 
 
