@@ -1,0 +1,99 @@
+"""The pictures of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jax.typing import ArrayLike
+from matplotlib.figure import Figure
+
+import tripletjax as tj
+
+RIGHT, WRONG, QUERY = "#2a9d5c", "#d1495b", "#444444"
+
+
+def training(lines: Sequence[dict], path: str | Path) -> None:
+    """Loss, share of active triplets and spread of the embeddings over the steps.
+
+    Args:
+        lines: dictionaries with step, loss, active and spread.
+        path: the PNG file to write.
+    """
+    steps = [line["step"] for line in lines]
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    for axes, name, title in zip(
+        panels,
+        ("loss", "active", "spread"),
+        ("loss", "share of active triplets", "mean distance in the batch"),
+    ):
+        axes.plot(steps, [line[name] for line in lines], color="#30638e", linewidth=1.2)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("step")
+    figure.savefig(path, dpi=120)
+
+
+def neighbors(
+    images: np.ndarray,
+    labels: np.ndarray,
+    embeddings: dict[str, ArrayLike],
+    label_names: Sequence[str],
+    path: str | Path,
+    *,
+    k: int = 8,
+    queries: int = 8,
+) -> None:
+    """Query images with their nearest neighbours, by one embedding beside another.
+
+    The queries are those that the first embedding does worst on, one per class. Every
+    picture is framed by whether it is of the query's class.
+
+    Args:
+        images: uint8 ``[n, height, width, channels]``.
+        labels: integers ``[n]``.
+        embeddings: by name, vectors ``[n, d]``.
+        label_names: what each label stands for.
+        path: the PNG file to write.
+        k: how many neighbours to show.
+        queries: how many queries to show.
+    """
+    places = np.arange(len(images))
+    ranked = {
+        name: np.asarray(
+            tj.retrieval.nearest_neighbors(x, x, k, positions=places)[1]
+        )
+        for name, x in embeddings.items()
+    }
+    right = (labels[next(iter(ranked.values()))] == labels[:, None]).mean(axis=1)
+    hardest = [min(places[labels == c], key=right.__getitem__) for c in np.unique(labels)]
+    chosen = sorted(hardest, key=right.__getitem__)[:queries]
+
+    figure = Figure(
+        figsize=((k + 1) * 0.7 * len(ranked), 0.75 * len(chosen) + 0.7),
+        layout="constrained",
+    )
+    for column, (part, (name, neighbor)) in enumerate(
+        zip(np.atleast_1d(figure.subfigures(1, len(ranked))), ranked.items())
+    ):
+        part.suptitle(f"{name}: query, then its {k} nearest", fontsize=10)
+        grid = part.subplots(len(chosen), k + 1, squeeze=False)
+        for row, query in zip(grid, chosen):
+            for axes, place in zip(row, (query, *neighbor[query])):
+                axes.imshow(_shown(images[place]), cmap="gray_r")
+                axes.set(xticks=[], yticks=[])
+                same = labels[place] == labels[query]
+                color = QUERY if place == query else RIGHT if same else WRONG
+                for spine in axes.spines.values():
+                    spine.set(color=color, linewidth=2.5)
+            if column == 0:
+                row[0].set_ylabel(
+                    label_names[labels[query]], rotation=0, labelpad=12, va="center"
+                )
+    figure.savefig(path, dpi=120)
+
+
+def _shown(image: np.ndarray) -> np.ndarray:
+    return image[..., 0] if image.shape[-1] == 1 else image
