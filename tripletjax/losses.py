@@ -552,7 +552,7 @@ def _batch_all(
         active = jnp.sum(costs > 0, axis=-1, dtype=costs.dtype)
         return sums[0] + jnp.sum(costs, axis=-1), sums[1] + active
 
-    none = jnp.zeros_like(margins)
+    none = jnp.zeros_like(distances[..., 0])
     return _over_positives(add, (none, none), positive)
 
 
@@ -580,7 +580,7 @@ def _batch_all_weights(
         _, pull = jax.vjp(costs, distances, margins)
         return jax.tree.map(jnp.add, weights, pull(jnp.ones_like(distances)))
 
-    none = (jnp.zeros_like(distances), jnp.zeros_like(margins))
+    none = (jnp.zeros_like(distances), jnp.zeros_like(distances[..., 0]))
     return _over_positives(add, none, positive)
 
 
@@ -598,7 +598,7 @@ def _batch_all_weights_jvp(hinge: Hinge, primals: tuple, tangents: tuple) -> tup
             costs = _costs_with(hinge, columns, found, distances, margins, negative)
             return total + jnp.sum(costs), None
 
-        none = jnp.zeros_like(margins.ravel()[0])
+        none = jnp.zeros_like(distances.ravel()[0])
         return jax.lax.scan(add, none, jnp.arange(distances.shape[-1]))[0]
 
     return jax.jvp(

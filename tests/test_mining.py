@@ -1,0 +1,249 @@
+"""Miners by hand, and what random miners draw."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from scipy import stats
+
+import tripletjax as tj
+from tripletjax import mining
+
+LINE = jnp.array([[0.0], [1.0], [3.0], [3.5], [7.0]])
+LABELS = jnp.array([0, 0, 0, 1, 1])
+
+
+def test_batch_hard_by_hand():
+    triplets = tj.batch_hard_triplets(tj.euclidean(LINE), LABELS)
+    np.testing.assert_array_equal(triplets.anchor, [0, 1, 2, 3, 4])
+    np.testing.assert_array_equal(triplets.positive, [2, 2, 0, 4, 3])
+    np.testing.assert_array_equal(triplets.negative, [3, 3, 3, 2, 2])
+    assert triplets.valid.all()
+
+
+def test_semi_hard_by_hand():
+    triplets = tj.batch_semi_hard_triplets(tj.euclidean(LINE), LABELS)
+    # Anchor 2: nothing is between its positives and its negatives; anchor 3 is 3.5 from
+    # its positive and from negative 0, which is not strictly farther: the farthest.
+    np.testing.assert_array_equal(triplets.negative[0, 1:3], [3, 3])
+    np.testing.assert_array_equal(triplets.negative[2, :2], [4, 4])
+    assert triplets.negative[3, 4] == 0
+    strict = tj.batch_semi_hard_triplets(tj.euclidean(LINE), LABELS, fallback=False)
+    assert not strict.valid[3, 4]
+    assert strict.valid[4, 3]
+    assert strict.negative[4, 3] == 2
+
+
+def test_the_lowest_index_wins_ties():
+    d = jnp.ones((6, 6)) - jnp.eye(6)
+    labels = jnp.array([0, 1, 0, 1, 0, 1])
+    hard = tj.batch_hard_triplets(d, labels)
+    np.testing.assert_array_equal(hard.positive, [2, 3, 0, 1, 0, 1])
+    np.testing.assert_array_equal(hard.negative, [1, 0, 1, 0, 1, 0])
+    # No negative is farther: the farthest are tied as well.
+    semi_hard = tj.batch_semi_hard_triplets(d, labels)
+    np.testing.assert_array_equal(semi_hard.negative[0, [2, 4]], [1, 1])
+    # All negatives beyond are tied.
+    d = d.at[0, 2].set(0.5)
+    assert tj.batch_semi_hard_triplets(d, labels).negative[0, 2] == 1
+
+
+def test_five_meanings_of_semi_hard_differ():
+    """One anchor, two positives, four negatives: each meaning picks its own."""
+    row = jnp.array([0.0, 1.0, 2.0, 0.5, 1.2, 1.6, 2.6])
+    labels = jnp.array([0, 0, 0, 1, 1, 1, 1])
+    d, options = row[None], {"reference_labels": labels, "positions": jnp.array([0])}
+    anchor = labels[:1]
+    per_pair = tj.batch_semi_hard_triplets(d, anchor, **options)
+    assert (per_pair.negative[0, 1], per_pair.negative[0, 2]) == (4, 6)
+    within = tj.all_triplets(
+        anchor, size=9, distances=d, band=tj.semi_hard_band(0.5), **options
+    )
+    assert [(int(p), int(n)) for _, p, n, v in zip(*within) if v] == [(1, 4)]
+    easy = tj.batch_easy_hard_triplets(d, anchor, **options)
+    assert (easy.positive[0], easy.negative[0]) == (1, 4)
+    hard = tj.batch_easy_hard_triplets(
+        d, anchor, positive=mining.hardest_positive, fallback=True, **options
+    )
+    assert (hard.positive[0], hard.negative[0]) == (2, 6)
+    drawn = tj.random_semi_hard_triplets(
+        jax.random.key(0), d, anchor, margin=0.7, **options
+    )
+    assert drawn.negative[0, 1] in (4, 5)
+    assert drawn.negative[0, 2] == 6
+
+
+def test_a_choice_of_ones_own():
+    def second_nearest(distances, candidates, other):
+        ordered = jnp.argsort(jnp.where(candidates, distances, jnp.inf), axis=-1)
+        return ordered[..., 1], candidates.sum(-1) > 1
+
+    triplets = tj.batch_easy_hard_triplets(
+        tj.euclidean(LINE), LABELS, negative=second_nearest
+    )
+    np.testing.assert_array_equal(triplets.negative, [4, 4, 4, 1, 1])
+
+
+def test_counts_beyond_the_integers_stop_there():
+    labels = jnp.arange(3000) % 2
+    triplets = tj.all_triplets(labels, size=10)
+    # 3000 x 1499 x 1500 triplets.
+    assert triplets.count == 2**31 - 1
+    assert triplets.valid.all()
+
+
+def test_counted_triplets_are_triplets():
+    triplets = tj.all_triplets([0, 0, 1], size=5)
+    anchor, positive, negative, valid = triplets
+    assert isinstance(triplets, tj.Triplets)
+    assert valid.sum() == triplets.count == 2
+    doubled = jax.tree.map(lambda x: 2 * x, triplets)
+    assert doubled.count == 4
+    assert "count=" in repr(triplets)
+    batched = jax.vmap(lambda y: tj.all_triplets(y, size=5))(jnp.array([[0, 0, 1]] * 2))
+    assert batched.count.shape == (2,)
+
+
+def test_no_cubic_memory():
+    """The mask of all triplets would be 512 MiB."""
+    n = 512
+    d = jax.ShapeDtypeStruct((n, n), jnp.float32)
+    labels = jax.ShapeDtypeStruct((n,), jnp.int32)
+    functions = (
+        lambda d, y: tj.all_triplets(y, size=n, distances=d, band=tj.hard_band()),
+        tj.batch_semi_hard_triplets,
+        jax.grad(tj.batch_all_loss),
+        jax.grad(tj.batch_semi_hard_loss),
+        lambda d, y: tj.random_semi_hard_triplets(jax.random.key(0), d, y),
+        lambda d, y: tj.distance_weighted_triplets(jax.random.key(0), d, y, dim=8),
+    )
+    for function in functions:
+        memory = jax.jit(function).lower(d, labels).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 24 * n * n * 4
+
+
+def counts(draw, anchor, column, draws=2000):
+    """How often each negative is drawn for one entry."""
+    keys = jax.random.split(jax.random.key(1), draws)
+    drawn = jax.vmap(lambda key: draw(key).negative[anchor, column])(keys)
+    return np.bincount(drawn, minlength=16)
+
+
+def agrees(observed, probabilities):
+    """A chi-squared test at one in ten thousand."""
+    drawn = probabilities > 0
+    assert observed[~drawn].sum() == 0
+    if drawn.sum() == 1:
+        return True
+    expected = probabilities[drawn] * observed.sum()
+    return stats.chisquare(observed[drawn], expected).pvalue > 1e-4
+
+
+def sphere(dim, n=16):
+    x = np.random.default_rng(0).normal(size=(n, dim))
+    x[1] = x[0] + 0.3 * x[1]
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 4, 16, 512])
+def test_distance_weighted_draws_by_weight(dim):
+    x, labels = sphere(dim), np.repeat(np.arange(8), 2)
+    d = tj.euclidean(x)
+    observed = counts(
+        lambda key: tj.distance_weighted_triplets(key, d, labels, dim=dim), 2, 3
+    )
+    _, negative = oracles.pair_masks(labels)
+    weights = oracles.distance_weights(np.float64(d), negative, 2, dim, 0.5, 1.4)
+    probabilities = np.array([weights.get(n, 0) for n in range(16)])
+    assert agrees(observed, probabilities)
+
+
+def test_distance_weighted_is_stable_in_many_dimensions():
+    """The weights span far more than float32 does; all cut off are uniform."""
+    x, labels = sphere(4096), np.repeat(np.arange(8), 2)
+    d = tj.euclidean(x)
+    for furthest in (1.4, 0.1):
+        triplets = tj.distance_weighted_triplets(
+            jax.random.key(0), d, labels, dim=4096, furthest=furthest
+        )
+        assert triplets.valid.sum() == 16
+    observed = counts(
+        lambda key: tj.distance_weighted_triplets(
+            key, d, labels, dim=4096, furthest=0.1
+        ),
+        2,
+        3,
+    )
+    _, negative = oracles.pair_masks(labels)
+    assert agrees(observed, negative[2] / 14)
+
+
+def test_random_miners_are_uniform():
+    labels = np.repeat(np.arange(4), 4)
+    positive, negative = oracles.pair_masks(labels)
+    observed = counts(lambda key: tj.random_triplets(key, labels, per_anchor=2), 5, 1)
+    assert agrees(observed, negative[5] / negative[5].sum())
+    d = jnp.tile(jnp.arange(16) / 100, (16, 1))
+    observed = counts(
+        lambda key: tj.random_semi_hard_triplets(key, d, labels, margin=0.055), 0, 3
+    )
+    assert agrees(observed, np.isin(np.arange(16), range(4, 9)) / 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: tj.all_triplets([0, 1], size=0), ValueError, "size"),
+        (lambda: tj.all_triplets([0, 1], size=2.0), ValueError, "size"),
+        (
+            lambda: tj.all_triplets([0, 1], size=2, band=tj.hard_band()),
+            ValueError,
+            "band needs distances",
+        ),
+        (
+            lambda: tj.all_triplets(
+                [0, 1], size=2, distances=np.eye(2), band=(0.0, 1.0)
+            ),
+            TypeError,
+            "band must be a Band",
+        ),
+        (
+            lambda: tj.random_triplets(jax.random.key(0), [0, 1], per_anchor=0),
+            ValueError,
+            "per_anchor",
+        ),
+        (
+            lambda: tj.distance_weighted_triplets(
+                jax.random.key(0), np.eye(2), [0, 1], dim=1
+            ),
+            ValueError,
+            "dim",
+        ),
+        (
+            lambda: tj.distance_weighted_triplets(
+                jax.random.key(0), np.eye(2), [0, 1], dim=3, cutoff=-1
+            ),
+            ValueError,
+            "cutoff",
+        ),
+        (
+            lambda: tj.batch_easy_hard_triplets(np.eye(2), [0, 1], positive="easy"),
+            TypeError,
+            "positive must be callable",
+        ),
+        (
+            lambda: tj.batch_easy_hard_triplets(
+                np.eye(2),
+                [0, 1],
+                positive=mining.every_one,
+                negative=mining.every_one,
+            ),
+            ValueError,
+            "all_triplets",
+        ),
+    ],
+)
+def test_bad_options_are_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
