@@ -1,7 +1,7 @@
 """Trains an embedding of images with a triplet loss, and shows what it is worth.
 
-    python examples/train.py
-    python examples/train.py --mining semi-hard --seed 1 --out runs/semi-hard
+python examples/train.py
+python examples/train.py --mining semi-hard --seed 1 --out runs/semi-hard
 """
 
 import argparse
@@ -43,7 +43,9 @@ def main() -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
 
-    print(f"\n{'test images, in %':<20}{'MAP@R':>8}{'R-prec.':>9}{'recall@1':>10}", end="")
+    print(
+        f"\n{'test images, in %':<20}{'MAP@R':>8}{'R-prec.':>9}{'recall@1':>10}", end=""
+    )
     print(f"{'nearest training image':>24}")
     for name, metrics in evaluations.items():
         print(f"{name:<20}", end="")

@@ -250,7 +250,7 @@ def retrieval(x, y, ks, references=None, reference_labels=None):
     rows = []
     for i, (query, label) in enumerate(zip(x, y)):
         others = [j for j in range(len(references)) if not (itself and i == j)]
-        others.sort(key=lambda j: (squared_euclidean(query, references[j]), j))  # noqa: B023
+        others.sort(key=lambda j: (squared_euclidean(query, references[j]), j))
         relevant = [bool(reference_labels[j] == label) for j in others]
         r = sum(relevant)
         if not r:
@@ -262,7 +262,8 @@ def retrieval(x, y, ks, references=None, reference_labels=None):
                 "recall_at_k": np.array([first <= k for k in ks], float),
                 "precision_at_1": float(relevant[0]),
                 "r_precision": sum(relevant[:r]) / r,
-                "map_at_r": sum(p for p, rel in zip(precision[:r], relevant) if rel) / r,
+                "map_at_r": sum(p for p, rel in zip(precision[:r], relevant) if rel)
+                / r,
                 "mean_average_precision": sum(
                     p for p, rel in zip(precision, relevant) if rel
                 )

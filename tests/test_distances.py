@@ -61,7 +61,10 @@ def test_diagonal_is_exactly_zero_and_flat(name):
 def test_zero_distance_has_zero_gradient(name):
     metric = METRICS[name][0]
     x = jnp.asarray(vectors(1, 3))
-    for function in (lambda a, b: metric(a, b)[0, 0], lambda a, b: metric.paired(a, b)[0]):
+    for function in (
+        lambda a, b: metric(a, b)[0, 0],
+        lambda a, b: metric.paired(a, b)[0],
+    ):
         for gradient in jax.grad(function, argnums=(0, 1))(x, x):
             np.testing.assert_allclose(gradient, 0, atol=1e-6)
     twice = jnp.concatenate([x, x])
@@ -100,7 +103,7 @@ def test_double_precision_stays(name):
 
 
 def test_pairs_keep_their_digits():
-    """Unit vectors 1e-4 apart: the product form has nothing left, the difference has."""
+    """Unit vectors 1e-4 apart: of the product form nothing is left."""
     a = vectors(64)
     a /= np.linalg.norm(a)
     step = vectors(64, seed=1)

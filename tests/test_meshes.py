@@ -25,9 +25,7 @@ def mesh(kind, shape=(8,), names=("data",)):
 
 
 def value_and_gradient(loss, x, labels):
-    return jax.value_and_grad(
-        lambda x: loss(tj.euclidean(x), labels, margin=0.3)
-    )(x)
+    return jax.value_and_grad(lambda x: loss(tj.euclidean(x), labels, margin=0.3))(x)
 
 
 @pytest.mark.parametrize("inside_jit", [False, True])

@@ -101,5 +101,5 @@ def test_masks_that_do_not_fit_are_named():
         tj.batch_hard_loss(d, masks)
     with pytest.raises(ValueError, match="reference_labels and positions"):
         tj.batch_hard_loss(np.ones((4, 4)), masks, positions=[0, 1, 2, 3])
-    with pytest.raises(TypeError, match="labels.negative must be boolean"):
+    with pytest.raises(TypeError, match=r"labels\.negative must be boolean"):
         tj.batch_hard_loss(d, tj.PairMasks(np.ones((3, 3), bool), np.ones((3, 3))))

@@ -620,7 +620,9 @@ def _over_positives(add: Callable, sums: Any, positive: Array) -> Any:
         sums = add(column, jnp.any(left, axis=-1), sums)
         return left & (columns != column[..., None]), sums
 
-    return jax.lax.while_loop(lambda state: jnp.any(state[0]), step, (positive, sums))[1]
+    return jax.lax.while_loop(lambda state: jnp.any(state[0]), step, (positive, sums))[
+        1
+    ]
 
 
 def _costs_with(

@@ -169,7 +169,10 @@ def evaluate(
         references, reference_labels = embeddings, labels
         if positions is None:
             positions = jnp.arange(len(embeddings))
-    references, reference_labels = jnp.asarray(references), jnp.asarray(reference_labels)
+    references, reference_labels = (
+        jnp.asarray(references),
+        jnp.asarray(reference_labels),
+    )
     _check_vectors(embeddings=embeddings, references=references)
     for name, rows, array in (
         ("labels", labels, embeddings),

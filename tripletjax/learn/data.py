@@ -4,7 +4,9 @@ Datasets are kept as array_record files, which need no TensorFlow, in the usual 
 tensorflow-datasets (``~/tensorflow_datasets``, or ``TFDS_DATA_DIR``).
 """
 
+import contextlib
 import dataclasses
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,7 +64,9 @@ def load(name: str, *, data_dir: str | Path | None = None) -> Dataset:
         raise ValueError(f"there is no dataset {name!r}; there is: digits.")
     builder = Digits(data_dir=data_dir, file_format="array_record")
     tfds.disable_progress_bar()
-    builder.download_and_prepare()
+    # It announces a download, on standard output, also where there is none.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare()
     return Dataset(
         name=name,
         train=_read(builder, "train"),

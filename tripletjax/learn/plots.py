@@ -62,13 +62,13 @@ def neighbors(
     """
     places = np.arange(len(images))
     ranked = {
-        name: np.asarray(
-            tj.retrieval.nearest_neighbors(x, x, k, positions=places)[1]
-        )
+        name: np.asarray(tj.retrieval.nearest_neighbors(x, x, k, positions=places)[1])
         for name, x in embeddings.items()
     }
     right = (labels[next(iter(ranked.values()))] == labels[:, None]).mean(axis=1)
-    hardest = [min(places[labels == c], key=right.__getitem__) for c in np.unique(labels)]
+    hardest = [
+        min(places[labels == c], key=right.__getitem__) for c in np.unique(labels)
+    ]
     chosen = sorted(hardest, key=right.__getitem__)[:queries]
 
     figure = Figure(

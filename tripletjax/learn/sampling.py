@@ -35,7 +35,7 @@ class ClassBatches:
     >>> labels = np.arange(100) % 10
     >>> batches = ClassBatches(labels, classes=3, per_class=4, seed=0)
     >>> print(labels[batches[7]])
-    [8 8 8 8 5 5 5 5 6 6 6 6]
+    [6 6 6 6 8 8 8 8 1 1 1 1]
     """
 
     labels: np.ndarray

@@ -87,6 +87,8 @@ class Config:
             if getattr(self, name) < 1:
                 value = getattr(self, name)
                 raise ValueError(f"{name} must be at least 1, got {value!r}.")
+        if not 0 <= self.margin < float("inf"):
+            raise ValueError(f"margin must be finite and >= 0, got {self.margin!r}.")
         if not 0 <= self.warm_start <= 1:
             raise ValueError(f"warm_start must be 0 to 1, got {self.warm_start!r}.")
 
@@ -147,7 +149,10 @@ def run(config: Config, out: str | Path, *, progress: bool = True) -> dict[str, 
     plots.neighbors(
         dataset.test.images,
         dataset.test.labels,
-        {"raw pixels": _flat(dataset.test.images), "trained": embed(dataset.test.images)},
+        {
+            "raw pixels": _flat(dataset.test.images),
+            "trained": embed(dataset.test.images),
+        },
         dataset.label_names,
         out / "neighbors.png",
     )

@@ -1,0 +1,48 @@
+"""What the default training is worth on handwritten digits, over several seeds.
+
+    python benchmarks/digits.py
+    python benchmarks/digits.py --mining semi-hard --seeds 5
+
+Trains on the first 898 images and evaluates on the last 899. All choices are the
+defaults of `tripletjax.learn.training.Config`; every seed is reported.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tripletjax.learn import training
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--mining", choices=training.MINING, default="all")
+    arguments = parser.parse_args()
+    names = ("map_at_r", "r_precision", "recall_at_1", "nearest_in_train", "seconds")
+    print("".join(f"{name:>18}" for name in ("", *names)))
+    rows = []
+    for seed in range(arguments.seeds):
+        config = training.Config(seed=seed, mining=arguments.mining)
+        with tempfile.TemporaryDirectory() as directory:
+            start = time.perf_counter()
+            metrics = training.run(config, Path(directory) / "run", progress=False)
+            seconds = time.perf_counter() - start
+        if seed == 0:
+            show("raw pixels", list(metrics["raw pixels"].values()))
+        rows.append([*metrics["trained"].values(), seconds])
+        show(f"seed {seed}", rows[-1])
+    show("mean", np.mean(rows, axis=0))
+    if len(rows) > 1:
+        show("standard deviation", np.std(rows, axis=0, ddof=1))
+
+
+def show(name: str, values) -> None:
+    print(f"{name:<18}" + "".join(f"{value:18.2f}" for value in values), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Explicit triplets, reductions and costs, by hand and against the oracles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+from problems import HINGES
+
+import tripletjax as tj
+
+METRICS = ("euclidean", "squared_euclidean", "cosine", "manhattan")
+
+
+def vectors(seed, shape=(5, 4)):
+    random = np.random.default_rng(seed)
+    return [random.normal(size=shape).astype(np.float32) for _ in range(3)]
+
+
+@pytest.mark.parametrize("hinge", ["hinge", "soft margin"])
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("metric", METRICS)
+@settings(max_examples=10)
+@given(seed=st.integers(0, 2**32 - 1), margin=st.floats(0, 2))
+def test_explicit_triplets(metric, swap, hinge, seed, margin):
+    ours, cost = HINGES[hinge]
+    a, p, n = vectors(seed)
+    distance = getattr(oracles, metric)
+    expected = oracles.triplet_margin(a, p, n, distance, cost, margin, swap)
+    options = {
+        "margin": margin,
+        "metric": getattr(tj, metric),
+        "swap": swap,
+        "hinge": ours,
+    }
+    terms = tj.triplet_margin_loss(a, p, n, reduce_fn=None, **options)
+    np.testing.assert_allclose(terms.total, expected, rtol=1e-4, atol=1e-5)
+    mean = tj.triplet_margin_loss(a, p, n, **options)
+    np.testing.assert_allclose(mean, expected.mean(), rtol=1e-4, atol=1e-5)
+    where = np.array([True, False, True, True, False])
+    mean = tj.triplet_margin_loss(a, p, n, where=where, **options)
+    np.testing.assert_allclose(mean, expected[where].mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_defaults_are_those_of_the_original():
+    """Euclidean distance, margin 0.1, the mean."""
+    a, p, n = vectors(0)
+    by_hand = np.maximum(
+        np.linalg.norm(a - p, axis=1) - np.linalg.norm(a - n, axis=1) + 0.1, 0
+    )
+    np.testing.assert_allclose(tj.triplet_margin_loss(a, p, n), by_hand.mean(), 1e-5)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("metric", METRICS)
+def test_gradients_are_those_of_finite_differences(metric, swap):
+    with jax.enable_x64(True):
+        triplets = [jnp.float64(x) for x in vectors(3)]
+        options = {"metric": getattr(tj, metric), "swap": swap, "margin": 0.5}
+        for hinge in (jax.nn.relu, jax.nn.softplus):
+            check_grads(
+                lambda a, p, n, h=hinge: tj.triplet_margin_loss(
+                    a, p, n, hinge=h, **options
+                ),
+                triplets,
+                order=2,
+                modes=("fwd", "rev"),
+                eps=1e-6,
+                atol=1e-4,
+                rtol=1e-4,
+            )
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_coinciding_vectors_have_finite_gradients(metric):
+    x = jnp.ones((2, 3))
+    metric = getattr(tj, metric)
+    for triplet in ((x, x, x), (x, x, -x), (x, -x, x), (0 * x, 0 * x, x)):
+        gradients = jax.grad(
+            lambda *t: tj.triplet_margin_loss(*t, metric=metric), argnums=(0, 1, 2)
+        )(*triplet)
+        assert all(jnp.isfinite(g).all() for g in gradients)
+
+
+def test_near_duplicates_keep_value_and_gradient():
+    """Anchor and positive 1e-4 apart: what is left of a matrix product is noise."""
+    a = vectors(0, (1, 128))[0]
+    a /= np.linalg.norm(a)
+    p = a.copy()
+    p[0, 0] += np.float32(1e-4)
+    loss = lambda p: tj.triplet_margin_loss(a, p, a, margin=1.0)  # noqa: E731
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(p))
+    exact = 1 + abs(float(p[0, 0]) - float(a[0, 0]))
+    np.testing.assert_allclose(value, exact, rtol=1e-7)
+    np.testing.assert_allclose(jnp.linalg.norm(gradient), 1, rtol=1e-6)
+
+
+def test_shapes():
+    a, p, n = vectors(0, (2, 3, 5, 4))
+    assert tj.triplet_margin_loss(a, p, n).shape == (2, 3)
+    one = tj.triplet_margin_loss(a[0, 0, 0], p[0, 0, 0], n[0, 0, 0], margin=5.0)
+    assert one.shape == ()
+    swept = jax.vmap(lambda *t: tj.triplet_margin_loss(*t, margin=5.0))
+    np.testing.assert_allclose(swept(a[0, 0], p[0, 0], n[0, 0])[0], one, rtol=1e-6)
+    margins = jnp.linspace(0, 1, 7)
+    swept = jax.vmap(
+        lambda m: tj.triplet_margin_loss(a[0, 0], p[0, 0], n[0, 0], margin=m)
+    )
+    assert swept(margins).shape == (7,)
+    assert (jnp.diff(swept(margins)) >= 0).all()
+
+
+def test_masked_triplets_may_hold_anything():
+    a, p, n = (jnp.asarray(x) for x in vectors(0))
+    where = jnp.arange(5) != 2
+    loss = lambda a: tj.triplet_margin_loss(a, p, n, where=where)  # noqa: E731
+    value, gradient = jax.value_and_grad(loss)(a)
+    got, got_gradient = jax.value_and_grad(loss)(a.at[2].set(1e30))
+    assert got == value
+    np.testing.assert_array_equal(got_gradient, gradient)
+    none = tj.triplet_margin_loss(a, p, n, where=jnp.zeros(5, bool))
+    assert none == 0
+
+
+def test_reductions():
+    terms = tj.TripletTerms(*jnp.array([[3.0, 1.0], [2.0, 0.0], [8.0, 0.0]]))
+    assert tj.mean_active(terms) == 2
+    assert tj.mean_valid(terms) == 0.5
+    nothing = tj.TripletTerms(*jnp.zeros((3, 2)))
+    for reduce_fn in (tj.mean_active, tj.mean_valid):
+        value, gradient = jax.value_and_grad(reduce_fn)(nothing)
+        assert value == 0
+        assert jnp.isfinite(gradient.total).all()
+    d, labels = tj.euclidean(vectors(0)[0]), [0, 0, 1, 1, 1]
+    total = tj.batch_all_loss(d, labels, reduce_fn=lambda terms: terms.total.sum())
+    parts = tj.batch_all_loss(d, labels, reduce_fn=None)
+    np.testing.assert_allclose(total, parts.total.sum(), rtol=1e-6)
+
+
+def test_counts_do_not_wrap():
+    """4,096 items of 8 classes make 7.5e9 triplets, more than an int32 holds."""
+    d, labels = tj.euclidean(vectors(0)[0]), [0, 0, 1, 1, 1]
+    terms = tj.batch_all_loss(d, labels, reduce_fn=None)
+    assert all(jnp.issubdtype(term.dtype, jnp.floating) for term in terms)
+    terms = tj.TripletTerms(*(jnp.full(4096, 511.0 * 3584.0),) * 3)
+    np.testing.assert_allclose(tj.mean_valid(terms), 1)
+
+
+def test_triplets_that_are_not_there_give_nan():
+    """JAX clips indices out of range; a wrong loss would go unnoticed."""
+    d = jnp.ones((3, 3))
+    wrong = tj.Triplets(
+        *(jnp.array([0]), jnp.array([1]), jnp.array([9])), jnp.array([True])
+    )
+    assert jnp.isnan(tj.triplet_loss(d, wrong))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            {"positives": np.ones((1, 4))},
+            ValueError,
+            r"\(5, 4\), \(1, 4\) and \(5, 4\)",
+        ),
+        ({"where": [True]}, ValueError, "where must have one entry"),
+        ({"where": [1.0] * 5}, TypeError, "where must be boolean"),
+        ({"margin": -1}, ValueError, "margin"),
+        ({"metric": "euclidean"}, TypeError, "metric must be callable"),
+        ({"hinge": None}, TypeError, "hinge must be callable"),
+        ({"anchors": np.ones((5, 4), complex)}, TypeError, "real"),
+    ],
+)
+def test_bad_explicit_triplets_are_named(change, error, words):
+    names = ("anchors", "positives", "negatives")
+    arguments = dict.fromkeys(names, np.ones((5, 4))) | change
+    triplet = [arguments.pop(name) for name in names]
+    with pytest.raises(error, match=words):
+        tj.triplet_margin_loss(*triplet, **arguments)
+
+
+def test_bad_mined_triplets_are_named():
+    d, i = np.ones((2, 3, 3)), np.zeros(3, int)
+    with pytest.raises(TypeError, match="triplets must be Triplets"):
+        tj.triplet_loss(d[0], (i, i, i))
+    with pytest.raises(ValueError, match="batch dimensions"):
+        tj.triplet_loss(d, tj.Triplets(i, i, i, i == 0))
+    with pytest.raises(ValueError, match="one shape"):
+        tj.triplet_loss(d[0], tj.Triplets(i, i, i[:2], i == 0))
+    with pytest.raises(TypeError, match="valid must be boolean"):
+        tj.triplet_loss(d[0], tj.Triplets(i, i, i, i))
+
+
+def test_selectively_contrastive_options():
+    assert tj.selectively_contrastive() is tj.selectively_contrastive()
+    for option in ("hard_weight", "temperature"):
+        for value in (0.0, -1.0, float("inf")):
+            with pytest.raises(ValueError, match=option):
+                tj.selectively_contrastive(**{option: value})
+
+
+def test_selectively_contrastive_only_pushes_hard_negatives():
+    d = jnp.array([[0.0, 0.5, 0.2], [0.5, 0.0, 0.9], [0.2, 0.9, 0.0]])
+    gradient = jax.grad(
+        lambda d: tj.batch_hard_loss(
+            d,
+            jnp.array([0, 0, 1]),
+            hinge=tj.selectively_contrastive(hard_weight=2.0),
+            reduce_fn=lambda terms: terms.total.sum(),
+        )
+    )(d)
+    np.testing.assert_allclose(gradient[0], [0, 0, -2])
