@@ -24,7 +24,7 @@ def test_metrics_are_their_definitions(seed, gallery):
             "references": random.integers(0, 3, (7, 2)),
             "reference_labels": random.integers(0, 4, 7),
         }
-    got = retrieval.evaluate(x, y, ks=(1, 3, 20), **options)
+    got = retrieval.evaluate(x, y, ks=[1, 3, 20], **options)
     expected = oracles.retrieval(x, y, (1, 3, 20), **options)
     np.testing.assert_allclose(got.recall_at_k, expected.pop("recall_at_k"), rtol=1e-6)
     for name, value in expected.items():

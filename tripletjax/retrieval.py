@@ -110,7 +110,6 @@ def _nearest_neighbors(
     return metric.paired(partners, references[indices]), indices
 
 
-@public(callables=("metric",), static=("ks",))
 def evaluate(
     embeddings: ArrayLike,
     labels: ArrayLike,
@@ -132,7 +131,7 @@ def evaluate(
     Args:
         embeddings: queries ``[n, d]``.
         labels: integers ``[n]``.
-        ks: at which ranks to report recall, a tuple.
+        ks: at which ranks to report recall.
         references: vectors ``[m, d]`` to rank. If not given, all other queries.
         reference_labels: integers ``[m]``, with `references`.
         positions: integers ``[n]``, the place of each query among the references, or
@@ -158,6 +157,28 @@ def evaluate(
     >>> print(metrics.recall_at_k, metrics.map_at_r)
     [0.5 1. ] 0.5
     """
+    return _evaluate(
+        embeddings,
+        labels,
+        ks=tuple(ks),
+        references=references,
+        reference_labels=reference_labels,
+        positions=positions,
+        metric=metric,
+    )
+
+
+@public(callables=("metric",), static=("ks",))
+def _evaluate(
+    embeddings: ArrayLike,
+    labels: ArrayLike,
+    *,
+    ks: tuple[int, ...],
+    references: ArrayLike | None,
+    reference_labels: ArrayLike | None,
+    positions: ArrayLike | None,
+    metric: Metric,
+) -> RetrievalMetrics:
     embeddings = jnp.asarray(embeddings)
     if (references is None) != (reference_labels is None):
         raise ValueError("references and reference_labels go together: give both.")
