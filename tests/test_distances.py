@@ -139,6 +139,18 @@ def test_zero_vectors_have_no_direction():
     assert jnp.isfinite(jax.grad(lambda x: tj.cosine(x).sum())(x)).all()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
+def test_directions_of_tiny_and_of_huge_vectors(scale):
+    x = jnp.asarray(vectors(6, 4))
+    np.testing.assert_allclose(tj.cosine(x * scale), tj.cosine(x), atol=1e-6)
+    paired = tj.cosine.paired(x[:3] * scale, x[3:] * scale)
+    np.testing.assert_allclose(paired, tj.cosine.paired(x[:3], x[3:]), rtol=1e-5)
+    gradient = jax.grad(lambda x: tj.cosine(x)[0].sum())
+    np.testing.assert_allclose(
+        gradient(x * scale) * scale, gradient(x), rtol=1e-4, atol=1e-6
+    )
+
+
 def test_a_nan_stays_a_nan():
     x = jnp.array([[0.0, 1.0], [jnp.nan, 0.0], [1.0, 2.0]])
     for metric, _ in METRICS.values():
@@ -192,6 +204,8 @@ def test_bad_vectors_are_named(arguments, error, words):
 def test_bad_pairs_and_functions_are_named():
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(1, 3\)"):
         tj.euclidean.paired(np.ones((2, 3)), np.ones((1, 3)))
+    with pytest.raises(ValueError, match="paired must return a scalar"):
+        tj.Metric(paired=jnp.subtract)(np.ones((2, 3)))
     with pytest.raises(TypeError, match="paired must be callable"):
         tj.Metric(paired="euclidean")
     with pytest.raises(TypeError, match="matrix must be callable"):

@@ -169,8 +169,16 @@ def test_triplets_that_are_not_there_give_nan():
         ({"where": [True]}, ValueError, "where must have one entry"),
         ({"where": [1.0] * 5}, TypeError, "where must be boolean"),
         ({"margin": -1}, ValueError, "margin"),
+        ({"margin": None}, TypeError, "margin must be given"),
+        ({"swap": "no"}, TypeError, "swap must be a bool"),
+        ({"hinge": jnp.sum}, ValueError, r"hinge must be elementwise.*\(5,\)"),
+        (
+            {"hinge": tj.TripletCost(lambda ap, an, margin: margin)},
+            ValueError,
+            "hinge must be elementwise",
+        ),
         ({"metric": "euclidean"}, TypeError, "metric must be callable"),
-        ({"hinge": None}, TypeError, "hinge must be callable"),
+        ({"hinge": "relu"}, TypeError, "hinge must be callable"),
         ({"anchors": np.ones((5, 4), complex)}, TypeError, "real"),
     ],
 )
@@ -190,7 +198,9 @@ def test_bad_mined_triplets_are_named():
         tj.triplet_loss(d, tj.Triplets(i, i, i, i == 0))
     with pytest.raises(ValueError, match="one shape"):
         tj.triplet_loss(d[0], tj.Triplets(i, i, i[:2], i == 0))
-    with pytest.raises(TypeError, match="valid must be boolean"):
+    with pytest.raises(TypeError, match=r"triplets\.anchor must be integers"):
+        tj.triplet_loss(d[0], tj.Triplets(i + 0.0, i, i, i == 0))
+    with pytest.raises(TypeError, match=r"triplets\.valid must be boolean"):
         tj.triplet_loss(d[0], tj.Triplets(i, i, i, i))
 
 

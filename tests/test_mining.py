@@ -195,7 +195,18 @@ def test_random_miners_are_uniform():
     ("call", "error", "words"),
     [
         (lambda: tj.all_triplets([0, 1], size=0), ValueError, "size"),
-        (lambda: tj.all_triplets([0, 1], size=2.0), ValueError, "size"),
+        (lambda: tj.all_triplets([0, 1], size=2.0), TypeError, "size must be an int"),
+        (lambda: tj.all_triplets([0, 1], size=True), TypeError, "size must be an int"),
+        (
+            lambda: tj.batch_semi_hard_triplets(np.eye(2), [0, 1], fallback="no"),
+            TypeError,
+            "fallback must be a bool",
+        ),
+        (
+            lambda: tj.batch_hard_triplets(None, [0, 1]),
+            TypeError,
+            "distances must be given",
+        ),
         (
             lambda: tj.all_triplets([0, 1], size=2, band=tj.hard_band()),
             ValueError,
@@ -247,3 +258,7 @@ def test_random_miners_are_uniform():
 def test_bad_options_are_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_sizes_may_be_numpy_integers():
+    assert tj.all_triplets([0, 0, 1], size=np.int64(3)).valid.shape == (3,)

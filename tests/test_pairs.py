@@ -68,9 +68,17 @@ def test_large_labels():
     np.testing.assert_array_equal(tj.pair_masks(labels).positive.sum(1), [1, 0, 1])
 
 
+def test_signed_and_unsigned_labels_differ_by_value():
+    """All bits set is -1 in one and 2**32 - 1 in the other."""
+    unsigned = np.array([2**32 - 1, 5], np.uint32)
+    masks = tj.pair_masks(unsigned, np.array([-1, 5], np.int32))
+    np.testing.assert_array_equal(masks.positive, [[False, False], [False, True]])
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "words"),
     [
+        ((None,), {}, TypeError, "labels must be given"),
         (([],), {}, (ValueError, TypeError), "labels"),
         (([0.5, 1.0],), {}, TypeError, "labels must be integers.*match"),
         (([True, False],), {}, TypeError, "labels must be integers"),

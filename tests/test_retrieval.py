@@ -53,9 +53,13 @@ def test_nothing_relevant():
     assert all(jnp.all(value == 0) for value in metrics)
 
 
-@pytest.mark.parametrize("k", [0, 6, 5, 1.0, True])
-def test_bad_k(k):
-    with pytest.raises(ValueError, match="k must be an integer from 1 to 4"):
+@pytest.mark.parametrize(
+    ("k", "error", "words"),
+    [(k, ValueError, "k must be from 1 to 4.*query itself") for k in (0, 5, 6)]
+    + [(k, TypeError, "k must be an integer") for k in (1.0, True)],
+)
+def test_bad_k(k, error, words):
+    with pytest.raises(error, match=words):
         retrieval.nearest_neighbors(np.eye(5), np.eye(5), k, positions=np.arange(5))
 
 
@@ -67,6 +71,8 @@ def test_bad_k(k):
         ({"labels": [0.0, 1, 1]}, TypeError, "labels must be integers"),
         ({"references": np.eye(3)}, ValueError, "go together"),
         ({"ks": (0,)}, ValueError, "ks must be positive"),
+        ({"ks": (1.5,)}, TypeError, "ks must be an integer"),
+        ({"ks": 3}, TypeError, "ks must be a sequence"),
         ({"positions": [0, 1]}, ValueError, "positions"),
         ({"positions": [0.0, 1, 2]}, TypeError, "positions must be integers"),
         ({"metric": "euclidean"}, TypeError, "metric must be callable"),

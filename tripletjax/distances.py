@@ -38,6 +38,9 @@ class Metric:
     `metric.paired(a, b)` compares row by row. Leading dimensions are batch dimensions;
     float16 and bfloat16 vectors are computed and returned in float32.
 
+    Every vector must be finite, padding too (a NaN in one row of a matrix product
+    reaches the gradients of all rows), and so must be its squared norm.
+
     Metrics made from the same functions are equal and hash alike, so that they can be
     static arguments of jitted code.
 
@@ -105,6 +108,15 @@ class Metric:
         """
         return _paired(a, b, metric=self)
 
+    def _compare(self, a: Array, b: Array) -> Array:
+        distance = self._functions[0](a, b)
+        if jnp.shape(distance) != ():
+            raise ValueError(
+                f"paired must return a scalar for two vectors of shape {a.shape}, got "
+                f"shape {jnp.shape(distance)}."
+            )
+        return distance
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Metric) and self._functions == other._functions
 
@@ -121,12 +133,12 @@ def _paired(a: ArrayLike, b: ArrayLike, *, metric: Metric) -> Array:
     a, b = _vectors(("a", a), ("b", b), rank=1)
     if a.shape != b.shape:
         raise ValueError(f"a and b must have one shape, got {a.shape} and {b.shape}.")
-    return jnp.vectorize(metric._functions[0], signature="(d),(d)->()")(a, b)
+    return jnp.vectorize(metric._compare, signature="(d),(d)->()")(a, b)
 
 
 @public(callables=("metric",))
 def _matrix(x: ArrayLike, y: ArrayLike | None, *, metric: Metric) -> Array:
-    paired, matrix = metric._functions
+    matrix = metric._functions[1]
     same = y is None
     x, y = _vectors(("x", x), ("y", x if same else y), rank=2)
     if x.shape[-1] != y.shape[-1]:
@@ -144,7 +156,7 @@ def _matrix(x: ArrayLike, y: ArrayLike | None, *, metric: Metric) -> Array:
         distances = jnp.vectorize(matrix, signature=signature)(x, y)
         diagonal = jnp.eye(*distances.shape[-2:], dtype=bool)
         return jnp.where(diagonal & same, 0, distances)
-    every_pair = functools.partial(_every_pair, paired, same)
+    every_pair = functools.partial(_every_pair, metric._compare, same)
     return jnp.vectorize(every_pair, signature=signature)(x, y)
 
 
@@ -229,9 +241,12 @@ def _euclidean_matrix(x: Array, y: Array) -> Array:
 
 def _direction(x: Array) -> Array:
     """The unit vector along `x`; a zero vector stays zero, with gradient 0."""
+    # Scaled first, for the squares of tiny and of huge vectors to be finite.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    null = largest < jnp.finfo(x.dtype).tiny
+    x = jnp.where(null, 0, x) / jnp.where(null, 1, largest)
     squared = jnp.sum(x * x, axis=-1, keepdims=True)
-    null = squared < jnp.finfo(x.dtype).tiny
-    return jnp.where(null, 0, x) * jax.lax.rsqrt(jnp.where(null, 1, squared))
+    return x * jax.lax.rsqrt(jnp.where(null, 1, squared))
 
 
 def _cosine(a: Array, b: Array) -> Array:

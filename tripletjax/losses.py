@@ -324,8 +324,12 @@ def triplet_loss(
             f"triplets have shape {shape}, which does not begin with the batch "
             f"dimensions of distances, whose shape is {distances.shape}."
         )
-    if not jnp.issubdtype(jnp.result_type(triplets.valid), jnp.bool_):
-        raise TypeError("triplets.valid must be boolean.")
+    kinds = (*[("integers", jnp.integer)] * 3, ("boolean", jnp.bool_))
+    for name, field, (kind, dtype) in zip(triplets._fields, triplets, kinds):
+        if not jnp.issubdtype(jnp.result_type(field), dtype):
+            raise TypeError(
+                f"triplets.{name} must be {kind}, got dtype {jnp.result_type(field)}."
+            )
 
     # Indices out of range would be clipped silently: they give NaN instead.
     def one(distances: Array, a: Array, p: Array, n: Array, valid: Array) -> tuple:
@@ -663,6 +667,11 @@ def _costs(
         costs = hinge.function(d_ap, d_an, margin)
     else:
         costs = hinge(d_ap - d_an + margin)
+    if jnp.shape(costs) != d_ap.shape:
+        raise ValueError(
+            f"hinge must be elementwise: for shape {d_ap.shape} it returned shape "
+            f"{jnp.shape(costs)}."
+        )
     return jnp.where(valid, costs, 0)
 
 

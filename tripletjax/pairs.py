@@ -98,7 +98,11 @@ def pair_masks(
     *_, m = references.shape[: references.ndim - row]
 
     if match is None:
-        same = labels[..., :, None] == references[..., None, :]
+        left, right = labels[..., :, None], references[..., None, :]
+        same = left == right
+        if left.dtype != right.dtype:
+            # JAX may compare a signed and an unsigned integer by their bits.
+            same &= (left < 0) == (right < 0)
     else:
         same = _match_all(match, labels, references, row)
     if positions is not None:

@@ -4,7 +4,8 @@ A public function takes any array-like, is jitted, and runs on any mesh:
 
 - lists, NumPy arrays and whatever else has ``__array__`` become arrays; an integer
   that this JAX configuration would silently wrap is an error;
-- callables, sizes and axis names are static, everything else may be traced;
+- callables, flags and sizes are static and checked, everything else may be traced;
+- only what is annotated as optional may be None;
 - arrays on a mesh with Explicit axes are computed under Auto axes, so that the same
   code runs whichever kind of mesh the caller has set up.
 """
@@ -12,6 +13,7 @@ A public function takes any array-like, is jitted, and runs on any mesh:
 import functools
 import inspect
 import math
+import operator
 import typing
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -49,9 +51,11 @@ def public(
         names = tuple(parameters)
         optional = {
             name
-            for name in callables
-            if type(None) in typing.get_args(parameters[name].annotation)
+            for name, parameter in parameters.items()
+            if type(None) in typing.get_args(parameter.annotation)
         }
+        flags = [name for name in static if parameters[name].annotation is bool]
+        sizes = [name for name in static if parameters[name].annotation is int]
         statics = (*callables, *static)
         run = jax.jit(function, static_argnames=statics)
         run_explicit = jax.jit(
@@ -61,12 +65,18 @@ def public(
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name, value in (*zip(names, args), *kwargs.items()):
+                if value is None and name in parameters and name not in optional:
+                    raise TypeError(f"{name} must be given, got None.")
             for name in callables:
-                value = kwargs.get(name, parameters[name].default)
-                if not callable(value) and not (value is None and name in optional):
-                    raise TypeError(f"{name} must be callable, got {value!r}.")
+                if not callable(kwargs.get(name, len)) and kwargs[name] is not None:
+                    raise TypeError(f"{name} must be callable, got {kwargs[name]!r}.")
             for name in nonnegative:
                 _check_nonnegative(name, kwargs.get(name, 0))
+            for name in flags:
+                if not isinstance(kwargs.get(name, True), bool | np.bool_):
+                    raise TypeError(f"{name} must be a bool, got {kwargs[name]!r}.")
+            kwargs |= {n: as_integer(n, kwargs[n]) for n in sizes if n in kwargs}
             args = tuple(_arrays(name, arg) for name, arg in zip(names, args))
             kwargs = {
                 name: arg if name in statics else _arrays(name, arg)
@@ -80,6 +90,16 @@ def public(
         return call
 
     return decorate
+
+
+def as_integer(name: str, value: Any) -> int:
+    """Checks a size: any integer type will do, but not a bool."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
 
 
 def _arrays(name: str, tree: Any) -> Any:
@@ -116,7 +136,7 @@ def _array(name: str, leaf: Any) -> Any:
 
 
 def _check_nonnegative(name: str, value: Any) -> None:
-    if value is None or isinstance(value, jax.core.Tracer):
+    if isinstance(value, jax.core.Tracer):
         return
     number = np.asarray(value)
     if number.dtype.kind not in "fiu" and number.dtype != jnp.bfloat16:

@@ -5,7 +5,7 @@ index; references with the query's label are relevant. A query is never its own
 reference, and one without any relevant reference is left out of the means and counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from tripletjax.distances import Metric, euclidean
 from tripletjax.pairs import pair_masks
-from tripletjax.public import public
+from tripletjax.public import as_integer, public
 
 # Queries are ranked this many at a time, to bound the memory.
 BLOCK = 256
@@ -95,8 +95,11 @@ def _nearest_neighbors(
     _check_vectors(queries=queries, references=references)
     n, m = len(queries), len(references)
     choices = m if positions is None else m - 1
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= choices:
-        raise ValueError(f"k must be an integer from 1 to {choices}, got {k!r}.")
+    if not 1 <= k <= choices:
+        but = "" if positions is None else " but the query itself"
+        raise ValueError(
+            f"k must be from 1 to {choices}, all references{but}; got {k}."
+        )
     positions = _positions(positions, n)
 
     def rank(query_and_position: tuple[Array, Array]) -> Array:
@@ -160,7 +163,7 @@ def evaluate(
     return _evaluate(
         embeddings,
         labels,
-        ks=tuple(ks),
+        ks=_ranks(ks),
         references=references,
         reference_labels=reference_labels,
         positions=positions,
@@ -182,9 +185,6 @@ def _evaluate(
     embeddings = jnp.asarray(embeddings)
     if (references is None) != (reference_labels is None):
         raise ValueError("references and reference_labels go together: give both.")
-    for k in ks:
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"ks must be positive integers, got {ks!r}.")
     labels = jnp.asarray(labels)
     if references is None:
         references, reference_labels = embeddings, labels
@@ -246,6 +246,15 @@ def _of_ranking(relevant: Array, ks: Sequence[int]) -> tuple[Array, ...]:
         jnp.where(found, 1 / first, 0),
         found,
     )
+
+
+def _ranks(ks: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(ks, Iterable):
+        raise TypeError(f"ks must be a sequence of integers, got {ks!r}.")
+    ks = tuple(as_integer("ks", k) for k in ks)
+    if any(k < 1 for k in ks):
+        raise ValueError(f"ks must be positive, got {ks}.")
+    return ks
 
 
 def _positions(positions: ArrayLike | None, n: int) -> Array:
