@@ -18,13 +18,14 @@ transformations:
 - `tripletjax.pairs`: who matches whom. Labels to masks of positives and negatives.
 - `tripletjax.mining`: which triplets. Indices chosen from a distance matrix.
 - `tripletjax.losses`: what it costs. Triplet losses and their reductions.
+- `tripletjax.blockwise`: the same straight from embeddings, without a matrix.
 - `tripletjax.retrieval`: is it any good. Neighbours and ranking metrics.
 - `tripletjax.learn`: training an embedding (needs the extra ``tripletjax[train]``).
 """
 
 import importlib.metadata
 
-from tripletjax import distances, losses, mining, pairs, retrieval
+from tripletjax import blockwise, distances, losses, mining, pairs, retrieval
 from tripletjax.distances import (
     Metric,
     cosine,
@@ -79,6 +80,7 @@ __all__ = [
     "batch_hard_triplets",
     "batch_semi_hard_loss",
     "batch_semi_hard_triplets",
+    "blockwise",
     "cosine",
     "distance_weighted_triplets",
     "distances",

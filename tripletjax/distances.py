@@ -19,8 +19,8 @@ than to the origin (in float32, nearer than about 3e-4 of their norm); `paired` 
 works on the difference and keeps them all.
 """
 
-import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,7 @@ class Metric:
             if not callable(function) and not (name == "matrix" and function is None):
                 raise TypeError(f"{name} must be callable, got {function!r}.")
         self._functions = (paired, matrix)
+        self.products: Products | None = None
 
     def __call__(self, x: ArrayLike, y: ArrayLike | None = None) -> Array:
         """All distances between two sets of vectors, or within one.
@@ -108,6 +109,16 @@ class Metric:
         """
         return _paired(a, b, metric=self)
 
+    def against(self, x: Array, y: Array, itself: Array) -> Array:
+        """The distances ``[n, m]`` of checked vectors ``[n, d]`` and ``[m, d]``.
+
+        Zero, and not differentiated, at the place `itself` ``[n]`` of each x among y.
+        """
+        matrix = self._functions[1]
+        if matrix is None:
+            return _every_pair(self._compare, x, y, itself)
+        return jnp.where(jnp.arange(len(y)) == itself[:, None], 0, matrix(x, y))
+
     def _compare(self, a: Array, b: Array) -> Array:
         distance = self._functions[0](a, b)
         if jnp.shape(distance) != ():
@@ -130,7 +141,7 @@ class Metric:
 
 @public(callables=("metric",))
 def _paired(a: ArrayLike, b: ArrayLike, *, metric: Metric) -> Array:
-    a, b = _vectors(("a", a), ("b", b), rank=1)
+    a, b = as_vectors(("a", a), ("b", b), rank=1)
     if a.shape != b.shape:
         raise ValueError(f"a and b must have one shape, got {a.shape} and {b.shape}.")
     return jnp.vectorize(metric._compare, signature="(d),(d)->()")(a, b)
@@ -138,9 +149,8 @@ def _paired(a: ArrayLike, b: ArrayLike, *, metric: Metric) -> Array:
 
 @public(callables=("metric",))
 def _matrix(x: ArrayLike, y: ArrayLike | None, *, metric: Metric) -> Array:
-    matrix = metric._functions[1]
     same = y is None
-    x, y = _vectors(("x", x), ("y", x if same else y), rank=2)
+    x, y = as_vectors(("x", x), ("y", x if same else y), rank=2)
     if x.shape[-1] != y.shape[-1]:
         raise ValueError(
             f"x and y must have vectors of one length, got {x.shape} and {y.shape}."
@@ -151,17 +161,13 @@ def _matrix(x: ArrayLike, y: ArrayLike | None, *, metric: Metric) -> Array:
         raise ValueError(
             f"x and y must have matching batch dimensions, got {x.shape} and {y.shape}."
         ) from None
-    signature = "(n,d),(m,d)->(n,m)"
-    if matrix is not None:
-        distances = jnp.vectorize(matrix, signature=signature)(x, y)
-        diagonal = jnp.eye(*distances.shape[-2:], dtype=bool)
-        return jnp.where(diagonal & same, 0, distances)
-    every_pair = functools.partial(_every_pair, metric._compare, same)
-    return jnp.vectorize(every_pair, signature=signature)(x, y)
+    itself = jnp.arange(x.shape[-2]) if same else jnp.full(x.shape[-2], -1)
+    against = jnp.vectorize(metric.against, signature="(n,d),(m,d),(n)->(n,m)")
+    return against(x, y, itself)
 
 
 def _every_pair(
-    paired: Callable[[Array, Array], Array], same: bool, x: Array, y: Array
+    paired: Callable[[Array, Array], Array], x: Array, y: Array, itself: Array
 ) -> Array:
     """The matrix of any metric, a few rows at a time: O(n m + (n + m) d) memory."""
 
@@ -173,14 +179,15 @@ def _every_pair(
 
     def row(place_and_a: tuple[Array, Array]) -> Array:
         place, a = place_and_a
-        itself = (jnp.arange(len(y)) == place) & same
-        return jax.vmap(compare, in_axes=(0, None, 0))(itself, a, y)
+        return jax.vmap(compare, in_axes=(0, None, 0))(
+            jnp.arange(len(y)) == place, a, y
+        )
 
     rows = max(1, min(len(x), 2**20 // y.size))
-    return jax.lax.map(row, (jnp.arange(len(x)), x), batch_size=rows)
+    return jax.lax.map(row, (itself, x), batch_size=rows)
 
 
-def _vectors(*named: tuple[str, ArrayLike], rank: int) -> list[Array]:
+def as_vectors(*named: tuple[str, ArrayLike], rank: int) -> list[Array]:
     """Checks ranks and dtypes; at least float32, and one dtype for all."""
     arrays = []
     for name, array in named:
@@ -203,20 +210,52 @@ def _safe_sqrt(x: Array) -> Array:
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
-def _squared_euclidean(a: Array, b: Array) -> Array:
-    return jnp.sum(jnp.square(a - b), axis=-1)
+class Products(NamedTuple):
+    """What a metric is made of that inner products give.
+
+    Attributes:
+        vectors: from vectors ``[..., d]`` to those that products are taken of.
+        own: from these to what each adds to half the squared difference of a pair.
+        distance: from half the squared difference to the distance.
+    """
+
+    vectors: Callable[[Array], Array]
+    own: Callable[[Array], Array]
+    distance: Callable[[Array], Array]
+
+    def metric(self, name: str) -> Metric:
+        """The metric of two sets of vectors, in both forms."""
+
+        def paired(a: Array, b: Array) -> Array:
+            return self.distance(self.half_square(self.vectors(a), self.vectors(b)))
+
+        def matrix(x: Array, y: Array) -> Array:
+            return self.matrix(self.vectors(x), self.vectors(y))
+
+        paired.__name__ = name
+        metric = Metric(paired, matrix=matrix)
+        metric.products = self
+        return metric
+
+    def matrix(self, x: Array, y: Array) -> Array:
+        """All distances between what `vectors` returned, ``[n, d]`` and ``[m, d]``."""
+        offset = common_offset(x)
+        halves = self.halves(x, offset)[:, None] + self.halves(y, offset)
+        products = jnp.matmul(x - offset, (y - offset).T, precision="highest")
+        squares = halves - products
+        # Not jnp.maximum, whose gradient at a tie is a half.
+        return self.distance(jnp.where(squares < 0, 0, squares))
+
+    def half_square(self, a: Array, b: Array) -> Array:
+        """Half the squared difference of each pair, from the difference."""
+        return 0.5 * jnp.sum(jnp.square(a - b), axis=-1) + self.own(a) + self.own(b)
+
+    def halves(self, x: Array, offset: Array) -> Array:
+        """What two vectors have to add up to, less their product."""
+        return 0.5 * jnp.sum(jnp.square(x - offset), axis=-1) + self.own(x)
 
 
-def _squared_euclidean_matrix(x: Array, y: Array) -> Array:
-    offset = _common_offset(x)
-    x, y = x - offset, y - offset
-    products = jnp.matmul(x, y.T, precision="highest")
-    squares = jnp.sum(x * x, axis=-1)[:, None] + jnp.sum(y * y, axis=-1)
-    squared = squares - 2 * products
-    return jnp.where(squared < 0, 0, squared)
-
-
-def _common_offset(x: Array) -> Array:
+def common_offset(x: Array) -> Array:
     """What all vectors have in common, where that is most of what they have.
 
     Rounding errors of inner products grow with the norms, distances do not depend on
@@ -224,19 +263,12 @@ def _common_offset(x: Array) -> Array:
     between their distances, stay exact.
     """
     x = jax.lax.stop_gradient(x)
-    finite = jnp.isfinite(x)
-    mean = jnp.mean(x, axis=0, where=finite)
-    spread = jnp.std(x, axis=0, where=finite)
+    x = jnp.where(jnp.isfinite(x), x, 0)
+    mean, squares = jnp.mean(x, axis=0), jnp.mean(x * x, axis=0)
     rounded = jax.lax.reduce_precision(mean, exponent_bits=8, mantissa_bits=7)
-    return jnp.where(jnp.abs(mean) > 4 * spread, rounded, 0)
-
-
-def _euclidean(a: Array, b: Array) -> Array:
-    return _safe_sqrt(_squared_euclidean(a, b))
-
-
-def _euclidean_matrix(x: Array, y: Array) -> Array:
-    return _safe_sqrt(_squared_euclidean_matrix(x, y))
+    # The mean is over four standard deviations.
+    common = mean * mean > 16 / 17 * squares
+    return jnp.where(common & jnp.isfinite(squares), rounded, 0)
 
 
 def _direction(x: Array) -> Array:
@@ -249,17 +281,13 @@ def _direction(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.where(null, 1, squared))
 
 
-def _cosine(a: Array, b: Array) -> Array:
-    # Half the squared distance of unit vectors, which keeps its digits where they
-    # nearly coincide; each zero vector adds the half that it lacks.
-    a, b = _direction(a), _direction(b)
-    missing = jnp.all(a == 0, axis=-1) * 0.5 + jnp.all(b == 0, axis=-1) * 0.5
-    return 0.5 * _squared_euclidean(a, b) + missing
+def _nothing(x: Array) -> Array:
+    return jnp.zeros_like(x[..., 0])
 
 
-def _cosine_matrix(x: Array, y: Array) -> Array:
-    distances = 1 - jnp.matmul(_direction(x), _direction(y).T, precision="highest")
-    return jnp.where(distances < 0, 0, distances)
+def _half_if_zero(x: Array) -> Array:
+    # 1 - 0 is half of |a|^2 + |b|^2: a zero vector lacks its part.
+    return jnp.where(jnp.all(x == 0, axis=-1), 0.5, 0).astype(x.dtype)
 
 
 def _manhattan(a: Array, b: Array) -> Array:
@@ -268,16 +296,20 @@ def _manhattan(a: Array, b: Array) -> Array:
     return jnp.sum(jnp.where(difference == 0, 0, jnp.abs(difference)), axis=-1)
 
 
-euclidean = Metric(_euclidean, matrix=_euclidean_matrix)
+euclidean = Products(lambda x: x, _nothing, lambda half: _safe_sqrt(2 * half)).metric(
+    "euclidean"
+)
 euclidean.__doc__ = r"""The Euclidean distance, $\lVert x - y \rVert_2$.
 
 Its gradient at distance 0 is 0."""
 
-squared_euclidean = Metric(_squared_euclidean, matrix=_squared_euclidean_matrix)
+squared_euclidean = Products(lambda x: x, _nothing, lambda half: 2 * half).metric(
+    "squared_euclidean"
+)
 squared_euclidean.__doc__ = r"""The squared Euclidean distance,
 $\lVert x - y \rVert_2^2$: FaceNet's."""
 
-cosine = Metric(_cosine, matrix=_cosine_matrix)
+cosine = Products(_direction, _half_if_zero, lambda half: half).metric("cosine")
 cosine.__doc__ = r"""The cosine distance,
 $1 - x \cdot y / (\lVert x \rVert \lVert y \rVert)$, between 0 and 2.
 

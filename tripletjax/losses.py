@@ -246,7 +246,7 @@ def triplet_margin_loss(
     >>> print(f"{tj.triplet_margin_loss(a, p, n, margin=2.0):.4f}")
     0.2679
     """
-    _check_hinge(hinge)
+    check_hinge(hinge)
     a, p, n = (jnp.asarray(x) for x in (anchors, positives, negatives))
     if not a.shape == p.shape == n.shape:
         raise ValueError(
@@ -268,8 +268,8 @@ def triplet_margin_loss(
                 f"{where.shape}."
             )
         valid = where
-    costs = _costs(d_ap, d_an, valid, _margin(margin, d_ap), hinge)
-    return _reduced(_sums(costs[..., None], valid[..., None]), reduce_fn)
+    costs = costs_of(d_ap, d_an, valid, as_margin(margin, d_ap), hinge)
+    return reduced(sums_of(costs[..., None], valid[..., None]), reduce_fn)
 
 
 @public(callables=("reduce_fn",), static=("hinge",), nonnegative=("margin",))
@@ -308,7 +308,7 @@ def triplet_loss(
     >>> print(tj.triplet_loss(d, triplets, reduce_fn=None).total)
     [0.  0.6 0. ]
     """
-    _check_hinge(hinge)
+    check_hinge(hinge)
     distances = as_distances(distances)
     if not isinstance(triplets, Triplets):
         raise TypeError(f"triplets must be Triplets, got {type(triplets).__name__}.")
@@ -336,7 +336,7 @@ def triplet_loss(
         at = distances.at
         d_ap = at[a, p].get(mode="fill", fill_value=jnp.nan)
         d_an = at[a, n].get(mode="fill", fill_value=jnp.nan)
-        costs = _costs(d_ap, d_an, valid, _margin(margin, distances), hinge)
+        costs = costs_of(d_ap, d_an, valid, as_margin(margin, distances), hinge)
         none = jnp.zeros_like(distances[:, 0])
         sums = (costs, costs > 0, valid)
         return tuple(none.at[a].add(x.astype(none.dtype)) for x in sums)
@@ -345,7 +345,7 @@ def triplet_loss(
     terms = jnp.vectorize(one, signature="(n,m),(k),(k),(k),(k)->(n),(n),(n)")(
         distances, *flat
     )
-    return _reduced(TripletTerms(*terms), reduce_fn)
+    return reduced(TripletTerms(*terms), reduce_fn)
 
 
 @public(callables=("reduce_fn",), static=("hinge",), nonnegative=("margin",))
@@ -397,7 +397,7 @@ def batch_hard_loss(
     >>> print(tj.batch_hard_loss(d, jnp.array([0, 0, 0, 1]), margin=1.0))
     1.5
     """
-    _check_hinge(hinge)
+    check_hinge(hinge)
     distances = as_distances(distances)
     triplets = batch_hard_triplets(
         distances,
@@ -409,8 +409,8 @@ def batch_hard_loss(
     )
     d_ap = take(distances, triplets.positive)
     d_an = take(distances, triplets.negative)
-    costs = _costs(d_ap, d_an, triplets.valid, _margin(margin, distances), hinge)
-    return _reduced(_sums(costs[..., None], triplets.valid[..., None]), reduce_fn)
+    costs = costs_of(d_ap, d_an, triplets.valid, as_margin(margin, distances), hinge)
+    return reduced(sums_of(costs[..., None], triplets.valid[..., None]), reduce_fn)
 
 
 @public(callables=("reduce_fn",), static=("hinge", "fallback"), nonnegative=("margin",))
@@ -463,7 +463,7 @@ def batch_semi_hard_loss(
     >>> print(tj.batch_semi_hard_loss(d, jnp.array([0, 0, 1, 2]), margin=1.5))
     1.5
     """
-    _check_hinge(hinge)
+    check_hinge(hinge)
     distances = as_distances(distances)
     triplets = batch_semi_hard_triplets(
         distances,
@@ -476,8 +476,10 @@ def batch_semi_hard_loss(
     )
     # The positive of entry (a, p) is p.
     d_an = take(distances, triplets.negative)
-    costs = _costs(distances, d_an, triplets.valid, _margin(margin, distances), hinge)
-    return _reduced(_sums(costs, triplets.valid), reduce_fn)
+    costs = costs_of(
+        distances, d_an, triplets.valid, as_margin(margin, distances), hinge
+    )
+    return reduced(sums_of(costs, triplets.valid), reduce_fn)
 
 
 @public(callables=("reduce_fn",), static=("hinge",), nonnegative=("margin",))
@@ -528,7 +530,7 @@ def batch_all_loss(
     >>> print(tj.batch_all_loss(d, jnp.array([0, 0, 1, 1]), margin=0.5))
     1.5
     """
-    _check_hinge(hinge)
+    check_hinge(hinge)
     distances = as_distances(distances)
     masks = resolve(
         distances,
@@ -539,14 +541,14 @@ def batch_all_loss(
         reference_where=reference_where,
     )
     # The margin per anchor, so that its gradient is known per anchor as well.
-    margins = jnp.broadcast_to(_margin(margin, distances), distances.shape[:-1])
-    total, active = _batch_all(hinge, distances, margins, *masks)
+    margins = jnp.broadcast_to(as_margin(margin, distances), distances.shape[:-1])
+    total, active = batch_all_sums(hinge, distances, margins, *masks)
     positives, negatives = (jnp.sum(mask, axis=-1, dtype=total.dtype) for mask in masks)
-    return _reduced(TripletTerms(total, active, positives * negatives), reduce_fn)
+    return reduced(TripletTerms(total, active, positives * negatives), reduce_fn)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _batch_all(
+def batch_all_sums(
     hinge: Hinge, distances: Array, margins: Array, positive: Array, negative: Array
 ) -> tuple[Array, Array]:
     """Summed cost and number of active triplets per anchor."""
@@ -560,13 +562,13 @@ def _batch_all(
     return _over_positives(add, (none, none), positive)
 
 
-@_batch_all.defjvp
-def _batch_all_jvp(hinge: Hinge, primals: tuple, tangents: tuple) -> tuple:
+@batch_all_sums.defjvp
+def _batch_all_sums_jvp(hinge: Hinge, primals: tuple, tangents: tuple) -> tuple:
     # An anchor's loss depends on its own row and margin alone, so its derivative is a
     # product with one row of weights: that is all that reverse mode has to keep.
     distances_dot, margins_dot, *_ = tangents
     weights, margin_weights = _batch_all_weights(hinge, *primals)
-    total, active = _batch_all(hinge, *primals)
+    total, active = batch_all_sums(hinge, *primals)
     total_dot = jnp.sum(weights * distances_dot, axis=-1) + margin_weights * margins_dot
     return (total, active), (total_dot, jnp.zeros_like(active))
 
@@ -640,15 +642,15 @@ def _costs_with(
     """The costs of one positive of each anchor, if found, with all its negatives."""
     d_ap = take(distances, column)[..., None]
     valid = negative & found[..., None]
-    return _costs(d_ap, distances, valid, margins[..., None], hinge)
+    return costs_of(d_ap, distances, valid, margins[..., None], hinge)
 
 
-def _check_hinge(hinge: Any) -> None:
+def check_hinge(hinge: Any) -> None:
     if not isinstance(hinge, TripletCost) and not callable(hinge):
         raise TypeError(f"hinge must be callable, got {hinge!r}.")
 
 
-def _margin(margin: ArrayLike, distances: Array) -> Array:
+def as_margin(margin: ArrayLike, distances: Array) -> Array:
     margin = jnp.asarray(margin)
     if margin.ndim:
         raise ValueError(
@@ -658,7 +660,7 @@ def _margin(margin: ArrayLike, distances: Array) -> Array:
     return margin.astype(distances.dtype)
 
 
-def _costs(
+def costs_of(
     d_ap: Array, d_an: Array, valid: Array, margin: Array, hinge: Hinge
 ) -> Array:
     """The cost of each triplet, 0 and without gradient where it is not valid."""
@@ -675,11 +677,11 @@ def _costs(
     return jnp.where(valid, costs, 0)
 
 
-def _sums(costs: Array, valid: Array) -> TripletTerms:
+def sums_of(costs: Array, valid: Array) -> TripletTerms:
     """The terms of anchors that have a row of triplets each."""
     terms = (costs, costs > 0, valid)
     return TripletTerms(*(jnp.sum(t, axis=-1, dtype=costs.dtype) for t in terms))
 
 
-def _reduced(terms: TripletTerms, reduce_fn: Reduction | None) -> Any:
+def reduced(terms: TripletTerms, reduce_fn: Reduction | None) -> Any:
     return terms if reduce_fn is None else reduce_fn(terms)

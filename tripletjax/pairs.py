@@ -82,12 +82,12 @@ def pair_masks(
      [ True False False]
      [False False False]]
     """
-    labels = _labels("labels", labels, match)
+    labels = as_labels("labels", labels, match)
     square = reference_labels is None
     if square:
         references = labels
     else:
-        references = _labels("reference_labels", reference_labels, match)
+        references = as_labels("reference_labels", reference_labels, match)
     row = 0 if match is None or labels.ndim == 1 else 1
     if row and (references.ndim < 2 or references.shape[-1] != labels.shape[-1]):
         raise ValueError(
@@ -106,14 +106,14 @@ def pair_masks(
     else:
         same = _match_all(match, labels, references, row)
     if positions is not None:
-        positions = _per_item("positions", positions, n, "labels", jnp.integer)
+        positions = per_item("positions", positions, n, "labels", jnp.integer)
         itself = positions[..., :, None] == jnp.arange(m)
     else:
         itself = jnp.eye(n, m, dtype=bool) & square
     masks = PairMasks(same & ~itself, ~same & ~itself)
     if square and reference_where is None:
         reference_where = where
-    return _keep(masks, where, reference_where)
+    return keep_pairs(masks, where, reference_where)
 
 
 def resolve(
@@ -133,7 +133,7 @@ def resolve(
                 "reference_labels and positions do not go with labels that are "
                 "PairMasks: the masks already say it."
             )
-        masks = [_boolean(f"labels.{k}", v) for k, v in labels._asdict().items()]
+        masks = [as_boolean(f"labels.{k}", v) for k, v in labels._asdict().items()]
         for name, mask in zip(labels._fields, masks):
             if mask.shape[-2:] != (n, m):
                 raise ValueError(
@@ -142,9 +142,9 @@ def resolve(
                 )
         if n == m and reference_where is None:
             reference_where = where
-        masks = _keep(PairMasks(*masks), where, reference_where)
+        masks = keep_pairs(PairMasks(*masks), where, reference_where)
     else:
-        labels = _labels("labels", labels, None)
+        labels = as_labels("labels", labels, None)
         if labels.shape[-1] != n:
             raise ValueError(
                 f"labels has shape {labels.shape} but distances has shape "
@@ -156,7 +156,7 @@ def resolve(
                 "reference_labels of its columns."
             )
         if reference_labels is not None:
-            reference_labels = _labels("reference_labels", reference_labels, None)
+            reference_labels = as_labels("reference_labels", reference_labels, None)
             if reference_labels.shape[-1] != m:
                 raise ValueError(
                     f"reference_labels has shape {reference_labels.shape} but "
@@ -179,7 +179,7 @@ def resolve(
         ) from None
 
 
-def _labels(name: str, labels: ArrayLike, match: Match | None) -> Array:
+def as_labels(name: str, labels: ArrayLike, match: Match | None) -> Array:
     labels = jnp.asarray(labels)
     if labels.ndim < 1:
         raise ValueError(f"{name} must be [..., n], got a scalar.")
@@ -210,23 +210,23 @@ def _match_all(match: Match, labels: Array, references: Array, row: int) -> Arra
     return compare(left, right)
 
 
-def _keep(
+def keep_pairs(
     masks: PairMasks, where: ArrayLike | None, reference_where: ArrayLike | None
 ) -> PairMasks:
     """Masks without the pairs of padding."""
     *_, n, m = masks.positive.shape
     if where is not None:
-        keep = _per_item("where", where, n, "anchors", jnp.bool_)[..., :, None]
+        keep = per_item("where", where, n, "anchors", jnp.bool_)[..., :, None]
         masks = PairMasks(masks.positive & keep, masks.negative & keep)
     if reference_where is not None:
-        keep = _per_item("reference_where", reference_where, m, "references", jnp.bool_)
+        keep = per_item("reference_where", reference_where, m, "references", jnp.bool_)
         keep = keep[..., None, :]
         masks = PairMasks(masks.positive & keep, masks.negative & keep)
     return masks
 
 
-def _per_item(name: str, values: ArrayLike, size: int, what: str, kind: type) -> Array:
-    values = jnp.asarray(values) if kind is jnp.integer else _boolean(name, values)
+def per_item(name: str, values: ArrayLike, size: int, what: str, kind: type) -> Array:
+    values = jnp.asarray(values) if kind is jnp.integer else as_boolean(name, values)
     if not jnp.issubdtype(values.dtype, kind):
         raise TypeError(f"{name} must be integers, got dtype {values.dtype}.")
     if values.ndim < 1 or values.shape[-1] != size:
@@ -237,7 +237,7 @@ def _per_item(name: str, values: ArrayLike, size: int, what: str, kind: type) ->
     return values
 
 
-def _boolean(name: str, values: ArrayLike) -> Array:
+def as_boolean(name: str, values: ArrayLike) -> Array:
     values = jnp.asarray(values)
     if values.dtype != bool:
         raise TypeError(f"{name} must be boolean, got dtype {values.dtype}.")

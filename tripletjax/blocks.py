@@ -1,0 +1,1022 @@
+"""What blockwise losses are made of: sums over triplets, a block of pairs at a time.
+
+`sums` makes the terms of a batch and the gradient of their total in O(n d + n block)
+memory. It goes one of two ways, chosen at run time:
+
+- *tiles*, for metrics made of inner products and anchors of up to `FEW` positives. The
+  distances of positives come first and directly, and then every negative pair once:
+  where the anchors are their own references, one product of two blocks of vectors
+  serves the anchors of both, so that half the matrix is enough.
+- *panels*, for everything else: blocks of rows of the distance matrix, each treated by
+  the functions of a whole matrix.
+
+Of two vectors that nearly coincide, the distance by products is noise. The distances
+that count, of positives and of chosen pairs, are therefore taken from differences.
+"""
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from tripletjax.distances import Metric, common_offset
+from tripletjax.losses import (
+    Hinge,
+    TripletCost,
+    TripletTerms,
+    batch_all_sums,
+    costs_of,
+    sums_of,
+)
+from tripletjax.mining import (
+    CountedTriplets,
+    Triplets,
+    batch_hard_triplets,
+    batch_semi_hard_triplets,
+    take,
+)
+from tripletjax.pairs import PairMasks, keep_pairs, pair_masks
+
+# Tiles cost more with every positive of an anchor, panels little more, but from a
+# higher start: measured to cross between 6 and 10.
+FEW = 8
+# How many numbers a panel of the distance matrix has, and a block of gathered vectors.
+PANEL = 2**20
+# Half squared distances below this share of the vectors' halves are taken directly.
+NEAR = 0.01
+
+
+class Kind(enum.Enum):
+    """Which triplets."""
+
+    ALL = enum.auto()
+    HARD = enum.auto()
+    SEMI_HARD = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What to sum up; static.
+
+    Attributes:
+        kind: which triplets.
+        metric: how far two vectors are apart.
+        hinge: what a triplet costs.
+        fallback: whether a pair without a semi-hard negative takes the farthest.
+        block_size: how many vectors a tile has a side.
+    """
+
+    kind: Kind
+    metric: Metric
+    hinge: Hinge
+    fallback: bool
+    block_size: int
+
+
+class Batch(NamedTuple):
+    """Vectors, and who matches whom among them.
+
+    Attributes:
+        anchors: ``[n, d]``; those that products are taken of, if the metric has such.
+        references: ``[m, d]``, or None if the anchors are their own.
+        margin: a scalar.
+        labels: integers ``[n]``, or `PairMasks` ``[n, m]``.
+        reference_labels: integers ``[m]``, or None.
+        positions: integers ``[n]``, or None.
+        where: bool ``[n]``, or None.
+        reference_where: bool ``[m]``, or None.
+    """
+
+    anchors: Array
+    references: Array | None
+    margin: Array
+    labels: Array | PairMasks
+    reference_labels: Array | None
+    positions: Array | None
+    where: Array | None
+    reference_where: Array | None
+
+    @property
+    def square(self) -> bool:
+        return self.references is None
+
+
+class Gradients(NamedTuple):
+    """Of the summed cost: by anchors, by references (None if square), by margin."""
+
+    anchors: Array
+    references: Array | None
+    margin: Array
+
+
+def sums(
+    task: Task, batch: Batch, weights: Array | None = None, *, gradient: bool
+) -> tuple[TripletTerms, Gradients | None]:
+    """The terms per anchor, and the gradient of their total weighted per anchor."""
+    if task.metric.products is None or isinstance(batch.labels, PairMasks):
+        return _by_panels(task, batch, weights, gradient)
+    classes = _Classes.of(batch)
+    return lax.cond(
+        classes.most <= FEW,
+        lambda: _by_tiles(task, batch, classes, weights, gradient),
+        lambda: _by_panels(task, batch, weights, gradient),
+    )
+
+
+class _Sink(NamedTuple):
+    """Gradients being added up."""
+
+    anchors: Array
+    references: Array | None
+    margin: Array
+
+    @classmethod
+    def empty(cls, batch: Batch) -> "_Sink":
+        none = [None if x is None else _zeros(batch, x.shape) for x in batch[:2]]
+        return cls(*none, _zeros(batch))
+
+    def add(self, start: Array, rows: Array) -> "_Sink":
+        return self._replace(anchors=_add_rows(self.anchors, start, rows))
+
+    def add_to_references(self, start: Array, rows: Array) -> "_Sink":
+        if self.references is None:
+            return self.add(start, rows)
+        return self._replace(references=_add_rows(self.references, start, rows))
+
+    def scatter(self, index: Array, rows: Array) -> "_Sink":
+        """Adds to references in any order."""
+        if self.references is None:
+            return self._replace(anchors=self.anchors.at[index].add(rows))
+        return self._replace(references=self.references.at[index].add(rows))
+
+
+def _zeros(batch: Batch, shape: tuple[int, ...] = ()) -> Array:
+    # Inside shard_map, what a loop carries has to vary over devices as the batch does.
+    return jnp.zeros(shape, batch.anchors.dtype) + jnp.zeros_like(batch.anchors[0, 0])
+
+
+def _rows(x: Array, start: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size)
+
+
+def _stored(x: Any) -> Any:
+    """The same, but in memory, and not computed again by everything that takes it.
+
+    XLA would fuse even a dynamic slice into loops over tiles, which are then slow.
+    """
+    return lax.optimization_barrier(x)
+
+
+def _add_rows(x: Array, start: Array, rows: Array) -> Array:
+    old = lax.dynamic_slice_in_dim(x, start, len(rows))
+    return lax.dynamic_update_slice_in_dim(x, old + rows, start, axis=0)
+
+
+class _Blocks(NamedTuple):
+    """Blocks of one size that cover n rows; the last may overlap the one before."""
+
+    n: int
+    size: int
+
+    @classmethod
+    def of(cls, n: int, size: int) -> "_Blocks":
+        return cls(n, max(1, min(size, n)))
+
+    @property
+    def count(self) -> int:
+        return -(-self.n // self.size)
+
+    def start(self, block: Array) -> Array:
+        return jnp.minimum(block * self.size, self.n - self.size)
+
+    def fresh(self, block: Array) -> Array:
+        """Which rows no earlier block had."""
+        return self.start(block) + jnp.arange(self.size) >= block * self.size
+
+
+# Tiles.
+
+
+class _Classes(NamedTuple):
+    """The positives of every anchor, by sorting the references once.
+
+    Attributes:
+        order: references sorted by label ``[m]``, those that are padding last.
+        start: where an anchor's class begins in it ``[n]``.
+        rank: the anchor's own place in its class, or m ``[n]``.
+        positives: how many positives an anchor has ``[n]``; none if it is padding.
+        negatives: how many negatives ``[n]``.
+        most: the most positives of any anchor.
+    """
+
+    order: Array
+    start: Array
+    rank: Array
+    positives: Array
+    negatives: Array
+    most: Array
+
+    @classmethod
+    def of(cls, batch: Batch) -> "_Classes":
+        labels, where = batch.labels, batch.where
+        n = len(labels)
+        references = labels if batch.square else batch.reference_labels
+        real = where if batch.square else batch.reference_where
+        m = len(references)
+        index = jnp.arange(m)
+        if real is None:
+            ordered, order = lax.sort((references, index), num_keys=1)
+            size = m
+        else:
+            _, ordered, order = lax.sort((~real, references, index), num_keys=2)
+            size = jnp.sum(real)
+            # Padding, whose labels are not in order, does not take part in a search.
+            last = jnp.iinfo(ordered.dtype).max
+            ordered = jnp.where(index < size, ordered, last)
+        start = jnp.searchsorted(ordered, labels, side="left")
+        end = jnp.minimum(jnp.searchsorted(ordered, labels, side="right"), size)
+        start = jnp.minimum(start, end)
+        alike = end - start
+
+        positions = jnp.arange(n) if batch.square else batch.positions
+        if positions is None:
+            itself = matches = jnp.zeros_like(labels, bool)
+            rank = jnp.full_like(start, m)
+        else:
+            place = jnp.clip(positions, 0, m - 1)
+            itself = place == positions
+            if real is not None:
+                itself &= real[place]
+            matches = itself & (references[place] == labels)
+            places = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
+            rank = jnp.where(matches, places[place] - start, m)
+        positives = alike - matches
+        negatives = size - alike - (itself & ~matches)
+        if where is not None:
+            positives, negatives = positives * where, negatives * where
+        most = jnp.max(jnp.where(negatives > 0, positives, 0))
+        return cls(order, start, rank, positives, negatives, most)
+
+    def positive(self, r: Array, start: Array, size: int) -> tuple[Array, Array]:
+        """The r-th positives of a block of anchors, and whether there are such."""
+        first, rank, count = (
+            _rows(x, start, size) for x in (self.start, self.rank, self.positives)
+        )
+        place = jnp.minimum(first + r + (r >= rank), len(self.order) - 1)
+        return self.order[place], r < count
+
+
+class _Tiles(NamedTuple):
+    """Vectors as tiles take them: without what all have in common, with halves.
+
+    Attributes:
+        batch: the batch.
+        offset: what the vectors have in common ``[d]``.
+        halves: of anchors ``[n]``; infinite if they are padding.
+        reference_halves: of references ``[m]``, likewise.
+        rows: blocks of anchors.
+        columns: blocks of references.
+    """
+
+    batch: Batch
+    offset: Array
+    halves: Array
+    reference_halves: Array
+    rows: _Blocks
+    columns: _Blocks
+
+    @classmethod
+    def of(cls, task: Task, batch: Batch) -> "_Tiles":
+        x = batch.anchors
+        y = x if batch.square else batch.references
+        offset = common_offset(y)
+
+        def halves(x: Array, where: Array | None) -> Array:
+            halves = task.metric.products.halves(x, offset)
+            return halves if where is None else jnp.where(where, halves, jnp.inf)
+
+        ours = halves(x, batch.where)
+        theirs = ours if batch.square else halves(y, batch.reference_where)
+        size = task.block_size
+        blocks = _Blocks.of(len(x), size), _Blocks.of(len(y), size)
+        return cls(batch, offset, ours, theirs, *blocks)
+
+    def scan(self, visit: Callable[[Any, "_Tile"], Any], state: Any) -> Any:
+        """Visits all pairs of blocks; if the matrix is symmetric, unordered pairs."""
+        if not self.batch.square:
+            counts = self.rows.count, self.columns.count
+            return self._scan(visit, state, np.indices(counts).reshape(2, -1), False)
+        off_diagonal = np.triu_indices(self.rows.count, k=1)
+        if len(off_diagonal[0]):
+            state = self._scan(visit, state, off_diagonal, True)
+        diagonal = np.diag_indices(self.rows.count)
+        return self._scan(visit, state, diagonal, False)
+
+    def _scan(self, visit: Callable, state: Any, blocks: Any, twice: bool) -> Any:
+        def step(state: Any, block: tuple[Array, Array]) -> tuple[Any, None]:
+            return visit(state, self.tile(*block)._replace(twice=twice)), None
+
+        blocks = tuple(jnp.asarray(indices, jnp.int32) for indices in blocks)
+        return lax.scan(step, state, blocks)[0]
+
+    def tile(self, i: Array, j: Array) -> "_Tile":
+        batch, square = self.batch, self.batch.square
+        row, column = self.rows.start(i), self.columns.start(j)
+        x, labels = batch.anchors, batch.labels
+        y = x if square else batch.references
+        a = _rows(x, row, self.rows.size) - self.offset
+        b = _rows(y, column, self.columns.size) - self.offset
+
+        def halves(all: Array, blocks: _Blocks, block: Array) -> Array:
+            halves = _rows(all, blocks.start(block), blocks.size)
+            if blocks.n % blocks.size:
+                halves = jnp.where(blocks.fresh(block), halves, jnp.inf)
+            return _stored(halves)
+
+        ours = halves(self.halves, self.rows, i)[:, None]
+        theirs = halves(self.reference_halves, self.columns, j)
+        squares = ours + theirs - jnp.matmul(a, b.T, precision="highest")
+        # A NaN becomes 0, to be chosen: a loss that has gone wrong must not look well.
+        squares = jnp.where(squares > 0, squares, 0)
+        positions = batch.positions
+        masks = pair_masks(
+            _stored(_rows(labels, row, len(a))),
+            _stored(
+                _rows(labels if square else batch.reference_labels, column, len(b))
+            ),
+            positions=None
+            if positions is None
+            else _stored(_rows(positions, row, len(a)) - column),
+        )
+        squares = jnp.where(masks.negative, squares, jnp.inf)
+        return _Tile(row, column, a, b, squares)
+
+
+class _Tile(NamedTuple):
+    """A block of pairs.
+
+    Attributes:
+        row: its first anchor.
+        column: its first reference.
+        a: its anchors ``[rows, d]``.
+        b: its references ``[columns, d]``.
+        squares: half the squared differences of negatives, infinite for others.
+        twice: whether it also stands for its mirror image; static.
+    """
+
+    row: Array
+    column: Array
+    a: Array
+    b: Array
+    squares: Array
+    twice: bool = False
+
+
+def _by_tiles(
+    task: Task, batch: Batch, classes: _Classes, weights: Array | None, gradient: bool
+) -> tuple[TripletTerms, Gradients | None]:
+    tiles = _Tiles.of(task, batch)
+    if task.kind is Kind.ALL:
+        return _all_by_tiles(task, tiles, classes, weights, gradient)
+    listed = _mined_by_tiles(task, tiles, classes)
+    return _listed(task, batch, *listed, weights, gradient)
+
+
+def _mined_by_tiles(
+    task: Task, tiles: _Tiles, classes: _Classes
+) -> tuple[Array, Array, Array, Array | int]:
+    """Positives, negatives and validity ``[k, n]`` of triplets, and how many k are."""
+    positives, squares, found = _positives(task, tiles.batch, classes)
+    found &= classes.negatives > 0
+    if task.kind is Kind.HARD:
+        hardest = jnp.argmax(jnp.where(found, squares, -1), axis=0)[None]
+        positive = jnp.take_along_axis(positives, hardest, axis=0)
+        _, negative = _nearest(tiles, None, 1)
+        return positive, negative, found[:1], 1
+    nearest, negative = _nearest(tiles, squares, classes.most)
+    beyond = nearest < jnp.inf
+    if not task.fallback:
+        return positives, negative, found & beyond, classes.most
+
+    alone = jnp.any(found & ~beyond, axis=0)
+    negative = jnp.where(beyond, negative, _farthest(tiles, alone))
+    return positives, negative, found, classes.most
+
+
+def _positives(
+    task: Task, batch: Batch, classes: _Classes
+) -> tuple[Array, Array, Array]:
+    """Every anchor's positives, half their squared difference, and which there are.
+
+    All ``[FEW, n]``.
+    """
+    n, d = batch.anchors.shape
+    y = batch.anchors if batch.square else batch.references
+    blocks = _Blocks.of(n, PANEL // d)
+
+    def step(step: Array, state: tuple[Array, Array, Array]) -> tuple:
+        r, block = jnp.divmod(step, blocks.count)
+        start = blocks.start(block)
+        index, found = classes.positive(r, start, blocks.size)
+        a = _rows(batch.anchors, start, blocks.size)
+        squares = task.metric.products.half_square(a, y[index])
+        return tuple(
+            lax.dynamic_update_slice(old, new.astype(old.dtype)[None], (r, start))
+            for old, new in zip(state, (index, squares, found))
+        )
+
+    zeros = jnp.broadcast_to(jnp.zeros_like(classes.start), (FEW, n))
+    none = (zeros, _zeros(batch, (FEW, n)), zeros > 0)
+    return lax.fori_loop(0, classes.most * blocks.count, step, none)
+
+
+def _farthest(tiles: _Tiles, wanted: Array) -> Array:
+    """The farthest negative ``[n]`` of the anchors that want one, some at a time."""
+    batch = tiles.batch
+    y = batch.anchors if batch.square else batch.references
+    labels = batch.labels if batch.square else batch.reference_labels
+    n, m = len(wanted), len(y)
+    size = _Blocks.of(n, PANEL // 8 // m).size
+    order = jnp.flatnonzero(wanted, size=n, fill_value=0)
+    theirs, offset = tiles.reference_halves, tiles.offset
+
+    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        done, farthest = state
+        row = order[jnp.minimum(done, n - size) + jnp.arange(size)]
+        masks = pair_masks(
+            batch.labels[row],
+            labels,
+            positions=None if batch.positions is None else batch.positions[row],
+        )
+        a = batch.anchors[row] - offset
+        products = jnp.matmul(a, (y - offset).T, precision="highest")
+        squares = tiles.halves[row][:, None] + theirs - products
+        squares = jnp.where(masks.negative & (theirs < jnp.inf), -squares, jnp.inf)
+        squares = _stored(squares)
+        _, column = _min_and_place(squares, None, 1)
+        return done + size, farthest.at[row].set(column)
+
+    count = jnp.sum(wanted)
+    none = jnp.zeros_like(count), jnp.zeros_like(order)
+    return lax.while_loop(lambda state: state[0] < count, step, none)[1]
+
+
+def _nearest(
+    tiles: _Tiles, bounds: Array | None, count: Array | int
+) -> tuple[Array, Array]:
+    """The nearest negatives of every anchor, beyond bounds if there are any.
+
+    Args:
+        tiles: the batch.
+        bounds: ``[k, n]``: for each k, a negative has to be farther.
+        count: how many k are in use.
+
+    Returns:
+        Half the squared differences and indices, ``[k, n]``.
+    """
+
+    def visit(state: tuple[Array, Array], tile: _Tile) -> tuple[Array, Array]:
+        # Materialised: fused into every reduction, it would be made again each time.
+        squares = _stored(tile.squares)
+
+        def one_way(k, state, start, other, axis, some):
+            place = (k, start)
+            shape = (some, squares.shape[1 - axis])
+            limits = [None]
+            if bounds is not None:
+                limits = jnp.expand_dims(
+                    lax.dynamic_slice(bounds, place, shape), axis + 1
+                )
+            found = [_min_and_place(squares, limit, axis) for limit in limits]
+            new = [jnp.stack(x) for x in zip(*found)]
+            new[1] += other
+            old = [lax.dynamic_slice(x, place, shape) for x in state]
+            better = (new[0] < old[0]) | ((new[0] == old[0]) & (new[1] < old[1]))
+            return tuple(
+                lax.dynamic_update_slice(x, jnp.where(better, *pair), place)
+                for x, *pair in zip(state, new, old)
+            )
+
+        def both_ways(k: Array, state: tuple, some: int) -> tuple:
+            state = one_way(k, state, tile.row, tile.column, 1, some)
+            if tile.twice:
+                state = one_way(k, state, tile.column, tile.row, 0, some)
+            return state
+
+        return _in_threes(count, both_ways, state)
+
+    k = 1 if bounds is None else len(bounds)
+    zeros = _zeros(tiles.batch, (k, len(tiles.halves)))
+    return tiles.scan(visit, (zeros + jnp.inf, zeros.astype(jnp.int32)))
+
+
+def _in_threes(count: Array | int, body: Callable, state: Any) -> Any:
+    """``body(k, state, some)`` for all k below a count, in steps of 3 and of 1.
+
+    Classes of four are common, and small steps cost more than what they do.
+    """
+    threes = count // 3
+    if not (isinstance(count, int) and count < 3):
+        state = lax.fori_loop(0, threes, lambda i, state: body(3 * i, state, 3), state)
+    return lax.fori_loop(3 * threes, count, lambda k, state: body(k, state, 1), state)
+
+
+def _min_and_place(x: Array, limit: Array | None, axis: int) -> tuple[Array, Array]:
+    """Minima beyond a limit, if there is one, along an axis, and their first places.
+
+    Plain minima are several times faster than a reduction to the index.
+    """
+    if limit is None:
+        return _min_and_place_of_all(x, axis)
+    value = jnp.min(jnp.where(x > limit, x, jnp.inf), axis=axis)
+    places = jnp.expand_dims(jnp.arange(x.shape[axis], dtype=x.dtype), 1 - axis)
+    hit = x == jnp.expand_dims(value, axis)
+    place = jnp.min(jnp.where(hit, places, x.shape[axis] - 1), axis=axis)
+    return value, place.astype(jnp.int32)
+
+
+def _min_and_place_of_all(x: Array, axis: int) -> tuple[Array, Array]:
+    # Minima of runs of 32, and then a look into the run that has it.
+    size = x.shape[axis]
+    length = 32 if size % 32 == 0 else size
+    shape = list(x.shape)
+    shape[axis : axis + 1] = [size // length, length]
+    runs = jnp.min(x.reshape(shape), axis=axis + 1)
+    value = jnp.min(runs, axis=axis)
+    run = jnp.argmin(runs, axis=axis)
+    at = jnp.expand_dims(run, (axis, axis + 1))
+    members = jnp.take_along_axis(
+        x.reshape(shape), at, axis=axis, mode="promise_in_bounds"
+    )
+    members = jnp.squeeze(members, axis)
+    within = jnp.argmax(members == jnp.expand_dims(value, axis), axis=axis)
+    return value, (run * length + within).astype(jnp.int32)
+
+
+def _listed(
+    task: Task,
+    batch: Batch,
+    positives: Array,
+    negatives: Array,
+    valid: Array,
+    count: Array | int,
+    weights: Array | None,
+    gradient: bool,
+) -> tuple[TripletTerms, Gradients | None]:
+    """The sums of triplets ``[k, n]``, of which the first `count` rows are in use."""
+    n, d = batch.anchors.shape
+    y = batch.anchors if batch.square else batch.references
+    blocks = _Blocks.of(n, PANEL // d)
+    products = task.metric.products
+
+    def cost(squares: tuple[Array, Array], margin: Array, valid: Array) -> Array:
+        d_ap, d_an = map(products.distance, squares)
+        return costs_of(d_ap, d_an, valid, margin, task.hinge)
+
+    def step(step: Array, state: tuple) -> tuple:
+        totals, actives, sink = state
+        k, block = jnp.divmod(step, blocks.count)
+        start = blocks.start(block)
+        counts = _rows(valid[k], start, blocks.size) & blocks.fresh(block)
+        a = _rows(batch.anchors, start, blocks.size)
+        p, n = (_rows(index[k], start, blocks.size) for index in (positives, negatives))
+        squares = products.half_square(a, y[p]), products.half_square(a, y[n])
+        costs, pull = jax.vjp(
+            lambda squares, margin: cost(squares, margin, counts), squares, batch.margin
+        )
+        totals = _add_rows(totals, start, costs)
+        actives = _add_rows(actives, start, (costs > 0).astype(costs.dtype))
+        if gradient:
+            cotangents = jnp.ones_like(costs)
+            if weights is not None:
+                cotangents = _rows(weights, start, blocks.size)
+            slopes, by_margin = pull(cotangents)
+            sink = sink._replace(margin=sink.margin + by_margin)
+            for index, slope in zip((p, n), slopes):
+                rows = slope[:, None] * (a - y[index])
+                sink = sink.add(start, rows).scatter(index, -rows)
+        return totals, actives, sink
+
+    zeros = _zeros(batch, (n,))
+    sink = _Sink.empty(batch) if gradient else None
+    totals, actives, sink = lax.fori_loop(
+        0, count * blocks.count, step, (zeros, zeros, sink)
+    )
+    terms = TripletTerms(totals, actives, jnp.sum(valid, axis=0, dtype=totals.dtype))
+    return terms, sink and Gradients(*sink)
+
+
+def _all_by_tiles(
+    task: Task,
+    tiles: _Tiles,
+    classes: _Classes,
+    weights: Array | None,
+    gradient: bool,
+) -> tuple[TripletTerms, Gradients | None]:
+    batch, products = tiles.batch, task.metric.products
+    positives, squares, found = _positives(task, batch, classes)
+    d_ap, slopes = _with_slope(products.distance, squares)
+    # The gap of what is not a triplet is minus infinity.
+    gap_ap = jnp.where(found, d_ap, -jnp.inf)
+    if isinstance(task.hinge, TripletCost):
+        gap_ap = d_ap
+
+    def visit(state: tuple, tile: _Tile) -> tuple:
+        d_an, slope = _with_slope(products.distance, tile.squares)
+        d_an = _stored(d_an)
+
+        def one_way(r, state, start, axis, some):
+            totals, actives, by_positive, by_margin, by_negative = state
+            place, shape = (r, start), (some, d_an.shape[1 - axis])
+
+            def take(x: Array) -> list[Array]:
+                rows = _stored(list(lax.dynamic_slice(x, place, shape)))
+                return [jnp.expand_dims(row, axis) for row in rows]
+
+            each = [
+                _costs_and_slopes(task.hinge, d_ap, d_an, found, batch.margin)
+                for d_ap, found in zip(take(gap_ap), take(found))
+            ]
+            costs, active, by_ap, by_an, by_all = zip(*each)
+            # Of sums over a computed array, those of one in memory are the fastest.
+            total = _stored(sum(costs))
+            totals = _add_rows(totals, start, jnp.sum(total, axis))
+            rows = jnp.stack([jnp.sum(x, axis) for x in by_ap])
+            if active[0] is by_ap[0]:
+                active = jnp.sum(rows, 0)
+            else:
+                active = jnp.sum(sum(active), axis)
+            actives = _add_rows(actives, start, active)
+            if gradient:
+                by_an = sum(by_an)
+                weight = 1
+                if weights is not None:
+                    weight = _rows(weights, start, shape[1])
+                    by_an = by_an * jnp.expand_dims(weight, axis)
+                by_negative = by_negative + by_an
+                new = lax.dynamic_slice(by_positive, place, shape) + rows * weight
+                by_positive = lax.dynamic_update_slice(by_positive, new, place)
+                if by_all[0] is not by_ap[0]:
+                    rows = jnp.sum(sum(by_all), axis)
+                    by_margin = by_margin + jnp.sum(rows * weight)
+            return totals, actives, by_positive, by_margin, by_negative
+
+        def both_ways(r: Array, state: tuple, some: int) -> tuple:
+            state = one_way(r, state, tile.row, 1, some)
+            if tile.twice:
+                state = one_way(r, state, tile.column, 0, some)
+            return state
+
+        *state, sink = state
+        by_negative = jnp.zeros_like(d_an) if gradient else None
+        *state, by_negative = _in_threes(classes.most, both_ways, (*state, by_negative))
+        if gradient:
+            by_square = by_negative * slope
+            if batch.square and not tile.twice:
+                # The same vectors on both sides.
+                by_square = by_square + by_square.T
+                sink = sink.add(tile.row, _pull(by_square, tile.a, tile.b))
+            else:
+                by_square = _stored(by_square)
+                ours = _pull(by_square, tile.a, tile.b)
+                theirs = _pull(by_square.T, tile.b, tile.a)
+                sink = sink.add(tile.row, ours).add_to_references(tile.column, theirs)
+        return *state, sink
+
+    n = len(batch.anchors)
+    sink = _Sink.empty(batch) if gradient else None
+    zeros = _zeros(batch, (n,)), _zeros(batch, (n,)), _zeros(batch, (FEW, n))
+    totals, actives, by_positive, by_margin, sink = tiles.scan(
+        visit, (*zeros, _zeros(batch), sink)
+    )
+    if gradient:
+        if not isinstance(task.hinge, TripletCost):
+            by_margin = jnp.sum(by_positive)
+        sink = sink._replace(margin=by_margin)
+        sink = _pull_positives(
+            batch, sink, positives, jnp.where(found, by_positive * slopes, 0), classes
+        )
+    valid = classes.positives * classes.negatives.astype(totals.dtype)
+    return TripletTerms(totals, actives, valid), sink and Gradients(*sink)
+
+
+def _costs_and_slopes(
+    hinge: Hinge, d_ap: Array, d_an: Array, found: Array, margin: Array
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Costs, which are active, and derivatives by d_ap, by d_an and by the margin."""
+    if isinstance(hinge, TripletCost):
+        valid = found & (d_an < jnp.inf)
+        d_ap, margin = (jnp.broadcast_to(x, d_an.shape) for x in (d_ap, margin))
+        costs, pull = jax.vjp(
+            lambda d_ap, d_an, margin: costs_of(d_ap, d_an, valid, margin, hinge),
+            *(d_ap, d_an, margin),
+        )
+        slopes = pull(jnp.ones_like(costs))
+        return costs, (costs > 0).astype(costs.dtype), *slopes
+    costs, slope = _with_slope(hinge, d_ap + margin - d_an)
+    if hinge is jax.nn.relu:
+        return costs, slope, slope, -slope, slope
+    if hinge is not jax.nn.softplus:
+        # Others need not vanish at minus infinity.
+        valid = found & (d_an < jnp.inf)
+        costs, slope = jnp.where(valid, costs, 0), jnp.where(valid, slope, 0)
+    return costs, (costs > 0).astype(costs.dtype), slope, -slope, slope
+
+
+def _with_slope(function: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
+    """An elementwise function and its derivative."""
+    return jax.jvp(function, (x,), (jnp.ones_like(x),))
+
+
+def _pull(by_square: Array, a: Array, b: Array) -> Array:
+    """The gradients by a of weighted half squared differences from b."""
+    # Sums and products are each faster alone than in one loop.
+    weights = _stored(jnp.sum(by_square, axis=1))
+    products = _stored(jnp.matmul(by_square, b, precision="highest"))
+    return weights[:, None] * a - products
+
+
+def _pull_positives(
+    batch: Batch, sink: _Sink, positives: Array, slopes: Array, classes: _Classes
+) -> _Sink:
+    """Adds the gradients of half the squared differences ``[FEW, n]`` of positives."""
+    n, d = batch.anchors.shape
+    y = batch.anchors if batch.square else batch.references
+    blocks = _Blocks.of(n, PANEL // d)
+
+    def step(step: Array, sink: _Sink) -> _Sink:
+        r, block = jnp.divmod(step, blocks.count)
+        start = blocks.start(block)
+        index = _rows(positives[r], start, blocks.size)
+        slope = _rows(slopes[r], start, blocks.size) * blocks.fresh(block)
+        rows = slope[:, None] * (_rows(batch.anchors, start, blocks.size) - y[index])
+        return sink.add(start, rows).scatter(index, -rows)
+
+    return lax.fori_loop(0, classes.most * blocks.count, step, sink)
+
+
+# Panels.
+
+
+class _Panel(NamedTuple):
+    """Some rows of the distance matrix.
+
+    Attributes:
+        start: the first row.
+        a: its anchors ``[rows, d]``.
+        masks: its pairs ``[rows, m]``; none in rows that an earlier panel had.
+        distances: ``[rows, m]``.
+        slopes: their derivatives by half the squared differences, if made of products.
+        near: pairs whose distance by products has too few digits, likewise.
+        pull: from a gradient by distances to one by anchors and references, otherwise.
+    """
+
+    start: Array
+    a: Array
+    masks: PairMasks
+    distances: Array
+    slopes: Array | None
+    near: Array | None
+    pull: Callable[[Array], tuple[Array, Array]] | None
+
+
+def _panel(task: Task, batch: Batch, blocks: _Blocks, block: Array) -> _Panel:
+    products, start = task.metric.products, blocks.start(block)
+    x, labels = batch.anchors, batch.labels
+    y = x if batch.square else batch.references
+    a = _rows(x, start, blocks.size)
+    row = start + jnp.arange(blocks.size)
+
+    def rows(x: Array | None) -> Array | None:
+        return None if x is None else _rows(x, start, blocks.size)
+
+    real = blocks.fresh(block)
+    if batch.where is not None:
+        real &= rows(batch.where)
+    real_references = batch.where if batch.square else batch.reference_where
+    if isinstance(labels, PairMasks):
+        masks = PairMasks(*(lax.dynamic_slice_in_dim(x, start, len(a)) for x in labels))
+        masks = keep_pairs(masks, real, real_references)
+    else:
+        masks = pair_masks(
+            rows(labels),
+            labels if batch.square else batch.reference_labels,
+            positions=row if batch.square else rows(batch.positions),
+            where=real,
+            reference_where=real_references,
+        )
+    if products is None:
+        itself = row if batch.square else jnp.full(len(a), -1)
+        distances, pull = jax.vjp(lambda a, y: task.metric.against(a, y, itself), a, y)
+        return _Panel(start, a, masks, distances, None, None, pull)
+    offset = common_offset(y)
+    ours = products.halves(a, offset)[:, None]
+    theirs = products.halves(y, offset)
+    squares = jnp.matmul(a - offset, (y - offset).T, precision="highest")
+    squares = ours + theirs - squares
+    squares = jnp.where(squares < 0, 0, squares)
+    near = squares < NEAR * (ours + theirs)
+    distances, slopes = _with_slope(products.distance, squares)
+    return _Panel(start, a, masks, distances, slopes, near, None)
+
+
+def _by_panels(
+    task: Task, batch: Batch, weights: Array | None, gradient: bool
+) -> tuple[TripletTerms, Gradients | None]:
+    n = len(batch.anchors)
+    y = batch.anchors if batch.square else batch.references
+    blocks = _Blocks.of(n, PANEL // len(y))
+
+    def step(block: Array, state: tuple) -> tuple:
+        terms, sink = state
+        panel = _panel(task, batch, blocks, block)
+        cost, counts = _panel_costs(task, panel)
+        distances = panel.distances
+        if panel.near is not None:
+            near = panel.near & counts
+            distances = _with_differences(task, y, panel, near)
+        if not gradient:
+            new = cost(distances, batch.margin)
+        else:
+            new, pull = jax.vjp(cost, distances, batch.margin)
+            weight = jnp.ones_like(new.total)
+            if weights is not None:
+                weight = _rows(weights, panel.start, blocks.size)
+            none = jnp.zeros_like(weight)
+            by_distance, by_margin = pull(TripletTerms(weight, none, none))
+            sink = sink._replace(margin=sink.margin + by_margin)
+            if panel.near is None:
+                ours, theirs = panel.pull(by_distance)
+                sink = sink.add(panel.start, ours).add_to_references(0, theirs)
+            else:
+                sink = _pull_panel(task, y, panel, near, by_distance, sink)
+        terms = [_add_rows(old, panel.start, x) for old, x in zip(terms, new)]
+        return TripletTerms(*terms), sink
+
+    terms = TripletTerms(*[_zeros(batch, (n,))] * 3)
+    sink = _Sink.empty(batch) if gradient else None
+    terms, sink = lax.fori_loop(0, blocks.count, step, (terms, sink))
+    return terms, sink and Gradients(*sink)
+
+
+def _panel_costs(
+    task: Task, panel: _Panel
+) -> tuple[Callable[[Array, Array], TripletTerms], Array]:
+    """The terms of a panel, from distances and margin, and which pairs they need."""
+    masks = panel.masks
+    if task.kind is Kind.ALL:
+
+        def every(distances: Array, margin: Array) -> TripletTerms:
+            margins = jnp.broadcast_to(margin, distances.shape[:-1])
+            sums = batch_all_sums(task.hinge, distances, margins, *masks)
+            counts = (jnp.sum(mask, axis=-1, dtype=distances.dtype) for mask in masks)
+            return TripletTerms(*sums, functools.reduce(jnp.multiply, counts))
+
+        return every, masks.positive
+
+    _, positive, negative, valid = _mined_panel(task, panel)
+
+    def chosen(distances: Array, margin: Array) -> TripletTerms:
+        d_ap, d_an = take(distances, positive), take(distances, negative)
+        costs = costs_of(d_ap, d_an, valid, margin, task.hinge)
+        return sums_of(costs, valid)
+
+    row = jnp.arange(len(positive))[:, None]
+    pairs = jnp.zeros_like(masks.positive)
+    for index in (positive, negative):
+        pairs = pairs.at[row, index].max(valid)
+    return chosen, pairs
+
+
+def _mined_panel(task: Task, panel: _Panel) -> Triplets:
+    """The triplets ``[rows, k]`` of a panel."""
+    if task.kind is Kind.SEMI_HARD:
+        return batch_semi_hard_triplets(
+            panel.distances, panel.masks, fallback=task.fallback
+        )
+    triplets = batch_hard_triplets(panel.distances, panel.masks)
+    return Triplets(*(field[:, None] for field in triplets))
+
+
+def _in_turn(
+    pairs: Array, visit: Callable[[Any, Array, Array], Any], state: Any
+) -> Any:
+    """Visits the first of the pairs in every row, then the second, and so on.
+
+    `visit` is given the columns ``[rows]`` and whether each row had one left.
+    """
+    columns = jnp.arange(pairs.shape[-1])
+
+    def step(loop: tuple[Array, Any]) -> tuple[Array, Any]:
+        left, state = loop
+        column = jnp.argmax(left, axis=-1)
+        state = visit(state, column, jnp.any(left, axis=-1))
+        return left & (columns != column[:, None]), state
+
+    return lax.while_loop(lambda loop: jnp.any(loop[0]), step, (pairs, state))[1]
+
+
+def _with_differences(task: Task, y: Array, panel: _Panel, near: Array) -> Array:
+    """Distances, those of near pairs from the differences."""
+    row = jnp.arange(len(panel.a))
+
+    def visit(distances: Array, column: Array, found: Array) -> Array:
+        squares = task.metric.products.half_square(panel.a, y[column])
+        direct = task.metric.products.distance(squares)
+        direct = jnp.where(found, direct, distances[row, column])
+        return distances.at[row, column].set(direct, unique_indices=True)
+
+    return _in_turn(near, visit, panel.distances)
+
+
+def _pull_panel(
+    task: Task, y: Array, panel: _Panel, near: Array, by_distance: Array, sink: _Sink
+) -> _Sink:
+    """Adds the gradients of a panel's distances, by products but for near pairs."""
+    row, products = jnp.arange(len(panel.a)), task.metric.products
+
+    def visit(sink: _Sink, column: Array, found: Array) -> _Sink:
+        difference = panel.a - y[column]
+        squares = products.half_square(panel.a, y[column])
+        slope = _with_slope(products.distance, squares)[1] * by_distance[row, column]
+        rows = jnp.where(found, slope, 0)[:, None] * difference
+        return sink.add(panel.start, rows).scatter(column, -rows)
+
+    sink = _in_turn(near, visit, sink)
+    by_square = jnp.where(near, 0, by_distance * panel.slopes)
+    # Differences do not depend on the origin, their digits do.
+    offset = common_offset(y)
+    a, b = panel.a - offset, y - offset
+    ours, theirs = _pull(by_square, a, b), _pull(by_square.T, b, a)
+    return sink.add(panel.start, ours).add_to_references(0, theirs)
+
+
+# Indices alone.
+
+
+def hard_triplets(task: Task, batch: Batch) -> Triplets:
+    """The triplets ``[n]`` of batch-hard mining."""
+    if task.metric.products is None or isinstance(batch.labels, PairMasks):
+        return _hard_by_panels(task, batch)
+    classes = _Classes.of(batch)
+
+    def by_tiles() -> Triplets:
+        tiles = _Tiles.of(task, batch)
+        listed = _mined_by_tiles(task, tiles, classes)
+        positive, negative, valid = (x[0] for x in listed[:3])
+        return Triplets(jnp.arange(len(valid)), positive, negative, valid)
+
+    return lax.cond(classes.most <= FEW, by_tiles, lambda: _hard_by_panels(task, batch))
+
+
+def _hard_by_panels(task: Task, batch: Batch) -> Triplets:
+    n = len(batch.anchors)
+    y = batch.anchors if batch.square else batch.references
+    blocks = _Blocks.of(n, PANEL // len(y))
+
+    def step(block: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        panel = _panel(task, batch, blocks, block)
+        new = [field[:, 0] for field in _mined_panel(task, panel)[1:]]
+        fresh = blocks.fresh(block)
+        return tuple(
+            lax.dynamic_update_slice_in_dim(
+                old,
+                jnp.where(fresh, x, _rows(old, panel.start, len(x))),
+                panel.start,
+                0,
+            )
+            for old, x in zip(found, new)
+        )
+
+    index = _zeros(batch, (n,)).astype(jnp.int32)
+    found = lax.fori_loop(0, blocks.count, step, (index, index, index > 0))
+    return Triplets(jnp.arange(n), *found)
+
+
+def semi_hard_triplets(task: Task, batch: Batch, size: int) -> CountedTriplets:
+    """The triplets of semi-hard mining, compacted in order of anchor and positive."""
+    n = len(batch.anchors)
+    y = batch.anchors if batch.square else batch.references
+    blocks = _Blocks.of(n, PANEL // len(y))
+
+    def step(block: Array, state: tuple) -> tuple:
+        count, *found = state
+        panel = _panel(task, batch, blocks, block)
+        anchor, positive, negative, valid = _mined_panel(task, panel)
+        slot = count + jnp.cumsum(valid.ravel()) - 1
+        slot = jnp.where(valid.ravel(), slot, size)
+        found = [
+            old.at[slot].set(x.ravel(), mode="drop")
+            for old, x in zip(found, (anchor + panel.start, positive, negative))
+        ]
+        return count + jnp.sum(valid), *found
+
+    index = _zeros(batch, (size,)).astype(jnp.int32)
+    count, *found = lax.fori_loop(0, blocks.count, step, (index[0], *[index] * 3))
+    return CountedTriplets(*found, jnp.arange(size) < count, count)
