@@ -44,10 +44,10 @@ from tripletjax.mining import (
 from tripletjax.pairs import PairMasks, keep_pairs, pair_masks
 
 # Tiles cost more with every positive of an anchor, panels little more, but from a
-# higher start: measured to cross between 6 and 10.
-FEW = 8
-# How many numbers a panel of the distance matrix has, and a block of gathered vectors.
-PANEL = 2**20
+# higher start.
+FEW = 16
+# How many numbers a panel of the distance matrix has, and a block of vectors.
+PANEL = 2**19
 # Half squared distances below this share of the vectors' halves are taken directly.
 NEAR = 0.01
 
@@ -125,7 +125,7 @@ def sums(
     return lax.cond(
         classes.most <= FEW,
         lambda: _by_tiles(task, batch, classes, weights, gradient),
-        lambda: _by_panels(task, batch, weights, gradient),
+        lambda: _by_panels(task, batch, weights, gradient, classes),
     )
 
 
@@ -198,6 +198,20 @@ class _Blocks(NamedTuple):
     def fresh(self, block: Array) -> Array:
         """Which rows no earlier block had."""
         return self.start(block) + jnp.arange(self.size) >= block * self.size
+
+
+def _products(a: Array, y: Array, offset: Array) -> Array:
+    """The products ``[rows, m]`` of some vectors with all others less an offset."""
+    blocks = _Blocks.of(len(y), PANEL // y.shape[1])
+
+    def step(block: Array, products: Array) -> Array:
+        start = blocks.start(block)
+        b = _rows(y, start, blocks.size) - offset
+        some = jnp.matmul(a, b.T, precision="highest")
+        return lax.dynamic_update_slice_in_dim(products, some, start, axis=1)
+
+    none = jnp.zeros((len(a), len(y)), a.dtype) + jnp.zeros_like(a[0, 0])
+    return lax.fori_loop(0, blocks.count, step, none)
 
 
 # Tiles.
@@ -454,8 +468,7 @@ def _farthest(tiles: _Tiles, wanted: Array) -> Array:
             labels,
             positions=None if batch.positions is None else batch.positions[row],
         )
-        a = batch.anchors[row] - offset
-        products = jnp.matmul(a, (y - offset).T, precision="highest")
+        products = _products(batch.anchors[row] - offset, y, offset)
         squares = tiles.halves[row][:, None] + theirs - products
         squares = jnp.where(masks.negative & (theirs < jnp.inf), -squares, jnp.inf)
         squares = _stored(squares)
@@ -818,8 +831,7 @@ def _panel(task: Task, batch: Batch, blocks: _Blocks, block: Array) -> _Panel:
     offset = common_offset(y)
     ours = products.halves(a, offset)[:, None]
     theirs = products.halves(y, offset)
-    squares = jnp.matmul(a - offset, (y - offset).T, precision="highest")
-    squares = ours + theirs - squares
+    squares = ours + theirs - _products(a - offset, y, offset)
     squares = jnp.where(squares < 0, 0, squares)
     near = squares < NEAR * (ours + theirs)
     distances, slopes = _with_slope(products.distance, squares)
@@ -827,7 +839,11 @@ def _panel(task: Task, batch: Batch, blocks: _Blocks, block: Array) -> _Panel:
 
 
 def _by_panels(
-    task: Task, batch: Batch, weights: Array | None, gradient: bool
+    task: Task,
+    batch: Batch,
+    weights: Array | None,
+    gradient: bool,
+    classes: _Classes | None = None,
 ) -> tuple[TripletTerms, Gradients | None]:
     n = len(batch.anchors)
     y = batch.anchors if batch.square else batch.references
@@ -836,22 +852,19 @@ def _by_panels(
     def step(block: Array, state: tuple) -> tuple:
         terms, sink = state
         panel = _panel(task, batch, blocks, block)
-        cost, counts = _panel_costs(task, panel)
-        distances = panel.distances
+        cost, counts = _panel_costs(task, panel, classes)
+        near = None
         if panel.near is not None:
             near = panel.near & counts
-            distances = _with_differences(task, y, panel, near)
-        if not gradient:
-            new = cost(distances, batch.margin)
-        else:
-            new, pull = jax.vjp(cost, distances, batch.margin)
+            panel = panel._replace(distances=_with_differences(task, y, panel, near))
+        new, pull = cost(panel.distances, batch.margin)
+        if gradient:
             weight = jnp.ones_like(new.total)
             if weights is not None:
                 weight = _rows(weights, panel.start, blocks.size)
-            none = jnp.zeros_like(weight)
-            by_distance, by_margin = pull(TripletTerms(weight, none, none))
+            by_distance, by_margin = pull(weight)
             sink = sink._replace(margin=sink.margin + by_margin)
-            if panel.near is None:
+            if near is None:
                 ours, theirs = panel.pull(by_distance)
                 sink = sink.add(panel.start, ours).add_to_references(0, theirs)
             else:
@@ -865,33 +878,160 @@ def _by_panels(
     return terms, sink and Gradients(*sink)
 
 
+# From distances and margin to terms, and a function from weights of the anchors to
+# gradients by distances and margin.
+_Cost = Callable[[Array, Array], tuple[TripletTerms, Callable[[Array], tuple]]]
+
+
 def _panel_costs(
-    task: Task, panel: _Panel
-) -> tuple[Callable[[Array, Array], TripletTerms], Array]:
-    """The terms of a panel, from distances and margin, and which pairs they need."""
+    task: Task, panel: _Panel, classes: _Classes | None
+) -> tuple[_Cost, Array]:
+    """How a panel's terms are made, and of which pairs."""
     masks = panel.masks
     if task.kind is Kind.ALL:
+        if classes is not None:
+            positives = functools.partial(
+                classes.positive, start=panel.start, size=len(panel.a)
+            )
+            every = functools.partial(
+                _all_in_panel, task.hinge, masks, positives, classes.most
+            )
+            return every, masks.positive
 
         def every(distances: Array, margin: Array) -> TripletTerms:
             margins = jnp.broadcast_to(margin, distances.shape[:-1])
             sums = batch_all_sums(task.hinge, distances, margins, *masks)
-            counts = (jnp.sum(mask, axis=-1, dtype=distances.dtype) for mask in masks)
-            return TripletTerms(*sums, functools.reduce(jnp.multiply, counts))
+            return TripletTerms(*sums, _count_all(masks, distances))
 
-        return every, masks.positive
+        return _with_pull(every), masks.positive
 
     _, positive, negative, valid = _mined_panel(task, panel)
 
     def chosen(distances: Array, margin: Array) -> TripletTerms:
         d_ap, d_an = take(distances, positive), take(distances, negative)
-        costs = costs_of(d_ap, d_an, valid, margin, task.hinge)
-        return sums_of(costs, valid)
+        return sums_of(costs_of(d_ap, d_an, valid, margin, task.hinge), valid)
 
     row = jnp.arange(len(positive))[:, None]
     pairs = jnp.zeros_like(masks.positive)
     for index in (positive, negative):
         pairs = pairs.at[row, index].max(valid)
-    return chosen, pairs
+    return _with_pull(chosen), pairs
+
+
+def _with_pull(terms: Callable[[Array, Array], TripletTerms]) -> _Cost:
+    def cost(distances: Array, margin: Array) -> tuple:
+        out, pull = jax.vjp(terms, distances, margin)
+        none = jnp.zeros_like(out.total)
+        return out, lambda weights: pull(TripletTerms(weights, none, none))
+
+    return cost
+
+
+def _count_all(masks: PairMasks, distances: Array) -> Array:
+    positives, negatives = (
+        jnp.sum(mask, axis=-1, dtype=distances.dtype) for mask in masks
+    )
+    return positives * negatives
+
+
+# How many positives of an anchor are compared with how many of its negatives by one
+# loop over an array.
+_COLUMNS, _UNROLLED = 128, 16
+
+
+def _all_in_panel(
+    hinge: Hinge,
+    masks: PairMasks,
+    positives: Callable[[Array], tuple[Array, Array]],
+    most: Array,
+    distances: Array,
+    margin: Array,
+) -> tuple[TripletTerms, Callable[[Array], tuple]]:
+    """All triplets of a panel, and what their gradient is made of.
+
+    What a positive needs is summed up over the negatives, and the other way round, both
+    as sums of a few arrays at a time: reductions are several times slower.
+    """
+    rows, m = distances.shape
+    row = jnp.arange(rows)[:, None]
+    d_an = jnp.where(masks.negative, distances, jnp.inf)
+    relu = hinge is jax.nn.relu
+    count = jnp.int32 if relu else distances.dtype
+
+    def costs(d_ap: Array, d_an: Array, found: Array) -> tuple[Array, ...]:
+        if relu:
+            # That triplets are active is all that has to be known of them here.
+            active = (d_ap + margin > d_an).astype(count)
+            return active, active, active, -active, active
+        if not isinstance(hinge, TripletCost):
+            d_ap = jnp.where(found, d_ap, -jnp.inf)
+        d_ap, d_an, found = jnp.broadcast_arrays(d_ap, d_an, found)
+        return _costs_and_slopes(hinge, d_ap, d_an, found, margin)
+
+    def some_positives(step: Array, state: tuple) -> tuple:
+        sums, by_distance, by_negative = state
+        place = step * _COLUMNS + jnp.arange(_COLUMNS)
+        index, found = jax.vmap(positives)(place)
+        index, found = index.T, found.T
+        d_ap = jnp.where(found, take(distances, index), -jnp.inf if relu else 0)
+        d_ap, found = _stored((d_ap, found))
+
+        def of_positives(step: Array, sums: tuple) -> tuple:
+            start = jnp.minimum(step * unrolled, m - unrolled)
+            some = lax.dynamic_slice_in_dim(d_an, start, unrolled, axis=1)
+            fresh = start + jnp.arange(unrolled) >= step * unrolled
+            some = _stored(list(jnp.where(fresh, some, jnp.inf).T))
+            for negative in some:
+                new = costs(d_ap, negative[:, None], found)
+                sums = [old + x for old, x in zip(sums, (*new[:3], new[4]))]
+            return tuple(sums)
+
+        def of_negatives(step: Array, by_negative: Array) -> Array:
+            start = step * _UNROLLED
+            d, real = (
+                _stored(list(lax.dynamic_slice_in_dim(x, start, _UNROLLED, axis=1).T))
+                for x in (d_ap, found)
+            )
+            for positive, exists in zip(d, real):
+                by_negative += costs(positive[:, None], d_an, exists[:, None])[3]
+            return by_negative
+
+        unrolled = min(_UNROLLED, m)
+        none = (jnp.zeros_like(d_ap, count),) * 4
+        total, active, by_ap, by_all = lax.fori_loop(
+            0, -(-m // unrolled), of_positives, none
+        )
+        by_negative = lax.fori_loop(0, _COLUMNS // _UNROLLED, of_negatives, by_negative)
+        by_ap = by_ap.astype(distances.dtype)
+        if relu:
+            # By how much each falls short of the row's farthest, as below.
+            total = jnp.where(found, by_ap * (d_ap - farthest), 0)
+        new = (total, active, by_all)
+        sums = [
+            old + jnp.sum(x, axis=-1, dtype=distances.dtype)
+            for old, x in zip(sums, new)
+        ]
+        by_distance = by_distance.at[row, index].add(jnp.where(found, by_ap, 0))
+        return tuple(sums), by_distance, by_negative
+
+    # Sums of costs are differences of sums; taken from the farthest positive they have
+    # no more digits than they need.
+    farthest = jnp.max(masks.positive * distances, axis=-1, keepdims=True)
+    none = jnp.zeros_like(distances[:, 0])
+    state = (none,) * 3, jnp.zeros_like(distances), jnp.zeros_like(distances, count)
+    (total, active, by_margin), by_distance, by_negative = lax.fori_loop(
+        0, -(-most // _COLUMNS), some_positives, state
+    )
+    by_negative = by_negative.astype(distances.dtype)
+    if relu:
+        gaps = jnp.where(masks.negative, farthest + margin - distances, 0)
+        total = total + jnp.sum(-by_negative * gaps, axis=-1)
+    by_distance = by_distance + by_negative
+
+    def pull(weights: Array) -> tuple[Array, Array]:
+        return by_distance * weights[:, None], jnp.sum(by_margin * weights)
+
+    return TripletTerms(total, active, _count_all(masks, distances)), pull
 
 
 def _mined_panel(task: Task, panel: _Panel) -> Triplets:
@@ -952,9 +1092,18 @@ def _pull_panel(
     by_square = jnp.where(near, 0, by_distance * panel.slopes)
     # Differences do not depend on the origin, their digits do.
     offset = common_offset(y)
-    a, b = panel.a - offset, y - offset
-    ours, theirs = _pull(by_square, a, b), _pull(by_square.T, b, a)
-    return sink.add(panel.start, ours).add_to_references(0, theirs)
+    a = panel.a - offset
+    blocks = _Blocks.of(len(y), PANEL // y.shape[1])
+
+    def step(block: Array, sink: _Sink) -> _Sink:
+        start = blocks.start(block)
+        b = _rows(y, start, blocks.size) - offset
+        some = lax.dynamic_slice_in_dim(by_square, start, blocks.size, axis=1)
+        some = jnp.where(blocks.fresh(block), some, 0)
+        sink = sink.add(panel.start, _pull(some, a, b))
+        return sink.add_to_references(start, _pull(some.T, b, a))
+
+    return lax.fori_loop(0, blocks.count, step, sink)
 
 
 # Indices alone.

@@ -765,6 +765,13 @@ def _search(sorted_rows: Array, values: Array, *, side: str) -> Array:
     return search(sorted_rows, values)
 
 
+def _ordered_bits(x: Array) -> Array:
+    """Integers in the order of floats, which XLA sorts several times faster on CPUs."""
+    kind = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+    bits = jax.lax.bitcast_convert_type(x + 0.0, kind)
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(kind).max, bits)
+
+
 class _SortedNegatives(NamedTuple):
     """Every anchor's negatives from near to far, ``[..., n, m]``, then the rest."""
 
@@ -775,7 +782,8 @@ class _SortedNegatives(NamedTuple):
     @classmethod
     def of(cls, distances: Array, negative: Array) -> "_SortedNegatives":
         key = jnp.where(negative, distances, jnp.inf)
-        order = jnp.argsort(key, axis=-1)
+        column = jnp.broadcast_to(_columns(key), key.shape)
+        _, order = jax.lax.sort((_ordered_bits(key), column), num_keys=1)
         return cls(take(key, order), order, jnp.sum(negative, axis=-1))
 
     def rank(self, values: Array, *, side: str) -> Array:
