@@ -36,6 +36,7 @@ from tripletjax.losses import (
 )
 from tripletjax.mining import (
     CountedTriplets,
+    SortedNegatives,
     Triplets,
     batch_hard_triplets,
     batch_semi_hard_triplets,
@@ -285,6 +286,12 @@ class _Classes(NamedTuple):
         place = jnp.minimum(first + r + (r >= rank), len(self.order) - 1)
         return self.order[place], r < count
 
+    def some(self, start: Array, size: int, step: Array) -> tuple[Array, Array]:
+        """The next `_COLUMNS` positives ``[size, _COLUMNS]`` of a block of anchors."""
+        place = step * _COLUMNS + jnp.arange(_COLUMNS)
+        index, found = jax.vmap(lambda r: self.positive(r, start, size))(place)
+        return index.T, found.T
+
 
 class _Tiles(NamedTuple):
     """Vectors as tiles take them: without what all have in common, with halves.
@@ -414,7 +421,8 @@ def _mined_by_tiles(
         _, negative = _nearest(tiles, None, 1)
         return positive, negative, found[:1], 1
     nearest, negative = _nearest(tiles, squares, classes.most)
-    beyond = nearest < jnp.inf
+    # A NaN is nearer than nothing; its pair stays, for the loss to show it.
+    beyond = (nearest < jnp.inf) | jnp.isnan(squares)
     if not task.fallback:
         return positives, negative, found & beyond, classes.most
 
@@ -890,12 +898,7 @@ def _panel_costs(
     masks = panel.masks
     if task.kind is Kind.ALL:
         if classes is not None:
-            positives = functools.partial(
-                classes.positive, start=panel.start, size=len(panel.a)
-            )
-            every = functools.partial(
-                _all_in_panel, task.hinge, masks, positives, classes.most
-            )
+            every = functools.partial(_all_in_panel, task.hinge, panel, classes)
             return every, masks.positive
 
         def every(distances: Array, margin: Array) -> TripletTerms:
@@ -905,6 +908,8 @@ def _panel_costs(
 
         return _with_pull(every), masks.positive
 
+    if task.kind is Kind.SEMI_HARD and classes is not None:
+        return _semi_hard_in_panel(task, panel, classes)
     _, positive, negative, valid = _mined_panel(task, panel)
 
     def chosen(distances: Array, margin: Array) -> TripletTerms:
@@ -936,16 +941,11 @@ def _count_all(masks: PairMasks, distances: Array) -> Array:
 
 # How many positives of an anchor are compared with how many of its negatives by one
 # loop over an array.
-_COLUMNS, _UNROLLED = 128, 16
+_COLUMNS, _UNROLLED = 256, 32
 
 
 def _all_in_panel(
-    hinge: Hinge,
-    masks: PairMasks,
-    positives: Callable[[Array], tuple[Array, Array]],
-    most: Array,
-    distances: Array,
-    margin: Array,
+    hinge: Hinge, panel: _Panel, classes: _Classes, distances: Array, margin: Array
 ) -> tuple[TripletTerms, Callable[[Array], tuple]]:
     """All triplets of a panel, and what their gradient is made of.
 
@@ -953,7 +953,8 @@ def _all_in_panel(
     as sums of a few arrays at a time: reductions are several times slower.
     """
     rows, m = distances.shape
-    row = jnp.arange(rows)[:, None]
+    row, masks = jnp.arange(rows)[:, None], panel.masks
+    positives = functools.partial(classes.some, panel.start, rows)
     d_an = jnp.where(masks.negative, distances, jnp.inf)
     relu = hinge is jax.nn.relu
     count = jnp.int32 if relu else distances.dtype
@@ -970,9 +971,7 @@ def _all_in_panel(
 
     def some_positives(step: Array, state: tuple) -> tuple:
         sums, by_distance, by_negative = state
-        place = step * _COLUMNS + jnp.arange(_COLUMNS)
-        index, found = jax.vmap(positives)(place)
-        index, found = index.T, found.T
+        index, found = positives(step)
         d_ap = jnp.where(found, take(distances, index), -jnp.inf if relu else 0)
         d_ap, found = _stored((d_ap, found))
 
@@ -980,32 +979,35 @@ def _all_in_panel(
             start = jnp.minimum(step * unrolled, m - unrolled)
             some = lax.dynamic_slice_in_dim(d_an, start, unrolled, axis=1)
             fresh = start + jnp.arange(unrolled) >= step * unrolled
-            some = _stored(list(jnp.where(fresh, some, jnp.inf).T))
-            for negative in some:
-                new = costs(d_ap, negative[:, None], found)
-                sums = [old + x for old, x in zip(sums, (*new[:3], new[4]))]
+            some = _stored(jnp.where(fresh, some, jnp.inf).T)
+            for k in range(unrolled):
+                total, active, by_ap, _, by_all = costs(d_ap, some[k][:, None], found)
+                new = (by_ap,) if relu else (by_ap, total, active, by_all)
+                sums = [old + x for old, x in zip(sums, new)]
             return tuple(sums)
 
         def of_negatives(step: Array, by_negative: Array) -> Array:
-            start = step * _UNROLLED
             d, real = (
-                _stored(list(lax.dynamic_slice_in_dim(x, start, _UNROLLED, axis=1).T))
+                _stored(
+                    lax.dynamic_slice_in_dim(x, step * _UNROLLED, _UNROLLED, axis=1).T
+                )
                 for x in (d_ap, found)
             )
-            for positive, exists in zip(d, real):
-                by_negative += costs(positive[:, None], d_an, exists[:, None])[3]
+            for k in range(_UNROLLED):
+                by_negative += costs(d[k][:, None], d_an, real[k][:, None])[3]
             return by_negative
 
         unrolled = min(_UNROLLED, m)
-        none = (jnp.zeros_like(d_ap, count),) * 4
-        total, active, by_ap, by_all = lax.fori_loop(
-            0, -(-m // unrolled), of_positives, none
-        )
+        none = (jnp.zeros_like(d_ap, count),) * (1 if relu else 4)
+        by_ap, *others = lax.fori_loop(0, -(-m // unrolled), of_positives, none)
         by_negative = lax.fori_loop(0, _COLUMNS // _UNROLLED, of_negatives, by_negative)
         by_ap = by_ap.astype(distances.dtype)
         if relu:
             # By how much each falls short of the row's farthest, as below.
             total = jnp.where(found, by_ap * (d_ap - farthest), 0)
+            active = by_all = by_ap
+        else:
+            total, active, by_all = others
         new = (total, active, by_all)
         sums = [
             old + jnp.sum(x, axis=-1, dtype=distances.dtype)
@@ -1020,7 +1022,7 @@ def _all_in_panel(
     none = jnp.zeros_like(distances[:, 0])
     state = (none,) * 3, jnp.zeros_like(distances), jnp.zeros_like(distances, count)
     (total, active, by_margin), by_distance, by_negative = lax.fori_loop(
-        0, -(-most // _COLUMNS), some_positives, state
+        0, -(-classes.most // _COLUMNS), some_positives, state
     )
     by_negative = by_negative.astype(distances.dtype)
     if relu:
@@ -1032,6 +1034,64 @@ def _all_in_panel(
         return by_distance * weights[:, None], jnp.sum(by_margin * weights)
 
     return TripletTerms(total, active, _count_all(masks, distances)), pull
+
+
+def _semi_hard_in_panel(
+    task: Task, panel: _Panel, classes: _Classes
+) -> tuple[_Cost, Array]:
+    """As `_panel_costs`, some positives of every anchor at a time."""
+    shape = panel.distances.shape
+    row = jnp.arange(shape[0])[:, None]
+    negatives = SortedNegatives.of(panel.distances, panel.masks.negative)
+    last = jnp.maximum(negatives.count, 1)[:, None] - 1
+
+    def some(step: Array) -> tuple[Array, Array, Array]:
+        positive, found = classes.some(panel.start, shape[0], step)
+        d_ap = take(panel.distances, positive)
+        rank = negatives.rank(d_ap, side="right")
+        exists = negatives.count[:, None] > 0
+        found &= exists & ((rank <= last) | task.fallback | jnp.isnan(d_ap))
+        found &= jnp.any(panel.masks.positive, axis=-1, keepdims=True)
+        negative = jnp.where(rank <= last, negatives.at(rank), negatives.farthest())
+        return positive, negative, found
+
+    steps = -(-classes.most // _COLUMNS)
+
+    def add_pairs(step: Array, pairs: Array) -> Array:
+        *indices, found = some(step)
+        for index in indices:
+            pairs = pairs.at[row, index].max(found)
+        return pairs
+
+    pairs = lax.fori_loop(0, steps, add_pairs, jnp.zeros_like(panel.masks.positive))
+
+    def cost(distances: Array, margin: Array) -> tuple:
+        def add(step: Array, state: tuple) -> tuple:
+            terms, by_distance, by_margin = state
+            *indices, valid = some(step)
+
+            def costs(d_ap: Array, d_an: Array, margin: Array) -> Array:
+                return costs_of(d_ap, d_an, valid, margin, task.hinge)
+
+            d = [take(distances, index) for index in indices]
+            margins = jnp.broadcast_to(margin, valid.shape)
+            values, pull = jax.vjp(costs, *d, margins)
+            *slopes, by_all = pull(jnp.ones_like(values))
+            terms = jax.tree.map(jnp.add, terms, sums_of(values, valid))
+            for index, slope in zip(indices, slopes):
+                by_distance = by_distance.at[row, index].add(slope)
+            return terms, by_distance, by_margin + jnp.sum(by_all, axis=-1)
+
+        none = jnp.zeros_like(distances[:, 0])
+        state = TripletTerms(*[none] * 3), jnp.zeros_like(distances), none
+        terms, by_distance, by_margin = lax.fori_loop(0, steps, add, state)
+
+        def pull(weights: Array) -> tuple[Array, Array]:
+            return by_distance * weights[:, None], jnp.sum(by_margin * weights)
+
+        return terms, pull
+
+    return cost, pairs
 
 
 def _mined_panel(task: Task, panel: _Panel) -> Triplets:

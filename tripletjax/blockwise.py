@@ -13,10 +13,10 @@ place of distances, in O(n d + n block) memory:
 >>> print(f"{tj.blockwise.batch_hard_loss(x, labels, margin=0.2):.4f}")
 3.5414
 
-They are faster too, and keep digits that a distance matrix does not have: distances of
-positives and of mined pairs are taken from the differences of the vectors, so that they
-are right also where two vectors nearly coincide. Of negatives whose distances are equal
-up to rounding, the two forms may choose different ones.
+They keep digits that a distance matrix does not have: distances of positives and of
+mined pairs are taken from the differences of the vectors, so that they are right also
+where two vectors nearly coincide. Of negatives whose distances are equal up to rounding,
+the two forms may choose different ones.
 """
 
 import functools

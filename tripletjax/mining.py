@@ -346,7 +346,7 @@ def batch_semi_hard_triplets(
         where=where,
         reference_where=reference_where,
     )
-    negatives = _SortedNegatives.of(distances, masks.negative)
+    negatives = SortedNegatives.of(distances, masks.negative)
     beyond = negatives.rank(distances, side="right")
     found = beyond < negatives.count[..., None]
     farthest, has_negative = _farthest(distances, masks.negative)
@@ -465,7 +465,7 @@ def all_triplets(
 
 def _compact(distances: Array, masks: PairMasks, band: Band, size: int) -> tuple:
     n, m = distances.shape
-    negatives = _SortedNegatives.of(distances, masks.negative)
+    negatives = SortedNegatives.of(distances, masks.negative)
     first = negatives.rank(distances + band.above, side="right")
     last = negatives.rank(distances + band.up_to, side="right")
     # An infinite end is beyond every negative, also beyond infinitely far ones.
@@ -600,7 +600,7 @@ def random_semi_hard_triplets(
         where=where,
         reference_where=reference_where,
     )
-    negatives = _SortedNegatives.of(distances, masks.negative)
+    negatives = SortedNegatives.of(distances, masks.negative)
     first = negatives.rank(distances, side="right")
     last = negatives.rank(distances + margin, side="left")
     last = jnp.minimum(last, negatives.count[..., None])
@@ -772,7 +772,7 @@ def _ordered_bits(x: Array) -> Array:
     return jnp.where(bits < 0, bits ^ jnp.iinfo(kind).max, bits)
 
 
-class _SortedNegatives(NamedTuple):
+class SortedNegatives(NamedTuple):
     """Every anchor's negatives from near to far, ``[..., n, m]``, then the rest."""
 
     distances: Array
@@ -780,7 +780,7 @@ class _SortedNegatives(NamedTuple):
     count: Array
 
     @classmethod
-    def of(cls, distances: Array, negative: Array) -> "_SortedNegatives":
+    def of(cls, distances: Array, negative: Array) -> "SortedNegatives":
         key = jnp.where(negative, distances, jnp.inf)
         column = jnp.broadcast_to(_columns(key), key.shape)
         _, order = jax.lax.sort((_ordered_bits(key), column), num_keys=1)
@@ -793,3 +793,9 @@ class _SortedNegatives(NamedTuple):
     def at(self, rank: Array) -> Array:
         """The column of the negative of a rank, which is clipped to the last."""
         return take(self.order, jnp.minimum(rank, self.order.shape[-1] - 1))
+
+    def farthest(self) -> Array:
+        """The column ``[..., n, 1]`` of the farthest; of equally far ones the first."""
+        last = jnp.maximum(self.count, 1)[..., None] - 1
+        first = self.rank(take(self.distances, last), side="left")
+        return self.at(first)
