@@ -507,7 +507,7 @@ def _nearest(
         squares = _stored(tile.squares)
 
         def one_way(k, state, start, other, axis, some):
-            place = (k, start)
+            place = (lax.convert_element_type(k, start.dtype), start)
             shape = (some, squares.shape[1 - axis])
             limits = [None]
             if bounds is not None:
@@ -654,7 +654,8 @@ def _all_by_tiles(
 
         def one_way(r, state, start, axis, some):
             totals, actives, by_positive, by_margin, by_negative = state
-            place, shape = (r, start), (some, d_an.shape[1 - axis])
+            place = (lax.convert_element_type(r, start.dtype), start)
+            shape = (some, d_an.shape[1 - axis])
 
             def take(x: Array) -> list[Array]:
                 rows = _stored(list(lax.dynamic_slice(x, place, shape)))

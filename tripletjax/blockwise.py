@@ -15,8 +15,8 @@ place of distances, in O(n d + n block) memory:
 
 They keep digits that a distance matrix does not have: distances of positives and of
 mined pairs are taken from the differences of the vectors, so that they are right also
-where two vectors nearly coincide. Of negatives whose distances are equal up to rounding,
-the two forms may choose different ones.
+where two vectors nearly coincide. Of negatives that are equally far up to rounding, the
+two forms may choose different ones.
 """
 
 import functools
