@@ -10,35 +10,23 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from problems import HINGES
+from problems import LOSSES as MATRIX_LOSSES
 
 import tripletjax as tj
 from tripletjax import blocks, blockwise
 
+BLOCKWISE = {
+    "batch all": blockwise.batch_all_loss,
+    "batch hard": blockwise.batch_hard_loss,
+    "semi-hard": blockwise.batch_semi_hard_loss,
+    "semi-hard without fallback": functools.partial(
+        blockwise.batch_semi_hard_loss, fallback=False
+    ),
+}
+# name -> (loss of a matrix, blockwise loss, oracles of its triplets and reduction)
 LOSSES = {
-    "batch all": (
-        tj.batch_all_loss,
-        blockwise.batch_all_loss,
-        oracles.batch_all_triplets_of,
-        oracles.mean_active,
-    ),
-    "batch hard": (
-        tj.batch_hard_loss,
-        blockwise.batch_hard_loss,
-        oracles.batch_hard_triplets_of,
-        oracles.mean_valid,
-    ),
-    "semi-hard": (
-        tj.batch_semi_hard_loss,
-        blockwise.batch_semi_hard_loss,
-        oracles.semi_hard_triplets_of,
-        oracles.mean_valid,
-    ),
-    "semi-hard without fallback": (
-        functools.partial(tj.batch_semi_hard_loss, fallback=False),
-        functools.partial(blockwise.batch_semi_hard_loss, fallback=False),
-        functools.partial(oracles.semi_hard_triplets_of, fallback=False),
-        oracles.mean_valid,
-    ),
+    name: (MATRIX_LOSSES[name][0], loss, *MATRIX_LOSSES[name][1:])
+    for name, loss in BLOCKWISE.items()
 }
 METRICS = {
     "euclidean": tj.euclidean,
@@ -278,9 +266,12 @@ def near_pair(distance):
 
 
 @pytest.mark.parametrize("others", ["pairs", "one class"])
-@pytest.mark.parametrize("role", ["positive", "negative"])
-@every_loss
-def test_near_duplicates_keep_their_digits(loss, role, others):
+@pytest.mark.parametrize(
+    ("name", "role"),
+    # Other losses take all negatives, or choose those beyond, by products.
+    [(name, "positive") for name in LOSSES] + [("batch hard", "negative")],
+)
+def test_near_duplicates_keep_their_digits(name, loss, role, others):
     """Of the product form of this distance nothing is left."""
     x = near_pair(1e-4)
     exact = oracles.euclidean(*np.asarray(x[:2], float))
@@ -288,23 +279,19 @@ def test_near_duplicates_keep_their_digits(loss, role, others):
     if role == "positive":
         labels[:2] = 0
     else:
-        # Nearest negative, beyond a positive that coincides with the anchor.
+        # The nearest negative, where the positive coincides with the anchor.
         labels[:3] = (0, 99, 0)
         x = x.at[2].set(x[0])
-        if loss is not blockwise.batch_hard_loss:
-            # Others take all negatives, or choose those beyond, by products.
-            return
     terms = loss(x, labels, hinge=only(role), reduce_fn=None)
-    if loss is blockwise.batch_all_loss:
-        terms = jax.tree.map(lambda term: term / terms.valid[0], terms)
-    np.testing.assert_allclose(terms.total[0], exact, rtol=1e-6)
+    # Batch-all has the one positive with every negative.
+    assert terms.valid[0] == (34 if name == "batch all" else 1)
+    np.testing.assert_allclose(terms.total[0] / terms.valid[0], exact, rtol=1e-6)
     gradient = jax.grad(
         lambda x: loss(
             x, labels, hinge=only(role), reduce_fn=lambda terms: terms.total[0]
         )
     )(x)
-    count = 34 if loss is blockwise.batch_all_loss else 1
-    np.testing.assert_allclose(jnp.linalg.norm(gradient[0]), count, rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(gradient[0]), terms.valid[0], rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -580,6 +567,15 @@ def test_triplets_split_over_devices():
         ({"margin": -0.1}, ValueError, "margin.*-0.1"),
         ({"margin": [0.1, 0.2]}, ValueError, "margin must be a scalar"),
         ({"hinge": "soft"}, TypeError, "hinge must be callable"),
+        ({"hinge": jnp.sum}, ValueError, "hinge must be elementwise"),
+        (
+            {
+                "references": np.ones((4, 3)),
+                "reference_labels": np.array([0, 1, 2, 2**32 - 1], np.uint32),
+            },
+            TypeError,
+            "labels and reference_labels.*int32 and uint32",
+        ),
         ({"metric": "euclidean"}, TypeError, "metric must be callable"),
         ({"metric": np.subtract}, TypeError, "metric must be a Metric"),
         ({"reduce_fn": "mean"}, TypeError, "reduce_fn must be callable"),
@@ -591,6 +587,15 @@ def test_bad_input_is_named(loss, change, error, words):
     arguments = {"embeddings": np.ones((4, 3)), "labels": [0, 0, 1, 1]} | change
     with pytest.raises(error, match=words):
         loss(arguments.pop("embeddings"), arguments.pop("labels"), **arguments)
+
+
+def test_labels_of_other_dtypes():
+    x, labels = vectors(6), np.array([-1, -1, 5, 5, 7, 7], np.int8)
+    references = np.array([255, 255, 5, 5, 7, 7], np.uint8)
+    terms = blockwise.batch_hard_loss(
+        x, labels, references=x[::-1], reference_labels=references, reduce_fn=None
+    )
+    np.testing.assert_array_equal(terms.valid, [0, 0, 1, 1, 1, 1])
 
 
 def test_both_ways_are_taken():

@@ -31,7 +31,9 @@ from tripletjax.losses import (
     TripletCost,
     TripletTerms,
     batch_all_sums,
+    check_elementwise,
     costs_of,
+    count_all,
     sums_of,
 )
 from tripletjax.mining import (
@@ -42,7 +44,7 @@ from tripletjax.mining import (
     batch_semi_hard_triplets,
     take,
 )
-from tripletjax.pairs import PairMasks, keep_pairs, pair_masks
+from tripletjax.pairs import PairMasks, in_turn, keep_pairs, pair_masks
 
 # Tiles cost more with every positive of an anchor, panels little more, but from a
 # higher start.
@@ -107,6 +109,13 @@ class Batch(NamedTuple):
     def square(self) -> bool:
         return self.references is None
 
+    @property
+    def others(self) -> tuple[Array, Array | None, Array | None]:
+        """Vectors, labels and `where` of the references, whoever they are."""
+        if self.square:
+            return self.anchors, self.labels, self.where
+        return self.references, self.reference_labels, self.reference_where
+
 
 class Gradients(NamedTuple):
     """Of the summed cost: by anchors, by references (None if square), by margin."""
@@ -114,6 +123,25 @@ class Gradients(NamedTuple):
     anchors: Array
     references: Array | None
     margin: Array
+
+    @classmethod
+    def zero(cls, batch: Batch) -> "Gradients":
+        none = [None if x is None else _zeros(batch, x.shape) for x in batch[:2]]
+        return cls(*none, _zeros(batch))
+
+    def add(self, start: Array, rows: Array) -> "Gradients":
+        return self._replace(anchors=_add_rows(self.anchors, start, rows))
+
+    def add_to_references(self, start: Array, rows: Array) -> "Gradients":
+        if self.references is None:
+            return self.add(start, rows)
+        return self._replace(references=_add_rows(self.references, start, rows))
+
+    def scatter(self, index: Array, rows: Array) -> "Gradients":
+        """Adds to references in any order."""
+        if self.references is None:
+            return self._replace(anchors=self.anchors.at[index].add(rows))
+        return self._replace(references=self.references.at[index].add(rows))
 
 
 def sums(
@@ -128,33 +156,6 @@ def sums(
         lambda: _by_tiles(task, batch, classes, weights, gradient),
         lambda: _by_panels(task, batch, weights, gradient, classes),
     )
-
-
-class _Sink(NamedTuple):
-    """Gradients being added up."""
-
-    anchors: Array
-    references: Array | None
-    margin: Array
-
-    @classmethod
-    def empty(cls, batch: Batch) -> "_Sink":
-        none = [None if x is None else _zeros(batch, x.shape) for x in batch[:2]]
-        return cls(*none, _zeros(batch))
-
-    def add(self, start: Array, rows: Array) -> "_Sink":
-        return self._replace(anchors=_add_rows(self.anchors, start, rows))
-
-    def add_to_references(self, start: Array, rows: Array) -> "_Sink":
-        if self.references is None:
-            return self.add(start, rows)
-        return self._replace(references=_add_rows(self.references, start, rows))
-
-    def scatter(self, index: Array, rows: Array) -> "_Sink":
-        """Adds to references in any order."""
-        if self.references is None:
-            return self._replace(anchors=self.anchors.at[index].add(rows))
-        return self._replace(references=self.references.at[index].add(rows))
 
 
 def _zeros(batch: Batch, shape: tuple[int, ...] = ()) -> Array:
@@ -241,8 +242,7 @@ class _Classes(NamedTuple):
     def of(cls, batch: Batch) -> "_Classes":
         labels, where = batch.labels, batch.where
         n = len(labels)
-        references = labels if batch.square else batch.reference_labels
-        real = where if batch.square else batch.reference_where
+        _, references, real = batch.others
         m = len(references)
         index = jnp.arange(m)
         if real is None:
@@ -315,7 +315,7 @@ class _Tiles(NamedTuple):
     @classmethod
     def of(cls, task: Task, batch: Batch) -> "_Tiles":
         x = batch.anchors
-        y = x if batch.square else batch.references
+        y, _, real = batch.others
         offset = common_offset(y)
 
         def halves(x: Array, where: Array | None) -> Array:
@@ -323,7 +323,7 @@ class _Tiles(NamedTuple):
             return halves if where is None else jnp.where(where, halves, jnp.inf)
 
         ours = halves(x, batch.where)
-        theirs = ours if batch.square else halves(y, batch.reference_where)
+        theirs = ours if batch.square else halves(y, real)
         size = task.block_size
         blocks = _Blocks.of(len(x), size), _Blocks.of(len(y), size)
         return cls(batch, offset, ours, theirs, *blocks)
@@ -347,11 +347,10 @@ class _Tiles(NamedTuple):
         return lax.scan(step, state, blocks)[0]
 
     def tile(self, i: Array, j: Array) -> "_Tile":
-        batch, square = self.batch, self.batch.square
+        batch, positions = self.batch, self.batch.positions
         row, column = self.rows.start(i), self.columns.start(j)
-        x, labels = batch.anchors, batch.labels
-        y = x if square else batch.references
-        a = _rows(x, row, self.rows.size) - self.offset
+        y, labels, _ = batch.others
+        a = _rows(batch.anchors, row, self.rows.size) - self.offset
         b = _rows(y, column, self.columns.size) - self.offset
 
         def halves(all: Array, blocks: _Blocks, block: Array) -> Array:
@@ -365,15 +364,12 @@ class _Tiles(NamedTuple):
         squares = ours + theirs - jnp.matmul(a, b.T, precision="highest")
         # A NaN becomes 0, to be chosen: a loss that has gone wrong must not look well.
         squares = jnp.where(squares > 0, squares, 0)
-        positions = batch.positions
+        if positions is not None:
+            positions = _stored(_rows(positions, row, len(a)) - column)
         masks = pair_masks(
-            _stored(_rows(labels, row, len(a))),
-            _stored(
-                _rows(labels if square else batch.reference_labels, column, len(b))
-            ),
-            positions=None
-            if positions is None
-            else _stored(_rows(positions, row, len(a)) - column),
+            _stored(_rows(batch.labels, row, len(a))),
+            _stored(_rows(labels, column, len(b))),
+            positions=positions,
         )
         squares = jnp.where(masks.negative, squares, jnp.inf)
         return _Tile(row, column, a, b, squares)
@@ -439,7 +435,7 @@ def _positives(
     All ``[FEW, n]``.
     """
     n, d = batch.anchors.shape
-    y = batch.anchors if batch.square else batch.references
+    y = batch.others[0]
     blocks = _Blocks.of(n, PANEL // d)
 
     def step(step: Array, state: tuple[Array, Array, Array]) -> tuple:
@@ -461,8 +457,7 @@ def _positives(
 def _farthest(tiles: _Tiles, wanted: Array) -> Array:
     """The farthest negative ``[n]`` of the anchors that want one, some at a time."""
     batch = tiles.batch
-    y = batch.anchors if batch.square else batch.references
-    labels = batch.labels if batch.square else batch.reference_labels
+    y, labels, _ = batch.others
     n, m = len(wanted), len(y)
     size = _Blocks.of(n, PANEL // 8 // m).size
     order = jnp.flatnonzero(wanted, size=n, fill_value=0)
@@ -511,9 +506,7 @@ def _nearest(
             shape = (some, squares.shape[1 - axis])
             limits = [None]
             if bounds is not None:
-                limits = jnp.expand_dims(
-                    lax.dynamic_slice(bounds, place, shape), axis + 1
-                )
+                limits = _across(bounds, place, shape, axis)
             found = [_min_and_place(squares, limit, axis) for limit in limits]
             new = [jnp.stack(x) for x in zip(*found)]
             new[1] += other
@@ -535,6 +528,12 @@ def _nearest(
     k = 1 if bounds is None else len(bounds)
     zeros = _zeros(tiles.batch, (k, len(tiles.halves)))
     return tiles.scan(visit, (zeros + jnp.inf, zeros.astype(jnp.int32)))
+
+
+def _across(x: Array, place: tuple, shape: tuple[int, int], axis: int) -> list[Array]:
+    """Some rows of ``[k, n]``, each to be broadcast along an axis of a tile."""
+    rows = _stored(list(lax.dynamic_slice(x, place, shape)))
+    return [jnp.expand_dims(row, axis) for row in rows]
 
 
 def _in_threes(count: Array | int, body: Callable, state: Any) -> Any:
@@ -592,7 +591,7 @@ def _listed(
 ) -> tuple[TripletTerms, Gradients | None]:
     """The sums of triplets ``[k, n]``, of which the first `count` rows are in use."""
     n, d = batch.anchors.shape
-    y = batch.anchors if batch.square else batch.references
+    y = batch.others[0]
     blocks = _Blocks.of(n, PANEL // d)
     products = task.metric.products
 
@@ -625,12 +624,12 @@ def _listed(
         return totals, actives, sink
 
     zeros = _zeros(batch, (n,))
-    sink = _Sink.empty(batch) if gradient else None
+    sink = Gradients.zero(batch) if gradient else None
     totals, actives, sink = lax.fori_loop(
         0, count * blocks.count, step, (zeros, zeros, sink)
     )
     terms = TripletTerms(totals, actives, jnp.sum(valid, axis=0, dtype=totals.dtype))
-    return terms, sink and Gradients(*sink)
+    return terms, sink
 
 
 def _all_by_tiles(
@@ -657,13 +656,12 @@ def _all_by_tiles(
             place = (lax.convert_element_type(r, start.dtype), start)
             shape = (some, d_an.shape[1 - axis])
 
-            def take(x: Array) -> list[Array]:
-                rows = _stored(list(lax.dynamic_slice(x, place, shape)))
-                return [jnp.expand_dims(row, axis) for row in rows]
-
             each = [
-                _costs_and_slopes(task.hinge, d_ap, d_an, found, batch.margin)
-                for d_ap, found in zip(take(gap_ap), take(found))
+                _costs_and_slopes(task.hinge, d_ap, d_an, exists, batch.margin)
+                for d_ap, exists in zip(
+                    _across(gap_ap, place, shape, axis),
+                    _across(found, place, shape, axis),
+                )
             ]
             costs, active, by_ap, by_an, by_all = zip(*each)
             # Of sums over a computed array, those of one in memory are the fastest.
@@ -712,7 +710,7 @@ def _all_by_tiles(
         return *state, sink
 
     n = len(batch.anchors)
-    sink = _Sink.empty(batch) if gradient else None
+    sink = Gradients.zero(batch) if gradient else None
     zeros = _zeros(batch, (n,)), _zeros(batch, (n,)), _zeros(batch, (FEW, n))
     totals, actives, by_positive, by_margin, sink = tiles.scan(
         visit, (*zeros, _zeros(batch), sink)
@@ -725,7 +723,7 @@ def _all_by_tiles(
             batch, sink, positives, jnp.where(found, by_positive * slopes, 0), classes
         )
     valid = classes.positives * classes.negatives.astype(totals.dtype)
-    return TripletTerms(totals, actives, valid), sink and Gradients(*sink)
+    return TripletTerms(totals, actives, valid), sink
 
 
 def _costs_and_slopes(
@@ -741,7 +739,9 @@ def _costs_and_slopes(
         )
         slopes = pull(jnp.ones_like(costs))
         return costs, (costs > 0).astype(costs.dtype), *slopes
-    costs, slope = _with_slope(hinge, d_ap + margin - d_an)
+    gaps = d_ap + margin - d_an
+    costs, slope = _with_slope(hinge, gaps)
+    check_elementwise(costs, gaps)
     if hinge is jax.nn.relu:
         return costs, slope, slope, -slope, slope
     if hinge is not jax.nn.softplus:
@@ -765,14 +765,14 @@ def _pull(by_square: Array, a: Array, b: Array) -> Array:
 
 
 def _pull_positives(
-    batch: Batch, sink: _Sink, positives: Array, slopes: Array, classes: _Classes
-) -> _Sink:
+    batch: Batch, sink: Gradients, positives: Array, slopes: Array, classes: _Classes
+) -> Gradients:
     """Adds the gradients of half the squared differences ``[FEW, n]`` of positives."""
     n, d = batch.anchors.shape
-    y = batch.anchors if batch.square else batch.references
+    y = batch.others[0]
     blocks = _Blocks.of(n, PANEL // d)
 
-    def step(step: Array, sink: _Sink) -> _Sink:
+    def step(step: Array, sink: Gradients) -> Gradients:
         r, block = jnp.divmod(step, blocks.count)
         start = blocks.start(block)
         index = _rows(positives[r], start, blocks.size)
@@ -808,43 +808,64 @@ class _Panel(NamedTuple):
     pull: Callable[[Array], tuple[Array, Array]] | None
 
 
-def _panel(task: Task, batch: Batch, blocks: _Blocks, block: Array) -> _Panel:
-    products, start = task.metric.products, blocks.start(block)
-    x, labels = batch.anchors, batch.labels
-    y = x if batch.square else batch.references
-    a = _rows(x, start, blocks.size)
-    row = start + jnp.arange(blocks.size)
+class _Panels(NamedTuple):
+    """The distance matrix in blocks of rows.
 
-    def rows(x: Array | None) -> Array | None:
-        return None if x is None else _rows(x, start, blocks.size)
+    Attributes:
+        task: what to sum up.
+        batch: the batch.
+        blocks: the blocks.
+        offset: what the references have in common, if the metric is made of products.
+        halves: of the references, likewise.
+    """
 
-    real = blocks.fresh(block)
-    if batch.where is not None:
-        real &= rows(batch.where)
-    real_references = batch.where if batch.square else batch.reference_where
-    if isinstance(labels, PairMasks):
-        masks = PairMasks(*(lax.dynamic_slice_in_dim(x, start, len(a)) for x in labels))
-        masks = keep_pairs(masks, real, real_references)
-    else:
-        masks = pair_masks(
-            rows(labels),
-            labels if batch.square else batch.reference_labels,
-            positions=row if batch.square else rows(batch.positions),
-            where=real,
-            reference_where=real_references,
-        )
-    if products is None:
-        itself = row if batch.square else jnp.full(len(a), -1)
-        distances, pull = jax.vjp(lambda a, y: task.metric.against(a, y, itself), a, y)
-        return _Panel(start, a, masks, distances, None, None, pull)
-    offset = common_offset(y)
-    ours = products.halves(a, offset)[:, None]
-    theirs = products.halves(y, offset)
-    squares = ours + theirs - _products(a - offset, y, offset)
-    squares = jnp.where(squares < 0, 0, squares)
-    near = squares < NEAR * (ours + theirs)
-    distances, slopes = _with_slope(products.distance, squares)
-    return _Panel(start, a, masks, distances, slopes, near, None)
+    task: Task
+    batch: Batch
+    blocks: _Blocks
+    offset: Array | None
+    halves: Array | None
+
+    @classmethod
+    def of(cls, task: Task, batch: Batch) -> "_Panels":
+        y, products = batch.others[0], task.metric.products
+        blocks = _Blocks.of(len(batch.anchors), PANEL // len(y))
+        if products is None:
+            return cls(task, batch, blocks, None, None)
+        offset = common_offset(y)
+        return cls(task, batch, blocks, offset, products.halves(y, offset))
+
+    def panel(self, block: Array) -> _Panel:
+        metric, batch, blocks = self.task.metric, self.batch, self.blocks
+        start = blocks.start(block)
+        y, labels, real_references = batch.others
+        row = start + jnp.arange(blocks.size)
+
+        def rows(x: Array | None) -> Array | None:
+            return None if x is None else _rows(x, start, blocks.size)
+
+        a, real = rows(batch.anchors), blocks.fresh(block)
+        if batch.where is not None:
+            real &= rows(batch.where)
+        if isinstance(batch.labels, PairMasks):
+            masks = PairMasks(*map(rows, batch.labels))
+            masks = keep_pairs(masks, real, real_references)
+        else:
+            masks = pair_masks(
+                rows(batch.labels),
+                labels,
+                positions=row if batch.square else rows(batch.positions),
+                where=real,
+                reference_where=real_references,
+            )
+        if metric.products is None:
+            itself = row if batch.square else jnp.full_like(row, -1)
+            distances, pull = jax.vjp(lambda a, y: metric.against(a, y, itself), a, y)
+            return _Panel(start, a, masks, distances, None, None, pull)
+        scale = metric.products.halves(a, self.offset)[:, None] + self.halves
+        squares = scale - _products(a - self.offset, y, self.offset)
+        squares = jnp.where(squares < 0, 0, squares)
+        distances, slopes = _with_slope(metric.products.distance, squares)
+        return _Panel(start, a, masks, distances, slopes, squares < NEAR * scale, None)
 
 
 def _by_panels(
@@ -854,37 +875,34 @@ def _by_panels(
     gradient: bool,
     classes: _Classes | None = None,
 ) -> tuple[TripletTerms, Gradients | None]:
-    n = len(batch.anchors)
-    y = batch.anchors if batch.square else batch.references
-    blocks = _Blocks.of(n, PANEL // len(y))
+    panels = _Panels.of(task, batch)
 
     def step(block: Array, state: tuple) -> tuple:
         terms, sink = state
-        panel = _panel(task, batch, blocks, block)
+        panel = panels.panel(block)
         cost, counts = _panel_costs(task, panel, classes)
         near = None
         if panel.near is not None:
             near = panel.near & counts
-            panel = panel._replace(distances=_with_differences(task, y, panel, near))
+            panel = panel._replace(distances=_with_differences(panels, panel, near))
         new, pull = cost(panel.distances, batch.margin)
         if gradient:
             weight = jnp.ones_like(new.total)
             if weights is not None:
-                weight = _rows(weights, panel.start, blocks.size)
+                weight = _rows(weights, panel.start, len(panel.a))
             by_distance, by_margin = pull(weight)
             sink = sink._replace(margin=sink.margin + by_margin)
             if near is None:
                 ours, theirs = panel.pull(by_distance)
                 sink = sink.add(panel.start, ours).add_to_references(0, theirs)
             else:
-                sink = _pull_panel(task, y, panel, near, by_distance, sink)
+                sink = _pull_panel(panels, panel, near, by_distance, sink)
         terms = [_add_rows(old, panel.start, x) for old, x in zip(terms, new)]
         return TripletTerms(*terms), sink
 
-    terms = TripletTerms(*[_zeros(batch, (n,))] * 3)
-    sink = _Sink.empty(batch) if gradient else None
-    terms, sink = lax.fori_loop(0, blocks.count, step, (terms, sink))
-    return terms, sink and Gradients(*sink)
+    terms = TripletTerms(*[_zeros(batch, (len(batch.anchors),))] * 3)
+    sink = Gradients.zero(batch) if gradient else None
+    return lax.fori_loop(0, panels.blocks.count, step, (terms, sink))
 
 
 # From distances and margin to terms, and a function from weights of the anchors to
@@ -905,7 +923,7 @@ def _panel_costs(
         def every(distances: Array, margin: Array) -> TripletTerms:
             margins = jnp.broadcast_to(margin, distances.shape[:-1])
             sums = batch_all_sums(task.hinge, distances, margins, *masks)
-            return TripletTerms(*sums, _count_all(masks, distances))
+            return TripletTerms(*sums, count_all(masks, distances))
 
         return _with_pull(every), masks.positive
 
@@ -931,13 +949,6 @@ def _with_pull(terms: Callable[[Array, Array], TripletTerms]) -> _Cost:
         return out, lambda weights: pull(TripletTerms(weights, none, none))
 
     return cost
-
-
-def _count_all(masks: PairMasks, distances: Array) -> Array:
-    positives, negatives = (
-        jnp.sum(mask, axis=-1, dtype=distances.dtype) for mask in masks
-    )
-    return positives * negatives
 
 
 # How many positives of an anchor are compared with how many of its negatives by one
@@ -1034,7 +1045,7 @@ def _all_in_panel(
     def pull(weights: Array) -> tuple[Array, Array]:
         return by_distance * weights[:, None], jnp.sum(by_margin * weights)
 
-    return TripletTerms(total, active, _count_all(masks, distances)), pull
+    return TripletTerms(total, active, count_all(masks, distances)), pull
 
 
 def _semi_hard_in_panel(
@@ -1105,58 +1116,41 @@ def _mined_panel(task: Task, panel: _Panel) -> Triplets:
     return Triplets(*(field[:, None] for field in triplets))
 
 
-def _in_turn(
-    pairs: Array, visit: Callable[[Any, Array, Array], Any], state: Any
-) -> Any:
-    """Visits the first of the pairs in every row, then the second, and so on.
-
-    `visit` is given the columns ``[rows]`` and whether each row had one left.
-    """
-    columns = jnp.arange(pairs.shape[-1])
-
-    def step(loop: tuple[Array, Any]) -> tuple[Array, Any]:
-        left, state = loop
-        column = jnp.argmax(left, axis=-1)
-        state = visit(state, column, jnp.any(left, axis=-1))
-        return left & (columns != column[:, None]), state
-
-    return lax.while_loop(lambda loop: jnp.any(loop[0]), step, (pairs, state))[1]
-
-
-def _with_differences(task: Task, y: Array, panel: _Panel, near: Array) -> Array:
+def _with_differences(panels: _Panels, panel: _Panel, near: Array) -> Array:
     """Distances, those of near pairs from the differences."""
-    row = jnp.arange(len(panel.a))
+    row, products = jnp.arange(len(panel.a)), panels.task.metric.products
+    y = panels.batch.others[0]
 
     def visit(distances: Array, column: Array, found: Array) -> Array:
-        squares = task.metric.products.half_square(panel.a, y[column])
-        direct = task.metric.products.distance(squares)
+        direct = products.distance(products.half_square(panel.a, y[column]))
         direct = jnp.where(found, direct, distances[row, column])
         return distances.at[row, column].set(direct, unique_indices=True)
 
-    return _in_turn(near, visit, panel.distances)
+    return in_turn(near, visit, panel.distances)
 
 
 def _pull_panel(
-    task: Task, y: Array, panel: _Panel, near: Array, by_distance: Array, sink: _Sink
-) -> _Sink:
+    panels: _Panels, panel: _Panel, near: Array, by_distance: Array, sink: Gradients
+) -> Gradients:
     """Adds the gradients of a panel's distances, by products but for near pairs."""
-    row, products = jnp.arange(len(panel.a)), task.metric.products
+    row, products = jnp.arange(len(panel.a)), panels.task.metric.products
+    y = panels.batch.others[0]
 
-    def visit(sink: _Sink, column: Array, found: Array) -> _Sink:
+    def visit(sink: Gradients, column: Array, found: Array) -> Gradients:
         difference = panel.a - y[column]
         squares = products.half_square(panel.a, y[column])
         slope = _with_slope(products.distance, squares)[1] * by_distance[row, column]
         rows = jnp.where(found, slope, 0)[:, None] * difference
         return sink.add(panel.start, rows).scatter(column, -rows)
 
-    sink = _in_turn(near, visit, sink)
+    sink = in_turn(near, visit, sink)
     by_square = jnp.where(near, 0, by_distance * panel.slopes)
     # Differences do not depend on the origin, their digits do.
-    offset = common_offset(y)
+    offset = panels.offset
     a = panel.a - offset
     blocks = _Blocks.of(len(y), PANEL // y.shape[1])
 
-    def step(block: Array, sink: _Sink) -> _Sink:
+    def step(block: Array, sink: Gradients) -> Gradients:
         start = blocks.start(block)
         b = _rows(y, start, blocks.size) - offset
         some = lax.dynamic_slice_in_dim(by_square, start, blocks.size, axis=1)
@@ -1186,14 +1180,12 @@ def hard_triplets(task: Task, batch: Batch) -> Triplets:
 
 
 def _hard_by_panels(task: Task, batch: Batch) -> Triplets:
-    n = len(batch.anchors)
-    y = batch.anchors if batch.square else batch.references
-    blocks = _Blocks.of(n, PANEL // len(y))
+    panels, n = _Panels.of(task, batch), len(batch.anchors)
 
     def step(block: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
-        panel = _panel(task, batch, blocks, block)
+        panel = panels.panel(block)
         new = [field[:, 0] for field in _mined_panel(task, panel)[1:]]
-        fresh = blocks.fresh(block)
+        fresh = panels.blocks.fresh(block)
         return tuple(
             lax.dynamic_update_slice_in_dim(
                 old,
@@ -1205,19 +1197,17 @@ def _hard_by_panels(task: Task, batch: Batch) -> Triplets:
         )
 
     index = _zeros(batch, (n,)).astype(jnp.int32)
-    found = lax.fori_loop(0, blocks.count, step, (index, index, index > 0))
+    found = lax.fori_loop(0, panels.blocks.count, step, (index, index, index > 0))
     return Triplets(jnp.arange(n), *found)
 
 
 def semi_hard_triplets(task: Task, batch: Batch, size: int) -> CountedTriplets:
     """The triplets of semi-hard mining, compacted in order of anchor and positive."""
-    n = len(batch.anchors)
-    y = batch.anchors if batch.square else batch.references
-    blocks = _Blocks.of(n, PANEL // len(y))
+    panels = _Panels.of(task, batch)
 
     def step(block: Array, state: tuple) -> tuple:
         count, *found = state
-        panel = _panel(task, batch, blocks, block)
+        panel = panels.panel(block)
         anchor, positive, negative, valid = _mined_panel(task, panel)
         slot = count + jnp.cumsum(valid.ravel()) - 1
         slot = jnp.where(valid.ravel(), slot, size)
@@ -1228,5 +1218,7 @@ def semi_hard_triplets(task: Task, batch: Batch, size: int) -> CountedTriplets:
         return count + jnp.sum(valid), *found
 
     index = _zeros(batch, (size,)).astype(jnp.int32)
-    count, *found = lax.fori_loop(0, blocks.count, step, (index[0], *[index] * 3))
+    count, *found = lax.fori_loop(
+        0, panels.blocks.count, step, (index[0], *[index] * 3)
+    )
     return CountedTriplets(*found, jnp.arange(size) < count, count)

@@ -462,11 +462,12 @@ def _loss(
     **pairs: ArrayLike | None,
 ) -> Any:
     task = _task(kind, metric, hinge=hinge, fallback=fallback, block_size=block_size)
-    batch, lead = _batch(task, embeddings, labels, axis_name=axis_name, **pairs)
-    margin = as_margin(margin, batch.anchors)
+    batch, lead = _batch(
+        task, embeddings, labels, axis_name=axis_name, margin=margin, **pairs
+    )
 
     def one(batch: Batch) -> Any:
-        batch = _varying(batch._replace(margin=margin))
+        batch = _varying(batch)
         if reduce_fn in (mean_valid, mean_active):
             # They treat all anchors alike, so that the gradient of the plain total is
             # theirs but for a factor.
@@ -493,6 +494,7 @@ def _batch(
     where: ArrayLike | None,
     reference_where: ArrayLike | None,
     axis_name: AxisName | None,
+    margin: ArrayLike = 0.0,
 ) -> tuple[Batch, tuple[int, ...]]:
     """Checks the arguments; a batch with leading dimensions in front, and these."""
     masks = labels if isinstance(labels, PairMasks) else None
@@ -535,6 +537,8 @@ def _batch(
     reference_labels = each(
         "reference_labels", reference_labels, jnp.integer, "references", m
     )
+    if reference_labels is not None:
+        labels, reference_labels = _of_one_dtype(labels, reference_labels)
     positions = each("positions", positions, jnp.integer, "embeddings", n)
     where = each("where", where, jnp.bool_, "embeddings", n)
     reference_where = each(
@@ -549,19 +553,17 @@ def _batch(
         return vectors(x if where is None else jnp.where(where[..., None], x, 0))
 
     x = ready(x, where)
-    if y is None:
-        if axis_name is None and positions is None and reference_where is None:
-            # The anchors are their own references: half the matrix is enough.
-            pass
-        else:
-            y, reference_labels = x, labels if masks is None else None
-            reference_where = where if reference_where is None else reference_where
-            if positions is None and masks is None:
-                positions = jnp.broadcast_to(jnp.arange(n), (*lead, n))
-                if axis_name is not None:
-                    positions += lax.axis_index(axis_name) * n
-    else:
+    plain = axis_name is None and positions is None and reference_where is None
+    if y is not None:
         y = ready(y, reference_where)
+    elif not plain:
+        # Else the anchors are their own references, and half the matrix is enough.
+        y, reference_labels = x, labels if masks is None else None
+        reference_where = where if reference_where is None else reference_where
+        if positions is None and masks is None:
+            positions = jnp.broadcast_to(jnp.arange(n), (*lead, n))
+            if axis_name is not None:
+                positions += lax.axis_index(axis_name) * n
     if axis_name is not None:
         gather = functools.partial(
             lax.all_gather, axis_name=axis_name, axis=len(lead), tiled=True
@@ -581,11 +583,23 @@ def _batch(
                 )
             checked.append(_broadcast(f"labels.{name}", mask, (*lead, n, m)))
         labels = PairMasks(*checked)
-    margin = jnp.zeros(lead, x.dtype)
+    margin = jnp.broadcast_to(as_margin(margin, x), lead)
     batch = Batch(
         x, y, margin, labels, reference_labels, positions, where, reference_where
     )
     return batch, lead
+
+
+def _of_one_dtype(labels: Array, reference_labels: Array) -> list[Array]:
+    """Both as integers of one dtype, for labels to be sorted and searched."""
+    dtype = jnp.promote_types(labels.dtype, reference_labels.dtype)
+    for x in (labels, reference_labels):
+        if jnp.iinfo(x.dtype).max > jnp.iinfo(dtype).max:
+            raise TypeError(
+                "labels and reference_labels must have integers that fit into one "
+                f"dtype, got {labels.dtype} and {reference_labels.dtype}."
+            )
+    return [labels.astype(dtype), reference_labels.astype(dtype)]
 
 
 def _broadcast(name: str, values: Array, shape: tuple[int, ...]) -> Array:

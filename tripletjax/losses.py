@@ -43,7 +43,7 @@ from tripletjax.mining import (
     batch_semi_hard_triplets,
     take,
 )
-from tripletjax.pairs import PairMasks, resolve
+from tripletjax.pairs import PairMasks, in_turn, resolve
 from tripletjax.public import public
 
 
@@ -543,8 +543,13 @@ def batch_all_loss(
     # The margin per anchor, so that its gradient is known per anchor as well.
     margins = jnp.broadcast_to(as_margin(margin, distances), distances.shape[:-1])
     total, active = batch_all_sums(hinge, distances, margins, *masks)
-    positives, negatives = (jnp.sum(mask, axis=-1, dtype=total.dtype) for mask in masks)
-    return reduced(TripletTerms(total, active, positives * negatives), reduce_fn)
+    return reduced(TripletTerms(total, active, count_all(masks, total)), reduce_fn)
+
+
+def count_all(masks: PairMasks, like: Array) -> Array:
+    """How many triplets every anchor has, as a number of some array's dtype."""
+    positives, negatives = (jnp.sum(mask, axis=-1, dtype=like.dtype) for mask in masks)
+    return positives * negatives
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -553,13 +558,13 @@ def batch_all_sums(
 ) -> tuple[Array, Array]:
     """Summed cost and number of active triplets per anchor."""
 
-    def add(column: Array, found: Array, sums: tuple[Array, Array]):
+    def add(sums: tuple[Array, Array], column: Array, found: Array):
         costs = _costs_with(hinge, column, found, distances, margins, negative)
         active = jnp.sum(costs > 0, axis=-1, dtype=costs.dtype)
         return sums[0] + jnp.sum(costs, axis=-1), sums[1] + active
 
     none = jnp.zeros_like(distances[..., 0])
-    return _over_positives(add, (none, none), positive)
+    return in_turn(positive, add, (none, none))
 
 
 @batch_all_sums.defjvp
@@ -579,7 +584,7 @@ def _batch_all_weights(
 ) -> tuple[Array, Array]:
     """The derivatives of an anchor's summed cost by its distances and its margin."""
 
-    def add(column: Array, found: Array, weights: tuple[Array, Array]):
+    def add(weights: tuple[Array, Array], column: Array, found: Array):
         def costs(distances: Array, margins: Array) -> Array:
             return _costs_with(hinge, column, found, distances, margins, negative)
 
@@ -587,7 +592,7 @@ def _batch_all_weights(
         return jax.tree.map(jnp.add, weights, pull(jnp.ones_like(distances)))
 
     none = (jnp.zeros_like(distances), jnp.zeros_like(distances[..., 0]))
-    return _over_positives(add, none, positive)
+    return in_turn(positive, add, none)
 
 
 @_batch_all_weights.defjvp
@@ -610,25 +615,6 @@ def _batch_all_weights_jvp(hinge: Hinge, primals: tuple, tangents: tuple) -> tup
     return jax.jvp(
         jax.grad(total, argnums=(0, 1)), (distances, margins), tuple(tangents[:2])
     )
-
-
-def _over_positives(add: Callable, sums: Any, positive: Array) -> Any:
-    """Adds up over every anchor's first positive, then its second, and so on.
-
-    `add` is called with the columns of the positives ``[..., n]`` and whether each
-    anchor still had one.
-    """
-    columns = jnp.arange(positive.shape[-1])
-
-    def step(state: tuple[Array, Any]) -> tuple[Array, Any]:
-        left, sums = state
-        column = jnp.argmax(left, axis=-1)
-        sums = add(column, jnp.any(left, axis=-1), sums)
-        return left & (columns != column[..., None]), sums
-
-    return jax.lax.while_loop(lambda state: jnp.any(state[0]), step, (positive, sums))[
-        1
-    ]
 
 
 def _costs_with(
@@ -669,12 +655,17 @@ def costs_of(
         costs = hinge.function(d_ap, d_an, margin)
     else:
         costs = hinge(d_ap - d_an + margin)
-    if jnp.shape(costs) != d_ap.shape:
+    check_elementwise(costs, d_ap)
+    return jnp.where(valid, costs, 0)
+
+
+def check_elementwise(costs: Array, gaps: Array) -> None:
+    """Checks what a hinge returned for gaps."""
+    if jnp.shape(costs) != gaps.shape:
         raise ValueError(
-            f"hinge must be elementwise: for shape {d_ap.shape} it returned shape "
+            f"hinge must be elementwise: for shape {gaps.shape} it returned shape "
             f"{jnp.shape(costs)}."
         )
-    return jnp.where(valid, costs, 0)
 
 
 def sums_of(costs: Array, valid: Array) -> TripletTerms:

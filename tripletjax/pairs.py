@@ -6,10 +6,10 @@ triplets takes `labels` either as integers or, for what integers cannot say, as 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from tripletjax.public import public
@@ -177,6 +177,23 @@ def resolve(
             f"labels make pairs of shape {masks.positive.shape}, which does not "
             f"broadcast to the shape {distances.shape} of distances."
         ) from None
+
+
+def in_turn(pairs: Array, visit: Callable[[Any, Array, Array], Any], state: Any) -> Any:
+    """Visits the first of the pairs in every row, then the second, and so on.
+
+    ``visit(state, column, found)`` is given columns ``[..., n]`` of `pairs`
+    ``[..., n, m]``, and whether each row had one left.
+    """
+    columns = jnp.arange(pairs.shape[-1])
+
+    def step(loop: tuple[Array, Any]) -> tuple[Array, Any]:
+        left, state = loop
+        column = jnp.argmax(left, axis=-1)
+        state = visit(state, column, jnp.any(left, axis=-1))
+        return left & (columns != column[..., None]), state
+
+    return lax.while_loop(lambda loop: jnp.any(loop[0]), step, (pairs, state))[1]
 
 
 def as_labels(name: str, labels: ArrayLike, match: Match | None) -> Array:
