@@ -38,7 +38,6 @@ from tripletjax.losses import (
 )
 from tripletjax.mining import (
     CountedTriplets,
-    SortedNegatives,
     Triplets,
     batch_hard_triplets,
     batch_semi_hard_triplets,
@@ -286,9 +285,19 @@ class _Classes(NamedTuple):
         place = jnp.minimum(first + r + (r >= rank), len(self.order) - 1)
         return self.order[place], r < count
 
-    def some(self, start: Array, size: int, step: Array) -> tuple[Array, Array]:
-        """The next `_COLUMNS` positives ``[size, _COLUMNS]`` of a block of anchors."""
-        place = step * _COLUMNS + jnp.arange(_COLUMNS)
+    def count(self, start: Array | int, size: int, like: Array) -> Array:
+        """How many triplets a block of anchors has, as numbers of an array's dtype."""
+        positives, negatives = (
+            _rows(x, start, size).astype(like.dtype)
+            for x in (self.positives, self.negatives)
+        )
+        return positives * negatives
+
+    def some(
+        self, first: Array, count: int, start: Array, size: int
+    ) -> tuple[Array, Array]:
+        """The positives from the first on ``[size, count]`` of a block of anchors."""
+        place = first + jnp.arange(count)
         index, found = jax.vmap(lambda r: self.positive(r, start, size))(place)
         return index.T, found.T
 
@@ -340,39 +349,68 @@ class _Tiles(NamedTuple):
         return self._scan(visit, state, diagonal, False)
 
     def _scan(self, visit: Callable, state: Any, blocks: Any, twice: bool) -> Any:
-        def step(state: Any, block: tuple[Array, Array]) -> tuple[Any, None]:
-            return visit(state, self.tile(*block)._replace(twice=twice)), None
+        # Parts are cut out one step ahead. XLA would fuse the slices with all that is
+        # done to a tile, which then does not vectorise; what a loop carries, it cannot.
+        def step(loop: tuple, following: tuple[Array, Array]) -> tuple[tuple, None]:
+            state, parts = loop
+            state = visit(state, self.tile(parts)._replace(twice=twice))
+            return (state, self.parts(*following)), None
 
-        blocks = tuple(jnp.asarray(indices, jnp.int32) for indices in blocks)
-        return lax.scan(step, state, blocks)[0]
+        blocks = [jnp.asarray(indices, jnp.int32) for indices in blocks]
+        following = [jnp.roll(indices, -1) for indices in blocks]
+        first = self.parts(*(indices[0] for indices in blocks))
+        return lax.scan(step, (state, first), following)[0][0]
 
-    def tile(self, i: Array, j: Array) -> "_Tile":
+    def parts(self, i: Array, j: Array) -> "_Parts":
         batch, positions = self.batch, self.batch.positions
         row, column = self.rows.start(i), self.columns.start(j)
         y, labels, _ = batch.others
-        a = _rows(batch.anchors, row, self.rows.size) - self.offset
-        b = _rows(y, column, self.columns.size) - self.offset
 
         def halves(all: Array, blocks: _Blocks, block: Array) -> Array:
             halves = _rows(all, blocks.start(block), blocks.size)
             if blocks.n % blocks.size:
                 halves = jnp.where(blocks.fresh(block), halves, jnp.inf)
-            return _stored(halves)
+            return halves
 
-        ours = halves(self.halves, self.rows, i)[:, None]
-        theirs = halves(self.reference_halves, self.columns, j)
-        squares = ours + theirs - jnp.matmul(a, b.T, precision="highest")
+        if positions is not None:
+            positions = _rows(positions, row, self.rows.size) - column
+        return _Parts(
+            row,
+            column,
+            _rows(batch.anchors, row, self.rows.size) - self.offset,
+            _rows(y, column, self.columns.size) - self.offset,
+            halves(self.halves, self.rows, i),
+            halves(self.reference_halves, self.columns, j),
+            _rows(batch.labels, row, self.rows.size),
+            _rows(labels, column, self.columns.size),
+            positions,
+        )
+
+    def tile(self, parts: "_Parts") -> "_Tile":
+        row, column, a, b, ours, theirs, labels, reference_labels, positions = parts
+        products = jnp.matmul(a, b.T, precision="highest")
+        squares = ours[:, None] + theirs - products
         # A NaN becomes 0, to be chosen: a loss that has gone wrong must not look well.
         squares = jnp.where(squares > 0, squares, 0)
-        if positions is not None:
-            positions = _stored(_rows(positions, row, len(a)) - column)
-        masks = pair_masks(
-            _stored(_rows(batch.labels, row, len(a))),
-            _stored(_rows(labels, column, len(b))),
-            positions=positions,
-        )
+        masks = pair_masks(labels, reference_labels, positions=positions)
         squares = jnp.where(masks.negative, squares, jnp.inf)
         return _Tile(row, column, a, b, squares)
+
+
+class _Parts(NamedTuple):
+    """What a tile is made of: first row and column, and of its anchors and references
+    vectors, halves and labels; and where its anchors are among its references.
+    """
+
+    row: Array
+    column: Array
+    a: Array
+    b: Array
+    halves: Array
+    reference_halves: Array
+    labels: Array
+    reference_labels: Array
+    positions: Array | None
 
 
 class _Tile(NamedTuple):
@@ -393,6 +431,19 @@ class _Tile(NamedTuple):
     b: Array
     squares: Array
     twice: bool = False
+
+    @property
+    def ways(self) -> int:
+        """Whose distances it has: of its rows' anchors, or of its columns' as well."""
+        return 1 + self.twice
+
+    def along(self, x: Array) -> list[Array]:
+        """The parts of ``[k, n]`` that belong to the anchors of each way."""
+        starts = (self.row, self.column)[: self.ways]
+        return [
+            lax.dynamic_slice_in_dim(x, start, size, axis=1)
+            for start, size in zip(starts, self.squares.shape)
+        ]
 
 
 def _by_tiles(
@@ -475,7 +526,7 @@ def _farthest(tiles: _Tiles, wanted: Array) -> Array:
         squares = tiles.halves[row][:, None] + theirs - products
         squares = jnp.where(masks.negative & (theirs < jnp.inf), -squares, jnp.inf)
         squares = _stored(squares)
-        _, column = _min_and_place(squares, None, 1)
+        _, column = _min_and_place_of_all(squares, 1)
         return done + size, farthest.at[row].set(column)
 
     count = jnp.sum(wanted)
@@ -501,59 +552,69 @@ def _nearest(
         # Materialised: fused into every reduction, it would be made again each time.
         squares = _stored(tile.squares)
 
-        def one_way(k, state, start, other, axis, some):
-            place = (lax.convert_element_type(k, start.dtype), start)
-            shape = (some, squares.shape[1 - axis])
-            limits = [None]
-            if bounds is not None:
-                limits = _across(bounds, place, shape, axis)
-            found = [_min_and_place(squares, limit, axis) for limit in limits]
+        def one_way(
+            k: Array, limits: Array | None, state: tuple, tile: _Tile, axis: int
+        ) -> tuple:
+            start, other = (tile.row, tile.column)[:: 1 if axis else -1]
+            if limits is None:
+                found = [_min_and_place_of_all(squares, axis)]
+            else:
+                found = [
+                    _min_and_place(squares, jnp.expand_dims(limit, axis), axis)
+                    for limit in limits
+                ]
             new = [jnp.stack(x) for x in zip(*found)]
             new[1] += other
-            old = [lax.dynamic_slice(x, place, shape) for x in state]
+            place = (lax.convert_element_type(k, start.dtype), start)
+            old = [lax.dynamic_slice(x, place, new[0].shape) for x in state]
             better = (new[0] < old[0]) | ((new[0] == old[0]) & (new[1] < old[1]))
             return tuple(
                 lax.dynamic_update_slice(x, jnp.where(better, *pair), place)
                 for x, *pair in zip(state, new, old)
             )
 
-        def both_ways(k: Array, state: tuple, some: int) -> tuple:
-            state = one_way(k, state, tile.row, tile.column, 1, some)
-            if tile.twice:
-                state = one_way(k, state, tile.column, tile.row, 0, some)
+        def all_ways(k: Array, limits: list[Array | None], state: tuple) -> tuple:
+            for axis, some in zip((1, 0), limits):
+                state = one_way(k, some, state, tile, axis)
             return state
 
-        return _in_threes(count, both_ways, state)
+        if bounds is None:
+            return all_ways(0, [None] * tile.ways, state)
+        return _in_threes(count, tile.along(bounds), all_ways, state)
 
     k = 1 if bounds is None else len(bounds)
     zeros = _zeros(tiles.batch, (k, len(tiles.halves)))
     return tiles.scan(visit, (zeros + jnp.inf, zeros.astype(jnp.int32)))
 
 
-def _across(x: Array, place: tuple, shape: tuple[int, int], axis: int) -> list[Array]:
-    """Some rows of ``[k, n]``, each to be broadcast along an axis of a tile."""
-    rows = _stored(list(lax.dynamic_slice(x, place, shape)))
-    return [jnp.expand_dims(row, axis) for row in rows]
+def _in_threes(
+    count: Array | int, rows: Any, visit: Callable[[Array, Any, Any], Any], state: Any
+) -> Any:
+    """``visit(k, some rows from k on, state)`` for all k below a count.
 
-
-def _in_threes(count: Array | int, body: Callable, state: Any) -> Any:
-    """``body(k, state, some)`` for all k below a count, in steps of 3 and of 1.
-
-    Classes of four are common, and small steps cost more than what they do.
+    Three rows at a time, which serves classes of four, and then one. Rows are moved up
+    rather than sliced where k says: XLA would fuse such a slice into every loop over a
+    tile, which then does not vectorise.
     """
-    threes = count // 3
-    if not (isinstance(count, int) and count < 3):
-        state = lax.fori_loop(0, threes, lambda i, state: body(3 * i, state, 3), state)
-    return lax.fori_loop(3 * threes, count, lambda k, state: body(k, state, 1), state)
+
+    def steps(some: int, start: Array | int, end: Array | int, state: Any) -> Any:
+        def step(i: Array, loop: tuple) -> tuple:
+            rows, state = loop
+            state = visit(start + some * i, [x[:some] for x in rows], state)
+            return [jnp.roll(x, -some, axis=0) for x in rows], state
+
+        return lax.fori_loop(0, (end - start) // some, step, state)
+
+    threes = count // 3 * 3
+    loop = steps(3, 0, threes, (rows, state))
+    return steps(1, threes, count, loop)[1]
 
 
-def _min_and_place(x: Array, limit: Array | None, axis: int) -> tuple[Array, Array]:
-    """Minima beyond a limit, if there is one, along an axis, and their first places.
+def _min_and_place(x: Array, limit: Array, axis: int) -> tuple[Array, Array]:
+    """Minima beyond a limit along an axis, and their first places.
 
     Plain minima are several times faster than a reduction to the index.
     """
-    if limit is None:
-        return _min_and_place_of_all(x, axis)
     value = jnp.min(jnp.where(x > limit, x, jnp.inf), axis=axis)
     places = jnp.expand_dims(jnp.arange(x.shape[axis], dtype=x.dtype), 1 - axis)
     hit = x == jnp.expand_dims(value, axis)
@@ -562,6 +623,7 @@ def _min_and_place(x: Array, limit: Array | None, axis: int) -> tuple[Array, Arr
 
 
 def _min_and_place_of_all(x: Array, axis: int) -> tuple[Array, Array]:
+    """Minima along an axis, and their first places."""
     # Minima of runs of 32, and then a look into the run that has it.
     size = x.shape[axis]
     length = 32 if size % 32 == 0 else size
@@ -651,51 +713,59 @@ def _all_by_tiles(
         d_an, slope = _with_slope(products.distance, tile.squares)
         d_an = _stored(d_an)
 
-        def one_way(r, state, start, axis, some):
+        def one_way(
+            r: Array, gaps: Array, exists: Array, state: tuple, axis: int
+        ) -> tuple:
             totals, actives, by_positive, by_margin, by_negative = state
-            place = (lax.convert_element_type(r, start.dtype), start)
-            shape = (some, d_an.shape[1 - axis])
-
+            start = tile.row if axis else tile.column
             each = [
-                _costs_and_slopes(task.hinge, d_ap, d_an, exists, batch.margin)
-                for d_ap, exists in zip(
-                    _across(gap_ap, place, shape, axis),
-                    _across(found, place, shape, axis),
+                _costs_and_slopes(
+                    task.hinge,
+                    jnp.expand_dims(gap, axis),
+                    d_an,
+                    jnp.expand_dims(found, axis),
+                    batch.margin,
                 )
+                for gap, found in zip(gaps, exists)
             ]
             costs, active, by_ap, by_an, by_all = zip(*each)
-            # Of sums over a computed array, those of one in memory are the fastest.
-            total = _stored(sum(costs))
-            totals = _add_rows(totals, start, jnp.sum(total, axis))
-            rows = jnp.stack([jnp.sum(x, axis) for x in by_ap])
-            if active[0] is by_ap[0]:
+            totals = _add_rows(totals, start, _sum(sum(costs), axis))
+            if task.hinge is jax.nn.relu:
+                rows = _counts([x > 0 for x in by_ap], axis)
                 active = jnp.sum(rows, 0)
             else:
-                active = jnp.sum(sum(active), axis)
+                rows = jnp.stack([_sum(x, axis) for x in by_ap])
+                active = _sum(sum(active), axis)
             actives = _add_rows(actives, start, active)
             if gradient:
                 by_an = sum(by_an)
                 weight = 1
                 if weights is not None:
-                    weight = _rows(weights, start, shape[1])
+                    weight = _rows(weights, start, rows.shape[1])
                     by_an = by_an * jnp.expand_dims(weight, axis)
                 by_negative = by_negative + by_an
-                new = lax.dynamic_slice(by_positive, place, shape) + rows * weight
+                place = (lax.convert_element_type(r, start.dtype), start)
+                new = lax.dynamic_slice(by_positive, place, rows.shape) + rows * weight
                 by_positive = lax.dynamic_update_slice(by_positive, new, place)
                 if by_all[0] is not by_ap[0]:
-                    rows = jnp.sum(sum(by_all), axis)
+                    rows = _sum(sum(by_all), axis)
                     by_margin = by_margin + jnp.sum(rows * weight)
             return totals, actives, by_positive, by_margin, by_negative
 
-        def both_ways(r: Array, state: tuple, some: int) -> tuple:
-            state = one_way(r, state, tile.row, 1, some)
-            if tile.twice:
-                state = one_way(r, state, tile.column, 0, some)
+        def all_ways(r: Array, rows: list[Array], state: tuple) -> tuple:
+            ways = zip((1, 0), rows[: tile.ways], rows[tile.ways :])
+            for axis, gaps, exists in ways:
+                state = one_way(r, gaps, exists, state, axis)
             return state
 
         *state, sink = state
         by_negative = jnp.zeros_like(d_an) if gradient else None
-        *state, by_negative = _in_threes(classes.most, both_ways, (*state, by_negative))
+        *state, by_negative = _in_threes(
+            classes.most,
+            tile.along(gap_ap) + tile.along(found),
+            all_ways,
+            (*state, by_negative),
+        )
         if gradient:
             by_square = by_negative * slope
             if batch.square and not tile.twice:
@@ -722,8 +792,33 @@ def _all_by_tiles(
         sink = _pull_positives(
             batch, sink, positives, jnp.where(found, by_positive * slopes, 0), classes
         )
-    valid = classes.positives * classes.negatives.astype(totals.dtype)
+    valid = classes.count(0, n, totals)
     return TripletTerms(totals, actives, valid), sink
+
+
+def _sum(x: Array, axis: int) -> Array:
+    """Sums along an axis of a tile.
+
+    XLA makes what ends in a selection in one loop that vectorises, but what ends in an
+    addition in several.
+    """
+    return jnp.sum(jnp.where(x != 0, x, 0), axis)
+
+
+def _counts(masks: list[Array], axis: int) -> Array:
+    """How many are true along an axis of a tile, ``[len(masks), n]``.
+
+    Several counts share an integer, so that one sum makes them.
+    """
+    bits = masks[0].shape[axis].bit_length()
+    together = 31 // bits
+    rows = []
+    for start in range(0, len(masks), together):
+        some = masks[start : start + together]
+        packed = sum(x.astype(jnp.int32) << (bits * k) for k, x in enumerate(some))
+        packed = jnp.sum(packed, axis)
+        rows += [(packed >> (bits * k)) & ((1 << bits) - 1) for k in range(len(some))]
+    return jnp.stack(rows)
 
 
 def _costs_and_slopes(
@@ -792,7 +887,8 @@ class _Panel(NamedTuple):
     Attributes:
         start: the first row.
         a: its anchors ``[rows, d]``.
-        masks: its pairs ``[rows, m]``; none in rows that an earlier panel had.
+        real: which of them count ``[rows]``: none that an earlier panel had.
+        masks: its pairs ``[rows, m]``; none in rows that do not count.
         distances: ``[rows, m]``.
         slopes: their derivatives by half the squared differences, if made of products.
         near: pairs whose distance by products has too few digits, likewise.
@@ -801,6 +897,7 @@ class _Panel(NamedTuple):
 
     start: Array
     a: Array
+    real: Array
     masks: PairMasks
     distances: Array
     slopes: Array | None
@@ -860,12 +957,13 @@ class _Panels(NamedTuple):
         if metric.products is None:
             itself = row if batch.square else jnp.full_like(row, -1)
             distances, pull = jax.vjp(lambda a, y: metric.against(a, y, itself), a, y)
-            return _Panel(start, a, masks, distances, None, None, pull)
+            return _Panel(start, a, real, masks, distances, None, None, pull)
         scale = metric.products.halves(a, self.offset)[:, None] + self.halves
         squares = scale - _products(a - self.offset, y, self.offset)
         squares = jnp.where(squares < 0, 0, squares)
         distances, slopes = _with_slope(metric.products.distance, squares)
-        return _Panel(start, a, masks, distances, slopes, squares < NEAR * scale, None)
+        near = squares < NEAR * scale
+        return _Panel(start, a, real, masks, distances, slopes, near, None)
 
 
 def _by_panels(
@@ -951,9 +1049,51 @@ def _with_pull(terms: Callable[[Array, Array], TripletTerms]) -> _Cost:
     return cost
 
 
-# How many positives of an anchor are compared with how many of its negatives by one
-# loop over an array.
-_COLUMNS, _UNROLLED = 256, 32
+# How many positives of every anchor a panel treats at a time, and what is left in steps
+# of how many; and how many columns are compared with these in one loop over an array.
+_MANY, _REST, _RUN = 512, 64, 32
+
+
+def _in_columns(
+    count: Array, visit: Callable[[Array, int, Any], Any], state: Any
+) -> Any:
+    """``visit(first, size, state)`` until all of a count have had their turn."""
+    # What is left of a class of 500 costs less in one large step.
+    large = (count + _MANY // 2) // _MANY
+    state = lax.fori_loop(
+        0, large, lambda i, state: visit(i * _MANY, _MANY, state), state
+    )
+    start = large * _MANY
+    small = -(-jnp.maximum(count - start, 0) // _REST)
+    return lax.fori_loop(
+        0, small, lambda i, state: visit(start + i * _REST, _REST, state), state
+    )
+
+
+def _in_runs(columns: list[Array], visit: Callable, state: Any) -> Any:
+    """``visit(step, runs, state)`` for runs ``[_RUN, rows]`` of columns ``[rows, m]``.
+
+    The number of columns is a multiple of `_RUN`.
+    """
+
+    # Cut out one step ahead, as tiles are.
+    def cut(step: Array | int) -> list[Array]:
+        return [
+            lax.dynamic_slice_in_dim(x, step * _RUN, _RUN, axis=1).T for x in columns
+        ]
+
+    def step(step: Array, loop: tuple) -> tuple:
+        runs, state = loop
+        return cut(step + 1), visit(step, runs, state)
+
+    count = columns[0].shape[1] // _RUN
+    return lax.fori_loop(0, count, step, (cut(0), state))[1]
+
+
+def _filled(x: Array, real: Array) -> Array:
+    """Distances ``[rows, m]``, infinite where not real, m rounded up for `_in_runs`."""
+    x = jnp.where(real, x, jnp.inf)
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % _RUN)), constant_values=jnp.inf)
 
 
 def _all_in_panel(
@@ -964,10 +1104,8 @@ def _all_in_panel(
     What a positive needs is summed up over the negatives, and the other way round, both
     as sums of a few arrays at a time: reductions are several times slower.
     """
-    rows, m = distances.shape
-    row, masks = jnp.arange(rows)[:, None], panel.masks
-    positives = functools.partial(classes.some, panel.start, rows)
-    d_an = jnp.where(masks.negative, distances, jnp.inf)
+    row, masks = jnp.arange(len(distances))[:, None], panel.masks
+    d_an = _filled(distances, masks.negative)
     relu = hinge is jax.nn.relu
     count = jnp.int32 if relu else distances.dtype
 
@@ -981,38 +1119,26 @@ def _all_in_panel(
         d_ap, d_an, found = jnp.broadcast_arrays(d_ap, d_an, found)
         return _costs_and_slopes(hinge, d_ap, d_an, found, margin)
 
-    def some_positives(step: Array, state: tuple) -> tuple:
+    def some_positives(first: Array, size: int, state: tuple) -> tuple:
         sums, by_distance, by_negative = state
-        index, found = positives(step)
+        index, found = classes.some(first, size, panel.start, len(row))
         d_ap = jnp.where(found, take(distances, index), -jnp.inf if relu else 0)
-        d_ap, found = _stored((d_ap, found))
 
-        def of_positives(step: Array, sums: tuple) -> tuple:
-            start = jnp.minimum(step * unrolled, m - unrolled)
-            some = lax.dynamic_slice_in_dim(d_an, start, unrolled, axis=1)
-            fresh = start + jnp.arange(unrolled) >= step * unrolled
-            some = _stored(jnp.where(fresh, some, jnp.inf).T)
-            for k in range(unrolled):
-                total, active, by_ap, _, by_all = costs(d_ap, some[k][:, None], found)
+        def of_positives(_: Array, runs: list[Array], sums: tuple) -> tuple:
+            for d in runs[0]:
+                total, active, by_ap, _, by_all = costs(d_ap, d[:, None], found)
                 new = (by_ap,) if relu else (by_ap, total, active, by_all)
                 sums = [old + x for old, x in zip(sums, new)]
             return tuple(sums)
 
-        def of_negatives(step: Array, by_negative: Array) -> Array:
-            d, real = (
-                _stored(
-                    lax.dynamic_slice_in_dim(x, step * _UNROLLED, _UNROLLED, axis=1).T
-                )
-                for x in (d_ap, found)
-            )
-            for k in range(_UNROLLED):
-                by_negative += costs(d[k][:, None], d_an, real[k][:, None])[3]
+        def of_negatives(_: Array, runs: list[Array], by_negative: Array) -> Array:
+            for d, real in zip(*runs):
+                by_negative += costs(d[:, None], d_an, real[:, None])[3]
             return by_negative
 
-        unrolled = min(_UNROLLED, m)
         none = (jnp.zeros_like(d_ap, count),) * (1 if relu else 4)
-        by_ap, *others = lax.fori_loop(0, -(-m // unrolled), of_positives, none)
-        by_negative = lax.fori_loop(0, _COLUMNS // _UNROLLED, of_negatives, by_negative)
+        by_ap, *others = _in_runs([d_an], of_positives, none)
+        by_negative = _in_runs([d_ap, found], of_negatives, by_negative)
         by_ap = by_ap.astype(distances.dtype)
         if relu:
             # By how much each falls short of the row's farthest, as below.
@@ -1032,10 +1158,11 @@ def _all_in_panel(
     # no more digits than they need.
     farthest = jnp.max(masks.positive * distances, axis=-1, keepdims=True)
     none = jnp.zeros_like(distances[:, 0])
-    state = (none,) * 3, jnp.zeros_like(distances), jnp.zeros_like(distances, count)
-    (total, active, by_margin), by_distance, by_negative = lax.fori_loop(
-        0, -(-classes.most // _COLUMNS), some_positives, state
+    state = (none,) * 3, jnp.zeros_like(distances), jnp.zeros_like(d_an, count)
+    (total, active, by_margin), by_distance, by_negative = _in_columns(
+        classes.most, some_positives, state
     )
+    by_negative = by_negative[:, : distances.shape[1]]
     by_negative = by_negative.astype(distances.dtype)
     if relu:
         gaps = jnp.where(masks.negative, farthest + margin - distances, 0)
@@ -1045,42 +1172,49 @@ def _all_in_panel(
     def pull(weights: Array) -> tuple[Array, Array]:
         return by_distance * weights[:, None], jnp.sum(by_margin * weights)
 
-    return TripletTerms(total, active, count_all(masks, distances)), pull
+    valid = classes.count(panel.start, len(row), total) * panel.real
+    return TripletTerms(total, active, valid), pull
 
 
 def _semi_hard_in_panel(
     task: Task, panel: _Panel, classes: _Classes
 ) -> tuple[_Cost, Array]:
     """As `_panel_costs`, some positives of every anchor at a time."""
-    shape = panel.distances.shape
-    row = jnp.arange(shape[0])[:, None]
-    negatives = SortedNegatives.of(panel.distances, panel.masks.negative)
-    last = jnp.maximum(negatives.count, 1)[:, None] - 1
+    row, masks = jnp.arange(len(panel.a))[:, None], panel.masks
+    real = masks.negative & (panel.distances < jnp.inf)
+    d_an = _filled(panel.distances, real)
+    _, farthest = _min_and_place_of_all(jnp.where(real, -panel.distances, 1), 1)
+    possible = panel.real & (_rows(classes.negatives, panel.start, len(row)) > 0)
 
-    def some(step: Array) -> tuple[Array, Array, Array]:
-        positive, found = classes.some(panel.start, shape[0], step)
+    def choose(first: Array, size: int, chosen: Array) -> Array:
+        positive, found = classes.some(first, size, panel.start, len(row))
         d_ap = take(panel.distances, positive)
-        rank = negatives.rank(d_ap, side="right")
-        exists = negatives.count[:, None] > 0
-        found &= exists & ((rank <= last) | task.fallback | jnp.isnan(d_ap))
-        found &= jnp.any(panel.masks.positive, axis=-1, keepdims=True)
-        negative = jnp.where(rank <= last, negatives.at(rank), negatives.farthest())
-        return positive, negative, found
+        nearest, negative = _nearest_beyond(d_an, d_ap)
+        beyond = nearest < jnp.inf
+        # The pair of a NaN stays, for the loss to show it.
+        found &= possible[:, None] & (beyond | task.fallback | jnp.isnan(d_ap))
+        negative = jnp.where(beyond, negative, farthest[:, None])
+        return chosen.at[row, positive].max(jnp.where(found, negative, -1))
 
-    steps = -(-classes.most // _COLUMNS)
+    # The negative of every pair, -1 if it has none.
+    none = jnp.zeros_like(masks.positive, jnp.int32) - 1
+    chosen = _in_columns(classes.most, choose, none)
 
-    def add_pairs(step: Array, pairs: Array) -> Array:
-        *indices, found = some(step)
-        for index in indices:
-            pairs = pairs.at[row, index].max(found)
-        return pairs
+    def some(first: Array, size: int) -> tuple[list[Array], Array]:
+        positive, found = classes.some(first, size, panel.start, len(row))
+        negative = take(chosen, positive)
+        return [positive, jnp.maximum(negative, 0)], found & (negative >= 0)
 
-    pairs = lax.fori_loop(0, steps, add_pairs, jnp.zeros_like(panel.masks.positive))
+    def add_pairs(first: Array, size: int, pairs: Array) -> Array:
+        (_, negative), found = some(first, size)
+        return pairs.at[row, negative].max(found)
+
+    pairs = _in_columns(classes.most, add_pairs, chosen >= 0)
 
     def cost(distances: Array, margin: Array) -> tuple:
-        def add(step: Array, state: tuple) -> tuple:
+        def add(first: Array, size: int, state: tuple) -> tuple:
             terms, by_distance, by_margin = state
-            *indices, valid = some(step)
+            indices, valid = some(first, size)
 
             def costs(d_ap: Array, d_an: Array, margin: Array) -> Array:
                 return costs_of(d_ap, d_an, valid, margin, task.hinge)
@@ -1096,7 +1230,7 @@ def _semi_hard_in_panel(
 
         none = jnp.zeros_like(distances[:, 0])
         state = TripletTerms(*[none] * 3), jnp.zeros_like(distances), none
-        terms, by_distance, by_margin = lax.fori_loop(0, steps, add, state)
+        terms, by_distance, by_margin = _in_columns(classes.most, add, state)
 
         def pull(weights: Array) -> tuple[Array, Array]:
             return by_distance * weights[:, None], jnp.sum(by_margin * weights)
@@ -1104,6 +1238,35 @@ def _semi_hard_in_panel(
         return terms, pull
 
     return cost, pairs
+
+
+def _nearest_beyond(d_an: Array, d_ap: Array) -> tuple[Array, Array]:
+    """For every ``d_ap[a, p]`` the least ``d_an[a, n]`` above it, and its first n.
+
+    Distances are not negative, and no `d_an` is NaN. All are compared with all: sorting
+    takes longer up to thousands of positives.
+    """
+    # As integers the floats are in the same order, and what is not above wraps to more
+    # than what is: half the instructions of comparing.
+    bits = jnp.dtype(f"uint{8 * d_an.dtype.itemsize}")
+    ours, theirs = (lax.bitcast_convert_type(x, bits) for x in (d_ap, d_an))
+    ours += 1
+
+    def visit(step: Array, runs: list[Array], state: tuple) -> tuple[Array, Array]:
+        old, where = state
+        least = old
+        for x in runs[0]:
+            least = jnp.minimum(least, x[:, None] - ours)
+        return least, jnp.where(least < old, step, where)
+
+    none = jnp.full_like(ours, jnp.iinfo(bits).max), jnp.zeros_like(ours, jnp.int32)
+    least, run = _in_runs([theirs], visit, none)
+    row = jnp.arange(len(ours))[:, None, None]
+    members = theirs[row, run[..., None] * _RUN + jnp.arange(_RUN)]
+    within = jnp.argmax(members == (least + ours)[..., None], axis=-1)
+    nearest = lax.bitcast_convert_type(least + ours, d_an.dtype)
+    # If there is none above, this is one that is not.
+    return jnp.where(nearest > d_ap, nearest, jnp.inf), run * _RUN + within
 
 
 def _mined_panel(task: Task, panel: _Panel) -> Triplets:

@@ -1,0 +1,330 @@
+"""The same losses in several libraries, each timed alone in a process of its own.
+
+`measure` is what the benchmarks call; run as a program, this file is that process.
+"""
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MARGIN = 0.2
+LOSSES = ("hard", "semi-hard", "all")
+# Of the time that a case may take, this much is for measuring it again and again.
+REPEAT_SECONDS, MOST_REPEATS = 6.0, 101
+
+
+class Case(NamedTuple):
+    """A batch: unit vectors in classes of one size, or references of such.
+
+    Attributes:
+        loss: one of `LOSSES`.
+        n: how many embeddings.
+        classes: how many classes they are in.
+        references: how many references, or 0 if the embeddings are their own.
+        dim: their dimension.
+    """
+
+    loss: str
+    n: int
+    classes: int
+    references: int = 0
+    dim: int = 128
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """Embeddings, labels, references and their labels, if any."""
+        out = []
+        for seed, size in enumerate((self.n, self.references)):
+            if size:
+                x = np.random.default_rng(seed).normal(size=(size, self.dim))
+                x /= np.linalg.norm(x, axis=1, keepdims=True)
+                out += [x.astype(np.float32), np.arange(size) % self.classes]
+        return tuple(out)
+
+
+def measure(library: str, case: Case, *, limit: float, **options: Any) -> dict:
+    """Times loss and gradient in a new process.
+
+    Args:
+        library: one of `LIBRARIES`.
+        case: what to compute.
+        limit: after so many seconds it is stopped.
+        options: of the library's function.
+
+    Returns:
+        ``loss`` and ``product`` in seconds, medians of alternating repetitions,
+        their ``ratio``, ``first``: seconds of the first call, with compilation,
+        ``bytes`` of memory that computing it added to the process at its peak, and the
+        ``value``; or ``failed``: why there are none.
+    """
+    message = json.dumps([library, case, options])
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__, message],
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"over {limit:g} s"}
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if done.returncode < 0 or "alloc" in done.stderr or "memory" in done.stderr.lower():
+        return {"failed": "out of memory"}
+    if "not supported" in done.stderr:
+        return {"failed": "not supported"}
+    raise RuntimeError(f"{library}, {case}:\n{done.stderr}")
+
+
+def main(message: str) -> None:
+    library, case, options = json.loads(message)
+    case = Case(*case)
+    arrays = case.arrays()
+    loss, product = LIBRARIES[library](case, *arrays, **options)
+    product()
+    before = resident("VmRSS")
+    within_memory()
+    with Peak() as peak:
+        start = time.perf_counter()
+        value = loss()
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        loss()
+        repeats = int(REPEAT_SECONDS / 2 / (time.perf_counter() - start))
+    times = {loss: [], product: []}
+    for _ in range(min(max(3, repeats), MOST_REPEATS)):
+        for function, seconds in times.items():
+            start = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - start)
+    ours, products = (statistics.median(seconds) for seconds in times.values())
+    out = {"loss": ours, "product": products, "ratio": ours / products}
+    out |= {"first": first, "bytes": peak.bytes - before, "value": value}
+    print(json.dumps(out))
+
+
+class Peak:
+    """The most resident memory while in this context, looked at every millisecond."""
+
+    def __enter__(self) -> "Peak":
+        self.bytes, self.done = 0, threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def watch(self) -> None:
+        while not self.done.wait(0.001):
+            self.bytes = max(self.bytes, resident("VmRSS"))
+
+
+def resident(name: str) -> int:
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def within_memory() -> None:
+    """Allocations that the machine has no room for fail, before it has to stop us."""
+    with open("/proc/meminfo") as file:
+        free = next(line for line in file if line.startswith("MemAvailable"))
+    room = resident("VmSize") + int(free.split()[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (room, room))
+
+
+def machine() -> dict[str, str]:
+    """What the figures were made on."""
+    import jax
+
+    with open("/proc/cpuinfo") as file:
+        names = [x.split(":")[1].strip() for x in file if x.startswith("model name")]
+    kind = f"{len(names)} x {names[0]}" if names else platform.machine()
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        kind = device.device_kind
+    return {
+        "machine": kind,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+# Each makes, from the arrays of a case, a function that computes loss and gradient and
+# returns the loss, and one that computes the product of all embeddings.
+
+Timed = tuple[Callable[[], float], Callable[[], Any]]
+
+
+def with_jax(case: Case, function: Callable, x: Any, y: Any) -> Timed:
+    import jax
+    import jax.numpy as jnp
+
+    loss = jax.jit(jax.value_and_grad(function))
+    product = jax.jit(lambda x, y: jnp.matmul(x, y.T, precision="highest"))
+    return (
+        lambda: float(jax.block_until_ready(loss(x))[0]),
+        lambda: product(x, y).block_until_ready(),
+    )
+
+
+def ours(
+    case: Case, x: Any, labels: Any, *references: Any, blockwise: bool, **options: Any
+) -> Timed:
+    import jax.numpy as jnp
+
+    import tripletjax as tj
+
+    x, labels, *references = map(jnp.asarray, (x, labels, *references))
+    module = tj.blockwise if blockwise else tj
+    loss = {
+        "hard": module.batch_hard_loss,
+        "semi-hard": module.batch_semi_hard_loss,
+        "all": module.batch_all_loss,
+    }[case.loss]
+    options["margin"] = MARGIN
+    y = x
+    if references:
+        y, options["reference_labels"] = references
+        if blockwise:
+            options["references"] = y
+
+    def function(x: Any) -> Any:
+        if blockwise:
+            return loss(x, labels, **options)
+        return loss(tj.euclidean(x, *references[:1]), labels, **options)
+
+    return with_jax(case, function, x, y)
+
+
+def cubed(case: Case, x: Any, labels: Any, *references: Any) -> Timed:
+    """All triplets as an array n x n x n, as in most tutorials."""
+    import jax.numpy as jnp
+
+    import tripletjax as tj
+
+    if references:
+        raise NotImplementedError("not supported")
+    x, labels = jnp.asarray(x), jnp.asarray(labels)
+    alike = labels[:, None] == labels
+    positive = alike & ~jnp.eye(len(x), dtype=bool)
+
+    def function(x: Any) -> Any:
+        d = tj.euclidean(x)
+        if case.loss == "hard":
+            farthest = jnp.max(jnp.where(positive, d, 0), axis=1)
+            nearest = jnp.min(jnp.where(alike, jnp.inf, d), axis=1)
+            return jnp.mean(jnp.maximum(farthest - nearest + MARGIN, 0))
+        pairs = positive[:, :, None] & ~alike[:, None, :]
+        if case.loss == "all":
+            costs = jnp.maximum(d[:, :, None] - d[:, None, :] + MARGIN, 0)
+            costs = jnp.where(pairs, costs, 0)
+            return jnp.sum(costs) / jnp.sum(costs > 0)
+        beyond = pairs & (d[:, None, :] > d[:, :, None])
+        nearest = jnp.min(jnp.where(beyond, d[:, None, :], jnp.inf), axis=2)
+        farthest = jnp.max(jnp.where(alike, 0, d), axis=1, keepdims=True)
+        chosen = jnp.where(jnp.any(beyond, axis=2), nearest, farthest)
+        costs = jnp.where(positive, jnp.maximum(d - chosen + MARGIN, 0), 0)
+        return jnp.sum(costs) / jnp.sum(positive)
+
+    return with_jax(case, function, x, x)
+
+
+def representax(case: Case, x: Any, labels: Any, *references: Any) -> Timed:
+    import jax.numpy as jnp
+    from representax.tasks.triplet import losses
+
+    if references:
+        raise NotImplementedError("not supported")
+    x, labels = jnp.asarray(x), jnp.asarray(labels)
+    terms = {
+        "hard": losses.batch_hard_triplet_loss_terms,
+        "semi-hard": losses.batch_semi_hard_triplet_loss_terms,
+        "all": losses.batch_all_triplet_loss_terms,
+    }[case.loss]
+    return with_jax(case, lambda x: terms(x, labels, margin=MARGIN).loss, x, x)
+
+
+def with_torch(function: Callable, x: Any, y: Any) -> Timed:
+    import torch
+
+    x = torch.tensor(x, requires_grad=True)
+    y = torch.tensor(y)
+
+    def loss() -> float:
+        x.grad = None
+        value = function(x)
+        value.backward()
+        return value.item()
+
+    def product() -> None:
+        with torch.no_grad():
+            torch.matmul(x, y.T)
+
+    return loss, product
+
+
+def sentence_transformers(case: Case, x: Any, labels: Any, *references: Any) -> Timed:
+    import torch
+    from sentence_transformers.sentence_transformer import losses
+
+    if references:
+        raise NotImplementedError("not supported")
+    kind, method = {
+        "hard": (losses.BatchHardTripletLoss, "batch_hard_triplet_loss"),
+        "semi-hard": (losses.BatchSemiHardTripletLoss, "batch_semi_hard_triplet_loss"),
+        "all": (losses.BatchAllTripletLoss, "batch_all_triplet_loss"),
+    }[case.loss]
+    loss = getattr(kind(torch.nn.Identity(), margin=MARGIN), method)
+    labels = torch.tensor(labels)
+    return with_torch(lambda x: loss(labels, x), x, x)
+
+
+def pytorch_metric_learning(case: Case, x: Any, labels: Any, *references: Any) -> Timed:
+    """Its semi-hard negatives are all within the margin, not each pair's nearest."""
+    import torch
+    from pytorch_metric_learning import distances, losses, miners, reducers
+
+    distance = distances.LpDistance(normalize_embeddings=False)
+    loss = losses.TripletMarginLoss(
+        margin=MARGIN,
+        distance=distance,
+        reducer=None if case.loss == "all" else reducers.MeanReducer(),
+    )
+    miner = {
+        "all": lambda *_: None,
+        "hard": miners.BatchHardMiner(distance=distance),
+        "semi-hard": miners.TripletMarginMiner(
+            margin=MARGIN, type_of_triplets="semihard", distance=distance
+        ),
+    }[case.loss]
+    labels = torch.tensor(labels)
+    others = tuple(map(torch.tensor, references))
+
+    def function(x: Any) -> Any:
+        return loss(x, labels, miner(x, labels, *others), *others)
+
+    return with_torch(function, x, references[0] if references else x)
+
+
+LIBRARIES = {
+    "tripletjax.blockwise": lambda *x, **kw: ours(*x, blockwise=True, **kw),
+    "tripletjax": lambda *x, **kw: ours(*x, blockwise=False, **kw),
+    "representax": representax,
+    "sentence-transformers": sentence_transformers,
+    "pytorch-metric-learning": pytorch_metric_learning,
+    "n x n x n": cubed,
+}
+
+if __name__ == "__main__":
+    main(sys.argv[1])

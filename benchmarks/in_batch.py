@@ -1,0 +1,70 @@
+"""What loss and gradient of a batch cost, here and in other libraries.
+
+    python benchmarks/in_batch.py --quick
+    python benchmarks/in_batch.py --json results.json
+
+Every case runs in a process of its own. A cell says how long it takes in multiples of
+the bare product of all embeddings, `x @ x.T`, that the same library computes in turn
+with it, and how much memory that adds to the process, the product's result and compiled
+code included. Times are medians of many repetitions. The other libraries come with
+``pip install -e '.[peers]'``; those that are not there are left out.
+"""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+from contestants import LIBRARIES, LOSSES, Case, machine, measure
+
+SMALL = [(256, 64, 0), (1024, 256, 0)]
+LARGE = [(4096, 1024, 0), (4096, 8, 0), (4096, 16384, 65536)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small batches only")
+    parser.add_argument("--json", type=Path, help="a file for all figures")
+    parser.add_argument("--limit", type=float, default=120, help="seconds per case")
+    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES)
+    arguments = parser.parse_args()
+    if arguments.json is not None and arguments.json.exists():
+        parser.error(f"{arguments.json} exists")
+    libraries = [
+        name
+        for name in arguments.libraries or LIBRARIES
+        if name == "n x n x n" or importlib.util.find_spec(name.replace("-", "_"))
+    ]
+    print(" · ".join(f"{value}" for value in machine().values()))
+    rows = []
+    header = "| batch | loss |" + "".join(f" {name} |" for name in libraries)
+    print(header, "|---" * (2 + len(libraries)) + "|", sep="\n", flush=True)
+    for n, classes, references in SMALL + (not arguments.quick) * LARGE:
+        for loss in LOSSES:
+            case = Case(loss, n, classes, references)
+            print(f"| {describe(case)} | {loss} |", end="", flush=True)
+            for library in libraries:
+                result = measure(library, case, limit=arguments.limit)
+                rows.append({"library": library} | case._asdict() | result)
+                print(f" {cell(result)} |", end="", flush=True)
+            print()
+    if arguments.json is not None:
+        out = {"machine": machine(), "results": rows}
+        arguments.json.write_text(json.dumps(out, indent=1) + "\n")
+
+
+def describe(case: Case) -> str:
+    size = f"{case.n}" + (f" x {case.references}" if case.references else "")
+    return f"{size}, {case.classes} classes"
+
+
+def cell(result: dict) -> str:
+    if "failed" in result:
+        return result["failed"]
+    seconds = result["loss"]
+    time = f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return f"{result['ratio']:.2f} ({time}, {result['bytes'] / 2**20:.0f} MiB)"
+
+
+if __name__ == "__main__":
+    main()
