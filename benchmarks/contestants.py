@@ -3,6 +3,9 @@
 `measure` is what the benchmarks call; run as a program, this file is that process.
 """
 
+import ctypes
+import functools
+import importlib.util
 import json
 import platform
 import resource
@@ -18,8 +21,10 @@ import numpy as np
 
 MARGIN = 0.2
 LOSSES = ("hard", "semi-hard", "all")
-# Of the time that a case may take, this much is for measuring it again and again.
-REPEAT_SECONDS, MOST_REPEATS = 6.0, 101
+# How long memory is watched, and how long and often time is taken at most.
+PEAK_SECONDS, REPEAT_SECONDS, MOST_REPEATS = 0.3, 3.0, 101
+# What takes so many seconds is not repeated often.
+LONG = 2.0
 
 
 class Case(NamedTuple):
@@ -50,22 +55,24 @@ class Case(NamedTuple):
         return tuple(out)
 
 
-def measure(library: str, case: Case, *, limit: float, **options: Any) -> dict:
+def measure(
+    library: str, case: Case, *, limit: float, with_product: bool = True
+) -> dict:
     """Times loss and gradient in a new process.
 
     Args:
         library: one of `LIBRARIES`.
         case: what to compute.
         limit: after so many seconds it is stopped.
-        options: of the library's function.
+        with_product: whether to time the bare product, too.
 
     Returns:
-        ``loss`` and ``product`` in seconds, medians of alternating repetitions,
-        their ``ratio``, ``first``: seconds of the first call, with compilation,
-        ``bytes`` of memory that computing it added to the process at its peak, and the
-        ``value``; or ``failed``: why there are none.
+        ``loss`` in seconds, the median of several, ``first``: seconds of the first
+        call, with compilation, ``bytes`` of memory that a later call needs at its peak,
+        the ``value``; and if wanted the ``product`` in seconds, in turn with the loss,
+        and their ``ratio``. Or ``failed``: why there are none.
     """
-    message = json.dumps([library, case, options])
+    message = json.dumps([library, case, with_product])
     try:
         done = subprocess.run(
             [sys.executable, __file__, message],
@@ -85,37 +92,52 @@ def measure(library: str, case: Case, *, limit: float, **options: Any) -> dict:
 
 
 def main(message: str) -> None:
-    library, case, options = json.loads(message)
+    library, case, with_product = json.loads(message)
     case = Case(*case)
     arrays = case.arrays()
-    loss, product = LIBRARIES[library](case, *arrays, **options)
-    product()
-    before = resident("VmRSS")
+    loss, product = LIBRARIES[library](case, *arrays)
     within_memory()
+    start = time.perf_counter()
+    value = loss()
+    first = time.perf_counter() - start
+    if with_product:
+        product()
     with Peak() as peak:
-        start = time.perf_counter()
-        value = loss()
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        loss()
-        repeats = int(REPEAT_SECONDS / 2 / (time.perf_counter() - start))
-    times = {loss: [], product: []}
-    for _ in range(min(max(3, repeats), MOST_REPEATS)):
-        for function, seconds in times.items():
-            start = time.perf_counter()
-            function()
-            seconds.append(time.perf_counter() - start)
-    ours, products = (statistics.median(seconds) for seconds in times.values())
-    out = {"loss": ours, "product": products, "ratio": ours / products}
-    out |= {"first": first, "bytes": peak.bytes - before, "value": value}
-    print(json.dumps(out))
+        start, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - start < PEAK_SECONDS:
+            loss()
+            count += 1
+        each = (time.perf_counter() - start) / count
+    least = 3 if each < LONG else 1
+    losses, products = [], []
+    for _ in range(min(max(least, int(REPEAT_SECONDS / each)), MOST_REPEATS)):
+        losses.append(seconds(loss))
+        if with_product:
+            if each > LONG:
+                # So that what the loss left behind is not in its time.
+                product()
+            products.append(seconds(product))
+    out = {"loss": statistics.median(losses), "first": first, "bytes": peak.bytes}
+    if with_product:
+        out["product"] = statistics.median(products)
+        out["ratio"] = out["loss"] / out["product"]
+    print(json.dumps(out | {"value": value}))
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 class Peak:
-    """The most resident memory while in this context, looked at every millisecond."""
+    """How much resident memory grows while in this context, looked at all the time."""
 
     def __enter__(self) -> "Peak":
-        self.bytes, self.done = 0, threading.Event()
+        # What was freed before must not count as there already.
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self.start = self.most = resident("VmRSS")
+        self.done = threading.Event()
         self.thread = threading.Thread(target=self.watch)
         self.thread.start()
         return self
@@ -125,8 +147,12 @@ class Peak:
         self.thread.join()
 
     def watch(self) -> None:
-        while not self.done.wait(0.001):
-            self.bytes = max(self.bytes, resident("VmRSS"))
+        while not self.done.wait(0.0005):
+            self.most = max(self.most, resident("VmRSS"))
+
+    @property
+    def bytes(self) -> int:
+        return self.most - self.start
 
 
 def resident(name: str) -> int:
@@ -141,6 +167,13 @@ def within_memory() -> None:
         free = next(line for line in file if line.startswith("MemAvailable"))
     room = resident("VmSize") + int(free.split()[1]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
+
+
+def installed() -> list[str]:
+    """The libraries that are there."""
+    package = {name: name.split(".")[0].replace("-", "_") for name in LIBRARIES}
+    package["n x n x n"] = "jax"
+    return [name for name in LIBRARIES if importlib.util.find_spec(package[name])]
 
 
 def machine() -> dict[str, str]:
@@ -178,9 +211,7 @@ def with_jax(case: Case, function: Callable, x: Any, y: Any) -> Timed:
     )
 
 
-def ours(
-    case: Case, x: Any, labels: Any, *references: Any, blockwise: bool, **options: Any
-) -> Timed:
+def ours(case: Case, x: Any, labels: Any, *references: Any, blockwise: bool) -> Timed:
     import jax.numpy as jnp
 
     import tripletjax as tj
@@ -192,8 +223,7 @@ def ours(
         "semi-hard": module.batch_semi_hard_loss,
         "all": module.batch_all_loss,
     }[case.loss]
-    options["margin"] = MARGIN
-    y = x
+    options, y = {"margin": MARGIN}, x
     if references:
         y, options["reference_labels"] = references
         if blockwise:
@@ -317,9 +347,9 @@ def pytorch_metric_learning(case: Case, x: Any, labels: Any, *references: Any) -
     return with_torch(function, x, references[0] if references else x)
 
 
-LIBRARIES = {
-    "tripletjax.blockwise": lambda *x, **kw: ours(*x, blockwise=True, **kw),
-    "tripletjax": lambda *x, **kw: ours(*x, blockwise=False, **kw),
+LIBRARIES: dict[str, Callable[..., Timed]] = {
+    "tripletjax.blockwise": functools.partial(ours, blockwise=True),
+    "tripletjax": functools.partial(ours, blockwise=False),
     "representax": representax,
     "sentence-transformers": sentence_transformers,
     "pytorch-metric-learning": pytorch_metric_learning,

@@ -5,17 +5,16 @@
 
 Every case runs in a process of its own. A cell says how long it takes in multiples of
 the bare product of all embeddings, `x @ x.T`, that the same library computes in turn
-with it, and how much memory that adds to the process, the product's result and compiled
-code included. Times are medians of many repetitions. The other libraries come with
-``pip install -e '.[peers]'``; those that are not there are left out.
+with it, and how much memory it needs beside the embeddings. Times are medians of many
+repetitions. The other libraries come with ``pip install -e '.[peers]'``; those that are
+not there are left out.
 """
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 
-from contestants import LIBRARIES, LOSSES, Case, machine, measure
+from contestants import LIBRARIES, LOSSES, Case, installed, machine, measure
 
 SMALL = [(256, 64, 0), (1024, 256, 0)]
 LARGE = [(4096, 1024, 0), (4096, 8, 0), (4096, 16384, 65536)]
@@ -25,16 +24,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small batches only")
     parser.add_argument("--json", type=Path, help="a file for all figures")
-    parser.add_argument("--limit", type=float, default=120, help="seconds per case")
+    parser.add_argument("--limit", type=float, default=300, help="seconds per case")
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES)
     arguments = parser.parse_args()
     if arguments.json is not None and arguments.json.exists():
         parser.error(f"{arguments.json} exists")
-    libraries = [
-        name
-        for name in arguments.libraries or LIBRARIES
-        if name == "n x n x n" or importlib.util.find_spec(name.replace("-", "_"))
-    ]
+    libraries = arguments.libraries or installed()
     print(" · ".join(f"{value}" for value in machine().values()))
     rows = []
     header = "| batch | loss |" + "".join(f" {name} |" for name in libraries)

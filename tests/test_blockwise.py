@@ -114,6 +114,27 @@ def test_value_and_gradient(loss, matrix, kind):
         )
 
 
+@every_loss
+def test_a_reduction_of_sums(loss, matrix):
+    """Several results, and forward mode, which other reductions do not have."""
+
+    @tj.SumReduction
+    def mean_and_share(sums):
+        return tj.mean_active(sums), sums.active / jnp.maximum(sums.valid, 1)
+
+    x, labels = vectors(), LABELS["uneven"]
+    got, dot = jax.jvp(
+        lambda x: loss(x, labels, reduce_fn=mean_and_share), (x,), (x[::-1],)
+    )
+    expected, expected_dot = jax.jvp(
+        lambda x: matrix(tj.euclidean(x), labels, reduce_fn=mean_and_share),
+        (x,),
+        (x[::-1],),
+    )
+    check(got, expected)
+    check(dot, expected_dot)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("hinge", "reduce_fn"),

@@ -34,6 +34,7 @@ from tripletjax.distances import (
     squared_euclidean,
 )
 from tripletjax.losses import (
+    SumReduction,
     TripletCost,
     TripletTerms,
     batch_all_loss,
@@ -70,6 +71,7 @@ __all__ = [
     "CountedTriplets",
     "Metric",
     "PairMasks",
+    "SumReduction",
     "TripletCost",
     "TripletTerms",
     "Triplets",

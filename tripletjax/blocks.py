@@ -1197,7 +1197,7 @@ def _semi_hard_in_panel(
         return chosen.at[row, positive].max(jnp.where(found, negative, -1))
 
     # The negative of every pair, -1 if it has none.
-    none = jnp.zeros_like(masks.positive, jnp.int32) - 1
+    none = jnp.zeros_like(masks.positive, row.dtype) - 1
     chosen = _in_columns(classes.most, choose, none)
 
     def some(first: Array, size: int) -> tuple[list[Array], Array]:

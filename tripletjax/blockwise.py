@@ -33,6 +33,7 @@ from tripletjax.distances import Metric, as_vectors, euclidean
 from tripletjax.losses import (
     Hinge,
     Reduction,
+    SumReduction,
     TripletTerms,
     as_margin,
     check_hinge,
@@ -94,8 +95,9 @@ def batch_all_loss(
         block_size: how many vectors are compared with how many at a time. The result
             does not depend on it.
         reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
-            terms. With `mean_valid` and `mean_active` the gradient is made along with
-            the value, with others by a second pass and in reverse mode only.
+            terms. With `mean_valid`, `mean_active` and any `SumReduction` the gradient
+            is made along with the value, with others by a second pass and in reverse
+            mode only.
 
     Returns:
         With the default `reduce_fn` the mean over triplets that cost anything,
@@ -176,8 +178,9 @@ def batch_hard_loss(
         block_size: how many vectors are compared with how many at a time. The result
             does not depend on it.
         reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
-            terms. With `mean_valid` and `mean_active` the gradient is made along with
-            the value, with others by a second pass and in reverse mode only.
+            terms. With `mean_valid`, `mean_active` and any `SumReduction` the gradient
+            is made along with the value, with others by a second pass and in reverse
+            mode only.
 
     Returns:
         With the default `reduce_fn` the mean over anchors that have a positive and a
@@ -260,8 +263,9 @@ def batch_semi_hard_loss(
         block_size: how many vectors are compared with how many at a time. The result
             does not depend on it.
         reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
-            terms. With `mean_valid` and `mean_active` the gradient is made along with
-            the value, with others by a second pass and in reverse mode only.
+            terms. With `mean_valid`, `mean_active` and any `SumReduction` the gradient
+            is made along with the value, with others by a second pass and in reverse
+            mode only.
 
     Returns:
         With the default `reduce_fn` the mean over anchor-positive pairs, ``[...]``.
@@ -468,16 +472,19 @@ def _loss(
 
     def one(batch: Batch) -> Any:
         batch = _varying(batch)
-        if reduce_fn in (mean_valid, mean_active):
+        if isinstance(reduce_fn, SumReduction) or reduce_fn in (
+            mean_valid,
+            mean_active,
+        ):
             # They treat all anchors alike, so that the gradient of the plain total is
             # theirs but for a factor.
-            terms = _total(task, batch)
+            sums = _total(task, batch)
             if axis_name is not None:
-                terms = lax.psum(terms, axis_name)
-        else:
-            terms = _terms(task, batch)
-            if axis_name is not None:
-                terms = TripletTerms(*(_gathered(x, axis_name) for x in terms))
+                sums = lax.psum(sums, axis_name)
+            return getattr(reduce_fn, "function", reduce_fn)(sums)
+        terms = _terms(task, batch)
+        if axis_name is not None:
+            terms = TripletTerms(*(_gathered(x, axis_name) for x in terms))
         return reduced(terms, reduce_fn)
 
     return _each(lead, one, batch)

@@ -120,6 +120,34 @@ def _ratio(total: Array, count: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
+class SumReduction:
+    """A reduction that needs the terms' sums over anchors alone.
+
+    Like `mean_valid` and `mean_active`, and unlike other reductions, it gets value and
+    gradient in one pass from `tripletjax.blockwise`.
+
+    Args:
+        function: from `TripletTerms` ``[...]``, summed over the anchors, to the result.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> @tj.SumReduction
+    ... def loss_and_active_share(sums):
+    ...     return tj.mean_valid(sums), sums.active / sums.valid
+    >>> x = jnp.array([[0.0], [2.0], [1.0], [3.5]])
+    >>> loss, share = tj.blockwise.batch_all_loss(
+    ...     x, jnp.array([0, 0, 1, 1]), margin=0.5, reduce_fn=loss_and_active_share)
+    >>> print(loss, share)
+    1.1875 0.75
+    """
+
+    function: Callable[[TripletTerms], Any]
+
+    def __call__(self, terms: TripletTerms) -> Any:
+        return self.function(TripletTerms(*(jnp.sum(term, axis=-1) for term in terms)))
+
+
+@dataclasses.dataclass(frozen=True)
 class TripletCost:
     """A cost of both distances: a `hinge` for when their difference says too little.
 

@@ -30,9 +30,9 @@ from tripletjax.learn import augment, data, models, plots, sampling
 
 # How triplets are mined and their costs averaged.
 MINING: dict[str, tuple[Callable, Callable]] = {
-    "all": (tj.batch_all_loss, tj.mean_active),
-    "semi-hard": (tj.batch_semi_hard_loss, tj.mean_valid),
-    "hard": (tj.batch_hard_loss, tj.mean_valid),
+    "all": (tj.blockwise.batch_all_loss, tj.mean_active),
+    "semi-hard": (tj.blockwise.batch_semi_hard_loss, tj.mean_valid),
+    "hard": (tj.blockwise.batch_hard_loss, tj.mean_valid),
 }
 
 
@@ -232,7 +232,7 @@ def train_step(
     mining: str,
 ) -> dict[str, Array]:
     """One step of training, in place; returns its metrics."""
-    loss_of, reduce_fn = MINING[mining]
+    loss_of, mean = MINING[mining]
     images = augment.random_affine(
         key,
         as_floats(images),
@@ -243,10 +243,18 @@ def train_step(
     )
 
     def loss_fn(model: nnx.Module) -> tuple[Array, dict[str, Array]]:
-        distances = tj.euclidean(model(images))
-        terms = loss_of(distances, labels, margin=config.margin, reduce_fn=None)
-        active = jnp.sum(terms.active) / jnp.maximum(jnp.sum(terms.valid), 1)
-        return reduce_fn(terms), {"active": active, "spread": jnp.mean(distances)}
+        x = model(images)
+        # The root of the mean squared distance of two of them.
+        spread = jnp.sqrt(2 * jnp.sum(jnp.var(x, axis=0, ddof=1)))
+        loss, active = loss_of(
+            x,
+            labels,
+            margin=config.margin,
+            reduce_fn=tj.SumReduction(
+                lambda sums: (mean(sums), sums.active / jnp.maximum(sums.valid, 1))
+            ),
+        )
+        return loss, {"active": active, "spread": spread}
 
     (loss, metrics), gradients = nnx.value_and_grad(loss_fn, has_aux=True)(model)
     optimizer.update(model, gradients)
