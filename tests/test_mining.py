@@ -262,3 +262,32 @@ def test_bad_options_are_named(call, error, words):
 
 def test_sizes_may_be_numpy_integers():
     assert tj.all_triplets([0, 0, 1], size=np.int64(3)).valid.shape == (3,)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_semi_hard_either_way(seed):
+    """What is beyond a positive is the same by comparing and by sorting."""
+    random = np.random.default_rng(seed)
+    # Few distances, so that many are equal; of infinite ones and of NaN as well.
+    values = [0.0, 0.5, 1.0, 1.5, 2.0, np.inf, np.nan, -np.nan][: 5 + seed]
+    distances = jnp.asarray(random.choice(values, (9, 12)), jnp.float32)
+    kind = random.integers(3, size=(9, 12))
+    masks = tj.PairMasks(jnp.asarray(kind == 0), jnp.asarray(kind == 1))
+    few = mining._beyond_few(distances, masks, True)
+    every = mining._beyond_all(distances, masks.negative)
+    known = masks.positive & ~jnp.isnan(distances)
+    np.testing.assert_array_equal(few[1][known], every[1][known])
+    found = known & every[1]
+    assert found.any()
+    np.testing.assert_array_equal(few[0][found], every[0][found])
+
+
+def test_semi_hard_of_large_classes():
+    x = np.random.default_rng(0).normal(size=(134, 4))
+    labels = np.arange(134) % 2
+    assert mining.FEW < 134 // 2 - 1
+    triplets = tj.batch_semi_hard_triplets(tj.euclidean(x), labels)
+    d = np.asarray(tj.euclidean(x), float)
+    chosen = oracles.semi_hard(d, *oracles.pair_masks(labels))
+    found = np.argwhere(triplets.valid)
+    assert {(a, p): int(triplets.negative[a, p]) for a, p in found.tolist()} == chosen

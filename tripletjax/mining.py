@@ -36,8 +36,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from tripletjax.pairs import PairMasks, pair_masks, resolve
+from tripletjax.pairs import PairMasks, in_turn, pair_masks, resolve
 from tripletjax.public import public
+
+# Up to so many positives of an anchor, comparing each with all takes less time than
+# sorting.
+FEW = 64
 
 
 class Triplets(NamedTuple):
@@ -346,14 +350,48 @@ def batch_semi_hard_triplets(
         where=where,
         reference_where=reference_where,
     )
-    negatives = SortedNegatives.of(distances, masks.negative)
-    beyond = negatives.rank(distances, side="right")
-    found = beyond < negatives.count[..., None]
+    most = jnp.max(jnp.sum(masks.positive, axis=-1))
+    few = most <= FEW
+    index, found = jax.lax.cond(
+        few,
+        # Where both sides of a choice are computed, under vmap, at least one is short.
+        lambda: _beyond_few(distances, masks, few),
+        lambda: _beyond_all(distances, masks.negative),
+    )
     farthest, has_negative = _farthest(distances, masks.negative)
-    index = jnp.where(found, negatives.at(beyond), farthest[..., None])
+    index = jnp.where(found, index, farthest[..., None])
     # A NaN is nearer than nothing; its pair stays, for the loss to show it.
     found |= has_negative[..., None] & (fallback | jnp.isnan(distances))
     return _triplets(distances, _columns(distances), index, masks.positive & found)
+
+
+def _beyond_few(
+    distances: Array, masks: PairMasks, wanted: Array
+) -> tuple[Array, Array]:
+    """For each positive pair the nearest negative beyond it, a positive at a time."""
+    columns = _columns(distances)
+    bits = _ordered_bits(distances)
+    last = jnp.iinfo(bits.dtype).max
+    key = jnp.where(masks.negative, bits, last)
+
+    def visit(state: tuple, column: Array, _: Array) -> tuple[Array, Array]:
+        index, found = state
+        beyond = key > take(bits, column[..., None])
+        nearest = jnp.min(jnp.where(beyond, key, last), axis=-1, keepdims=True)
+        hit = jnp.where(key == nearest, columns, len(columns) - 1)
+        pair = columns == column[..., None]
+        index = jnp.where(pair, jnp.min(hit, axis=-1, keepdims=True), index)
+        return index, jnp.where(pair, nearest < last, found)
+
+    none = jnp.zeros_like(distances, columns.dtype), jnp.zeros_like(distances, bool)
+    return in_turn(masks.positive & wanted, visit, none)
+
+
+def _beyond_all(distances: Array, negative: Array) -> tuple[Array, Array]:
+    """The nearest negative beyond each reference, by sorting once."""
+    negatives = SortedNegatives.of(distances, negative)
+    beyond = negatives.rank(distances, side="right")
+    return negatives.at(beyond), beyond < negatives.count[..., None]
 
 
 class Band(NamedTuple):
@@ -769,11 +807,16 @@ def _ordered_bits(x: Array) -> Array:
     """Integers in the order of floats, which XLA sorts several times faster on CPUs."""
     kind = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
     bits = jax.lax.bitcast_convert_type(x + 0.0, kind)
-    return jnp.where(bits < 0, bits ^ jnp.iinfo(kind).max, bits)
+    last = jnp.iinfo(kind).max
+    # A NaN, which may have a sign, comes after all numbers and before what is no float.
+    return jnp.where(jnp.isnan(x), last - 1, jnp.where(bits < 0, bits ^ last, bits))
 
 
 class SortedNegatives(NamedTuple):
-    """Every anchor's negatives from near to far, ``[..., n, m]``, then the rest."""
+    """Every anchor's negatives from near to far, ``[..., n, m]``, then the rest.
+
+    The distances of the rest are NaN.
+    """
 
     distances: Array
     order: Array
@@ -781,10 +824,12 @@ class SortedNegatives(NamedTuple):
 
     @classmethod
     def of(cls, distances: Array, negative: Array) -> "SortedNegatives":
-        key = jnp.where(negative, distances, jnp.inf)
+        bits = _ordered_bits(distances)
+        key = jnp.where(negative, bits, jnp.iinfo(bits.dtype).max)
         column = jnp.broadcast_to(_columns(key), key.shape)
-        _, order = jax.lax.sort((_ordered_bits(key), column), num_keys=1)
-        return cls(take(key, order), order, jnp.sum(negative, axis=-1))
+        _, order = jax.lax.sort((key, column), num_keys=1)
+        near_to_far = take(jnp.where(negative, distances, jnp.nan), order)
+        return cls(near_to_far, order, jnp.sum(negative, axis=-1))
 
     def rank(self, values: Array, *, side: str) -> Array:
         """How many of an anchor's negatives are nearer than (or as near as) a value."""
@@ -793,9 +838,3 @@ class SortedNegatives(NamedTuple):
     def at(self, rank: Array) -> Array:
         """The column of the negative of a rank, which is clipped to the last."""
         return take(self.order, jnp.minimum(rank, self.order.shape[-1] - 1))
-
-    def farthest(self) -> Array:
-        """The column ``[..., n, 1]`` of the farthest; of equally far ones the first."""
-        last = jnp.maximum(self.count, 1)[..., None] - 1
-        first = self.rank(take(self.distances, last), side="left")
-        return self.at(first)
