@@ -100,16 +100,16 @@ def main(message: str) -> None:
     start = time.perf_counter()
     value = loss()
     first = time.perf_counter() - start
-    if with_product:
-        product()
     with Peak() as peak:
         start, count = time.perf_counter(), 0
         while count == 0 or time.perf_counter() - start < PEAK_SECONDS:
             loss()
             count += 1
         each = (time.perf_counter() - start) / count
-    least = 3 if each < LONG else 1
-    losses, products = [], []
+    if with_product:
+        product()
+    least = 3 if each < LONG else int(with_product)
+    losses, products = [each], []
     for _ in range(min(max(least, int(REPEAT_SECONDS / each)), MOST_REPEATS)):
         losses.append(seconds(loss))
         if with_product:

@@ -72,9 +72,9 @@ def plot(out: dict, file: Path) -> None:
         axis.set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=45)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="lower right")
     figure.suptitle(
-        f"{out['loss']} loss and gradient, classes of 4, 128 dimensions "
+        f"batch {out['loss']}: loss and gradient, classes of 4, 128 dimensions "
         "(x: the next size fails)",
         fontsize=10,
     )
