@@ -5,6 +5,7 @@ arrays ``[n, m]``, distances float64 ``[n, m]``. Ties go to the lowest index bec
 ``max`` and ``min`` of Python keep the first.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -281,3 +282,65 @@ def retrieval(x, y, ks, references=None, reference_labels=None):
     means = {name: sum(row[name] for row in rows) / max(len(rows), 1) for name in names}
     recall = sum((row["recall_at_k"] for row in rows), np.zeros(len(ks)))
     return means | {"recall_at_k": recall / max(len(rows), 1), "queries": len(rows)}
+
+
+# Verification.
+
+
+def roc(distances, same):
+    """Every threshold with its true and false accept rate, by counting."""
+    positives, negatives = sum(same), len(same) - sum(same)
+    points = [(-math.inf, 0.0, 0.0)]
+    for threshold in sorted(set(distances)):
+        accepted = [s for d, s in zip(distances, same) if d <= threshold]
+        true = sum(accepted)
+        points.append((threshold, true / positives, (len(accepted) - true) / negatives))
+    return points
+
+
+def tar_at_far(distances, same, far):
+    return max(true for _, true, false in roc(distances, same) if false <= far)
+
+
+def equal_error_rate(distances, same):
+    points = roc(distances, same)
+    for (_, true, false), (_, next_true, next_false) in itertools.pairwise(points):
+        start, end = 1 - true - false, 1 - next_true - next_false
+        if start >= 0 >= end:
+            part = start / (start - end) if start > end else 0.0
+            return false + part * (next_false - false)
+    raise AssertionError("the ROC ends where all is accepted")
+
+
+def area_under_roc(distances, same):
+    wins = [
+        (1.0 if p < n else 0.5 if p == n else 0.0)
+        for p, s in zip(distances, same)
+        if s
+        for n, t in zip(distances, same)
+        if not t
+    ]
+    return sum(wins) / len(wins)
+
+
+def best_threshold(distances, same):
+    """The largest share decided rightly, and the least threshold that does it."""
+    best, at = -1.0, None
+    for threshold in [-1.0, *sorted(d for d, s in zip(distances, same) if s)]:
+        right = sum((d <= threshold) == s for d, s in zip(distances, same))
+        if right / len(same) > best:
+            best, at = right / len(same), threshold
+    return best, at
+
+
+def k_fold(distances, same, fold, folds):
+    accuracies = []
+    for k in range(folds):
+        train = [(d, s) for d, s, f in zip(distances, same, fold) if f != k]
+        _, last = best_threshold(*zip(*train))
+        beyond = [d for d, _ in train if d > last]
+        low = 0.0 if last < 0 else last
+        threshold = (low + min(beyond)) / 2 if beyond else last
+        test = [(d, s) for d, s, f in zip(distances, same, fold) if f == k]
+        accuracies.append(sum((d <= threshold) == s for d, s in test) / len(test))
+    return accuracies

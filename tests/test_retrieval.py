@@ -7,6 +7,8 @@ import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import tripletjax as tj
 from tripletjax import retrieval
@@ -50,7 +52,9 @@ def test_more_queries_than_a_block_holds():
 def test_nothing_relevant():
     metrics = retrieval.evaluate(np.eye(3), [0, 1, 2])
     assert metrics.queries == 0
-    assert all(jnp.all(value == 0) for value in metrics)
+    assert all(jnp.isnan(value).all() for value in metrics[:-1])
+    each = retrieval.evaluate(np.eye(3), [0, 1, 2], reduce_fn=None)
+    assert not any(value.any() for value in each)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +70,9 @@ def test_bad_k(k, error, words):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"embeddings": np.ones(3)}, ValueError, r"embeddings must be \[n, d\]"),
-        ({"labels": [0, 1]}, ValueError, r"labels.*\(2,\) and \(3, 3\)"),
+        ({"embeddings": np.ones(3)}, ValueError, "embeddings must be"),
+        ({"embeddings": np.ones((1, 3, 3))}, ValueError, r"must be \[n, d\]"),
+        ({"labels": [0, 1]}, ValueError, r"labels has shape \(2,\).*3 embeddings"),
         ({"labels": [0.0, 1, 1]}, TypeError, "labels must be integers"),
         ({"references": np.eye(3)}, ValueError, "go together"),
         ({"ks": (0,)}, ValueError, "ks must be positive"),
@@ -82,6 +87,120 @@ def test_bad_input_is_named(change, error, words):
     arguments = {"embeddings": np.eye(3), "labels": [0, 0, 1]} | change
     with pytest.raises(error, match=words):
         retrieval.evaluate(arguments.pop("embeddings"), **arguments)
+
+
+def clusters(n=230, classes=7, seed=0):
+    """Points on a grid, so that ties are frequent, and labels they go with."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, classes, n)
+    return np.float32(random.integers(0, 4, (n, 3)) + labels[:, None] % 3), labels
+
+
+def same(got, expected):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected
+    )
+
+
+def test_counting_and_sorting_agree(monkeypatch):
+    x, labels = clusters()
+    counted = retrieval.evaluate(x, labels, reduce_fn=None)
+    rankings = retrieval._Rankings
+    monkeypatch.setattr(rankings, "by_counting", rankings.by_sorting)
+    # Another list of ranks: what was compiled before is not used again.
+    ranked = retrieval.evaluate(x, labels, ks=(1, 2, 4, 8, 9), reduce_fn=None)
+    same(counted[1:], ranked[1:])
+    np.testing.assert_array_equal(counted.recall_at_k, ranked.recall_at_k[:, :4])
+
+
+def test_more_queries_and_references_than_a_block_holds(monkeypatch):
+    x, labels = clusters(n=300)
+    expected = retrieval.evaluate(x, labels, ks=(1, 3), reduce_fn=None)
+    monkeypatch.setattr(retrieval, "MOST_ROWS", 64)
+    same(retrieval.evaluate(x, labels, ks=(1, 3, 5), reduce_fn=None)[1:], expected[1:])
+
+
+def test_recall_alone():
+    for seed in range(3):
+        x, labels = clusters(seed=seed)
+        got = retrieval.recall_at_k(x, labels, ks=(1, 2, 5))
+        same(got, retrieval.evaluate(x, labels, ks=(1, 2, 5)).recall_at_k)
+
+
+def test_large_classes():
+    x, labels = clusters(n=1200, classes=2)
+    assert np.bincount(labels).max() > retrieval.FEW
+    got = retrieval.evaluate(x[:30], labels[:30], references=x, reference_labels=labels)
+    expected = oracles.retrieval(x[:30], labels[:30], (1, 2, 4, 8), x, labels)
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(got, name), value, rtol=1e-5, err_msg=name)
+
+
+def test_padding():
+    x, labels = clusters()
+    where = np.random.default_rng(1).random(len(x)) < 0.7
+    padded = np.where(where[:, None], x, np.nan)
+    expected = retrieval.evaluate(x[where], labels[where])
+    same(retrieval.evaluate(padded, labels, where=where), expected)
+    same(retrieval.recall_at_k(padded, labels, where=where), expected.recall_at_k)
+    same(
+        retrieval.evaluate(
+            x[where],
+            labels[where],
+            references=padded,
+            reference_labels=labels,
+            positions=np.flatnonzero(where),
+            reference_where=where,
+        ),
+        expected,
+    )
+
+
+def test_reductions():
+    x, labels = clusters()
+    each = retrieval.evaluate(x, labels, reduce_fn=None)
+    assert each.recall_at_k.shape == (len(x), 4)
+    mean = retrieval.evaluate(x, labels)
+    assert mean.queries == len(x)
+    np.testing.assert_allclose(mean.map_at_r, np.mean(each.map_at_r), rtol=1e-6)
+    by_class = retrieval.evaluate(x, labels, reduce_fn=retrieval.mean_of_classes)
+    for name in ("map_at_r", "recall_at_k"):
+        values = np.asarray(getattr(each, name))
+        expected = np.mean([values[labels == c].mean(0) for c in range(7)], axis=0)
+        np.testing.assert_allclose(getattr(by_class, name), expected, rtol=1e-5)
+
+
+def test_a_class_of_one_is_left_out():
+    x, labels = clusters()
+    labels[0] = 99
+    for reduce_fn in (retrieval.mean_of_queries, retrieval.mean_of_classes):
+        got = retrieval.evaluate(x, labels, reduce_fn=reduce_fn)
+        assert got.queries == len(x) - 1
+    each = retrieval.evaluate(x, labels, reduce_fn=None)
+    keep = np.arange(len(x)) > 0
+    np.testing.assert_array_equal(each.queries, keep)
+    mean = retrieval.evaluate(x, labels).map_at_r
+    np.testing.assert_allclose(mean, np.mean(each.map_at_r[keep]), rtol=1e-6)
+
+
+def test_split_over_devices():
+    x, labels = clusters(n=240)
+    expected = retrieval.evaluate(x, labels)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+        arrays = jax.device_put(
+            (jnp.asarray(x), jnp.asarray(labels)), NamedSharding(mesh, P("data"))
+        )
+        with jax.set_mesh(mesh):
+            same(jax.jit(retrieval.evaluate)(*arrays), expected)
+
+
+def test_low_precision():
+    x, labels = clusters()
+    same(
+        retrieval.evaluate(x.astype(jnp.bfloat16), labels),
+        retrieval.evaluate(x, labels),
+    )
 
 
 def test_any_metric():

@@ -20,12 +20,23 @@ transformations:
 - `tripletjax.losses`: what it costs. Triplet losses and their reductions.
 - `tripletjax.blockwise`: the same straight from embeddings, without a matrix.
 - `tripletjax.retrieval`: is it any good. Neighbours and ranking metrics.
+- `tripletjax.verification`: is it any good, same or different. ROC, TAR@FAR, EER.
+- `tripletjax.collapse`: has training collapsed. Spread and effective rank.
 - `tripletjax.learn`: training an embedding (needs the extra ``tripletjax[train]``).
 """
 
 import importlib.metadata
 
-from tripletjax import blockwise, distances, losses, mining, pairs, retrieval
+from tripletjax import (
+    blockwise,
+    collapse,
+    distances,
+    losses,
+    mining,
+    pairs,
+    retrieval,
+    verification,
+)
 from tripletjax.distances import (
     Metric,
     cosine,
@@ -83,6 +94,7 @@ __all__ = [
     "batch_semi_hard_loss",
     "batch_semi_hard_triplets",
     "blockwise",
+    "collapse",
     "cosine",
     "distance_weighted_triplets",
     "distances",
@@ -104,5 +116,6 @@ __all__ = [
     "squared_euclidean",
     "triplet_loss",
     "triplet_margin_loss",
+    "verification",
     "violating_band",
 ]

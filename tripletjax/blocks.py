@@ -48,6 +48,9 @@ from tripletjax.pairs import PairMasks, in_turn, keep_pairs, pair_masks
 # Tiles cost more with every positive of an anchor, panels little more, but from a
 # higher start.
 FEW = 16
+# Of a tile's side: the products are efficient from here on, and a tile still fits into
+# a cache.
+BLOCK_SIZE = 512
 # How many numbers a panel of the distance matrix has, and a block of vectors.
 PANEL = 2**19
 # Half squared distances below this share of the vectors' halves are taken directly.
@@ -76,9 +79,13 @@ class Task:
 
     kind: Kind
     metric: Metric
-    hinge: Hinge
-    fallback: bool
-    block_size: int
+    hinge: Hinge = jax.nn.relu
+    fallback: bool = True
+    block_size: int = BLOCK_SIZE
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, Metric):
+            raise TypeError(f"metric must be a Metric, got {self.metric!r}.")
 
 
 class Batch(NamedTuple):
@@ -149,7 +156,7 @@ def sums(
     """The terms per anchor, and the gradient of their total weighted per anchor."""
     if task.metric.products is None or isinstance(batch.labels, PairMasks):
         return _by_panels(task, batch, weights, gradient)
-    classes = _Classes.of(batch)
+    classes = Classes.of(batch)
     return lax.cond(
         classes.most <= FEW,
         lambda: _by_tiles(task, batch, classes, weights, gradient),
@@ -179,14 +186,14 @@ def _add_rows(x: Array, start: Array, rows: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(x, old + rows, start, axis=0)
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
     """Blocks of one size that cover n rows; the last may overlap the one before."""
 
     n: int
     size: int
 
     @classmethod
-    def of(cls, n: int, size: int) -> "_Blocks":
+    def of(cls, n: int, size: int) -> "Blocks":
         return cls(n, max(1, min(size, n)))
 
     @property
@@ -203,7 +210,7 @@ class _Blocks(NamedTuple):
 
 def _products(a: Array, y: Array, offset: Array) -> Array:
     """The products ``[rows, m]`` of some vectors with all others less an offset."""
-    blocks = _Blocks.of(len(y), PANEL // y.shape[1])
+    blocks = Blocks.of(len(y), PANEL // y.shape[1])
 
     def step(block: Array, products: Array) -> Array:
         start = blocks.start(block)
@@ -218,7 +225,7 @@ def _products(a: Array, y: Array, offset: Array) -> Array:
 # Tiles.
 
 
-class _Classes(NamedTuple):
+class Classes(NamedTuple):
     """The positives of every anchor, by sorting the references once.
 
     Attributes:
@@ -238,7 +245,7 @@ class _Classes(NamedTuple):
     most: Array
 
     @classmethod
-    def of(cls, batch: Batch) -> "_Classes":
+    def of(cls, batch: Batch) -> "Classes":
         labels, where = batch.labels, batch.where
         n = len(labels)
         _, references, real = batch.others
@@ -253,8 +260,10 @@ class _Classes(NamedTuple):
             # Padding, whose labels are not in order, does not take part in a search.
             last = jnp.iinfo(ordered.dtype).max
             ordered = jnp.where(index < size, ordered, last)
-        start = jnp.searchsorted(ordered, labels, side="left")
-        end = jnp.minimum(jnp.searchsorted(ordered, labels, side="right"), size)
+        # A binary search is many small steps, and each has its price.
+        method = "compare_all" if n * m <= 2**20 else "scan"
+        search = functools.partial(jnp.searchsorted, ordered, labels, method=method)
+        start, end = search(side="left"), jnp.minimum(search(side="right"), size)
         start = jnp.minimum(start, end)
         alike = end - start
 
@@ -302,10 +311,11 @@ class _Classes(NamedTuple):
         return index.T, found.T
 
 
-class _Tiles(NamedTuple):
+class Tiles(NamedTuple):
     """Vectors as tiles take them: without what all have in common, with halves.
 
     Attributes:
+        metric: the metric.
         batch: the batch.
         offset: what the vectors have in common ``[d]``.
         halves: of anchors ``[n]``; infinite if they are padding.
@@ -314,31 +324,41 @@ class _Tiles(NamedTuple):
         columns: blocks of references.
     """
 
+    metric: Metric
     batch: Batch
     offset: Array
     halves: Array
     reference_halves: Array
-    rows: _Blocks
-    columns: _Blocks
+    rows: Blocks
+    columns: Blocks
 
     @classmethod
-    def of(cls, task: Task, batch: Batch) -> "_Tiles":
-        x = batch.anchors
+    def of(cls, task: Task, batch: Batch) -> "Tiles":
+        x, products = batch.anchors, task.metric.products
         y, _, real = batch.others
-        offset = common_offset(y)
+        offset = common_offset(y) if products else jnp.zeros_like(y[0])
 
         def halves(x: Array, where: Array | None) -> Array:
-            halves = task.metric.products.halves(x, offset)
+            halves = products.halves(x, offset) if products else jnp.zeros_like(x[:, 0])
             return halves if where is None else jnp.where(where, halves, jnp.inf)
 
         ours = halves(x, batch.where)
         theirs = ours if batch.square else halves(y, real)
         size = task.block_size
-        blocks = _Blocks.of(len(x), size), _Blocks.of(len(y), size)
-        return cls(batch, offset, ours, theirs, *blocks)
+        blocks = Blocks.of(len(x), size), Blocks.of(len(y), size)
+        return cls(task.metric, batch, offset, ours, theirs, *blocks)
 
-    def scan(self, visit: Callable[[Any, "_Tile"], Any], state: Any) -> Any:
-        """Visits all pairs of blocks; if the matrix is symmetric, unordered pairs."""
+    def scan(self, visit: Callable[[Any, "Tile"], Any], state: Any) -> Any:
+        """Visits all tiles; if the matrix is symmetric, of unordered pairs."""
+
+        def of_parts(state: Any, parts: "_Parts", twice: bool) -> Any:
+            return visit(state, self.tile(parts)._replace(twice=twice))
+
+        return self.scan_parts(of_parts, state)
+
+    def scan_parts(
+        self, visit: Callable[[Any, "_Parts", bool], Any], state: Any
+    ) -> Any:
         if not self.batch.square:
             counts = self.rows.count, self.columns.count
             return self._scan(visit, state, np.indices(counts).reshape(2, -1), False)
@@ -353,7 +373,7 @@ class _Tiles(NamedTuple):
         # done to a tile, which then does not vectorise; what a loop carries, it cannot.
         def step(loop: tuple, following: tuple[Array, Array]) -> tuple[tuple, None]:
             state, parts = loop
-            state = visit(state, self.tile(parts)._replace(twice=twice))
+            state = visit(state, parts, twice)
             return (state, self.parts(*following)), None
 
         blocks = [jnp.asarray(indices, jnp.int32) for indices in blocks]
@@ -366,7 +386,7 @@ class _Tiles(NamedTuple):
         row, column = self.rows.start(i), self.columns.start(j)
         y, labels, _ = batch.others
 
-        def halves(all: Array, blocks: _Blocks, block: Array) -> Array:
+        def halves(all: Array, blocks: Blocks, block: Array) -> Array:
             halves = _rows(all, blocks.start(block), blocks.size)
             if blocks.n % blocks.size:
                 halves = jnp.where(blocks.fresh(block), halves, jnp.inf)
@@ -386,7 +406,7 @@ class _Tiles(NamedTuple):
             positions,
         )
 
-    def tile(self, parts: "_Parts") -> "_Tile":
+    def tile(self, parts: "_Parts") -> "Tile":
         row, column, a, b, ours, theirs, labels, reference_labels, positions = parts
         products = jnp.matmul(a, b.T, precision="highest")
         squares = ours[:, None] + theirs - products
@@ -394,7 +414,44 @@ class _Tiles(NamedTuple):
         squares = jnp.where(squares > 0, squares, 0)
         masks = pair_masks(labels, reference_labels, positions=positions)
         squares = jnp.where(masks.negative, squares, jnp.inf)
-        return _Tile(row, column, a, b, squares)
+        return Tile(row, column, a, b, squares)
+
+    def distances(self, visit: Callable[[Any, Array, Array], Any], state: Any) -> Any:
+        """``visit(state, distances, counts)`` for blocks of distances of negatives.
+
+        Of the distances ``[rows, columns]`` those count that are of negatives, and in a
+        symmetric matrix one of each two. Of any metric, and with digits where vectors
+        nearly coincide.
+        """
+        batch, products = self.batch, self.metric.products
+        y = batch.others[0]
+
+        def of_parts(state: Any, parts: "_Parts", twice: bool) -> Any:
+            row, column, *_, labels, reference_labels, positions = parts
+            masks = pair_masks(labels, reference_labels, positions=positions)
+            counts = masks.negative & (parts.halves < jnp.inf)[:, None]
+            counts &= parts.reference_halves < jnp.inf
+            if batch.square and not twice:
+                counts = jnp.triu(counts, 1)
+            a = _rows(batch.anchors, row, self.rows.size)
+            b = _rows(y, column, self.columns.size)
+            if products is None:
+                itself = jnp.full(len(a), -1)
+                return visit(state, self.metric.against(a, b, itself), counts)
+            scale = parts.halves[:, None] + parts.reference_halves
+            squares = scale - jnp.matmul(parts.a, parts.b.T, precision="highest")
+            near = counts & (squares < NEAR * scale)
+            row = jnp.arange(len(a))
+
+            def direct(squares: Array, column: Array, found: Array) -> Array:
+                new = products.half_square(a, b[column])
+                new = jnp.where(found, new, squares[row, column])
+                return squares.at[row, column].set(new)
+
+            squares = in_turn(near, direct, squares)
+            return visit(state, products.distance(squares), counts)
+
+        return self.scan_parts(of_parts, state)
 
 
 class _Parts(NamedTuple):
@@ -413,7 +470,7 @@ class _Parts(NamedTuple):
     positions: Array | None
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """A block of pairs.
 
     Attributes:
@@ -447,9 +504,9 @@ class _Tile(NamedTuple):
 
 
 def _by_tiles(
-    task: Task, batch: Batch, classes: _Classes, weights: Array | None, gradient: bool
+    task: Task, batch: Batch, classes: Classes, weights: Array | None, gradient: bool
 ) -> tuple[TripletTerms, Gradients | None]:
-    tiles = _Tiles.of(task, batch)
+    tiles = Tiles.of(task, batch)
     if task.kind is Kind.ALL:
         return _all_by_tiles(task, tiles, classes, weights, gradient)
     listed = _mined_by_tiles(task, tiles, classes)
@@ -457,7 +514,7 @@ def _by_tiles(
 
 
 def _mined_by_tiles(
-    task: Task, tiles: _Tiles, classes: _Classes
+    task: Task, tiles: Tiles, classes: Classes
 ) -> tuple[Array, Array, Array, Array | int]:
     """Positives, negatives and validity ``[k, n]`` of triplets, and how many k are."""
     positives, squares, found = _positives(task, tiles.batch, classes)
@@ -479,7 +536,7 @@ def _mined_by_tiles(
 
 
 def _positives(
-    task: Task, batch: Batch, classes: _Classes
+    task: Task, batch: Batch, classes: Classes
 ) -> tuple[Array, Array, Array]:
     """Every anchor's positives, half their squared difference, and which there are.
 
@@ -487,7 +544,7 @@ def _positives(
     """
     n, d = batch.anchors.shape
     y = batch.others[0]
-    blocks = _Blocks.of(n, PANEL // d)
+    blocks = Blocks.of(n, PANEL // d)
 
     def step(step: Array, state: tuple[Array, Array, Array]) -> tuple:
         r, block = jnp.divmod(step, blocks.count)
@@ -505,12 +562,12 @@ def _positives(
     return lax.fori_loop(0, classes.most * blocks.count, step, none)
 
 
-def _farthest(tiles: _Tiles, wanted: Array) -> Array:
+def _farthest(tiles: Tiles, wanted: Array) -> Array:
     """The farthest negative ``[n]`` of the anchors that want one, some at a time."""
     batch = tiles.batch
     y, labels, _ = batch.others
     n, m = len(wanted), len(y)
-    size = _Blocks.of(n, PANEL // 8 // m).size
+    size = Blocks.of(n, PANEL // 8 // m).size
     order = jnp.flatnonzero(wanted, size=n, fill_value=0)
     theirs, offset = tiles.reference_halves, tiles.offset
 
@@ -535,7 +592,7 @@ def _farthest(tiles: _Tiles, wanted: Array) -> Array:
 
 
 def _nearest(
-    tiles: _Tiles, bounds: Array | None, count: Array | int
+    tiles: Tiles, bounds: Array | None, count: Array | int
 ) -> tuple[Array, Array]:
     """The nearest negatives of every anchor, beyond bounds if there are any.
 
@@ -548,12 +605,12 @@ def _nearest(
         Half the squared differences and indices, ``[k, n]``.
     """
 
-    def visit(state: tuple[Array, Array], tile: _Tile) -> tuple[Array, Array]:
+    def visit(state: tuple[Array, Array], tile: Tile) -> tuple[Array, Array]:
         # Materialised: fused into every reduction, it would be made again each time.
         squares = _stored(tile.squares)
 
         def one_way(
-            k: Array, limits: Array | None, state: tuple, tile: _Tile, axis: int
+            k: Array, limits: Array | None, state: tuple, tile: Tile, axis: int
         ) -> tuple:
             start, other = (tile.row, tile.column)[:: 1 if axis else -1]
             if limits is None:
@@ -654,7 +711,7 @@ def _listed(
     """The sums of triplets ``[k, n]``, of which the first `count` rows are in use."""
     n, d = batch.anchors.shape
     y = batch.others[0]
-    blocks = _Blocks.of(n, PANEL // d)
+    blocks = Blocks.of(n, PANEL // d)
     products = task.metric.products
 
     def cost(squares: tuple[Array, Array], margin: Array, valid: Array) -> Array:
@@ -696,8 +753,8 @@ def _listed(
 
 def _all_by_tiles(
     task: Task,
-    tiles: _Tiles,
-    classes: _Classes,
+    tiles: Tiles,
+    classes: Classes,
     weights: Array | None,
     gradient: bool,
 ) -> tuple[TripletTerms, Gradients | None]:
@@ -709,7 +766,7 @@ def _all_by_tiles(
     if isinstance(task.hinge, TripletCost):
         gap_ap = d_ap
 
-    def visit(state: tuple, tile: _Tile) -> tuple:
+    def visit(state: tuple, tile: Tile) -> tuple:
         d_an, slope = _with_slope(products.distance, tile.squares)
         d_an = _stored(d_an)
 
@@ -860,12 +917,12 @@ def _pull(by_square: Array, a: Array, b: Array) -> Array:
 
 
 def _pull_positives(
-    batch: Batch, sink: Gradients, positives: Array, slopes: Array, classes: _Classes
+    batch: Batch, sink: Gradients, positives: Array, slopes: Array, classes: Classes
 ) -> Gradients:
     """Adds the gradients of half the squared differences ``[FEW, n]`` of positives."""
     n, d = batch.anchors.shape
     y = batch.others[0]
-    blocks = _Blocks.of(n, PANEL // d)
+    blocks = Blocks.of(n, PANEL // d)
 
     def step(step: Array, sink: Gradients) -> Gradients:
         r, block = jnp.divmod(step, blocks.count)
@@ -918,14 +975,14 @@ class _Panels(NamedTuple):
 
     task: Task
     batch: Batch
-    blocks: _Blocks
+    blocks: Blocks
     offset: Array | None
     halves: Array | None
 
     @classmethod
     def of(cls, task: Task, batch: Batch) -> "_Panels":
         y, products = batch.others[0], task.metric.products
-        blocks = _Blocks.of(len(batch.anchors), PANEL // len(y))
+        blocks = Blocks.of(len(batch.anchors), PANEL // len(y))
         if products is None:
             return cls(task, batch, blocks, None, None)
         offset = common_offset(y)
@@ -971,7 +1028,7 @@ def _by_panels(
     batch: Batch,
     weights: Array | None,
     gradient: bool,
-    classes: _Classes | None = None,
+    classes: Classes | None = None,
 ) -> tuple[TripletTerms, Gradients | None]:
     panels = _Panels.of(task, batch)
 
@@ -1009,7 +1066,7 @@ _Cost = Callable[[Array, Array], tuple[TripletTerms, Callable[[Array], tuple]]]
 
 
 def _panel_costs(
-    task: Task, panel: _Panel, classes: _Classes | None
+    task: Task, panel: _Panel, classes: Classes | None
 ) -> tuple[_Cost, Array]:
     """How a panel's terms are made, and of which pairs."""
     masks = panel.masks
@@ -1051,53 +1108,58 @@ def _with_pull(terms: Callable[[Array, Array], TripletTerms]) -> _Cost:
 
 # How many positives of every anchor a panel treats at a time, and what is left in steps
 # of how many; and how many columns are compared with these in one loop over an array.
-_MANY, _REST, _RUN = 512, 64, 32
+_MANY, _REST, RUN = 512, 64, 32
 
 
-def _in_columns(
-    count: Array, visit: Callable[[Array, int, Any], Any], state: Any
+def in_columns(
+    count: Array,
+    visit: Callable[[Array, int, Any], Any],
+    state: Any,
+    *,
+    rest: int = _REST,
 ) -> Any:
-    """``visit(first, size, state)`` until all of a count have had their turn."""
+    """``visit(first, size, state)`` until all of a count have had their turn.
+
+    Sizes are `_MANY`, and what is left then in steps of `rest`.
+    """
     # What is left of a class of 500 costs less in one large step.
     large = (count + _MANY // 2) // _MANY
     state = lax.fori_loop(
         0, large, lambda i, state: visit(i * _MANY, _MANY, state), state
     )
     start = large * _MANY
-    small = -(-jnp.maximum(count - start, 0) // _REST)
+    small = -(-jnp.maximum(count - start, 0) // rest)
     return lax.fori_loop(
-        0, small, lambda i, state: visit(start + i * _REST, _REST, state), state
+        0, small, lambda i, state: visit(start + i * rest, rest, state), state
     )
 
 
-def _in_runs(columns: list[Array], visit: Callable, state: Any) -> Any:
-    """``visit(step, runs, state)`` for runs ``[_RUN, rows]`` of columns ``[rows, m]``.
+def in_runs(columns: list[Array], visit: Callable, state: Any) -> Any:
+    """``visit(step, runs, state)`` for runs ``[RUN, rows]`` of columns ``[rows, m]``.
 
-    The number of columns is a multiple of `_RUN`.
+    The number of columns is a multiple of `RUN`.
     """
 
     # Cut out one step ahead, as tiles are.
     def cut(step: Array | int) -> list[Array]:
-        return [
-            lax.dynamic_slice_in_dim(x, step * _RUN, _RUN, axis=1).T for x in columns
-        ]
+        return [lax.dynamic_slice_in_dim(x, step * RUN, RUN, axis=1).T for x in columns]
 
     def step(step: Array, loop: tuple) -> tuple:
         runs, state = loop
         return cut(step + 1), visit(step, runs, state)
 
-    count = columns[0].shape[1] // _RUN
+    count = columns[0].shape[1] // RUN
     return lax.fori_loop(0, count, step, (cut(0), state))[1]
 
 
 def _filled(x: Array, real: Array) -> Array:
-    """Distances ``[rows, m]``, infinite where not real, m rounded up for `_in_runs`."""
+    """Distances ``[rows, m]``, infinite where not real, m rounded up for `in_runs`."""
     x = jnp.where(real, x, jnp.inf)
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % _RUN)), constant_values=jnp.inf)
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % RUN)), constant_values=jnp.inf)
 
 
 def _all_in_panel(
-    hinge: Hinge, panel: _Panel, classes: _Classes, distances: Array, margin: Array
+    hinge: Hinge, panel: _Panel, classes: Classes, distances: Array, margin: Array
 ) -> tuple[TripletTerms, Callable[[Array], tuple]]:
     """All triplets of a panel, and what their gradient is made of.
 
@@ -1137,8 +1199,8 @@ def _all_in_panel(
             return by_negative
 
         none = (jnp.zeros_like(d_ap, count),) * (1 if relu else 4)
-        by_ap, *others = _in_runs([d_an], of_positives, none)
-        by_negative = _in_runs([d_ap, found], of_negatives, by_negative)
+        by_ap, *others = in_runs([d_an], of_positives, none)
+        by_negative = in_runs([d_ap, found], of_negatives, by_negative)
         by_ap = by_ap.astype(distances.dtype)
         if relu:
             # By how much each falls short of the row's farthest, as below.
@@ -1159,7 +1221,7 @@ def _all_in_panel(
     farthest = jnp.max(masks.positive * distances, axis=-1, keepdims=True)
     none = jnp.zeros_like(distances[:, 0])
     state = (none,) * 3, jnp.zeros_like(distances), jnp.zeros_like(d_an, count)
-    (total, active, by_margin), by_distance, by_negative = _in_columns(
+    (total, active, by_margin), by_distance, by_negative = in_columns(
         classes.most, some_positives, state
     )
     by_negative = by_negative[:, : distances.shape[1]]
@@ -1177,7 +1239,7 @@ def _all_in_panel(
 
 
 def _semi_hard_in_panel(
-    task: Task, panel: _Panel, classes: _Classes
+    task: Task, panel: _Panel, classes: Classes
 ) -> tuple[_Cost, Array]:
     """As `_panel_costs`, some positives of every anchor at a time."""
     row, masks = jnp.arange(len(panel.a))[:, None], panel.masks
@@ -1198,7 +1260,7 @@ def _semi_hard_in_panel(
 
     # The negative of every pair, -1 if it has none.
     none = jnp.zeros_like(masks.positive, row.dtype) - 1
-    chosen = _in_columns(classes.most, choose, none)
+    chosen = in_columns(classes.most, choose, none)
 
     def some(first: Array, size: int) -> tuple[list[Array], Array]:
         positive, found = classes.some(first, size, panel.start, len(row))
@@ -1209,7 +1271,7 @@ def _semi_hard_in_panel(
         (_, negative), found = some(first, size)
         return pairs.at[row, negative].max(found)
 
-    pairs = _in_columns(classes.most, add_pairs, chosen >= 0)
+    pairs = in_columns(classes.most, add_pairs, chosen >= 0)
 
     def cost(distances: Array, margin: Array) -> tuple:
         def add(first: Array, size: int, state: tuple) -> tuple:
@@ -1230,7 +1292,7 @@ def _semi_hard_in_panel(
 
         none = jnp.zeros_like(distances[:, 0])
         state = TripletTerms(*[none] * 3), jnp.zeros_like(distances), none
-        terms, by_distance, by_margin = _in_columns(classes.most, add, state)
+        terms, by_distance, by_margin = in_columns(classes.most, add, state)
 
         def pull(weights: Array) -> tuple[Array, Array]:
             return by_distance * weights[:, None], jnp.sum(by_margin * weights)
@@ -1260,13 +1322,13 @@ def _nearest_beyond(d_an: Array, d_ap: Array) -> tuple[Array, Array]:
         return least, jnp.where(least < old, step, where)
 
     none = jnp.full_like(ours, jnp.iinfo(bits).max), jnp.zeros_like(ours, jnp.int32)
-    least, run = _in_runs([theirs], visit, none)
+    least, run = in_runs([theirs], visit, none)
     row = jnp.arange(len(ours))[:, None, None]
-    members = theirs[row, run[..., None] * _RUN + jnp.arange(_RUN)]
+    members = theirs[row, run[..., None] * RUN + jnp.arange(RUN)]
     within = jnp.argmax(members == (least + ours)[..., None], axis=-1)
     nearest = lax.bitcast_convert_type(least + ours, d_an.dtype)
     # If there is none above, this is one that is not.
-    return jnp.where(nearest > d_ap, nearest, jnp.inf), run * _RUN + within
+    return jnp.where(nearest > d_ap, nearest, jnp.inf), run * RUN + within
 
 
 def _mined_panel(task: Task, panel: _Panel) -> Triplets:
@@ -1311,7 +1373,7 @@ def _pull_panel(
     # Differences do not depend on the origin, their digits do.
     offset = panels.offset
     a = panel.a - offset
-    blocks = _Blocks.of(len(y), PANEL // y.shape[1])
+    blocks = Blocks.of(len(y), PANEL // y.shape[1])
 
     def step(block: Array, sink: Gradients) -> Gradients:
         start = blocks.start(block)
@@ -1331,10 +1393,10 @@ def hard_triplets(task: Task, batch: Batch) -> Triplets:
     """The triplets ``[n]`` of batch-hard mining."""
     if task.metric.products is None or isinstance(batch.labels, PairMasks):
         return _hard_by_panels(task, batch)
-    classes = _Classes.of(batch)
+    classes = Classes.of(batch)
 
     def by_tiles() -> Triplets:
-        tiles = _Tiles.of(task, batch)
+        tiles = Tiles.of(task, batch)
         listed = _mined_by_tiles(task, tiles, classes)
         positive, negative, valid = (x[0] for x in listed[:3])
         return Triplets(jnp.arange(len(valid)), positive, negative, valid)

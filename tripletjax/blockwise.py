@@ -47,9 +47,6 @@ from tripletjax.public import as_integer, public
 
 AxisName = str | tuple[str, ...]
 
-# Of a tile's side: the products are efficient from here on, and a tile still fits into
-# a cache.
-BLOCK_SIZE = 512
 FLOATS = Gradients._fields
 
 
@@ -348,7 +345,7 @@ def batch_hard_triplets(
     [2 2 0] [3 3 3] [ True  True  True False]
     """
     task = _task(Kind.HARD, metric, block_size=block_size)
-    batch, lead = _batch(
+    batch, lead = as_batch(
         task,
         embeddings,
         labels,
@@ -416,7 +413,7 @@ def batch_semi_hard_triplets(
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}.")
     task = _task(Kind.SEMI_HARD, metric, fallback=fallback, block_size=block_size)
-    batch, lead = _batch(
+    batch, lead = as_batch(
         task,
         embeddings,
         labels,
@@ -441,10 +438,8 @@ def _task(
     block_size: int | None,
 ) -> Task:
     check_hinge(hinge)
-    if not isinstance(metric, Metric):
-        raise TypeError(f"metric must be a Metric, got {metric!r}.")
     if block_size is None:
-        block_size = BLOCK_SIZE
+        block_size = blocks.BLOCK_SIZE
     block_size = as_integer("block_size", block_size)
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}.")
@@ -466,7 +461,7 @@ def _loss(
     **pairs: ArrayLike | None,
 ) -> Any:
     task = _task(kind, metric, hinge=hinge, fallback=fallback, block_size=block_size)
-    batch, lead = _batch(
+    batch, lead = as_batch(
         task, embeddings, labels, axis_name=axis_name, margin=margin, **pairs
     )
 
@@ -490,17 +485,17 @@ def _loss(
     return _each(lead, one, batch)
 
 
-def _batch(
+def as_batch(
     task: Task,
     embeddings: ArrayLike,
     labels: ArrayLike | PairMasks,
     *,
-    references: ArrayLike | None,
-    reference_labels: ArrayLike | None,
-    positions: ArrayLike | None,
-    where: ArrayLike | None,
-    reference_where: ArrayLike | None,
-    axis_name: AxisName | None,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
     margin: ArrayLike = 0.0,
 ) -> tuple[Batch, tuple[int, ...]]:
     """Checks the arguments; a batch with leading dimensions in front, and these."""

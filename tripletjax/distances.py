@@ -119,6 +119,12 @@ class Metric:
             return _every_pair(self._compare, x, y, itself)
         return jnp.where(jnp.arange(len(y)) == itself[:, None], 0, matrix(x, y))
 
+    def between(self, a: Array, b: Array) -> Array:
+        """The distance of two checked vectors, as `products.vectors` made them."""
+        if self.products is None:
+            return self._compare(a, b)
+        return self.products.distance(self.products.half_square(a, b))
+
     def _compare(self, a: Array, b: Array) -> Array:
         distance = self._functions[0](a, b)
         if jnp.shape(distance) != ():

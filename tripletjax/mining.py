@@ -370,7 +370,7 @@ def _beyond_few(
 ) -> tuple[Array, Array]:
     """For each positive pair the nearest negative beyond it, a positive at a time."""
     columns = _columns(distances)
-    bits = _ordered_bits(distances)
+    bits = ordered_bits(distances)
     last = jnp.iinfo(bits.dtype).max
     key = jnp.where(masks.negative, bits, last)
 
@@ -803,7 +803,7 @@ def _search(sorted_rows: Array, values: Array, *, side: str) -> Array:
     return search(sorted_rows, values)
 
 
-def _ordered_bits(x: Array) -> Array:
+def ordered_bits(x: Array) -> Array:
     """Integers in the order of floats, which XLA sorts several times faster on CPUs."""
     kind = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
     bits = jax.lax.bitcast_convert_type(x + 0.0, kind)
@@ -824,7 +824,7 @@ class SortedNegatives(NamedTuple):
 
     @classmethod
     def of(cls, distances: Array, negative: Array) -> "SortedNegatives":
-        bits = _ordered_bits(distances)
+        bits = ordered_bits(distances)
         key = jnp.where(negative, bits, jnp.iinfo(bits.dtype).max)
         column = jnp.broadcast_to(_columns(key), key.shape)
         _, order = jax.lax.sort((key, column), num_keys=1)

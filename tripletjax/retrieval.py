@@ -5,20 +5,37 @@ index; references with the query's label are relevant. A query is never its own
 reference, and one without any relevant reference is left out of the means and counted.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
-from tripletjax.distances import Metric, euclidean
-from tripletjax.pairs import pair_masks
+from tripletjax.blocks import (
+    RUN,
+    Batch,
+    Blocks,
+    Classes,
+    Kind,
+    Task,
+    in_columns,
+    in_runs,
+)
+from tripletjax.blockwise import as_batch
+from tripletjax.distances import Metric, common_offset, euclidean
+from tripletjax.mining import ordered_bits
+from tripletjax.pairs import PairMasks, pair_masks
 from tripletjax.public import as_integer, public
 
-# Queries are ranked this many at a time, to bound the memory.
+# Neighbours are found for this many queries at a time, to bound the memory.
 BLOCK = 256
+# Metrics are made for at most this many queries at a time, and of so many distances.
+MOST_ROWS, PANEL = 512, 2**24
+# Up to so many relevant references of a query, counting who comes before each takes
+# less time than sorting all; so many at a time.
+FEW, REST = 512, 128
 
 
 class RetrievalMetrics(NamedTuple):
@@ -113,6 +130,58 @@ def _nearest_neighbors(
     return metric.paired(partners, references[indices]), indices
 
 
+# From metrics per query ``[n]`` and the labels of queries to means.
+Reduction = Callable[[RetrievalMetrics, Array], RetrievalMetrics]
+
+
+def mean_of_queries(metrics: RetrievalMetrics, labels: Array) -> RetrievalMetrics:
+    """Every query counts the same.
+
+    Args:
+        metrics: per query ``[n]``.
+        labels: integers ``[n]``.
+
+    Returns:
+        Means over the queries that have a relevant reference, NaN if none has.
+    """
+    counts = metrics.queries
+    queries = jnp.sum(counts)
+
+    def mean(values: Array) -> Array:
+        # Queries without a relevant reference have only zeros.
+        total = jnp.sum(values, axis=0)
+        return jnp.where(queries > 0, total / jnp.maximum(queries, 1), jnp.nan)
+
+    return RetrievalMetrics(*map(mean, metrics[:-1]), queries)
+
+
+def mean_of_classes(metrics: RetrievalMetrics, labels: Array) -> RetrievalMetrics:
+    """Every class counts the same, however many queries it has.
+
+    Args:
+        metrics: per query ``[n]``.
+        labels: integers ``[n]``.
+
+    Returns:
+        Means over classes of the means over their queries that have a relevant
+        reference, NaN if none has. `queries` is the number of these queries.
+    """
+    counts = metrics.queries
+    order = jnp.argsort(labels)
+    ranked, kept = labels[order], counts[order]
+    total = jnp.append(0, jnp.cumsum(kept))
+    first, last = (jnp.searchsorted(ranked, labels, side=s) for s in ("left", "right"))
+    share = counts / jnp.maximum(total[last] - total[first], 1)
+    classes = jnp.sum(share)
+
+    def mean(values: Array) -> Array:
+        shares = share.reshape(-1, *(1,) * (values.ndim - 1))
+        total = jnp.sum(values * shares, axis=0)
+        return jnp.where(classes > 0, total / jnp.maximum(classes, 1), jnp.nan)
+
+    return RetrievalMetrics(*map(mean, metrics[:-1]), jnp.sum(counts))
+
+
 def evaluate(
     embeddings: ArrayLike,
     labels: ArrayLike,
@@ -121,7 +190,10 @@ def evaluate(
     references: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
     metric: Metric = euclidean,
+    reduce_fn: Reduction | None = mean_of_queries,
 ) -> RetrievalMetrics:
     r"""How well the nearest references share the label of the query.
 
@@ -131,6 +203,9 @@ def evaluate(
     $$\text{MAP@R} = \frac{1}{R} \sum_{i=1}^{R} P(i)\, \text{rel}(i), \qquad
       \text{AP} = \frac{1}{R} \sum_{i=1}^{m} P(i)\, \text{rel}(i).$$
 
+    Other definitions of AP interpolate the precision or stop at some rank, and differ
+    by a percent or more.
+
     Args:
         embeddings: queries ``[n, d]``.
         labels: integers ``[n]``.
@@ -139,10 +214,16 @@ def evaluate(
         reference_labels: integers ``[m]``, with `references`.
         positions: integers ``[n]``, the place of each query among the references, or
             -1; nowhere if `references` are given without it.
-        metric: how far two vectors are apart.
+        where: bool ``[n]``, False for padding.
+        reference_where: bool ``[m]``, likewise.
+        metric: how far two vectors are apart. Where it is made of inner products, so
+            is the order of references.
+        reduce_fn: how queries are averaged: `mean_of_queries`, `mean_of_classes`, or
+            None for the metrics ``[n]`` of every query, 0 for those without a relevant
+            reference, which `queries` says.
 
     Returns:
-        `RetrievalMetrics`; all 0 if no query has a relevant reference.
+        `RetrievalMetrics`.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
@@ -167,11 +248,67 @@ def evaluate(
         references=references,
         reference_labels=reference_labels,
         positions=positions,
+        where=where,
+        reference_where=reference_where,
         metric=metric,
+        reduce_fn=reduce_fn,
+        first_alone=False,
     )
 
 
-@public(callables=("metric",), static=("ks",))
+def recall_at_k(
+    embeddings: ArrayLike,
+    labels: ArrayLike,
+    *,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    metric: Metric = euclidean,
+) -> Array:
+    r"""The share of queries with a relevant reference among the first k.
+
+    The same as `evaluate` gives, in less time: nothing is ranked but the first relevant
+    reference of each query.
+
+    Args:
+        embeddings, labels, ks, references, reference_labels, positions, where,
+            reference_where, metric: as in `evaluate`.
+
+    Returns:
+        ``[len(ks)]``.
+
+    Raises:
+        TypeError, ValueError: as `evaluate`.
+
+    References:
+        Jégou, Douze, Schmid. Product Quantization for Nearest Neighbor Search. 2011.
+        IEEE Transactions on Pattern Analysis and Machine Intelligence 33(1)
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> x = jnp.array([[0.0], [1.0], [1.5], [2.6]])
+    >>> print(tj.retrieval.recall_at_k(x, jnp.array([0, 0, 1, 1]), ks=(1, 2)))
+    [0.5 1. ]
+    """
+    return _evaluate(
+        embeddings,
+        labels,
+        ks=_ranks(ks),
+        references=references,
+        reference_labels=reference_labels,
+        positions=positions,
+        where=where,
+        reference_where=reference_where,
+        metric=metric,
+        reduce_fn=mean_of_queries,
+        first_alone=True,
+    ).recall_at_k
+
+
+@public(callables=("metric", "reduce_fn"), static=("ks", "first_alone"))
 def _evaluate(
     embeddings: ArrayLike,
     labels: ArrayLike,
@@ -180,72 +317,200 @@ def _evaluate(
     references: ArrayLike | None,
     reference_labels: ArrayLike | None,
     positions: ArrayLike | None,
+    where: ArrayLike | None,
+    reference_where: ArrayLike | None,
     metric: Metric,
+    reduce_fn: Reduction | None,
+    first_alone: bool,
 ) -> RetrievalMetrics:
-    embeddings = jnp.asarray(embeddings)
-    if (references is None) != (reference_labels is None):
-        raise ValueError("references and reference_labels go together: give both.")
-    labels = jnp.asarray(labels)
-    if references is None:
-        references, reference_labels = embeddings, labels
-        if positions is None:
-            positions = jnp.arange(len(embeddings))
-    references, reference_labels = (
-        jnp.asarray(references),
-        jnp.asarray(reference_labels),
+    if isinstance(labels, PairMasks):
+        raise TypeError("labels must be integers, got PairMasks.")
+    batch, lead = as_batch(
+        Task(Kind.ALL, metric),
+        embeddings,
+        labels,
+        references=references,
+        reference_labels=reference_labels,
+        positions=positions,
+        where=where,
+        reference_where=reference_where,
     )
-    _check_vectors(embeddings=embeddings, references=references)
-    for name, rows, array in (
-        ("labels", labels, embeddings),
-        ("reference_labels", reference_labels, references),
-    ):
-        if rows.shape != array.shape[:1]:
-            raise ValueError(
-                f"{name} must have one entry per vector, got shapes {rows.shape} and "
-                f"{array.shape}."
+    if lead:
+        raise ValueError(
+            f"embeddings must be [n, d], got {len(lead) + 2} dimensions; use jax.vmap."
+        )
+    classes = Classes.of(batch)
+    rankings = _Rankings.of(metric, batch, classes)
+    n, found = len(batch.anchors), classes.positives > 0
+    if first_alone:
+        (first,) = rankings.fill(rankings.first)
+        metrics = [jnp.zeros(n)] * 3
+    else:
+        first, *metrics = lax.cond(
+            jnp.max(classes.positives) <= FEW,
+            lambda: rankings.fill(rankings.by_counting),
+            lambda: rankings.fill(rankings.by_sorting),
+        )
+    recall = first[:, None] <= jnp.asarray(ks)
+    values = [recall, first == 1, *metrics, 1 / first]
+    values = [
+        jnp.where(found.reshape(-1, *(1,) * (x.ndim - 1)), x, 0).astype(jnp.float32)
+        for x in values
+    ]
+    metrics = RetrievalMetrics(*values, found)
+    return metrics if reduce_fn is None else reduce_fn(metrics, batch.labels)
+
+
+class _Rankings(NamedTuple):
+    """The references of every query in order, some queries at a time."""
+
+    metric: Metric
+    batch: Batch
+    classes: Classes
+    blocks: Blocks
+    offset: Array
+    halves: Array
+
+    @classmethod
+    def of(cls, metric: Metric, batch: Batch, classes: Classes) -> "_Rankings":
+        y = batch.others[0]
+        offset = common_offset(y) if metric.products else jnp.zeros_like(y[0])
+        halves = metric.products.halves(y, offset) if metric.products else offset
+        rows = max(1, min(MOST_ROWS, PANEL // len(y)))
+        return cls(
+            metric, batch, classes, Blocks.of(len(batch.anchors), rows), offset, halves
+        )
+
+    def fill(self, function: Callable[[Array], Sequence[Array]]) -> list[Array]:
+        """What a function of the first of some queries says of each, for all."""
+        n = self.blocks.n
+        likes = jax.eval_shape(function, jnp.int32(0))
+
+        def step(block: Array, out: list[Array]) -> list[Array]:
+            start = self.blocks.start(block)
+            return [
+                lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
+                for old, new in zip(out, function(start))
+            ]
+
+        none = [jnp.zeros((n, *like.shape[1:]), like.dtype) for like in likes]
+        return lax.fori_loop(0, self.blocks.count, step, none)
+
+    def block(self, start: Array) -> tuple[Array, PairMasks]:
+        """Integers in the order of distances ``[rows, m]``, and who is relevant.
+
+        What is no reference comes after everything else.
+        """
+        batch, size = self.batch, self.blocks.size
+        y, labels, real = batch.others
+        row = start + jnp.arange(size)
+        a = lax.dynamic_slice_in_dim(batch.anchors, start, size)
+        if batch.square:
+            positions = row
+        elif batch.positions is None:
+            positions = None
+        else:
+            positions = lax.dynamic_slice_in_dim(batch.positions, start, size)
+        if self.metric.products is None:
+            itself = jnp.full(size, -1) if positions is None else positions
+            values = self.metric.against(a, y, itself)
+        else:
+            halves = self.metric.products.halves(a, self.offset)[:, None]
+            products = jnp.matmul(
+                a - self.offset, (y - self.offset).T, precision="highest"
             )
-    m = len(references)
-    positions = _positions(positions, len(embeddings))
+            values = halves + self.halves - products
+            values = jnp.where(values < 0, 0, values)
+        masks = pair_masks(
+            lax.dynamic_slice_in_dim(batch.labels, start, size),
+            labels,
+            positions=positions,
+            reference_where=real,
+        )
+        bits = ordered_bits(values)
+        last = jnp.iinfo(bits.dtype).max
+        return jnp.where(masks.positive | masks.negative, bits, last), masks
 
-    def one(query: tuple[Array, Array, Array]) -> tuple[Array, ...]:
-        x, label, position = query
-        relevant = pair_masks(
-            label[None], reference_labels, positions=position[None]
-        ).positive[0]
-        distances = metric(x[None], references)[0]
-        # The query itself comes after everything else.
-        distances = jnp.where(jnp.arange(m) == position, jnp.inf, distances)
-        return _of_ranking(relevant[jnp.argsort(distances)], ks)
+    def first(self, start: Array) -> tuple[Array]:
+        """The rank of the first relevant reference."""
+        bits, masks = self.block(start)
+        last = jnp.iinfo(bits.dtype).max
+        relevant = jnp.where(masks.positive, bits, last)
+        nearest = jnp.min(relevant, axis=1, keepdims=True)
+        columns = jnp.arange(bits.shape[1])
+        place = jnp.where(relevant == nearest, columns, len(columns))
+        place = jnp.min(place, axis=1, keepdims=True)
+        before = (bits < nearest) | ((bits == nearest) & (columns < place))
+        return (jnp.sum(before, axis=1) + 1,)
 
-    values = jax.lax.map(one, (embeddings, labels, positions), batch_size=BLOCK)
-    *values, has_relevant = values
-    queries = jnp.sum(has_relevant)
+    def by_counting(self, start: Array) -> tuple[Array, ...]:
+        """Rank of the first, R-precision, MAP@R and average precision.
 
-    def mean(value: Array) -> Array:
-        # Queries without a relevant reference have only zeros.
-        return jnp.sum(value, axis=0) / jnp.maximum(queries, 1)
+        By counting who comes before each relevant reference.
+        """
+        bits, _ = self.block(start)
+        rows, m = bits.shape
+        last = jnp.iinfo(bits.dtype).max
+        bits = jnp.pad(bits, ((0, 0), (0, -m % RUN)), constant_values=last)
+        row = jnp.arange(rows)[:, None]
+        nowhere = m + 1
 
-    return RetrievalMetrics(*map(mean, values), queries)
+        def rank(first: Array, size: int, ranks: Array) -> Array:
+            index, found = self.classes.some(first, size, start, rows)
+            own = jnp.where(found, bits[row, index], last - 1)
 
+            def visit(run: Array, runs: list[Array], before: Array) -> Array:
+                # Of equally far ones those of a lower index come before.
+                limit = own + ((run + 1) * RUN <= index)
+                for x in runs[0]:
+                    before += (x[:, None] < limit).astype(before.dtype)
+                return before
 
-def _of_ranking(relevant: Array, ks: Sequence[int]) -> tuple[Array, ...]:
-    """The metrics of one query from which of its ranked references are relevant."""
-    rank = jnp.arange(1, len(relevant) + 1)
-    count = jnp.sum(relevant)
-    divisor = jnp.maximum(count, 1)
-    precision = jnp.cumsum(relevant) / rank
-    within = relevant & (rank <= count)
-    first = jnp.argmax(relevant) + 1
-    found = count > 0
-    return (
-        jnp.array([found & (first <= k) for k in ks], precision.dtype),
-        relevant[0].astype(precision.dtype),
-        jnp.sum(within) / divisor,
-        jnp.sum(precision * within) / divisor,
-        jnp.sum(precision * relevant) / divisor,
-        jnp.where(found, 1 / first, 0),
-        found,
-    )
+            before = in_runs([bits], visit, jnp.zeros_like(index))
+            # Those of the run that has it itself are looked at one by one.
+            run = (index // RUN * RUN)[..., None] + jnp.arange(RUN)
+            equal = bits[row[..., None], run] == own[..., None]
+            before += jnp.sum(equal & (run < index[..., None]), axis=-1)
+            rank = jnp.where(found, before + 1, nowhere)
+            return lax.dynamic_update_slice_in_dim(ranks, rank, first, axis=1)
+
+        count = jnp.max(self.classes.positives)
+        ranks = in_columns(count, rank, jnp.full((rows, FEW), nowhere), rest=REST)
+        relevant = lax.dynamic_slice_in_dim(self.classes.positives, start, rows)
+
+        def add(first: Array, size: int, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+            own = lax.dynamic_slice_in_dim(ranks, first, size, axis=1)
+
+            def visit(_: Array, runs: list[Array], upto: Array) -> Array:
+                for x in runs[0]:
+                    upto += (x[:, None] <= own).astype(upto.dtype)
+                return upto
+
+            upto = in_runs([ranks], visit, jnp.zeros_like(own))
+            precision = jnp.where(own < nowhere, upto / own, 0)
+            within = own <= relevant[:, None]
+            new = within, precision * within, precision
+            return tuple(old + jnp.sum(x, axis=1) for old, x in zip(sums, new))
+
+        sums = in_columns(count, add, (jnp.zeros(rows),) * 3, rest=REST)
+        divisor = jnp.maximum(relevant, 1)
+        return jnp.min(ranks, axis=1), *(x / divisor for x in sums)
+
+    def by_sorting(self, start: Array) -> tuple[Array, ...]:
+        """The same, by sorting all references."""
+        bits, masks = self.block(start)
+        _, relevant = lax.sort(
+            (bits, masks.positive.astype(jnp.int8)), num_keys=1, is_stable=True
+        )
+        relevant = relevant > 0
+        rank = jnp.arange(1, bits.shape[1] + 1)
+        count = jnp.sum(relevant, axis=1, keepdims=True)
+        precision = jnp.cumsum(relevant, axis=1) / rank
+        within = relevant & (rank <= count)
+        sums = within, precision * within, precision * relevant
+        divisor = jnp.maximum(count[:, 0], 1)
+        first = jnp.argmax(relevant, axis=1) + 1
+        return first, *(jnp.sum(x, axis=1) / divisor for x in sums)
 
 
 def _ranks(ks: Sequence[int]) -> tuple[int, ...]:

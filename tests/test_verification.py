@@ -1,0 +1,327 @@
+"""Verification against counting, and against scikit-learn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from sklearn import metrics as sk
+
+import tripletjax as tj
+from tripletjax import verification
+
+
+def pairs_of(seed, n=30, tied=False):
+    """Distances of pairs, those of the same item smaller; some of either kind."""
+    random = np.random.default_rng(seed)
+    same = random.random(n) < random.uniform(0.2, 0.8)
+    same[:2] = (True, False)
+    distances = random.normal(size=n) ** 2 + ~same
+    if tied:
+        distances = np.round(distances)
+    return distances.astype(np.float32), same
+
+
+def check(got, distances, same, fars):
+    distances, same = distances.tolist(), same.tolist()
+    tars = [oracles.tar_at_far(distances, same, far) for far in fars]
+    np.testing.assert_allclose(got.tar_at_far, tars, rtol=1e-6)
+    for threshold, tar in zip(got.thresholds.tolist(), tars):
+        accepted = [d <= threshold + 1e-5 for d, s in zip(distances, same) if s]
+        np.testing.assert_allclose(np.mean(accepted), tar, rtol=1e-6)
+    expected = {
+        "equal_error_rate": oracles.equal_error_rate(distances, same),
+        "area_under_roc": oracles.area_under_roc(distances, same),
+        "positives": sum(same),
+        "negatives": len(same) - sum(same),
+    }
+    expected["accuracy"], expected["threshold"] = oracles.best_threshold(
+        distances, same
+    )
+    for name, value in expected.items():
+        np.testing.assert_allclose(
+            getattr(got, name), value, rtol=1e-5, atol=1e-6, err_msg=name
+        )
+
+
+@settings(max_examples=50)
+@given(seed=st.integers(0, 2**32 - 1), tied=st.booleans())
+def test_rates_are_their_definitions(seed, tied):
+    distances, same = pairs_of(seed, tied=tied)
+    fars = (1.0, 0.5, 1 / np.sum(~same))
+    check(
+        verification.evaluate_pairs(distances, same, fars=fars), distances, same, fars
+    )
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1), tied=st.booleans())
+def test_the_curve_is_scikit_learns(seed, tied):
+    distances, same = pairs_of(seed, tied=tied)
+    curve = verification.roc(distances, same)
+    far, tar, thresholds = sk.roc_curve(same, -distances, drop_intermediate=False)
+    points, index = np.unique(curve.thresholds, return_index=True)
+    np.testing.assert_allclose(points[1:], -thresholds[1:], rtol=1e-6)
+    np.testing.assert_allclose(curve.true_accept_rate[index], tar, rtol=1e-6)
+    np.testing.assert_allclose(curve.false_accept_rate[index], far, rtol=1e-6)
+    got = verification.evaluate_pairs(distances, same, fars=(1.0,))
+    np.testing.assert_allclose(
+        got.area_under_roc, sk.roc_auc_score(same, -distances), rtol=1e-5
+    )
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_folds(seed):
+    random = np.random.default_rng(seed)
+    distances, same = pairs_of(seed, n=40, tied=seed % 2)
+    fold = random.permutation(np.arange(40) % 4)
+    got = verification.k_fold_accuracy(distances, same, folds=4, fold=fold)
+    expected = oracles.k_fold(distances.tolist(), same.tolist(), fold.tolist(), 4)
+    np.testing.assert_allclose(got.accuracies, expected, rtol=1e-6)
+    np.testing.assert_allclose(got.accuracy, np.mean(expected), rtol=1e-6)
+    np.testing.assert_allclose(
+        got.standard_error, np.std(expected, ddof=1) / 2, rtol=1e-5, atol=1e-7
+    )
+
+
+def test_folds_in_order():
+    distances, same = pairs_of(0, n=43)
+    fold = np.repeat(np.arange(10), [5] * 3 + [4] * 7)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        verification.k_fold_accuracy(distances, same),
+        verification.k_fold_accuracy(distances, same, fold=fold),
+    )
+
+
+METRICS = {
+    "euclidean": (tj.euclidean, oracles.euclidean),
+    "cosine": (tj.cosine, oracles.cosine),
+    "manhattan": (tj.manhattan, oracles.manhattan),
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", ["square", "padded", "references"])
+def test_all_pairs(kind, metric):
+    random = np.random.default_rng(0)
+    metric, distance = METRICS[metric]
+    x, labels = random.normal(size=(40, 5)), random.integers(0, 6, 40)
+    x += labels[:, None] * [1, -1, 0.5, 0, 2]
+    options, real = {}, np.ones(40, bool)
+    if kind == "padded":
+        real = options["where"] = random.random(40) < 0.7
+    if kind == "references":
+        options["references"] = random.normal(size=(23, 5)) + 1
+        options["reference_labels"] = random.integers(3, 9, 23)
+        options["reference_where"] = random.random(23) < 0.8
+        pairs = [
+            (distance(a, b), p == q)
+            for a, p in zip(x, labels)
+            for b, q, real in zip(*options.values())
+            if real
+        ]
+    else:
+        items = [(a, p) for a, p, keep in zip(x, labels, real) if keep]
+        pairs = [
+            (distance(a, b), p == q)
+            for i, (a, p) in enumerate(items)
+            for b, q in items[i + 1 :]
+        ]
+    distances, same = map(np.array, zip(*pairs))
+    fars = (0.3, 0.1, 0.01)
+    got = verification.evaluate(x, labels, metric=metric, fars=fars, **options)
+    check(got, distances, same, fars)
+
+
+def test_more_pairs_than_a_tile_holds():
+    x = np.float32(np.random.default_rng(0).normal(size=(1100, 4)))
+    labels = np.arange(1100) // 5
+    got = verification.evaluate(x, labels, fars=(0.1, 1e-3, 1e-5))
+    i, j = np.triu_indices(1100, k=1)
+    distances = np.linalg.norm(np.float64(x[i] - x[j]), axis=1)
+    expected = verification.evaluate_pairs(
+        np.float32(distances), labels[i] == labels[j], fars=(0.1, 1e-3, 1e-5)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5),
+        got,
+        expected,
+    )
+
+
+def test_near_duplicates_keep_their_order():
+    """Negatives at 1e-4, which an inner product cannot tell from 2e-4."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(60, 32))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    step = random.normal(size=(20, 32))
+    step /= np.linalg.norm(step, axis=1, keepdims=True)
+    # 10 positive pairs at 1e-4 and 10 negative ones at 2e-4.
+    near = np.where(np.arange(20) < 10, 1e-4, 2e-4)[:, None]
+    x[20:40] = x[:20] + near * step
+    labels = np.arange(60)
+    labels[20:30] = labels[:10]
+    got = verification.evaluate(np.float32(x), labels, fars=(0.01,))
+    assert got.area_under_roc == 1
+    assert got.equal_error_rate == 0
+    np.testing.assert_allclose(got.threshold, 1e-4, rtol=1e-2)
+
+
+def test_inside_jit_and_split_over_devices():
+    x, labels = np.random.default_rng(0).normal(size=(64, 3)), np.arange(64) // 4
+    expected = verification.evaluate(x, labels)
+    evaluate = jax.jit(lambda x, y: verification.evaluate(x, y, size=100))
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+        arrays = jax.device_put(
+            (jnp.float32(x), jnp.int32(labels)), NamedSharding(mesh, P("data"))
+        )
+        with jax.set_mesh(mesh):
+            got = evaluate(*arrays)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected
+        )
+    short = jax.jit(lambda x, y: verification.evaluate(x, y, size=95))(x, labels)
+    assert jnp.isnan(short.area_under_roc)
+
+
+def test_padded_pairs():
+    distances, same = pairs_of(0)
+    where = np.random.default_rng(1).random(30) < 0.6
+    got = verification.evaluate_pairs(distances, same, fars=(0.5,), where=where)
+    expected = verification.evaluate_pairs(distances[where], same[where], fars=(0.5,))
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    curve = verification.roc(distances, same, where=where)
+    plain = verification.roc(distances[where], same[where])
+    for a, b in zip(curve, plain):
+        np.testing.assert_array_equal(a[: len(b)], b)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_one_kind_of_pairs_is_nan(same):
+    got = verification._evaluate_pairs(
+        np.arange(4.0), np.full(4, same), fars=(0.5,), where=None
+    )
+    for name, value in got._asdict().items():
+        if name in ("positives", "negatives"):
+            assert value == 4 * (same == (name == "positives"))
+        else:
+            assert jnp.isnan(value).all(), name
+
+
+def test_a_nan_is_shown():
+    distances, same = pairs_of(0)
+    for i in (0, 1):
+        broken = distances.copy()
+        broken[i] = np.nan
+        got = verification.evaluate_pairs(broken, same, fars=(0.5,))
+        assert jnp.isnan(got.area_under_roc), i
+        assert jnp.isnan(verification.roc(broken, same).true_accept_rate).all()
+    x = np.random.default_rng(0).normal(size=(12, 3))
+    x[0, 0] = np.nan
+    got = verification.evaluate(x, np.arange(12) // 4, fars=(0.5,))
+    assert jnp.isnan(got.equal_error_rate)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"fars": (0.1, 0.0)}, ValueError, "fars must be over 0"),
+        ({"fars": (1.5,)}, ValueError, "fars must be over 0 and up to 1"),
+        ({"fars": 0.1}, TypeError, "fars must be a sequence"),
+        ({"fars": ("a",)}, TypeError, "fars must be a sequence"),
+        ({"fars": (0.01,)}, ValueError, "at least 100 negative pairs.*there are 4"),
+        ({"labels": [0, 1, 1]}, ValueError, "labels"),
+        ({"embeddings": np.ones(3)}, ValueError, "embeddings must be"),
+        (
+            {"embeddings": np.ones((2, 4, 3))},
+            ValueError,
+            r"embeddings must be \[n, d\]",
+        ),
+        ({"references": np.eye(4)}, ValueError, "go together"),
+        ({"size": 0}, ValueError, "size must be at least 1"),
+        ({"size": 1.5}, TypeError, "size must be an integer"),
+        ({"metric": "euclidean"}, TypeError, "metric must be"),
+    ],
+)
+def test_bad_input_is_named(change, error, words):
+    arguments = {"embeddings": np.eye(4), "labels": [0, 0, 1, 1], "fars": (0.5,)}
+    arguments |= change
+    with pytest.raises(error, match=words):
+        verification.evaluate(
+            arguments.pop("embeddings"), arguments.pop("labels"), **arguments
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"distances": np.ones((2, 2))}, ValueError, r"distances must be \[n\]"),
+        ({"same": [1, 0, 1]}, TypeError, "same must be boolean"),
+        ({"same": [True]}, ValueError, r"same.*\(1,\) and \(3,\)"),
+        ({"where": [True]}, ValueError, r"where.*\(1,\) and \(3,\)"),
+        ({"folds": 1}, ValueError, "folds must be at least 2"),
+        ({"fold": [0, 1]}, ValueError, "fold must have one entry"),
+        ({"fold": [0.0, 1, 1]}, TypeError, "fold must be integers"),
+    ],
+)
+def test_bad_pairs_are_named(change, error, words):
+    arguments = {"distances": np.ones(3), "same": [True, False, True]} | change
+    with pytest.raises(error, match=words):
+        verification.k_fold_accuracy(
+            arguments.pop("distances"), arguments.pop("same"), **arguments
+        )
+
+
+def test_traced_labels_need_a_size():
+    with pytest.raises(TypeError, match="size must be given"):
+        jax.jit(lambda y: verification.evaluate(np.eye(4), y))(jnp.zeros(4, int))
+
+
+PAIRS = """2\t1
+Ada\t1\t2
+Ada\t1\tBo\t3
+Cy\t10\t4
+Bo\t1\tCy\t2
+"""
+
+
+def test_lfw_pairs(tmp_path):
+    path = tmp_path / "pairs.txt"
+    path.write_text(PAIRS)
+    pairs = verification.read_lfw_pairs(path)
+    assert pairs.first[:2] == ["Ada/Ada_0001.jpg"] * 2
+    assert pairs.second == [
+        "Ada/Ada_0002.jpg",
+        "Bo/Bo_0003.jpg",
+        "Cy/Cy_0004.jpg",
+        "Cy/Cy_0002.jpg",
+    ]
+    assert pairs.first[2] == "Cy/Cy_0010.jpg"
+    np.testing.assert_array_equal(pairs.same, [True, False, True, False])
+    np.testing.assert_array_equal(pairs.fold, [0, 0, 1, 1])
+    path.write_text("1\nAda 1 2\nAda 1 Bo 3\n")
+    assert verification.read_lfw_pairs(path, suffix=".png").first[0].endswith(".png")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "line 1: expected the numbers"),
+        ("folds\n", "line 1: expected the numbers"),
+        (PAIRS[:-13], "line 1: expected 2 folds of 1 .* 4 lines, got 3"),
+        (PAIRS.replace("Bo\t3", "Bo"), "line 3: expected 'name i other j'"),
+        (PAIRS.replace("10\t4", "ten\t4"), "line 4: expected 'name i j'"),
+    ],
+)
+def test_bad_lfw_pairs(tmp_path, text, words):
+    path = tmp_path / "pairs.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        verification.read_lfw_pairs(path)

@@ -1,0 +1,126 @@
+"""Has training collapsed? Embeddings that are all alike, or differ in few directions.
+
+A triplet loss that stays at its margin usually means that all embeddings have become
+one point. Short of that, they may fill far fewer dimensions than they have.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from tripletjax.blocks import Kind, Task, Tiles
+from tripletjax.blockwise import as_batch
+from tripletjax.distances import Metric, as_vectors, euclidean
+from tripletjax.public import public
+
+
+class CollapseReport(NamedTuple):
+    """How embeddings are spread; everything is near 0, but the rank 1, if collapsed.
+
+    Attributes:
+        mean_distance: of all pairs.
+        distance_deviation: standard deviation of the distances of all pairs.
+        effective_rank: how many directions are in use, 1 to d.
+        mean_norm: of the embeddings.
+        norm_deviation: standard deviation of their norms.
+    """
+
+    mean_distance: Array
+    distance_deviation: Array
+    effective_rank: Array
+    mean_norm: Array
+    norm_deviation: Array
+
+
+@public(callables=("metric",))
+def report(
+    embeddings: ArrayLike,
+    *,
+    metric: Metric = euclidean,
+    where: ArrayLike | None = None,
+) -> CollapseReport:
+    r"""How embeddings are spread: what tells that training has collapsed.
+
+    With $\\sigma_i$ the singular values of the centred embeddings, the effective rank
+    is
+
+    $$\\exp\\Bigl(-\\sum_i p_i \\log p_i\\Bigr), \\qquad
+      p_i = \\frac{\\sigma_i}{\\sum_j \\sigma_j}$$
+
+    and 1 if all are 0.
+
+    Args:
+        embeddings: vectors ``[n, d]``.
+        metric: how far two vectors are apart.
+        where: bool ``[n]``, False for padding.
+
+    Returns:
+        `CollapseReport`. What takes two embeddings is NaN if there are fewer.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if shapes do not fit.
+
+    References:
+        Roy, Vetterli. The Effective Rank: A Measure of Effective Dimensionality. 2007.
+        EUSIPCO
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> report = tj.collapse.report(jnp.array([[0.0, 3.0], [4.0, 0.0]]))
+    >>> print(report.mean_distance, report.effective_rank, report.mean_norm)
+    5.0 1.0 3.5
+    """
+    task = Task(Kind.ALL, metric)
+    batch, lead = as_batch(
+        task,
+        embeddings,
+        jnp.arange(jnp.shape(embeddings)[-2] if jnp.ndim(embeddings) > 1 else 1),
+        where=where,
+    )
+    if lead:
+        raise ValueError(
+            f"embeddings must be [n, d], got {len(lead) + 2} dimensions; use jax.vmap."
+        )
+
+    def visit(state: tuple[Array, ...], distances: Array, pair: Array) -> tuple:
+        count, mean, deviations = state
+        new = jnp.sum(pair, dtype=distances.dtype)
+        new_mean = jnp.sum(jnp.where(pair, distances, 0)) / jnp.maximum(new, 1)
+        squares = jnp.where(pair, jnp.square(distances - new_mean), 0)
+        both = jnp.maximum(count + new, 1)
+        apart = new_mean - mean
+        return (
+            count + new,
+            mean + apart * new / both,
+            deviations + jnp.sum(squares) + apart**2 * count * new / both,
+        )
+
+    zero = jnp.zeros((), batch.anchors.dtype)
+    pairs, mean, deviations = Tiles.of(task, batch).distances(visit, (zero, zero, zero))
+    x = as_vectors(("embeddings", embeddings), rank=2)[0]
+    real = jnp.ones(len(x), bool) if batch.where is None else batch.where
+    count = jnp.sum(real)
+    x = jnp.where(real[:, None], x, 0)
+    norms = jnp.linalg.norm(x, axis=-1)
+    centred = jnp.where(real[:, None], x - jnp.sum(x, axis=0) / count, 0)
+    known = pairs > 0
+    return CollapseReport(
+        jnp.where(known, mean, jnp.nan),
+        jnp.where(known, jnp.sqrt(deviations / pairs), jnp.nan),
+        jnp.where(known, _effective_rank(centred), jnp.nan),
+        jnp.mean(norms, where=real),
+        jnp.std(norms, where=real),
+    )
+
+
+def _effective_rank(x: Array) -> Array:
+    values = jnp.linalg.svd(x, compute_uv=False)
+    # Rounding errors are no directions.
+    least = max(x.shape) * jnp.finfo(x.dtype).eps * values[0]
+    shares = jnp.where(values > least, values, 0)
+    shares = shares / jnp.where(values[0] > 0, jnp.sum(shares), 1)
+    logs = jnp.log(jnp.where(shares > 0, shares, 1))
+    return jnp.exp(-jnp.sum(shares * logs))

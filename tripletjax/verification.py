@@ -1,0 +1,709 @@
+r"""Is it any good, in pairs: "are these two the same?", decided by a threshold.
+
+A pair is accepted as the same if its distance is at most a threshold. Of all pairs of
+the same item (positives) the share that is accepted is the true accept rate (TAR, in
+FaceNet VAL), of all others the false accept rate (FAR); the curve of both over all
+thresholds is the ROC.
+
+>>> import jax.numpy as jnp
+>>> import tripletjax as tj
+>>> distances = jnp.array([0.1, 0.3, 0.8, 0.5, 0.9, 1.2])
+>>> same = jnp.array([True, True, True, False, False, False])
+>>> metrics = tj.verification.evaluate_pairs(distances, same, fars=(1 / 3,))
+>>> print(metrics.tar_at_far, f"{metrics.area_under_roc:.4f}")
+[1.] 0.8889
+
+What no pair says anything about is NaN: every rate of no positive or of no negative
+pair, and everything if the distance of a pair is NaN.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from tripletjax.blocks import Batch, Classes, Kind, Task, Tiles
+from tripletjax.blockwise import as_batch
+from tripletjax.distances import Metric, euclidean
+from tripletjax.pairs import as_boolean, per_item
+from tripletjax.public import as_integer, public
+
+# How many positive pairs are compared at a time, times their dimensions.
+BLOCK = 2**19
+
+
+class VerificationMetrics(NamedTuple):
+    """How well a threshold tells pairs of the same item from others.
+
+    Attributes:
+        tar_at_far: ``[len(fars)]``, for each the largest true accept rate at which the
+            false accept rate is not above it.
+        thresholds: ``[len(fars)]``, distances at which pairs are then accepted;
+            negative if none is.
+        equal_error_rate: the false accept rate where it equals the false reject rate,
+            1 - TAR, on straight lines between the points of the ROC.
+        area_under_roc: the chance that a positive is nearer than a negative; ties count
+            half.
+        accuracy: the largest share of pairs that a threshold decides rightly.
+        threshold: the least one that does.
+        positives: the number of pairs of the same item.
+        negatives: the number of others.
+    """
+
+    tar_at_far: Array
+    thresholds: Array
+    equal_error_rate: Array
+    area_under_roc: Array
+    accuracy: Array
+    threshold: Array
+    positives: Array
+    negatives: Array
+
+
+class Roc(NamedTuple):
+    """The points of a ROC, from none accepted to all.
+
+    Attributes:
+        thresholds: ``[n + 1]``, sorted; the first is minus infinity.
+        true_accept_rate: ``[n + 1]``.
+        false_accept_rate: ``[n + 1]``.
+    """
+
+    thresholds: Array
+    true_accept_rate: Array
+    false_accept_rate: Array
+
+
+def evaluate(
+    embeddings: ArrayLike,
+    labels: ArrayLike,
+    *,
+    fars: Sequence[float] = (0.1, 0.01, 0.001),
+    metric: Metric = euclidean,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    size: int | None = None,
+) -> VerificationMetrics:
+    """Verification over all pairs, blockwise: exact, without their distances in memory.
+
+    Args:
+        embeddings: vectors ``[n, d]``.
+        labels: integers ``[n]``.
+        fars: false accept rates at which to report the true accept rate.
+        metric: how far two vectors are apart.
+        references: vectors ``[m, d]``, with `reference_labels`: pairs are of an
+            embedding and a reference. If not given, all pairs of embeddings.
+        reference_labels: integers ``[m]``.
+        where: bool ``[n]``, False for padding.
+        reference_where: bool ``[m]``, likewise.
+        size: how many positive pairs there is room for. Counted if not given, which
+            takes labels that are not traced.
+
+    Returns:
+        `VerificationMetrics`, all NaN if there are more positives than `size`.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype, or labels are traced and `size`
+            is not given.
+        ValueError: if shapes do not fit, there are more pairs than can be counted, or a
+            FAR is not a share or finer than the number of negatives can show.
+
+    References:
+        Schroff, Kalenichenko, Philbin. FaceNet: A Unified Embedding for Face
+        Recognition and Clustering. 2015. arXiv:1503.03832 (VAL and FAR, all pairs)
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> x = jnp.array([[0.0], [1.0], [1.5], [2.75]])
+    >>> labels = jnp.array([0, 0, 1, 1])
+    >>> metrics = tj.verification.evaluate(x, labels, fars=(0.25,))
+    >>> print(metrics.tar_at_far, metrics.thresholds, metrics.negatives)
+    [1.] [1.25] 4
+    """
+    if (references is None) != (reference_labels is None):
+        raise ValueError("references and reference_labels go together: give both.")
+    fars = _rates(fars)
+    given = (labels, reference_labels, where, reference_where)
+    if not any(isinstance(x, jax.core.Tracer) for x in given):
+        positives, negatives = _count_pairs(*given)
+        _check_fars(fars, negatives)
+        size = max(positives, 1) if size is None else size
+    elif size is None:
+        raise TypeError(
+            "size must be given where labels are traced: how many pairs of the same "
+            "label there may be."
+        )
+    return _evaluate(
+        embeddings,
+        labels,
+        fars=fars,
+        metric=metric,
+        references=references,
+        reference_labels=reference_labels,
+        where=where,
+        reference_where=reference_where,
+        size=as_integer("size", size),
+    )
+
+
+@public(callables=("metric",), static=("fars", "size"))
+def _evaluate(
+    embeddings: ArrayLike,
+    labels: ArrayLike,
+    *,
+    fars: tuple[float, ...],
+    metric: Metric,
+    references: ArrayLike | None,
+    reference_labels: ArrayLike | None,
+    where: ArrayLike | None,
+    reference_where: ArrayLike | None,
+    size: int,
+) -> VerificationMetrics:
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}.")
+    task = Task(Kind.ALL, metric)
+    batch, lead = as_batch(
+        task,
+        embeddings,
+        labels,
+        references=references,
+        reference_labels=reference_labels,
+        where=where,
+        reference_where=reference_where,
+    )
+    if lead:
+        raise ValueError(
+            f"embeddings must be [n, d], got {len(lead) + 2} dimensions; use jax.vmap."
+        )
+    n, m = len(batch.anchors), len(batch.others[0])
+    if n * m // (2 if batch.square else 1) > jnp.iinfo(int).max:
+        raise ValueError(
+            f"there are too many pairs of {n} and {m} to count in 32 bits: enable "
+            "jax_enable_x64."
+        )
+    distances, positives = _positives(task, batch, size)
+    # Where there are more than there is room for, or a NaN, nothing is known.
+    known = (positives <= size) & ~jnp.any(jnp.isnan(distances))
+    positives = jnp.where(known, positives, 0)
+    distances = jnp.sort(distances)
+    below, up_to, negatives = _negatives_within(Tiles.of(task, batch), distances)
+    curve = _Curve.of(distances, positives, below, up_to, negatives)
+    return _metrics(curve, fars)
+
+
+def _positives(task: Task, batch: Batch, size: int) -> tuple[Array, Array]:
+    """The distances ``[size]`` of positive pairs, then infinity, and how many."""
+    classes = Classes.of(batch)
+    x, y = batch.anchors, batch.others[0]
+    # Among themselves a pair counts once: by its member that comes first in its class.
+    before = classes.rank if batch.square else jnp.zeros_like(classes.start)
+    counts = jnp.maximum(classes.positives - before, 0)
+    ends = jnp.cumsum(counts)
+
+    def distance(slot: Array) -> Array:
+        anchor = jnp.searchsorted(ends, slot, side="right")
+        anchor = jnp.minimum(anchor, len(ends) - 1)
+        place = classes.start[anchor] + slot - (ends - counts)[anchor]
+        if batch.square:
+            place += before[anchor] + 1
+        index = classes.order[jnp.clip(place, 0, len(y) - 1)]
+        distance = task.metric.between(x[anchor], y[index])
+        return jnp.where(slot < ends[-1], distance, jnp.inf)
+
+    block = max(1, min(size, BLOCK // y.shape[1]))
+    return lax.map(distance, jnp.arange(size), batch_size=block), ends[-1]
+
+
+def _negatives_within(tiles: Tiles, thresholds: Array) -> tuple[Array, Array, Array]:
+    """How many negatives are below sorted thresholds, how many at most them, and all.
+
+    All are -1 if a distance is NaN.
+    """
+
+    def visit(state: tuple[Array, ...], d: Array, negative: Array) -> tuple:
+        below, up_to, broken = state
+        broken |= jnp.any(negative & jnp.isnan(d))
+        d, one = d.ravel(), negative.ravel().astype(below.dtype)
+        below = below.at[jnp.searchsorted(thresholds, d, side="right")].add(one)
+        up_to = up_to.at[jnp.searchsorted(thresholds, d, side="left")].add(one)
+        return below, up_to, broken
+
+    zeros = jnp.zeros(len(thresholds) + 1, int)
+    below, up_to, broken = tiles.distances(visit, (zeros, zeros, jnp.array(False)))
+    below, up_to = jnp.cumsum(below), jnp.cumsum(up_to)
+    counts = below[:-1], up_to[:-1], below[-1]
+    return tuple(jnp.where(broken, -1, count) for count in counts)
+
+
+@public(static=("fars",))
+def _evaluate_pairs(
+    distances: ArrayLike,
+    same: ArrayLike,
+    *,
+    fars: tuple[float, ...],
+    where: ArrayLike | None,
+) -> VerificationMetrics:
+    return _metrics(_Curve.of_pairs(*_pairs(distances, same, where)), fars)
+
+
+def evaluate_pairs(
+    distances: ArrayLike,
+    same: ArrayLike,
+    *,
+    fars: Sequence[float] = (0.1, 0.01, 0.001),
+    where: ArrayLike | None = None,
+) -> VerificationMetrics:
+    """Verification over given pairs.
+
+    Args:
+        distances: ``[n]``.
+        same: bool ``[n]``, whether a pair is of the same item.
+        fars: false accept rates at which to report the true accept rate.
+        where: bool ``[n]``, False for padding.
+
+    Returns:
+        `VerificationMetrics`.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if shapes do not fit, or a FAR is not a share or finer than the
+            number of negatives can show.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> distances, same = jnp.array([0.1, 0.4, 0.2, 0.9]), jnp.array([1, 1, 0, 0]) > 0
+    >>> metrics = tj.verification.evaluate_pairs(distances, same, fars=(0.5,))
+    >>> print(metrics.tar_at_far, metrics.accuracy, metrics.threshold)
+    [1.] 0.75 0.1
+    """
+    fars = _rates(fars)
+    if not any(isinstance(x, jax.core.Tracer) for x in (same, where)):
+        *_, others = _pairs(distances, same, where)
+        _check_fars(fars, int(jnp.sum(others)))
+    return _evaluate_pairs(distances, same, fars=fars, where=where)
+
+
+def tar_at_far(
+    distances: ArrayLike,
+    same: ArrayLike,
+    *,
+    fars: Sequence[float] = (0.1, 0.01, 0.001),
+    where: ArrayLike | None = None,
+) -> Array:
+    """The true accept rates of given pairs at false accept rates, FaceNet's VAL@FAR.
+
+    Args:
+        distances, same, fars, where: as in `evaluate_pairs`.
+
+    Returns:
+        ``[len(fars)]``, as `VerificationMetrics.tar_at_far`.
+
+    Raises:
+        TypeError, ValueError: as `evaluate_pairs`.
+
+    References:
+        Schroff, Kalenichenko, Philbin. FaceNet: A Unified Embedding for Face
+        Recognition and Clustering. 2015. arXiv:1503.03832
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> distances, same = jnp.array([0.1, 0.4, 0.2, 0.9]), jnp.array([1, 1, 0, 0]) > 0
+    >>> print(tj.verification.tar_at_far(distances, same, fars=(1.0, 0.5)))
+    [1. 1.]
+    """
+    return evaluate_pairs(distances, same, fars=fars, where=where).tar_at_far
+
+
+def equal_error_rate(
+    distances: ArrayLike, same: ArrayLike, *, where: ArrayLike | None = None
+) -> Array:
+    """The rate at which as many others are accepted as same ones rejected.
+
+    Args:
+        distances, same, where: as in `evaluate_pairs`.
+
+    Returns:
+        A scalar, as `VerificationMetrics.equal_error_rate`.
+
+    Raises:
+        TypeError, ValueError: as `evaluate_pairs`.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> distances, same = jnp.array([0.1, 0.4, 0.2, 0.9]), jnp.array([1, 1, 0, 0]) > 0
+    >>> print(tj.verification.equal_error_rate(distances, same))
+    0.5
+    """
+    return evaluate_pairs(distances, same, fars=(1.0,), where=where).equal_error_rate
+
+
+@public()
+def roc(
+    distances: ArrayLike, same: ArrayLike, *, where: ArrayLike | None = None
+) -> Roc:
+    """The ROC of given pairs: what is accepted at every distance.
+
+    Args:
+        distances: ``[n]``.
+        same: bool ``[n]``, whether a pair is of the same item.
+        where: bool ``[n]``, False for padding.
+
+    Returns:
+        `Roc` ``[n + 1]``. Pairs of one distance share one point, which is repeated, as
+        is the last for padding.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if shapes do not fit.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> distances, same = jnp.array([0.1, 0.4, 0.2]), jnp.array([1, 1, 0]) > 0
+    >>> curve = tj.verification.roc(distances, same)
+    >>> print(curve.true_accept_rate, curve.false_accept_rate)
+    [0.  0.5 0.5 1. ] [0. 0. 1. 1.]
+    """
+    distances, positive, negative = _pairs(distances, same, where)
+    thresholds = jnp.sort(jnp.where(positive | negative, distances, jnp.inf))
+
+    def rate(mask: Array) -> Array:
+        values = jnp.sort(jnp.where(mask, distances, jnp.inf))
+        count = jnp.sum(mask)
+        accepted = jnp.searchsorted(values, thresholds, side="right")
+        return _share(jnp.minimum(accepted, count), count)
+
+    rates = [rate(mask) for mask in (positive, negative)]
+    broken = jnp.any((positive | negative) & jnp.isnan(distances))
+    rates = [jnp.where(broken, jnp.nan, jnp.append(0.0 * x[:1], x)) for x in rates]
+    return Roc(jnp.append(-jnp.inf, thresholds), *rates)
+
+
+class KFold(NamedTuple):
+    """Accuracy on each fold with the threshold of all others.
+
+    Attributes:
+        accuracy: the mean over the folds.
+        standard_error: of the mean.
+        accuracies: ``[folds]``.
+        thresholds: ``[folds]``.
+    """
+
+    accuracy: Array
+    standard_error: Array
+    accuracies: Array
+    thresholds: Array
+
+
+@public(static=("folds",))
+def k_fold_accuracy(
+    distances: ArrayLike,
+    same: ArrayLike,
+    *,
+    folds: int = 10,
+    fold: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+) -> KFold:
+    """The share of pairs decided rightly, each fold with a threshold from the others.
+
+    The protocol of Labeled Faces in the Wild. The threshold is the middle between the
+    farthest distance that has to be accepted for the best accuracy on the other folds,
+    and the next; of several equally good, the least.
+
+    Args:
+        distances: ``[n]``.
+        same: bool ``[n]``, whether a pair is of the same item.
+        folds: how many folds.
+        fold: integers ``[n]`` from 0 on, the fold of each pair. If not given, pairs
+            are in order of folds of one size, give or take one.
+        where: bool ``[n]``, False for padding.
+
+    Returns:
+        `KFold`; a fold without a pair is NaN.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if shapes do not fit, or there are not at least 2 folds.
+
+    References:
+        Huang, Ramesh, Berg, Learned-Miller. Labeled Faces in the Wild: A Database for
+        Studying Face Recognition in Unconstrained Environments. 2007. UMass Amherst
+        Technical Report 07-49
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> distances = jnp.array([0.2, 0.8, 0.3, 0.7])
+    >>> same = jnp.array([True, False, True, False])
+    >>> result = tj.verification.k_fold_accuracy(distances, same, folds=2)
+    >>> print(result.accuracy, result.standard_error, result.thresholds)
+    1.0 0.0 [0.5 0.5]
+    """
+    distances, positive, negative = _pairs(distances, same, where)
+    n = len(distances)
+    if folds < 2:
+        raise ValueError(f"folds must be at least 2, got {folds}.")
+    if fold is None:
+        sizes = [len(part) for part in np.array_split(np.arange(n), folds)]
+        fold = np.repeat(np.arange(folds), sizes)
+    fold = per_item("fold", fold, n, "pairs", jnp.integer)
+
+    def one(k: Array) -> tuple[Array, Array]:
+        held_out = fold == k
+        curve = _Curve.of_pairs(distances, positive & ~held_out, negative & ~held_out)
+        _, last = curve.best()
+        # Of no pair that counts is the distance infinite, or the middle would be.
+        others = jnp.where((positive | negative) & ~held_out, distances, jnp.inf)
+        following = jnp.min(jnp.where(others > last, others, jnp.inf))
+        middle = jnp.where(following < jnp.inf, (last + following) / 2, last)
+        threshold = jnp.where(last < 0, following / 2, middle)
+        accepted = distances <= threshold
+        right = jnp.where(positive, accepted, negative & ~accepted) & held_out
+        count = jnp.sum((positive | negative) & held_out)
+        return _share(jnp.sum(right), count), threshold
+
+    accuracies, thresholds = lax.map(one, jnp.arange(folds))
+    error = jnp.std(accuracies, ddof=1) / math.sqrt(folds)
+    return KFold(jnp.mean(accuracies), error, accuracies, thresholds)
+
+
+class _Curve(NamedTuple):
+    """What thresholds accept, at the sorted distances ``[p]`` of positives.
+
+    Where there are fewer positives than p, the rest repeats that all are accepted.
+    """
+
+    thresholds: Array
+    accepted_before: Array
+    accepted: Array
+    below: Array
+    up_to: Array
+    positives: Array
+    negatives: Array
+
+    @classmethod
+    def of(
+        cls, distances: Array, positives: Array, below: Array, up_to: Array, all: Array
+    ) -> "_Curve":
+        before, accepted = (
+            jnp.minimum(jnp.searchsorted(distances, distances, side=side), positives)
+            for side in ("left", "right")
+        )
+        return cls(distances, before, accepted, below, up_to, positives, all)
+
+    @classmethod
+    def of_pairs(cls, distances: Array, positive: Array, negative: Array) -> "_Curve":
+        ours, theirs = (
+            jnp.sort(jnp.where(mask, distances, jnp.inf))
+            for mask in (positive, negative)
+        )
+        positives, negatives = jnp.sum(positive), jnp.sum(negative)
+        below, up_to = (
+            jnp.minimum(jnp.searchsorted(theirs, ours, side=side), negatives)
+            for side in ("left", "right")
+        )
+        broken = jnp.any((positive | negative) & jnp.isnan(distances))
+        counts = (jnp.where(broken, -1, x) for x in (below, up_to, negatives))
+        return cls.of(ours, positives, *counts)
+
+    def best(self) -> tuple[Array, Array]:
+        """The most pairs decided rightly, and the least threshold that does it."""
+        right = self.accepted + self.negatives - self.up_to
+        most = jnp.argmax(right)
+        none = self.negatives >= right[most]
+        return (
+            jnp.where(none, self.negatives, right[most]),
+            jnp.where(none, -1, self.thresholds[most]),
+        )
+
+
+def _metrics(curve: _Curve, fars: tuple[float, ...]) -> VerificationMetrics:
+    positives, negatives = curve.positives, curve.negatives
+    # NaN if there is nothing to take a share of.
+    accept = lambda count: _share(count, positives)  # noqa: E731
+    false = lambda count: _share(count, negatives)  # noqa: E731
+    tars, thresholds = [], []
+    for far in fars:
+        within = jnp.sum(false(curve.up_to) <= far)
+        last = jnp.maximum(within, 1) - 1
+        tars.append(jnp.where(within > 0, accept(curve.accepted[last]), 0 * accept(0)))
+        thresholds.append(jnp.where(within > 0, curve.thresholds[last], -1))
+
+    # The first vertical step of the ROC, or slope where distances are equal, that ends
+    # where more are falsely accepted than falsely rejected.
+    start = 1 - accept(curve.accepted_before) - false(curve.below)
+    end = 1 - accept(curve.accepted) - false(curve.up_to)
+    i = jnp.argmax(end <= 0)
+    part = start[i] / jnp.where(start[i] > end[i], start[i] - end[i], 1)
+    inside = false(curve.below[i]) + part * (
+        false(curve.up_to[i]) - false(curve.below[i])
+    )
+    equal = jnp.where(start[i] >= 0, inside, 1 - accept(curve.accepted_before[i]))
+
+    real = jnp.arange(len(curve.thresholds)) < positives
+    ahead = 1 - (false(curve.below) + false(curve.up_to)) / 2
+    area = jnp.sum(jnp.where(real, ahead, 0)) / jnp.where(positives > 0, positives, 1)
+    right, threshold = curve.best()
+    known = (positives > 0) & (negatives > 0)
+    values = (
+        jnp.stack(tars),
+        jnp.stack(thresholds),
+        equal,
+        area,
+        _share(right, positives + negatives),
+        threshold,
+    )
+    values = (jnp.where(known, value, jnp.nan) for value in values)
+    return VerificationMetrics(*values, positives, jnp.maximum(negatives, 0))
+
+
+def _share(count: ArrayLike, of: Array) -> Array:
+    return jnp.where(of > 0, count / jnp.where(of > 0, of, 1), jnp.nan)
+
+
+def _pairs(
+    distances: ArrayLike, same: ArrayLike, where: ArrayLike | None
+) -> tuple[Array, Array, Array]:
+    """Checked distances, and which of them are of positives and of negatives."""
+    distances = jnp.asarray(distances)
+    if distances.ndim != 1 or distances.size == 0:
+        raise ValueError(f"distances must be [n], got shape {distances.shape}.")
+    if jnp.issubdtype(distances.dtype, jnp.complexfloating):
+        raise TypeError(f"distances must be real, got dtype {distances.dtype}.")
+    distances = distances.astype(jnp.result_type(distances, jnp.float32))
+    masks = [("same", same), ("where", True if where is None else where)]
+    same, where = (as_boolean(name, mask) for name, mask in masks)
+    for name, mask in (("same", same), ("where", where)):
+        if mask.ndim and mask.shape != distances.shape:
+            raise ValueError(
+                f"{name} must have one entry per distance, got shapes {mask.shape} and "
+                f"{distances.shape}."
+            )
+    return distances, same & where, ~same & where
+
+
+def _count_pairs(
+    labels: ArrayLike,
+    reference_labels: ArrayLike | None,
+    where: ArrayLike | None,
+    reference_where: ArrayLike | None,
+) -> tuple[int, int]:
+    """How many positive and negative pairs there are."""
+
+    def count(labels: ArrayLike, where: ArrayLike | None) -> tuple:
+        labels = np.asarray(labels).ravel()
+        if where is not None and np.shape(where) == labels.shape:
+            labels = labels[np.asarray(where, bool)]
+        return np.unique(labels, return_counts=True)
+
+    values, counts = count(labels, where)
+    if reference_labels is None:
+        positives, n = int(np.sum(counts * (counts - 1) // 2)), int(counts.sum())
+        return positives, n * (n - 1) // 2 - positives
+    others, other_counts = count(reference_labels, reference_where)
+    _, ours, theirs = np.intersect1d(values, others, return_indices=True)
+    positives = int(np.sum(counts[ours] * other_counts[theirs]))
+    return positives, int(counts.sum()) * int(other_counts.sum()) - positives
+
+
+def _rates(fars: Sequence[float]) -> tuple[float, ...]:
+    if not isinstance(fars, Iterable) or isinstance(fars, str):
+        raise TypeError(f"fars must be a sequence of numbers, got {fars!r}.")
+    try:
+        fars = tuple(float(far) for far in fars)
+    except (TypeError, ValueError):
+        raise TypeError(f"fars must be a sequence of numbers, got {fars!r}.") from None
+    if not fars or not all(0 < far <= 1 for far in fars):
+        raise ValueError(f"fars must be over 0 and up to 1, got {fars}.")
+    return fars
+
+
+def _check_fars(fars: tuple[float, ...], negatives: int) -> None:
+    for far in fars:
+        needed = math.ceil(1 / far - 1e-6)
+        if negatives < needed:
+            raise ValueError(
+                f"fars: a false accept rate of {far:g} takes at least {needed} "
+                f"negative pairs to be seen, but there are {negatives}."
+            )
+
+
+class PairsFile(NamedTuple):
+    """The pairs of a verification protocol.
+
+    Attributes:
+        first: paths of the first images, relative to the folder of all.
+        second: paths of the second.
+        same: bool ``[n]``, whether both show the same person.
+        fold: integers ``[n]``.
+    """
+
+    first: list[str]
+    second: list[str]
+    same: np.ndarray
+    fold: np.ndarray
+
+
+def read_lfw_pairs(path: str | Path, *, suffix: str = ".jpg") -> PairsFile:
+    """Reads a ``pairs.txt`` of Labeled Faces in the Wild.
+
+    Its first line has the number of folds and the number n of pairs of each kind in a
+    fold (or n alone, for one fold). Every fold has n lines ``name i j`` for two images
+    of a person, and n lines ``name i other j``. The i-th image of a person is
+    ``name/name_0001.jpg`` for i = 1.
+
+    Args:
+        path: the file.
+        suffix: of the images.
+
+    Returns:
+        `PairsFile`.
+
+    Raises:
+        ValueError: if the file does not follow the format; names the line.
+    """
+    lines = Path(path).read_text().splitlines()
+    while lines and not lines[-1].strip():
+        lines.pop()
+
+    def wrong(line: int, what: str) -> ValueError:
+        return ValueError(f"{path}, line {line}: {what}")
+
+    try:
+        *folds, n = map(int, lines[0].split())
+        (folds,) = folds or (1,)
+    except (IndexError, ValueError):
+        raise wrong(1, "expected the numbers of folds and of pairs.") from None
+    if len(lines) != 1 + 2 * n * folds:
+        raise wrong(
+            1,
+            f"expected {folds} folds of {n} + {n} pairs, {2 * n * folds} lines, got "
+            f"{len(lines) - 1}.",
+        )
+
+    def image(name: str, number: str) -> str:
+        return f"{name}/{name}_{int(number):04d}{suffix}"
+
+    first, second, same, fold = [], [], [], []
+    for k, line in enumerate(lines[1:]):
+        alike = k // n % 2 == 0
+        try:
+            if alike:
+                name, i, j = line.split()
+                other = name
+            else:
+                name, i, other, j = line.split()
+            first.append(image(name, i))
+            second.append(image(other, j))
+        except ValueError:
+            form = "name i j" if alike else "name i other j"
+            raise wrong(k + 2, f"expected {form!r}, got {line!r}.") from None
+        same.append(alike)
+        fold.append(k // (2 * n))
+    return PairsFile(first, second, np.array(same), np.array(fold))
