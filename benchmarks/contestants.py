@@ -67,7 +67,7 @@ def measure(
         with_product: whether to time the bare product, too.
 
     Returns:
-        ``loss`` in seconds, the median of several, ``first``: seconds of the first
+        ``seconds``, the median of several calls, ``first``: seconds of the first
         call, with compilation, ``bytes`` of memory that a later call needs at its peak,
         the ``value``; and if wanted the ``product`` in seconds, in turn with the loss,
         and their ``ratio``. Or ``failed``: why there are none.
@@ -117,10 +117,10 @@ def main(message: str) -> None:
                 # So that what the loss left behind is not in its time.
                 product()
             products.append(seconds(product))
-    out = {"loss": statistics.median(losses), "first": first, "bytes": peak.bytes}
+    out = {"seconds": statistics.median(losses), "first": first, "bytes": peak.bytes}
     if with_product:
         out["product"] = statistics.median(products)
-        out["ratio"] = out["loss"] / out["product"]
+        out["ratio"] = out["seconds"] / out["product"]
     print(json.dumps(out | {"value": value}))
 
 

@@ -5,9 +5,9 @@
 
 Every case runs in a process of its own. A cell says how long it takes in multiples of
 the bare product of all embeddings, `x @ x.T`, that the same library computes in turn
-with it, and how much memory it needs beside the embeddings. Times are medians of many
-repetitions. The other libraries come with ``pip install -e '.[peers]'``; those that are
-not there are left out.
+with it; the file has memory, too. Times are medians of many repetitions. The other
+libraries come with ``pip install -e '.[train,peers]'``; those that are not there are
+left out.
 """
 
 import argparse
@@ -56,9 +56,9 @@ def describe(case: Case) -> str:
 def cell(result: dict) -> str:
     if "failed" in result:
         return result["failed"]
-    seconds = result["loss"]
+    seconds = result["seconds"]
     time = f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-    return f"{result['ratio']:.2f} ({time}, {result['bytes'] / 2**20:.0f} MiB)"
+    return f"{result['ratio']:.2f} ({time})"
 
 
 if __name__ == "__main__":

@@ -48,12 +48,12 @@ def main() -> None:
 def describe(row: dict) -> str:
     if "failed" in row:
         return row["failed"]
-    return f"{row['bytes'] / 2**20:10.1f} MiB {row['loss']:10.4f} s"
+    return f"{row['bytes'] / 2**20:10.1f} MiB {row['seconds']:10.4f} s"
 
 
 def plot(out: dict, file: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
-    units = {"bytes": (2**20, "MiB beside the embeddings"), "loss": (1, "seconds")}
+    units = {"bytes": (2**20, "MiB beside the embeddings"), "seconds": (1, "seconds")}
     for axis, (key, (unit, label)) in zip(axes, units.items()):
         for library, rows in out["results"].items():
             done = [row for row in rows if "failed" not in row]

@@ -260,10 +260,17 @@ class Classes(NamedTuple):
             # Padding, whose labels are not in order, does not take part in a search.
             last = jnp.iinfo(ordered.dtype).max
             ordered = jnp.where(index < size, ordered, last)
-        # A binary search is many small steps, and each has its price.
-        method = "compare_all" if n * m <= 2**20 else "scan"
-        search = functools.partial(jnp.searchsorted, ordered, labels, method=method)
-        start, end = search(side="left"), jnp.minimum(search(side="right"), size)
+        places = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
+        if batch.square:
+            # Every anchor is in there, and need not be searched for.
+            first = (ordered != jnp.roll(ordered, 1)) | (index == 0) | (index == size)
+            last = jnp.roll(first, -1)
+            start = lax.cummax(jnp.where(first, index, 0))[places]
+            end = lax.cummin(jnp.where(last, index + 1, m), reverse=True)[places]
+        else:
+            start = jnp.searchsorted(ordered, labels, side="left")
+            end = jnp.searchsorted(ordered, labels, side="right")
+            end = jnp.minimum(end, size)
         start = jnp.minimum(start, end)
         alike = end - start
 
@@ -277,7 +284,6 @@ class Classes(NamedTuple):
             if real is not None:
                 itself &= real[place]
             matches = itself & (references[place] == labels)
-            places = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
             rank = jnp.where(matches, places[place] - start, m)
         positives = alike - matches
         negatives = size - alike - (itself & ~matches)
