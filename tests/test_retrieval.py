@@ -208,3 +208,87 @@ def test_any_metric():
     labels = [0, 0, 1, 1]
     assert retrieval.evaluate(x, labels, metric=tj.cosine).precision_at_1 == 1
     assert retrieval.evaluate(x, labels).precision_at_1 < 1
+
+
+def episodes(seed=0):
+    """Three episodes: support, its labels, queries, theirs."""
+    random = np.random.default_rng(seed)
+    labels, expected = random.integers(0, 4, (3, 12)), random.integers(0, 4, (3, 20))
+    support, queries = (
+        np.float32(random.normal(size=(*y.shape, 5)) + y[..., None] % 3)
+        for y in (labels, expected)
+    )
+    return support, labels, queries, expected
+
+
+def by_loops(support, labels, queries, expected, class_means):
+    if class_means:
+        kinds = sorted(set(labels.tolist()))
+        support = [np.mean(support[labels == c], axis=0) for c in kinds]
+        labels = kinds
+    right = [
+        labels[np.argmin([oracles.euclidean(query, one) for one in support])] == label
+        for query, label in zip(queries, expected)
+    ]
+    return np.mean(right)
+
+
+@pytest.mark.parametrize("class_means", [False, True])
+def test_few_shot(class_means):
+    given = episodes()
+    got = retrieval.few_shot_accuracy(*given, class_means=class_means)
+    for value, *episode in zip(got, *given):
+        np.testing.assert_allclose(value, by_loops(*episode, class_means), rtol=1e-6)
+        assert 0.2 < value < 1
+
+
+@pytest.mark.parametrize("class_means", [False, True])
+def test_few_shot_with_padding(class_means):
+    support, labels, queries, expected = (x[0] for x in episodes())
+    where, known = np.arange(20) < 15, np.arange(12) % 3 > 0
+    got = retrieval.few_shot_accuracy(
+        np.where(known[:, None], support, np.nan),
+        labels,
+        np.where(where[:, None], queries, np.nan),
+        expected,
+        class_means=class_means,
+        support_where=known,
+        where=where,
+    )
+    np.testing.assert_allclose(
+        got,
+        retrieval.few_shot_accuracy(
+            support[known],
+            labels[known],
+            queries[where],
+            expected[where],
+            class_means=class_means,
+        ),
+    )
+
+
+def test_few_shot_of_nothing_is_nan():
+    support, labels, queries, expected = episodes()
+    for name, size in (("where", 20), ("support_where", 12)):
+        got = retrieval.few_shot_accuracy(
+            support, labels, queries, expected, **{name: np.zeros(size, bool)}
+        )
+        assert jnp.isnan(got).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"support": np.ones((12, 4))}, ValueError, "support must be vectors"),
+        ({"support_labels": np.zeros(12)}, TypeError, "support_labels must be integer"),
+        ({"query_labels": [0]}, ValueError, "query_labels must have one entry"),
+        ({"where": [1]}, TypeError, "where must be boolean"),
+        ({"class_means": 1}, TypeError, "class_means must be a bool"),
+        ({"metric": None}, TypeError, "metric must be given"),
+    ],
+)
+def test_bad_episodes_are_named(change, error, words):
+    names = ("support", "support_labels", "queries", "query_labels")
+    arguments = dict(zip(names, (x[0] for x in episodes()))) | change
+    with pytest.raises(error, match=words):
+        retrieval.few_shot_accuracy(**arguments)
