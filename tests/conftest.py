@@ -1,5 +1,8 @@
 """Eight devices on the CPU, so that meshes can be tested anywhere."""
 
+import gc
+from pathlib import Path
+
 import jax
 from hypothesis import settings
 
@@ -8,3 +11,19 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 settings.register_profile("tripletjax", deadline=None, print_blob=True)
 settings.load_profile("tripletjax")
+
+MAPS, MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+
+
+def pytest_runtest_teardown():
+    """Forgets what was compiled before a process has no more mappings for it.
+
+    XLA maps memory for every program, and crashes where Linux refuses.
+    """
+    if not MAPS.exists():
+        return
+    with MAPS.open("rb") as maps:
+        count = sum(1 for _ in maps)
+    if count > int(MOST_MAPS.read_text()) // 2:
+        jax.clear_caches()
+        gc.collect()
