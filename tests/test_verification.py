@@ -279,6 +279,12 @@ def test_bad_pairs_are_named(change, error, words):
         )
 
 
+def test_more_pairs_than_can_be_counted():
+    n = 65_537
+    with pytest.raises(ValueError, match="2147516416 pairs are too many"):
+        verification.evaluate(np.zeros((n, 1)), np.arange(n))
+
+
 def test_traced_labels_need_a_size():
     with pytest.raises(TypeError, match="size must be given"):
         jax.jit(lambda y: verification.evaluate(np.eye(4), y))(jnp.zeros(4, int))

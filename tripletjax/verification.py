@@ -184,9 +184,10 @@ def _evaluate(
             f"embeddings must be [n, d], got {len(lead) + 2} dimensions; use jax.vmap."
         )
     n, m = len(batch.anchors), len(batch.others[0])
-    if n * m // (2 if batch.square else 1) > jnp.iinfo(int).max:
+    pairs = n * (n - 1) // 2 if batch.square else n * m
+    if pairs > jnp.iinfo(jax.dtypes.canonicalize_dtype(int)).max:
         raise ValueError(
-            f"there are too many pairs of {n} and {m} to count in 32 bits: enable "
+            f"embeddings: {pairs} pairs are too many to count in 32 bits; enable "
             "jax_enable_x64."
         )
     distances, positives = _positives(task, batch, size)
