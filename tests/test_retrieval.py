@@ -49,6 +49,82 @@ def test_more_queries_than_a_block_holds():
     np.testing.assert_array_equal(indices, np.argsort(d, axis=1, kind="stable")[:, :3])
 
 
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_neighbors_are_those_of_loops(seed):
+    random = np.random.default_rng(seed)
+    # On a grid, so that ties are frequent.
+    x, y = random.integers(0, 3, (9, 2)), random.integers(0, 3, (40, 2))
+    positions, where = random.integers(-1, 40, 9), random.random(40) < 0.5
+    distances, indices = retrieval.nearest_neighbors(
+        x,
+        np.where(where[:, None], y, np.nan),
+        25,
+        positions=positions,
+        reference_where=where,
+    )
+    for i in range(9):
+        ranked = sorted(
+            (oracles.euclidean(x[i], y[j]), j)
+            for j in range(40)
+            if where[j] and j != positions[i]
+        )
+        ranked = (ranked + [(np.inf, -1)] * 25)[:25]
+        np.testing.assert_allclose(distances[i], [d for d, _ in ranked], rtol=1e-6)
+        np.testing.assert_array_equal(indices[i], [j for _, j in ranked])
+
+
+def test_neighbors_over_several_tiles(monkeypatch):
+    x, _ = clusters(n=300)
+    expected = retrieval.nearest_neighbors(x, x, 7, positions=np.arange(300))
+    monkeypatch.setattr(retrieval, "COLUMNS", 64)
+    monkeypatch.setattr(retrieval, "MOST_ROWS", 50)
+    got = retrieval.nearest_neighbors(x, x, 8, positions=np.arange(300))
+    for a, b in zip(got, expected):
+        np.testing.assert_array_equal(a[:, :7], b)
+
+
+def test_neighbors_that_nearly_coincide_are_in_order():
+    x = np.zeros((30, 8), np.float32)
+    x[:, 0] = 1
+    x[:, 1] = 1e-5 * np.random.default_rng(0).permutation(30)
+    distances, indices = retrieval.nearest_neighbors(x[:5], x, 30)
+    expected = np.argsort(np.abs(x[:5, None, 1] - x[:, 1]), axis=1, kind="stable")
+    assert (np.diff(distances) >= 0).all()
+    np.testing.assert_array_equal(indices[:, 0], np.arange(5))
+    apart = np.abs(x[:5, None, 1] - x[:, 1])
+    np.testing.assert_allclose(
+        np.take_along_axis(apart, np.asarray(indices), 1),
+        np.take_along_axis(apart, expected, 1),
+    )
+
+
+def test_neighbors_at_infinity():
+    x = np.array([[0.0], [3e38], [1.0]], np.float32)
+    distances, indices = retrieval.nearest_neighbors(x[:1], -x, 3)
+    np.testing.assert_array_equal(indices, [[0, 2, 1]])
+    assert not jnp.isnan(distances).any()
+
+
+def test_neighbors_by_any_metric():
+    x = np.array([[1.0, 0.0], [0.0, 1.0], [10.0, 0.1]])
+    metric = tj.Metric(paired=lambda a, b: jnp.max(jnp.abs(a - b)))
+    for chosen, expected in ((tj.cosine, 2), (metric, 1), (tj.manhattan, 1)):
+        _, indices = retrieval.nearest_neighbors(x[:1], x[1:], 1, metric=chosen)
+        assert indices == expected - 1
+
+
+def test_neighbors_split_over_devices():
+    x, _ = clusters(n=240)
+    expected = retrieval.nearest_neighbors(x, x, 5)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+        split = jax.device_put(jnp.asarray(x), NamedSharding(mesh, P("data")))
+        with jax.set_mesh(mesh):
+            got = jax.jit(lambda x: retrieval.nearest_neighbors(x, x, 5))(split)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
 def test_nothing_relevant():
     metrics = retrieval.evaluate(np.eye(3), [0, 1, 2])
     assert metrics.queries == 0
@@ -117,7 +193,10 @@ def test_more_queries_and_references_than_a_block_holds(monkeypatch):
     x, labels = clusters(n=300)
     expected = retrieval.evaluate(x, labels, ks=(1, 3), reduce_fn=None)
     monkeypatch.setattr(retrieval, "MOST_ROWS", 64)
+    monkeypatch.setattr(retrieval, "COLUMNS", 96)
     same(retrieval.evaluate(x, labels, ks=(1, 3, 5), reduce_fn=None)[1:], expected[1:])
+    recall = np.mean(expected.recall_at_k, axis=0)
+    same(retrieval.recall_at_k(x, labels, ks=(1, 3)), recall)
 
 
 def test_recall_alone():
@@ -193,6 +272,8 @@ def test_split_over_devices():
         )
         with jax.set_mesh(mesh):
             same(jax.jit(retrieval.evaluate)(*arrays), expected)
+            recall = jax.jit(retrieval.recall_at_k)(*arrays)
+        same(recall, expected.recall_at_k)
 
 
 def test_low_precision():
