@@ -4,7 +4,7 @@
     python benchmarks/digits.py --mining semi-hard --seeds 5
 
 Trains on the first 898 images and evaluates on the last 899. All choices are the
-defaults of `tripletjax.learn.training.Config`; every seed is reported.
+defaults of `tripletjax.learn.runs.Config`; every seed is reported.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tripletjax.learn import training
+from tripletjax.learn import runs, training
 
 
 def main() -> None:
@@ -26,10 +26,10 @@ def main() -> None:
     print("".join(f"{name:>18}" for name in ("", *names)))
     rows = []
     for seed in range(arguments.seeds):
-        config = training.Config(seed=seed, mining=arguments.mining)
+        config = runs.Config(seed=seed, mining=arguments.mining)
         with tempfile.TemporaryDirectory() as directory:
             start = time.perf_counter()
-            metrics = training.run(config, Path(directory) / "run", progress=False)
+            metrics = runs.run(config, Path(directory) / "run", progress=False)
             seconds = time.perf_counter() - start
         if seed == 0:
             show("raw pixels", list(metrics["raw pixels"].values()))

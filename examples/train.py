@@ -1,57 +1,87 @@
 """Trains an embedding of images with a triplet loss, and shows what it is worth.
 
 python examples/train.py
-python examples/train.py --mining semi-hard --seed 1 --out runs/semi-hard
+python examples/train.py --data photos --out runs/photos
+python examples/train.py --data photos --out runs/photos --resume
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from tripletjax.learn import training
+from tripletjax.learn import data, runs, training
 
 
 def main() -> int:
-    defaults = training.Config()
+    defaults = runs.Config()
     parser = argparse.ArgumentParser(
         description="Train an embedding of images with a triplet loss.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="What is not given is chosen by the data, and written to config.json.",
     )
-    parser.add_argument("--data", default=defaults.data, help="the dataset: digits")
+    parser.add_argument(
+        "--data",
+        default=defaults.data,
+        help="digits, a folder with one folder of images per class, or tfds:NAME "
+        "(default: digits)",
+    )
     parser.add_argument(
         "--out", type=Path, help="the run directory (default: a new one in runs/)"
     )
     parser.add_argument(
-        "--mining",
-        choices=training.MINING,
-        default=defaults.mining,
-        help="which triplets to train on",
+        "--resume", action="store_true", help="go on with the run in --out, if any"
     )
-    for name, what in (
-        ("steps", "how many steps to train"),
-        ("seed", "of everything that is random"),
-        ("margin", "of the triplet loss"),
+    for name, choices, what in (
+        ("split", data.SPLITS, "what is held out (default: images)"),
+        ("mining", training.MINING, "which triplets to train on (default: all)"),
+        ("model", runs.MODELS, "the network"),
     ):
         default = getattr(defaults, name)
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=what)
-    arguments = parser.parse_args()
-    options = vars(arguments)
-    out = options.pop("out") or free_directory(Path("runs") / arguments.data)
+        parser.add_argument(f"--{name}", choices=choices, default=default, help=what)
+    for name, kind, what in (
+        ("steps", int, "how many steps to train"),
+        ("seed", int, "of everything that is random (default: 0)"),
+        ("margin", float, "of the triplet loss (default: 0.2)"),
+        ("size", int, "of images, the longer side in pixels"),
+        ("classes", int, "classes in a batch"),
+        ("per-class", int, "images of each class in a batch"),
+        ("chunk", int, "images embedded at a time, to save memory"),
+    ):
+        default = getattr(defaults, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=kind, default=default, help=what)
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="compute the network in bfloat16"
+    )
+    options = vars(parser.parse_args())
+    out, resume = options.pop("out"), options.pop("resume")
+    if resume and out is None:
+        parser.error("--resume needs --out, the run to go on with")
+    if out is None:
+        out = free_directory(Path("runs") / Path(options["data"]).name)
     try:
-        evaluations = training.run(training.Config(**options), out)
-    except (ValueError, OSError) as error:
+        evaluations = runs.run(runs.Config(**options), out, resume=resume)
+    except KeyboardInterrupt as error:
+        print(
+            f"\n{parser.prog}: {error or 'stopped'}. To go on, run the same with "
+            f"--out {out} --resume",
+            file=sys.stderr,
+        )
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
 
-    print(
-        f"\n{'test images, in %':<20}{'MAP@R':>8}{'R-prec.':>9}{'recall@1':>10}", end=""
-    )
-    print(f"{'nearest training image':>24}")
+    width = max(len(name) for name in evaluations) + 2
+    columns = {
+        "map_at_r": "MAP@R",
+        "r_precision": "R-precision",
+        "recall_at_1": "recall@1",
+        "nearest_in_train": "nearest training image",
+    }
+    columns = {k: v for k, v in columns.items() if k in evaluations["trained"]}
+    print(f"\n{'test images, in %':<{width}}  " + "  ".join(columns.values()))
     for name, metrics in evaluations.items():
-        print(f"{name:<20}", end="")
-        for value, width in zip(metrics.values(), (8, 9, 10, 24)):
-            print(f"{value:{width}.1f}", end="")
-        print()
+        values = (f"{metrics[k]:{len(v)}.1f}" for k, v in columns.items())
+        print(f"{name:<{max(width, 17)}}  " + "  ".join(values))
     print(f"\nEverything is in {out}: look at neighbors.png.")
     return 0
 

@@ -3,15 +3,26 @@
 Needs the extra: ``pip install "tripletjax[train]"``.
 """
 
-from tripletjax.learn import augment, data, models, plots, sampling, training
-from tripletjax.learn.training import load_embedder
+from tripletjax.learn import (
+    augment,
+    checkpoints,
+    data,
+    models,
+    plots,
+    runs,
+    sampling,
+    training,
+)
+from tripletjax.learn.runs import load_embedder
 
 __all__ = [
     "augment",
+    "checkpoints",
     "data",
     "load_embedder",
     "models",
     "plots",
+    "runs",
     "sampling",
     "training",
 ]

@@ -77,3 +77,58 @@ class ClassBatches:
                 for c in chosen
             ]
         )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageBatches:
+    """Batches of images with labels, P classes of K images each.
+
+    ``batches[step]`` is a pure function of the step: images ``[P * K, height, width,
+    channels]`` and integer labels ``[P * K]``.
+
+    Args:
+        images: ``[n, height, width, channels]``.
+        labels: the label of each ``[n]``.
+        classes: P.
+        per_class: K.
+        seed: what the batches are drawn with.
+        turns: of every class, how many turned and mirrored copies are classes of their
+            own: 1 for none, 2 for half turns, 4 for quarter turns, 8 for these with
+            their mirror images; the last two for square images alone.
+
+    Raises:
+        ValueError: as `ClassBatches`, and if `turns` does not fit.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: int
+    per_class: int
+    seed: int = 0
+    turns: int = 1
+    places: ClassBatches = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        height, width = self.images.shape[1:3]
+        if self.turns not in (1, 2, 4, 8) or (self.turns > 2 and height != width):
+            raise ValueError(
+                "turns must be 1, 2, 4 or 8, and at most 2 for images that are not "
+                f"square; got {self.turns} for {height} x {width} pixels."
+            )
+        _, labels = np.unique(self.labels, return_inverse=True)
+        kinds = labels.max() + 1
+        labels = np.concatenate([labels + kinds * turn for turn in range(self.turns)])
+        places = ClassBatches(labels, self.classes, self.per_class, self.seed)
+        object.__setattr__(self, "places", places)
+
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = self.places[step]
+        turn, place = np.divmod(chosen, len(self.labels))
+        images = self.images[place]
+        quarters = 2 * turn if self.turns == 2 else turn % 4
+        for each in range(1, 4):
+            rows = quarters == each
+            if rows.any():
+                images[rows] = np.rot90(images[rows], each, axes=(1, 2))
+        images[turn >= 4] = images[turn >= 4][:, :, ::-1]
+        return images, self.places.labels[chosen].astype(np.int32)

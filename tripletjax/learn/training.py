@@ -1,32 +1,31 @@
-"""The training run: step, loop, evaluation, and what it leaves behind.
+"""The loop that trains a model in place, for any model and images.
 
-A run directory holds
-
-- ``config.json``: every choice that the run was made with;
-- ``metrics.jsonl``: a line of numbers every few steps, and the evaluations;
-- ``checkpoint/``: the trained parameters (orbax);
-- ``training.png``: loss and share of active triplets over the steps;
-- ``neighbors.png``: images that were never trained on, and their nearest neighbours.
+model = MyModel(rngs=nnx.Rngs(0))
+batches = sampling.ImageBatches(images, labels, classes=8, per_class=4)
+for line in training.fit(model, optax.adam(1e-3), batches, steps=1000):
+    print(line)
+embeddings = training.embed_images(model, images)
 """
 
-import dataclasses
+import contextlib
 import functools
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax import Array
-from orbax.checkpoint import v1 as ocp
+from jax import Array, lax
 from tqdm import tqdm
 
 import tripletjax as tj
-from tripletjax.learn import augment, data, models, plots, sampling
+from tripletjax.learn.checkpoints import Checkpoints
 
 # How triplets are mined and their costs averaged.
 MINING: dict[str, tuple[Callable, Callable]] = {
@@ -35,341 +34,373 @@ MINING: dict[str, tuple[Callable, Callable]] = {
     "hard": (tj.blockwise.batch_hard_loss, tj.mean_valid),
 }
 
+# Embeddings that are so close together, in multiples of their length, have collapsed.
+COLLAPSED = 0.02
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Everything that a run depends on.
+# From embeddings ``[n, d]`` and labels ``[n]`` to a scalar, and metrics by name.
+Loss = Callable[[Array, Array], tuple[Array, dict[str, Array]]]
+
+
+class Batches(Protocol):
+    """``batches[step]`` is uint8 images ``[n, h, w, c]`` and labels ``[n]``."""
+
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class CollapseWarning(UserWarning):
+    """All embeddings have become nearly the same."""
+
+
+class TrainState(NamedTuple):
+    """Everything that one step hands to the next.
 
     Attributes:
-        data: name of the dataset.
-        mining: which triplets to train on: all, semi-hard or hard.
-        steps: how many steps to train.
-        seed: of the initial parameters, the batches and the augmentation.
-        margin: of the triplet loss, in Euclidean distance between unit vectors.
-        warm_start: share of the steps that hard mining leaves to all triplets first,
-            without which it collapses.
-        classes: how many classes there are in a batch.
-        per_class: how many images of each.
-        learning_rate: at its peak.
-        weight_decay: of AdamW.
-        dim: number of dimensions of the embedding.
-        channels: number of channels of each stage of the network.
-        shift: augmentation, in pixels.
-        rotation: augmentation, in degrees.
-        zoom: augmentation, as a share of the size.
-        shear: augmentation, as a share of the size.
-        log_every: how many steps between two lines of metrics.
+        params: of the model.
+        rest: what else the model holds, such as statistics.
+        optimizer: the state of the optimizer.
+        average: an exponential average of the parameters, or None.
+        finite: whether all losses and gradients have been finite.
+        best: the best validation so far.
     """
 
-    data: str = "digits"
-    mining: str = "all"
-    steps: int = 600
-    seed: int = 0
-    margin: float = 0.2
-    warm_start: float = 0.5
-    classes: int = 10
-    per_class: int = 8
-    learning_rate: float = 2e-3
-    weight_decay: float = 1e-4
-    dim: int = 64
-    channels: tuple[int, ...] = (32, 64)
-    shift: float = 1.0
-    rotation: float = 10.0
-    zoom: float = 0.1
-    shear: float = 0.1
-    log_every: int = 10
-
-    def __post_init__(self) -> None:
-        if self.mining not in MINING:
-            known = ", ".join(MINING)
-            raise ValueError(f"mining must be one of {known}, got {self.mining!r}.")
-        for name in ("steps", "log_every", "dim"):
-            if getattr(self, name) < 1:
-                value = getattr(self, name)
-                raise ValueError(f"{name} must be at least 1, got {value!r}.")
-        if not 0 <= self.margin < float("inf"):
-            raise ValueError(f"margin must be finite and >= 0, got {self.margin!r}.")
-        if not 0 <= self.warm_start <= 1:
-            raise ValueError(f"warm_start must be 0 to 1, got {self.warm_start!r}.")
+    params: nnx.State
+    rest: nnx.State
+    optimizer: optax.OptState
+    average: nnx.State | None
+    finite: Array
+    best: Array
 
 
-class RunExistsError(FileExistsError):
-    """The run directory already holds something."""
-
-
-def run(config: Config, out: str | Path, *, progress: bool = True) -> dict[str, Any]:
-    """Trains an embedding and writes its run directory.
+@functools.lru_cache
+def mined_loss(mining: str = "all", *, margin: float = 0.2) -> Loss:
+    """A triplet loss within the batch, with the share of active triplets as a metric.
 
     Args:
-        config: what to do.
-        out: the run directory, which must not exist or be empty.
-        progress: whether to show a progress bar.
-
-    Returns:
-        The evaluations by name, ``{"raw pixels": ..., "untrained": ..., "trained":
-        ...}``, each as from `evaluate`.
+        mining: which triplets: all, semi-hard or hard.
+        margin: in Euclidean distance.
 
     Raises:
-        RunExistsError: if `out` is not an empty directory.
-        ValueError: if the dataset does not exist or has too few classes.
-        FloatingPointError: if the loss becomes infinite or NaN.
+        ValueError: if there is no such mining.
     """
-    dataset = data.load(config.data)
-    batches = sampling.ClassBatches(
-        dataset.train.labels, config.classes, config.per_class, config.seed
+    if mining not in MINING:
+        raise ValueError(f"mining must be one of {', '.join(MINING)}, got {mining!r}.")
+    loss_of, mean = MINING[mining]
+    reduce_fn = tj.SumReduction(
+        lambda sums: (mean(sums), {"active": sums.active / jnp.maximum(sums.valid, 1)})
     )
-    out = _new_directory(out)
-    settings = dataclasses.asdict(config) | {"label_names": dataset.label_names}
-    settings["in_channels"] = dataset.train.images.shape[-1]
-    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-    model = build_model(settings)
-    embed = functools.partial(embed_images, model)
-    evaluations = {
-        "raw pixels": evaluate(_flat, dataset),
-        "untrained": evaluate(embed, dataset),
-    }
-    lines = []
-    with (out / "metrics.jsonl").open("w") as file:
-
-        def log(line: dict[str, Any]) -> None:
-            lines.append(line)
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-
-        for name, metrics in evaluations.items():
-            log({"step": 0, "evaluation": name} | metrics)
-        for line in fit(model, config, dataset.train, batches, progress=progress):
-            log(line)
-        evaluations["trained"] = evaluate(embed, dataset)
-        log({"step": config.steps, "evaluation": "trained"} | evaluations["trained"])
-
-    ocp.save(out / "checkpoint", nnx.state(model))
-    plots.training([line for line in lines if "loss" in line], out / "training.png")
-    plots.neighbors(
-        dataset.test.images,
-        dataset.test.labels,
-        {
-            "raw pixels": _flat(dataset.test.images),
-            "trained": embed(dataset.test.images),
-        },
-        dataset.label_names,
-        out / "neighbors.png",
-    )
-    return evaluations
+    return functools.partial(loss_of, margin=margin, reduce_fn=reduce_fn)
 
 
 def fit(
     model: nnx.Module,
-    config: Config,
-    images: data.Images,
-    batches: sampling.ClassBatches,
+    tx: optax.GradientTransformation,
+    batches: Batches,
     *,
+    steps: int,
+    loss: Loss | Sequence[tuple[int, Loss]] | None = None,
+    augment: Callable[[Array, Array], Array] | None = None,
+    seed: int = 0,
+    average: float = 0.0,
+    chunk: int | None = None,
+    log_every: int = 10,
+    validate: Callable[[nnx.Module], dict[str, float]] | None = None,
+    validate_every: int | None = None,
+    best: str | None = None,
+    checkpoints: Checkpoints | None = None,
+    checkpoint_every: int = 100,
+    best_checkpoints: Checkpoints | None = None,
     progress: bool = True,
-) -> Iterator[dict[str, float]]:
+) -> Iterator[dict[str, Any]]:
     """Trains a model in place.
 
+    The loop goes on from the newest of its checkpoints, and gives what it would have
+    given had it never stopped, bit by bit. On an interrupt (Ctrl-C, SIGTERM) it
+    finishes the step, saves the state and raises KeyboardInterrupt.
+
     Args:
-        model: from float images to embeddings.
-        config: how to train.
-        images: what to train on.
-        batches: the indices of the images of each step.
+        model: from float images from 0 to 1 to embeddings ``[n, d]``.
+        tx: the optimizer.
+        batches: ``batches[step]``, a pure function of the step.
+        steps: how many steps to train.
+        loss: of embeddings and labels; several with the steps from which they hold, the
+            first from 0. Batch-all triplets with margin 0.2 if not given.
+        augment: from a random key and float images to images.
+        seed: of the augmentation.
+        average: how much of the averaged parameters a step keeps, such as 0.99; the
+            average is then what is validated and what the model has at the end.
+        chunk: how many images to embed at a time, to bound the memory; the loss is
+            always of the whole batch.
+        log_every: how many steps there are between two lines.
+        validate: metrics of a model, made every `validate_every` steps and at the end.
+        validate_every: see there; only at the end if not given.
+        best: the metric of which the largest is best; if not given, or where it is
+            NaN, the last validation is.
+        checkpoints: where states are kept.
+        checkpoint_every: how many steps there are between two states.
+        best_checkpoints: where the parameters of the best validation are kept.
         progress: whether to show a progress bar.
 
     Yields:
-        Every `log_every` steps and after the last, the step, the loss, the share of
-        active triplets and the mean distance between embeddings (which tends to 0 when
-        training collapses).
+        First, if it goes on from a checkpoint, ``{"step": ..., "resumed": True,
+        "damaged": [...]}``. Then, every `log_every` steps and after the last, the step,
+        the loss, its metrics, and the spread of the embeddings of the batch: the root
+        of their mean squared distance. After every validation, the step and
+        ``"validation"``.
 
     Raises:
-        FloatingPointError: if the loss becomes infinite or NaN.
+        FloatingPointError: if the loss or a gradient becomes infinite or NaN; the last
+            checkpoint is from before.
+        KeyboardInterrupt: on an interrupt.
+        OSError: if a checkpoint cannot be written, or all are damaged.
+        ValueError: if an option is out of range.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=min(50, config.steps // 10),
-        decay_steps=config.steps,
+    for name, value in (
+        ("steps", steps),
+        ("log_every", log_every),
+        ("checkpoint_every", checkpoint_every),
+        ("chunk", 1 if chunk is None else chunk),
+        ("validate_every", 1 if validate_every is None else validate_every),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value!r}.")
+    if not 0 <= average < 1:
+        raise ValueError(f"average must be at least 0 and below 1, got {average!r}.")
+    losses = [(0, loss or mined_loss())] if not isinstance(loss, Sequence) else loss
+    if losses[0][0] != 0:
+        raise ValueError(f"the first loss must hold from step 0, not {losses[0][0]}.")
+
+    model.train()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    state = TrainState(
+        params=params,
+        rest=rest,
+        optimizer=tx.init(params),
+        average=jax.tree.map(jnp.copy, params) if average else None,
+        finite=jnp.array(True),
+        best=jnp.array(-jnp.inf, jnp.float32),
     )
-    tx = optax.adamw(schedule, weight_decay=config.weight_decay)
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    key = jax.random.key(config.seed)
-    warm = config.warm_start * config.steps if config.mining == "hard" else 0
-    steps = tqdm(
-        range(config.steps), desc="training", unit="step", disable=not progress
+    # The model's own arrays are not given away.
+    state, start = jax.tree.map(jnp.copy, state), 0
+    if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
+        start, state, damaged = found
+        yield {"step": start, "resumed": True, "damaged": damaged}
+
+    def update_model(state: TrainState) -> None:
+        params = state.params if state.average is None else state.average
+        nnx.update(model, *jax.tree.map(jnp.copy, (params, state.rest)))
+
+    key = jax.random.key(seed)
+    step_fn = functools.partial(
+        _train_step, graph=graph, tx=tx, augment=augment, average=average, chunk=chunk
     )
-    for step in steps:
-        mining = "all" if step < warm else config.mining
-        chosen = batches[step]
-        metrics = train_step(
-            model,
-            optimizer,
-            images.images[chosen],
-            images.labels[chosen],
-            jax.random.fold_in(key, step),
-            config=config,
-            mining=mining,
-        )
-        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            line = {name: float(value) for name, value in metrics.items()}
-            if not np.isfinite(line["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {line['loss']} at step {step + 1}: training stopped. "
-                    "A lower learning rate usually helps."
-                )
-            steps.set_postfix({k: f"{v:.3f}" for k, v in line.items()})
-            yield {"step": step + 1, "mining": mining} | line
+    bar = tqdm(
+        _prefetched(batches, start, steps),
+        desc="training",
+        initial=start,
+        total=steps,
+        unit="step",
+        disable=not progress,
+    )
+    warned = False
+    with _interrupts() as interrupted:
+        for step, (images, labels) in enumerate(bar, start=start):
+            now = [of for first, of in losses if first <= step][-1]
+            state, metrics = step_fn(
+                state, images, labels, jax.random.fold_in(key, step), loss=now
+            )
+            done, last = step + 1, step + 1 == steps
+            if done % log_every == 0 or last:
+                line = {name: float(value) for name, value in metrics.items()}
+                _check_finite(state, done)
+                length = line.pop("length")
+                if line["spread"] < COLLAPSED * length and not warned:
+                    warned = True
+                    warnings.warn(
+                        f"collapsed at step {done}: the embeddings of a batch are "
+                        f"{line['spread']:.1e} apart. Start with all triplets "
+                        "(warm_start), or lower the learning rate.",
+                        CollapseWarning,
+                        stacklevel=2,
+                    )
+                rate = (bar.format_dict["rate"] or 0) * len(labels)
+                shown = {name: f"{value:.3f}" for name, value in line.items()}
+                bar.set_postfix(shown | {"images/s": f"{rate:.0f}"})
+                yield {"step": done} | line
+            if validate and (last or (validate_every and done % validate_every == 0)):
+                _check_finite(state, done)
+                update_model(state)
+                model.eval()
+                values = validate(model)
+                model.train()
+                # Of equals the last, which was trained the longest; without a number,
+                # the last of all.
+                value = np.float32(values[best] if best is not None else np.nan)
+                if not value < state.best:
+                    state = state._replace(best=jnp.maximum(state.best, value))
+                    if best_checkpoints is not None:
+                        best_checkpoints.save(done, nnx.state(model))
+                yield {"step": done, "validation": values}
+            stop = interrupted()
+            if checkpoints is not None and (
+                done % checkpoint_every == 0 or last or stop
+            ):
+                _check_finite(state, done)
+                checkpoints.save(done, state)
+            if stop and not last:
+                update_model(state)
+                model.eval()
+                raise KeyboardInterrupt(f"stopped after step {done}")
+    update_model(state)
+    model.eval()
 
 
-@functools.partial(nnx.jit, static_argnames=("config", "mining"))
-def train_step(
-    model: nnx.Module,
-    optimizer: nnx.Optimizer,
+@functools.partial(
+    jax.jit,
+    static_argnames=("graph", "tx", "loss", "augment", "average", "chunk"),
+    donate_argnames="state",
+)
+def _train_step(
+    state: TrainState,
     images: Array,
     labels: Array,
     key: Array,
     *,
-    config: Config,
-    mining: str,
-) -> dict[str, Array]:
-    """One step of training, in place; returns its metrics."""
-    loss_of, mean = MINING[mining]
-    images = augment.random_affine(
-        key,
-        as_floats(images),
-        shift=config.shift,
-        rotation=config.rotation,
-        zoom=config.zoom,
-        shear=config.shear,
-    )
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    loss: Loss,
+    augment: Callable[[Array, Array], Array] | None,
+    average: float,
+    chunk: int | None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step of training, and its metrics."""
+    images = as_floats(images)
+    if augment is not None:
+        images = augment(key, images)
 
-    def loss_fn(model: nnx.Module) -> tuple[Array, dict[str, Array]]:
-        x = model(images)
+    def embed(
+        params: nnx.State, rest: nnx.State, images: Array
+    ) -> tuple[nnx.State, Array]:
+        model = nnx.merge(graph, params, rest, copy=True)
+        embeddings = model(images)
+        return nnx.state(model, nnx.Not(nnx.Param)), embeddings
+
+    def loss_of(params: nnx.State) -> tuple[Array, tuple[nnx.State, dict[str, Array]]]:
+        if chunk is None or chunk >= len(images):
+            rest, x = embed(params, state.rest, images)
+        else:
+            rest, x = _in_chunks(functools.partial(embed, params), state.rest, images)
+        value, metrics = loss(x, labels)
         # The root of the mean squared distance of two of them.
         spread = jnp.sqrt(2 * jnp.sum(jnp.var(x, axis=0, ddof=1)))
-        loss, active = loss_of(
-            x,
-            labels,
-            margin=config.margin,
-            reduce_fn=tj.SumReduction(
-                lambda sums: (mean(sums), sums.active / jnp.maximum(sums.valid, 1))
-            ),
+        length = jnp.sqrt(jnp.mean(jnp.sum(x * x, axis=-1)))
+        return value, (rest, metrics | {"spread": spread, "length": length})
+
+    def _in_chunks(
+        embed: Callable, rest: nnx.State, images: Array
+    ) -> tuple[nnx.State, Array]:
+        # Activations are made again on the way back, and not kept.
+        n = len(images)
+        if n % chunk:
+            raise ValueError(f"chunk must divide the batch of {n} images, got {chunk}.")
+        chunks = images.reshape(n // chunk, chunk, *images.shape[1:])
+        rest, x = lax.scan(jax.checkpoint(embed), rest, chunks)
+        return rest, x.reshape(n, -1)
+
+    (value, (rest, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+        state.params
+    )
+    updates, optimizer = tx.update(gradients, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    averaged = state.average
+    if averaged is not None:
+        averaged = optax.incremental_update(params, averaged, 1 - average)
+    finite = state.finite
+    for x in jax.tree.leaves((value, gradients)):
+        finite &= jnp.isfinite(x).all()
+    state = state._replace(
+        params=params,
+        rest=rest,
+        optimizer=optimizer,
+        average=averaged,
+        finite=finite,
+    )
+    return state, {"loss": value} | metrics
+
+
+def _check_finite(state: TrainState, step: int) -> None:
+    if not state.finite:
+        raise FloatingPointError(
+            f"the loss or a gradient is not finite at step {step}, or just before: "
+            "training stopped. A lower learning rate usually helps."
         )
-        return loss, {"active": active, "spread": spread}
-
-    (loss, metrics), gradients = nnx.value_and_grad(loss_fn, has_aux=True)(model)
-    optimizer.update(model, gradients)
-    return {"loss": loss} | metrics
 
 
-def evaluate(
-    embed: Callable[[np.ndarray], Array], dataset: data.Dataset
-) -> dict[str, float]:
-    """How well an embedding finds test images of the same class, in percent.
+class _Steps:
+    """What is left of some batches, as Grain takes it."""
 
-    Args:
-        embed: from uint8 images to embeddings ``[n, d]``.
-        dataset: its test images are queries; among themselves, and for
-            `nearest_in_train` with the training images as the gallery.
+    def __init__(self, batches: Batches, start: int, steps: int):
+        self.batches, self.start, self.steps = batches, start, steps
 
-    Returns:
-        MAP@R, R-precision and recall@1 within the test images, and the share of test
-        images whose nearest training image is of their class.
-    """
-    test, train = embed(dataset.test.images), embed(dataset.train.images)
-    within = tj.retrieval.evaluate(test, dataset.test.labels)
-    across = tj.retrieval.evaluate(
-        test,
-        dataset.test.labels,
-        references=train,
-        reference_labels=dataset.train.labels,
-    )
-    return {
-        "map_at_r": 100 * float(within.map_at_r),
-        "r_precision": 100 * float(within.r_precision),
-        "recall_at_1": 100 * float(within.precision_at_1),
-        "nearest_in_train": 100 * float(across.precision_at_1),
-    }
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.batches[self.start + int(step)]
 
 
-def build_model(settings: dict[str, Any]) -> nnx.Module:
-    """The untrained model of a run's settings."""
-    return models.EmbeddingCNN(
-        settings["dim"],
-        channels=settings["channels"],
-        in_channels=settings["in_channels"],
-        rngs=nnx.Rngs(settings["seed"]),
-    )
+def _prefetched(batches: Batches, start: int, steps: int) -> Iterator:
+    """Batches in order, made ahead of time by other threads."""
+    if start >= steps:
+        return iter(())
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    source = grain.MapDataset.source(_Steps(batches, start, steps))
+    return iter(source.to_iter_dataset(options))
 
 
-def load_embedder(run_dir: str | Path) -> Callable[[np.ndarray], Array]:
-    """The trained embedding of a run.
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether the process was asked to stop; a second time stops it at once."""
+    asked = False
 
-    Args:
-        run_dir: a run directory.
+    def note(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
 
-    Returns:
-        A function from uint8 images ``[n, height, width]`` or ``[n, height, width,
-        channels]`` to unit vectors ``[n, d]``.
-
-    Raises:
-        FileNotFoundError: if there is no finished run.
-    """
-    run_dir = Path(run_dir).resolve()
-    for part in ("config.json", "checkpoint"):
-        if not (run_dir / part).exists():
-            raise FileNotFoundError(f"no finished run in {run_dir}: no {part}.")
-    settings = json.loads((run_dir / "config.json").read_text())
-    model = build_model(settings)
-    nnx.update(model, ocp.load(run_dir / "checkpoint", nnx.state(model)))
-
-    def embed(images: np.ndarray) -> Array:
-        images = np.asarray(images)
-        if images.ndim == 3:
-            images = images[..., None]
-        channels = settings["in_channels"]
-        if images.ndim != 4 or images.shape[-1] != channels:
-            raise ValueError(
-                f"images must be [n, height, width, {channels}], got shape "
-                f"{images.shape}."
-            )
-        if images.dtype != np.uint8:
-            raise TypeError(f"images must be uint8, got dtype {images.dtype}.")
-        return embed_images(model, images)
-
-    return embed
+    # Only the main thread is told of signals.
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.signal(number, note) for number in numbers]
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
-@nnx.jit
-def _embed(model: nnx.Module, images: Array) -> Array:
-    return model(as_floats(images))
+@functools.partial(jax.jit, static_argnames="graph")
+def _embed(graph: nnx.GraphDef, state: nnx.State, images: Array) -> Array:
+    return nnx.merge(graph, state)(as_floats(images))
 
 
 def embed_images(
     model: nnx.Module, images: np.ndarray, *, batch_size: int = 256
 ) -> Array:
     """Embeds uint8 images ``[n, height, width, channels]``, a batch at a time."""
+    graph, state = nnx.split(model)
     embeddings = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         # The last batch is filled up, so that one size is compiled.
         missing = min(batch_size, len(images)) - len(batch)
         padded = np.pad(batch, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
-        embeddings.append(_embed(model, padded)[: len(batch)])
+        embeddings.append(_embed(graph, state, padded)[: len(batch)])
     return jnp.concatenate(embeddings)
 
 
 def as_floats(images: Array) -> Array:
     """uint8 images as floats from 0 to 1."""
     return jnp.asarray(images, jnp.float32) / 255
-
-
-def _flat(images: np.ndarray) -> Array:
-    return as_floats(images).reshape(len(images), -1)
-
-
-def _new_directory(out: str | Path) -> Path:
-    out = Path(out).resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunExistsError(f"{out} already exists and is not an empty directory.")
-    out.mkdir(parents=True, exist_ok=True)
-    return out

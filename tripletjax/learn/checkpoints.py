@@ -1,0 +1,124 @@
+"""States of a run on disk, of which the last good one is always found again."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+State = TypeVar("State")
+
+
+class Checkpoints:
+    """The newest states of a directory, by step, kept by Orbax.
+
+    Each is written beside the others and then renamed, so that a killed process leaves
+    whole ones behind, and has a digest of what it holds, so that a damaged one is told
+    from a good one.
+
+    Args:
+        directory: where they are.
+        keep: how many are kept.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 2):
+        self.directory = Path(directory).resolve()
+        self._orbax = ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        """Of which steps there are states."""
+        return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+
+    def save(self, step: int, state: Any) -> None:
+        """Keeps a state, unless there is one of this step.
+
+        Raises:
+            OSError: if it could not be written; older ones are still there.
+        """
+        if step in self.steps:
+            return
+        state = _plain(state)
+        try:
+            self._orbax.save(step, state, custom_metadata={"digest": _digest(state)})
+        except Exception as error:
+            # Orbax and TensorStore raise whatever they come across.
+            reason = str(error).splitlines()[0] if str(error) else repr(error)
+            raise OSError(
+                f"the state of step {step} could not be written to {self.directory}: "
+                f"{reason}"
+            ) from error
+
+    def restore(self, like: State) -> tuple[int, State, list[str]] | None:
+        """The newest whole state.
+
+        A damaged one is moved aside, to the same place with ``-damaged`` at the end.
+
+        Args:
+            like: a state with the same structure, shapes and dtypes.
+
+        Returns:
+            Its step, the state, and what was damaged; None if there is none.
+        """
+        damaged = []
+        for step in reversed(self.steps):
+            try:
+                return step, self._load(step, like), damaged
+            except Exception as error:
+                reason = str(error).splitlines()[0] if str(error) else repr(error)
+                path = self.directory / str(step)
+                path.rename(_free(self.directory.parent / f"{path.name}-damaged"))
+                self._orbax.reload()
+                damaged.append(f"the checkpoint of step {step} is damaged: {reason}")
+        if damaged:
+            raise OSError("; ".join(damaged) + "; there is none before.")
+        return None
+
+    def close(self) -> None:
+        self._orbax.close()
+
+    def _load(self, step: int, like: State) -> State:
+        loaded = self._orbax.load(step, _plain(like))
+        digest = self._orbax.checkpointables_metadata(step).custom_metadata["digest"]
+        if digest != _digest(loaded):
+            raise ValueError("its content is not what was written.")
+        leaves = [
+            jax.random.wrap_key_data(x, impl=jax.random.key_impl(old))
+            if _is_key(old)
+            else x
+            for old, x in zip(jax.tree.leaves(like), loaded)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _plain(state: Any) -> list[Any]:
+    """The arrays of a state; keys as the numbers that they are made of."""
+    return [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(state)]
+
+
+def _is_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _digest(arrays: list[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for x in arrays:
+        x = np.asarray(x)
+        digest.update(f"{x.shape}{x.dtype}".encode())
+        digest.update(np.ascontiguousarray(x).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _free(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, ... that does not exist."""
+    path, number = wanted, 1
+    while path.exists():
+        number += 1
+        path = wanted.with_name(f"{wanted.name}-{number}")
+    return path
