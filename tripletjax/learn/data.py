@@ -191,7 +191,7 @@ def _from_folder(
 ) -> tuple[Images, tuple[str, ...], tuple[str, ...]]:
     """Images, the names of their classes, and what could not be read."""
     folder = folder.resolve()
-    files = sorted(_image_files(folder))
+    files = sorted(image_files(folder))
     if loose := [file.name for file in files if file.parent == folder]:
         raise ValueError(
             f"{folder} must hold one folder per class, but {len(loose)} images lie in "
@@ -224,7 +224,8 @@ def _from_folder(
     return _read(builder, "all_images"), names, tuple(summary["skipped"])
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
+def image_files(folder: Path) -> Iterator[Path]:
+    """The images in a folder and in those within, in no particular order."""
     seen = set()
     for directory, folders, files in os.walk(folder, followlinks=True):
         # A link may lead back to where it is.
