@@ -70,6 +70,8 @@ def main() -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
 
+    if not evaluations["trained"]:
+        print("\nThere are too few images to hold any out for a test.")
     width = max(len(name) for name in evaluations) + 2
     columns = {
         "map_at_r": "MAP@R",

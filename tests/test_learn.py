@@ -833,6 +833,35 @@ def test_bad_arguments_are_one_line_and_exit_2(arguments, words, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
+def with_images(shape, kinds, each):
+    """A dataset of so many classes, of which nothing is held out."""
+    images = np.zeros((kinds * each, *shape), np.uint8)
+    train = data.Images(images, np.repeat(np.arange(kinds), each))
+    names = tuple(map(str, range(kinds)))
+    return data.Dataset("some", train, train[:0], train[:0], names, key="")
+
+
+@pytest.mark.parametrize(
+    ("shape", "kinds", "each", "expected"),
+    [
+        ((8, 8, 1), 10, 80, ("cnn", 10, 8, 1, (32, 64))),
+        ((32, 32, 1), 97, 15, ("cnn", 40, 4, 8, (32, 64, 128))),
+        ((32, 24, 1), 97, 15, ("cnn", 40, 4, 2, (32, 64, 128))),
+        ((48, 64, 3), 500, 90, ("resnet", 40, 4, 1, (32, 64, 128))),
+        ((64, 64, 3), 2, 90, ("resnet", 2, 8, 1, (32, 64, 128))),
+    ],
+)
+def test_choices_by_the_data(shape, kinds, each, expected):
+    config = runs.chosen(runs.Config(), with_images(shape, kinds, each))
+    names = ("model", "classes", "per_class", "turns", "channels")
+    assert tuple(getattr(config, name) for name in names) == expected
+    assert config.augment.flip == (shape[-1] == 3)
+    own = runs.Config(model="multiscale", classes=2, per_class=3, turns=1, steps=5)
+    kept = runs.chosen(own, with_images(shape, kinds, each))
+    assert (kept.model, kept.classes, kept.per_class) == ("multiscale", 2, 3)
+    assert (kept.turns, kept.steps) == (1, 5)
+
+
 # Runs that are stopped.
 
 
@@ -869,6 +898,18 @@ def test_a_run_on_a_folder_with_broken_images(tmp_path):
     assert "nearest_in_train" not in evaluations["trained"]
     embed = learn.load_embedder(tmp_path / "run")
     assert embed([folder / "group0" / "kind0" / "0.png"]).shape == (1, 16)
+
+
+@pytest.mark.parametrize(("kinds", "each"), [(2, 2), (3, 8), (2, 1)])
+def test_a_tiny_folder_is_trained_on(tmp_path, kinds, each):
+    folder = shapes(tmp_path / "pictures", kinds=kinds, each=each)
+    config = runs.Config(data=str(folder), steps=2, channels=(8, 16), dim=8)
+    evaluations = runs.run(config, tmp_path / "run", progress=False)
+    assert bool(evaluations["trained"]) == (each == 8)
+    assert (tmp_path / "run" / "neighbors.png").exists()
+    assert learn.load_embedder(tmp_path / "run")(
+        np.zeros((1, 9, 9), np.uint8)
+    ).shape == (1, 8)
 
 
 TRAIN = """

@@ -21,14 +21,17 @@ class Checkpoints:
     Args:
         directory: where they are.
         keep: how many are kept.
+        writable: whether what a killed process left behind is cleaned up, and damaged
+            ones are moved aside; not while another process may be writing.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2):
+    def __init__(self, directory: str | Path, *, keep: int = 2, writable: bool = True):
         self.directory = Path(directory).resolve()
+        self.writable = writable
         self._orbax = ocp.training.Checkpointer(
             self.directory,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=writable,
         )
 
     @property
@@ -58,7 +61,7 @@ class Checkpoints:
     def restore(self, like: State) -> tuple[int, State, list[str]] | None:
         """The newest whole state.
 
-        A damaged one is moved aside, to the same place with ``-damaged`` at the end.
+        A damaged one is moved aside, beside the directory, as ``STEP-damaged``.
 
         Args:
             like: a state with the same structure, shapes and dtypes.
@@ -72,9 +75,10 @@ class Checkpoints:
                 return step, self._load(step, like), damaged
             except Exception as error:
                 reason = str(error).splitlines()[0] if str(error) else repr(error)
-                path = self.directory / str(step)
-                path.rename(_free(self.directory.parent / f"{path.name}-damaged"))
-                self._orbax.reload()
+                if self.writable:
+                    path = self.directory / str(step)
+                    path.rename(_free(self.directory.parent / f"{path.name}-damaged"))
+                    self._orbax.reload()
                 damaged.append(f"the checkpoint of step {step} is damaged: {reason}")
         if damaged:
             raise OSError("; ".join(damaged) + "; there is none before.")

@@ -25,7 +25,7 @@ def training(lines: Sequence[dict], path: str | Path) -> None:
     for axes, name, title in zip(
         panels,
         ("loss", "active", "spread"),
-        ("loss", "share of active triplets", "mean distance in the batch"),
+        ("loss", "share of active triplets", "spread: root mean squared distance"),
     ):
         axes.plot(steps, [line[name] for line in lines], color="#30638e", linewidth=1.2)
         axes.set_title(title, loc="left", fontsize=10)
@@ -82,7 +82,7 @@ def neighbors(
         grid = part.subplots(len(chosen), k + 1, squeeze=False)
         for row, query in zip(grid, chosen):
             for axes, place in zip(row, (query, *neighbor[query])):
-                axes.imshow(_shown(images[place]), cmap="gray_r")
+                axes.imshow(_shown(images[place]), cmap="gray", vmin=0, vmax=255)
                 axes.set(xticks=[], yticks=[])
                 same = labels[place] == labels[query]
                 color = QUERY if place == query else RIGHT if same else WRONG

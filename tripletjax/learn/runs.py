@@ -149,9 +149,9 @@ def chosen(config: Config, dataset: data.Dataset) -> Config:
     per_class = config.per_class or (4 if many else 8)
     choices = {
         "model": "resnet" if colour else "cnn",
-        "steps": 1200 if many else 600,
+        "steps": 800 if many else 600,
         "per_class": per_class,
-        "classes": min(kinds, max(2, (192 if many else 128) // per_class)),
+        "classes": min(kinds, max(2, (160 if many else 128) // per_class)),
         "turns": turns,
         "dim": 128 if many else 64,
         "channels": (32, 64) if max(height, width) <= 16 else (32, 64, 128),
@@ -207,13 +207,13 @@ def run(
         config.seed,
         config.turns,
     )
-    pixels = dataset.train.images.reshape(-1, dataset.train.images.shape[-1]) / 255
+    some = dataset.train.images[:: -(-len(dataset.train) // GALLERY)] / 255
     settings = json.loads(json.dumps(dataclasses.asdict(config))) | {
         "asked": asked,
         "key": dataset.key,
         "shape": dataset.train.images.shape[1:],
-        "mean": pixels.mean(axis=0).tolist(),
-        "deviation": np.maximum(pixels.std(axis=0), 1e-3).tolist(),
+        "mean": some.mean(axis=(0, 1, 2)).tolist(),
+        "deviation": np.maximum(some.std(axis=(0, 1, 2)), 1e-3).tolist(),
         "label_names": dataset.label_names,
         "skipped": dataset.skipped,
     }
@@ -288,15 +288,14 @@ def run(
         }
     )
     plots.training([line for line in log.lines if "loss" in line], out / "training.png")
+    shown = dataset.test if len(dataset.test) else dataset.train
     plots.neighbors(
-        dataset.test.images,
-        dataset.test.labels,
-        {
-            "raw pixels": _flat(dataset.test.images),
-            "trained": embed(dataset.test.images),
-        },
+        shown.images,
+        shown.labels,
+        {"raw pixels": _flat(shown.images), "trained": embed(shown.images)},
         dataset.label_names,
         out / "neighbors.png",
+        k=min(8, len(shown) - 1),
     )
     _write(out / "summary.json", json.dumps(evaluations, indent=2) + "\n")
     for kept in (checkpoints, best):
@@ -352,8 +351,11 @@ def evaluate(
 
     Returns:
         MAP@R, R-precision and recall@1 within the test images, and the share of test
-        images whose nearest training image is of their class.
+        images whose nearest training image is of their class; nothing if no image is
+        held out.
     """
+    if not len(dataset.test):
+        return {}
     test = embed(dataset.test.images)
     within = tj.retrieval.evaluate(test, dataset.test.labels)
     metrics = {
@@ -377,8 +379,10 @@ def validate(model: nnx.Module, dataset: data.Dataset) -> dict[str, float]:
     """MAP@R and recall@1 of the validation images, in percent.
 
     Among themselves where their classes are not trained on, and else against training
-    images.
+    images. NaN if no image is held out for validation.
     """
+    if not len(dataset.validation):
+        return {"map_at_r": float("nan"), "recall_at_1": float("nan")}
     images, labels = dataset.validation.images, dataset.validation.labels
     embeddings = training.embed_images(model, images)
     options = {}
@@ -433,7 +437,7 @@ def load_model(run_dir: str | Path) -> tuple[nnx.Module, dict[str, Any]]:
             raise FileNotFoundError(f"no trained model in {run_dir}: no {part}.")
     settings = json.loads((run_dir / "config.json").read_text())
     model = build_model(settings)
-    best = Checkpoints(run_dir / "best", keep=1)
+    best = Checkpoints(run_dir / "best", keep=1, writable=False)
     found = best.restore(nnx.state(model))
     best.close()
     if found is None:
