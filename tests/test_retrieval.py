@@ -133,6 +133,20 @@ def test_nothing_relevant():
     assert not any(value.any() for value in each)
 
 
+def test_average_precision_is_scikit_learns():
+    from sklearn.metrics import average_precision_score
+
+    random = np.random.default_rng(0)
+    x, labels = random.normal(size=(80, 3)), random.integers(0, 5, 80)
+    each = retrieval.evaluate(x, labels, reduce_fn=None).mean_average_precision
+    for i in range(80):
+        others = np.arange(80) != i
+        expected = average_precision_score(
+            labels[others] == labels[i], -np.linalg.norm(x[others] - x[i], axis=1)
+        )
+        np.testing.assert_allclose(each[i], expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("k", "error", "words"),
     [(k, ValueError, "k must be from 1 to 4.*query itself") for k in (0, 5, 6)]
