@@ -3,7 +3,8 @@
     python benchmarks/digits.py
     python benchmarks/digits.py --mining semi-hard --seeds 5
 
-Trains on the first 898 images and evaluates on the last 899. All choices are the
+Trains on the first 898 images, less 90 that choose the best model, and evaluates on the
+last 899. All choices are the
 defaults of `tripletjax.learn.runs.Config`; every seed is reported.
 """
 
