@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from tripletjax.learn import models, runs, sampling, training
+from tripletjax.learn import models, sampling, tasks, training
 
 
 def median_time(function, repeats: int) -> float:
@@ -94,7 +94,7 @@ def main() -> None:
             optax.adam(1e-3),
             source,
             steps=steps,
-            augment=runs.COLOUR,
+            augment=tasks.COLOUR,
             log_every=1,
             progress=False,
         ):

@@ -19,7 +19,7 @@ import numpy as np
 
 import tripletjax as tj
 from tripletjax import learn
-from tripletjax.learn import data, runs
+from tripletjax.learn import pictures, runs
 
 EPISODES = 1000
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a finished run instead of training")
     arguments = parser.parse_args()
 
-    files = sorted(data.image_files(arguments.unseen))
+    files = sorted(pictures.image_files(arguments.unseen))
     names = sorted({file.parent for file in files})
     labels = np.array([names.index(file.parent) for file in files])
     groups = defaultdict(list)
@@ -71,7 +71,9 @@ def main() -> None:
     def show(name: str, values) -> None:
         print(f"{name:<22}" + "".join(f"{value:16.2f}" for value in values), flush=True)
 
-    raw = np.stack([data.Shape(32, 32, 1).fit(data.open_image(file)) for file in files])
+    raw = np.stack(
+        [pictures.Shape(32, 32, 1).fit(pictures.open_image(file)) for file in files]
+    )
     raw = raw.reshape(len(files), -1) / np.float32(255)
     show("raw pixels", measure(raw, labels, groups))
     if arguments.run:

@@ -3,13 +3,14 @@
 python examples/train.py
 python examples/train.py --data photos --out runs/photos
 python examples/train.py --data photos --out runs/photos --resume
+python examples/train.py --triplets chosen.csv --out runs/chosen
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from tripletjax.learn import data, runs, training
+from tripletjax.learn import data, runs, sampling, training
 
 
 def main() -> int:
@@ -25,6 +26,11 @@ def main() -> int:
         "(default: digits)",
     )
     parser.add_argument(
+        "--triplets",
+        help="instead of --data: a CSV file with the paths of an anchor, a positive "
+        "and a negative in each line",
+    )
+    parser.add_argument(
         "--out", type=Path, help="the run directory (default: a new one in runs/)"
     )
     parser.add_argument(
@@ -33,6 +39,7 @@ def main() -> int:
     for name, choices, what in (
         ("split", data.SPLITS, "what is held out (default: images)"),
         ("mining", training.MINING, "which triplets to train on (default: all)"),
+        ("weighting", sampling.WEIGHTINGS, "how classes are drawn (default: uniform)"),
         ("model", runs.MODELS, "the network"),
     ):
         default = getattr(defaults, name)
@@ -44,6 +51,7 @@ def main() -> int:
         ("size", int, "of images, the longer side in pixels"),
         ("classes", int, "classes in a batch"),
         ("per-class", int, "images of each class in a batch"),
+        ("batch", int, "given triplets in a batch"),
         ("chunk", int, "images embedded at a time, to save memory"),
     ):
         default = getattr(defaults, name.replace("-", "_"))
@@ -51,14 +59,23 @@ def main() -> int:
     parser.add_argument(
         "--bfloat16", action="store_true", help="compute the network in bfloat16"
     )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write what TensorBoard reads, too (needs tensorboardX)",
+    )
     options = vars(parser.parse_args())
     out, resume = options.pop("out"), options.pop("resume")
+    tensorboard = options.pop("tensorboard")
     if resume and out is None:
         parser.error("--resume needs --out, the run to go on with")
     if out is None:
-        out = free_directory(Path("runs") / Path(options["data"]).name)
+        name = Path(options["triplets"] or options["data"]).stem
+        out = free_directory(Path("runs") / name)
     try:
-        evaluations = runs.run(runs.Config(**options), out, resume=resume)
+        evaluations = runs.run(
+            runs.Config(**options), out, resume=resume, tensorboard=tensorboard
+        )
     except KeyboardInterrupt as error:
         print(
             f"\n{parser.prog}: {error or 'stopped'}. To go on, run the same with "
@@ -66,25 +83,29 @@ def main() -> int:
             file=sys.stderr,
         )
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
 
     if not evaluations["trained"]:
-        print("\nThere are too few images to hold any out for a test.")
-    width = max(len(name) for name in evaluations) + 2
+        print("\nThere are too few to hold any out for a test.")
     columns = {
         "map_at_r": "MAP@R",
         "r_precision": "R-precision",
         "recall_at_1": "recall@1",
         "nearest_in_train": "nearest training image",
+        "ranked_right": "positive nearer than negative",
     }
     columns = {k: v for k, v in columns.items() if k in evaluations["trained"]}
-    print(f"\n{'test images, in %':<{width}}  " + "  ".join(columns.values()))
+    what, picture = "images", "neighbors"
+    if options["triplets"] is not None:
+        what = picture = "triplets"
+    title = f"test {what}, in %"
+    print(f"\n{title:<19}  " + "  ".join(columns.values()))
     for name, metrics in evaluations.items():
         values = (f"{metrics[k]:{len(v)}.1f}" for k, v in columns.items())
-        print(f"{name:<{max(width, 17)}}  " + "  ".join(values))
-    print(f"\nEverything is in {out}: look at neighbors.png.")
+        print(f"{name:<19}  " + "  ".join(values))
+    print(f"\nEverything is in {out}: look at {picture}.png.")
     return 0
 
 

@@ -4,6 +4,7 @@ import gc
 from pathlib import Path
 
 import jax
+import pytest
 from hypothesis import settings
 
 # Must come before anything asks JAX for its devices.
@@ -27,3 +28,13 @@ def pytest_runtest_teardown():
     if count > int(MOST_MAPS.read_text()) // 2:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    """Prepared datasets go into a directory of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = str(tmp_path_factory.mktemp("tensorflow_datasets"))
+        patch.setenv("TFDS_DATA_DIR", directory)
+        patch.setattr("tensorflow_datasets.core.constants.DATA_DIR", directory)
+        yield

@@ -1,5 +1,6 @@
 """The learning system in small: data, batches, augmentation, models, a whole run."""
 
+import functools
 import json
 import random
 import shutil
@@ -15,25 +16,25 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from folders import shapes
 from PIL import Image
 
 from tripletjax import learn
-from tripletjax.learn import augment, data, models, runs, sampling, training
+from tripletjax.learn import (
+    augment,
+    data,
+    models,
+    runs,
+    sampling,
+    tasks,
+    training,
+)
 from tripletjax.learn.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def datasets(tmp_path_factory):
-    """Prepared datasets go into a directory of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        directory = str(tmp_path_factory.mktemp("tensorflow_datasets"))
-        patch.setenv("TFDS_DATA_DIR", directory)
-        patch.setattr("tensorflow_datasets.core.constants.DATA_DIR", directory)
-        yield
+pytestmark = pytest.mark.usefixtures("datasets")
 
 
 def small(**options):
@@ -45,335 +46,6 @@ def small(**options):
 def finished(datasets, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "small"
     return out, runs.run(small(), out, progress=False)
-
-
-# Data.
-
-
-def test_digits_come_back_as_they_are_in_the_file(tmp_path):
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    dataset = data.load("digits", data_dir=tmp_path)
-    assert "tensorflow" not in sys.modules
-    assert list(tmp_path.rglob("*.array_record*"))
-    sizes = [len(part) for part in (dataset.train, dataset.validation, dataset.test)]
-    assert sizes == [808, 90, 899]
-    np.testing.assert_array_equal(dataset.test.images[..., 0] / 15, digits.images[898:])
-    np.testing.assert_array_equal(dataset.test.labels, digits.target[898:])
-    rest = [*dataset.train.images, *dataset.validation.images]
-    first = [image.tobytes() for image in np.uint8(digits.images[:898] * 15)]
-    assert sorted(image.tobytes() for image in rest) == sorted(first)
-    assert dataset.test.images.dtype == np.uint8
-    assert dataset.label_names == tuple("0123456789")
-    again = data.load("digits", data_dir=tmp_path)
-    np.testing.assert_array_equal(again.train.images, dataset.train.images)
-
-
-def test_unknown_data():
-    with pytest.raises(ValueError, match="no dataset 'faces'"):
-        data.load("faces")
-    with pytest.raises(ValueError, match="split must be one of images, classes"):
-        data.load("digits", split="some")
-
-
-def shapes(folder, *, kinds=8, each=10, size=(24, 20), mode="L", seed=0):
-    """A folder of pictures: of each kind rectangles of one place, with noise."""
-    draw = np.random.default_rng(seed)
-    for kind in range(kinds):
-        place = folder / f"group{kind % 2}" / f"kind{kind}"
-        place.mkdir(parents=True)
-        for number in range(each):
-            pixels = draw.integers(0, 60, (size[1], size[0], 3), dtype=np.uint8)
-            left, top = divmod(kind, 4)
-            pixels[4 * top : 4 * top + 6, 10 * left : 10 * left + 8] += 150
-            image = Image.fromarray(pixels).convert(mode)
-            suffix = ("png", "bmp", "webp")[number % 3]
-            image.save(place / f"{number}.{suffix}", lossless=True)
-    return folder
-
-
-def test_a_folder_of_images(tmp_path):
-    folder = shapes(tmp_path / "pictures")
-    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
-    names = sorted(f"group{kind % 2}/kind{kind}" for kind in range(8))
-    assert list(dataset.label_names) == names
-    assert dataset.train.images.shape == (8 * 7, 20, 24, 1)
-    assert (len(dataset.validation), len(dataset.test)) == (8, 16)
-    for part in (dataset.train, dataset.validation, dataset.test):
-        assert set(part.labels) == set(range(8))
-    every = {
-        image.tobytes()
-        for part in (dataset.train, dataset.validation, dataset.test)
-        for image in part.images
-    }
-    assert len(every) == 80
-    for label, name in enumerate(names):
-        exact = np.asarray(Image.open(folder / name / "0.png"))[..., None]
-        parts = (dataset.train, dataset.validation, dataset.test)
-        assert any(
-            (part.images[part.labels == label] == exact).all((1, 2, 3)).any()
-            for part in parts
-        )
-
-
-def test_what_is_held_out_does_not_depend_on_names(tmp_path):
-    folder = shapes(tmp_path / "pictures")
-    one = data.load(str(folder), data_dir=tmp_path / "kept")
-    for file in sorted(folder.rglob("*.*")):
-        file.rename(file.with_name(f"{100 - int(file.stem)}{file.suffix}"))
-    two = data.load(str(folder), data_dir=tmp_path / "kept")
-    assert {x.tobytes() for x in one.test.images} == {
-        x.tobytes() for x in two.test.images
-    }
-
-
-def test_classes_are_held_out_whole(tmp_path):
-    folder = shapes(tmp_path / "pictures", kinds=8, each=4)
-    dataset = data.load(str(folder), split="classes", data_dir=tmp_path / "kept")
-    kinds = [
-        set(part.labels) for part in (dataset.train, dataset.validation, dataset.test)
-    ]
-    assert [len(each) for each in kinds] == [4, 2, 2]
-    assert set.union(*kinds) == set(range(8))
-    few = shapes(tmp_path / "few", kinds=5, each=3)
-    with pytest.raises(ValueError, match="of 5 classes 4 are held out"):
-        data.load(str(few), split="classes", data_dir=tmp_path / "kept")
-
-
-def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
-    folder = shapes(tmp_path / "pictures", each=4)
-    one = data.load(str(folder), data_dir=tmp_path / "kept")
-    assert list((tmp_path / "kept").rglob("*.array_record*"))
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "open_image", lambda file: 1 / 0)
-        two = data.load(str(folder), data_dir=tmp_path / "kept")
-    assert one.key == two.key
-    np.testing.assert_array_equal(one.train.images, two.train.images)
-    # Another content at the same place.
-    file = folder / "group0" / "kind0" / "0.png"
-    Image.new("L", (24, 20), 77).save(file)
-    assert data.load(str(folder), data_dir=tmp_path / "kept").key != one.key
-
-
-def test_broken_images_are_named_and_skipped(tmp_path):
-    folder = shapes(tmp_path / "pictures", each=4)
-    place = folder / "group0" / "kind0"
-    (place / "none.png").write_bytes(b"this is no image")
-    whole = (place / "0.png").read_bytes()
-    (place / "half.png").write_bytes(whole[: len(whole) // 2])
-    (place / "empty.jpg").write_bytes(b"")
-    (place / "notes.txt").write_text("not looked at")
-    (place / ".hidden.png").write_bytes(b"not looked at")
-    for _ in range(2):
-        dataset = data.load(str(folder), data_dir=tmp_path / "kept")
-        named = [line.split(":")[0] for line in dataset.skipped]
-        assert named == [
-            f"group0/kind0/{n}" for n in ("empty.jpg", "half.png", "none.png")
-        ]
-    assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 32
-
-
-def test_links_are_followed_but_not_in_circles(tmp_path):
-    folder = shapes(tmp_path / "pictures", each=4)
-    (tmp_path / "links").mkdir()
-    for name in ("group0", "group1"):
-        (tmp_path / "links" / name).symlink_to(folder / name)
-    (folder / "group0" / "back").symlink_to(tmp_path / "links")
-    dataset = data.load(str(tmp_path / "links"), data_dir=tmp_path / "kept")
-    assert len(dataset.label_names) == 8
-    assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 32
-
-
-def test_a_class_of_one_image_is_trained_on(tmp_path):
-    folder = shapes(tmp_path / "pictures", kinds=3, each=8)
-    (folder / "single").mkdir()
-    Image.new("L", (24, 20), 200).save(folder / "single" / "a.png")
-    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
-    label = dataset.label_names.index("single")
-    assert (dataset.train.labels == label).sum() == 1
-
-
-@pytest.mark.parametrize("content", ["nothing", "loose", "one class", "all broken"])
-def test_folders_that_cannot_be_trained_on(tmp_path, content):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    words = "has no images"
-    if content == "loose":
-        Image.new("L", (8, 8)).save(folder / "a.png")
-        words = "one folder per class, but 1 images lie in it directly"
-    elif content == "one class":
-        shapes(folder, kinds=1)
-        words = "has one folder of images"
-    elif content == "all broken":
-        shapes(folder, kinds=2, each=2)
-        for file in folder.rglob("*.*"):
-            file.write_bytes(b"broken")
-        words = "none of 4 images could be read"
-    with pytest.raises(ValueError, match=words):
-        data.load(str(folder), data_dir=tmp_path / "kept")
-
-
-def test_images_are_made_into_one_shape_without_distortion():
-    shape = data.Shape(20, 40, 3)
-    wide = Image.new("RGB", (80, 40), (9, 8, 7))
-    np.testing.assert_array_equal(shape.fit(wide), np.full((20, 40, 3), (9, 8, 7)))
-    square = Image.new("RGB", (10, 10), (50, 0, 0))
-    square.paste((0, 200, 0), (2, 2, 8, 8))
-    fitted = shape.fit(square)
-    assert fitted.shape == (20, 40, 3)
-    np.testing.assert_allclose(fitted[:, :10], np.full((20, 10, 3), (50, 0, 0)), atol=8)
-    green = fitted[..., 1] > 100
-    assert abs(green.any(0).sum() - green.any(1).sum()) <= 1
-
-
-def test_every_kind_of_picture_is_read(tmp_path):
-    grey = np.uint8(np.arange(100).reshape(10, 10))
-    kinds = {
-        "grey.png": Image.fromarray(grey),
-        "deep.png": Image.fromarray(np.uint16(grey) * 257),
-        "colour.png": Image.merge("RGB", [Image.fromarray(grey)] * 3),
-        "clear.png": Image.merge(
-            "LA", [Image.fromarray(grey), Image.new("L", (10, 10), 255)]
-        ),
-        "indexed.png": Image.fromarray(grey).convert("P"),
-        "bits.png": Image.fromarray(grey > 50),
-    }
-    shape = data.Shape(10, 10, 1)
-    for name, image in kinds.items():
-        image.save(tmp_path / name)
-        expected = 255 * (grey > 50) if name == "bits.png" else grey
-        read = shape.fit(data.open_image(tmp_path / name))[..., 0]
-        np.testing.assert_allclose(read, expected, atol=1, err_msg=name)
-    clear = Image.new("LA", (10, 10), (0, 0))
-    assert (shape.fit(clear) == 255).all()
-
-
-def test_colour_is_what_is_seen(tmp_path):
-    grey = Image.fromarray(np.uint8(np.arange(100).reshape(10, 10)))
-    grey.convert("RGB").save(tmp_path / "grey.jpg")
-    assert not data.is_colour(data.open_image(tmp_path / "grey.jpg"))
-    Image.new("RGB", (9, 9), (200, 30, 30)).save(tmp_path / "red.jpg")
-    assert data.is_colour(data.open_image(tmp_path / "red.jpg"))
-    assert not data.is_colour(grey.convert("P"))
-
-
-def test_the_shape_is_that_of_the_median_image():
-    sizes = [(100, 50), (200, 100), (90, 45)]
-    assert data.Shape.of(sizes, False, None) == data.Shape(16, 32, 1)
-    assert data.Shape.of(sizes, True, None) == data.Shape(32, 64, 3)
-    assert data.Shape.of(sizes, True, 100) == data.Shape(50, 100, 3)
-    assert data.Shape.of([(8, 8)], False, None) == data.Shape(8, 8, 1)
-
-
-def test_datasets_of_the_catalogue():
-    expected = data.load("digits")
-    dataset = data.load("tfds:digits:test")
-    assert dataset.label_names == expected.label_names
-    parts = (dataset.train, dataset.validation, dataset.test)
-    every = [image.tobytes() for part in parts for image in part.images]
-    assert sorted(every) == sorted(image.tobytes() for image in expected.test.images)
-    whole = data.load("tfds:digits")
-    assert len(whole.train) + len(whole.validation) + len(whole.test) == 1797
-
-
-@pytest.mark.parametrize(
-    ("name", "error", "words"),
-    [
-        ("tfds:fashion_mnist", FileNotFoundError, "not prepared.*TensorFlow"),
-        ("tfds:nothing_of_that", ValueError, "no dataset 'nothing_of_that'"),
-        ("tfds:", ValueError, "must be tfds:NAME"),
-    ],
-)
-def test_the_catalogue_does_not_wait_for_the_network(name, error, words):
-    start = time.perf_counter()
-    with pytest.raises(error, match=words):
-        data.load(name)
-    assert time.perf_counter() - start < 20
-
-
-# Batches.
-
-
-@settings(max_examples=50)
-@given(
-    seed=st.integers(0, 99),
-    step=st.integers(0, 10_000),
-    classes=st.integers(2, 6),
-    per_class=st.integers(2, 5),
-)
-def test_batches_are_p_classes_of_k(seed, step, classes, per_class):
-    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(7) * 3, 4))
-    batches = sampling.ClassBatches(labels, classes, per_class, seed)
-    chosen = batches[step]
-    values, counts = np.unique(labels[chosen], return_counts=True)
-    assert len(values) == classes
-    assert (counts == per_class).all()
-    if per_class <= 4:
-        assert len(set(chosen)) == len(chosen)
-    again = sampling.ClassBatches(labels, classes, per_class, seed)
-    np.testing.assert_array_equal(again[step], chosen)
-    assert (batches[step + 1] != chosen).any()
-
-
-def test_every_class_and_every_image_is_seen():
-    labels = np.repeat(np.arange(10), 12)
-    batches = sampling.ClassBatches(labels, 4, 3, seed=1)
-    seen = np.concatenate([batches[step] for step in range(200)])
-    assert set(seen) == set(range(len(labels)))
-    passes = [
-        labels[np.concatenate([batches[2 * i], batches[2 * i + 1]])] for i in range(9)
-    ]
-    assert all(len(set(a_pass)) == 8 for a_pass in passes)
-
-
-def test_small_classes_repeat_images():
-    batches = sampling.ClassBatches(np.array([0, 0, 0, 1]), 2, 3)
-    assert (np.sort(batches[0]) == [0, 1, 2, 3, 3, 3]).all()
-
-
-@pytest.mark.parametrize(
-    ("classes", "per_class", "words"),
-    [(1, 2, "classes"), (2, 1, "per_class"), (3, 2, "only 2")],
-)
-def test_batches_without_triplets_are_errors(classes, per_class, words):
-    with pytest.raises(ValueError, match=words):
-        sampling.ClassBatches(np.array([0, 0, 1, 1]), classes, per_class)
-
-
-def test_batches_of_images_with_turned_classes():
-    images = np.random.default_rng(0).integers(0, 99, (30, 5, 5, 2), dtype=np.uint8)
-    labels = np.arange(30) % 3 + 10
-    batches = sampling.ImageBatches(images, labels, classes=24, per_class=4, turns=8)
-    got, kinds = batches[3]
-    assert got.shape == (96, 5, 5, 2)
-    assert len(set(kinds)) == 24
-    found = {}
-    for image, kind in zip(got, kinds):
-        for turn in range(8):
-            back = image[:, ::-1] if turn >= 4 else image
-            back = np.rot90(back, -(turn % 4))
-            same = np.flatnonzero((images == back).all((1, 2, 3)))
-            if len(same):
-                found.setdefault(kind, set()).add((turn, labels[same[0]]))
-    # Each class of a batch is one class in one turn.
-    assert all(len(turns) == 1 for turns in found.values())
-    assert len(set.union(*found.values())) == 24
-
-
-@pytest.mark.parametrize("turns", [0, 3, 4])
-def test_turns_that_do_not_fit(turns):
-    with pytest.raises(ValueError, match=r"turns must be 1, 2, 4 or 8.*4 x 6 pixels"):
-        sampling.ImageBatches(np.zeros((4, 4, 6, 1)), [0, 0, 1, 1], 2, 2, turns=turns)
-
-
-def test_half_turns_of_oblong_images():
-    images = np.arange(4 * 24, dtype=np.uint8).reshape(4, 4, 6, 1)
-    batches = sampling.ImageBatches(images, [0, 0, 1, 1], 4, 2, turns=2)
-    got, kinds = batches[0]
-    for image, kind in zip(got, kinds):
-        back = np.rot90(image, 2) if kind >= 2 else image
-        assert (images[2 * (kind % 2) :][:2] == back).all((1, 2, 3)).any()
 
 
 # Augmentation and models.
@@ -512,7 +184,7 @@ def test_the_embedder_is_the_trained_model(finished):
     embeddings = embed(dataset.test.images[..., 0])
     np.testing.assert_array_equal(embeddings, embed(dataset.test.images))
     np.testing.assert_allclose(jnp.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
-    assert runs.evaluate(embed, dataset) == evaluations["trained"]
+    assert tasks.Classes(dataset).evaluate(embed) == evaluations["trained"]
     with pytest.raises(FileNotFoundError, match="no trained model"):
         learn.load_embedder(out / "checkpoints")
 
@@ -603,7 +275,8 @@ def test_chunks_have_the_loss_of_the_whole_batch():
     one, whole = trained(2, tx=optax.sgd(0.1), log_every=1)
     two, chunks = trained(2, tx=optax.sgd(0.1), log_every=1, chunk=8)
     for a, b in zip(whole, chunks):
-        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose([*a.values()], [b[name] for name in a], rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
         nnx.state(one),
@@ -837,8 +510,9 @@ def with_images(shape, kinds, each):
     """A dataset of so many classes, of which nothing is held out."""
     images = np.zeros((kinds * each, *shape), np.uint8)
     train = data.Images(images, np.repeat(np.arange(kinds), each))
+    none = train.part(slice(0))
     names = tuple(map(str, range(kinds)))
-    return data.Dataset("some", train, train[:0], train[:0], names, key="")
+    return data.Dataset("some", train, none, none, names, key="")
 
 
 @pytest.mark.parametrize(
@@ -852,12 +526,12 @@ def with_images(shape, kinds, each):
     ],
 )
 def test_choices_by_the_data(shape, kinds, each, expected):
-    config = runs.chosen(runs.Config(), with_images(shape, kinds, each))
+    config = tasks.Classes(with_images(shape, kinds, each)).choose(runs.Config())
     names = ("model", "classes", "per_class", "turns", "channels")
     assert tuple(getattr(config, name) for name in names) == expected
     assert config.augment.flip == (shape[-1] == 3)
     own = runs.Config(model="multiscale", classes=2, per_class=3, turns=1, steps=5)
-    kept = runs.chosen(own, with_images(shape, kinds, each))
+    kept = tasks.Classes(with_images(shape, kinds, each)).choose(own)
     assert (kept.model, kept.classes, kept.per_class) == ("multiscale", 2, 3)
     assert (kept.turns, kept.steps) == (1, 5)
 
@@ -910,6 +584,107 @@ def test_a_tiny_folder_is_trained_on(tmp_path, kinds, each):
     assert learn.load_embedder(tmp_path / "run")(
         np.zeros((1, 9, 9), np.uint8)
     ).shape == (1, 8)
+
+
+def test_a_run_on_given_triplets(tmp_path):
+    folder = shapes(tmp_path / "pictures", kinds=4, each=10)
+    kinds = [sorted(path.iterdir()) for path in sorted(folder.glob("*/*"))]
+    draw = random.Random(0)
+    lines = []
+    for _ in range(400):
+        one, other = draw.sample(range(4), 2)
+        a, p = draw.sample(kinds[one], 2)
+        lines.append(f"{a},{p},{draw.choice(kinds[other])}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    config = small(triplets=str(tmp_path / "t.csv"), steps=40, batch=16)
+    out = tmp_path / "run"
+    evaluations = runs.run(config, out, progress=False)
+    assert evaluations["trained"]["ranked_right"] > 95
+    assert (
+        evaluations["untrained"]["ranked_right"]
+        < evaluations["trained"]["ranked_right"]
+    )
+    assert (out / "triplets.png").exists()
+    assert learn.load_embedder(out)(kinds[0][:3]).shape == (3, 16)
+    lines = runs.Log(out / "metrics.jsonl").lines
+    assert 0 <= lines[-2]["validation"]["ranked_right"] <= 100
+    again = runs.run(config, tmp_path / "again", progress=False)
+    assert again == evaluations
+
+
+def test_the_loss_of_given_triplets_is_the_mean_of_theirs():
+    x = jax.random.normal(jax.random.key(0), (12, 5))
+    loss, metrics = training.given_loss(margin=0.3)(x, None)
+    a, p, n = np.asarray(x, float).reshape(3, 4, 5)
+    costs = np.linalg.norm(a - p, axis=1) - np.linalg.norm(a - n, axis=1) + 0.3
+    np.testing.assert_allclose(loss, np.maximum(costs, 0).mean(), rtol=1e-5)
+    assert metrics["active"] == np.mean(costs > 0)
+
+
+def test_a_run_on_images_that_do_not_fit_in_memory(tmp_path, monkeypatch):
+    folder = shapes(tmp_path / "pictures", each=14)
+    config = small(data=str(folder), steps=6, weighting="frequency")
+    whole = runs.run(config, tmp_path / "one", progress=False)
+    less = functools.partial(data.load, in_memory=100)
+    monkeypatch.setattr(data, "load", less)
+    stored = runs.run(config, tmp_path / "two", progress=False)
+    del whole["raw pixels"]
+    assert stored == whole
+    assert (tmp_path / "two" / "neighbors.png").exists()
+
+
+def shown_in(directory):
+    """What TensorBoard would show: (name, step, value)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    (file,) = directory.iterdir()
+    content, shown = file.read_bytes(), []
+    while content:
+        # Records: the length, its checksum, an event, its checksum.
+        end = 12 + int.from_bytes(content[:8], "little")
+        event = Event.FromString(content[12:end])
+        shown += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+        content = content[end + 4 :]
+    return shown
+
+
+def test_what_tensorboard_reads(tmp_path):
+    log = runs.Log(tmp_path / "metrics.jsonl")
+    log.add({"step": 0, "evaluation": "untrained", "metrics": {"map_at_r": 12.0}})
+    log.show_in(tmp_path / "tensorboard")
+    log.add({"step": 10, "loss": 0.5})
+    log.add({"step": 10, "validation": {"map_at_r": 50.0}})
+    log.add({"step": 20, "loss": 0.25})
+    expected = [
+        ("untrained/map_at_r", 0, 12.0),
+        ("train/loss", 10, 0.5),
+        ("validation/map_at_r", 10, 50.0),
+        ("train/loss", 20, 0.25),
+    ]
+    log.close()
+    assert shown_in(tmp_path / "tensorboard") == expected
+    # What is trained again is shown once.
+    log.keep(10)
+    log.add({"step": 20, "loss": 0.125})
+    log.close()
+    assert shown_in(tmp_path / "tensorboard") == [
+        *expected[:3],
+        ("train/loss", 20, 0.125),
+    ]
+
+
+def test_a_run_for_tensorboard(tmp_path):
+    out = tmp_path / "run"
+    runs.run(small(steps=4), out, tensorboard=True, progress=False)
+    names = {name for name, _, _ in shown_in(out / "tensorboard")}
+    assert {"train/loss", "trained/map_at_r", "validation/map_at_r"} <= names
+
+
+def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match=r"tripletjax\[tensorboard\]"):
+        runs.run(small(), tmp_path / "run", tensorboard=True, progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 TRAIN = """

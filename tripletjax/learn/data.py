@@ -1,37 +1,42 @@
-"""Images with labels: where they come from, and which of them are held out.
+"""Images with labels or in triplets: where they come from, and which are held out.
 
-Whatever the source, images are decoded once to one size and kept as array_record files
-through tensorflow-datasets, which needs no TensorFlow for that, in its usual place
-(``~/tensorflow_datasets``, or ``TFDS_DATA_DIR``). The next start reads them back.
+Whatever the source, images are decoded once to one shape and kept as array_record files
+through tensorflow-datasets, under a key of their content. The next start reads them
+back, into memory if they fit.
 """
 
-import contextlib
+import csv
 import dataclasses
 import hashlib
-import io
-import json
-import os
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image, ImageOps
-from tqdm import tqdm
+from PIL import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-# The longer side that images are reduced to: lines need fewer pixels than photographs.
-GREY_SIZE, COLOUR_SIZE = 32, 64
-# So many images are looked at for colour.
-LOOK = 256
-# Of how images are decoded; another number makes folders be decoded again.
-FORMAT = 1
-# Held out of every class, or of the classes.
+from tripletjax.learn.pictures import SUFFIXES, image_files, open_image
+from tripletjax.learn.stored import (
+    Digits,
+    Stored,
+    StoredImages,
+    digest_of,
+    prepare,
+    store,
+)
+
+# Of how images are decoded; another number makes them be decoded again.
+FORMAT = 2
+# Held out of every class, or of the classes, or of the anchors of triplets.
 TEST, VALIDATION = 0.15, 0.1
 SPLITS = ("images", "classes")
+# Images of more bytes than this stay on disk.
+IN_MEMORY = 2**31
+
+# uint8 ``[n, height, width, channels]``: in memory, or on disk if they do not fit.
+ImageArray = np.ndarray | StoredImages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +44,21 @@ class Images:
     """Images with labels.
 
     Attributes:
-        images: uint8 ``[n, height, width, channels]``.
+        images: uint8 ``[n, height, width, channels]``; a `StoredImages`, which is read
+            when it is indexed, if they do not fit in memory.
         labels: int32 ``[n]``.
     """
 
-    images: np.ndarray
+    images: ImageArray
     labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: Any) -> "Images":
-        return Images(self.images[index], self.labels[index])
+    def part(self, index: Any) -> "Images":
+        stored = isinstance(self.images, StoredImages)
+        images = self.images.part(index) if stored else self.images[index]
+        return Images(images, self.labels[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +84,38 @@ class Dataset:
     skipped: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Triplets:
+    """Triplets of images that somebody has chosen.
+
+    Attributes:
+        name: how they are called.
+        images: uint8 ``[n, height, width, channels]``, or a `StoredImages`.
+        train: which images are anchor, positive and negative, int32 ``[t, 3]``.
+        validation: the same, held out to choose between parameters with.
+        test: the same, held out to evaluate on.
+        key: a digest of all of it.
+        skipped: files that could not be read, and why.
+        left_out: how many triplets have such a file.
+    """
+
+    name: str
+    images: ImageArray
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    key: str
+    skipped: tuple[str, ...] = ()
+    left_out: int = 0
+
+
 def load(
     name: str,
     *,
     split: str = "images",
     size: int | None = None,
     data_dir: str | Path | None = None,
+    in_memory: int = IN_MEMORY,
     progress: bool = False,
 ) -> Dataset:
     """Loads a dataset, preparing it first where needed.
@@ -97,6 +131,8 @@ def load(
         size: the longer side of an image in pixels. If not given, that of the median
             image, but at most 32 for grey and 64 for colour images.
         data_dir: where tensorflow-datasets keeps its files; its default if not given.
+        in_memory: how many bytes of images are read into memory; more stay on disk,
+            and are read when they are needed.
         progress: whether to show a progress bar while images are decoded.
 
     Returns:
@@ -111,33 +147,159 @@ def load(
     if size is not None and size < 1:
         raise ValueError(f"size must be positive, got {size}.")
     if name == "digits":
-        builder = Digits(data_dir=data_dir, file_format="array_record")
-        _prepare(builder)
-        train, validation = _parts(_read(builder, "train"), "images", [VALIDATION])
-        names = builder.info.features["label"].names
-        return _dataset(name, train, validation, _read(builder, "test"), names)
+        return _digits(data_dir)
+    options = {
+        "size": size,
+        "data_dir": data_dir,
+        "in_memory": in_memory,
+        "progress": progress,
+    }
     skipped = ()
     if name.startswith("tfds:"):
-        images, names = _from_catalogue(name, size, data_dir, progress)
+        stored, labels, names = _from_catalogue(name, **options)
     elif Path(name).is_dir():
-        images, names, skipped = _from_folder(Path(name), size, data_dir, progress)
+        stored, labels, names, skipped = _from_folder(Path(name), **options)
     else:
         raise ValueError(
             f"there is no dataset {name!r}: it must be digits, an existing folder, or "
             "tfds:NAME."
         )
-    train, test, validation = _parts(images, split, [TEST, VALIDATION])
-    return _dataset(name, train, validation, test, names, skipped)
+    images = Images(stored.images, labels[stored.kept])
+    places = _held_out_images(images.labels, stored.digests, split)
+    digests = np.array(stored.digests)
+    return _dataset(name, images, digests, places, names, skipped)
+
+
+def load_triplets(
+    file: str | Path,
+    *,
+    size: int | None = None,
+    data_dir: str | Path | None = None,
+    in_memory: int = IN_MEMORY,
+    progress: bool = False,
+) -> Triplets:
+    """Loads triplets of image files.
+
+    Some anchors are held out with all their triplets, for validation and for the test;
+    the images themselves may be positives or negatives of others.
+
+    Args:
+        file: a CSV file of UTF-8 with three columns, the paths of an anchor, a positive
+            and a negative; relative ones are relative to the file. With a first line
+            that names them ``anchor``, ``positive`` and ``negative`` they may come in
+            any order, and other columns are not looked at.
+        size: as in `load`, and the arguments that follow.
+        data_dir: see there.
+        in_memory: see there.
+        progress: see there.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if a line is not a triplet, or no triplet is left to train on.
+    """
+    file = Path(file).resolve()
+    rows = _triplet_rows(file)
+    names = sorted({name for row in rows for name in row})
+    files = [file.parent / name for name in names]
+    stored = store(
+        files,
+        open_image,
+        _directory(data_dir, _files_key(files, names, size)),
+        size=size,
+        in_memory=in_memory,
+        progress=progress,
+    )
+    place = {names[kept]: row for row, kept in enumerate(stored.kept)}
+    whole = [row for row in rows if all(name in place for name in row)]
+    if not whole:
+        raise ValueError(f"{file} has no triplet of which all images can be read.")
+    triplets = np.array([[place[name] for name in row] for row in whole], np.int32)
+    anchors = np.unique(triplets[:, 0]).tolist()
+    anchors = [[a] for a in sorted(anchors, key=lambda a: (stored.digests[a], a))]
+    parts = _shared_out(anchors, [TEST, VALIDATION], least=0)
+    train, test, validation = (
+        triplets[np.isin(triplets[:, 0], np.array(part, int))] for part in parts
+    )
+    digest = hashlib.blake2b(" ".join(stored.digests).encode(), digest_size=16)
+    digest.update(f"{stored.images.shape}".encode())
+    digest.update(triplets)
+    skipped = [f"{names[place]}: {why}" for place, why in stored.skipped.items()]
+    return Triplets(
+        str(file),
+        stored.images,
+        train,
+        validation,
+        test,
+        digest.hexdigest(),
+        tuple(skipped),
+        len(rows) - len(whole),
+    )
+
+
+def _triplet_rows(file: Path) -> list[tuple[str, str, str]]:
+    roles = ("anchor", "positive", "negative")
+    rows, columns = [], None
+    with file.open(newline="", encoding="utf-8-sig") as opened:
+        reader = csv.reader(opened, skipinitialspace=True)
+        for row in reader:
+            if not any(row):
+                continue
+            if columns is None:
+                titles = [title.strip().lower() for title in row]
+                if all(titles.count(role) == 1 for role in roles):
+                    columns = [titles.index(role) for role in roles]
+                    width = len(row)
+                    continue
+                columns, width = [0, 1, 2], 3
+            if len(row) != width:
+                raise ValueError(
+                    f"{file}, line {reader.line_num}: must have {width} columns, has "
+                    f"{len(row)}."
+                )
+            names = tuple(row[column].strip() for column in columns)
+            if len(set(names)) < 3 or not all(names):
+                raise ValueError(
+                    f"{file}, line {reader.line_num}: anchor, positive and negative "
+                    f"must be three different images, got {', '.join(names)}."
+                )
+            rows.append(names)
+    if not rows:
+        raise ValueError(
+            f"{file} has no triplets: it must have three columns of paths."
+        )
+    return rows
+
+
+def _digits(data_dir: str | Path | None) -> Dataset:
+    builder = Digits(data_dir=data_dir, file_format="array_record")
+    prepare(builder)
+    records = []
+    for part in ("train", "test"):
+        source = builder.as_data_source(part)
+        some = source.__getitems__(range(len(source)))
+        records += sorted(some, key=lambda record: record["place"])
+    images = Images(
+        images=np.stack([record["image"] for record in records]),
+        labels=np.array([record["label"] for record in records], np.int32),
+    )
+    digests = np.array([digest_of(image) for image in images.images])
+    half = Digits.TRAIN
+    labels = images.labels[:half]
+    train, validation = _shared_out_images(labels, digests[:half], [VALIDATION])
+    places = train, validation, np.arange(half, len(images))
+    names = builder.info.features["label"].names
+    return _dataset("digits", images, digests, places, names)
 
 
 def _dataset(
     name: str,
-    train: Images,
-    validation: Images,
-    test: Images,
+    images: Images,
+    digests: np.ndarray,
+    places: Sequence[np.ndarray],
     label_names: Sequence[str],
     skipped: Sequence[str] = (),
 ) -> Dataset:
+    train, validation, test = (images.part(part) for part in places)
     kinds = len(np.unique(train.labels))
     if kinds < 2:
         raise ValueError(
@@ -145,51 +307,72 @@ def _dataset(
             "least 2 are needed."
         )
     digest = hashlib.blake2b(digest_size=16)
-    for part in (train, validation, test):
-        digest.update(str(part.images.shape).encode())
-        digest.update(np.ascontiguousarray(part.images))
-        digest.update(np.ascontiguousarray(part.labels))
+    for part in places:
+        digest.update(str((len(part), *images.images.shape[1:])).encode())
+        digest.update(" ".join(digests[part]).encode())
+        digest.update(images.labels[part])
     key = digest.hexdigest()
     return Dataset(
         name, train, validation, test, tuple(label_names), key, tuple(skipped)
     )
 
 
-def _parts(images: Images, split: str, shares: Sequence[float]) -> list[Images]:
-    """What is left to train on, then the shares held out.
+def _held_out_images(
+    labels: np.ndarray, digests: Sequence[str], split: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places of images to train on, for validation and for the test."""
+    if split == "images":
+        shares = [TEST, VALIDATION]
+        train, test, validation = _shared_out_images(labels, digests, shares)
+        return train, validation, test
+    # Units are whole classes, and of one class alone nothing can be told.
+    members = _members(labels, digests)
+    members.sort(key=lambda places: digests[places[0]])
+    parts = _shared_out(members, [TEST, VALIDATION], least=2)
+    train, test, validation = (np.sort(np.array(part, int)) for part in parts)
+    if len(np.unique(labels[train])) < 2:
+        raise ValueError(
+            f"split is classes, but of {len(members)} classes "
+            f"{len(np.unique(labels[np.concatenate([test, validation])]))} are held "
+            "out, which leaves fewer than 2 to train on."
+        )
+    return train, validation, test
 
-    Which ones is decided by the digests of images alone, neither by names nor by the
-    order of files.
-    """
-    digests = [hashlib.blake2b(image).digest() for image in images.images]
-    members = [np.flatnonzero(images.labels == c) for c in np.unique(images.labels)]
-    members = [sorted(places, key=digests.__getitem__) for places in members]
-    if split == "classes":
-        # Units are whole classes, and of one class alone nothing can be told.
-        ordered = sorted(members, key=lambda places: digests[places[0]])
-        groups, least = [ordered], 2
-    else:
-        groups, least = [[[place] for place in places] for places in members], 0
-    part = np.zeros(len(images), int)
-    for group in groups:
-        start = 0
-        for number, share in enumerate(shares, start=1):
-            stop = start + max(least, int(share * len(group) + 0.5))
-            for unit in group[start:stop]:
-                part[unit] = number
-            start = stop
-        if len(group) - start < least:
-            raise ValueError(
-                f"split is classes, but of {len(group)} classes {start} are held out, "
-                "which leaves fewer than 2 to train on."
-            )
-    return [images[part == number] for number in range(len(shares) + 1)]
+
+def _members(labels: np.ndarray, digests: Sequence[str]) -> list[list[int]]:
+    """The images of each class, in an order that neither names nor files decide."""
+    members = [np.flatnonzero(labels == c).tolist() for c in np.unique(labels)]
+    return [sorted(places, key=lambda place: digests[place]) for places in members]
+
+
+def _shared_out_images(
+    labels: np.ndarray, digests: Sequence[str], shares: Sequence[float]
+) -> list[np.ndarray]:
+    """Places that are left, then the shares of every class."""
+    by_class = [
+        _shared_out([[place] for place in places], shares, least=0)
+        for places in _members(labels, digests)
+    ]
+    return [np.sort(np.concatenate(parts).astype(int)) for parts in zip(*by_class)]
+
+
+def _shared_out(
+    units: Sequence[list[int]], shares: Sequence[float], *, least: int
+) -> list[list[int]]:
+    """What is left of some units, then the shares, each of at least so many units."""
+    parts, start = [], 0
+    for share in shares:
+        stop = start + max(least, int(share * len(units) + 0.5))
+        parts.append(units[start:stop])
+        start = stop
+    parts.insert(0, units[start:])
+    return [[place for unit in part for place in unit] for part in parts]
 
 
 def _from_folder(
-    folder: Path, size: int | None, data_dir: str | Path | None, progress: bool
-) -> tuple[Images, tuple[str, ...], tuple[str, ...]]:
-    """Images, the names of their classes, and what could not be read."""
+    folder: Path, *, size: int | None, data_dir: str | Path | None, **options: Any
+) -> tuple[Stored, np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """Images, labels, the names of classes, and what could not be read."""
     folder = folder.resolve()
     files = sorted(image_files(folder))
     if loose := [file.name for file in files if file.parent == folder]:
@@ -205,45 +388,39 @@ def _from_folder(
             f"{folder} has one folder of images, {names[0]}; it must have at least 2, "
             "one per class."
         )
+    relative = [str(file.relative_to(folder)) for file in files]
+    directory = _directory(data_dir, _files_key(files, relative, size))
+    stored = store(files, open_image, directory, size=size, **options)
+    numbers = {name: label for label, name in enumerate(names)}
+    labels = [numbers[str(file.parent.relative_to(folder))] for file in files]
+    skipped = [f"{relative[place]}: {why}" for place, why in stored.skipped.items()]
+    return stored, np.array(labels, np.int32), names, tuple(skipped)
+
+
+def _files_key(files: Sequence[Path], names: Sequence[str], size: int | None) -> str:
+    """A digest of what files hold, and of their names."""
+
+    def content(file: Path) -> bytes:
+        if not file.is_file():
+            return b"none"
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "blake2b").digest()
+
     digest = hashlib.blake2b(str((FORMAT, size)).encode(), digest_size=16)
     with ThreadPoolExecutor() as pool:
-        for file, content in zip(files, pool.map(_digest, files)):
-            digest.update(str(file.relative_to(folder)).encode() + b"\0" + content)
-    data_dir = Path(data_dir or tfds.core.constants.DATA_DIR)
-    builder = Folder(
-        folder=folder,
-        files=files,
-        names=names,
-        size=size,
-        progress=progress,
-        data_dir=data_dir / "tripletjax_folders" / digest.hexdigest(),
-        file_format="array_record",
-    )
-    _prepare(builder)
-    summary = json.loads(builder.info.metadata["summary"])
-    return _read(builder, "all_images"), names, tuple(summary["skipped"])
+        for name, one in zip(names, pool.map(content, files)):
+            digest.update(name.encode() + b"\0" + one)
+    return digest.hexdigest()
 
 
-def image_files(folder: Path) -> Iterator[Path]:
-    """The images in a folder and in those within, in no particular order."""
-    seen = set()
-    for directory, folders, files in os.walk(folder, followlinks=True):
-        # A link may lead back to where it is.
-        real = os.path.realpath(directory)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield Path(directory) / name
+def _directory(data_dir: str | Path | None, key: str) -> Path:
+    return Path(data_dir or tfds.core.constants.DATA_DIR) / "tripletjax" / key
 
 
 def _from_catalogue(
-    name: str, size: int | None, data_dir: str | Path | None, progress: bool
-) -> tuple[Images, tuple[str, ...]]:
-    """Images of a dataset of tensorflow-datasets, and the names of its classes."""
+    name: str, *, size: int | None, data_dir: str | Path | None, **options: Any
+) -> tuple[Stored, np.ndarray, tuple[str, ...]]:
+    """Images, labels and the names of classes of a dataset of tensorflow-datasets."""
     _, dataset, *split = name.split(":")
     if not dataset or len(split) > 1:
         raise ValueError(f"data must be tfds:NAME or tfds:NAME:SPLIT, got {name!r}.")
@@ -276,264 +453,20 @@ def _from_catalogue(
             f"the dataset {dataset!r} must have an image and a label, it has: "
             f"{', '.join(features)}."
         )
-    source = builder.as_data_source("+".join(split) or "+".join(builder.info.splits))
-    records = [source[i] for i in tqdm(range(len(source)), disable=not progress)]
-    arrays = [np.asarray(record[image]) for record in records]
-    pictures = [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x) for x in arrays]
-    colour = any(is_colour(one) for one in pictures[:: -(-len(pictures) // LOOK)])
-    shape = Shape.of([picture.size for picture in pictures], colour, size)
-    return (
-        Images(
-            images=np.stack([shape.fit(picture) for picture in pictures]),
-            labels=np.array([int(record[label]) for record in records], np.int32),
-        ),
-        tuple(features[label].names),
+    part = "+".join(split) or "+".join(builder.info.splits)
+    source = builder.as_data_source(part)
+
+    def picture(place: int) -> Image.Image:
+        x = np.asarray(source[place][image])
+        return Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x)
+
+    made_of = FORMAT, size, builder.info.full_name, builder.data_dir, part, len(source)
+    key = hashlib.blake2b(str(made_of).encode(), digest_size=16).hexdigest()
+    stored = store(
+        range(len(source)), picture, _directory(data_dir, key), size=size, **options
     )
-
-
-def _digest(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "blake2b").digest()
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What every image of a dataset, or of a run, is made into.
-
-    Attributes:
-        height: in pixels.
-        width: in pixels.
-        channels: 1 for grey, 3 for colour.
-    """
-
-    height: int
-    width: int
-    channels: int
-
-    @classmethod
-    def of(
-        cls, sizes: Sequence[tuple[int, int]], colour: bool, size: int | None
-    ) -> "Shape":
-        """The shape of the median image, its longer side at most `size`."""
-        width, height = np.median(np.array(sizes), axis=0)
-        longest = max(width, height)
-        limit = COLOUR_SIZE if colour else GREY_SIZE
-        scale = (min(limit, longest) if size is None else size) / longest
-        height, width = (max(1, round(scale * side)) for side in (height, width))
-        return cls(height, width, 3 if colour else 1)
-
-    def fit(self, image: Image.Image) -> np.ndarray:
-        """An image as uint8 ``[height, width, channels]``, never distorted.
-
-        What is left at two sides has the mean colour of the image's border.
-        """
-        image = flat(image).convert("RGB" if self.channels == 3 else "L")
-        scale = min(self.width / image.width, self.height / image.height)
-        width, height = (max(1, round(scale * side)) for side in image.size)
-        if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-        pixels = np.asarray(image).reshape(height, width, self.channels)
-        if (height, width) == (self.height, self.width):
-            return pixels
-        border = pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]
-        mean = np.concatenate(border).mean(axis=0).round().astype(np.uint8)
-        whole = np.broadcast_to(mean, (self.height, self.width, self.channels)).copy()
-        top, left = (self.height - height) // 2, (self.width - width) // 2
-        whole[top : top + height, left : left + width] = pixels
-        return whole
-
-
-def flat(image: Image.Image) -> Image.Image:
-    """Without what Pillow would lose: 16 bits are scaled, transparency is white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
-        top = 65535 if values.max() > 255 else 255
-        return Image.fromarray(np.uint8(np.clip(values * (255 / top), 0, 255)))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image
-
-
-def is_colour(image: Image.Image) -> bool:
-    """Whether it shows any colour, whatever its format could show."""
-    if len(flat(image).getbands()) == 1:
-        return False
-    pixels = np.asarray(flat(image).convert("RGB"), np.int16)
-    # Lossy formats leave a little where there is none.
-    return bool(np.ptp(pixels, axis=-1).mean() > 2)
-
-
-def open_image(file: str | Path) -> Image.Image:
-    """An image file, upright and decoded.
-
-    Raises:
-        OSError: if it is no image, or broken.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                return ImageOps.exif_transpose(image)
-    except OSError:
-        raise
-    except Exception as error:
-        # Broken files make Pillow's decoders raise whatever they come across.
-        raise OSError(f"{type(error).__name__}: {error}") from error
-
-
-class Folder(tfds.core.GeneratorBasedBuilder):
-    """Images of a folder, decoded to one shape."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(
-        self,
-        *,
-        folder: Path,
-        files: Sequence[Path],
-        names: Sequence[str],
-        size: int | None,
-        progress: bool,
-        **options: Any,
-    ):
-        self.folder, self.files, self.names = folder, files, names
-        self.size, self.progress = size, progress
-        super().__init__(**options)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Tensor(
-                    shape=(None, None, None), dtype=np.uint8, encoding="zlib"
-                ),
-                "label": np.int64,
-                "place": np.int64,
-            }
-        )
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Images of a folder.",
-            features=features,
-            metadata=tfds.core.MetadataDict(),
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        return {"all_images": self._generate_examples()}
-
-    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
-        skipped = {}
-
-        def tried(function: Any, files: Iterable[Path]) -> Iterator[Any]:
-            def one(file: Path) -> Any:
-                try:
-                    return function(file)
-                except OSError as error:
-                    return error
-
-            with ThreadPoolExecutor() as pool:
-                for file, result in zip(files, pool.map(one, files)):
-                    if isinstance(result, OSError):
-                        skipped[file] = str(result)
-                    else:
-                        yield file, result
-
-        def look(file: Path) -> tuple[int, int]:
-            with Image.open(file) as image:
-                return image.size
-
-        sizes = [size for _, size in tried(look, self.files)]
-        files = [file for file in self.files if file not in skipped]
-        some = files[:: -(-len(files) // LOOK)] if files else []
-        colour = [is_colour(image) for _, image in tried(open_image, some)]
-        if not colour:
-            raise ValueError(f"none of {len(self.files)} images could be read.")
-        files = [file for file in files if file not in skipped]
-        shape = Shape.of(sizes, any(colour), self.size)
-        labels = {name: label for label, name in enumerate(self.names)}
-        decoded = tried(lambda file: shape.fit(open_image(file)), files)
-        bar = tqdm(
-            decoded,
-            desc="decoding images",
-            total=len(files),
-            unit="image",
-            disable=not self.progress,
-        )
-        for place, (file, image) in enumerate(bar):
-            yield (
-                place,
-                {
-                    "image": image,
-                    "label": labels[str(file.parent.relative_to(self.folder))],
-                    "place": place,
-                },
-            )
-        lines = [
-            f"{file.relative_to(self.folder)}: {why}" for file, why in skipped.items()
-        ]
-        self.info.metadata["summary"] = json.dumps({"skipped": sorted(lines)})
-
-
-class Digits(tfds.core.GeneratorBasedBuilder):
-    """Handwritten digits of 13 writers, 8 x 8 pixels, in the order of the file.
-
-    The first half trains and the second half tests. Writers follow one another in the
-    file, so that a random split would show the test writers while training.
-    """
-
-    VERSION = tfds.core.Version("1.0.0")
-    TRAIN = 898
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
-                "label": tfds.features.ClassLabel(num_classes=10),
-                # Records are stored in no particular order.
-                "place": np.int64,
-            }
-        )
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="The handwritten digits that come with scikit-learn.",
-            citation=(
-                "Alpaydin, Kaynak. Optical Recognition of Handwritten Digits. "
-                "UCI Machine Learning Repository, 1998. doi:10.24432/C50P49"
-            ),
-            features=features,
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        # 17 levels, 0 to 16, spread over 0 to 240: exactly proportional.
-        images = (digits.images * 15).astype(np.uint8)[..., None]
-        half = slice(None, self.TRAIN), slice(self.TRAIN, None)
-        return {
-            split: self._generate_examples(images[part], digits.target[part])
-            for split, part in zip(("train", "test"), half)
-        }
-
-    def _generate_examples(
-        self, images: np.ndarray, labels: np.ndarray
-    ) -> Iterator[tuple[int, dict]]:
-        for place, (image, label) in enumerate(zip(images, labels)):
-            yield place, {"image": image, "label": int(label), "place": place}
-
-
-def _read(builder: tfds.core.DatasetBuilder, split: str) -> Images:
-    source = builder.as_data_source(split)
-    records = sorted(source.__getitems__(range(len(source))), key=lambda r: r["place"])
-    return Images(
-        images=np.stack([record["image"] for record in records]),
-        labels=np.array([record["label"] for record in records], np.int32),
-    )
-
-
-def _prepare(builder: tfds.core.DatasetBuilder) -> None:
-    tfds.disable_progress_bar()
-    # It announces a download, on standard output, also where there is none.
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare()
+    # Images need not be decoded for their labels.
+    skip = {image: tfds.decode.SkipDecoding()}
+    source = builder.as_data_source(part, decoders=skip)
+    labels = [int(record[label]) for record in source]
+    return stored, np.array(labels, np.int32), tuple(features[label].names)

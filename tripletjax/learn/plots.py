@@ -95,5 +95,59 @@ def neighbors(
     figure.savefig(path, dpi=120)
 
 
+def triplets(
+    images: ArrayLike,
+    triplets: np.ndarray,
+    distances: dict[str, np.ndarray],
+    path: str | Path,
+    *,
+    rows: int = 10,
+) -> None:
+    """Triplets in the order of distance: the anchor, then the nearer of the other two.
+
+    They are those that the first embedding does worst on, each of another anchor as far
+    as there are. The positive is framed green, the negative red.
+
+    Args:
+        images: uint8 ``[n, height, width, channels]``.
+        triplets: which images are anchor, positive and negative, ``[t, 3]``.
+        distances: by name of an embedding, from anchors to positives and to negatives,
+            ``[2, t]``.
+        path: the PNG file to write.
+        rows: how many triplets to show.
+    """
+    positive, negative = next(iter(distances.values()))
+    worst = np.argsort(negative - positive, kind="stable")
+    _, first = np.unique(triplets[worst, 0], return_index=True)
+    chosen = worst[np.sort(first)][:rows]
+
+    figure = Figure(
+        figsize=(3.4 * len(distances), 0.95 * len(chosen) + 0.6), layout="constrained"
+    )
+    parts = np.atleast_1d(figure.subfigures(1, len(distances)))
+    for part, (name, (positive, negative)) in zip(parts, distances.items()):
+        right = np.mean(positive < negative)
+        part.suptitle(f"{name}: {right:.1%} in order", fontsize=10)
+        grid = part.subplots(len(chosen), 3, squeeze=False)
+        for row, place in zip(grid, chosen):
+            anchor, *pair = triplets[place]
+            others = [
+                (positive[place], pair[0], RIGHT),
+                (negative[place], pair[1], WRONG),
+            ]
+            others.sort(key=lambda other: other[0])
+            for axes, (distance, image, color) in zip(
+                row, [(None, anchor, QUERY), *others]
+            ):
+                picture = _shown(np.asarray(images[image]))
+                axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+                axes.set(xticks=[], yticks=[])
+                for spine in axes.spines.values():
+                    spine.set(color=color, linewidth=2.5)
+                if distance is not None:
+                    axes.set_title(f"{distance:.2f}", fontsize=8, pad=2)
+    figure.savefig(path, dpi=120)
+
+
 def _shown(image: np.ndarray) -> np.ndarray:
     return image[..., 0] if image.shape[-1] == 1 else image

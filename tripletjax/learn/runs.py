@@ -8,7 +8,9 @@ A run directory holds
 - ``best/``: the model that did best in validation;
 - ``summary.json``: the evaluations, once the run has finished;
 - ``training.png``: loss and share of active triplets over the steps;
-- ``neighbors.png``: images that were never trained on, and their nearest neighbours.
+- ``neighbors.png``: images that were never trained on, and their nearest neighbours;
+- ``triplets.png`` instead, of given triplets: those held out, in the order of distance;
+- ``tensorboard/``, if asked for: the numbers of ``metrics.jsonl`` for TensorBoard.
 """
 
 import dataclasses
@@ -28,139 +30,14 @@ from jax import Array
 from jax.typing import ArrayLike
 from PIL import Image
 
-import tripletjax as tj
-from tripletjax.learn import data, models, plots, sampling, training
-from tripletjax.learn.augment import Augment
+from tripletjax.learn import plots, tasks, training
 from tripletjax.learn.checkpoints import Checkpoints
+from tripletjax.learn.config import MODELS, Config
+from tripletjax.learn.pictures import Shape, open_image
+from tripletjax.learn.stored import StoredImages
 
-MODELS = {
-    "cnn": models.EmbeddingCNN,
-    "resnet": models.EmbeddingResNet,
-    "multiscale": models.MultiScaleCNN,
-}
-# From here on there are many classes, which take longer to learn.
-MANY = 32
-# Classes of fewer images, in the median, are too small to learn from as they are.
-SCARCE = 30
-# Validation compares with at most so many images of the training set.
-GALLERY = 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Everything that a run depends on. What is None is chosen by the data.
-
-    Attributes:
-        data: name of the dataset, as `data.load` takes it.
-        split: what is held out: images, or classes.
-        size: of images, the longer side in pixels.
-        model: cnn, resnet or multiscale.
-        mining: which triplets to train on: all, semi-hard or hard.
-        steps: how many steps to train.
-        seed: of the initial parameters, the batches and the augmentation.
-        margin: of the triplet loss, in Euclidean distance between unit vectors.
-        warm_start: share of the steps that hard mining leaves to all triplets first,
-            without which it collapses.
-        classes: how many classes there are in a batch.
-        per_class: how many images of each.
-        turns: as in `sampling.ImageBatches`.
-        learning_rate: at its peak.
-        weight_decay: of AdamW.
-        average: how much of the averaged parameters a step keeps.
-        dim: number of dimensions of the embedding.
-        channels: number of channels of each stage of the network.
-        augment: how images are changed at random.
-        bfloat16: whether the network computes in bfloat16.
-        chunk: how many images are embedded at a time, to bound the memory.
-        log_every: how many steps between two lines of metrics.
-        validate_every: how many steps between two validations.
-        checkpoint_every: how many steps between two states on disk.
-    """
-
-    data: str = "digits"
-    split: str = "images"
-    size: int | None = None
-    model: str | None = None
-    mining: str = "all"
-    steps: int | None = None
-    seed: int = 0
-    margin: float = 0.2
-    warm_start: float = 0.5
-    classes: int | None = None
-    per_class: int | None = None
-    turns: int | None = None
-    learning_rate: float = 2e-3
-    weight_decay: float = 1e-3
-    average: float = 0.98
-    dim: int | None = None
-    channels: tuple[int, ...] | None = None
-    augment: Augment | None = None
-    bfloat16: bool = False
-    chunk: int | None = None
-    log_every: int = 10
-    validate_every: int = 100
-    checkpoint_every: int = 100
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("mining", training.MINING),
-            ("split", data.SPLITS),
-            ("model", (None, *MODELS)),
-        ):
-            if getattr(self, name) not in known:
-                words = ", ".join(str(word) for word in known if word)
-                raise ValueError(
-                    f"{name} must be one of {words}, got {getattr(self, name)!r}."
-                )
-        for name in (
-            *("size", "steps", "dim", "chunk"),
-            *("log_every", "validate_every", "checkpoint_every"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}.")
-        for name in ("margin", "learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"{name} must be finite and >= 0, got {getattr(self, name)!r}."
-                )
-        if not 0 <= self.warm_start <= 1:
-            raise ValueError(f"warm_start must be 0 to 1, got {self.warm_start!r}.")
-
-
-GREY = Augment(shift=0.1, rotation=12.0, zoom=0.15, shear=0.15)
-# Of few images of a class there is little to see how far it reaches.
-SCARCE_GREY = Augment(shift=0.1, rotation=20.0, zoom=0.25, shear=0.3)
-COLOUR = Augment(
-    shift=0.1, rotation=5.0, zoom=0.1, flip=True, brightness=0.1, erase=0.25
-)
-
-
-def chosen(config: Config, dataset: data.Dataset) -> Config:
-    """The same with all choices made."""
-    _, height, width, channels = dataset.train.images.shape
-    _, counts = np.unique(dataset.train.labels, return_counts=True)
-    colour = channels > 1
-    # Many classes of few images: turned and mirrored ones are classes of their own.
-    scarce = np.median(counts) < SCARCE and len(counts) >= MANY
-    turns = config.turns or (1 if not scarce else 8 if height == width else 2)
-    kinds = turns * len(counts)
-    many = kinds >= MANY
-    per_class = config.per_class or (4 if many else 8)
-    choices = {
-        "model": "resnet" if colour else "cnn",
-        "steps": 800 if many else 600,
-        "per_class": per_class,
-        "classes": min(kinds, max(2, (160 if many else 128) // per_class)),
-        "turns": turns,
-        "dim": 128 if many else 64,
-        "channels": (32, 64) if max(height, width) <= 16 else (32, 64, 128),
-        "augment": COLOUR if colour else SCARCE_GREY if scarce else GREY,
-    }
-    for name in choices:
-        if getattr(config, name) is not None:
-            choices[name] = getattr(config, name)
-    return dataclasses.replace(config, **choices)
+# So many images tell the mean and the deviation of all.
+SAMPLE = 4096
 
 
 class RunExistsError(FileExistsError):
@@ -168,7 +45,12 @@ class RunExistsError(FileExistsError):
 
 
 def run(
-    config: Config, out: str | Path, *, resume: bool = False, progress: bool = True
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    tensorboard: bool = False,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Trains an embedding and writes its run directory.
 
@@ -176,11 +58,13 @@ def run(
         config: what to do.
         out: the run directory, which must not exist or be empty, but to go on.
         resume: whether to go on with the run that is there, if there is one.
+        tensorboard: whether to write what TensorBoard reads, too; needs tensorboardX.
         progress: whether to show progress bars.
 
     Returns:
         The evaluations by name, ``{"raw pixels": ..., "untrained": ..., "trained":
-        ...}``, each as from `evaluate`.
+        ...}``, each as from `evaluate` of the task; without raw pixels where the images
+        do not fit in memory.
 
     Raises:
         RunExistsError: if `out` is not an empty directory, without `resume`.
@@ -189,55 +73,55 @@ def run(
         FloatingPointError: if the loss becomes infinite or NaN.
         KeyboardInterrupt: on an interrupt; `resume` then goes on.
         OSError: if something cannot be written.
+        ImportError: if `tensorboard` is asked for and tensorboardX is not installed.
     """
+    if tensorboard:
+        _summary_writer()
     out = Path(out).resolve()
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     old = _old_run(out, asked, resume)
     if old is not None and (out / "summary.json").exists():
         return json.loads((out / "summary.json").read_text())
-    dataset = data.load(
-        config.data, split=config.split, size=config.size, progress=progress
-    )
-    config = chosen(config, dataset)
-    batches = sampling.ImageBatches(
-        dataset.train.images,
-        dataset.train.labels,
-        config.classes,
-        config.per_class,
-        config.seed,
-        config.turns,
-    )
-    some = dataset.train.images[:: -(-len(dataset.train) // GALLERY)] / 255
-    settings = json.loads(json.dumps(dataclasses.asdict(config))) | {
+    task = tasks.load(config, progress=progress)
+    config = task.choose(config)
+    batches = task.batches(config)
+    some = task.images[:: -(-len(task.images) // SAMPLE)] / 255
+    settings = json.loads(json.dumps(dataclasses.asdict(config) | task.summary)) | {
         "asked": asked,
-        "key": dataset.key,
-        "shape": dataset.train.images.shape[1:],
+        "key": task.dataset.key,
+        "shape": task.images.shape[1:],
         "mean": some.mean(axis=(0, 1, 2)).tolist(),
         "deviation": np.maximum(some.std(axis=(0, 1, 2)), 1e-3).tolist(),
-        "label_names": dataset.label_names,
-        "skipped": dataset.skipped,
+        "skipped": task.dataset.skipped,
     }
     if old is None:
         out.mkdir(parents=True, exist_ok=True)
         _write(out / "config.json", json.dumps(settings, indent=2) + "\n")
     elif old["key"] != settings["key"]:
         raise ValueError(
-            f"data {config.data!r} is no longer what the run in {out} was made with."
+            f"{task.dataset.name!r} is no longer what the run in {out} was made with."
         )
 
     model = build_model(settings)
     log = Log(out / "metrics.jsonl")
+    if tensorboard:
+        log.show_in(out / "tensorboard")
     checkpoints = Checkpoints(out / "checkpoints")
     best = Checkpoints(out / "best", keep=1)
-    embed = functools.partial(training.embed_images, model)
+    embeddings = {
+        "raw pixels": _flat,
+        "untrained": functools.partial(training.embed_images, model),
+    }
+    if isinstance(task.images, StoredImages):
+        del embeddings["raw pixels"]
     evaluations = {
         line["evaluation"]: line["metrics"]
         for line in log.lines
         if "evaluation" in line and line["step"] == 0
     }
-    for name, function in (("raw pixels", _flat), ("untrained", embed)):
+    for name, embed in embeddings.items():
         if name not in evaluations:
-            evaluations[name] = evaluate(function, dataset)
+            evaluations[name] = task.evaluate(embed)
             log.add({"step": 0, "evaluation": name, "metrics": evaluations[name]})
 
     schedule = optax.warmup_cosine_decay_schedule(
@@ -246,24 +130,20 @@ def run(
         warmup_steps=min(50, config.steps // 10),
         decay_steps=config.steps,
     )
-    losses = [(0, training.mined_loss(config.mining, margin=config.margin))]
-    if config.mining == "hard" and (warm := int(config.warm_start * config.steps)):
-        losses[0] = warm, losses[0][1]
-        losses.insert(0, (0, training.mined_loss("all", margin=config.margin)))
     for line in training.fit(
         model,
         optax.adamw(schedule, weight_decay=config.weight_decay),
         batches,
         steps=config.steps,
-        loss=losses,
+        loss=task.losses(config),
         augment=config.augment,
         seed=config.seed,
         average=config.average,
         chunk=config.chunk,
         log_every=config.log_every,
-        validate=functools.partial(validate, dataset=dataset),
+        validate=task.validate,
         validate_every=config.validate_every,
-        best="map_at_r",
+        best=task.best,
         checkpoints=checkpoints,
         checkpoint_every=config.checkpoint_every,
         best_checkpoints=best,
@@ -277,8 +157,8 @@ def run(
             log.add(line)
 
     model, _ = load_model(out)
-    embed = functools.partial(training.embed_images, model)
-    evaluations["trained"] = evaluate(embed, dataset)
+    embeddings["trained"] = functools.partial(training.embed_images, model)
+    evaluations["trained"] = task.evaluate(embeddings["trained"])
     log.keep(config.steps)
     log.add(
         {
@@ -288,18 +168,11 @@ def run(
         }
     )
     plots.training([line for line in log.lines if "loss" in line], out / "training.png")
-    shown = dataset.test if len(dataset.test) else dataset.train
-    plots.neighbors(
-        shown.images,
-        shown.labels,
-        {"raw pixels": _flat(shown.images), "trained": embed(shown.images)},
-        dataset.label_names,
-        out / "neighbors.png",
-        k=min(8, len(shown) - 1),
-    )
+    del embeddings["untrained"]
+    task.draw(embeddings, out)
     _write(out / "summary.json", json.dumps(evaluations, indent=2) + "\n")
-    for kept in (checkpoints, best):
-        kept.close()
+    for opened in (checkpoints, best, log):
+        opened.close()
     return evaluations
 
 
@@ -314,6 +187,7 @@ class Log:
     def __init__(self, path: Path):
         self.path = path
         self.lines: list[dict[str, Any]] = []
+        self._board = None
         if path.exists():
             for line in path.read_text().splitlines(keepends=True):
                 if line.endswith("\n"):
@@ -324,6 +198,7 @@ class Log:
         self.lines.append(line)
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        self._show(line)
 
     def keep(self, step: int) -> None:
         """Drops what comes after a step, and the evaluation at the end."""
@@ -333,71 +208,35 @@ class Log:
             if line["step"] <= step and line.get("evaluation") != "trained"
         ]
         self._write_all()
+        if self._board is not None:
+            self.show_in(Path(self._board.logdir))
+
+    def show_in(self, directory: Path) -> None:
+        """Shows all lines to TensorBoard, too, in place of what it was shown before."""
+        self.close()
+        for old in directory.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._board = _summary_writer()(str(directory), flush_secs=10)
+        for line in self.lines:
+            self._show(line)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if self._board is None:
+            return
+        group = line.get(
+            "evaluation", "validation" if "validation" in line else "train"
+        )
+        numbers = line.get("metrics", line.get("validation", line))
+        for name, value in numbers.items():
+            if name != "step":
+                self._board.add_scalar(f"{group}/{name}", value, line["step"])
 
     def _write_all(self) -> None:
         _write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-
-
-def evaluate(
-    embed: Callable[[np.ndarray], Array], dataset: data.Dataset
-) -> dict[str, float]:
-    """How well an embedding finds test images of the same class, in percent.
-
-    Args:
-        embed: from uint8 images to embeddings ``[n, d]``.
-        dataset: its test images are queries; among themselves, and for
-            `nearest_in_train` with the training images as the gallery, if these are of
-            the same classes.
-
-    Returns:
-        MAP@R, R-precision and recall@1 within the test images, and the share of test
-        images whose nearest training image is of their class; nothing if no image is
-        held out.
-    """
-    if not len(dataset.test):
-        return {}
-    test = embed(dataset.test.images)
-    within = tj.retrieval.evaluate(test, dataset.test.labels)
-    metrics = {
-        "map_at_r": 100 * float(within.map_at_r),
-        "r_precision": 100 * float(within.r_precision),
-        "recall_at_1": 100 * float(within.precision_at_1),
-    }
-    if np.isin(dataset.test.labels, dataset.train.labels).any():
-        found = tj.retrieval.recall_at_k(
-            test,
-            dataset.test.labels,
-            ks=(1,),
-            references=embed(dataset.train.images),
-            reference_labels=dataset.train.labels,
-        )
-        metrics["nearest_in_train"] = 100 * float(found[0])
-    return metrics
-
-
-def validate(model: nnx.Module, dataset: data.Dataset) -> dict[str, float]:
-    """MAP@R and recall@1 of the validation images, in percent.
-
-    Among themselves where their classes are not trained on, and else against training
-    images. NaN if no image is held out for validation.
-    """
-    if not len(dataset.validation):
-        return {"map_at_r": float("nan"), "recall_at_1": float("nan")}
-    images, labels = dataset.validation.images, dataset.validation.labels
-    embeddings = training.embed_images(model, images)
-    options = {}
-    if np.isin(labels, dataset.train.labels).any():
-        random = np.random.default_rng(0)
-        gallery = random.permutation(len(dataset.train))[:GALLERY]
-        options = {
-            "references": training.embed_images(model, dataset.train.images[gallery]),
-            "reference_labels": dataset.train.labels[gallery],
-        }
-    metrics = tj.retrieval.evaluate(embeddings, labels, **options)
-    return {
-        "map_at_r": 100 * float(metrics.map_at_r),
-        "recall_at_1": 100 * float(metrics.precision_at_1),
-    }
 
 
 class Standardized(nnx.Module):
@@ -466,7 +305,7 @@ def load_embedder(run_dir: str | Path) -> Callable[[Pictures], Array]:
         FileNotFoundError: if there is no trained model.
     """
     model, settings = load_model(run_dir)
-    shape = data.Shape(*settings["shape"])
+    shape = Shape(*settings["shape"])
 
     def embed(images: Pictures) -> Array:
         return training.embed_images(model, _ready(images, shape))
@@ -474,7 +313,7 @@ def load_embedder(run_dir: str | Path) -> Callable[[Pictures], Array]:
     return embed
 
 
-def _ready(images: Pictures, shape: data.Shape) -> np.ndarray:
+def _ready(images: Pictures, shape: Shape) -> np.ndarray:
     """Images of any kind as uint8 ``[n, height, width, channels]``."""
     if isinstance(images, (str, Path)):
         raise TypeError("images must be several, got one path; put it into a list.")
@@ -484,7 +323,7 @@ def _ready(images: Pictures, shape: data.Shape) -> np.ndarray:
         raise ValueError("images must not be empty.")
     if isinstance(images, list) and isinstance(images[0], (str, Path)):
         with ThreadPoolExecutor() as pool:
-            one = lambda file: shape.fit(data.open_image(file))  # noqa: E731
+            one = lambda file: shape.fit(open_image(file))  # noqa: E731
             return np.stack(list(pool.map(one, images)))
 
     def picture(image: ArrayLike) -> Image.Image:
@@ -514,6 +353,16 @@ def _ready(images: Pictures, shape: data.Shape) -> np.ndarray:
 
 def _flat(images: np.ndarray) -> Array:
     return training.as_floats(images).reshape(len(images), -1)
+
+
+def _summary_writer() -> type:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            'tensorboard needs tensorboardX: pip install "tripletjax[tensorboard]"'
+        ) from error
+    return SummaryWriter
 
 
 def _old_run(out: Path, asked: dict[str, Any], resume: bool) -> dict[str, Any] | None:

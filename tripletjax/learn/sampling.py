@@ -9,14 +9,17 @@ import dataclasses
 
 import numpy as np
 
+from tripletjax.learn.stored import StoredImages
+
+# How classes are drawn.
+WEIGHTINGS = ("uniform", "frequency")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassBatches:
     """Batches of indices, `classes` x `per_class`, grouped by class.
 
-    ``batches[step]`` is int64 ``[classes * per_class]``. Classes come in a new random
-    order in each pass over them, so that all are seen equally often; what is left of a
-    pass after its last whole batch waits for the next pass. Images are drawn without
+    ``batches[step]`` is int64 ``[classes * per_class]``. Images are drawn without
     replacement within a batch, except from a class that has fewer than `per_class`,
     which repeats images.
 
@@ -25,6 +28,13 @@ class ClassBatches:
         classes: P, the number of classes in a batch, at least 2.
         per_class: K, the number of images of each, at least 2.
         seed: what the batches are drawn with.
+        weighting: ``"uniform"``: classes come in a new random order in each pass over
+            them, so that all are seen equally often; what is left of a pass after its
+            last whole batch waits for the next pass. ``"frequency"``: the classes of
+            each batch are drawn without replacement, each in proportion to its number
+            of images, as if images had been drawn.
+        shard: this process and how many there are, usually ``(jax.process_index(),
+            jax.process_count())``: each gets its part of the same batch, in order.
 
     Raises:
         ValueError: if there are fewer than `classes` classes, or an option is too
@@ -42,6 +52,8 @@ class ClassBatches:
     classes: int
     per_class: int
     seed: int = 0
+    weighting: str = "uniform"
+    shard: tuple[int, int] = (0, 1)
     members: tuple[np.ndarray, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -56,27 +68,39 @@ class ClassBatches:
             raise ValueError(
                 f"classes is {self.classes} but the labels have only {len(values)}."
             )
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(
+                f"weighting must be one of {', '.join(WEIGHTINGS)}, got "
+                f"{self.weighting!r}."
+            )
+        _check_shard(self.shard, self.classes * self.per_class)
         order = np.argsort(self.labels, kind="stable")
         members = tuple(np.split(order, np.cumsum(counts)[:-1]))
         object.__setattr__(self, "members", members)
 
     def __getitem__(self, step: int) -> np.ndarray:
+        draw = np.random.default_rng((self.seed, 1, step))
+        drawn = [
+            draw.choice(
+                self.members[c],
+                self.per_class,
+                replace=len(self.members[c]) < self.per_class,
+            )
+            for c in self._classes(step)
+        ]
+        return _sharded(np.concatenate(drawn), self.shard)
+
+    def _classes(self, step: int) -> np.ndarray:
+        if self.weighting == "frequency":
+            draw = np.random.default_rng((self.seed, 0, step))
+            counts = np.array([len(places) for places in self.members])
+            share = counts / counts.sum()
+            return draw.choice(len(counts), self.classes, replace=False, p=share)
         batches = len(self.members) // self.classes
         a_pass, batch = divmod(step, batches)
         order = np.random.default_rng((self.seed, 0, a_pass))
         chosen = order.permutation(len(self.members))
-        chosen = chosen[batch * self.classes : (batch + 1) * self.classes]
-        draw = np.random.default_rng((self.seed, 1, step))
-        return np.concatenate(
-            [
-                draw.choice(
-                    self.members[c],
-                    self.per_class,
-                    replace=len(self.members[c]) < self.per_class,
-                )
-                for c in chosen
-            ]
-        )
+        return chosen[batch * self.classes : (batch + 1) * self.classes]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +111,8 @@ class ImageBatches:
     channels]`` and integer labels ``[P * K]``.
 
     Args:
-        images: ``[n, height, width, channels]``.
+        images: ``[n, height, width, channels]``; of a `StoredImages` only those of the
+            batch are read.
         labels: the label of each ``[n]``.
         classes: P.
         per_class: K.
@@ -95,17 +120,21 @@ class ImageBatches:
         turns: of every class, how many turned and mirrored copies are classes of their
             own: 1 for none, 2 for half turns, 4 for quarter turns, 8 for these with
             their mirror images; the last two for square images alone.
+        weighting: as in `ClassBatches`.
+        shard: as in `ClassBatches`.
 
     Raises:
         ValueError: as `ClassBatches`, and if `turns` does not fit.
     """
 
-    images: np.ndarray
+    images: np.ndarray | StoredImages
     labels: np.ndarray
     classes: int
     per_class: int
     seed: int = 0
     turns: int = 1
+    weighting: str = "uniform"
+    shard: tuple[int, int] = (0, 1)
     places: ClassBatches = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -118,7 +147,14 @@ class ImageBatches:
         _, labels = np.unique(self.labels, return_inverse=True)
         kinds = labels.max() + 1
         labels = np.concatenate([labels + kinds * turn for turn in range(self.turns)])
-        places = ClassBatches(labels, self.classes, self.per_class, self.seed)
+        places = ClassBatches(
+            labels,
+            self.classes,
+            self.per_class,
+            self.seed,
+            self.weighting,
+            self.shard,
+        )
         object.__setattr__(self, "places", places)
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,3 +168,61 @@ class ImageBatches:
                 images[rows] = np.rot90(images[rows], each, axes=(1, 2))
         images[turn >= 4] = images[turn >= 4][:, :, ::-1]
         return images, self.places.labels[chosen].astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TripletBatches:
+    """Batches of given triplets: all anchors, then all positives, then all negatives.
+
+    ``batches[step]`` is a pure function of the step: images ``[3 * size, height, width,
+    channels]``, and which ones these are, int32 ``[3 * size]``. Triplets come in a new
+    random order in each pass over them; what is left of a pass after its last whole
+    batch waits for the next pass.
+
+    Args:
+        images: ``[n, height, width, channels]``.
+        triplets: which images are anchor, positive and negative, ``[t, 3]``.
+        size: how many triplets are in a batch.
+        seed: what the batches are drawn with.
+        shard: this process and how many there are; each gets its part of the triplets.
+
+    Raises:
+        ValueError: if there are fewer than `size` triplets, or an option is out of
+            range.
+    """
+
+    images: np.ndarray | StoredImages
+    triplets: np.ndarray
+    size: int
+    seed: int = 0
+    shard: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= len(self.triplets):
+            raise ValueError(
+                f"size must be 1 to {len(self.triplets)}, the number of triplets, got "
+                f"{self.size}."
+            )
+        _check_shard(self.shard, self.size)
+
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        a_pass, batch = divmod(step, len(self.triplets) // self.size)
+        order = np.random.default_rng((self.seed, 0, a_pass))
+        chosen = order.permutation(len(self.triplets))
+        chosen = chosen[batch * self.size : (batch + 1) * self.size]
+        places = self.triplets[_sharded(chosen, self.shard)].T.ravel()
+        return self.images[places], places.astype(np.int32)
+
+
+def _check_shard(shard: tuple[int, int], size: int) -> None:
+    index, count = shard
+    if not 0 <= index < count or size % count:
+        raise ValueError(
+            "shard must be (index, count) with 0 <= index < count, and count must "
+            f"divide the batch of {size}; got {shard}."
+        )
+
+
+def _sharded(batch: np.ndarray, shard: tuple[int, int]) -> np.ndarray:
+    index, count = shard
+    return np.split(batch, count)[index]

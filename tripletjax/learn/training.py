@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 from tqdm import tqdm
 
 import tripletjax as tj
@@ -85,10 +85,30 @@ def mined_loss(mining: str = "all", *, margin: float = 0.2) -> Loss:
     if mining not in MINING:
         raise ValueError(f"mining must be one of {', '.join(MINING)}, got {mining!r}.")
     loss_of, mean = MINING[mining]
-    reduce_fn = tj.SumReduction(
+    return functools.partial(loss_of, margin=margin, reduce_fn=_with_active(mean))
+
+
+@functools.lru_cache
+def given_loss(*, margin: float = 0.2) -> Loss:
+    """The mean loss of the triplets of a `sampling.TripletBatches`.
+
+    Args:
+        margin: in Euclidean distance.
+    """
+    reduce_fn = _with_active(tj.mean_valid)
+
+    def loss(x: Array, places: Array) -> tuple[Array, dict[str, Array]]:
+        return tj.triplet_margin_loss(
+            *jnp.split(x, 3), margin=margin, reduce_fn=reduce_fn
+        )
+
+    return loss
+
+
+def _with_active(mean: Callable) -> tj.SumReduction:
+    return tj.SumReduction(
         lambda sums: (mean(sums), {"active": sums.active / jnp.maximum(sums.valid, 1)})
     )
-    return functools.partial(loss_of, margin=margin, reduce_fn=reduce_fn)
 
 
 def fit(
@@ -190,9 +210,7 @@ def fit(
         nnx.update(model, *jax.tree.map(jnp.copy, (params, state.rest)))
 
     key = jax.random.key(seed)
-    step_fn = functools.partial(
-        _train_step, graph=graph, tx=tx, augment=augment, average=average, chunk=chunk
-    )
+    options = {"graph": graph, "tx": tx, "augment": augment, "average": average}
     bar = tqdm(
         _prefetched(batches, start, steps),
         desc="training",
@@ -205,9 +223,13 @@ def fit(
     with _interrupts() as interrupted:
         for step, (images, labels) in enumerate(bar, start=start):
             now = [of for first, of in losses if first <= step][-1]
-            state, metrics = step_fn(
-                state, images, labels, jax.random.fold_in(key, step), loss=now
-            )
+            batch = images, labels, jax.random.fold_in(key, step)
+            if chunk is None or chunk >= len(images):
+                state, metrics = _train_step(state, *batch, loss=now, **options)
+            else:
+                state, metrics = _train_step_in_chunks(
+                    state, *batch, loss=now, chunk=chunk, **options
+                )
             done, last = step + 1, step + 1 == steps
             if done % log_every == 0 or last:
                 line = {name: float(value) for name, value in metrics.items()}
@@ -256,7 +278,7 @@ def fit(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graph", "tx", "loss", "augment", "average", "chunk"),
+    static_argnames=("graph", "tx", "loss", "augment", "average"),
     donate_argnames="state",
 )
 def _train_step(
@@ -270,45 +292,124 @@ def _train_step(
     loss: Loss,
     augment: Callable[[Array, Array], Array] | None,
     average: float,
-    chunk: int | None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of training, and its metrics."""
-    images = as_floats(images)
-    if augment is not None:
-        images = augment(key, images)
-
-    def embed(
-        params: nnx.State, rest: nnx.State, images: Array
-    ) -> tuple[nnx.State, Array]:
-        model = nnx.merge(graph, params, rest, copy=True)
-        embeddings = model(images)
-        return nnx.state(model, nnx.Not(nnx.Param)), embeddings
+    images = _augmented(images, key, augment=augment)
 
     def loss_of(params: nnx.State) -> tuple[Array, tuple[nnx.State, dict[str, Array]]]:
-        if chunk is None or chunk >= len(images):
-            rest, x = embed(params, state.rest, images)
-        else:
-            rest, x = _in_chunks(functools.partial(embed, params), state.rest, images)
-        value, metrics = loss(x, labels)
-        # The root of the mean squared distance of two of them.
-        spread = jnp.sqrt(2 * jnp.sum(jnp.var(x, axis=0, ddof=1)))
-        length = jnp.sqrt(jnp.mean(jnp.sum(x * x, axis=-1)))
-        return value, (rest, metrics | {"spread": spread, "length": length})
-
-    def _in_chunks(
-        embed: Callable, rest: nnx.State, images: Array
-    ) -> tuple[nnx.State, Array]:
-        # Activations are made again on the way back, and not kept.
-        n = len(images)
-        if n % chunk:
-            raise ValueError(f"chunk must divide the batch of {n} images, got {chunk}.")
-        chunks = images.reshape(n // chunk, chunk, *images.shape[1:])
-        rest, x = lax.scan(jax.checkpoint(embed), rest, chunks)
-        return rest, x.reshape(n, -1)
+        x, rest = _train_embed(params, state.rest, images, graph=graph)
+        value, metrics = _measured(x, labels, loss)
+        return value, (rest, metrics)
 
     (value, (rest, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
         state.params
     )
+    state = state._replace(rest=rest)
+    state = _updated(state, value, gradients, tx=tx, average=average)
+    return state, {"loss": value} | metrics
+
+
+def _train_step_in_chunks(
+    state: TrainState,
+    images: Array,
+    labels: Array,
+    key: Array,
+    *,
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    loss: Loss,
+    augment: Callable[[Array, Array], Array] | None,
+    average: float,
+    chunk: int,
+) -> tuple[TrainState, dict[str, Array]]:
+    """The same step, embedding so many images at a time.
+
+    Activations are made again on the way back, and not kept. The loop is Python's: XLA
+    runs convolutions in its own loops many times slower on CPUs.
+    """
+    n = len(images)
+    if n % chunk:
+        raise ValueError(f"chunk must divide the batch of {n} images, got {chunk}.")
+    images = _augmented(images, key, augment=augment)
+    chunks = jnp.split(images, n // chunk)
+    parts, rests = [], [state.rest]
+    for some in chunks:
+        x, rest = _train_embed(state.params, rests[-1], some, graph=graph)
+        parts.append(x)
+        rests.append(rest)
+    value, metrics, along_x = _loss_gradient(jnp.concatenate(parts), labels, loss=loss)
+    gradients = jax.tree.map(jnp.zeros_like, state.params)
+    for some, rest, along in zip(chunks, rests, jnp.split(along_x, len(chunks))):
+        gradients = _add_gradient(
+            gradients, state.params, rest, some, along, graph=graph
+        )
+    state = state._replace(rest=rests[-1])
+    state = _update(state, value, gradients, tx=tx, average=average)
+    return state, {"loss": value} | metrics
+
+
+@functools.partial(jax.jit, static_argnames="augment")
+def _augmented(
+    images: Array, key: Array, *, augment: Callable[[Array, Array], Array] | None
+) -> Array:
+    images = as_floats(images)
+    return images if augment is None else augment(key, images)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _train_embed(
+    params: nnx.State, rest: nnx.State, images: Array, *, graph: nnx.GraphDef
+) -> tuple[Array, nnx.State]:
+    """Embeddings, and what else the model then holds."""
+    model = nnx.merge(graph, params, rest, copy=True)
+    x = model(images)
+    return x, nnx.state(model, nnx.Not(nnx.Param))
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="gradients")
+def _add_gradient(
+    gradients: nnx.State,
+    params: nnx.State,
+    rest: nnx.State,
+    images: Array,
+    along_x: Array,
+    *,
+    graph: nnx.GraphDef,
+) -> nnx.State:
+    """Adds what some images have in the gradient, by that of their embeddings."""
+    _, pull_back = jax.vjp(
+        lambda params: _train_embed(params, rest, images, graph=graph)[0], params
+    )
+    return jax.tree.map(jnp.add, gradients, *pull_back(along_x))
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def _loss_gradient(
+    x: Array, labels: Array, *, loss: Loss
+) -> tuple[Array, dict[str, Array], Array]:
+    (value, metrics), along_x = jax.value_and_grad(_measured, has_aux=True)(
+        x, labels, loss
+    )
+    return value, metrics, along_x
+
+
+def _measured(x: Array, labels: Array, loss: Loss) -> tuple[Array, dict[str, Array]]:
+    """The loss of a batch, and its metrics."""
+    value, metrics = loss(x, labels)
+    # The root of the mean squared distance of two of them.
+    spread = jnp.sqrt(2 * jnp.sum(jnp.var(x, axis=0, ddof=1)))
+    length = jnp.sqrt(jnp.mean(jnp.sum(x * x, axis=-1)))
+    return value, metrics | {"spread": spread, "length": length}
+
+
+def _updated(
+    state: TrainState,
+    value: Array,
+    gradients: nnx.State,
+    *,
+    tx: optax.GradientTransformation,
+    average: float,
+) -> TrainState:
     updates, optimizer = tx.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     averaged = state.average
@@ -317,14 +418,15 @@ def _train_step(
     finite = state.finite
     for x in jax.tree.leaves((value, gradients)):
         finite &= jnp.isfinite(x).all()
-    state = state._replace(
+    return state._replace(
         params=params,
-        rest=rest,
         optimizer=optimizer,
         average=averaged,
         finite=finite,
     )
-    return state, {"loss": value} | metrics
+
+
+_update = jax.jit(_updated, static_argnames=("tx", "average"), donate_argnames="state")
 
 
 def _check_finite(state: TrainState, step: int) -> None:

@@ -1,0 +1,499 @@
+"""Where images come from, what is held out, and which make a batch."""
+
+import sys
+import time
+
+import numpy as np
+import pytest
+from folders import shapes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tripletjax.learn import data, pictures, sampling
+from tripletjax.learn.stored import StoredImages
+
+pytestmark = pytest.mark.usefixtures("datasets")
+
+
+def test_digits_come_back_as_they_are_in_the_file(tmp_path):
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    dataset = data.load("digits", data_dir=tmp_path)
+    assert "tensorflow" not in sys.modules
+    assert list(tmp_path.rglob("*.array_record*"))
+    sizes = [len(part) for part in (dataset.train, dataset.validation, dataset.test)]
+    assert sizes == [808, 90, 899]
+    np.testing.assert_array_equal(dataset.test.images[..., 0] / 15, digits.images[898:])
+    np.testing.assert_array_equal(dataset.test.labels, digits.target[898:])
+    rest = [*dataset.train.images, *dataset.validation.images]
+    first = [image.tobytes() for image in np.uint8(digits.images[:898] * 15)]
+    assert sorted(image.tobytes() for image in rest) == sorted(first)
+    assert dataset.test.images.dtype == np.uint8
+    assert dataset.label_names == tuple("0123456789")
+    again = data.load("digits", data_dir=tmp_path)
+    np.testing.assert_array_equal(again.train.images, dataset.train.images)
+
+
+def test_unknown_data():
+    with pytest.raises(ValueError, match="no dataset 'faces'"):
+        data.load("faces")
+    with pytest.raises(ValueError, match="split must be one of images, classes"):
+        data.load("digits", split="some")
+
+
+def test_a_folder_of_images(tmp_path):
+    folder = shapes(tmp_path / "pictures")
+    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    names = sorted(f"group{kind % 2}/kind{kind}" for kind in range(8))
+    assert list(dataset.label_names) == names
+    assert dataset.train.images.shape == (8 * 7, 20, 24, 1)
+    assert (len(dataset.validation), len(dataset.test)) == (8, 16)
+    for part in (dataset.train, dataset.validation, dataset.test):
+        assert set(part.labels) == set(range(8))
+    every = {
+        image.tobytes()
+        for part in (dataset.train, dataset.validation, dataset.test)
+        for image in part.images
+    }
+    assert len(every) == 80
+    for label, name in enumerate(names):
+        exact = np.asarray(Image.open(folder / name / "0.png"))[..., None]
+        parts = (dataset.train, dataset.validation, dataset.test)
+        assert any(
+            (part.images[part.labels == label] == exact).all((1, 2, 3)).any()
+            for part in parts
+        )
+
+
+def test_what_is_held_out_does_not_depend_on_names(tmp_path):
+    folder = shapes(tmp_path / "pictures")
+    one = data.load(str(folder), data_dir=tmp_path / "kept")
+    for file in sorted(folder.rglob("*.*")):
+        file.rename(file.with_name(f"{100 - int(file.stem)}{file.suffix}"))
+    two = data.load(str(folder), data_dir=tmp_path / "kept")
+    assert {x.tobytes() for x in one.test.images} == {
+        x.tobytes() for x in two.test.images
+    }
+
+
+def test_classes_are_held_out_whole(tmp_path):
+    folder = shapes(tmp_path / "pictures", kinds=8, each=4)
+    dataset = data.load(str(folder), split="classes", data_dir=tmp_path / "kept")
+    kinds = [
+        set(part.labels) for part in (dataset.train, dataset.validation, dataset.test)
+    ]
+    assert [len(each) for each in kinds] == [4, 2, 2]
+    assert set.union(*kinds) == set(range(8))
+    few = shapes(tmp_path / "few", kinds=5, each=3)
+    with pytest.raises(ValueError, match="of 5 classes 4 are held out"):
+        data.load(str(few), split="classes", data_dir=tmp_path / "kept")
+
+
+def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
+    folder = shapes(tmp_path / "pictures", each=4)
+    one = data.load(str(folder), data_dir=tmp_path / "kept")
+    assert list((tmp_path / "kept").rglob("*.array_record*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "open_image", lambda file: 1 / 0)
+        two = data.load(str(folder), data_dir=tmp_path / "kept")
+    assert one.key == two.key
+    np.testing.assert_array_equal(one.train.images, two.train.images)
+    # Another content at the same place.
+    file = folder / "group0" / "kind0" / "0.png"
+    Image.new("L", (24, 20), 77).save(file)
+    assert data.load(str(folder), data_dir=tmp_path / "kept").key != one.key
+
+
+def test_broken_images_are_named_and_skipped(tmp_path):
+    folder = shapes(tmp_path / "pictures", each=4)
+    place = folder / "group0" / "kind0"
+    (place / "none.png").write_bytes(b"this is no image")
+    whole = (place / "0.png").read_bytes()
+    (place / "half.png").write_bytes(whole[: len(whole) // 2])
+    (place / "empty.jpg").write_bytes(b"")
+    (place / "notes.txt").write_text("not looked at")
+    (place / ".hidden.png").write_bytes(b"not looked at")
+    for _ in range(2):
+        dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+        named = [line.split(":")[0] for line in dataset.skipped]
+        assert named == [
+            f"group0/kind0/{n}" for n in ("empty.jpg", "half.png", "none.png")
+        ]
+    assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 32
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    folder = shapes(tmp_path / "pictures", each=4)
+    (tmp_path / "links").mkdir()
+    for name in ("group0", "group1"):
+        (tmp_path / "links" / name).symlink_to(folder / name)
+    (folder / "group0" / "back").symlink_to(tmp_path / "links")
+    dataset = data.load(str(tmp_path / "links"), data_dir=tmp_path / "kept")
+    assert len(dataset.label_names) == 8
+    assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 32
+
+
+def test_a_class_of_one_image_is_trained_on(tmp_path):
+    folder = shapes(tmp_path / "pictures", kinds=3, each=8)
+    (folder / "single").mkdir()
+    Image.new("L", (24, 20), 200).save(folder / "single" / "a.png")
+    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    label = dataset.label_names.index("single")
+    assert (dataset.train.labels == label).sum() == 1
+
+
+@pytest.mark.parametrize("content", ["nothing", "loose", "one class", "all broken"])
+def test_folders_that_cannot_be_trained_on(tmp_path, content):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    words = "has no images"
+    if content == "loose":
+        Image.new("L", (8, 8)).save(folder / "a.png")
+        words = "one folder per class, but 1 images lie in it directly"
+    elif content == "one class":
+        shapes(folder, kinds=1)
+        words = "has one folder of images"
+    elif content == "all broken":
+        shapes(folder, kinds=2, each=2)
+        for file in folder.rglob("*.*"):
+            file.write_bytes(b"broken")
+        words = "none of 4 images could be read"
+    with pytest.raises(ValueError, match=words):
+        data.load(str(folder), data_dir=tmp_path / "kept")
+
+
+def test_images_are_made_into_one_shape_without_distortion():
+    shape = pictures.Shape(20, 40, 3)
+    wide = Image.new("RGB", (80, 40), (9, 8, 7))
+    np.testing.assert_array_equal(shape.fit(wide), np.full((20, 40, 3), (9, 8, 7)))
+    square = Image.new("RGB", (10, 10), (50, 0, 0))
+    square.paste((0, 200, 0), (2, 2, 8, 8))
+    fitted = shape.fit(square)
+    assert fitted.shape == (20, 40, 3)
+    np.testing.assert_allclose(fitted[:, :10], np.full((20, 10, 3), (50, 0, 0)), atol=8)
+    green = fitted[..., 1] > 100
+    assert abs(green.any(0).sum() - green.any(1).sum()) <= 1
+
+
+def test_every_kind_of_picture_is_read(tmp_path):
+    grey = np.uint8(np.arange(100).reshape(10, 10))
+    kinds = {
+        "grey.png": Image.fromarray(grey),
+        "deep.png": Image.fromarray(np.uint16(grey) * 257),
+        "colour.png": Image.merge("RGB", [Image.fromarray(grey)] * 3),
+        "clear.png": Image.merge(
+            "LA", [Image.fromarray(grey), Image.new("L", (10, 10), 255)]
+        ),
+        "indexed.png": Image.fromarray(grey).convert("P"),
+        "bits.png": Image.fromarray(grey > 50),
+    }
+    shape = pictures.Shape(10, 10, 1)
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+        expected = 255 * (grey > 50) if name == "bits.png" else grey
+        read = shape.fit(pictures.open_image(tmp_path / name))[..., 0]
+        np.testing.assert_allclose(read, expected, atol=1, err_msg=name)
+    clear = Image.new("LA", (10, 10), (0, 0))
+    assert (shape.fit(clear) == 255).all()
+
+
+def test_colour_is_what_is_seen(tmp_path):
+    grey = Image.fromarray(np.uint8(np.arange(100).reshape(10, 10)))
+    grey.convert("RGB").save(tmp_path / "grey.jpg")
+    assert not pictures.is_colour(pictures.open_image(tmp_path / "grey.jpg"))
+    Image.new("RGB", (9, 9), (200, 30, 30)).save(tmp_path / "red.jpg")
+    assert pictures.is_colour(pictures.open_image(tmp_path / "red.jpg"))
+    assert not pictures.is_colour(grey.convert("P"))
+
+
+def test_the_shape_is_that_of_the_median_image():
+    sizes = [(100, 50), (200, 100), (90, 45)]
+    assert pictures.Shape.of(sizes, False, None) == pictures.Shape(16, 32, 1)
+    assert pictures.Shape.of(sizes, True, None) == pictures.Shape(32, 64, 3)
+    assert pictures.Shape.of(sizes, True, 100) == pictures.Shape(50, 100, 3)
+    assert pictures.Shape.of([(8, 8)], False, None) == pictures.Shape(8, 8, 1)
+
+
+def test_datasets_of_the_catalogue():
+    expected = data.load("digits")
+    dataset = data.load("tfds:digits:test")
+    assert dataset.label_names == expected.label_names
+    parts = (dataset.train, dataset.validation, dataset.test)
+    every = [image.tobytes() for part in parts for image in part.images]
+    assert sorted(every) == sorted(image.tobytes() for image in expected.test.images)
+    whole = data.load("tfds:digits")
+    assert len(whole.train) + len(whole.validation) + len(whole.test) == 1797
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "words"),
+    [
+        ("tfds:fashion_mnist", FileNotFoundError, "not prepared.*TensorFlow"),
+        ("tfds:nothing_of_that", ValueError, "no dataset 'nothing_of_that'"),
+        ("tfds:", ValueError, "must be tfds:NAME"),
+    ],
+)
+def test_the_catalogue_does_not_wait_for_the_network(name, error, words):
+    start = time.perf_counter()
+    with pytest.raises(error, match=words):
+        data.load(name)
+    assert time.perf_counter() - start < 20
+
+
+def test_images_that_do_not_fit_in_memory_stay_on_disk(tmp_path):
+    folder = str(shapes(tmp_path / "pictures", each=6))
+    whole = data.load(folder, data_dir=tmp_path / "kept")
+    stored = data.load(folder, data_dir=tmp_path / "kept", in_memory=100)
+    assert stored.key == whole.key
+    for part in ("train", "validation", "test"):
+        one, two = getattr(whole, part), getattr(stored, part)
+        np.testing.assert_array_equal(one.labels, two.labels)
+        assert isinstance(one.images, np.ndarray)
+        assert isinstance(two.images, StoredImages)
+        assert two.images.shape == one.images.shape
+        for index in (slice(None), slice(3, 1), [2, 0, 0], 1, one.labels == 3):
+            np.testing.assert_array_equal(one.images[index], two.images[index])
+        some = two.images.part([3, 1])
+        np.testing.assert_array_equal(some[:], one.images[[3, 1]])
+    sources = (
+        sampling.ImageBatches(d.train.images, d.train.labels, 4, 3, turns=2)
+        for d in (whole, stored)
+    )
+    for one, two in zip(*(source[5] for source in sources)):
+        np.testing.assert_array_equal(one, two)
+
+
+def write_triplets(file, lines):
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    return file
+
+
+def test_triplets_of_a_file(tmp_path):
+    folder = shapes(tmp_path / "pictures", kinds=3, each=9)
+    kinds = [sorted(path.iterdir()) for path in sorted(folder.glob("*/*"))]
+    kinds = [[str(file.relative_to(tmp_path)) for file in kind] for kind in kinds]
+    broken = folder / "broken.png"
+    broken.write_bytes(b"")
+    absolute = str((tmp_path / kinds[0][0]).resolve())
+    rows = [(a, p, n) for a in kinds[0] for p in kinds[0][:2] for n in kinds[1][:2]]
+    rows = [row for row in rows if row[0] != row[1]]
+    lines = [f"{n}, {a} ,x,{p}" for a, p, n in rows]
+    lines += ["", f"{kinds[1][0]},{absolute},x,pictures/broken.png"]
+    lines += [f"{kinds[1][0]},{absolute},x,nowhere.png"]
+    file = write_triplets(tmp_path / "t.csv", ["Negative,anchor,why,POSITIVE", *lines])
+    for _ in range(2):
+        triplets = data.load_triplets(file, data_dir=tmp_path / "kept")
+        assert triplets.left_out == 2
+        named = [line.split(":")[0] for line in triplets.skipped]
+        assert named == ["nowhere.png", "pictures/broken.png"]
+        parts = triplets.train, triplets.validation, triplets.test
+        assert sum(map(len, parts)) == len(rows)
+        anchors = [set(part[:, 0]) for part in parts]
+        assert [len(part) for part in anchors] == [7, 1, 1]
+        assert not anchors[0] & (anchors[1] | anchors[2])
+        # Every triplet is of the pictures that the file names.
+        shape = pictures.Shape(*triplets.images.shape[1:])
+        files = {name: tmp_path / name for row in rows for name in row}
+        content = {
+            name: shape.fit(pictures.open_image(file)).tobytes()
+            for name, file in files.items()
+        }
+        expected = sorted(tuple(content[name] for name in row) for row in rows)
+        got = [
+            tuple(triplets.images[place].tobytes() for place in triplet)
+            for part in parts
+            for triplet in part
+        ]
+        assert sorted(got) == expected
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([], "has no triplets"),
+        (["anchor,positive,negative"], "has no triplets"),
+        (["a.png,b.png"], "line 1: must have 3 columns, has 2"),
+        (["a.png,b.png,c.png", "", "a.png,b.png,c.png,d.png"], "line 3: .* has 4"),
+        (["a.png,b.png,a.png"], "line 1: .* three different images, got a.png"),
+        (["a.png,b.png,"], "line 1: .* three different images"),
+        (["a.png,b.png,c.png"], "none of 3 images could be read"),
+    ],
+)
+def test_files_that_are_no_triplets(tmp_path, lines, words):
+    file = write_triplets(tmp_path / "t.csv", lines)
+    with pytest.raises(ValueError, match=words):
+        data.load_triplets(file, data_dir=tmp_path / "kept")
+
+
+def test_broken_images_of_all_triplets(tmp_path):
+    for name in "ab":
+        Image.new("L", (8, 8), ord(name)).save(tmp_path / f"{name}.png")
+    file = write_triplets(tmp_path / "t.csv", ["a.png,b.png,c.png"])
+    with pytest.raises(ValueError, match="no triplet of which all images can be read"):
+        data.load_triplets(file, data_dir=tmp_path / "kept")
+
+
+# Batches.
+
+
+@settings(max_examples=50)
+@given(
+    seed=st.integers(0, 99),
+    step=st.integers(0, 10_000),
+    classes=st.integers(2, 6),
+    per_class=st.integers(2, 5),
+)
+def test_batches_are_p_classes_of_k(seed, step, classes, per_class):
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(7) * 3, 4))
+    batches = sampling.ClassBatches(labels, classes, per_class, seed)
+    chosen = batches[step]
+    values, counts = np.unique(labels[chosen], return_counts=True)
+    assert len(values) == classes
+    assert (counts == per_class).all()
+    if per_class <= 4:
+        assert len(set(chosen)) == len(chosen)
+    again = sampling.ClassBatches(labels, classes, per_class, seed)
+    np.testing.assert_array_equal(again[step], chosen)
+    assert (batches[step + 1] != chosen).any()
+
+
+def test_every_class_and_every_image_is_seen():
+    labels = np.repeat(np.arange(10), 12)
+    batches = sampling.ClassBatches(labels, 4, 3, seed=1)
+    seen = np.concatenate([batches[step] for step in range(200)])
+    assert set(seen) == set(range(len(labels)))
+    passes = [
+        labels[np.concatenate([batches[2 * i], batches[2 * i + 1]])] for i in range(9)
+    ]
+    assert all(len(set(a_pass)) == 8 for a_pass in passes)
+
+
+def test_small_classes_repeat_images():
+    batches = sampling.ClassBatches(np.array([0, 0, 0, 1]), 2, 3)
+    assert (np.sort(batches[0]) == [0, 1, 2, 3, 3, 3]).all()
+
+
+@pytest.mark.parametrize(
+    ("classes", "per_class", "words"),
+    [(1, 2, "classes"), (2, 1, "per_class"), (3, 2, "only 2")],
+)
+def test_batches_without_triplets_are_errors(classes, per_class, words):
+    with pytest.raises(ValueError, match=words):
+        sampling.ClassBatches(np.array([0, 0, 1, 1]), classes, per_class)
+
+
+def test_batches_of_images_with_turned_classes():
+    images = np.random.default_rng(0).integers(0, 99, (30, 5, 5, 2), dtype=np.uint8)
+    labels = np.arange(30) % 3 + 10
+    batches = sampling.ImageBatches(images, labels, classes=24, per_class=4, turns=8)
+    got, kinds = batches[3]
+    assert got.shape == (96, 5, 5, 2)
+    assert len(set(kinds)) == 24
+    found = {}
+    for image, kind in zip(got, kinds):
+        for turn in range(8):
+            back = image[:, ::-1] if turn >= 4 else image
+            back = np.rot90(back, -(turn % 4))
+            same = np.flatnonzero((images == back).all((1, 2, 3)))
+            if len(same):
+                found.setdefault(kind, set()).add((turn, labels[same[0]]))
+    # Each class of a batch is one class in one turn.
+    assert all(len(turns) == 1 for turns in found.values())
+    assert len(set.union(*found.values())) == 24
+
+
+@pytest.mark.parametrize("turns", [0, 3, 4])
+def test_turns_that_do_not_fit(turns):
+    with pytest.raises(ValueError, match=r"turns must be 1, 2, 4 or 8.*4 x 6 pixels"):
+        sampling.ImageBatches(np.zeros((4, 4, 6, 1)), [0, 0, 1, 1], 2, 2, turns=turns)
+
+
+def test_half_turns_of_oblong_images():
+    images = np.arange(4 * 24, dtype=np.uint8).reshape(4, 4, 6, 1)
+    batches = sampling.ImageBatches(images, [0, 0, 1, 1], 4, 2, turns=2)
+    got, kinds = batches[0]
+    for image, kind in zip(got, kinds):
+        back = np.rot90(image, 2) if kind >= 2 else image
+        assert (images[2 * (kind % 2) :][:2] == back).all((1, 2, 3)).any()
+
+
+def test_classes_drawn_by_frequency():
+    counts = np.array([1, 2, 5, 12, 40])
+    labels = np.repeat(np.arange(5), counts)
+    batches = sampling.ClassBatches(labels, 2, 2, seed=3, weighting="frequency")
+    steps = 4000
+    drawn = np.array([labels[batches[step]][::2] for step in range(steps)])
+    assert (drawn[:, 0] != drawn[:, 1]).all()
+    # The first class of a batch is drawn as if an image had been.
+    share = counts / counts.sum()
+    first = np.bincount(drawn[:, 0], minlength=5) / steps
+    np.testing.assert_allclose(first, share, atol=5 * np.sqrt(0.25 / steps))
+    # The second is, among the others.
+    second = share * ((share / (1 - share)).sum() - share / (1 - share))
+    got = np.bincount(drawn[:, 1], minlength=5) / steps
+    np.testing.assert_allclose(got, second, atol=5 * np.sqrt(0.25 / steps))
+
+
+@pytest.mark.parametrize("weighting", sampling.WEIGHTINGS)
+def test_processes_share_a_batch(weighting):
+    images = np.arange(60, dtype=np.uint8).reshape(60, 1, 1, 1)
+    labels = np.arange(60) % 6
+    triplets = np.arange(60).reshape(20, 3)
+    for step in (0, 7):
+        options = {"seed": 2, "weighting": weighting}
+        parts = [
+            sampling.ImageBatches(images, labels, 4, 3, shard=(i, 3), **options)[step]
+            for i in range(3)
+        ]
+        whole = sampling.ImageBatches(images, labels, 4, 3, **options)[step]
+        for part, all_of_it in zip(zip(*parts), whole):
+            np.testing.assert_array_equal(np.concatenate(part), all_of_it)
+        parts = [
+            sampling.TripletBatches(images, triplets, 8, 2, (i, 2))[step][1]
+            for i in range(2)
+        ]
+        whole = sampling.TripletBatches(images, triplets, 8, 2)[step][1]
+        parts = [part.reshape(3, 4) for part in parts]
+        np.testing.assert_array_equal(np.concatenate(parts, 1), whole.reshape(3, 8))
+
+
+def test_batches_of_triplets():
+    images = np.arange(60, dtype=np.uint8).reshape(60, 1, 1, 1)
+    triplets = np.random.default_rng(0).integers(0, 60, (10, 3))
+    batches = sampling.TripletBatches(images, triplets, size=4, seed=1)
+    for step in (0, 3, 100):
+        got, places = batches[step]
+        np.testing.assert_array_equal(got.ravel(), places)
+        rows = places.reshape(3, 4).T.tolist()
+        assert all(row in triplets.tolist() for row in rows)
+        np.testing.assert_array_equal(batches[step][1], places)
+    # No triplet twice in a pass, and all of them in time.
+    pairs = [
+        np.concatenate(
+            [batches[2 * i][1].reshape(3, 4), batches[2 * i + 1][1].reshape(3, 4)], 1
+        )
+        for i in range(30)
+    ]
+    assert all(len({tuple(row) for row in pair.T}) == 8 for pair in pairs)
+    assert len({tuple(row) for row in np.concatenate(pairs, 1).T}) == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"weighting": "some"}, "weighting must be one of uniform, frequency"),
+        ({"shard": (2, 2)}, r"shard must be \(index, count\)"),
+        ({"shard": (0, 3)}, "must divide the batch of 4"),
+    ],
+)
+def test_bad_options_of_batches(options, words):
+    with pytest.raises(ValueError, match=words):
+        sampling.ClassBatches(np.array([0, 0, 1, 1]), 2, 2, **options)
+
+
+@pytest.mark.parametrize("size", [0, 5])
+def test_batches_of_too_many_triplets(size):
+    with pytest.raises(ValueError, match="size must be 1 to 4"):
+        sampling.TripletBatches(np.zeros((9, 1, 1, 1)), np.zeros((4, 3), int), size)

@@ -1,0 +1,102 @@
+"""What a run is made with."""
+
+import dataclasses
+
+from tripletjax.learn import data, models, sampling, training
+from tripletjax.learn.augment import Augment
+
+MODELS = {
+    "cnn": models.EmbeddingCNN,
+    "resnet": models.EmbeddingResNet,
+    "multiscale": models.MultiScaleCNN,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on. What is None is chosen by the data.
+
+    Attributes:
+        data: name of the dataset, as `data.load` takes it.
+        triplets: a file of triplets to train on instead, as `data.load_triplets` takes
+            it.
+        split: what is held out: images, or classes.
+        size: of images, the longer side in pixels.
+        model: cnn, resnet or multiscale.
+        mining: which triplets to train on: all, semi-hard or hard.
+        steps: how many steps to train.
+        seed: of the initial parameters, the batches and the augmentation.
+        margin: of the triplet loss, in Euclidean distance between unit vectors.
+        warm_start: share of the steps that hard mining leaves to all triplets first,
+            without which it collapses.
+        classes: how many classes there are in a batch.
+        per_class: how many images of each.
+        weighting: of classes, as in `sampling.ClassBatches`.
+        turns: as in `sampling.ImageBatches`.
+        batch: how many of the given triplets there are in a batch.
+        learning_rate: at its peak.
+        weight_decay: of AdamW.
+        average: how much of the averaged parameters a step keeps.
+        dim: number of dimensions of the embedding.
+        channels: number of channels of each stage of the network.
+        augment: how images are changed at random.
+        bfloat16: whether the network computes in bfloat16.
+        chunk: how many images are embedded at a time, to bound the memory.
+        log_every: how many steps between two lines of metrics.
+        validate_every: how many steps between two validations.
+        checkpoint_every: how many steps between two states on disk.
+    """
+
+    data: str = "digits"
+    triplets: str | None = None
+    split: str = "images"
+    size: int | None = None
+    model: str | None = None
+    mining: str = "all"
+    steps: int | None = None
+    seed: int = 0
+    margin: float = 0.2
+    warm_start: float = 0.5
+    classes: int | None = None
+    per_class: int | None = None
+    weighting: str = "uniform"
+    turns: int | None = None
+    batch: int | None = None
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-3
+    average: float = 0.98
+    dim: int | None = None
+    channels: tuple[int, ...] | None = None
+    augment: Augment | None = None
+    bfloat16: bool = False
+    chunk: int | None = None
+    log_every: int = 10
+    validate_every: int = 100
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("mining", training.MINING),
+            ("split", data.SPLITS),
+            ("weighting", sampling.WEIGHTINGS),
+            ("model", (None, *MODELS)),
+        ):
+            if getattr(self, name) not in known:
+                words = ", ".join(str(word) for word in known if word)
+                raise ValueError(
+                    f"{name} must be one of {words}, got {getattr(self, name)!r}."
+                )
+        for name in (
+            *("size", "steps", "dim", "chunk", "batch"),
+            *("log_every", "validate_every", "checkpoint_every"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}.")
+        for name in ("margin", "learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"{name} must be finite and >= 0, got {getattr(self, name)!r}."
+                )
+        if not 0 <= self.warm_start <= 1:
+            raise ValueError(f"warm_start must be 0 to 1, got {self.warm_start!r}.")

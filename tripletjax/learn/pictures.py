@@ -1,0 +1,117 @@
+"""Image files and pictures: found, opened, and made into arrays of one shape."""
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+# The longer side that images are reduced to: lines need fewer pixels than photographs.
+GREY_SIZE, COLOUR_SIZE = 32, 64
+
+
+def image_files(folder: Path) -> Iterator[Path]:
+    """The images in a folder and in those within, in no particular order."""
+    seen = set()
+    for directory, folders, files in os.walk(folder, followlinks=True):
+        # A link may lead back to where it is.
+        real = os.path.realpath(directory)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield Path(directory) / name
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What every image of a dataset, or of a run, is made into.
+
+    Attributes:
+        height: in pixels.
+        width: in pixels.
+        channels: 1 for grey, 3 for colour.
+    """
+
+    height: int
+    width: int
+    channels: int
+
+    @classmethod
+    def of(
+        cls, sizes: Sequence[tuple[int, int]], colour: bool, size: int | None
+    ) -> "Shape":
+        """The shape of the median image, its longer side at most `size`."""
+        width, height = np.median(np.array(sizes), axis=0)
+        longest = max(width, height)
+        limit = COLOUR_SIZE if colour else GREY_SIZE
+        scale = (min(limit, longest) if size is None else size) / longest
+        height, width = (max(1, round(scale * side)) for side in (height, width))
+        return cls(height, width, 3 if colour else 1)
+
+    def fit(self, image: Image.Image) -> np.ndarray:
+        """An image as uint8 ``[height, width, channels]``, never distorted.
+
+        What is left at two sides has the mean colour of the image's border.
+        """
+        image = flat(image).convert("RGB" if self.channels == 3 else "L")
+        scale = min(self.width / image.width, self.height / image.height)
+        width, height = (max(1, round(scale * side)) for side in image.size)
+        if (width, height) != image.size:
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        pixels = np.asarray(image).reshape(height, width, self.channels)
+        if (height, width) == (self.height, self.width):
+            return pixels
+        border = pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]
+        mean = np.concatenate(border).mean(axis=0).round().astype(np.uint8)
+        whole = np.broadcast_to(mean, (self.height, self.width, self.channels)).copy()
+        top, left = (self.height - height) // 2, (self.width - width) // 2
+        whole[top : top + height, left : left + width] = pixels
+        return whole
+
+
+def flat(image: Image.Image) -> Image.Image:
+    """Without what Pillow would lose: 16 bits are scaled, transparency is white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, np.float64)
+        top = 65535 if values.max() > 255 else 255
+        return Image.fromarray(np.uint8(np.clip(values * (255 / top), 0, 255)))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image
+
+
+def is_colour(image: Image.Image) -> bool:
+    """Whether it shows any colour, whatever its format could show."""
+    if len(flat(image).getbands()) == 1:
+        return False
+    pixels = np.asarray(flat(image).convert("RGB"), np.int16)
+    # Lossy formats leave a little where there is none.
+    return bool(np.ptp(pixels, axis=-1).mean() > 2)
+
+
+def open_image(file: str | Path) -> Image.Image:
+    """An image file, upright and decoded.
+
+    Raises:
+        OSError: if it is no image, or broken.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                return ImageOps.exif_transpose(image)
+    except OSError:
+        raise
+    except Exception as error:
+        # Broken files make Pillow's decoders raise whatever they come across.
+        raise OSError(f"{type(error).__name__}: {error}") from error

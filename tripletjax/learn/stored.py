@@ -1,0 +1,261 @@
+"""Images that tensorflow-datasets keeps on disk as array_record files.
+
+That needs no TensorFlow. The files lie in its usual place, ``~/tensorflow_datasets`` or
+``TFDS_DATA_DIR``.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+from tqdm import tqdm
+
+from tripletjax.learn.pictures import Shape, is_colour
+
+# So many pictures are looked at for their size and for colour.
+LOOK = 256
+# So many images are read from disk, or decoded, at a time, where all are.
+READ = 4096
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredImages:
+    """Images on disk that are read when they are indexed, as an array would be.
+
+    Attributes:
+        source: a data source of tensorflow-datasets.
+        places: which of its records, ``[n]``.
+        shape: ``(n, height, width, channels)``.
+    """
+
+    source: Any
+    places: np.ndarray
+    shape: tuple[int, int, int, int]
+
+    dtype = np.dtype(np.uint8)
+    ndim = 4
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        places = self.places[index]
+        images = np.empty((places.size, *self.shape[1:]), np.uint8)
+        for start in range(0, places.size, READ):
+            keys = places.ravel()[start : start + READ].tolist()
+            for row, record in enumerate(self.source.__getitems__(keys), start=start):
+                images[row] = record["image"]
+        return images.reshape(*places.shape, *self.shape[1:])
+
+    def part(self, index: Any) -> "StoredImages":
+        """Some of them, still on disk."""
+        places = self.places[index]
+        return StoredImages(self.source, places, (len(places), *self.shape[1:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What became of some pictures.
+
+    Attributes:
+        images: of those that could be read, in their order.
+        digests: of each image, as hexadecimal numbers.
+        kept: which pictures these are.
+        skipped: why the others could not be read, by number.
+    """
+
+    images: np.ndarray | StoredImages
+    digests: list[str]
+    kept: list[int]
+    skipped: dict[int, str]
+
+
+def store(
+    pictures: Sequence[Any],
+    open_picture: Callable[[Any], Image.Image],
+    directory: Path,
+    *,
+    size: int | None,
+    in_memory: int,
+    progress: bool,
+) -> Stored:
+    """Decodes pictures to one shape and keeps them, unless they are kept already.
+
+    Args:
+        pictures: whatever the next argument takes.
+        open_picture: raises OSError for one that cannot be read.
+        directory: where they are kept, or are to be kept.
+        size: of the longer side, in pixels.
+        in_memory: how many bytes of images are read into memory; more stay on disk.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: if none can be read.
+    """
+    builder = Pictures(
+        pictures=pictures,
+        open_picture=open_picture,
+        size=size,
+        progress=progress,
+        data_dir=directory,
+        file_format="array_record",
+    )
+    prepare(builder)
+    summary = json.loads(builder.info.metadata["summary"])
+    skipped = {int(place): why for place, why in summary["skipped"].items()}
+    digests = summary["digests"]
+    n = len(digests)
+    images = StoredImages(
+        builder.as_data_source("all_images"), np.arange(n), (n, *summary["shape"])
+    )
+    if np.prod(images.shape, dtype=float) <= in_memory:
+        images = images[:]
+    kept = [place for place in range(len(pictures)) if place not in skipped]
+    return Stored(images, digests, kept, skipped)
+
+
+def digest_of(image: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).hexdigest()
+
+
+class Pictures(tfds.core.GeneratorBasedBuilder):
+    """Pictures decoded to one shape, in their order."""
+
+    VERSION = tfds.core.Version("2.0.0")
+
+    def __init__(
+        self,
+        *,
+        pictures: Sequence[Any],
+        open_picture: Callable[[Any], Image.Image],
+        size: int | None,
+        progress: bool,
+        **options: Any,
+    ):
+        self.pictures, self.open_picture = pictures, open_picture
+        self.size, self.progress = size, progress
+        super().__init__(**options)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        image = tfds.features.Tensor(
+            shape=(None, None, None), dtype=np.uint8, encoding="zlib"
+        )
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Pictures decoded to one shape.",
+            features=tfds.features.FeaturesDict({"image": image}),
+            metadata=tfds.core.MetadataDict(),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        return {"all_images": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
+        skipped, digests = {}, []
+
+        def tried(function: Callable, places: Sequence[int]) -> Iterator[Any]:
+            def one(place: int) -> Any:
+                try:
+                    return function(self.open_picture(self.pictures[place]))
+                except OSError as error:
+                    return error
+
+            with ThreadPoolExecutor() as pool:
+                for start in range(0, len(places), READ):
+                    some = places[start : start + READ]
+                    for place, result in zip(some, pool.map(one, some)):
+                        if isinstance(result, OSError):
+                            skipped[place] = str(result)
+                        else:
+                            yield result
+
+        n = len(self.pictures)
+        look = range(0, n, max(1, n // LOOK))
+        seen = list(tried(lambda one: (one.size, is_colour(one)), look))
+        if not seen:
+            raise ValueError(f"none of {len(look)} images could be read.")
+        sizes, colours = zip(*seen)
+        shape = Shape.of(sizes, any(colours), self.size)
+        left = [place for place in range(n) if place not in skipped]
+        bar = tqdm(
+            tried(shape.fit, left),
+            desc="decoding images",
+            total=len(left),
+            unit="image",
+            disable=not self.progress,
+        )
+        for row, image in enumerate(bar):
+            digests.append(digest_of(image))
+            yield row, {"image": image}
+        self.info.metadata["summary"] = json.dumps(
+            {
+                "shape": dataclasses.astuple(shape),
+                "digests": digests,
+                "skipped": dict(sorted(skipped.items())),
+            }
+        )
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+    """Handwritten digits of 13 writers, 8 x 8 pixels, in the order of the file.
+
+    The first half trains and the second half tests. Writers follow one another in the
+    file, so that a random split would show the test writers while training.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    TRAIN = 898
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
+                "label": tfds.features.ClassLabel(num_classes=10),
+                # Records are stored in no particular order.
+                "place": np.int64,
+            }
+        )
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="The handwritten digits that come with scikit-learn.",
+            citation=(
+                "Alpaydin, Kaynak. Optical Recognition of Handwritten Digits. "
+                "UCI Machine Learning Repository, 1998. doi:10.24432/C50P49"
+            ),
+            features=features,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        # 17 levels, 0 to 16, spread over 0 to 240: exactly proportional.
+        images = (digits.images * 15).astype(np.uint8)[..., None]
+        half = slice(None, self.TRAIN), slice(self.TRAIN, None)
+        return {
+            split: self._generate_examples(images[part], digits.target[part])
+            for split, part in zip(("train", "test"), half)
+        }
+
+    def _generate_examples(
+        self, images: np.ndarray, labels: np.ndarray
+    ) -> Iterator[tuple[int, dict]]:
+        for place, (image, label) in enumerate(zip(images, labels)):
+            yield place, {"image": image, "label": int(label), "place": place}
+
+
+def prepare(builder: tfds.core.DatasetBuilder) -> None:
+    tfds.disable_progress_bar()
+    # It announces a download, on standard output, also where there is none.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare()

@@ -1,0 +1,264 @@
+"""What a run learns from: images with labels, or given triplets of images.
+
+Either knows which choices suit it, its batches and losses, and how to tell what an
+embedding is worth.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+import tripletjax as tj
+from tripletjax.learn import data, plots, sampling, training
+from tripletjax.learn.augment import Augment
+from tripletjax.learn.config import Config
+
+# From here on there are many classes, which take longer to learn.
+MANY = 32
+# Classes of fewer images, in the median, are too small to learn from as they are.
+SCARCE = 30
+# Validation and pictures have at most so many images, of all.
+GALLERY = 4096
+
+GREY = Augment(shift=0.1, rotation=12.0, zoom=0.15, shear=0.15)
+# Of few images of a class there is little to see how far it reaches.
+SCARCE_GREY = Augment(shift=0.1, rotation=20.0, zoom=0.25, shear=0.3)
+COLOUR = Augment(
+    shift=0.1, rotation=5.0, zoom=0.1, flip=True, brightness=0.1, erase=0.25
+)
+
+Embed = Callable[[np.ndarray], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """Images with labels, of which triplets are mined in each batch."""
+
+    dataset: data.Dataset
+    # By which the best model is chosen.
+    best = "map_at_r"
+
+    @property
+    def images(self) -> data.ImageArray:
+        """What is trained on."""
+        return self.dataset.train.images
+
+    @property
+    def summary(self) -> dict:
+        return {"label_names": self.dataset.label_names}
+
+    def choose(self, config: Config) -> Config:
+        """The same with all choices made."""
+        _, height, width, channels = self.images.shape
+        _, counts = np.unique(self.dataset.train.labels, return_counts=True)
+        colour = channels > 1
+        # Many classes of few images: turned and mirrored ones are classes of their own.
+        scarce = np.median(counts) < SCARCE and len(counts) >= MANY
+        turns = config.turns or (1 if not scarce else 8 if height == width else 2)
+        kinds = turns * len(counts)
+        many = kinds >= MANY
+        per_class = config.per_class or (4 if many else 8)
+        return _filled(
+            config,
+            model="resnet" if colour else "cnn",
+            steps=800 if many else 600,
+            per_class=per_class,
+            classes=min(kinds, max(2, (160 if many else 128) // per_class)),
+            turns=turns,
+            dim=128 if many else 64,
+            channels=(32, 64) if max(height, width) <= 16 else (32, 64, 128),
+            augment=COLOUR if colour else SCARCE_GREY if scarce else GREY,
+        )
+
+    def batches(self, config: Config) -> training.Batches:
+        train = self.dataset.train
+        return sampling.ImageBatches(
+            train.images,
+            train.labels,
+            config.classes,
+            config.per_class,
+            config.seed,
+            config.turns,
+            config.weighting,
+        )
+
+    def losses(self, config: Config) -> list[tuple[int, training.Loss]]:
+        """Losses, and the steps from which they hold."""
+        loss = training.mined_loss(config.mining, margin=config.margin)
+        warm = int(config.warm_start * config.steps)
+        if config.mining != "hard" or warm == 0:
+            return [(0, loss)]
+        return [(0, training.mined_loss("all", margin=config.margin)), (warm, loss)]
+
+    def evaluate(self, embed: Embed) -> dict[str, float]:
+        """How well an embedding finds test images of the same class, in percent.
+
+        Args:
+            embed: from uint8 images to embeddings ``[n, d]``.
+
+        Returns:
+            MAP@R, R-precision and recall@1 within the test images, and the share of
+            test images whose nearest training image is of their class, if these are of
+            the same classes; nothing if no image is held out.
+        """
+        train, test = self.dataset.train, self.dataset.test
+        if not len(test):
+            return {}
+        x = embed(test.images)
+        within = tj.retrieval.evaluate(x, test.labels)
+        metrics = {
+            "map_at_r": 100 * float(within.map_at_r),
+            "r_precision": 100 * float(within.r_precision),
+            "recall_at_1": 100 * float(within.precision_at_1),
+        }
+        if np.isin(test.labels, train.labels).any():
+            found = tj.retrieval.recall_at_k(
+                x,
+                test.labels,
+                ks=(1,),
+                references=embed(train.images),
+                reference_labels=train.labels,
+            )
+            metrics["nearest_in_train"] = 100 * float(found[0])
+        return metrics
+
+    def validate(self, model: nnx.Module) -> dict[str, float]:
+        """MAP@R and recall@1 of the validation images, in percent.
+
+        Among themselves where their classes are not trained on, and else against
+        training images. NaN if no image is held out for validation.
+        """
+        train, held_out = self.dataset.train, self.dataset.validation
+        if not len(held_out):
+            return {"map_at_r": float("nan"), "recall_at_1": float("nan")}
+        held_out = held_out.part(_some(len(held_out)))
+        options = {}
+        if np.isin(held_out.labels, train.labels).any():
+            gallery = _some(len(train))
+            references = training.embed_images(model, train.images[gallery])
+            labels = train.labels[gallery]
+            options = {"references": references, "reference_labels": labels}
+        x = training.embed_images(model, held_out.images)
+        metrics = tj.retrieval.evaluate(x, held_out.labels, **options)
+        return {
+            "map_at_r": 100 * float(metrics.map_at_r),
+            "recall_at_1": 100 * float(metrics.precision_at_1),
+        }
+
+    def draw(self, embeddings: dict[str, Embed], out: Path) -> None:
+        """Draws held-out images and their nearest neighbours into a directory."""
+        shown = self.dataset.test if len(self.dataset.test) else self.dataset.train
+        shown = shown.part(_some(len(shown)))
+        images = shown.images[:]
+        plots.neighbors(
+            images,
+            shown.labels,
+            {name: embed(images) for name, embed in embeddings.items()},
+            self.dataset.label_names,
+            out / "neighbors.png",
+            k=min(8, len(shown) - 1),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenTriplets:
+    """Triplets that somebody has chosen, trained on as they are."""
+
+    dataset: data.Triplets
+    best = "ranked_right"
+
+    @property
+    def images(self) -> data.ImageArray:
+        return self.dataset.images
+
+    @property
+    def summary(self) -> dict:
+        return {"triplets_left_out": self.dataset.left_out}
+
+    def choose(self, config: Config) -> Config:
+        """The same with all choices made."""
+        n, height, width, channels = self.images.shape
+        colour = channels > 1
+        return _filled(
+            config,
+            model="resnet" if colour else "cnn",
+            steps=800 if n >= 8 * MANY else 600,
+            batch=min(48, len(self.dataset.train)),
+            dim=128 if n >= 8 * MANY else 64,
+            channels=(32, 64) if max(height, width) <= 16 else (32, 64, 128),
+            augment=COLOUR if colour else GREY,
+        )
+
+    def batches(self, config: Config) -> training.Batches:
+        return sampling.TripletBatches(
+            self.images, self.dataset.train, config.batch, config.seed
+        )
+
+    def losses(self, config: Config) -> list[tuple[int, training.Loss]]:
+        return [(0, training.given_loss(margin=config.margin))]
+
+    def evaluate(self, embed: Embed) -> dict[str, float]:
+        """The share of test triplets whose positive is nearer than the negative.
+
+        In percent; nothing if no triplet is held out.
+        """
+        if not len(self.dataset.test):
+            return {}
+        return {"ranked_right": self._ranked_right(embed, self.dataset.test)}
+
+    def validate(self, model: nnx.Module) -> dict[str, float]:
+        """The same of validation triplets; NaN if none is held out."""
+        held_out = self.dataset.validation
+        if not len(held_out):
+            return {"ranked_right": float("nan")}
+        embed = functools.partial(training.embed_images, model)
+        held_out = held_out[_some(len(held_out))]
+        return {"ranked_right": self._ranked_right(embed, held_out)}
+
+    def draw(self, embeddings: dict[str, Embed], out: Path) -> None:
+        """Draws held-out triplets in the order of distance into a directory."""
+        shown = self.dataset.test if len(self.dataset.test) else self.dataset.train
+        shown = shown[_some(len(shown))]
+        distances = {
+            name: self._distances(embed, shown) for name, embed in embeddings.items()
+        }
+        plots.triplets(self.images, shown, distances, out / "triplets.png")
+
+    def _ranked_right(self, embed: Embed, triplets: np.ndarray) -> float:
+        positive, negative = self._distances(embed, triplets)
+        return 100 * float(np.mean(positive < negative))
+
+    def _distances(self, embed: Embed, triplets: np.ndarray) -> np.ndarray:
+        """From anchors to positives and to negatives, ``[2, t]``."""
+        places, rows = np.unique(triplets, return_inverse=True)
+        a, p, n = jnp.moveaxis(embed(self.images[places])[rows.reshape(-1, 3)], 1, 0)
+        return np.stack([tj.euclidean.paired(a, p), tj.euclidean.paired(a, n)])
+
+
+Task = Classes | GivenTriplets
+
+
+def load(config: Config, *, progress: bool) -> Task:
+    """What a configuration asks to learn from."""
+    options = {"size": config.size, "progress": progress}
+    if config.triplets is not None:
+        return GivenTriplets(data.load_triplets(config.triplets, **options))
+    return Classes(data.load(config.data, split=config.split, **options))
+
+
+def _filled(config: Config, **choices: object) -> Config:
+    """A configuration with choices for what it leaves open."""
+    given = {name: getattr(config, name) for name in choices}
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(config, **choices | given)
+
+
+def _some(n: int) -> np.ndarray:
+    """At most so many places as are looked at while training, always the same."""
+    return np.sort(np.random.default_rng(0).permutation(n)[:GALLERY])
