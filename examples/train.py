@@ -7,6 +7,7 @@ python examples/train.py --triplets chosen.csv --out runs/chosen
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -105,7 +106,12 @@ def main() -> int:
     for name, metrics in evaluations.items():
         values = (f"{metrics[k]:{len(v)}.1f}" for k, v in columns.items())
         print(f"{name:<19}  " + "  ".join(values))
-    print(f"\nEverything is in {out}: look at {picture}.png.")
+    summary = json.loads((out / "summary.json").read_text())
+    counts = (f"{n:,} {part}" for part, n in summary["counts"].items())
+    print(f"\n{summary['parameters']:,} parameters; {what}: {', '.join(counts)}.")
+    if summary["counts"]["skipped"]:
+        print("Images that could not be read are named in config.json.")
+    print(f"Everything is in {out}: look at {picture}.png.")
     return 0
 
 

@@ -1,17 +1,19 @@
 """Where images come from, what is held out, and which make a batch."""
 
+import io
 import sys
 import time
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from folders import shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from tripletjax.learn import data, pictures, sampling
-from tripletjax.learn.stored import StoredImages
+from tripletjax.learn.stored import StoredImages, prepare
 
 pytestmark = pytest.mark.usefixtures("datasets")
 
@@ -225,6 +227,44 @@ def test_datasets_of_the_catalogue():
     assert sorted(every) == sorted(image.tobytes() for image in expected.test.images)
     whole = data.load("tfds:digits")
     assert len(whole.train) + len(whole.validation) + len(whole.test) == 1797
+
+
+class EncodedPictures(tfds.core.GeneratorBasedBuilder):
+    """A dataset with images as the catalogue has them: encoded, of any size."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["dark", "bright"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features)
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for number in range(24):
+            color = (5 + number, 4, 3) if number % 2 else (200 + number, 3, 5)
+            opened = io.BytesIO()
+            Image.new("RGB", (10 + number % 3, 12), color).save(opened, "PNG")
+            opened.seek(0)
+            yield number, {"image": opened, "label": (number + 1) % 2}
+
+
+def test_encoded_images_of_the_catalogue(tmp_path):
+    builder = EncodedPictures(data_dir=tmp_path, file_format="array_record")
+    prepare(builder)
+    dataset = data.load("tfds:encoded_pictures", data_dir=tmp_path)
+    assert dataset.label_names == ("dark", "bright")
+    assert dataset.train.images.shape[1:] == (12, 11, 3)
+    for part in (dataset.train, dataset.validation, dataset.test):
+        bright = part.images[:, 6, 5, 0] > 100
+        np.testing.assert_array_equal(part.labels, bright)
+        assert len(part)
 
 
 @pytest.mark.parametrize(

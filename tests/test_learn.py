@@ -153,6 +153,18 @@ def test_a_run_leaves_everything_behind(finished):
     }
     config = json.loads((out / "config.json").read_text())
     assert config["steps"] == 20
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["evaluations"] == evaluations
+    assert summary["counts"] == {
+        "train": 808,
+        "validation": 90,
+        "test": 899,
+        "skipped": 0,
+    }
+    count = sum(
+        x.size for x in jax.tree.leaves(nnx.state(runs.build_model(config), nnx.Param))
+    )
+    assert summary["parameters"] == count
     lines = (out / "metrics.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in lines]
     assert [line["step"] for line in lines if "loss" in line] == [10, 20]

@@ -62,7 +62,7 @@ class Config:
     weighting: str = "uniform"
     turns: int | None = None
     batch: int | None = None
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     weight_decay: float = 1e-3
     average: float = 0.98
     dim: int | None = None
@@ -94,9 +94,8 @@ class Config:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}.")
         for name in ("margin", "learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"{name} must be finite and >= 0, got {getattr(self, name)!r}."
-                )
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be finite and >= 0, got {value!r}.")
         if not 0 <= self.warm_start <= 1:
             raise ValueError(f"warm_start must be 0 to 1, got {self.warm_start!r}.")

@@ -6,7 +6,8 @@ A run directory holds
 - ``metrics.jsonl``: a line of numbers every few steps, validations and evaluations;
 - ``checkpoints/``: the last two states, from which a run goes on;
 - ``best/``: the model that did best in validation;
-- ``summary.json``: the evaluations, once the run has finished;
+- ``summary.json``: the evaluations, the number of parameters, and how many images
+  there were of what, once the run has finished;
 - ``training.png``: loss and share of active triplets over the steps;
 - ``neighbors.png``: images that were never trained on, and their nearest neighbours;
 - ``triplets.png`` instead, of given triplets: those held out, in the order of distance;
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -81,17 +83,18 @@ def run(
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     old = _old_run(out, asked, resume)
     if old is not None and (out / "summary.json").exists():
-        return json.loads((out / "summary.json").read_text())
+        return json.loads((out / "summary.json").read_text())["evaluations"]
     task = tasks.load(config, progress=progress)
     config = task.choose(config)
     batches = task.batches(config)
     some = task.images[:: -(-len(task.images) // SAMPLE)] / 255
-    settings = json.loads(json.dumps(dataclasses.asdict(config) | task.summary)) | {
+    settings = json.loads(json.dumps(dataclasses.asdict(config))) | {
         "asked": asked,
         "key": task.dataset.key,
         "shape": task.images.shape[1:],
         "mean": some.mean(axis=(0, 1, 2)).tolist(),
         "deviation": np.maximum(some.std(axis=(0, 1, 2)), 1e-3).tolist(),
+        "label_names": task.label_names,
         "skipped": task.dataset.skipped,
     }
     if old is None:
@@ -170,7 +173,13 @@ def run(
     plots.training([line for line in log.lines if "loss" in line], out / "training.png")
     del embeddings["untrained"]
     task.draw(embeddings, out)
-    _write(out / "summary.json", json.dumps(evaluations, indent=2) + "\n")
+    parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
+    summary = {
+        "evaluations": evaluations,
+        "parameters": sum(x.size for x in parameters),
+        "counts": task.counts | {"skipped": len(task.dataset.skipped)},
+    }
+    _write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     for opened in (checkpoints, best, log):
         opened.close()
     return evaluations

@@ -50,8 +50,13 @@ class Classes:
         return self.dataset.train.images
 
     @property
-    def summary(self) -> dict:
-        return {"label_names": self.dataset.label_names}
+    def label_names(self) -> tuple[str, ...]:
+        return self.dataset.label_names
+
+    @property
+    def counts(self) -> dict[str, int]:
+        parts = "train", "validation", "test"
+        return {part: len(getattr(self.dataset, part)) for part in parts}
 
     def choose(self, config: Config) -> Config:
         """The same with all choices made."""
@@ -71,6 +76,7 @@ class Classes:
             per_class=per_class,
             classes=min(kinds, max(2, (160 if many else 128) // per_class)),
             turns=turns,
+            learning_rate=4e-3 if scarce else 2e-3,
             dim=128 if many else 64,
             channels=(32, 64) if max(height, width) <= 16 else (32, 64, 128),
             augment=COLOUR if colour else SCARCE_GREY if scarce else GREY,
@@ -178,8 +184,14 @@ class GivenTriplets:
         return self.dataset.images
 
     @property
-    def summary(self) -> dict:
-        return {"triplets_left_out": self.dataset.left_out}
+    def label_names(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        parts = "train", "validation", "test"
+        counts = {part: len(getattr(self.dataset, part)) for part in parts}
+        return counts | {"left_out": self.dataset.left_out}
 
     def choose(self, config: Config) -> Config:
         """The same with all choices made."""
@@ -190,6 +202,7 @@ class GivenTriplets:
             model="resnet" if colour else "cnn",
             steps=800 if n >= 8 * MANY else 600,
             batch=min(48, len(self.dataset.train)),
+            learning_rate=2e-3,
             dim=128 if n >= 8 * MANY else 64,
             channels=(32, 64) if max(height, width) <= 16 else (32, 64, 128),
             augment=COLOUR if colour else GREY,
