@@ -107,7 +107,9 @@ def main() -> int:
         values = (f"{metrics[k]:{len(v)}.1f}" for k, v in columns.items())
         print(f"{name:<19}  " + "  ".join(values))
     summary = json.loads((out / "summary.json").read_text())
-    counts = (f"{n:,} {part}" for part, n in summary["counts"].items())
+    counts = (
+        f"{n:,} {part.replace('_', ' ')}" for part, n in summary["counts"].items()
+    )
     print(f"\n{summary['parameters']:,} parameters; {what}: {', '.join(counts)}.")
     if summary["counts"]["skipped"]:
         print("Images that could not be read are named in config.json.")
