@@ -11,7 +11,14 @@ import json
 import sys
 from pathlib import Path
 
-from tripletjax.learn import data, runs, sampling, training
+from tripletjax.learn import augment, data, runs, sampling, tasks, training
+
+AUGMENTS = {
+    "none": augment.Augment(),
+    "characters": tasks.GREY,
+    "more": tasks.SCARCE_GREY,
+    "photos": tasks.COLOUR,
+}
 
 
 def main() -> int:
@@ -22,7 +29,6 @@ def main() -> int:
     )
     parser.add_argument(
         "--data",
-        default=defaults.data,
         help="digits, a folder with one folder of images per class, or tfds:NAME "
         "(default: digits)",
     )
@@ -39,19 +45,27 @@ def main() -> int:
     )
     for name, choices, what in (
         ("split", data.SPLITS, "what is held out (default: images)"),
-        ("mining", training.MINING, "which triplets to train on (default: all)"),
+        ("mining", training.MINING, "which triplets to train on (default: semi-hard)"),
         ("weighting", sampling.WEIGHTINGS, "how classes are drawn (default: uniform)"),
         ("model", runs.MODELS, "the network"),
     ):
         default = getattr(defaults, name)
         parser.add_argument(f"--{name}", choices=choices, default=default, help=what)
+    parser.add_argument(
+        "--augment",
+        choices=AUGMENTS,
+        help="how images are changed at random while training",
+    )
     for name, kind, what in (
         ("steps", int, "how many steps to train"),
         ("seed", int, "of everything that is random (default: 0)"),
         ("margin", float, "of the triplet loss (default: 0.2)"),
+        ("learning-rate", float, "at its peak"),
+        ("dim", int, "dimensions of the embedding"),
         ("size", int, "of images, the longer side in pixels"),
         ("classes", int, "classes in a batch"),
         ("per-class", int, "images of each class in a batch"),
+        ("turns", int, "turned and mirrored copies that are classes: 1, 2, 4 or 8"),
         ("batch", int, "given triplets in a batch"),
         ("chunk", int, "images embedded at a time, to save memory"),
     ):
@@ -68,6 +82,11 @@ def main() -> int:
     options = vars(parser.parse_args())
     out, resume = options.pop("out"), options.pop("resume")
     tensorboard = options.pop("tensorboard")
+    if options["triplets"] is not None and options["data"] is not None:
+        parser.error("--triplets and --data exclude each other")
+    options["data"] = options["data"] or defaults.data
+    if options["augment"] is not None:
+        options["augment"] = AUGMENTS[options["augment"]]
     if resume and out is None:
         parser.error("--resume needs --out, the run to go on with")
     if out is None:
@@ -79,7 +98,7 @@ def main() -> int:
         )
     except KeyboardInterrupt as error:
         print(
-            f"\n{parser.prog}: {error or 'stopped'}. To go on, run the same with "
+            f"\n{parser.prog}: {str(error) or 'stopped'}. To go on, run the same with "
             f"--out {out} --resume",
             file=sys.stderr,
         )
@@ -88,8 +107,6 @@ def main() -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
 
-    if not evaluations["trained"]:
-        print("\nThere are too few to hold any out for a test.")
     columns = {
         "map_at_r": "MAP@R",
         "r_precision": "R-precision",
@@ -101,18 +118,22 @@ def main() -> int:
     what, picture = "images", "neighbors"
     if options["triplets"] is not None:
         what = picture = "triplets"
-    title = f"test {what}, in %"
-    print(f"\n{title:<19}  " + "  ".join(columns.values()))
-    for name, metrics in evaluations.items():
-        values = (f"{metrics[k]:{len(v)}.1f}" for k, v in columns.items())
-        print(f"{name:<19}  " + "  ".join(values))
+    if columns:
+        title = f"test {what}, in %"
+        print(f"\n{title:<19}  " + "  ".join(columns.values()))
+        for name, metrics in evaluations.items():
+            values = (f"{metrics[k]:{len(v)}.1f}" for k, v in columns.items())
+            print(f"{name:<19}  " + "  ".join(values))
+    else:
+        print("\nThere are too few to hold any out for a test.")
     summary = json.loads((out / "summary.json").read_text())
+    skipped = summary["counts"].pop("skipped")
     counts = (
         f"{n:,} {part.replace('_', ' ')}" for part, n in summary["counts"].items()
     )
     print(f"\n{summary['parameters']:,} parameters; {what}: {', '.join(counts)}.")
-    if summary["counts"]["skipped"]:
-        print("Images that could not be read are named in config.json.")
+    if skipped:
+        print(f"{skipped:,} images that could not be read are named in config.json.")
     print(f"Everything is in {out}: look at {picture}.png.")
     return 0
 

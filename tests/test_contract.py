@@ -301,7 +301,8 @@ def test_references(loss):
         ({"margin": "much"}, TypeError, "margin"),
         ({"hinge": "soft"}, TypeError, "hinge must be callable"),
         ({"reduce_fn": "mean"}, TypeError, "reduce_fn must be callable"),
-        ({"margins": 0.1}, TypeError, "margins"),
+        ({"margins": 0.1}, TypeError, "unexpected keyword argument 'margins'"),
+        ({"how": "some"}, TypeError, "unexpected keyword argument 'how'"),
     ],
 )
 def test_bad_input_is_named(loss, change, error, words):

@@ -1,6 +1,7 @@
 """Where images come from, what is held out, and which make a batch."""
 
 import io
+import shutil
 import sys
 import time
 
@@ -36,6 +37,28 @@ def test_digits_come_back_as_they_are_in_the_file(tmp_path):
     assert dataset.label_names == tuple("0123456789")
     again = data.load("digits", data_dir=tmp_path)
     np.testing.assert_array_equal(again.train.images, dataset.train.images)
+
+
+def test_digits_by_class_and_of_another_size(tmp_path):
+    dataset = data.load("digits", split="classes", size=16, data_dir=tmp_path)
+    parts = dataset.train, dataset.validation, dataset.test
+    assert [len(set(part.labels)) for part in parts] == [6, 2, 2]
+    assert len(set().union(*(part.labels for part in parts))) == 10
+    assert sum(map(len, parts)) == 1797
+    assert dataset.train.images.shape[1:] == (16, 16, 1)
+    assert dataset.key != data.load("digits", data_dir=tmp_path).key
+
+
+def test_copies_of_an_image_stay_together(tmp_path):
+    folder = shapes(tmp_path / "pictures", kinds=2, each=10)
+    for file in list(folder.rglob("*.*")):
+        for number in range(3):
+            shutil.copy(file, file.with_stem(f"{file.stem}-copy{number}"))
+    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    parts = dataset.train, dataset.validation, dataset.test
+    assert [len(part) for part in parts] == [56, 8, 16]
+    seen = [{image.tobytes() for image in part.images} for part in parts]
+    assert sum(map(len, seen)) == len(set.union(*seen)) == 20
 
 
 def test_unknown_data():
@@ -358,7 +381,8 @@ def test_triplets_of_a_file(tmp_path):
         (["a.png,b.png,c.png", "", "a.png,b.png,c.png,d.png"], "line 3: .* has 4"),
         (["a.png,b.png,a.png"], "line 1: .* three different images, got a.png"),
         (["a.png,b.png,"], "line 1: .* three different images"),
-        (["a.png,b.png,c.png"], "none of 3 images could be read"),
+        (["a.png,b.png,c.png"], "none of 3 images could be read; .*No such file"),
+        (["a,p,n", "a.png,b.png,c.png"], "line 1: .*anchor, positive and negative"),
     ],
 )
 def test_files_that_are_no_triplets(tmp_path, lines, words):
@@ -497,6 +521,12 @@ def test_processes_share_a_batch(weighting):
         whole = sampling.TripletBatches(images, triplets, 8, 2)[step][1]
         parts = [part.reshape(3, 4) for part in parts]
         np.testing.assert_array_equal(np.concatenate(parts, 1), whole.reshape(3, 8))
+
+
+@pytest.mark.parametrize("labels", [np.arange(39) % 4, np.arange(41) % 4])
+def test_labels_of_other_images(labels):
+    with pytest.raises(ValueError, match=r"labels \[n\], got \(40, 8, 8, 1\) and"):
+        sampling.ImageBatches(np.zeros((40, 8, 8, 1), np.uint8), labels, 2, 2)
 
 
 def test_batches_of_triplets():

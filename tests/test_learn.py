@@ -19,6 +19,7 @@ from flax import nnx
 from folders import shapes
 from PIL import Image
 
+import tripletjax as tj
 from tripletjax import learn
 from tripletjax.learn import (
     augment,
@@ -216,6 +217,9 @@ def test_the_embedder_takes_images_of_any_kind(finished, tmp_path):
     for file, image in zip(files, images):
         Image.fromarray(image[..., 0]).save(file)
     np.testing.assert_array_equal(embed(files), expected)
+    np.testing.assert_array_equal(embed(np.array(files, str)), expected)
+    every = [str(files[0]), Image.open(files[1]), images[2]]
+    np.testing.assert_allclose(embed(every), expected[:3], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +230,8 @@ def test_the_embedder_takes_images_of_any_kind(finished, tmp_path):
         (np.zeros((8,), np.uint8), ValueError, r"must be \[n, height, width\]"),
         ([], ValueError, "must not be empty"),
         ("a.png", TypeError, "put it into a list"),
+        (Image.new("L", (8, 8)), TypeError, "put it into a list"),
+        (np.zeros((8, 9, 3), np.uint8), ValueError, "one image in colour"),
         (["nowhere.png"], FileNotFoundError, "nowhere.png"),
     ],
 )
@@ -281,6 +287,21 @@ def test_losses_follow_one_another():
                 assert_same_model(model, two)
     with pytest.raises(ValueError, match="first loss must hold from step 0"):
         trained(loss=[(1, every)])
+
+
+def test_a_loss_without_metrics_and_what_is_no_loss():
+    def loss(x, labels):
+        return tj.blockwise.batch_semi_hard_loss(x, labels, margin=0.2)
+
+    for chunk in (None, 8):
+        model, lines = trained(10, loss=loss, chunk=chunk)
+        expected, _ = trained(10, loss=training.mined_loss("semi-hard"), chunk=chunk)
+        assert lines[0].keys() == {"step", "loss", "spread"}
+        assert_same_model(model, expected)
+    with pytest.raises(TypeError, match=r"loss must be a function, .*'hard'"):
+        trained(1, loss="hard")
+    with pytest.raises(TypeError, match="batches must have batches"):
+        trained(1, batches=iter([digits_batches()[0]]))
 
 
 def test_chunks_have_the_loss_of_the_whole_batch():
@@ -452,6 +473,7 @@ def test_damaged_checkpoints_fall_back(tmp_path):
     assert len(damaged) == 1
     assert "step 3 is damaged" in damaged[0]
     assert (tmp_path / "3-damaged").is_dir()
+    assert len(damaged[0]) < 300
     kept.save(3, state)
     assert kept.steps == [2, 3]
     for each in (2, 3):
@@ -502,6 +524,8 @@ def test_bad_configurations_are_named(options, words):
         (["--steps", "0"], "steps must be at least 1"),
         (["--mining", "some"], "invalid choice"),
         (["--margin", "-1"], "margin"),
+        (["--data", "digits", "--triplets", "a.csv"], "exclude each other"),
+        (["--augment", "some"], "invalid choice"),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_2(arguments, words, tmp_path):
@@ -562,10 +586,15 @@ def test_a_run_is_not_gone_on_with_by_accident(finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_run_whose_data_changed_is_not_gone_on_with(tmp_path):
+def test_a_run_whose_data_changed_is_not_gone_on_with(tmp_path, monkeypatch):
     folder = shapes(tmp_path / "pictures", each=4)
     config = small(data=str(folder), steps=2)
-    runs.run(config, tmp_path / "run", progress=False)
+    evaluations = runs.run(config, tmp_path / "run", progress=False)
+    (tmp_path / "run" / "summary.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    elsewhere = small(data="pictures", steps=2)
+    again = runs.run(elsewhere, "run", resume=True, progress=False)
+    assert again == evaluations
     (tmp_path / "run" / "summary.json").unlink()
     Image.new("L", (24, 20), 77).save(folder / "group0" / "kind0" / "0.png")
     with pytest.raises(ValueError, match="no longer what the run"):
@@ -593,9 +622,23 @@ def test_a_tiny_folder_is_trained_on(tmp_path, kinds, each):
     evaluations = runs.run(config, tmp_path / "run", progress=False)
     assert bool(evaluations["trained"]) == (each == 8)
     assert (tmp_path / "run" / "neighbors.png").exists()
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert learn.load_embedder(tmp_path / "run")(
         np.zeros((1, 9, 9), np.uint8)
     ).shape == (1, 8)
+
+
+def test_a_test_of_one_image(tmp_path):
+    folder = shapes(tmp_path / "pictures", kinds=2)
+    for number in range(3, 10):
+        next((folder / "group0").rglob(f"{number}.*")).unlink()
+    for file in sorted((folder / "group1").rglob("*.*"))[8:]:
+        file.unlink()
+    config = runs.Config(data=str(folder), steps=2, channels=(8, 16), dim=8)
+    evaluations = runs.run(config, tmp_path / "run", progress=False)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["counts"]["test"] == 1
+    assert evaluations["trained"].keys() == {"nearest_in_train"}
 
 
 def test_a_run_on_given_triplets(tmp_path):

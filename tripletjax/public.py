@@ -65,6 +65,12 @@ def public(
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in kwargs:
+                if name not in parameters:
+                    raise TypeError(
+                        f"{function.__name__}() got an unexpected keyword argument "
+                        f"{name!r}; it has {', '.join(names)}."
+                    )
             for name, value in (*zip(names, args), *kwargs.items()):
                 if value is None and name in parameters and name not in optional:
                     raise TypeError(f"{name} must be given, got None.")

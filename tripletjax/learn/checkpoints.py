@@ -52,10 +52,9 @@ class Checkpoints:
             self._orbax.save(step, state, custom_metadata={"digest": _digest(state)})
         except Exception as error:
             # Orbax and TensorStore raise whatever they come across.
-            reason = str(error).splitlines()[0] if str(error) else repr(error)
             raise OSError(
                 f"the state of step {step} could not be written to {self.directory}: "
-                f"{reason}"
+                f"{_brief(error)}"
             ) from error
 
     def restore(self, like: State) -> tuple[int, State, list[str]] | None:
@@ -74,7 +73,7 @@ class Checkpoints:
             try:
                 return step, self._load(step, like), damaged
             except Exception as error:
-                reason = str(error).splitlines()[0] if str(error) else repr(error)
+                reason = _brief(error)
                 if self.writable:
                     path = self.directory / str(step)
                     path.rename(_free(self.directory.parent / f"{path.name}-damaged"))
@@ -117,6 +116,12 @@ def _digest(arrays: list[Any]) -> str:
         digest.update(f"{x.shape}{x.dtype}".encode())
         digest.update(np.ascontiguousarray(x).view(np.uint8))
     return digest.hexdigest()
+
+
+def _brief(error: Exception) -> str:
+    """What an error says first; Orbax also prints whole trees of arrays."""
+    first = str(error).strip().partition("\n")[0] or repr(error)
+    return first if len(first) <= 200 else first[:200] + "..."
 
 
 def _free(wanted: Path) -> Path:

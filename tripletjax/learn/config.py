@@ -52,7 +52,7 @@ class Config:
     split: str = "images"
     size: int | None = None
     model: str | None = None
-    mining: str = "all"
+    mining: str = "semi-hard"
     steps: int | None = None
     seed: int = 0
     margin: float = 0.2

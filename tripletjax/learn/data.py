@@ -8,6 +8,7 @@ back, into memory if they fit.
 import csv
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tripletjax.learn.pictures import SUFFIXES, image_files, open_image
+from tripletjax.learn.pictures import SUFFIXES, Shape, image_files, open_image
 from tripletjax.learn.stored import (
     Digits,
     Stored,
@@ -127,7 +128,8 @@ def load(
             tensorflow-datasets with an image and a label.
         split: ``"images"`` holds out some images of every class; ``"classes"`` holds
             out all images of some classes, the honest test of an embedding of classes
-            never seen. The held-out half of the digits is always the same.
+            never seen. Of the digits, images are held out as their authors did: all of
+            the second half.
         size: the longer side of an image in pixels. If not given, that of the median
             image, but at most 32 for grey and 64 for colour images.
         data_dir: where tensorflow-datasets keeps its files; its default if not given.
@@ -147,7 +149,7 @@ def load(
     if size is not None and size < 1:
         raise ValueError(f"size must be positive, got {size}.")
     if name == "digits":
-        return _digits(data_dir)
+        return _digits(data_dir, split, size)
     options = {
         "size": size,
         "data_dir": data_dir,
@@ -250,6 +252,12 @@ def _triplet_rows(file: Path) -> list[tuple[str, str, str]]:
                     columns = [titles.index(role) for role in roles]
                     width = len(row)
                     continue
+                if not any(Path(title).suffix for title in titles):
+                    raise ValueError(
+                        f"{file}, line {reader.line_num}: must be three paths of "
+                        "images, or the names of columns, among them anchor, positive "
+                        f"and negative, got {', '.join(row)}."
+                    )
                 columns, width = [0, 1, 2], 3
             if len(row) != width:
                 raise ValueError(
@@ -270,7 +278,7 @@ def _triplet_rows(file: Path) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _digits(data_dir: str | Path | None) -> Dataset:
+def _digits(data_dir: str | Path | None, split: str, size: int | None) -> Dataset:
     builder = Digits(data_dir=data_dir, file_format="array_record")
     prepare(builder)
     records = []
@@ -278,15 +286,21 @@ def _digits(data_dir: str | Path | None) -> Dataset:
         source = builder.as_data_source(part)
         some = source.__getitems__(range(len(source)))
         records += sorted(some, key=lambda record: record["place"])
+    shape = Shape.of([(8, 8)], False, size)
     images = Images(
-        images=np.stack([record["image"] for record in records]),
+        images=np.stack(
+            [shape.fit(Image.fromarray(record["image"][..., 0])) for record in records]
+        ),
         labels=np.array([record["label"] for record in records], np.int32),
     )
     digests = np.array([digest_of(image) for image in images.images])
-    half = Digits.TRAIN
-    labels = images.labels[:half]
-    train, validation = _shared_out_images(labels, digests[:half], [VALIDATION])
-    places = train, validation, np.arange(half, len(images))
+    if split == "classes":
+        places = _held_out_images(images.labels, digests, split)
+    else:
+        half = Digits.TRAIN
+        labels = images.labels[:half]
+        train, validation = _shared_out_images(labels, digests[:half], [VALIDATION])
+        places = train, validation, np.arange(half, len(images))
     names = builder.info.features["label"].names
     return _dataset("digits", images, digests, places, names)
 
@@ -348,11 +362,15 @@ def _members(labels: np.ndarray, digests: Sequence[str]) -> list[list[int]]:
 def _shared_out_images(
     labels: np.ndarray, digests: Sequence[str], shares: Sequence[float]
 ) -> list[np.ndarray]:
-    """Places that are left, then the shares of every class."""
-    by_class = [
-        _shared_out([[place] for place in places], shares, least=0)
-        for places in _members(labels, digests)
-    ]
+    """Places that are left, then the shares of every class.
+
+    Copies of an image stay together, lest what is held out be trained on.
+    """
+    by_class = []
+    for places in _members(labels, digests):
+        copies = itertools.groupby(places, key=lambda place: digests[place])
+        units = [list(same) for _, same in copies]
+        by_class.append(_shared_out(units, shares, least=0))
     return [np.sort(np.concatenate(parts).astype(int)) for parts in zip(*by_class)]
 
 

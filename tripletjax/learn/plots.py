@@ -13,22 +13,33 @@ RIGHT, WRONG, QUERY = "#2a9d5c", "#d1495b", "#444444"
 
 
 def training(lines: Sequence[dict], path: str | Path) -> None:
-    """Loss, share of active triplets and spread of the embeddings over the steps.
+    """Loss, active triplets, spread of the embeddings and validation over the steps.
 
     Args:
-        lines: dictionaries with step, loss, active and spread.
+        lines: dictionaries with a step, and either loss, active and spread, or
+            validation.
         path: the PNG file to write.
     """
-    steps = [line["step"] for line in lines]
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    panels = figure.subplots(3, 1, sharex=True)
+    trained = [line for line in lines if "loss" in line]
+    validated = [line for line in lines if line.get("validation")]
+    figure = Figure(figsize=(7, 8 if validated else 6), layout="constrained")
+    panels = figure.subplots(4 if validated else 3, 1, sharex=True)
     for axes, name, title in zip(
         panels,
         ("loss", "active", "spread"),
         ("loss", "share of active triplets", "spread: root mean squared distance"),
     ):
-        axes.plot(steps, [line[name] for line in lines], color="#30638e", linewidth=1.2)
+        steps, values = zip(*((line["step"], line[name]) for line in trained))
+        axes.plot(steps, values, color="#30638e", linewidth=1.2)
         axes.set_title(title, loc="left", fontsize=10)
+    if validated:
+        steps = [line["step"] for line in validated]
+        for name in validated[0]["validation"]:
+            values = [line["validation"][name] for line in validated]
+            panels[-1].plot(steps, values, marker=".", label=name)
+        panels[-1].set_title("validation, in %", loc="left", fontsize=10)
+        panels[-1].legend(loc="lower right", fontsize=8)
+    for axes in panels:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -43,6 +54,7 @@ def neighbors(
     label_names: Sequence[str],
     path: str | Path,
     *,
+    what: str = "images",
     k: int = 8,
     queries: int = 8,
 ) -> None:
@@ -57,6 +69,7 @@ def neighbors(
         embeddings: by name, vectors ``[n, d]``.
         label_names: what each label stands for.
         path: the PNG file to write.
+        what: what the title calls the images.
         k: how many neighbours to show.
         queries: how many queries to show.
     """
@@ -70,10 +83,15 @@ def neighbors(
         min(places[labels == c], key=right.__getitem__) for c in np.unique(labels)
     ]
     chosen = sorted(hardest, key=right.__getitem__)[:queries]
+    first = next(iter(ranked))
 
     figure = Figure(
-        figsize=((k + 1) * 0.7 * len(ranked), 0.75 * len(chosen) + 0.7),
+        figsize=((k + 1) * 0.7 * len(ranked) + 0.8, 0.75 * len(chosen) + 1),
         layout="constrained",
+    )
+    figure.suptitle(
+        f"The {what} on which {first} do worst: green is of the same class, red is not",
+        fontsize=11,
     )
     for column, (part, (name, neighbor)) in enumerate(
         zip(np.atleast_1d(figure.subfigures(1, len(ranked))), ranked.items())
@@ -90,7 +108,11 @@ def neighbors(
                     spine.set(color=color, linewidth=2.5)
             if column == 0:
                 row[0].set_ylabel(
-                    label_names[labels[query]], rotation=0, labelpad=12, va="center"
+                    _short(label_names[labels[query]]),
+                    rotation=0,
+                    ha="right",
+                    va="center",
+                    fontsize=8,
                 )
     figure.savefig(path, dpi=120)
 
@@ -101,6 +123,7 @@ def triplets(
     distances: dict[str, np.ndarray],
     path: str | Path,
     *,
+    what: str = "triplets",
     rows: int = 10,
 ) -> None:
     """Triplets in the order of distance: the anchor, then the nearer of the other two.
@@ -114,6 +137,7 @@ def triplets(
         distances: by name of an embedding, from anchors to positives and to negatives,
             ``[2, t]``.
         path: the PNG file to write.
+        what: what the title calls the triplets.
         rows: how many triplets to show.
     """
     positive, negative = next(iter(distances.values()))
@@ -122,7 +146,12 @@ def triplets(
     chosen = worst[np.sort(first)][:rows]
 
     figure = Figure(
-        figsize=(3.4 * len(distances), 0.95 * len(chosen) + 0.6), layout="constrained"
+        figsize=(3.4 * len(distances), 0.95 * len(chosen) + 1), layout="constrained"
+    )
+    figure.suptitle(
+        f"The {what} on which {next(iter(distances))} do worst:\n"
+        "anchor, nearer, farther; the positive is green, the negative red",
+        fontsize=10,
     )
     parts = np.atleast_1d(figure.subfigures(1, len(distances)))
     for part, (name, (positive, negative)) in zip(parts, distances.items()):
@@ -147,6 +176,10 @@ def triplets(
                 if distance is not None:
                     axes.set_title(f"{distance:.2f}", fontsize=8, pad=2)
     figure.savefig(path, dpi=120)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 16 else "…" + name[-15:]
 
 
 def _shown(image: np.ndarray) -> np.ndarray:

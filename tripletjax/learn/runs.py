@@ -80,6 +80,7 @@ def run(
     if tensorboard:
         _summary_writer()
     out = Path(out).resolve()
+    config = _with_whole_paths(config)
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     old = _old_run(out, asked, resume)
     if old is not None and (out / "summary.json").exists():
@@ -170,7 +171,7 @@ def run(
             "metrics": evaluations["trained"],
         }
     )
-    plots.training([line for line in log.lines if "loss" in line], out / "training.png")
+    plots.training(log.lines, out / "training.png")
     del embeddings["untrained"]
     task.draw(embeddings, out)
     parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
@@ -295,7 +296,7 @@ def load_model(run_dir: str | Path) -> tuple[nnx.Module, dict[str, Any]]:
     return model, settings
 
 
-Pictures = ArrayLike | Sequence[np.ndarray] | Sequence[str | Path]
+Pictures = ArrayLike | Sequence[np.ndarray | str | Path | Image.Image]
 
 
 def load_embedder(run_dir: str | Path) -> Callable[[Pictures], Array]:
@@ -306,9 +307,9 @@ def load_embedder(run_dir: str | Path) -> Callable[[Pictures], Array]:
 
     Returns:
         A function to unit vectors ``[n, d]``, from uint8 images of any size, grey or
-        colour: ``[n, height, width]`` or ``[n, height, width, channels]``, a sequence
-        of images of different sizes, or paths of image files. Images are made into what
-        the run was trained with.
+        colour: ``[n, height, width]`` or ``[n, height, width, channels]``; or a
+        sequence of arrays of different sizes, Pillow's images or paths of image files.
+        Images are made into what the run was trained with.
 
     Raises:
         FileNotFoundError: if there is no trained model.
@@ -324,40 +325,40 @@ def load_embedder(run_dir: str | Path) -> Callable[[Pictures], Array]:
 
 def _ready(images: Pictures, shape: Shape) -> np.ndarray:
     """Images of any kind as uint8 ``[n, height, width, channels]``."""
-    if isinstance(images, (str, Path)):
-        raise TypeError("images must be several, got one path; put it into a list.")
-    if not hasattr(images, "dtype"):
+    if isinstance(images, str | Path | Image.Image):
+        raise TypeError("images must be several, got one; put it into a list.")
+    if not hasattr(images, "dtype") or images.dtype.kind == "U":
         images = list(images)
     if len(images) == 0:
         raise ValueError("images must not be empty.")
-    if isinstance(images, list) and isinstance(images[0], (str, Path)):
-        with ThreadPoolExecutor() as pool:
-            one = lambda file: shape.fit(open_image(file))  # noqa: E731
-            return np.stack(list(pool.map(one, images)))
+    if getattr(images, "ndim", 0) == 3 and images.shape[-1] in (3, 4):
+        raise ValueError(
+            f"images {images.shape} look like one image in colour; images[None] makes "
+            "it several."
+        )
+    with ThreadPoolExecutor() as pool:
+        fitted = pool.map(lambda image: shape.fit(_picture(image)), images)
+        return np.stack(list(fitted))
 
-    def picture(image: ArrayLike) -> Image.Image:
-        image = np.asarray(image)
-        if image.dtype != np.uint8:
-            raise TypeError(f"images must be uint8, got dtype {image.dtype}.")
-        if image.ndim == 3 and image.shape[-1] == 1:
-            image = image[..., 0]
-        if image.size == 0 or not (
-            image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (3, 4))
-        ):
-            raise ValueError(
-                "images must be [n, height, width] or [n, height, width, channels] "
-                f"with 1, 3 or 4 channels; one of them is {image.shape}."
-            )
-        return Image.fromarray(image)
 
-    if getattr(images, "ndim", 0) == 4 and images.shape[1:] == dataclasses.astuple(
-        shape
+def _picture(image: ArrayLike | str | Path | Image.Image) -> Image.Image:
+    if isinstance(image, str | Path):
+        return open_image(image)
+    if isinstance(image, Image.Image):
+        return image
+    image = np.asarray(image)
+    if image.dtype != np.uint8:
+        raise TypeError(f"images must be uint8, got dtype {image.dtype}.")
+    if image.ndim == 3 and image.shape[-1] == 1:
+        image = image[..., 0]
+    if image.size == 0 or not (
+        image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (3, 4))
     ):
-        images = np.asarray(images)
-        if images.dtype != np.uint8:
-            raise TypeError(f"images must be uint8, got dtype {images.dtype}.")
-        return images
-    return np.stack([shape.fit(picture(image)) for image in images])
+        raise ValueError(
+            "images must be [n, height, width] or [n, height, width, channels] "
+            f"with 1, 3 or 4 channels; one of them is {image.shape}."
+        )
+    return Image.fromarray(image)
 
 
 def _flat(images: np.ndarray) -> Array:
@@ -385,7 +386,7 @@ def _old_run(out: Path, asked: dict[str, Any], resume: bool) -> dict[str, Any] |
     if not begun:
         return None
     if not resume:
-        again = " To go on with it, use resume." if "config.json" in begun else ""
+        again = " To go on with it, resume it." if "config.json" in begun else ""
         raise RunExistsError(
             f"{out} already exists and is not an empty directory.{again}"
         )
@@ -400,6 +401,16 @@ def _old_run(out: Path, asked: dict[str, Any], resume: bool) -> dict[str, Any] |
         )
         raise ValueError(f"the run in {out} was made otherwise: {told}.")
     return old
+
+
+def _with_whole_paths(config: Config) -> Config:
+    """The same, from wherever it is resumed."""
+    changes = {}
+    if config.data != "digits" and Path(config.data).is_dir():
+        changes["data"] = str(Path(config.data).resolve())
+    if config.triplets is not None:
+        changes["triplets"] = str(Path(config.triplets).resolve())
+    return dataclasses.replace(config, **changes)
 
 
 def _write(path: Path, text: str) -> None:

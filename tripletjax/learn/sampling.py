@@ -138,6 +138,11 @@ class ImageBatches:
     places: ClassBatches = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if len(self.images.shape) != 4 or len(self.labels) != len(self.images):
+            raise ValueError(
+                "images must be [n, height, width, channels] and labels [n], got "
+                f"{self.images.shape} and {np.shape(self.labels)}."
+            )
         height, width = self.images.shape[1:3]
         if self.turns not in (1, 2, 4, 8) or (self.turns > 2 and height != width):
             raise ValueError(

@@ -183,7 +183,9 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
         look = range(0, n, max(1, n // LOOK))
         seen = list(tried(lambda one: (one.size, is_colour(one)), look))
         if not seen:
-            raise ValueError(f"none of {len(look)} images could be read.")
+            raise ValueError(
+                f"none of {len(look)} images could be read; the first: {skipped[0]}"
+            )
         sizes, colours = zip(*seen)
         shape = Shape.of(sizes, any(colours), self.size)
         left = [place for place in range(n) if place not in skipped]

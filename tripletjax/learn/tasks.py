@@ -6,6 +6,7 @@ embedding is worth.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,18 +112,19 @@ class Classes:
         Returns:
             MAP@R, R-precision and recall@1 within the test images, and the share of
             test images whose nearest training image is of their class, if these are of
-            the same classes; nothing if no image is held out.
+            the same classes; without what the test images are too few for.
         """
         train, test = self.dataset.train, self.dataset.test
         if not len(test):
             return {}
-        x = embed(test.images)
-        within = tj.retrieval.evaluate(x, test.labels)
-        metrics = {
-            "map_at_r": 100 * float(within.map_at_r),
-            "r_precision": 100 * float(within.r_precision),
-            "recall_at_1": 100 * float(within.precision_at_1),
-        }
+        x, metrics = embed(test.images), {}
+        if len(test) > 1:
+            within = tj.retrieval.evaluate(x, test.labels)
+            metrics = {
+                "map_at_r": 100 * float(within.map_at_r),
+                "r_precision": 100 * float(within.r_precision),
+                "recall_at_1": 100 * float(within.precision_at_1),
+            }
         if np.isin(test.labels, train.labels).any():
             found = tj.retrieval.recall_at_k(
                 x,
@@ -132,17 +134,17 @@ class Classes:
                 reference_labels=train.labels,
             )
             metrics["nearest_in_train"] = 100 * float(found[0])
-        return metrics
+        return _known(metrics)
 
     def validate(self, model: nnx.Module) -> dict[str, float]:
         """MAP@R and recall@1 of the validation images, in percent.
 
         Among themselves where their classes are not trained on, and else against
-        training images. NaN if no image is held out for validation.
+        training images. Nothing if too few images are held out for validation.
         """
         train, held_out = self.dataset.train, self.dataset.validation
         if not len(held_out):
-            return {"map_at_r": float("nan"), "recall_at_1": float("nan")}
+            return {}
         held_out = held_out.part(_some(len(held_out)))
         options = {}
         if np.isin(held_out.labels, train.labels).any():
@@ -152,14 +154,17 @@ class Classes:
             options = {"references": references, "reference_labels": labels}
         x = training.embed_images(model, held_out.images)
         metrics = tj.retrieval.evaluate(x, held_out.labels, **options)
-        return {
-            "map_at_r": 100 * float(metrics.map_at_r),
-            "recall_at_1": 100 * float(metrics.precision_at_1),
-        }
+        return _known(
+            {
+                "map_at_r": 100 * float(metrics.map_at_r),
+                "recall_at_1": 100 * float(metrics.precision_at_1),
+            }
+        )
 
     def draw(self, embeddings: dict[str, Embed], out: Path) -> None:
         """Draws held-out images and their nearest neighbours into a directory."""
-        shown = self.dataset.test if len(self.dataset.test) else self.dataset.train
+        held_out = len(self.dataset.test) > 1
+        shown = self.dataset.test if held_out else self.dataset.train
         shown = shown.part(_some(len(shown)))
         images = shown.images[:]
         plots.neighbors(
@@ -168,6 +173,7 @@ class Classes:
             {name: embed(images) for name, embed in embeddings.items()},
             self.dataset.label_names,
             out / "neighbors.png",
+            what="test images" if held_out else "training images",
             k=min(8, len(shown) - 1),
         )
 
@@ -226,22 +232,24 @@ class GivenTriplets:
         return {"ranked_right": self._ranked_right(embed, self.dataset.test)}
 
     def validate(self, model: nnx.Module) -> dict[str, float]:
-        """The same of validation triplets; NaN if none is held out."""
+        """The same of validation triplets."""
         held_out = self.dataset.validation
         if not len(held_out):
-            return {"ranked_right": float("nan")}
+            return {}
         embed = functools.partial(training.embed_images, model)
         held_out = held_out[_some(len(held_out))]
         return {"ranked_right": self._ranked_right(embed, held_out)}
 
     def draw(self, embeddings: dict[str, Embed], out: Path) -> None:
         """Draws held-out triplets in the order of distance into a directory."""
-        shown = self.dataset.test if len(self.dataset.test) else self.dataset.train
+        held_out = len(self.dataset.test) > 0
+        shown = self.dataset.test if held_out else self.dataset.train
         shown = shown[_some(len(shown))]
         distances = {
             name: self._distances(embed, shown) for name, embed in embeddings.items()
         }
-        plots.triplets(self.images, shown, distances, out / "triplets.png")
+        what = "test triplets" if held_out else "training triplets"
+        plots.triplets(self.images, shown, distances, out / "triplets.png", what=what)
 
     def _ranked_right(self, embed: Embed, triplets: np.ndarray) -> float:
         positive, negative = self._distances(embed, triplets)
@@ -270,6 +278,11 @@ def _filled(config: Config, **choices: object) -> Config:
     given = {name: getattr(config, name) for name in choices}
     given = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(config, **choices | given)
+
+
+def _known(metrics: dict[str, float]) -> dict[str, float]:
+    """Without those that are NaN, because no item has another of its class."""
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def _some(n: int) -> np.ndarray:

@@ -37,8 +37,9 @@ MINING: dict[str, tuple[Callable, Callable]] = {
 # Embeddings that are so close together, in multiples of their length, have collapsed.
 COLLAPSED = 0.02
 
-# From embeddings ``[n, d]`` and labels ``[n]`` to a scalar, and metrics by name.
-Loss = Callable[[Array, Array], tuple[Array, dict[str, Array]]]
+# From embeddings ``[n, d]`` and labels ``[n]`` to a scalar, or a scalar and metrics by
+# name.
+Loss = Callable[[Array, Array], Array | tuple[Array, dict[str, Array]]]
 
 
 class Batches(Protocol):
@@ -131,7 +132,7 @@ def fit(
     best_checkpoints: Checkpoints | None = None,
     progress: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """Trains a model in place.
+    """Trains a model in place, step by step, as its lines are asked for.
 
     The loop goes on from the newest of its checkpoints, and gives what it would have
     given had it never stopped, bit by bit. On an interrupt (Ctrl-C, SIGTERM) it
@@ -153,8 +154,8 @@ def fit(
         log_every: how many steps there are between two lines.
         validate: metrics of a model, made every `validate_every` steps and at the end.
         validate_every: see there; only at the end if not given.
-        best: the metric of which the largest is best; if not given, or where it is
-            NaN, the last validation is.
+        best: the metric of which the largest is best; if not given, or where there is
+            none, the last validation is.
         checkpoints: where states are kept.
         checkpoint_every: how many steps there are between two states.
         best_checkpoints: where the parameters of the best validation are kept.
@@ -185,7 +186,13 @@ def fit(
             raise ValueError(f"{name} must be at least 1, got {value!r}.")
     if not 0 <= average < 1:
         raise ValueError(f"average must be at least 0 and below 1, got {average!r}.")
-    losses = [(0, loss or mined_loss())] if not isinstance(loss, Sequence) else loss
+    if not hasattr(batches, "__getitem__"):
+        raise TypeError(f"batches must have batches[step], got {batches!r}.")
+    losses = loss if isinstance(loss, list | tuple) else [(0, loss or mined_loss())]
+    if not all(callable(of) for _, of in losses):
+        raise TypeError(
+            f"loss must be a function, or such as mined_loss, got {loss!r}."
+        )
     if losses[0][0] != 0:
         raise ValueError(f"the first loss must hold from step 0, not {losses[0][0]}.")
 
@@ -256,7 +263,7 @@ def fit(
                 model.train()
                 # Of equals the last, which was trained the longest; without a number,
                 # the last of all.
-                value = np.float32(values[best] if best is not None else np.nan)
+                value = np.float32(values.get(best, np.nan))
                 if not value < state.best:
                     state = state._replace(best=jnp.maximum(state.best, value))
                     if best_checkpoints is not None:
@@ -395,7 +402,8 @@ def _loss_gradient(
 
 def _measured(x: Array, labels: Array, loss: Loss) -> tuple[Array, dict[str, Array]]:
     """The loss of a batch, and its metrics."""
-    value, metrics = loss(x, labels)
+    value = loss(x, labels)
+    value, metrics = value if isinstance(value, tuple) else (value, {})
     # The root of the mean squared distance of two of them.
     spread = jnp.sqrt(2 * jnp.sum(jnp.var(x, axis=0, ddof=1)))
     length = jnp.sqrt(jnp.mean(jnp.sum(x * x, axis=-1)))
