@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 import tripletjax as tj
 
-RIGHT, WRONG, QUERY = "#2a9d5c", "#d1495b", "#444444"
+RIGHT, WRONG, QUERY, BEYOND = "#2a9d5c", "#d1495b", "#444444", "#cccccc"
 
 
 def training(lines: Sequence[dict], path: str | Path) -> None:
@@ -61,7 +61,8 @@ def neighbors(
     """Query images with their nearest neighbours, by one embedding beside another.
 
     The queries are those that the first embedding does worst on, one per class. Every
-    picture is framed by whether it is of the query's class.
+    picture is framed by whether it is of the query's class; in grey beyond the rank
+    that the last of its class would have at best.
 
     Args:
         images: uint8 ``[n, height, width, channels]``.
@@ -90,7 +91,8 @@ def neighbors(
         layout="constrained",
     )
     figure.suptitle(
-        f"The {what} on which {first} do worst: green is of the same class, red is not",
+        f"The {what} on which {first} do worst: green is of the same class, red is "
+        "not; light grey beyond as many as there are",
         fontsize=11,
     )
     for column, (part, (name, neighbor)) in enumerate(
@@ -99,11 +101,14 @@ def neighbors(
         part.suptitle(f"{name}: query, then its {k} nearest", fontsize=10)
         grid = part.subplots(len(chosen), k + 1, squeeze=False)
         for row, query in zip(grid, chosen):
-            for axes, place in zip(row, (query, *neighbor[query])):
+            others = np.sum(labels == labels[query]) - 1
+            for rank, place in enumerate((query, *neighbor[query])):
+                axes = row[rank]
                 axes.imshow(_shown(images[place]), cmap="gray", vmin=0, vmax=255)
                 axes.set(xticks=[], yticks=[])
                 same = labels[place] == labels[query]
-                color = QUERY if place == query else RIGHT if same else WRONG
+                wrong = WRONG if rank <= others else BEYOND
+                color = QUERY if rank == 0 else RIGHT if same else wrong
                 for spine in axes.spines.values():
                     spine.set(color=color, linewidth=2.5)
             if column == 0:
