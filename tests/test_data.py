@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tripletjax.learn import data, pictures, sampling
-from tripletjax.learn.stored import StoredImages, prepare
+from tripletjax.learn import data, pictures, sampling, stored
+from tripletjax.learn.stored import StoredImages
 
 pytestmark = pytest.mark.usefixtures("datasets")
 
@@ -129,6 +129,26 @@ def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
     file = folder / "group0" / "kind0" / "0.png"
     Image.new("L", (24, 20), 77).save(file)
     assert data.load(str(folder), data_dir=tmp_path / "kept").key != one.key
+
+
+@pytest.mark.parametrize(
+    ("where", "name"), [(stored, "prepare"), (pictures.Shape, "of")]
+)
+def test_another_process_decodes_the_same_folder(tmp_path, monkeypatch, where, name):
+    # It is done before this one begins, or while this one decodes.
+    folder, kept = str(shapes(tmp_path / "pictures")), tmp_path / "kept"
+    function, other = getattr(where, name), []
+
+    def beaten(*args):
+        monkeypatch.undo()
+        other.append(data.load(folder, data_dir=kept))
+        return function(*args)
+
+    monkeypatch.setattr(where, name, beaten)
+    dataset = data.load(folder, data_dir=kept)
+    assert [dataset.key] == [one.key for one in other]
+    np.testing.assert_array_equal(dataset.test.images, other[0].test.images)
+    assert not list(kept.rglob("*incomplete*"))
 
 
 def test_broken_images_are_named_and_skipped(tmp_path):
@@ -280,7 +300,7 @@ class EncodedPictures(tfds.core.GeneratorBasedBuilder):
 
 def test_encoded_images_of_the_catalogue(tmp_path):
     builder = EncodedPictures(data_dir=tmp_path, file_format="array_record")
-    prepare(builder)
+    stored.prepare(builder)
     dataset = data.load("tfds:encoded_pictures", data_dir=tmp_path)
     assert dataset.label_names == ("dark", "bright")
     assert dataset.train.images.shape[1:] == (12, 11, 3)
@@ -308,10 +328,10 @@ def test_the_catalogue_does_not_wait_for_the_network(name, error, words):
 def test_images_that_do_not_fit_in_memory_stay_on_disk(tmp_path):
     folder = str(shapes(tmp_path / "pictures", each=6))
     whole = data.load(folder, data_dir=tmp_path / "kept")
-    stored = data.load(folder, data_dir=tmp_path / "kept", in_memory=100)
-    assert stored.key == whole.key
+    on_disk = data.load(folder, data_dir=tmp_path / "kept", in_memory=100)
+    assert on_disk.key == whole.key
     for part in ("train", "validation", "test"):
-        one, two = getattr(whole, part), getattr(stored, part)
+        one, two = getattr(whole, part), getattr(on_disk, part)
         np.testing.assert_array_equal(one.labels, two.labels)
         assert isinstance(one.images, np.ndarray)
         assert isinstance(two.images, StoredImages)
@@ -322,7 +342,7 @@ def test_images_that_do_not_fit_in_memory_stay_on_disk(tmp_path):
         np.testing.assert_array_equal(some[:], one.images[[3, 1]])
     sources = (
         sampling.ImageBatches(d.train.images, d.train.labels, 4, 3, turns=2)
-        for d in (whole, stored)
+        for d in (whole, on_disk)
     )
     for one, two in zip(*(source[5] for source in sources)):
         np.testing.assert_array_equal(one, two)

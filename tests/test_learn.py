@@ -55,20 +55,20 @@ def finished(datasets, tmp_path_factory):
 def test_no_augmentation_changes_nothing():
     images = jax.random.uniform(jax.random.key(0), (3, 8, 6, 2))
     np.testing.assert_allclose(
-        augment.random_affine(jax.random.key(1), images), images, atol=1e-6
+        augment.random_warp(jax.random.key(1), images), images, atol=1e-6
     )
 
 
 def test_augmentation_moves_turns_and_stays_in_range():
     images = jnp.zeros((64, 9, 9, 1)).at[:, 4, 4].set(1.0)
-    moved = augment.random_affine(jax.random.key(0), images, shift=2.0)
+    moved = augment.random_warp(jax.random.key(0), images, shift=2.0)
     y, x = (np.tensordot(moved[..., 0], g, 2) for g in np.mgrid[:9, :9])
     mass = moved.sum((1, 2, 3))
     assert (np.abs(np.stack([y, x]) / mass - 4) <= 2.01).all()
     assert np.std(y / mass) > 0.5
     assert ((moved >= 0) & (moved <= 1)).all()
     bar = jnp.zeros((64, 9, 9, 1)).at[:, :, 4].set(1.0)
-    turned = augment.random_affine(jax.random.key(0), bar, rotation=45.0)
+    turned = augment.random_warp(jax.random.key(0), bar, rotation=45.0)
     assert np.std(turned[:, 0].argmax(1)) > 1
     np.testing.assert_allclose(turned[:, 4, 4, 0], 1, atol=1e-5)
 

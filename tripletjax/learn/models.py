@@ -184,7 +184,7 @@ class _Stages(nnx.Module):
     def __call__(self, x: Array) -> Array:
         for place, stage in enumerate(self.stages):
             if place:
-                x = nnx.max_pool(x, (2, 2), strides=(2, 2), padding="SAME")
+                x = halved(x)
             for layer in stage:
                 x = layer(x)
         return jnp.concatenate([x.mean(axis=(1, 2)), x.max(axis=(1, 2))], axis=-1)
@@ -244,6 +244,17 @@ class _Layer(nnx.Module):
     def __call__(self, x: Array) -> Array:
         x = self.norm(self.convolution(x))
         return jax.nn.relu(x) if self.active else x
+
+
+def halved(x: Array) -> Array:
+    """The maximum of every 2 x 2 pixels; of fewer at the end of an odd side.
+
+    XLA's gradient of pooling by windows takes 30 times longer on CPUs.
+    """
+    n, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
+    height, width = -(-height // 2), -(-width // 2)
+    return x.reshape(n, height, 2, width, 2, channels).max(axis=(2, 4))
 
 
 def unit_norm(x: Array) -> Array:

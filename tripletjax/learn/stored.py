@@ -260,4 +260,10 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
     tfds.disable_progress_bar()
     # It announces a download, on standard output, also where there is none.
     with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare()
+        except OSError:
+            # Another process may have been faster, and its files serve as well.
+            if not builder.data_path.exists():
+                raise
+    builder.info.read_from_directory(builder.data_path)
