@@ -73,6 +73,20 @@ def test_augmentation_moves_turns_and_stays_in_range():
     np.testing.assert_allclose(turned[:, 4, 4, 0], 1, atol=1e-5)
 
 
+def test_bending_moves_parts_apart_and_smoothly():
+    # Every pixel tells where it comes from.
+    row = jnp.linspace(0, 1, 33)
+    images = jnp.broadcast_to(row[None, None, :, None], (64, 33, 33, 1))
+    bent = augment.random_warp(jax.random.key(0), images, bend=3.0)
+    moved = 32 * np.asarray(bent - images)[:, 3:-3, 3:-3, 0]
+    assert np.abs(moved).max() < 1.4 * 3
+    assert np.abs(moved).mean() > 0.5
+    assert np.abs(moved[:, 0, 0] - moved[:, -1, -1]).mean() > 0.5
+    for axis in (1, 2):
+        # From a point of the grid to the next are 6.6 pixels.
+        assert np.abs(np.diff(moved, axis=axis)).max() < 1.5 * 6 / 6.6
+
+
 def test_erasing_makes_a_rectangle_grey():
     images = jnp.ones((200, 20, 30, 3))
     erased = augment.random_erase(jax.random.key(0), images, 0.5)
@@ -100,7 +114,7 @@ def test_flips_and_brightness():
 def test_augmentation_is_off_by_default_and_checked():
     images = jax.random.uniform(jax.random.key(0), (3, 8, 6, 2))
     np.testing.assert_array_equal(augment.Augment()(jax.random.key(1), images), images)
-    every = augment.Augment(0.1, 10.0, 0.1, 0.1, True, 0.1, 0.5)
+    every = augment.Augment(0.1, 10.0, 0.1, 0.1, 0.1, True, 0.1, 0.5)
     changed = jax.jit(every)(jax.random.key(1), images)
     assert changed.shape == images.shape
     assert not (changed == images).all()
@@ -125,8 +139,29 @@ def test_any_image_size_gives_unit_vectors(kind, dtype, shape):
     np.testing.assert_allclose(norms, 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(8, 6), (7, 5), (1, 1)])
+def test_halving_is_pooling_by_windows(shape):
+    x = jax.random.normal(jax.random.key(0), (3, *shape, 2))
+    halved, pull_back = jax.vjp(models.halved, x)
+    pooled, window_pull_back = jax.vjp(
+        lambda x: nnx.max_pool(x, (2, 2), strides=(2, 2), padding="SAME"), x
+    )
+    np.testing.assert_array_equal(halved, pooled)
+    along = jax.random.normal(jax.random.key(1), halved.shape)
+    np.testing.assert_array_equal(*pull_back(along), *window_pull_back(along))
+
+
+@pytest.mark.parametrize(("stride", "side"), [(1, 4), (2, 2)])
+def test_the_first_stride_of_the_residual_network(stride, side):
+    model = models.EmbeddingResNet(channels=(8, 16, 16), stride=stride, rngs=nnx.Rngs(0))
+    x = model.stem(jnp.zeros((1, 16, 16, 3)))
+    for block in model.blocks:
+        x = block(x)
+    assert x.shape == (1, side, side, 16)
+
+
 @pytest.mark.parametrize(
-    ("kind", "count"), [("cnn", 73_440), ("resnet", 703_200), ("multiscale", 381_856)]
+    ("kind", "count"), [("cnn", 73_440), ("resnet", 704_736), ("multiscale", 381_856)]
 )
 def test_number_of_parameters(kind, count):
     model = runs.MODELS[kind](rngs=nnx.Rngs(0))
@@ -557,6 +592,7 @@ def with_images(shape, kinds, each):
         ((8, 8, 1), 10, 80, ("cnn", 10, 8, 1, (32, 64))),
         ((32, 32, 1), 97, 15, ("cnn", 40, 4, 8, (32, 64, 128))),
         ((32, 24, 1), 97, 15, ("cnn", 40, 4, 2, (32, 64, 128))),
+        ((48, 64, 3), 500, 7, ("resnet", 40, 4, 1, (32, 64, 128))),
         ((48, 64, 3), 500, 90, ("resnet", 40, 4, 1, (32, 64, 128))),
         ((64, 64, 3), 2, 90, ("resnet", 2, 8, 1, (32, 64, 128))),
     ],

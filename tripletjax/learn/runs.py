@@ -264,12 +264,17 @@ class Standardized(nnx.Module):
 
 def build_model(settings: dict[str, Any]) -> nnx.Module:
     """The untrained model of a run's settings."""
+    options = {}
+    if settings["model"] == "resnet":
+        # Small images have no detail to lose.
+        options["stride"] = 1 if max(settings["shape"][:2]) <= 32 else 2
     model = MODELS[settings["model"]](
         settings["dim"],
         channels=tuple(settings["channels"]),
         in_channels=settings["shape"][-1],
         dtype=jnp.bfloat16 if settings["bfloat16"] else None,
         rngs=nnx.Rngs(settings["seed"]),
+        **options,
     )
     return Standardized(model, settings["mean"], settings["deviation"])
 

@@ -64,9 +64,11 @@ class Classes:
         _, height, width, channels = self.images.shape
         _, counts = np.unique(self.dataset.train.labels, return_counts=True)
         colour = channels > 1
-        # Many classes of few images: turned and mirrored ones are classes of their own.
         scarce = np.median(counts) < SCARCE and len(counts) >= MANY
-        turns = config.turns or (1 if not scarce else 8 if height == width else 2)
+        # Many classes of few drawings: turned and mirrored ones are classes of their
+        # own. Photographs are mirrored at random, and stay of their class.
+        turned = scarce and not colour
+        turns = config.turns or (1 if not turned else 8 if height == width else 2)
         kinds = turns * len(counts)
         many = kinds >= MANY
         per_class = config.per_class or (4 if many else 8)
