@@ -19,7 +19,7 @@ import numpy as np
 
 import tripletjax as tj
 from tripletjax import learn
-from tripletjax.learn import pictures, runs
+from tripletjax.learn import data, pictures, runs
 
 EPISODES = 1000
 
@@ -71,9 +71,8 @@ def main() -> None:
     def show(name: str, values) -> None:
         print(f"{name:<22}" + "".join(f"{value:16.2f}" for value in values), flush=True)
 
-    raw = np.stack(
-        [pictures.Shape(32, 32, 1).fit(pictures.open_image(file)) for file in files]
-    )
+    shape = pictures.Shape(*data.load(arguments.data).train.images.shape[1:])
+    raw = np.stack([shape.fit(pictures.open_image(file)) for file in files])
     raw = raw.reshape(len(files), -1) / np.float32(255)
     show("raw pixels", measure(raw, labels, groups))
     if arguments.run:

@@ -189,6 +189,30 @@ def test_a_class_of_one_image_is_trained_on(tmp_path):
     assert (dataset.train.labels == label).sum() == 1
 
 
+@pytest.mark.parametrize("each", [1, 2, 3, 4])
+def test_small_classes_share_what_is_held_out(each):
+    labels = np.repeat(np.arange(400), each)
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), 9), dtype=np.uint8)
+    digests = np.array([stored.digest_of(image) for image in images])
+    parts = data._held_out_images(labels, digests, "images")
+    train, validation, test = parts
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(400 * each))
+    assert np.bincount(labels[train], minlength=400).min() >= min(2, each)
+    if each < 3:
+        assert len(train) == len(labels)
+        return
+    # Four images give one of 0.6 to the test by rounding, three one of 0.45 by chance.
+    assert abs(len(test) - (400 if each == 4 else 180)) < 40
+    assert abs(len(validation) - data.VALIDATION * len(labels)) < 40
+    for part in (test, validation):
+        assert np.bincount(labels[part]).max() == 1
+    # What other classes there are does not matter.
+    few = labels < 50
+    fewer = data._held_out_images(labels[few], digests[few], "images")
+    for part, one in zip(parts, fewer):
+        np.testing.assert_array_equal(one, part[labels[part] < 50])
+
+
 @pytest.mark.parametrize("content", ["nothing", "loose", "one class", "all broken"])
 def test_folders_that_cannot_be_trained_on(tmp_path, content):
     folder = tmp_path / "pictures"

@@ -153,7 +153,9 @@ def test_halving_is_pooling_by_windows(shape):
 
 @pytest.mark.parametrize(("stride", "side"), [(1, 4), (2, 2)])
 def test_the_first_stride_of_the_residual_network(stride, side):
-    model = models.EmbeddingResNet(channels=(8, 16, 16), stride=stride, rngs=nnx.Rngs(0))
+    model = models.EmbeddingResNet(
+        channels=(8, 16, 16), stride=stride, rngs=nnx.Rngs(0)
+    )
     x = model.stem(jnp.zeros((1, 16, 16, 3)))
     for block in model.blocks:
         x = block(x)
@@ -606,6 +608,12 @@ def test_choices_by_the_data(shape, kinds, each, expected):
     kept = tasks.Classes(with_images(shape, kinds, each)).choose(own)
     assert (kept.model, kept.classes, kept.per_class) == ("multiscale", 2, 3)
     assert (kept.turns, kept.steps) == (1, 5)
+
+
+def test_mirrored_classes_are_not_mirrored_at_random():
+    task = tasks.Classes(with_images((64, 64, 3), 40, 5))
+    assert task.choose(runs.Config(turns=4)).augment.flip
+    assert not task.choose(runs.Config(turns=8)).augment.flip
 
 
 # Runs that are stopped.

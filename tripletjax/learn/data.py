@@ -218,7 +218,7 @@ def load_triplets(
     triplets = np.array([[place[name] for name in row] for row in whole], np.int32)
     anchors = np.unique(triplets[:, 0]).tolist()
     anchors = [[a] for a in sorted(anchors, key=lambda a: (stored.digests[a], a))]
-    parts = _shared_out(anchors, [TEST, VALIDATION], least=0)
+    parts = _shared_out(anchors, _counts(len(anchors), [TEST, VALIDATION]))
     train, test, validation = (
         triplets[np.isin(triplets[:, 0], np.array(part, int))] for part in parts
     )
@@ -342,7 +342,7 @@ def _held_out_images(
     # Units are whole classes, and of one class alone nothing can be told.
     members = _members(labels, digests)
     members.sort(key=lambda places: digests[places[0]])
-    parts = _shared_out(members, [TEST, VALIDATION], least=2)
+    parts = _shared_out(members, _counts(len(members), [TEST, VALIDATION], least=2))
     train, test, validation = (np.sort(np.array(part, int)) for part in parts)
     if len(np.unique(labels[train])) < 2:
         raise ValueError(
@@ -364,25 +364,35 @@ def _shared_out_images(
 ) -> list[np.ndarray]:
     """Places that are left, then the shares of every class.
 
-    Copies of an image stay together, lest what is held out be trained on.
+    Copies of an image stay together, lest what is held out be trained on. Where a share
+    is less than half an image, so many of the classes give one; those of two keep both.
     """
     by_class = []
     for places in _members(labels, digests):
         copies = itertools.groupby(places, key=lambda place: digests[place])
         units = [list(same) for _, same in copies]
-        by_class.append(_shared_out(units, shares, least=0))
+        counts = _counts(len(units), shares)
+        # Their first digits are in order; the last ones are as good as random.
+        luck = int(digests[places[0]][-8:], 16) / 16**8
+        for part, share in enumerate(shares):
+            if counts[part] == 0 and len(units) > 2:
+                counts[part] = int(0 <= luck < share * len(units))
+                luck -= share * len(units)
+        by_class.append(_shared_out(units, counts))
     return [np.sort(np.concatenate(parts).astype(int)) for parts in zip(*by_class)]
 
 
-def _shared_out(
-    units: Sequence[list[int]], shares: Sequence[float], *, least: int
-) -> list[list[int]]:
-    """What is left of some units, then the shares, each of at least so many units."""
+def _counts(n: int, shares: Sequence[float], *, least: int = 0) -> list[int]:
+    """The shares of so many, each at least so many."""
+    return [max(least, int(share * n + 0.5)) for share in shares]
+
+
+def _shared_out(units: Sequence[list[int]], counts: Sequence[int]) -> list[list[int]]:
+    """What is left of some units, then so many of them, and so many more."""
     parts, start = [], 0
-    for share in shares:
-        stop = start + max(least, int(share * len(units) + 0.5))
-        parts.append(units[start:stop])
-        start = stop
+    for count in counts:
+        parts.append(units[start : start + count])
+        start += count
     parts.insert(0, units[start:])
     return [[place for unit in part for place in unit] for part in parts]
 

@@ -29,7 +29,7 @@ GALLERY = 4096
 
 GREY = Augment(shift=0.1, rotation=12.0, zoom=0.15, shear=0.15)
 # Of few images of a class there is little to see how far it reaches.
-SCARCE_GREY = Augment(shift=0.1, rotation=20.0, zoom=0.25, shear=0.3)
+SCARCE_GREY = Augment(shift=0.1, rotation=20.0, zoom=0.25, shear=0.3, bend=0.05)
 COLOUR = Augment(
     shift=0.1, rotation=5.0, zoom=0.1, flip=True, brightness=0.1, erase=0.25
 )
@@ -72,17 +72,19 @@ class Classes:
         kinds = turns * len(counts)
         many = kinds >= MANY
         per_class = config.per_class or (4 if many else 8)
+        # Mirror images that are classes of their own are none of the class.
+        photographs = dataclasses.replace(COLOUR, flip=turns < 8)
         return _filled(
             config,
             model="resnet" if colour else "cnn",
-            steps=800 if many else 600,
+            steps=1200 if turned else 800 if many else 600,
             per_class=per_class,
             classes=min(kinds, max(2, (160 if many else 128) // per_class)),
             turns=turns,
-            learning_rate=4e-3 if scarce else 2e-3,
+            learning_rate=4e-3 if turned else 2e-3,
             dim=128 if many else 64,
             channels=(32, 64) if max(height, width) <= 16 else (32, 64, 128),
-            augment=COLOUR if colour else SCARCE_GREY if scarce else GREY,
+            augment=photographs if colour else SCARCE_GREY if scarce else GREY,
         )
 
     def batches(self, config: Config) -> training.Batches:

@@ -73,7 +73,7 @@ class TrainState(NamedTuple):
 
 
 @functools.lru_cache
-def mined_loss(mining: str = "all", *, margin: float = 0.2) -> Loss:
+def mined_loss(mining: str = "semi-hard", *, margin: float = 0.2) -> Loss:
     """A triplet loss within the batch, with the share of active triplets as a metric.
 
     Args:
@@ -144,7 +144,7 @@ def fit(
         batches: ``batches[step]``, a pure function of the step.
         steps: how many steps to train.
         loss: of embeddings and labels; several with the steps from which they hold, the
-            first from 0. Batch-all triplets with margin 0.2 if not given.
+            first from 0. Semi-hard triplets with margin 0.2 if not given.
         augment: from a random key and float images to images.
         seed: of the augmentation.
         average: how much of the averaged parameters a step keeps, such as 0.99; the
