@@ -5,8 +5,8 @@
 Trains on the first folder by the defaults of `examples/train.py`, and then tells apart
 the classes of the second: in each episode, one image each of 20 of its classes, and
 another image of each to be named by the nearest. Both folders have one folder of images
-per class; if classes lie in groups (alphabets), ``--within`` draws an episode from one
-group, as many ways as it has classes.
+per class; if classes lie in groups (alphabets), episodes within one group are measured,
+too, of as many ways as the smallest has classes.
 """
 
 import argparse

@@ -19,10 +19,12 @@ AUGMENTS = {
     "more": tasks.SCARCE_GREY,
     "photos": tasks.COLOUR,
 }
+# What has a meaning for images with labels alone, and for given triplets alone.
+OF_CLASSES = ("data", "split", "mining", "weighting", "classes", "per_class", "turns")
+OF_TRIPLETS = ("batch",)
 
 
 def main() -> int:
-    defaults = runs.Config()
     parser = argparse.ArgumentParser(
         description="Train an embedding of images with a triplet loss.",
         epilog="What is not given is chosen by the data, and written to config.json.",
@@ -49,8 +51,7 @@ def main() -> int:
         ("weighting", sampling.WEIGHTINGS, "how classes are drawn (default: uniform)"),
         ("model", runs.MODELS, "the network"),
     ):
-        default = getattr(defaults, name)
-        parser.add_argument(f"--{name}", choices=choices, default=default, help=what)
+        parser.add_argument(f"--{name}", choices=choices, help=what)
     parser.add_argument(
         "--augment",
         choices=AUGMENTS,
@@ -69,8 +70,7 @@ def main() -> int:
         ("batch", int, "given triplets in a batch"),
         ("chunk", int, "images embedded at a time, to save memory"),
     ):
-        default = getattr(defaults, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=kind, default=default, help=what)
+        parser.add_argument(f"--{name}", type=kind, help=what)
     parser.add_argument(
         "--bfloat16", action="store_true", help="compute the network in bfloat16"
     )
@@ -82,15 +82,20 @@ def main() -> int:
     options = vars(parser.parse_args())
     out, resume = options.pop("out"), options.pop("resume")
     tensorboard = options.pop("tensorboard")
-    if options["triplets"] is not None and options["data"] is not None:
-        parser.error("--triplets and --data exclude each other")
-    options["data"] = options["data"] or defaults.data
-    if options["augment"] is not None:
+    options = {name: value for name, value in options.items() if value is not None}
+    given = "triplets" in options
+    for name in OF_CLASSES if given else OF_TRIPLETS:
+        if name in options:
+            parser.error(
+                f"--{name.replace('_', '-')} is of no use "
+                f"{'with' if given else 'without'} --triplets"
+            )
+    if "augment" in options:
         options["augment"] = AUGMENTS[options["augment"]]
     if resume and out is None:
         parser.error("--resume needs --out, the run to go on with")
     if out is None:
-        name = Path(options["triplets"] or options["data"]).stem
+        name = Path(options.get("triplets") or options.get("data", "digits")).stem
         out = free_directory(Path("runs") / name)
     try:
         evaluations = runs.run(
@@ -116,7 +121,7 @@ def main() -> int:
     }
     columns = {k: v for k, v in columns.items() if k in evaluations["trained"]}
     what, picture = "images", "neighbors"
-    if options["triplets"] is not None:
+    if given:
         what = picture = "triplets"
     if columns:
         title = f"test {what}, in %"

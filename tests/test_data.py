@@ -1,6 +1,7 @@
 """Where images come from, what is held out, and which make a batch."""
 
 import io
+import os
 import shutil
 import sys
 import time
@@ -169,6 +170,40 @@ def test_broken_images_are_named_and_skipped(tmp_path):
     assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 32
 
 
+def test_files_that_cannot_be_opened_are_named_too(tmp_path, monkeypatch):
+    folder = shapes(tmp_path / "pictures", kinds=2, each=4)
+    opened = io.open
+
+    def refused(file, *args, **options):
+        if str(file).endswith("0.png"):
+            raise PermissionError(f"{file} is not for you")
+        return opened(file, *args, **options)
+
+    monkeypatch.setattr("io.open", refused)
+    monkeypatch.setattr("builtins.open", refused)
+    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    assert len(dataset.skipped) == 2
+    assert all("0.png is not for you" in words for words in dataset.skipped)
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    folder = shapes(tmp_path / "pictures", kinds=2, each=4)
+    one = folder / "group0" / "kind0"
+    one.rename(os.fsdecode(os.fsencode(one.parent) + b"/caf\xe9"))
+    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    assert dataset.label_names == ("group0/caf\ufffd", "group1/kind1")
+
+
+def test_parts_of_a_dataset_are_not_classes(tmp_path):
+    for part in ("train", "val"):
+        shapes(tmp_path / "pictures" / part, kinds=2, each=4)
+    with pytest.raises(ValueError, match=r"holds train and val.*Give one of them"):
+        data.load(str(tmp_path / "pictures"), data_dir=tmp_path / "kept")
+    # One alone may be called so.
+    shutil.rmtree(tmp_path / "pictures" / "val")
+    assert len(data.load(str(tmp_path / "pictures")).label_names) == 2
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path):
     folder = shapes(tmp_path / "pictures", each=4)
     (tmp_path / "links").mkdir()
@@ -314,12 +349,14 @@ class EncodedPictures(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self):
-        for number in range(24):
+        for number in range(30):
             color = (5 + number, 4, 3) if number % 2 else (200 + number, 3, 5)
             opened = io.BytesIO()
             Image.new("RGB", (10 + number % 3, 12), color).save(opened, "PNG")
             opened.seek(0)
-            yield number, {"image": opened, "label": (number + 1) % 2}
+            # The last are unlabelled.
+            label = (number + 1) % 2 if number < 24 else -1
+            yield number, {"image": opened, "label": label}
 
 
 def test_encoded_images_of_the_catalogue(tmp_path):
@@ -332,6 +369,8 @@ def test_encoded_images_of_the_catalogue(tmp_path):
         bright = part.images[:, 6, 5, 0] > 100
         np.testing.assert_array_equal(part.labels, bright)
         assert len(part)
+    assert sum(map(len, (dataset.train, dataset.validation, dataset.test))) == 24
+    assert dataset.skipped == ("6 records without a label",)
 
 
 @pytest.mark.parametrize(

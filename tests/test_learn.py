@@ -341,9 +341,10 @@ def test_a_loss_without_metrics_and_what_is_no_loss():
         trained(1, batches=iter([digits_batches()[0]]))
 
 
-def test_chunks_have_the_loss_of_the_whole_batch():
+@pytest.mark.parametrize("chunk", [8, 13])
+def test_chunks_have_the_loss_of_the_whole_batch(chunk):
     one, whole = trained(2, tx=optax.sgd(0.1), log_every=1)
-    two, chunks = trained(2, tx=optax.sgd(0.1), log_every=1, chunk=8)
+    two, chunks = trained(2, tx=optax.sgd(0.1), log_every=1, chunk=chunk)
     for a, b in zip(whole, chunks):
         assert a.keys() == b.keys()
         np.testing.assert_allclose([*a.values()], [b[name] for name in a], rtol=1e-5)
@@ -352,8 +353,6 @@ def test_chunks_have_the_loss_of_the_whole_batch():
         nnx.state(one),
         nnx.state(two),
     )
-    with pytest.raises(ValueError, match="chunk must divide the batch of 40"):
-        trained(1, chunk=7)
 
 
 def test_the_average_of_parameters():
@@ -433,13 +432,39 @@ def test_ten_lines_for_own_images_and_model():
     assert training.embed_images(model, images).shape == (40, 8)
 
 
+def test_a_model_has_learnt_when_training_is_left_early():
+    expected, lines = trained(4, log_every=2)
+    model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
+    tx, batches = optax.adam(1e-2), digits_batches()
+    for line in training.fit(
+        model, tx, batches, steps=100, log_every=2, progress=False
+    ):
+        if line["step"] == 4:
+            break
+    assert line == lines[-1]
+    assert_same_model(model, expected)
+
+
+def test_floats_from_0_to_1_stay_as_they_are():
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
+    model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(
+        training.embed_images(model, images),
+        training.embed_images(model, np.float32(images) / 255),
+        atol=1e-5,
+    )
+    np.testing.assert_array_equal(
+        training.as_floats(jnp.ones(2, jnp.bfloat16)), jnp.ones(2)
+    )
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_last_checkpoint(tmp_path):
     batches, poison = digits_batches(), 12
 
     class Poisoned:
         def __getitem__(self, step):
             images, labels = batches[step]
-            images = images.astype(np.float32)
+            images = np.float32(images) / 255
             if step == poison:
                 images[0, 0, 0] = np.nan
             return images, labels
@@ -519,6 +544,15 @@ def test_damaged_checkpoints_fall_back(tmp_path):
         Checkpoints(tmp_path / "kept").restore(state)
 
 
+def test_states_of_another_model_are_left_alone(tmp_path):
+    kept = Checkpoints(tmp_path / "kept")
+    kept.save(1, {"x": jnp.zeros(3)})
+    for other in ({"x": jnp.zeros(4)}, {"x": jnp.zeros(3, int)}, {"x": 1, "y": 2}):
+        with pytest.raises(ValueError, match=r"step 1 in .* is of another model"):
+            kept.restore(jax.tree.map(jnp.asarray, other))
+    assert kept.restore({"x": jnp.ones(3)})[0] == 1
+
+
 def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
     kept = Checkpoints(tmp_path / "kept")
     kept.save(1, {"x": jnp.zeros(3)})
@@ -553,6 +587,17 @@ def test_bad_configurations_are_named(options, words):
         runs.Config(**options)
 
 
+def test_an_image_of_pillow_is_turned_upright(finished, tmp_path):
+    embed = learn.load_embedder(finished[0])
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 8), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as opened:
+        np.testing.assert_array_equal(embed([opened]), embed([tmp_path / "turned.png"]))
+        assert not (embed([opened]) == embed([image])).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -561,7 +606,9 @@ def test_bad_configurations_are_named(options, words):
         (["--steps", "0"], "steps must be at least 1"),
         (["--mining", "some"], "invalid choice"),
         (["--margin", "-1"], "margin"),
-        (["--data", "digits", "--triplets", "a.csv"], "exclude each other"),
+        (["--data", "digits", "--triplets", "a.csv"], "--data is of no use with"),
+        (["--mining", "hard", "--triplets", "a.csv"], "--mining is of no use with"),
+        (["--batch", "4"], "--batch is of no use without"),
         (["--augment", "some"], "invalid choice"),
     ],
 )
@@ -614,6 +661,12 @@ def test_mirrored_classes_are_not_mirrored_at_random():
     task = tasks.Classes(with_images((64, 64, 3), 40, 5))
     assert task.choose(runs.Config(turns=4)).augment.flip
     assert not task.choose(runs.Config(turns=8)).augment.flip
+    grey = tasks.Classes(with_images((32, 32, 1), 40, 5))
+    assert grey.choose(runs.Config()).turns == 8
+    assert grey.choose(runs.Config(augment=tasks.GREY)).turns == 8
+    assert grey.choose(runs.Config(augment=tasks.COLOUR)).turns == 1
+    with pytest.raises(ValueError, match=r"turns is 8.*augment mirrors"):
+        grey.choose(runs.Config(augment=tasks.COLOUR, turns=8))
 
 
 # Runs that are stopped.
@@ -628,6 +681,27 @@ def test_a_run_is_not_gone_on_with_by_accident(finished, tmp_path):
     with pytest.raises(runs.RunExistsError, match="not the directory of a run"):
         runs.run(small(), tmp_path, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_killed_before_its_first_state_begins_again(
+    finished, tmp_path, monkeypatch
+):
+    out, add = tmp_path / "run", runs.Log.add
+
+    def killed(log, line):
+        add(log, line)
+        if line["step"] == 10:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Log, "add", killed)
+        with pytest.raises(MemoryError):
+            runs.run(small(), out, progress=False)
+    assert steps_of(out) == 10
+    # Choices stay, whatever would be chosen now.
+    monkeypatch.setattr(tasks, "GREY", augment.Augment(rotation=90.0))
+    runs.run(small(), out, resume=True, progress=False)
+    assert_same_run(out, finished[0])
 
 
 def test_a_run_whose_data_changed_is_not_gone_on_with(tmp_path, monkeypatch):
@@ -647,6 +721,7 @@ def test_a_run_whose_data_changed_is_not_gone_on_with(tmp_path, monkeypatch):
 
 def test_a_run_on_a_folder_with_broken_images(tmp_path):
     folder = shapes(tmp_path / "pictures", size=(40, 30), mode="RGB", each=6)
+    (folder / "group1").rename(folder / "from_$1_to_$2_")
     (folder / "group0" / "kind0" / "broken.png").write_bytes(b"")
     config = small(data=str(folder), steps=3, split="classes")
     evaluations = runs.run(config, tmp_path / "run", progress=False)
@@ -840,7 +915,10 @@ def assert_same_run(one, two):
     kept = [Checkpoints(out / "checkpoints") for out in (one, two)]
     assert kept[0].steps == kept[1].steps
     # A digest of every number of the state is written with it.
-    found = [each._orbax.checkpointables_metadata(240).custom_metadata for each in kept]
+    found = [
+        each._orbax.checkpointables_metadata(each.steps[-1]).custom_metadata
+        for each in kept
+    ]
     assert found[0] == found[1]
 
 

@@ -11,6 +11,10 @@ from orbax.checkpoint import v1 as ocp
 State = TypeVar("State")
 
 
+class OtherStateError(ValueError):
+    """A whole state, but not of this model and optimizer."""
+
+
 class Checkpoints:
     """The newest states of a directory, by step, kept by Orbax.
 
@@ -49,7 +53,8 @@ class Checkpoints:
             return
         state = _plain(state)
         try:
-            self._orbax.save(step, state, custom_metadata={"digest": _digest(state)})
+            metadata = {"digest": _digest(state), "kind": _kind(state)}
+            self._orbax.save(step, state, custom_metadata=metadata)
         except Exception as error:
             # Orbax and TensorStore raise whatever they come across.
             raise OSError(
@@ -67,11 +72,17 @@ class Checkpoints:
 
         Returns:
             Its step, the state, and what was damaged; None if there is none.
+
+        Raises:
+            ValueError: if it is a whole one of another structure.
+            OSError: if all are damaged.
         """
         damaged = []
         for step in reversed(self.steps):
             try:
                 return step, self._load(step, like), damaged
+            except OtherStateError:
+                raise
             except Exception as error:
                 reason = _brief(error)
                 if self.writable:
@@ -87,8 +98,14 @@ class Checkpoints:
         self._orbax.close()
 
     def _load(self, step: int, like: State) -> State:
-        loaded = self._orbax.load(step, _plain(like))
-        digest = self._orbax.checkpointables_metadata(step).custom_metadata["digest"]
+        metadata = self._orbax.checkpointables_metadata(step).custom_metadata
+        digest, like_plain = metadata["digest"], _plain(like)
+        if metadata["kind"] != _kind(like_plain):
+            raise OtherStateError(
+                f"the checkpoint of step {step} in {self.directory} is of another "
+                "model or optimizer."
+            )
+        loaded = self._orbax.load(step, like_plain)
         if digest != _digest(loaded):
             raise ValueError("its content is not what was written.")
         leaves = [
@@ -103,6 +120,12 @@ class Checkpoints:
 def _plain(state: Any) -> list[Any]:
     """The arrays of a state; keys as the numbers that they are made of."""
     return [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(state)]
+
+
+def _kind(arrays: list[Any]) -> str:
+    """A digest of shapes and dtypes."""
+    kinds = [f"{np.shape(x)}{jax.dtypes.canonicalize_dtype(x.dtype)}" for x in arrays]
+    return hashlib.blake2b(" ".join(kinds).encode(), digest_size=16).hexdigest()
 
 
 def _is_key(x: Any) -> bool:

@@ -39,6 +39,7 @@ class Config:
         average: how much of the averaged parameters a step keeps.
         dim: number of dimensions of the embedding.
         channels: number of channels of each stage of the network.
+        stride: of the first convolution of a residual network.
         augment: how images are changed at random.
         bfloat16: whether the network computes in bfloat16.
         chunk: how many images are embedded at a time, to bound the memory.
@@ -67,6 +68,7 @@ class Config:
     average: float = 0.98
     dim: int | None = None
     channels: tuple[int, ...] | None = None
+    stride: int | None = None
     augment: Augment | None = None
     bfloat16: bool = False
     chunk: int | None = None
@@ -87,12 +89,14 @@ class Config:
                     f"{name} must be one of {words}, got {getattr(self, name)!r}."
                 )
         for name in (
-            *("size", "steps", "dim", "chunk", "batch"),
+            *("size", "steps", "dim", "chunk", "batch", "stride"),
             *("log_every", "validate_every", "checkpoint_every"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed!r}.")
         for name in ("margin", "learning_rate", "weight_decay"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):

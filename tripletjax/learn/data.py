@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import hashlib
 import itertools
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,10 +30,12 @@ from tripletjax.learn.stored import (
 )
 
 # Of how images are decoded; another number makes them be decoded again.
-FORMAT = 2
+FORMAT = 3
 # Held out of every class, or of the classes, or of the anchors of triplets.
 TEST, VALIDATION = 0.15, 0.1
 SPLITS = ("images", "classes")
+# Folders that share out the same classes.
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 # Images of more bytes than this stay on disk.
 IN_MEMORY = 2**31
 
@@ -156,9 +159,8 @@ def load(
         "in_memory": in_memory,
         "progress": progress,
     }
-    skipped = ()
     if name.startswith("tfds:"):
-        stored, labels, names = _from_catalogue(name, **options)
+        stored, labels, names, skipped = _from_catalogue(name, **options)
     elif Path(name).is_dir():
         stored, labels, names, skipped = _from_folder(Path(name), **options)
     else:
@@ -411,6 +413,14 @@ def _from_folder(
     if not files:
         raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
     names = tuple(sorted({str(file.parent.relative_to(folder)) for file in files}))
+    parts = {Path(name).parts[0] for name in names}
+    classes = {Path(*Path(name).parts[1:]) for name in names}
+    if len(classes) < len(names) and parts <= PARTS:
+        raise ValueError(
+            f"{folder} holds {' and '.join(sorted(parts))}, with folders of the same "
+            f"names, which would be different classes. Give one of them, such as "
+            f"{folder / min(parts, key=len)}, or merge them."
+        )
     if len(names) < 2:
         raise ValueError(
             f"{folder} has one folder of images, {names[0]}; it must have at least 2, "
@@ -422,22 +432,30 @@ def _from_folder(
     numbers = {name: label for label, name in enumerate(names)}
     labels = [numbers[str(file.parent.relative_to(folder))] for file in files]
     skipped = [f"{relative[place]}: {why}" for place, why in stored.skipped.items()]
-    return stored, np.array(labels, np.int32), names, tuple(skipped)
+    names, skipped = (tuple(map(_printable, some)) for some in (names, skipped))
+    return stored, np.array(labels, np.int32), names, skipped
+
+
+def _printable(name: str) -> str:
+    """A name that need not be UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _files_key(files: Sequence[Path], names: Sequence[str], size: int | None) -> str:
     """A digest of what files hold, and of their names."""
 
     def content(file: Path) -> bytes:
-        if not file.is_file():
+        try:
+            with file.open("rb") as opened:
+                return hashlib.file_digest(opened, "blake2b").digest()
+        except OSError:
+            # It is named when it is to be decoded.
             return b"none"
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "blake2b").digest()
 
     digest = hashlib.blake2b(str((FORMAT, size)).encode(), digest_size=16)
     with ThreadPoolExecutor() as pool:
         for name, one in zip(names, pool.map(content, files)):
-            digest.update(name.encode() + b"\0" + one)
+            digest.update(os.fsencode(name) + b"\0" + one)
     return digest.hexdigest()
 
 
@@ -447,8 +465,8 @@ def _directory(data_dir: str | Path | None, key: str) -> Path:
 
 def _from_catalogue(
     name: str, *, size: int | None, data_dir: str | Path | None, **options: Any
-) -> tuple[Stored, np.ndarray, tuple[str, ...]]:
-    """Images, labels and the names of classes of a dataset of tensorflow-datasets."""
+) -> tuple[Stored, np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """The same of a dataset of tensorflow-datasets."""
     _, dataset, *split = name.split(":")
     if not dataset or len(split) > 1:
         raise ValueError(f"data must be tfds:NAME or tfds:NAME:SPLIT, got {name!r}.")
@@ -482,6 +500,12 @@ def _from_catalogue(
             f"{', '.join(features)}."
         )
     part = "+".join(split) or "+".join(builder.info.splits)
+    # Images need not be decoded for their labels.
+    skip = {image: tfds.decode.SkipDecoding()}
+    records = builder.as_data_source(part, decoders=skip)
+    labels = np.array([int(record[label]) for record in records], np.int32)
+    # Records of which the label is not known have a negative one.
+    labelled = np.flatnonzero(labels >= 0).tolist()
     source = builder.as_data_source(part)
 
     def picture(place: int) -> Image.Image:
@@ -490,11 +514,11 @@ def _from_catalogue(
 
     made_of = FORMAT, size, builder.info.full_name, builder.data_dir, part, len(source)
     key = hashlib.blake2b(str(made_of).encode(), digest_size=16).hexdigest()
-    stored = store(
-        range(len(source)), picture, _directory(data_dir, key), size=size, **options
-    )
-    # Images need not be decoded for their labels.
-    skip = {image: tfds.decode.SkipDecoding()}
-    source = builder.as_data_source(part, decoders=skip)
-    labels = [int(record[label]) for record in source]
-    return stored, np.array(labels, np.int32), tuple(features[label].names)
+    stored = store(labelled, picture, _directory(data_dir, key), size=size, **options)
+    skipped = [
+        f"record {labelled[place]}: {why}" for place, why in stored.skipped.items()
+    ]
+    if len(labelled) < len(labels):
+        skipped.append(f"{len(labels) - len(labelled)} records without a label")
+    names = tuple(features[label].names)
+    return stored, labels[labelled], names, tuple(skipped)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,9 +14,13 @@ GREY_SIZE, COLOUR_SIZE = 32, 64
 
 
 def image_files(folder: Path) -> Iterator[Path]:
-    """The images in a folder and in those within, in no particular order."""
+    """The images in a folder and in those within, in no particular order.
+
+    Raises:
+        OSError: if a folder cannot be read.
+    """
     seen = set()
-    for directory, folders, files in os.walk(folder, followlinks=True):
+    for directory, folders, files in os.walk(folder, onerror=_fail, followlinks=True):
         # A link may lead back to where it is.
         real = os.path.realpath(directory)
         if real in seen:
@@ -28,6 +31,10 @@ def image_files(folder: Path) -> Iterator[Path]:
         for name in files:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield Path(directory) / name
+
+
+def _fail(error: OSError) -> None:
+    raise error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +99,12 @@ def flat(image: Image.Image) -> Image.Image:
 
 def is_colour(image: Image.Image) -> bool:
     """Whether it shows any colour, whatever its format could show."""
-    if len(flat(image).getbands()) == 1:
+    image = flat(image)
+    if len(image.getbands()) == 1:
         return False
-    pixels = np.asarray(flat(image).convert("RGB"), np.int16)
+    small = image.convert("RGB")
+    small.thumbnail((256, 256))
+    pixels = np.asarray(small, np.int16)
     # Lossy formats leave a little where there is none.
     return bool(np.ptp(pixels, axis=-1).mean() > 2)
 
@@ -106,10 +116,8 @@ def open_image(file: str | Path) -> Image.Image:
         OSError: if it is no image, or broken.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                return ImageOps.exif_transpose(image)
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image)
     except OSError:
         raise
     except Exception as error:

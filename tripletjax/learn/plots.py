@@ -114,6 +114,7 @@ def neighbors(
             if column == 0:
                 row[0].set_ylabel(
                     _short(label_names[labels[query]]),
+                    parse_math=False,
                     rotation=0,
                     ha="right",
                     va="center",

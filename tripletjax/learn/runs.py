@@ -17,6 +17,7 @@ A run directory holds
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,16 +31,19 @@ import optax
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tripletjax.learn import plots, tasks, training
+from tripletjax.learn.augment import Augment
 from tripletjax.learn.checkpoints import Checkpoints
 from tripletjax.learn.config import MODELS, Config
+from tripletjax.learn.data import ImageArray
 from tripletjax.learn.pictures import Shape, open_image
-from tripletjax.learn.stored import StoredImages
 
-# So many images tell the mean and the deviation of all.
-SAMPLE = 4096
+# So many images tell the mean and the deviation of all, looked at so many at a time.
+SAMPLE, LOOK = 4096, 256
+# Images of more bytes than this are not compared as raw pixels.
+RAW = 2**28
 
 
 class RunExistsError(FileExistsError):
@@ -66,7 +70,7 @@ def run(
     Returns:
         The evaluations by name, ``{"raw pixels": ..., "untrained": ..., "trained":
         ...}``, each as from `evaluate` of the task; without raw pixels where the images
-        do not fit in memory.
+        are more than 256 MiB.
 
     Raises:
         RunExistsError: if `out` is not an empty directory, without `resume`.
@@ -86,15 +90,16 @@ def run(
     if old is not None and (out / "summary.json").exists():
         return json.loads((out / "summary.json").read_text())["evaluations"]
     task = tasks.load(config, progress=progress)
-    config = task.choose(config)
+    # What another version would choose otherwise stays as it was.
+    config = task.choose(config if old is None else _config(old))
     batches = task.batches(config)
-    some = task.images[:: -(-len(task.images) // SAMPLE)] / 255
+    mean, deviation = _statistics(task.images)
     settings = json.loads(json.dumps(dataclasses.asdict(config))) | {
         "asked": asked,
         "key": task.dataset.key,
         "shape": task.images.shape[1:],
-        "mean": some.mean(axis=(0, 1, 2)).tolist(),
-        "deviation": np.maximum(some.std(axis=(0, 1, 2)), 1e-3).tolist(),
+        "mean": mean.tolist(),
+        "deviation": np.maximum(deviation, 1e-3).tolist(),
         "label_names": task.label_names,
         "skipped": task.dataset.skipped,
     }
@@ -106,6 +111,10 @@ def run(
             f"{task.dataset.name!r} is no longer what the run in {out} was made with."
         )
 
+    if progress:
+        counts = (f"{n:,} {part}" for part, n in task.counts.items())
+        print(f"{task.what} ({', '.join(counts)}); the run is in {out}", flush=True)
+
     model = build_model(settings)
     log = Log(out / "metrics.jsonl")
     if tensorboard:
@@ -116,7 +125,7 @@ def run(
         "raw pixels": _flat,
         "untrained": functools.partial(training.embed_images, model),
     }
-    if isinstance(task.images, StoredImages):
+    if math.prod(task.images.shape) > RAW:
         del embeddings["raw pixels"]
     evaluations = {
         line["evaluation"]: line["metrics"]
@@ -134,6 +143,9 @@ def run(
         warmup_steps=min(50, config.steps // 10),
         decay_steps=config.steps,
     )
+    if not checkpoints.steps:
+        # It may have been killed before its first state.
+        log.keep(0)
     for line in training.fit(
         model,
         optax.adamw(schedule, weight_decay=config.weight_decay),
@@ -264,10 +276,8 @@ class Standardized(nnx.Module):
 
 def build_model(settings: dict[str, Any]) -> nnx.Module:
     """The untrained model of a run's settings."""
-    options = {}
-    if settings["model"] == "resnet":
-        # Small images have no detail to lose.
-        options["stride"] = 1 if max(settings["shape"][:2]) <= 32 else 2
+    resnet = settings["model"] == "resnet"
+    options = {"stride": settings["stride"]} if resnet else {}
     model = MODELS[settings["model"]](
         settings["dim"],
         channels=tuple(settings["channels"]),
@@ -350,7 +360,7 @@ def _picture(image: ArrayLike | str | Path | Image.Image) -> Image.Image:
     if isinstance(image, str | Path):
         return open_image(image)
     if isinstance(image, Image.Image):
-        return image
+        return ImageOps.exif_transpose(image)
     image = np.asarray(image)
     if image.dtype != np.uint8:
         raise TypeError(f"images must be uint8, got dtype {image.dtype}.")
@@ -364,6 +374,27 @@ def _picture(image: ArrayLike | str | Path | Image.Image) -> Image.Image:
             f"with 1, 3 or 4 channels; one of them is {image.shape}."
         )
     return Image.fromarray(image)
+
+
+def _statistics(images: ImageArray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of each channel, of images from 0 to 1."""
+    sums, n = np.zeros((2, images.shape[-1])), 0
+    places = np.arange(0, len(images), -(-len(images) // SAMPLE))
+    for start in range(0, len(places), LOOK):
+        x = images[places[start : start + LOOK]] / 255
+        sums += [x.sum(axis=(0, 1, 2)), (x * x).sum(axis=(0, 1, 2))]
+        n += x[..., 0].size
+    mean, square = sums / n
+    return mean, np.sqrt(np.maximum(square - mean**2, 0))
+
+
+def _config(settings: dict[str, Any]) -> Config:
+    """The configuration in the settings of a run, with all its choices."""
+    fields = {field.name for field in dataclasses.fields(Config)} & settings.keys()
+    values = {name: settings[name] for name in fields}
+    if values["augment"] is not None:
+        values["augment"] = Augment(**values["augment"])
+    return Config(**values | {"channels": tuple(values["channels"])})
 
 
 def _flat(images: np.ndarray) -> Array:

@@ -165,7 +165,7 @@ class ImageBatches:
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = self.places[step]
         turn, place = np.divmod(chosen, len(self.labels))
-        images = self.images[place]
+        images = np.array(self.images[place])
         quarters = 2 * turn if self.turns == 2 else turn % 4
         for each in range(1, 4):
             rows = quarters == each

@@ -55,6 +55,11 @@ class Classes:
         return self.dataset.label_names
 
     @property
+    def what(self) -> str:
+        names = self.label_names
+        return f"images of {len(names):,} classes, {names[0]} to {names[-1]}"
+
+    @property
     def counts(self) -> dict[str, int]:
         parts = "train", "validation", "test"
         return {part: len(getattr(self.dataset, part)) for part in parts}
@@ -65,14 +70,19 @@ class Classes:
         _, counts = np.unique(self.dataset.train.labels, return_counts=True)
         colour = channels > 1
         scarce = np.median(counts) < SCARCE and len(counts) >= MANY
+        flips = colour if config.augment is None else config.augment.flip
         # Many classes of few drawings: turned and mirrored ones are classes of their
         # own. Photographs are mirrored at random, and stay of their class.
-        turned = scarce and not colour
+        turned = scarce and not colour and not flips
         turns = config.turns or (1 if not turned else 8 if height == width else 2)
-        kinds = turns * len(counts)
+        if turns == 8 and config.augment is not None and flips:
+            raise ValueError(
+                "turns is 8, which makes mirror images classes of their own, but "
+                "augment mirrors images at random: one excludes the other."
+            )
+        turned, kinds = turns > 1, turns * len(counts)
         many = kinds >= MANY
         per_class = config.per_class or (4 if many else 8)
-        # Mirror images that are classes of their own are none of the class.
         photographs = dataclasses.replace(COLOUR, flip=turns < 8)
         return _filled(
             config,
@@ -81,9 +91,9 @@ class Classes:
             per_class=per_class,
             classes=min(kinds, max(2, (160 if many else 128) // per_class)),
             turns=turns,
-            learning_rate=4e-3 if turned else 2e-3,
+            learning_rate=4e-3 if turned and not colour else 2e-3,
             dim=128 if many else 64,
-            channels=(32, 64) if max(height, width) <= 16 else (32, 64, 128),
+            **_sizes(height, width),
             augment=photographs if colour else SCARCE_GREY if scarce else GREY,
         )
 
@@ -198,6 +208,10 @@ class GivenTriplets:
         return ()
 
     @property
+    def what(self) -> str:
+        return f"triplets of {len(self.images):,} images"
+
+    @property
     def counts(self) -> dict[str, int]:
         parts = "train", "validation", "test"
         counts = {part: len(getattr(self.dataset, part)) for part in parts}
@@ -214,7 +228,7 @@ class GivenTriplets:
             batch=min(48, len(self.dataset.train)),
             learning_rate=2e-3,
             dim=128 if n >= 8 * MANY else 64,
-            channels=(32, 64) if max(height, width) <= 16 else (32, 64, 128),
+            **_sizes(height, width),
             augment=COLOUR if colour else GREY,
         )
 
@@ -282,6 +296,15 @@ def _filled(config: Config, **choices: object) -> Config:
     given = {name: getattr(config, name) for name in choices}
     given = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(config, **choices | given)
+
+
+def _sizes(height: int, width: int) -> dict[str, object]:
+    """Choices for a network of images of so many pixels."""
+    side = max(height, width)
+    return {
+        "channels": (32, 64) if side <= 16 else (32, 64, 128),
+        "stride": 1 if side <= 32 else 2,
+    }
 
 
 def _known(metrics: dict[str, float]) -> dict[str, float]:

@@ -43,7 +43,10 @@ Loss = Callable[[Array, Array], Array | tuple[Array, dict[str, Array]]]
 
 
 class Batches(Protocol):
-    """``batches[step]`` is uint8 images ``[n, h, w, c]`` and labels ``[n]``."""
+    """``batches[step]`` is images ``[n, h, w, c]`` and labels ``[n]``.
+
+    Images are uint8, or floats from 0 to 1.
+    """
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -134,6 +137,9 @@ def fit(
 ) -> Iterator[dict[str, Any]]:
     """Trains a model in place, step by step, as its lines are asked for.
 
+    The model has what was learnt when it is validated, at the end, and when the loop
+    over the lines is left before.
+
     The loop goes on from the newest of its checkpoints, and gives what it would have
     given had it never stopped, bit by bit. On an interrupt (Ctrl-C, SIGTERM) it
     finishes the step, saves the state and raises KeyboardInterrupt.
@@ -212,9 +218,10 @@ def fit(
         start, state, damaged = found
         yield {"step": start, "resumed": True, "damaged": damaged}
 
-    def update_model(state: TrainState) -> None:
+    def update_model() -> None:
         params = state.params if state.average is None else state.average
         nnx.update(model, *jax.tree.map(jnp.copy, (params, state.rest)))
+        model.eval()
 
     key = jax.random.key(seed)
     options = {"graph": graph, "tx": tx, "augment": augment, "average": average}
@@ -227,7 +234,7 @@ def fit(
         disable=not progress,
     )
     warned = False
-    with _interrupts() as interrupted:
+    with _interrupts() as interrupted, _when_left(update_model):
         for step, (images, labels) in enumerate(bar, start=start):
             now = [of for first, of in losses if first <= step][-1]
             batch = images, labels, jax.random.fold_in(key, step)
@@ -246,8 +253,8 @@ def fit(
                     warned = True
                     warnings.warn(
                         f"collapsed at step {done}: the embeddings of a batch are "
-                        f"{line['spread']:.1e} apart. Start with all triplets "
-                        "(warm_start), or lower the learning rate.",
+                        f"{line['spread']:.1e} apart. Train on all triplets "
+                        "(mining all), or lower the learning rate.",
                         CollapseWarning,
                         stacklevel=2,
                     )
@@ -257,8 +264,7 @@ def fit(
                 yield {"step": done} | line
             if validate and (last or (validate_every and done % validate_every == 0)):
                 _check_finite(state, done)
-                update_model(state)
-                model.eval()
+                update_model()
                 values = validate(model)
                 model.train()
                 # Of equals the last, which was trained the longest; without a number,
@@ -276,11 +282,9 @@ def fit(
                 _check_finite(state, done)
                 checkpoints.save(done, state)
             if stop and not last:
-                update_model(state)
-                model.eval()
+                update_model()
                 raise KeyboardInterrupt(f"stopped after step {done}")
-    update_model(state)
-    model.eval()
+    update_model()
 
 
 @functools.partial(
@@ -334,11 +338,9 @@ def _train_step_in_chunks(
     Activations are made again on the way back, and not kept. The loop is Python's: XLA
     runs convolutions in its own loops many times slower on CPUs.
     """
-    n = len(images)
-    if n % chunk:
-        raise ValueError(f"chunk must divide the batch of {n} images, got {chunk}.")
     images = _augmented(images, key, augment=augment)
-    chunks = jnp.split(images, n // chunk)
+    ends = list(range(chunk, len(images), chunk))
+    chunks = jnp.split(images, ends)
     parts, rests = [], [state.rest]
     for some in chunks:
         x, rest = _train_embed(state.params, rests[-1], some, graph=graph)
@@ -346,7 +348,7 @@ def _train_step_in_chunks(
         rests.append(rest)
     value, metrics, along_x = _loss_gradient(jnp.concatenate(parts), labels, loss=loss)
     gradients = jax.tree.map(jnp.zeros_like, state.params)
-    for some, rest, along in zip(chunks, rests, jnp.split(along_x, len(chunks))):
+    for some, rest, along in zip(chunks, rests, jnp.split(along_x, ends)):
         gradients = _add_gradient(
             gradients, state.params, rest, some, along, graph=graph
         )
@@ -468,6 +470,16 @@ def _prefetched(batches: Batches, start: int, steps: int) -> Iterator:
 
 
 @contextlib.contextmanager
+def _when_left(act: Callable[[], None]) -> Iterator[None]:
+    """Acts if a generator is left before its end, as by a break."""
+    try:
+        yield
+    except GeneratorExit:
+        act()
+        raise
+
+
+@contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
     """Whether the process was asked to stop; a second time stops it at once."""
     asked = False
@@ -499,7 +511,10 @@ def _embed(graph: nnx.GraphDef, state: nnx.State, images: Array) -> Array:
 def embed_images(
     model: nnx.Module, images: np.ndarray, *, batch_size: int = 256
 ) -> Array:
-    """Embeds uint8 images ``[n, height, width, channels]``, a batch at a time."""
+    """Embeds images ``[n, height, width, channels]``, a batch at a time.
+
+    They are uint8, or floats from 0 to 1.
+    """
     graph, state = nnx.split(model)
     embeddings = []
     for start in range(0, len(images), batch_size):
@@ -512,5 +527,8 @@ def embed_images(
 
 
 def as_floats(images: Array) -> Array:
-    """uint8 images as floats from 0 to 1."""
-    return jnp.asarray(images, jnp.float32) / 255
+    """Images from 0 to 255 as floats from 0 to 1; floats stay as they are."""
+    images = jnp.asarray(images)
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images.astype(jnp.float32)
+    return images.astype(jnp.float32) / 255
