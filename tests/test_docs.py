@@ -43,7 +43,7 @@ def test_examples_run(name):
 
 @pytest.mark.slow
 def test_the_default_training_keeps_its_promise(tmp_path):
-    """MAP@R of 92 % or more, on average; measured at 97.2."""
+    """MAP@R of 96 % or more, on average; measured at 98.1."""
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "digits.py", "--seeds", "3"],
         capture_output=True,
@@ -51,4 +51,4 @@ def test_the_default_training_keeps_its_promise(tmp_path):
         check=True,
     )
     (mean,) = re.findall(r"^mean +([\d.]+)", done.stdout, re.MULTILINE)
-    assert float(mean) >= 95
+    assert float(mean) >= 96

@@ -27,7 +27,7 @@ SCARCE = 30
 # Validation and pictures have at most so many images, of all.
 GALLERY = 4096
 
-GREY = Augment(shift=0.1, rotation=12.0, zoom=0.15, shear=0.15)
+GREY = Augment(shift=0.1, rotation=12.0, zoom=0.15, shear=0.15, bend=0.05)
 # Of few images of a class there is little to see how far it reaches.
 SCARCE_GREY = Augment(shift=0.1, rotation=20.0, zoom=0.25, shear=0.3, bend=0.05)
 COLOUR = Augment(
