@@ -310,6 +310,9 @@ def test_colour_is_what_is_seen(tmp_path):
     Image.new("RGB", (9, 9), (200, 30, 30)).save(tmp_path / "red.jpg")
     assert pictures.is_colour(pictures.open_image(tmp_path / "red.jpg"))
     assert not pictures.is_colour(grey.convert("P"))
+    red = Image.new("RGB", (9, 9), (200, 30, 30)).quantize(4)
+    assert red.mode == "P"
+    assert pictures.is_colour(red)
 
 
 def test_the_shape_is_that_of_the_median_image():

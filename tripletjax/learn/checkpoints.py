@@ -99,14 +99,14 @@ class Checkpoints:
 
     def _load(self, step: int, like: State) -> State:
         metadata = self._orbax.checkpointables_metadata(step).custom_metadata
-        digest, like_plain = metadata["digest"], _plain(like)
-        if metadata["kind"] != _kind(like_plain):
+        plain = _plain(like)
+        if metadata["kind"] != _kind(plain):
             raise OtherStateError(
                 f"the checkpoint of step {step} in {self.directory} is of another "
                 "model or optimizer."
             )
-        loaded = self._orbax.load(step, like_plain)
-        if digest != _digest(loaded):
+        loaded = self._orbax.load(step, plain)
+        if metadata["digest"] != _digest(loaded):
             raise ValueError("its content is not what was written.")
         leaves = [
             jax.random.wrap_key_data(x, impl=jax.random.key_impl(old))

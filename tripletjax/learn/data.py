@@ -413,13 +413,13 @@ def _from_folder(
     if not files:
         raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
     names = tuple(sorted({str(file.parent.relative_to(folder)) for file in files}))
-    parts = {Path(name).parts[0] for name in names}
-    classes = {Path(*Path(name).parts[1:]) for name in names}
-    if len(classes) < len(names) and parts <= PARTS:
+    parts = sorted({name.partition(os.sep)[0] for name in names})
+    within = [name.partition(os.sep)[2] for name in names]
+    shared = all(within) and len(set(within)) < len(within)
+    if shared and all(part.lower() in PARTS for part in parts):
         raise ValueError(
-            f"{folder} holds {' and '.join(sorted(parts))}, with folders of the same "
-            f"names, which would be different classes. Give one of them, such as "
-            f"{folder / min(parts, key=len)}, or merge them."
+            f"{folder} holds {' and '.join(parts)}, whose folders of the same name "
+            "would be different classes. Give one of them, or merge them."
         )
     if len(names) < 2:
         raise ValueError(

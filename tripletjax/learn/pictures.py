@@ -100,7 +100,7 @@ def flat(image: Image.Image) -> Image.Image:
 def is_colour(image: Image.Image) -> bool:
     """Whether it shows any colour, whatever its format could show."""
     image = flat(image)
-    if len(image.getbands()) == 1:
+    if image.mode in ("1", "L"):
         return False
     small = image.convert("RGB")
     small.thumbnail((256, 256))

@@ -110,9 +110,11 @@ def run(
         raise ValueError(
             f"{task.dataset.name!r} is no longer what the run in {out} was made with."
         )
+    else:
+        settings = old
 
     if progress:
-        counts = (f"{n:,} {part}" for part, n in task.counts.items())
+        counts = (f"{n:,} {part.replace('_', ' ')}" for part, n in task.counts.items())
         print(f"{task.what} ({', '.join(counts)}); the run is in {out}", flush=True)
 
     model = build_model(settings)

@@ -73,8 +73,8 @@ class Classes:
         flips = colour if config.augment is None else config.augment.flip
         # Many classes of few drawings: turned and mirrored ones are classes of their
         # own. Photographs are mirrored at random, and stay of their class.
-        turned = scarce and not colour and not flips
-        turns = config.turns or (1 if not turned else 8 if height == width else 2)
+        most = 8 if height == width else 2
+        turns = config.turns or (most if scarce and not colour and not flips else 1)
         if turns == 8 and config.augment is not None and flips:
             raise ValueError(
                 "turns is 8, which makes mirror images classes of their own, but "
