@@ -17,7 +17,6 @@ A run directory holds
 import dataclasses
 import functools
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +38,7 @@ from tripletjax.learn.checkpoints import Checkpoints
 from tripletjax.learn.config import MODELS, Config
 from tripletjax.learn.data import ImageArray
 from tripletjax.learn.pictures import Shape, open_image
+from tripletjax.learn.stored import StoredImages
 
 # So many images tell the mean and the deviation of all, looked at so many at a time.
 SAMPLE, LOOK = 4096, 256
@@ -70,7 +70,7 @@ def run(
     Returns:
         The evaluations by name, ``{"raw pixels": ..., "untrained": ..., "trained":
         ...}``, each as from `evaluate` of the task; without raw pixels where the images
-        are more than 256 MiB.
+        are more than 256 MiB or do not fit in memory.
 
     Raises:
         RunExistsError: if `out` is not an empty directory, without `resume`.
@@ -127,7 +127,7 @@ def run(
         "raw pixels": _flat,
         "untrained": functools.partial(training.embed_images, model),
     }
-    if math.prod(task.images.shape) > RAW:
+    if isinstance(task.images, StoredImages) or task.images.nbytes > RAW:
         del embeddings["raw pixels"]
     evaluations = {
         line["evaluation"]: line["metrics"]
