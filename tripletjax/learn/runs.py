@@ -90,28 +90,29 @@ def run(
     if old is not None and (out / "summary.json").exists():
         return json.loads((out / "summary.json").read_text())["evaluations"]
     task = tasks.load(config, progress=progress)
-    # What another version would choose otherwise stays as it was.
-    config = task.choose(config if old is None else _config(old))
-    batches = task.batches(config)
-    mean, deviation = _statistics(task.images)
-    settings = json.loads(json.dumps(dataclasses.asdict(config))) | {
-        "asked": asked,
-        "key": task.dataset.key,
-        "shape": task.images.shape[1:],
-        "mean": mean.tolist(),
-        "deviation": np.maximum(deviation, 1e-3).tolist(),
-        "label_names": task.label_names,
-        "skipped": task.dataset.skipped,
-    }
     if old is None:
-        out.mkdir(parents=True, exist_ok=True)
-        _write(out / "config.json", json.dumps(settings, indent=2) + "\n")
-    elif old["key"] != settings["key"]:
+        config = task.choose(config)
+        mean, deviation = _statistics(task.images)
+        settings = json.loads(json.dumps(dataclasses.asdict(config))) | {
+            "asked": asked,
+            "key": task.dataset.key,
+            "shape": task.images.shape[1:],
+            "mean": mean.tolist(),
+            "deviation": np.maximum(deviation, 1e-3).tolist(),
+            "label_names": task.label_names,
+            "skipped": task.dataset.skipped,
+        }
+    elif old["key"] != task.dataset.key:
         raise ValueError(
             f"{task.dataset.name!r} is no longer what the run in {out} was made with."
         )
     else:
-        settings = old
+        # What another version would choose otherwise stays as it was.
+        config, settings = _config(old), old
+    batches = task.batches(config)
+    if old is None:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out / "config.json", json.dumps(settings, indent=2) + "\n")
 
     if progress:
         counts = (f"{n:,} {part.replace('_', ' ')}" for part, n in task.counts.items())
@@ -392,11 +393,10 @@ def _statistics(images: ImageArray) -> tuple[np.ndarray, np.ndarray]:
 
 def _config(settings: dict[str, Any]) -> Config:
     """The configuration in the settings of a run, with all its choices."""
-    fields = {field.name for field in dataclasses.fields(Config)} & settings.keys()
-    values = {name: settings[name] for name in fields}
-    if values["augment"] is not None:
-        values["augment"] = Augment(**values["augment"])
-    return Config(**values | {"channels": tuple(values["channels"])})
+    values = {field.name: settings[field.name] for field in dataclasses.fields(Config)}
+    values["augment"] = Augment(**values["augment"])
+    values["channels"] = tuple(values["channels"])
+    return Config(**values)
 
 
 def _flat(images: np.ndarray) -> Array:
