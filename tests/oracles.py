@@ -323,8 +323,14 @@ def area_under_roc(distances, same):
     return sum(wins) / len(wins)
 
 
+def between(distances, last):
+    """The middle between an accepted distance and the next, if there is one."""
+    beyond = [d for d in distances if d > last]
+    return (last + min(beyond)) / 2 if beyond and last >= 0 else last
+
+
 def best_threshold(distances, same):
-    """The largest share decided rightly, and the least threshold that does it."""
+    """The largest share decided rightly, and the least distance that does it."""
     best, at = -1.0, None
     for threshold in [-1.0, *sorted(d for d, s in zip(distances, same) if s)]:
         right = sum((d <= threshold) == s for d, s in zip(distances, same))

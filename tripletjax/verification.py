@@ -14,13 +14,20 @@ thresholds is the ROC.
 [1.] 0.8889
 
 What no pair says anything about is NaN: every rate of no positive or of no negative
-pair, and everything if the distance of a pair is NaN.
+pair, true accept rates at a FAR finer than one pair of all negatives, and everything if
+the distance of a pair is NaN.
+
+Thresholds lie in the middle between two distances, so that ``distance <= threshold``
+accepts on the same data what the rates say. Distances of 64 bits in NumPy arrays are
+compared in 64 bits, also where jax_enable_x64 is off, and the results are NumPy arrays
+of 64 bits.
 """
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,14 +51,14 @@ class VerificationMetrics(NamedTuple):
     Attributes:
         tar_at_far: ``[len(fars)]``, for each the largest true accept rate at which the
             false accept rate is not above it.
-        thresholds: ``[len(fars)]``, distances at which pairs are then accepted;
-            negative if none is.
+        thresholds: ``[len(fars)]``, at most which distances are then accepted; negative
+            if none is, and minus infinity where distances may be negative.
         equal_error_rate: the false accept rate where it equals the false reject rate,
             1 - TAR, on straight lines between the points of the ROC.
         area_under_roc: the chance that a positive is nearer than a negative; ties count
             half.
         accuracy: the largest share of pairs that a threshold decides rightly.
-        threshold: the least one that does.
+        threshold: the least one that does, likewise.
         positives: the number of pairs of the same item.
         negatives: the number of others.
     """
@@ -114,7 +121,7 @@ def evaluate(
         TypeError: if an argument has the wrong dtype, or labels are traced and `size`
             is not given.
         ValueError: if shapes do not fit, there are more pairs than can be counted, or a
-            FAR is not a share or finer than the number of negatives can show.
+            FAR is not a share.
 
     References:
         Schroff, Kalenichenko, Philbin. FaceNet: A Unified Embedding for Face
@@ -126,16 +133,14 @@ def evaluate(
     >>> labels = jnp.array([0, 0, 1, 1])
     >>> metrics = tj.verification.evaluate(x, labels, fars=(0.25,))
     >>> print(metrics.tar_at_far, metrics.thresholds, metrics.negatives)
-    [1.] [1.25] 4
+    [1.] [1.375] 4
     """
     if (references is None) != (reference_labels is None):
         raise ValueError("references and reference_labels go together: give both.")
     fars = _rates(fars)
     given = (labels, reference_labels, where, reference_where)
     if not any(isinstance(x, jax.core.Tracer) for x in given):
-        positives, negatives = _count_pairs(*given)
-        _check_fars(fars, negatives)
-        size = max(positives, 1) if size is None else size
+        size = max(_count_positives(*given), 1) if size is None else size
     elif size is None:
         raise TypeError(
             "size must be given where labels are traced: how many pairs of the same "
@@ -195,9 +200,24 @@ def _evaluate(
     known = (positives <= size) & ~jnp.any(jnp.isnan(distances))
     positives = jnp.where(known, positives, 0)
     distances = jnp.sort(distances)
-    below, up_to, negatives = _negatives_within(Tiles.of(task, batch), distances)
+    tiles = Tiles.of(task, batch)
+    below, up_to, negatives = _negatives_within(tiles, distances)
     curve = _Curve.of(distances, positives, below, up_to, negatives)
-    return _metrics(curve, fars)
+
+    def following(thresholds: Array) -> Array:
+        def visit(least: Array, d: Array, negative: Array) -> Array:
+            rest = jnp.where(negative, d, jnp.inf)
+            beyond = [
+                jnp.min(rest, where=rest > t, initial=jnp.inf) for t in thresholds
+            ]
+            return jnp.minimum(least, jnp.stack(beyond))
+
+        none = jnp.full_like(thresholds, jnp.inf)
+        return jnp.minimum(
+            tiles.distances(visit, none), _following(distances, thresholds)
+        )
+
+    return _metrics(curve, fars, following)
 
 
 def _positives(task: Task, batch: Batch, size: int) -> tuple[Array, Array]:
@@ -252,7 +272,13 @@ def _evaluate_pairs(
     fars: tuple[float, ...],
     where: ArrayLike | None,
 ) -> VerificationMetrics:
-    return _metrics(_Curve.of_pairs(*_pairs(distances, same, where)), fars)
+    distances, positive, negative = _pairs(distances, same, where)
+    counted = jnp.sort(jnp.where(positive | negative, distances, jnp.inf))
+    return _metrics(
+        _Curve.of_pairs(distances, positive, negative),
+        fars,
+        functools.partial(_following, counted),
+    )
 
 
 def evaluate_pairs(
@@ -275,21 +301,16 @@ def evaluate_pairs(
 
     Raises:
         TypeError: if an argument has the wrong dtype.
-        ValueError: if shapes do not fit, or a FAR is not a share or finer than the
-            number of negatives can show.
+        ValueError: if shapes do not fit, or a FAR is not a share.
 
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
     >>> distances, same = jnp.array([0.1, 0.4, 0.2, 0.9]), jnp.array([1, 1, 0, 0]) > 0
     >>> metrics = tj.verification.evaluate_pairs(distances, same, fars=(0.5,))
-    >>> print(metrics.tar_at_far, metrics.accuracy, metrics.threshold)
-    [1.] 0.75 0.1
+    >>> print(metrics.tar_at_far, metrics.accuracy, f"{metrics.threshold:.2f}")
+    [1.] 0.75 0.15
     """
-    fars = _rates(fars)
-    if not any(isinstance(x, jax.core.Tracer) for x in (same, where)):
-        *_, others = _pairs(distances, same, where)
-        _check_fars(fars, int(jnp.sum(others)))
-    return _evaluate_pairs(distances, same, fars=fars, where=where)
+    return _exactly(_evaluate_pairs, distances, same, fars=_rates(fars), where=where)
 
 
 def tar_at_far(
@@ -346,7 +367,6 @@ def equal_error_rate(
     return evaluate_pairs(distances, same, fars=(1.0,), where=where).equal_error_rate
 
 
-@public()
 def roc(
     distances: ArrayLike, same: ArrayLike, *, where: ArrayLike | None = None
 ) -> Roc:
@@ -372,6 +392,11 @@ def roc(
     >>> print(curve.true_accept_rate, curve.false_accept_rate)
     [0.  0.5 0.5 1. ] [0. 0. 1. 1.]
     """
+    return _exactly(_roc, distances, same, where=where)
+
+
+@public()
+def _roc(distances: ArrayLike, same: ArrayLike, *, where: ArrayLike | None) -> Roc:
     distances, positive, negative = _pairs(distances, same, where)
     thresholds = jnp.sort(jnp.where(positive | negative, distances, jnp.inf))
 
@@ -403,7 +428,6 @@ class KFold(NamedTuple):
     thresholds: Array
 
 
-@public(static=("folds",))
 def k_fold_accuracy(
     distances: ArrayLike,
     same: ArrayLike,
@@ -446,6 +470,20 @@ def k_fold_accuracy(
     >>> print(result.accuracy, result.standard_error, result.thresholds)
     1.0 0.0 [0.5 0.5]
     """
+    return _exactly(
+        _k_fold_accuracy, distances, same, folds=folds, fold=fold, where=where
+    )
+
+
+@public(static=("folds",))
+def _k_fold_accuracy(
+    distances: ArrayLike,
+    same: ArrayLike,
+    *,
+    folds: int,
+    fold: ArrayLike | None,
+    where: ArrayLike | None,
+) -> KFold:
     distances, positive, negative = _pairs(distances, same, where)
     n = len(distances)
     if folds < 2:
@@ -459,11 +497,15 @@ def k_fold_accuracy(
         held_out = fold == k
         curve = _Curve.of_pairs(distances, positive & ~held_out, negative & ~held_out)
         _, last = curve.best()
-        # Of no pair that counts is the distance infinite, or the middle would be.
-        others = jnp.where((positive | negative) & ~held_out, distances, jnp.inf)
-        following = jnp.min(jnp.where(others > last, others, jnp.inf))
-        middle = jnp.where(following < jnp.inf, (last + following) / 2, last)
-        threshold = jnp.where(last < 0, following / 2, middle)
+        others = jnp.sort(
+            jnp.where((positive | negative) & ~held_out, distances, jnp.inf)
+        )
+        following = _following(others, last)
+        threshold = jnp.where(
+            (last == -jnp.inf) & (following > 0),
+            following / 2,
+            _between(last, following),
+        )
         accepted = distances <= threshold
         right = jnp.where(positive, accepted, negative & ~accepted) & held_out
         count = jnp.sum((positive | negative) & held_out)
@@ -520,11 +562,51 @@ class _Curve(NamedTuple):
         none = self.negatives >= right[most]
         return (
             jnp.where(none, self.negatives, right[most]),
-            jnp.where(none, -1, self.thresholds[most]),
+            jnp.where(none, -jnp.inf, self.thresholds[most]),
         )
 
 
-def _metrics(curve: _Curve, fars: tuple[float, ...]) -> VerificationMetrics:
+def _following(distances: Array, thresholds: Array) -> Array:
+    """The least of sorted distances that is over each threshold, or infinity."""
+    place = jnp.searchsorted(distances, thresholds, side="right")
+    return jnp.append(distances, jnp.inf)[place]
+
+
+def _between(last: Array, following: Array) -> Array:
+    """What accepts a distance, and not the following one.
+
+    In the middle where there is room between them, below all distances if none is to be
+    accepted, for which `last` is minus infinity.
+    """
+    middle = last + (following - last) / 2
+    inside = (middle < following) & (following < jnp.inf)
+    none = jnp.where(following > 0, -1, -jnp.inf)
+    return jnp.where(last == -jnp.inf, none, jnp.where(inside, middle, last))
+
+
+def _exactly(
+    function: Callable, distances: ArrayLike, *args: Any, **options: Any
+) -> Any:
+    """Runs a function of distances in 64 bits if they are a NumPy array of 64 bits."""
+    plain = jax.tree.leaves((distances, args, options))
+    wide = (
+        isinstance(distances, np.ndarray | np.generic)
+        and distances.dtype.kind in "fiu"
+        and distances.dtype.itemsize == 8
+        and not any(isinstance(leaf, jax.core.Tracer) for leaf in plain)
+    )
+    if not wide:
+        return function(distances, *args, **options)
+    with jax.enable_x64(True):
+        return jax.tree.map(
+            np.asarray, function(np.float64(distances), *args, **options)
+        )
+
+
+def _metrics(
+    curve: _Curve, fars: tuple[float, ...], following: Callable[[Array], Array]
+) -> VerificationMetrics:
+    """The metrics of a curve; `following` gives the least distance over thresholds."""
     positives, negatives = curve.positives, curve.negatives
     # NaN if there is nothing to take a share of.
     accept = lambda count: _share(count, positives)  # noqa: E731
@@ -533,8 +615,12 @@ def _metrics(curve: _Curve, fars: tuple[float, ...]) -> VerificationMetrics:
     for far in fars:
         within = jnp.sum(false(curve.up_to) <= far)
         last = jnp.maximum(within, 1) - 1
-        tars.append(jnp.where(within > 0, accept(curve.accepted[last]), 0 * accept(0)))
-        thresholds.append(jnp.where(within > 0, curve.thresholds[last], -1))
+        # One negative pair is the least that can be seen.
+        shown = negatives * far >= 1 - 1e-6
+        tar = jnp.where(within > 0, accept(curve.accepted[last]), 0 * accept(0))
+        tars.append(jnp.where(shown, tar, jnp.nan))
+        threshold = jnp.where(within > 0, curve.thresholds[last], -jnp.inf)
+        thresholds.append(jnp.where(shown, threshold, jnp.nan))
 
     # The first vertical step of the ROC, or slope where distances are equal, that ends
     # where more are falsely accepted than falsely rejected.
@@ -552,6 +638,9 @@ def _metrics(curve: _Curve, fars: tuple[float, ...]) -> VerificationMetrics:
     area = jnp.sum(jnp.where(real, ahead, 0)) / jnp.where(positives > 0, positives, 1)
     right, threshold = curve.best()
     known = (positives > 0) & (negatives > 0)
+    accepted = jnp.stack([*thresholds, threshold])
+    between = _between(accepted, following(accepted))
+    *thresholds, threshold = jnp.where(jnp.isnan(accepted), jnp.nan, between)
     values = (
         jnp.stack(tars),
         jnp.stack(thresholds),
@@ -589,13 +678,13 @@ def _pairs(
     return distances, same & where, ~same & where
 
 
-def _count_pairs(
+def _count_positives(
     labels: ArrayLike,
     reference_labels: ArrayLike | None,
     where: ArrayLike | None,
     reference_where: ArrayLike | None,
-) -> tuple[int, int]:
-    """How many positive and negative pairs there are."""
+) -> int:
+    """How many positive pairs there are."""
 
     def count(labels: ArrayLike, where: ArrayLike | None) -> tuple:
         labels = np.asarray(labels).ravel()
@@ -605,12 +694,10 @@ def _count_pairs(
 
     values, counts = count(labels, where)
     if reference_labels is None:
-        positives, n = int(np.sum(counts * (counts - 1) // 2)), int(counts.sum())
-        return positives, n * (n - 1) // 2 - positives
+        return int(np.sum(counts * (counts - 1) // 2))
     others, other_counts = count(reference_labels, reference_where)
     _, ours, theirs = np.intersect1d(values, others, return_indices=True)
-    positives = int(np.sum(counts[ours] * other_counts[theirs]))
-    return positives, int(counts.sum()) * int(other_counts.sum()) - positives
+    return int(np.sum(counts[ours] * other_counts[theirs]))
 
 
 def _rates(fars: Sequence[float]) -> tuple[float, ...]:
@@ -623,16 +710,6 @@ def _rates(fars: Sequence[float]) -> tuple[float, ...]:
     if not fars or not all(0 < far <= 1 for far in fars):
         raise ValueError(f"fars must be over 0 and up to 1, got {fars}.")
     return fars
-
-
-def _check_fars(fars: tuple[float, ...], negatives: int) -> None:
-    for far in fars:
-        needed = math.ceil(1 / far - 1e-6)
-        if negatives < needed:
-            raise ValueError(
-                f"fars: a false accept rate of {far:g} takes at least {needed} "
-                f"negative pairs to be seen, but there are {negatives}."
-            )
 
 
 class PairsFile(NamedTuple):
@@ -656,7 +733,8 @@ def read_lfw_pairs(path: str | Path, *, suffix: str = ".jpg") -> PairsFile:
 
     Its first line has the number of folds and the number n of pairs of each kind in a
     fold (or n alone, for one fold). Every fold has n lines ``name i j`` for two images
-    of a person, and n lines ``name i other j``. The i-th image of a person is
+    of a person, and n lines ``name i other j``, between spaces, or tabs if names have
+    spaces. The i-th image of a person is
     ``name/name_0001.jpg`` for i = 1.
 
     Args:
@@ -669,7 +747,7 @@ def read_lfw_pairs(path: str | Path, *, suffix: str = ".jpg") -> PairsFile:
     Raises:
         ValueError: if the file does not follow the format; names the line.
     """
-    lines = Path(path).read_text().splitlines()
+    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     while lines and not lines[-1].strip():
         lines.pop()
 
@@ -695,11 +773,13 @@ def read_lfw_pairs(path: str | Path, *, suffix: str = ".jpg") -> PairsFile:
     for k, line in enumerate(lines[1:]):
         alike = k // n % 2 == 0
         try:
+            # Between tabs, names may have spaces.
+            parts = line.strip().split("\t" if "\t" in line.strip() else None)
             if alike:
-                name, i, j = line.split()
+                name, i, j = parts
                 other = name
             else:
-                name, i, other, j = line.split()
+                name, i, other, j = parts
             first.append(image(name, i))
             second.append(image(other, j))
         except ValueError:

@@ -22,6 +22,8 @@ class Augment:
         bend: how far parts of an image move apart, as a share of the size.
         flip: whether half of the images are mirrored, left to right.
         brightness: how much is added at most, of a range of 1.
+        contrast: how much wider or narrower the range about the mean becomes, as a
+            share of it.
         erase: the share of images of which a rectangle becomes grey.
     """
 
@@ -32,6 +34,7 @@ class Augment:
     bend: float = 0.0
     flip: bool = False
     brightness: float = 0.0
+    contrast: float = 0.0
     erase: float = 0.0
 
     def __post_init__(self) -> None:
@@ -45,7 +48,7 @@ class Augment:
             raise ValueError(f"erase must be 0 to 1, got {self.erase!r}.")
 
     def __call__(self, key: Array, images: Array) -> Array:
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 5)
         if self.shift or self.rotation or self.zoom or self.shear or self.bend:
             images = random_warp(
                 keys[0],
@@ -58,8 +61,10 @@ class Augment:
             )
         if self.flip:
             images = random_flip(keys[1], images)
-        if self.brightness:
-            images = random_brightness(keys[2], images, self.brightness)
+        if self.brightness or self.contrast:
+            images = random_light(
+                keys[2], images, brightness=self.brightness, contrast=self.contrast
+            )
         if self.erase:
             images = random_erase(keys[3], images, self.erase)
         return images
@@ -71,10 +76,19 @@ def random_flip(key: Array, images: Array) -> Array:
     return jnp.where(chosen, images[:, :, ::-1], images)
 
 
-def random_brightness(key: Array, images: Array, most: float) -> Array:
-    """Adds a number from -most to most to each image, within 0 to 1."""
-    added = jax.random.uniform(key, (len(images), 1, 1, 1), minval=-most, maxval=most)
-    return jnp.clip(images + added, 0, 1)
+def random_light(
+    key: Array, images: Array, *, brightness: float = 0.0, contrast: float = 0.0
+) -> Array:
+    """Stretches the tones of each image about its mean and moves them, within 0 to 1.
+
+    ``y = (x - mean) (1 + c) + mean + b``, with c and b drawn uniformly between minus
+    and plus their bounds.
+    """
+    bounds = jnp.array([contrast, brightness])
+    draws = bounds * jax.random.uniform(key, (len(images), 2), minval=-1, maxval=1)
+    stretch, added = jnp.moveaxis(draws, 1, 0)[..., None, None, None]
+    mean = images.mean(axis=(1, 2, 3), keepdims=True)
+    return jnp.clip((images - mean) * (1 + stretch) + mean + added, 0, 1)
 
 
 def random_erase(key: Array, images: Array, share: float) -> Array:

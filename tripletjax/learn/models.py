@@ -107,6 +107,87 @@ class EmbeddingResNet(nnx.Module):
         return unit_norm(self.head(x.mean(axis=(1, 2))))
 
 
+class EmbeddingGrid(nnx.Module):
+    """A residual network from photographs of one layout, as faces, to unit vectors.
+
+    Its head is a linear layer over all places of the last feature map, in place of
+    their mean: where something is counts as much as what it is. A first convolution of
+    stride 2, then stages of residual blocks of two 3 x 3 convolutions. Between stages
+    every 2 x 2 places become one with four times the channels, which a 1 x 1
+    convolution reduces: three times as fast on CPUs as a convolution of stride 2.
+    Kernels are standardised, and no activation is normalised but before the head.
+
+    Args:
+        dim: number of dimensions of the embedding.
+        size: height and width of the images, in pixels.
+        channels: number of channels of the first convolution and of each stage.
+        blocks: how many blocks a stage has.
+        in_channels: number of channels of the images.
+        dropout: the share of what enters the head that is dropped while training.
+        dtype: what is computed in; parameters stay float32.
+        rngs: Flax random number streams, with ``params``, and ``dropout`` if there is
+            any.
+
+    References:
+        He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. 2015.
+        arXiv:1512.03385
+        Qiao, Wang, Liu, Shen, Yuille. Micro-Batch Training with Batch-Channel
+        Normalization and Weight Standardization. 2019. arXiv:1903.10520
+    """
+
+    def __init__(
+        self,
+        dim: int = 128,
+        *,
+        size: tuple[int, int] = (64, 64),
+        channels: Sequence[int] = (16, 32, 64, 128),
+        blocks: int = 1,
+        in_channels: int = 1,
+        dropout: float = 0.0,
+        dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ):
+        options = {"dtype": dtype, "rngs": rngs}
+        self.size = tuple(size)
+        self.stem = _StandardizedConv(in_channels, channels[0], 5, stride=2, **options)
+        stages, width = [], channels[0]
+        height_left, width_left = (-(-side // 2) for side in size)
+        for out in channels[1:]:
+            height_left, width_left = -(-height_left // 2), -(-width_left // 2)
+            layers = [_StandardizedConv(4 * width, out, 1, **options)]
+            layers += [_StandardizedBlock(out, **options) for _ in range(blocks)]
+            stages.append(nnx.List(layers))
+            width = out
+        self.stages = nnx.List(stages)
+        self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.head = nnx.Linear(height_left * width_left * width, dim, **options)
+
+    def __call__(self, images: Array) -> Array:
+        """Embeds images.
+
+        Args:
+            images: floats ``[n, height, width, channels]`` of the network's size.
+
+        Returns:
+            Unit vectors ``[n, dim]``.
+        """
+        if images.shape[1:3] != self.size:
+            raise ValueError(
+                f"images must be {self.size[0]} x {self.size[1]} pixels, got "
+                f"{images.shape[1]} x {images.shape[2]}."
+            )
+        x = jax.nn.relu(self.stem(images))
+        for stage in self.stages:
+            x = space_to_depth(x)
+            for layer in stage:
+                x = jax.nn.relu(layer(x))
+        x = self.norm(x).reshape(len(x), -1)
+        if self.dropout is not None:
+            x = self.dropout(x)
+        return unit_norm(self.head(x))
+
+
 class MultiScaleCNN(nnx.Module):
     """Deep Ranking: a deep path joined by two shallow ones at low resolution.
 
@@ -242,12 +323,116 @@ class _Layer(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.norm = nnx.GroupNorm(out_channels, num_groups=8, dtype=dtype, rngs=rngs)
+        self.norm = GroupNorm(out_channels)
         self.active = active
 
     def __call__(self, x: Array) -> Array:
         x = self.norm(self.convolution(x))
         return jax.nn.relu(x) if self.active else x
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation of images, with a scale and a shift of each channel.
+
+    Over the pixels and the channels of a group, ``y = (x - mean) / sqrt(var + eps)``.
+    The sums are taken over the pixels of each channel first, which vectorises: with its
+    gradient it takes a fifth of the time of `nnx.GroupNorm` on CPUs.
+
+    Args:
+        channels: number of channels of the images.
+        groups: how many groups they form.
+
+    References:
+        Wu, He. Group Normalization. 2018. arXiv:1803.08494
+    """
+
+    def __init__(self, channels: int, *, groups: int = 8, eps: float = 1e-6):
+        if channels % groups:
+            raise ValueError(
+                f"channels must be a multiple of {groups}, got {channels}."
+            )
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.shift = nnx.Param(jnp.zeros(channels))
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x: Array) -> Array:
+        exact = x.astype(jnp.float32)
+        sums = exact.mean(axis=(1, 2)), (exact * exact).mean(axis=(1, 2))
+        mean, square = (
+            jnp.repeat(
+                total.reshape(len(x), self.groups, -1).mean(axis=-1),
+                x.shape[-1] // self.groups,
+                axis=-1,
+            )
+            for total in sums
+        )
+        variance = jnp.maximum(square - mean * mean, 0)
+        scale = self.scale[...] * jax.lax.rsqrt(variance + self.eps)
+        shift = self.shift[...] - mean * scale
+        scale, shift = (v[:, None, None, :].astype(x.dtype) for v in (scale, shift))
+        return x * scale + shift
+
+
+class _StandardizedConv(nnx.Module):
+    """A convolution whose kernels have mean 0 and preserve the variance."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int,
+        *,
+        stride: int = 1,
+        dtype: DTypeLike | None,
+        rngs: nnx.Rngs,
+    ):
+        shape = size, size, in_channels, out_channels
+        init = nnx.initializers.he_normal()
+        self.kernel = nnx.Param(init(rngs.params(), shape))
+        self.gain = nnx.Param(jnp.ones(out_channels))
+        self.bias = nnx.Param(jnp.zeros(out_channels))
+        self.stride, self.dtype = stride, dtype
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel[...]
+        kernel = kernel - kernel.mean(axis=(0, 1, 2))
+        fan_in = kernel[..., 0].size
+        kernel *= self.gain[...] * jax.lax.rsqrt(
+            fan_in * jnp.mean(kernel * kernel, axis=(0, 1, 2)) + 1e-4
+        )
+        x, kernel, bias = nnx.nn.dtypes.promote_dtype(
+            (x, kernel, self.bias[...]), dtype=self.dtype
+        )
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride, self.stride),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + bias
+
+
+class _StandardizedBlock(nnx.Module):
+    def __init__(self, channels: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs):
+        options = {"dtype": dtype, "rngs": rngs}
+        self.first = _StandardizedConv(channels, channels, 3, **options)
+        self.second = _StandardizedConv(channels, channels, 3, **options)
+        # A block begins as little more than what comes in.
+        self.scale = nnx.Param(jnp.array(0.2))
+
+    def __call__(self, x: Array) -> Array:
+        y = self.second(jax.nn.relu(self.first(x)))
+        return x + self.scale[...].astype(y.dtype) * y
+
+
+def space_to_depth(x: Array) -> Array:
+    """Every 2 x 2 pixels as one with four times the channels; odd sides are padded."""
+    n, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
+    height, width = -(-height // 2), -(-width // 2)
+    x = x.reshape(n, height, 2, width, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, height, width, 4 * channels)
 
 
 def halved(x: Array) -> Array:
