@@ -243,14 +243,18 @@ def triplet_margin(a, p, n, distance, cost, margin, swap=False):
 # Retrieval.
 
 
-def retrieval(x, y, ks, references=None, reference_labels=None):
-    """Means over the queries that have a relevant reference."""
+def retrieval(x, y, ks, references=None, reference_labels=None, ranks=None):
+    """Means over the queries that have a relevant reference.
+
+    `ranks` ``[n, m]`` says which references a query ranks.
+    """
     itself = references is None
     references = x if itself else references
     reference_labels = y if itself else reference_labels
     rows = []
     for i, (query, label) in enumerate(zip(x, y)):
         others = [j for j in range(len(references)) if not (itself and i == j)]
+        others = [j for j in others if ranks is None or ranks[i][j]]
         others.sort(key=lambda j: (squared_euclidean(query, references[j]), j))
         relevant = [bool(reference_labels[j] == label) for j in others]
         r = sum(relevant)

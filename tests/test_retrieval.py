@@ -249,6 +249,118 @@ def test_padding():
     )
 
 
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**32 - 1), gallery=st.booleans())
+def test_queries_that_rank_different_references(seed, gallery):
+    random = np.random.default_rng(seed)
+    # On a grid, so that ties are frequent.
+    x, y = random.integers(0, 3, (9, 2)), random.integers(0, 3, 9)
+    options = {}
+    if gallery:
+        options["references"] = random.integers(0, 3, (11, 2))
+        options["reference_labels"] = random.integers(0, 3, 11)
+    m = 11 if gallery else 9
+    ranks = random.random((9, m)) < 0.6
+    expected = oracles.retrieval(x, y, (1, 3), **options, ranks=ranks)
+    got = retrieval.evaluate(x, y, ks=(1, 3), **options, reference_where=ranks)
+    for name, value in expected.items():
+        value = value if expected["queries"] else 0 * np.asarray(value)
+        got_value = np.nan_to_num(getattr(got, name))
+        np.testing.assert_allclose(got_value, value, rtol=1e-6, err_msg=name)
+    recall = retrieval.recall_at_k(x, y, ks=(1, 3), **options, reference_where=ranks)
+    np.testing.assert_array_equal(recall, got.recall_at_k)
+
+    masks = tj.pair_masks(y, options.pop("reference_labels", None))
+    masks = tj.PairMasks(masks.positive & ranks, masks.negative & ranks)
+    same(retrieval.evaluate(x, masks, ks=(1, 3), **options), got)
+    with pytest.raises(ValueError, match="mean_of_classes takes labels"):
+        retrieval.evaluate(x, masks, **options, reduce_fn=retrieval.mean_of_classes)
+
+
+def test_ranking_different_references_over_several_tiles(monkeypatch):
+    monkeypatch.setattr(retrieval, "COLUMNS", 64)
+    monkeypatch.setattr(retrieval, "MOST_ROWS", 48)
+    x, labels = clusters()
+    where = np.random.default_rng(1).random(len(x)) < 0.8
+    cameras = np.arange(len(x)) % 3
+    ranks = (labels[:, None] != labels) | (cameras[:, None] != cameras)
+    got = retrieval.evaluate(
+        np.where(where[:, None], x, np.nan), labels, where=where, reference_where=ranks
+    )
+    expected = oracles.retrieval(
+        x[where], labels[where], (1, 2, 4, 8), ranks=ranks[where][:, where]
+    )
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(got, name), value, rtol=1e-5, err_msg=name)
+    distances, indices = retrieval.nearest_neighbors(
+        x, x, 3, positions=np.arange(len(x)), reference_where=ranks
+    )
+    d = np.linalg.norm(x[:, None] - x, axis=-1)
+    d[~ranks | np.eye(len(x), dtype=bool)] = np.inf
+    np.testing.assert_array_equal(indices, np.argsort(d, kind="stable")[:, :3])
+    np.testing.assert_allclose(distances, np.sort(d)[:, :3], rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(230, 229), (229, 230), (1, 230)])
+def test_a_mask_of_another_shape_is_named(shape):
+    x, labels = clusters()
+    with pytest.raises(ValueError, match=r"reference_where must be \[230\]"):
+        retrieval.evaluate(x, labels, reference_where=np.ones(shape, bool))
+
+
+def test_a_query_that_is_not_finite_is_nan():
+    x, labels = np.eye(40, dtype=np.float32), np.arange(40) // 4
+    for value in (np.nan, np.inf):
+        broken = np.full_like(x, value)
+        for got in (
+            retrieval.evaluate(broken, labels),
+            retrieval.evaluate(broken, labels, references=x, reference_labels=labels),
+            retrieval.evaluate(broken, labels, reference_where=np.ones((40, 40), bool)),
+        ):
+            assert got.queries == 40
+            assert all(jnp.isnan(metric).all() for metric in got[:-1])
+        assert jnp.isnan(retrieval.recall_at_k(broken, labels)).all()
+        few = retrieval.few_shot_accuracy(x, labels, broken[:3], labels[:3])
+        assert jnp.isnan(few)
+        distances, indices = retrieval.nearest_neighbors(broken[:1], x, 3)
+        assert jnp.isnan(distances).all()
+        assert (indices == -1).all()
+
+
+def test_a_reference_that_is_not_finite_touches_who_ranks_it():
+    x, labels = clusters()
+    gallery, theirs = x.copy(), labels.copy()
+    gallery[3] = np.nan
+    arguments = {"references": gallery, "reference_labels": theirs, "reduce_fn": None}
+    got = retrieval.evaluate(x, labels, **arguments)
+    assert all(jnp.isnan(metric).all() for metric in got[:-1])
+    # Who does not rank it is not touched.
+    ranks = np.ones((230, 230), bool)
+    ranks[5:, 3] = False
+    got = retrieval.evaluate(x, labels, **arguments, reference_where=ranks)
+    expected = retrieval.evaluate(
+        x,
+        labels,
+        references=np.delete(x, 3, axis=0),
+        reference_labels=np.delete(labels, 3),
+        reduce_fn=None,
+    )
+    assert jnp.isnan(got.map_at_r[:5]).all()
+    np.testing.assert_allclose(got.map_at_r[5:], expected.map_at_r[5:], rtol=1e-6)
+    # A query is not its own reference.
+    got = retrieval.evaluate(
+        x[3:4], labels[3:4], positions=[3], **arguments | {"references": gallery}
+    )
+    np.testing.assert_allclose(got.queries, True)
+    assert not jnp.isnan(got.map_at_r).any()
+    assert jnp.isnan(retrieval.few_shot_accuracy(gallery, theirs, x[:3], labels[:3]))
+    # As a neighbour it comes last.
+    distances, indices = retrieval.nearest_neighbors(x[:2], gallery, 230)
+    np.testing.assert_array_equal(indices[:, -1], [3, 3])
+    assert jnp.isnan(distances[:, -1]).all()
+    assert jnp.isfinite(distances[:, :-1]).all()
+
+
 def test_reductions():
     x, labels = clusters()
     each = retrieval.evaluate(x, labels, reduce_fn=None)

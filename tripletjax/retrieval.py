@@ -3,6 +3,9 @@
 Every query ranks the references by distance, the nearest first and ties by the lower
 index; references with the query's label are relevant. A query is never its own
 reference, and one without any relevant reference is left out of the means and counted.
+
+A vector that is not finite cannot be ranked: metrics are NaN of every query that is one
+or has one among its references, and so are their means. Padding may hold anything.
 """
 
 import functools
@@ -25,7 +28,7 @@ from tripletjax.blocks import (
 from tripletjax.blockwise import as_batch
 from tripletjax.distances import Metric, as_vectors, common_offset, euclidean
 from tripletjax.mining import ordered_bits
-from tripletjax.pairs import PairMasks, pair_masks, per_item
+from tripletjax.pairs import PairMasks, as_boolean, keep_pairs, pair_masks, per_item
 from tripletjax.public import as_integer, public
 
 # Metrics are made for at most this many queries at a time, and of so many distances,
@@ -81,11 +84,13 @@ def nearest_neighbors(
             these choose the neighbours, and differences put them in order.
         positions: integers ``[n]``, the place of each query among the references, so
             that it is not its own neighbour; -1 for nowhere.
-        reference_where: bool ``[m]``, False for padding.
+        reference_where: bool ``[m]``, False for padding; or ``[n, m]``, which of them
+            each query may have.
 
     Returns:
         Distances and indices of the references, both ``[n, k]``. Where padding leaves
-        fewer than k, the rest are infinitely far, with index -1.
+        fewer than k, the rest are infinitely far, with index -1. A query that is not
+        finite has distances NaN and indices -1; references that are not come last.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
@@ -129,6 +134,7 @@ def _nearest_neighbors(
         raise ValueError(
             f"k must be from 1 to {choices}, all references{but}; got {k}."
         )
+    each, reference_where = _per_query(reference_where, n, m)
     batch, _ = as_batch(
         Task(Kind.ALL, metric),
         queries,
@@ -138,10 +144,13 @@ def _nearest_neighbors(
         positions=_positions(positions, n),
         reference_where=reference_where,
     )
-    rankings = _Rankings.of(metric, batch, Classes.of(batch))
+    if each is not None:
+        batch = _with_masks(batch, _masks_of(batch, each))
+    rankings = _Rankings.of(metric, batch)
     neighbors = functools.partial(rankings.nearest, rankings.tiles(), k)
     distances, indices = rankings.fill(neighbors)
-    return distances, indices
+    broken = ~jnp.isfinite(batch.anchors).all(axis=-1, keepdims=True)
+    return jnp.where(broken, jnp.nan, distances), jnp.where(broken, -1, indices)
 
 
 # From metrics per query ``[n]`` and the labels of queries to means.
@@ -222,14 +231,16 @@ def evaluate(
 
     Args:
         embeddings: queries ``[n, d]``.
-        labels: integers ``[n]``.
+        labels: integers ``[n]``, or `PairMasks` ``[n, m]`` of which references are
+            relevant to each query (positive), and which others it ranks (negative).
         ks: at which ranks to report recall.
         references: vectors ``[m, d]`` to rank. If not given, all other queries.
         reference_labels: integers ``[m]``, with `references`.
         positions: integers ``[n]``, the place of each query among the references, or
             -1; nowhere if `references` are given without it.
         where: bool ``[n]``, False for padding.
-        reference_where: bool ``[m]``, likewise.
+        reference_where: bool ``[m]``, likewise; or ``[n, m]``, which of them each query
+            ranks, as where those of the same person and camera are ignored.
         metric: how far two vectors are apart. Where it is made of inner products, so
             is the order of references.
         reduce_fn: how queries are averaged: `mean_of_queries`, `mean_of_classes`, or
@@ -241,8 +252,9 @@ def evaluate(
 
     Raises:
         TypeError: if an argument has the wrong dtype.
-        ValueError: if shapes do not fit, `ks` are not positive integers, or only one of
-            `references` and `reference_labels` is given.
+        ValueError: if shapes do not fit, `ks` are not positive integers, only one of
+            `references` and `reference_labels` is given, or `mean_of_classes` is asked
+            for without labels.
 
     References:
         Musgrave, Belongie, Lim. A Metric Learning Reality Check. 2020.
@@ -254,6 +266,14 @@ def evaluate(
     >>> metrics = tj.retrieval.evaluate(x, jnp.array([0, 0, 1, 1]), ks=(1, 2))
     >>> print(metrics.recall_at_k, metrics.map_at_r)
     [0.5 1. ] 0.5
+
+    Re-identification ignores what the same camera has seen of the same person:
+
+    >>> people, cameras = jnp.array([0, 0, 1, 0]), jnp.array([0, 0, 0, 1])
+    >>> same = (people[:, None] == people) & (cameras[:, None] == cameras)
+    >>> metrics = tj.retrieval.evaluate(x, people, ks=(1,), reference_where=~same)
+    >>> print(metrics.recall_at_k, metrics.queries)
+    [0.] 3
     """
     return _evaluate(
         embeddings,
@@ -337,8 +357,12 @@ def _evaluate(
     reduce_fn: Reduction | None,
     first_alone: bool,
 ) -> RetrievalMetrics:
-    if isinstance(labels, PairMasks):
-        raise TypeError("labels must be integers, got PairMasks.")
+    x = jnp.asarray(embeddings)
+    n = x.shape[-2] if x.ndim > 1 else 0
+    shape = x.shape if references is None else jnp.shape(references)
+    m = shape[-2] if len(shape) > 1 else 0
+    each, reference_where = _per_query(reference_where, n, m)
+    masked = isinstance(labels, PairMasks)
     batch, lead = as_batch(
         Task(Kind.ALL, metric),
         embeddings,
@@ -353,29 +377,95 @@ def _evaluate(
         raise ValueError(
             f"embeddings must be [n, d], got {len(lead) + 2} dimensions; use jax.vmap."
         )
-    classes = Classes.of(batch)
-    rankings = _Rankings.of(metric, batch, classes)
-    n, found = len(batch.anchors), classes.positives > 0
+    if masked and reduce_fn is mean_of_classes:
+        raise ValueError("reduce_fn: mean_of_classes takes labels, got PairMasks.")
+    query_labels = jnp.zeros(n, int) if masked else batch.labels
+    y = batch.others[0]
+    broken = ~jnp.isfinite(y).all(axis=-1)
+    if masked or each is not None:
+        masks = _masks_of(batch, each)
+        batch = _with_masks(batch, masks)
+        found = jnp.any(masks.positive, axis=1)
+        # A product of booleans would be made of integers, one for each pair.
+        touched = jnp.any((masks.positive | masks.negative) & broken, axis=1)
+    else:
+        classes = Classes.of(batch)
+        found = classes.positives > 0
+        places = jnp.arange(n) if batch.square else batch.positions
+        itself = False
+        if places is not None:
+            itself = (places >= 0) & (places < m) & broken[jnp.clip(places, 0, m - 1)]
+        touched = jnp.sum(broken) - itself > 0
+    touched |= ~jnp.isfinite(batch.anchors).all(axis=-1)
+    rankings = _Rankings.of(metric, batch)
     tiles = rankings.tiles()
-    if first_alone:
-        ordered, order = rankings.by_class()
+    by_sorting = functools.partial(rankings.by_sorting, tiles)
+    if masked or each is not None:
+        first, *metrics = rankings.fill(by_sorting)
+    elif first_alone:
+        ordered, order = rankings.by_class(classes)
         (first,) = ordered.fill(ordered.first(tiles, rankings.tiles(classes.order)))
         first = jnp.zeros_like(first).at[order].set(first, unique_indices=True)
         metrics = [jnp.zeros(n)] * 3
     else:
+        counted = rankings._replace(classes=classes)
         first, *metrics = lax.cond(
             jnp.max(classes.positives) <= FEW,
-            lambda: rankings.fill(functools.partial(rankings.by_counting, tiles)),
-            lambda: rankings.fill(functools.partial(rankings.by_sorting, tiles)),
+            lambda: rankings.fill(functools.partial(counted.by_counting, tiles)),
+            lambda: rankings.fill(by_sorting),
         )
     recall = first[:, None] <= jnp.asarray(ks)
     values = [recall, first == 1, *metrics, 1 / first]
-    values = [
-        jnp.where(found.reshape(-1, *(1,) * (x.ndim - 1)), x, 0).astype(jnp.float32)
-        for x in values
-    ]
-    metrics = RetrievalMetrics(*values, found)
-    return metrics if reduce_fn is None else reduce_fn(metrics, batch.labels)
+
+    def known(x: Array) -> Array:
+        column = (slice(None), *(None,) * (x.ndim - 1))
+        x = jnp.where(touched[column], jnp.nan, x.astype(jnp.float32))
+        return jnp.where(found[column], x, 0)
+
+    metrics = RetrievalMetrics(*map(known, values), found)
+    return metrics if reduce_fn is None else reduce_fn(metrics, query_labels)
+
+
+def _per_query(
+    reference_where: ArrayLike | None, n: int, m: int
+) -> tuple[Array | None, ArrayLike | None]:
+    """What of `reference_where` is for each query, and what for all."""
+    if reference_where is None or jnp.ndim(reference_where) != 2:
+        return None, reference_where
+    each = as_boolean("reference_where", reference_where)
+    if each.shape != (n, m):
+        raise ValueError(
+            f"reference_where must be [{m}], or [{n}, {m}] for each query, got shape "
+            f"{each.shape}."
+        )
+    return each, None
+
+
+def _masks_of(batch: Batch, each: Array | None) -> PairMasks:
+    """Which references are relevant to each query, and which others it ranks."""
+    _, labels, real = batch.others
+    if isinstance(batch.labels, PairMasks):
+        masks = keep_pairs(batch.labels, batch.where, real)
+    elif batch.square:
+        masks = pair_masks(batch.labels, where=batch.where)
+    else:
+        masks = pair_masks(
+            batch.labels,
+            labels,
+            positions=batch.positions,
+            where=batch.where,
+            reference_where=real,
+        )
+    if each is None:
+        return masks
+    return PairMasks(masks.positive & each, masks.negative & each)
+
+
+def _with_masks(batch: Batch, masks: PairMasks) -> Batch:
+    """The batch with masks in place of labels, which say all but who is a vector."""
+    return Batch(
+        batch.anchors, batch.others[0], batch.margin, masks, None, None, None, None
+    )
 
 
 @public(callables=("metric",), static=("class_means",))
@@ -406,7 +496,8 @@ def few_shot_accuracy(
         where: bool ``[..., q]``, likewise.
 
     Returns:
-        ``[...]``; NaN for an episode without a query or without support.
+        ``[...]``; NaN for an episode without a query or without support, or with a
+        vector that is not finite.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
@@ -464,7 +555,9 @@ def few_shot_accuracy(
     right = jnp.take_along_axis(theirs, nearest, axis=-1) == ours
     count = jnp.sum(real, axis=-1)
     share = jnp.sum(right & real, axis=-1) / jnp.maximum(count, 1)
-    return jnp.where((count > 0) & jnp.any(known, axis=-1), share, jnp.nan)
+    finite = [jnp.isfinite(v).all(axis=(-2, -1)) for v in (x, y)]
+    told = (count > 0) & jnp.any(known, axis=-1) & finite[0] & finite[1]
+    return jnp.where(told, share, jnp.nan)
 
 
 class _Tile(NamedTuple):
@@ -505,12 +598,12 @@ class _Rankings(NamedTuple):
 
     metric: Metric
     batch: Batch
-    classes: Classes
     blocks: Blocks
     offset: Array
+    classes: Classes | None = None
 
     @classmethod
-    def of(cls, metric: Metric, batch: Batch, classes: Classes) -> "_Rankings":
+    def of(cls, metric: Metric, batch: Batch) -> "_Rankings":
         n, y = len(batch.anchors), batch.others[0]
         if batch.square:
             batch = batch._replace(
@@ -523,11 +616,11 @@ class _Rankings(NamedTuple):
             batch = batch._replace(positions=jnp.full(n, -1))
         offset = common_offset(y) if metric.products else jnp.zeros_like(y[0])
         rows = max(1, min(MOST_ROWS, PANEL // len(y)))
-        return cls(metric, batch, classes, Blocks.of(n, rows), offset)
+        return cls(metric, batch, Blocks.of(n, rows), offset)
 
-    def by_class(self) -> tuple["_Rankings", Array]:
+    def by_class(self, classes: Classes) -> tuple["_Rankings", Array]:
         """The same with queries in the order of their classes, and that order."""
-        batch, classes = self.batch, self.classes
+        batch = self.batch
         order = jnp.argsort(classes.start)
         batch = batch._replace(
             **{k: getattr(batch, k)[order] for k in ("anchors", "labels", "positions")}
@@ -540,6 +633,8 @@ class _Rankings(NamedTuple):
     def tiles(self, order: Array | None = None) -> _Tiles:
         """All references, in an order."""
         y, labels, real = self.batch.others
+        if isinstance(self.batch.labels, PairMasks):
+            labels = jnp.zeros(len(y), int)
         index = jnp.arange(len(y)) if order is None else order
         real = jnp.ones(len(y), bool) if real is None else real
         if order is not None:
@@ -581,7 +676,7 @@ class _Rankings(NamedTuple):
         """
         products = self.metric.products
         a = self.rows(self.batch.anchors, start)
-        labels = self.rows(self.batch.labels, start)
+        labels = jax.tree.map(lambda x: self.rows(x, start), self.batch.labels)
         if products:
             halves = products.halves(a, self.offset)[:, None]
         a = a - self.offset
@@ -594,9 +689,13 @@ class _Rankings(NamedTuple):
                 values = jnp.where(values < 0, 0, values)
             else:
                 values = self.metric.against(a, part.vectors, own)
-            masks = pair_masks(
-                labels, part.labels, positions=own, reference_where=part.real
-            )
+            if isinstance(labels, PairMasks):
+                columns = len(part.index)
+                masks = PairMasks(*(_columns(x, first, columns) for x in labels))
+            else:
+                masks = pair_masks(
+                    labels, part.labels, positions=own, reference_where=part.real
+                )
             keys = ordered_bits(values)
             last = jnp.iinfo(keys.dtype).max
             keys = jnp.where(masks.positive | masks.negative, keys, last)
@@ -753,6 +852,12 @@ class _Rankings(NamedTuple):
         divisor = jnp.maximum(count[:, 0], 1)
         first = jnp.argmax(relevant, axis=1) + 1
         return first, *(jnp.sum(x, axis=1) / divisor for x in sums)
+
+
+def _columns(mask: Array, first: Array, count: int) -> Array:
+    """Some columns of a mask, False beyond its end."""
+    padded = jnp.pad(mask, ((0, 0), (0, -mask.shape[1] % count)))
+    return lax.dynamic_slice_in_dim(padded, first, count, axis=1)
 
 
 def _as_floats(keys: Array) -> Array:
