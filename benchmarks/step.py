@@ -119,7 +119,7 @@ def fit_time(source, repeats: int) -> float:
         optax.adam(1e-3),
         source,
         steps=repeats + 2,
-        augment=tasks.COLOUR,
+        augment=tasks.PHOTOS,
         log_every=1,
         progress=False,
     )

@@ -11,14 +11,18 @@ import json
 import sys
 from pathlib import Path
 
-from tripletjax.learn import augment, data, runs, sampling, tasks, training
+from tripletjax.learn import (
+    augment,
+    data,
+    image_analysis,
+    runs,
+    sampling,
+    tasks,
+    training,
+)
 
-AUGMENTS = {
-    "none": augment.Augment(),
-    "characters": tasks.GREY,
-    "more": tasks.SCARCE_GREY,
-    "photos": tasks.COLOUR,
-}
+# Or what the images are, from which the augmentation follows.
+AUGMENTS = {"none": augment.Augment(), "more": tasks.SCARCE_GREY}
 # What has a meaning for images with labels alone, and for given triplets alone.
 OF_CLASSES = ("data", "split", "mining", "weighting", "classes", "per_class", "turns")
 OF_TRIPLETS = ("batch",)
@@ -54,8 +58,9 @@ def main() -> int:
         parser.add_argument(f"--{name}", choices=choices, help=what)
     parser.add_argument(
         "--augment",
-        choices=AUGMENTS,
-        help="how images are changed at random while training",
+        choices=(*image_analysis.KINDS, *AUGMENTS),
+        help="how images are changed at random while training: photos and characters "
+        "say what they are, so that their size and network follow",
     )
     for name, kind, what in (
         ("steps", int, "how many steps to train"),
@@ -90,7 +95,9 @@ def main() -> int:
                 f"--{name.replace('_', '-')} is of no use "
                 f"{'with' if given else 'without'} --triplets"
             )
-    if "augment" in options:
+    if options.get("augment") in image_analysis.KINDS:
+        options["kind"] = options.pop("augment")
+    elif "augment" in options:
         options["augment"] = AUGMENTS[options["augment"]]
     if resume and out is None:
         parser.error("--resume needs --out, the run to go on with")

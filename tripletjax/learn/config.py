@@ -4,9 +4,11 @@ import dataclasses
 
 from tripletjax.learn import data, models, sampling, training
 from tripletjax.learn.augment import Augment
+from tripletjax.learn.image_analysis import KINDS
 
 MODELS = {
     "cnn": models.EmbeddingCNN,
+    "photo": models.EmbeddingPhotoNet,
     "resnet": models.EmbeddingResNet,
     "multiscale": models.MultiScaleCNN,
 }
@@ -21,8 +23,13 @@ class Config:
         triplets: a file of triplets to train on instead, as `data.load_triplets` takes
             it.
         split: what is held out: images, or classes.
-        size: of images, the longer side in pixels.
-        model: cnn, resnet or multiscale.
+        kind: what the images are, photos or characters: what else is chosen follows.
+        size: of what is seen of images, the longer side in pixels.
+        box: the part of images that is seen: top, left, bottom and right, as shares of
+            their height and width.
+        model: cnn, photo, resnet or multiscale.
+        head: of a photo network, grid or mean.
+        mirror: whether an embedding is the mean of an image's and its mirror image's.
         mining: which triplets to train on: all, semi-hard or hard.
         steps: how many steps to train.
         seed: of the initial parameters, the batches and the augmentation.
@@ -51,8 +58,12 @@ class Config:
     data: str = "digits"
     triplets: str | None = None
     split: str = "images"
+    kind: str | None = None
     size: int | None = None
+    box: tuple[float, float, float, float] | None = None
     model: str | None = None
+    head: str | None = None
+    mirror: bool | None = None
     mining: str = "semi-hard"
     steps: int | None = None
     seed: int = 0
@@ -64,7 +75,7 @@ class Config:
     turns: int | None = None
     batch: int | None = None
     learning_rate: float | None = None
-    weight_decay: float = 1e-3
+    weight_decay: float | None = None
     average: float = 0.98
     dim: int | None = None
     channels: tuple[int, ...] | None = None
@@ -73,7 +84,7 @@ class Config:
     bfloat16: bool = False
     chunk: int | None = None
     log_every: int = 10
-    validate_every: int = 100
+    validate_every: int | None = None
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
@@ -82,6 +93,8 @@ class Config:
             ("split", data.SPLITS),
             ("weighting", sampling.WEIGHTINGS),
             ("model", (None, *MODELS)),
+            ("head", (None, *models.HEADS)),
+            ("kind", (None, *KINDS)),
         ):
             if getattr(self, name) not in known:
                 words = ", ".join(str(word) for word in known if word)
@@ -95,6 +108,13 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}.")
+        if self.box is not None:
+            top, left, bottom, right = self.box
+            if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+                raise ValueError(
+                    "box must be top, left, bottom, right with 0 <= top < bottom <= 1 "
+                    f"and 0 <= left < right <= 1, got {self.box}."
+                )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed!r}.")
         for name in ("margin", "learning_rate", "weight_decay"):

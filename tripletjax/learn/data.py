@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from tripletjax.learn.image_analysis import KINDS
 from tripletjax.learn.pictures import SUFFIXES, Shape, image_files, open_image
 from tripletjax.learn.stored import (
     Digits,
@@ -30,9 +31,11 @@ from tripletjax.learn.stored import (
 )
 
 # Of how images are decoded; another number makes them be decoded again.
-FORMAT = 3
-# Held out of every class, or of the classes, or of the anchors of triplets.
+FORMAT = 4
+# Held out of every class, or of the classes, or of the anchors of triplets, for the
+# test and for validation. Of photographs less, since a network learns them from few.
 TEST, VALIDATION = 0.15, 0.1
+HELD_OUT = {"characters": (TEST, VALIDATION), "photos": (0.1, 0.05)}
 SPLITS = ("images", "classes")
 # Folders that share out the same classes.
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -77,6 +80,8 @@ class Dataset:
         label_names: what each label stands for.
         key: a digest of all of it.
         skipped: files that could not be read, and why.
+        kind: what the images are, photos or characters.
+        kind_by: how that was decided.
     """
 
     name: str
@@ -86,6 +91,8 @@ class Dataset:
     label_names: tuple[str, ...]
     key: str
     skipped: tuple[str, ...] = ()
+    kind: str = "characters"
+    kind_by: str = "digits are"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +108,8 @@ class Triplets:
         key: a digest of all of it.
         skipped: files that could not be read, and why.
         left_out: how many triplets have such a file.
+        kind: what the images are, photos or characters.
+        kind_by: how that was decided.
     """
 
     name: str
@@ -111,6 +120,8 @@ class Triplets:
     key: str
     skipped: tuple[str, ...] = ()
     left_out: int = 0
+    kind: str = "characters"
+    kind_by: str = ""
 
 
 def load(
@@ -118,6 +129,7 @@ def load(
     *,
     split: str = "images",
     size: int | None = None,
+    kind: str | None = None,
     data_dir: str | Path | None = None,
     in_memory: int = IN_MEMORY,
     progress: bool = False,
@@ -133,8 +145,11 @@ def load(
             out all images of some classes, the honest test of an embedding of classes
             never seen. Of the digits, images are held out as their authors did: all of
             the second half.
-        size: the longer side of an image in pixels. If not given, that of the median
-            image, but at most 32 for grey and 64 for colour images.
+        size: the longer side in pixels that images are to be seen at. If not given,
+            that of the median image, but at most 32 for grey characters and 64 for
+            photographs and colour. Photographs are kept at up to twice the size.
+        kind: what the images are: ``"photos"`` or ``"characters"``, any drawings. If
+            not given, photographs are told by their smooth tones.
         data_dir: where tensorflow-datasets keeps its files; its default if not given.
         in_memory: how many bytes of images are read into memory; more stay on disk,
             and are read when they are needed.
@@ -151,10 +166,13 @@ def load(
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
     if size is not None and size < 1:
         raise ValueError(f"size must be positive, got {size}.")
+    if kind not in (None, *KINDS):
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
     if name == "digits":
         return _digits(data_dir, split, size)
     options = {
         "size": size,
+        "kind": kind,
         "data_dir": data_dir,
         "in_memory": in_memory,
         "progress": progress,
@@ -169,15 +187,18 @@ def load(
             "tfds:NAME."
         )
     images = Images(stored.images, labels[stored.kept])
-    places = _held_out_images(images.labels, stored.digests, split)
+    held_out = HELD_OUT[stored.kind]
+    places = _held_out_images(images.labels, stored.digests, split, held_out)
     digests = np.array(stored.digests)
-    return _dataset(name, images, digests, places, names, skipped)
+    dataset = _dataset(name, images, digests, places, names, skipped)
+    return dataclasses.replace(dataset, kind=stored.kind, kind_by=stored.kind_by)
 
 
 def load_triplets(
     file: str | Path,
     *,
     size: int | None = None,
+    kind: str | None = None,
     data_dir: str | Path | None = None,
     in_memory: int = IN_MEMORY,
     progress: bool = False,
@@ -193,6 +214,7 @@ def load_triplets(
             that names them ``anchor``, ``positive`` and ``negative`` they may come in
             any order, and other columns are not looked at.
         size: as in `load`, and the arguments that follow.
+        kind: see there.
         data_dir: see there.
         in_memory: see there.
         progress: see there.
@@ -208,8 +230,9 @@ def load_triplets(
     stored = store(
         files,
         open_image,
-        _directory(data_dir, _files_key(files, names, size)),
+        _directory(data_dir, _files_key(files, names, size, kind)),
         size=size,
+        kind=kind,
         in_memory=in_memory,
         progress=progress,
     )
@@ -237,6 +260,8 @@ def load_triplets(
         digest.hexdigest(),
         tuple(skipped),
         len(rows) - len(whole),
+        stored.kind,
+        stored.kind_by,
     )
 
 
@@ -334,17 +359,19 @@ def _dataset(
 
 
 def _held_out_images(
-    labels: np.ndarray, digests: Sequence[str], split: str
+    labels: np.ndarray,
+    digests: Sequence[str],
+    split: str,
+    shares: tuple[float, float] = (TEST, VALIDATION),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Places of images to train on, for validation and for the test."""
     if split == "images":
-        shares = [TEST, VALIDATION]
         train, test, validation = _shared_out_images(labels, digests, shares)
         return train, validation, test
     # Units are whole classes, and of one class alone nothing can be told.
     members = _members(labels, digests)
     members.sort(key=lambda places: digests[places[0]])
-    parts = _shared_out(members, _counts(len(members), [TEST, VALIDATION], least=2))
+    parts = _shared_out(members, _counts(len(members), shares, least=2))
     train, test, validation = (np.sort(np.array(part, int)) for part in parts)
     if len(np.unique(labels[train])) < 2:
         raise ValueError(
@@ -400,7 +427,12 @@ def _shared_out(units: Sequence[list[int]], counts: Sequence[int]) -> list[list[
 
 
 def _from_folder(
-    folder: Path, *, size: int | None, data_dir: str | Path | None, **options: Any
+    folder: Path,
+    *,
+    size: int | None,
+    kind: str | None,
+    data_dir: str | Path | None,
+    **options: Any,
 ) -> tuple[Stored, np.ndarray, tuple[str, ...], tuple[str, ...]]:
     """Images, labels, the names of classes, and what could not be read."""
     folder = folder.resolve()
@@ -427,8 +459,8 @@ def _from_folder(
             "one per class."
         )
     relative = [str(file.relative_to(folder)) for file in files]
-    directory = _directory(data_dir, _files_key(files, relative, size))
-    stored = store(files, open_image, directory, size=size, **options)
+    directory = _directory(data_dir, _files_key(files, relative, size, kind))
+    stored = store(files, open_image, directory, size=size, kind=kind, **options)
     numbers = {name: label for label, name in enumerate(names)}
     labels = [numbers[str(file.parent.relative_to(folder))] for file in files]
     skipped = [f"{relative[place]}: {why}" for place, why in stored.skipped.items()]
@@ -441,7 +473,9 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def _files_key(files: Sequence[Path], names: Sequence[str], size: int | None) -> str:
+def _files_key(
+    files: Sequence[Path], names: Sequence[str], size: int | None, kind: str | None
+) -> str:
     """A digest of what files hold, and of their names."""
 
     def content(file: Path) -> bytes:
@@ -452,7 +486,7 @@ def _files_key(files: Sequence[Path], names: Sequence[str], size: int | None) ->
             # It is named when it is to be decoded.
             return b"none"
 
-    digest = hashlib.blake2b(str((FORMAT, size)).encode(), digest_size=16)
+    digest = hashlib.blake2b(str((FORMAT, size, kind)).encode(), digest_size=16)
     with ThreadPoolExecutor() as pool:
         for name, one in zip(names, pool.map(content, files)):
             digest.update(os.fsencode(name) + b"\0" + one)
@@ -464,7 +498,12 @@ def _directory(data_dir: str | Path | None, key: str) -> Path:
 
 
 def _from_catalogue(
-    name: str, *, size: int | None, data_dir: str | Path | None, **options: Any
+    name: str,
+    *,
+    size: int | None,
+    kind: str | None,
+    data_dir: str | Path | None,
+    **options: Any,
 ) -> tuple[Stored, np.ndarray, tuple[str, ...], tuple[str, ...]]:
     """The same of a dataset of tensorflow-datasets."""
     _, dataset, *split = name.split(":")
@@ -512,9 +551,18 @@ def _from_catalogue(
         x = np.asarray(source[place][image])
         return Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x)
 
-    made_of = FORMAT, size, builder.info.full_name, builder.data_dir, part, len(source)
+    made_of = (
+        FORMAT,
+        size,
+        kind,
+        builder.info.full_name,
+        builder.data_dir,
+        part,
+        len(source),
+    )
     key = hashlib.blake2b(str(made_of).encode(), digest_size=16).hexdigest()
-    stored = store(labelled, picture, _directory(data_dir, key), size=size, **options)
+    directory = _directory(data_dir, key)
+    stored = store(labelled, picture, directory, size=size, kind=kind, **options)
     skipped = [
         f"record {labelled[place]}: {why}" for place, why in stored.skipped.items()
     ]

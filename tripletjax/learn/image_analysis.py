@@ -1,15 +1,20 @@
 """What images show: continuous tones or strokes, and where in them classes differ."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from PIL import Image
 
 # Of a photograph, at least this share of the pixels is in smooth, changing tones. In
 # the median image of drawings, scans and icons it is below a tenth.
 TONES = 0.15
-# So many images tell what all are like; classes of so many tell where they differ.
-SAMPLE = 256
-LAYOUT_SAMPLE, LAYOUT_CLASSES = 4096, 8
+# What images may be.
+KINDS = ("photos", "characters")
+# Images are looked at in so many pixels, and so many at a time.
+LOOK_SIZE, AT_A_TIME = 128, 256
+# So many classes of several images tell where they differ, of at most so many images.
+LAYOUT_CLASSES, LAYOUT_IMAGES = 8, 4096
 # A grid of so many cells each way, in which orientations of edges are summed.
 CELLS, ORIENTATIONS = 16, 8
 # Below this share of the variance, images have no common layout. What lies around the
@@ -18,57 +23,55 @@ LAYOUT = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
-class Box:
-    """A part of every image, as shares of its height and width."""
+class Layout:
+    """Where in images classes differ.
 
-    top: float = 0.0
-    left: float = 0.0
-    bottom: float = 1.0
-    right: float = 1.0
+    Attributes:
+        box: top, left, bottom and right, as shares of the height and the width.
+        aligned: whether images have a common layout, so that places mean something.
+        why: what the box was chosen by.
+    """
 
-    def __post_init__(self) -> None:
-        inside = 0 <= self.top < self.bottom <= 1 and 0 <= self.left < self.right <= 1
-        if not inside:
-            raise ValueError(
-                "a box must have 0 <= top < bottom <= 1 and 0 <= left < right <= 1, "
-                f"got {dataclasses.astuple(self)}."
-            )
-
-    @property
-    def whole(self) -> bool:
-        return self == Box()
-
-    def pixels(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Top, left, bottom and right in whole pixels, at least one each way."""
-        top = min(int(self.top * height), height - 1)
-        left = min(int(self.left * width), width - 1)
-        bottom = max(top + 1, round(self.bottom * height))
-        right = max(left + 1, round(self.right * width))
-        return top, left, bottom, right
+    box: tuple[float, float, float, float]
+    aligned: bool
+    why: str
 
 
-def tone_share(images: np.ndarray) -> float:
-    """The share of pixels that lie in smooth, changing tones, in the median image.
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+def tone_share(image: Image.Image) -> float:
+    """The share of an image's pixels that lie in smooth, changing tones.
 
     Such a pixel differs from its neighbours, but by less than a tenth of the image's
     range, and is neither nearly black nor nearly white in it. Photographs are made of
     them; strokes and flat areas have none but where their edges are smoothed.
-
-    Args:
-        images: uint8 ``[n, height, width, channels]``.
     """
-    x = images.mean(axis=-1)
-    low, high = np.percentile(x, [1, 99], axis=(1, 2), keepdims=True)
-    extent = np.maximum(high - low, 8)
-    inner = x[:, :-1, :-1]
-    steps = np.maximum(np.abs(x[:, 1:, :-1] - inner), np.abs(x[:, :-1, 1:] - inner))
+    image = image.convert("RGB")
+    image.thumbnail((LOOK_SIZE, LOOK_SIZE))
+    x = np.asarray(image, np.float32).mean(axis=-1)
+    if min(x.shape) < 2:
+        return 0.0
+    low, high = np.percentile(x, [1, 99])
+    extent = max(high - low, 8.0)
+    inner = x[:-1, :-1]
+    steps = np.maximum(np.abs(x[1:, :-1] - inner), np.abs(x[:-1, 1:] - inner))
     middle = (inner > low + 0.1 * extent) & (inner < high - 0.1 * extent)
     smooth = (steps > 0) & (steps < 0.1 * extent)
-    return float(np.median((middle & smooth).mean(axis=(1, 2))))
+    return float((middle & smooth).mean())
 
 
-def where_classes_differ(images: np.ndarray, labels: np.ndarray) -> tuple[Box, str]:
-    """The part of aligned images that tells their classes apart, and why it is that.
+def kind_of(shares: Sequence[float]) -> tuple[str, str]:
+    """What images are, by their `tone_share`, and why: photos or characters."""
+    share = float(np.median(shares))
+    told = (
+        f"{100 * share:.0f} % of the median image's pixels are smooth, changing tones"
+    )
+    return ("photos" if share >= TONES else "characters"), told
+
+
+def layout_of(images: np.ndarray, labels: np.ndarray) -> Layout:
+    """The part of aligned images that tells their classes apart.
 
     In each cell of a grid, the share of the variance of the orientations of edges that
     is between classes, and not within them: ``B / (B + W)``. Where images are not of
@@ -78,12 +81,17 @@ def where_classes_differ(images: np.ndarray, labels: np.ndarray) -> tuple[Box, s
         images: uint8 ``[n, height, width, channels]``.
         labels: integers ``[n]``.
     """
-    values, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     many = counts > 1
-    if many.sum() < LAYOUT_CLASSES or len(values) < 2 * LAYOUT_CLASSES:
-        return Box(), "too few classes to tell where they differ"
+    if many.sum() < LAYOUT_CLASSES:
+        return Layout(WHOLE, False, "too few classes to tell where they differ")
     if min(images.shape[1:3]) < CELLS:
-        return Box(), "images too small to look at a part of them"
+        return Layout(WHOLE, False, "too few pixels to tell where classes differ")
+    if len(labels) > LAYOUT_IMAGES:
+        # Whole classes, those of several images first, as the images lie.
+        order = np.lexsort((np.arange(len(labels)), classes, ~many[classes]))
+        kept = np.sort(order[:LAYOUT_IMAGES])
+        return layout_of(images[kept], labels[kept])
     x = _edges(images)
     order = np.argsort(classes, kind="stable")
     starts = np.cumsum(counts) - counts
@@ -96,14 +104,63 @@ def where_classes_differ(images: np.ndarray, labels: np.ndarray) -> tuple[Box, s
     share = between / np.maximum(between + within, 1e-12)
     peak = share.max()
     if peak < LAYOUT:
-        return Box(), "classes differ nowhere in particular"
+        return Layout(WHOLE, False, "classes differ nowhere in particular")
+    told = f"{100 * peak:.0f} % of the variance of edges is between classes at the peak"
     box = _around_peak(share)
-    if (box.bottom - box.top) * (box.right - box.left) > 0.8:
-        return Box(), "classes differ all over the image"
-    return box, (
-        "there edges differ most between classes "
-        f"({100 * peak:.0f} % of their variance at the peak)"
-    )
+    if (box[2] - box[0]) * (box[3] - box[1]) > 0.8:
+        return Layout(WHOLE, True, f"classes differ all over: {told}")
+    return Layout(box, True, f"there classes differ: {told}")
+
+
+def most_turns(images: np.ndarray, labels: np.ndarray) -> int:
+    """Into how many turned and mirrored copies a class can be told apart.
+
+    A transformation makes no other class if it leaves images as near to their class as
+    its other images are, in half of them or more: a heart is its own mirror image.
+
+    Args:
+        images: uint8 ``[n, height, width, channels]``.
+        labels: integers ``[n]``.
+
+    Returns:
+        8 for quarter turns and their mirror images, 4 for quarter turns, 2 for half
+        turns, 1 for none; at most 2 for images that are not square.
+    """
+    square = images.shape[1] == images.shape[2]
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    order = np.flatnonzero(counts[classes] > 1)[:LAYOUT_IMAGES]
+    x = np.stack([_thumbnail(image) for image in images[order]]) if len(order) else None
+    if x is None:
+        return 8 if square else 2
+    members = [np.flatnonzero(classes[order] == c) for c in np.unique(classes[order])]
+    members = [rows for rows in members if len(rows) > 1]
+
+    def alike(transform: Callable[[np.ndarray], np.ndarray]) -> bool:
+        near = []
+        for rows in members:
+            own = x[rows].reshape(len(rows), -1)
+            turned = transform(x[rows]).reshape(len(rows), -1)
+            usual = ((own[:, None] - own) ** 2).sum(axis=-1)
+            np.fill_diagonal(usual, np.inf)
+            then = ((turned[:, None] - own) ** 2).sum(axis=-1)
+            near.append(then.min(axis=1) <= usual.min(axis=1))
+        return np.concatenate(near).mean() >= 0.5
+
+    def quarter(times: int, *, mirrored: bool = False) -> bool:
+        mirror = slice(None, None, -1) if mirrored else slice(None)
+        return alike(lambda x: np.rot90(x, times, axes=(1, 2))[:, :, mirror])
+
+    if quarter(2):
+        return 1
+    if not square or quarter(1) or quarter(3):
+        return 2
+    return 4 if any(quarter(times, mirrored=True) for times in range(4)) else 8
+
+
+def _thumbnail(image: np.ndarray) -> np.ndarray:
+    """An image in a few smooth pixels."""
+    grey = Image.fromarray(image.mean(axis=-1).astype(np.uint8))
+    return np.asarray(grey.resize((CELLS, CELLS), Image.Resampling.BOX), np.float32)
 
 
 def _edges(images: np.ndarray) -> np.ndarray:
@@ -112,13 +169,13 @@ def _edges(images: np.ndarray) -> np.ndarray:
     angles = 2 * np.pi * np.arange(ORIENTATIONS) / ORIENTATIONS
     rows, columns = (np.arange(CELLS) * side // CELLS for side in (height, width))
     energies = np.empty((n, CELLS, CELLS, ORIENTATIONS), np.float32)
-    for start in range(0, n, SAMPLE):
-        x = images[start : start + SAMPLE].mean(axis=-1, dtype=np.float32)
+    for start in range(0, n, AT_A_TIME):
+        x = images[start : start + AT_A_TIME].mean(axis=-1, dtype=np.float32)
         down, right = np.gradient(x, axis=(1, 2))
         for place, angle in enumerate(angles):
             along = np.maximum(right * np.cos(angle) + down * np.sin(angle), 0)
             cells = np.add.reduceat(np.add.reduceat(along, rows, 1), columns, 2)
-            energies[start : start + SAMPLE, ..., place] = cells
+            energies[start : start + AT_A_TIME, ..., place] = cells
     # Square roots, and relative to the image: contrast tells nothing of the class.
     return np.sqrt(energies / (energies.mean(axis=(1, 2, 3), keepdims=True) + 1e-6))
 
@@ -130,7 +187,7 @@ def _blurred(x: np.ndarray) -> np.ndarray:
     return windows.sum(axis=(2, 3))
 
 
-def _around_peak(share: np.ndarray) -> Box:
+def _around_peak(share: np.ndarray) -> tuple[float, float, float, float]:
     """The box of the cells of half the peak that hang together with it."""
     high = share > share.max() / 2
     reached = np.zeros_like(high)
@@ -150,4 +207,4 @@ def _around_peak(share: np.ndarray) -> Box:
         cells = np.flatnonzero(reached.any(axis=axis))
         sides.append((max(0, cells[0] - 1), min(CELLS, cells[-1] + 2)))
     (top, bottom), (left, right) = sides
-    return Box(*(float(cell / CELLS) for cell in (top, left, bottom, right)))
+    return tuple(float(cell / CELLS) for cell in (top, left, bottom, right))

@@ -8,6 +8,9 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+# What a network makes of the last feature map.
+HEADS = ("grid", "mean")
+
 
 class EmbeddingCNN(nnx.Module):
     """A small convolutional network from images of any size to unit vectors.
@@ -107,26 +110,30 @@ class EmbeddingResNet(nnx.Module):
         return unit_norm(self.head(x.mean(axis=(1, 2))))
 
 
-class EmbeddingGrid(nnx.Module):
-    """A residual network from photographs of one layout, as faces, to unit vectors.
+class EmbeddingPhotoNet(nnx.Module):
+    """A residual network from photographs of one size to unit vectors, fast on CPUs.
 
-    Its head is a linear layer over all places of the last feature map, in place of
-    their mean: where something is counts as much as what it is. A first convolution of
-    stride 2, then stages of residual blocks of two 3 x 3 convolutions. Between stages
-    every 2 x 2 places become one with four times the channels, which a 1 x 1
-    convolution reduces: three times as fast on CPUs as a convolution of stride 2.
-    Kernels are standardised, and no activation is normalised but before the head.
+    A first convolution of stride 2, then stages of residual blocks of two 3 x 3
+    convolutions. Between stages every 2 x 2 places become one with four times the
+    channels, which a 1 x 1 convolution reduces: three times as fast on CPUs as a
+    convolution of stride 2. Kernels are standardised, and no activation is normalised
+    but before the head.
 
     Args:
         dim: number of dimensions of the embedding.
         size: height and width of the images, in pixels.
+        head: ``"grid"``: a linear layer over all places of the last feature map, for
+            images of one layout, such as faces, where it matters where something is;
+            ``"mean"``: over mean and maximum of all places.
         channels: number of channels of the first convolution and of each stage.
         blocks: how many blocks a stage has.
         in_channels: number of channels of the images.
-        dropout: the share of what enters the head that is dropped while training.
         dtype: what is computed in; parameters stay float32.
-        rngs: Flax random number streams, with ``params``, and ``dropout`` if there is
-            any.
+        rngs: Flax random number streams, with ``params``.
+
+    Raises:
+        ValueError: if there is no such head, or, when called, for images of another
+            size.
 
     References:
         He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. 2015.
@@ -140,28 +147,30 @@ class EmbeddingGrid(nnx.Module):
         dim: int = 128,
         *,
         size: tuple[int, int] = (64, 64),
+        head: str = "grid",
         channels: Sequence[int] = (16, 32, 64, 128),
         blocks: int = 1,
         in_channels: int = 1,
-        dropout: float = 0.0,
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
+        if head not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}.")
         options = {"dtype": dtype, "rngs": rngs}
-        self.size = tuple(size)
+        self.size, self.grid = tuple(size), head == "grid"
         self.stem = _StandardizedConv(in_channels, channels[0], 5, stride=2, **options)
         stages, width = [], channels[0]
-        height_left, width_left = (-(-side // 2) for side in size)
+        places = [-(-side // 2) for side in size]
         for out in channels[1:]:
-            height_left, width_left = -(-height_left // 2), -(-width_left // 2)
+            places = [-(-side // 2) for side in places]
             layers = [_StandardizedConv(4 * width, out, 1, **options)]
             layers += [_StandardizedBlock(out, **options) for _ in range(blocks)]
             stages.append(nnx.List(layers))
             width = out
         self.stages = nnx.List(stages)
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
-        self.head = nnx.Linear(height_left * width_left * width, dim, **options)
+        features = places[0] * places[1] if self.grid else 2
+        self.head = nnx.Linear(features * width, dim, **options)
 
     def __call__(self, images: Array) -> Array:
         """Embeds images.
@@ -182,9 +191,11 @@ class EmbeddingGrid(nnx.Module):
             x = space_to_depth(x)
             for layer in stage:
                 x = jax.nn.relu(layer(x))
-        x = self.norm(x).reshape(len(x), -1)
-        if self.dropout is not None:
-            x = self.dropout(x)
+        x = self.norm(x)
+        if self.grid:
+            x = x.reshape(len(x), -1)
+        else:
+            x = jnp.concatenate([x.mean(axis=(1, 2)), x.max(axis=(1, 2))], axis=-1)
         return unit_norm(self.head(x))
 
 
@@ -329,6 +340,38 @@ class _Layer(nnx.Module):
     def __call__(self, x: Array) -> Array:
         x = self.norm(self.convolution(x))
         return jax.nn.relu(x) if self.active else x
+
+
+class Standardized(nnx.Module):
+    """A model whose images have mean 0 and deviation 1.
+
+    Args:
+        model: from images to unit vectors.
+        mean: of each channel.
+        deviation: likewise.
+        mirror: whether, after training, an embedding is the mean of an image's and its
+            mirror image's.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        mean: Sequence[float],
+        deviation: Sequence[float],
+        *,
+        mirror: bool = False,
+    ):
+        self.model, self.mirror = model, mirror
+        self.mean, self.deviation = tuple(mean), tuple(deviation)
+        # What `train` and `eval` of Flax set.
+        self.deterministic = False
+
+    def __call__(self, images: Array) -> Array:
+        images = (images - jnp.array(self.mean)) / jnp.array(self.deviation)
+        x = self.model(images)
+        if self.mirror and self.deterministic:
+            x = unit_norm(x + self.model(images[:, :, ::-1]))
+        return x
 
 
 class GroupNorm(nnx.Module):

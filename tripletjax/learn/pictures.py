@@ -3,14 +3,16 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-# The longer side that images are reduced to: lines need fewer pixels than photographs.
-GREY_SIZE, COLOUR_SIZE = 32, 64
+# The longer side that images are seen at: lines need fewer pixels than photographs,
+# which are kept at twice the size, for a part of them to be looked at.
+GREY_SIZE, COLOUR_SIZE, DETAIL = 32, 64, 2
 
 
 def image_files(folder: Path) -> Iterator[Path]:
@@ -53,13 +55,26 @@ class Shape:
 
     @classmethod
     def of(
-        cls, sizes: Sequence[tuple[int, int]], colour: bool, size: int | None
+        cls,
+        sizes: Sequence[tuple[int, int]],
+        colour: bool,
+        size: int | None,
+        *,
+        photos: bool = False,
     ) -> "Shape":
-        """The shape of the median image, its longer side at most `size`."""
+        """The shape of the median image, its longer side at most `size`.
+
+        Photographs are kept larger, if they are.
+        """
         width, height = np.median(np.array(sizes), axis=0)
         longest = max(width, height)
-        limit = COLOUR_SIZE if colour else GREY_SIZE
-        scale = (min(limit, longest) if size is None else size) / longest
+        if size is None:
+            target = min(COLOUR_SIZE if colour or photos else GREY_SIZE, longest)
+        else:
+            target = size
+        if photos:
+            target = max(target, min(DETAIL * (size or COLOUR_SIZE), longest))
+        scale = target / longest
         height, width = (max(1, round(scale * side)) for side in (height, width))
         return cls(height, width, 3 if colour else 1)
 
@@ -82,6 +97,55 @@ class Shape:
         top, left = (self.height - height) // 2, (self.width - width) // 2
         whole[top : top + height, left : left + width] = pixels
         return whole
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What a network sees of images of one shape: a part, at another size.
+
+    Attributes:
+        box: top, left, bottom and right of the part, as shares of height and width.
+        height: of what is seen, in pixels.
+        width: likewise.
+    """
+
+    box: tuple[float, float, float, float]
+    height: int
+    width: int
+
+    @classmethod
+    def of(
+        cls,
+        shape: Sequence[int],
+        box: tuple[float, float, float, float],
+        size: int,
+    ) -> "View":
+        """A box of images ``height, width``, its longer side `size` pixels."""
+        top, left, bottom, right = box
+        height, width = (bottom - top) * shape[0], (right - left) * shape[1]
+        scale = size / max(height, width)
+        return cls(box, *(max(1, round(scale * side)) for side in (height, width)))
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Parts of uint8 images ``[n, height, width, channels]``."""
+        n, height, width, channels = images.shape
+        top, left, bottom, right = self.box
+        box = left * width, top * height, right * width, bottom * height
+        seen = np.empty((n, self.height, self.width, channels), np.uint8)
+        if seen.shape == images.shape and box == (0, 0, width, height):
+            return images
+
+        def see(place: int) -> None:
+            image = images[place]
+            part = Image.fromarray(image[..., 0] if channels == 1 else image).resize(
+                (self.width, self.height), Image.Resampling.LANCZOS, box
+            )
+            seen[place] = np.asarray(part).reshape(seen.shape[1:])
+
+        with ThreadPoolExecutor() as pool:
+            # The list raises what went wrong.
+            list(pool.map(see, range(n)))
+        return seen
 
 
 def flat(image: Image.Image) -> Image.Image:

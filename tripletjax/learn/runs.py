@@ -37,6 +37,7 @@ from tripletjax.learn.augment import Augment
 from tripletjax.learn.checkpoints import Checkpoints
 from tripletjax.learn.config import MODELS, Config
 from tripletjax.learn.data import ImageArray
+from tripletjax.learn.models import Standardized
 from tripletjax.learn.pictures import Shape, open_image
 from tripletjax.learn.stored import StoredImages
 
@@ -91,12 +92,14 @@ def run(
         return json.loads((out / "summary.json").read_text())["evaluations"]
     task = tasks.load(config, progress=progress)
     if old is None:
-        config = task.choose(config)
+        config, notes = task.choose(config)
+        shape, task = task.images.shape[1:], task.seen(config)
         mean, deviation = _statistics(task.images)
         settings = json.loads(json.dumps(dataclasses.asdict(config))) | {
             "asked": asked,
             "key": task.dataset.key,
-            "shape": task.images.shape[1:],
+            "shape": shape,
+            "notes": notes,
             "mean": mean.tolist(),
             "deviation": np.maximum(deviation, 1e-3).tolist(),
             "label_names": task.label_names,
@@ -109,6 +112,7 @@ def run(
     else:
         # What another version would choose otherwise stays as it was.
         config, settings = _config(old), old
+        task = task.seen(config)
     batches = task.batches(config)
     if old is None:
         out.mkdir(parents=True, exist_ok=True)
@@ -117,6 +121,8 @@ def run(
     if progress:
         counts = (f"{n:,} {part.replace('_', ' ')}" for part, n in task.counts.items())
         print(f"{task.what} ({', '.join(counts)}); the run is in {out}", flush=True)
+        for note in settings["notes"]:
+            print(f"- {note}", flush=True)
 
     model = build_model(settings)
     log = Log(out / "metrics.jsonl")
@@ -264,32 +270,27 @@ class Log:
         _write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
 
-class Standardized(nnx.Module):
-    """A model whose images have mean 0 and deviation 1."""
-
-    def __init__(
-        self, model: nnx.Module, mean: Sequence[float], deviation: Sequence[float]
-    ):
-        self.model = model
-        self.mean, self.deviation = tuple(mean), tuple(deviation)
-
-    def __call__(self, images: Array) -> Array:
-        return self.model((images - jnp.array(self.mean)) / jnp.array(self.deviation))
-
-
 def build_model(settings: dict[str, Any]) -> nnx.Module:
     """The untrained model of a run's settings."""
-    resnet = settings["model"] == "resnet"
-    options = {"stride": settings["stride"]} if resnet else {}
-    model = MODELS[settings["model"]](
-        settings["dim"],
-        channels=tuple(settings["channels"]),
-        in_channels=settings["shape"][-1],
-        dtype=jnp.bfloat16 if settings["bfloat16"] else None,
-        rngs=nnx.Rngs(settings["seed"]),
-        **options,
+    config = _config(settings)
+    shape = settings["shape"]
+    view = tasks.view_of(shape, config)
+    height, width = shape[:2] if view is None else (view.height, view.width)
+    options = {
+        "resnet": {"stride": config.stride},
+        "photo": {"size": (height, width), "head": config.head},
+    }
+    model = MODELS[config.model](
+        config.dim,
+        channels=config.channels,
+        in_channels=shape[-1],
+        dtype=jnp.bfloat16 if config.bfloat16 else None,
+        rngs=nnx.Rngs(config.seed),
+        **options.get(config.model, {}),
     )
-    return Standardized(model, settings["mean"], settings["deviation"])
+    return Standardized(
+        model, settings["mean"], settings["deviation"], mirror=config.mirror
+    )
 
 
 def load_model(run_dir: str | Path) -> tuple[nnx.Module, dict[str, Any]]:
@@ -334,9 +335,11 @@ def load_embedder(run_dir: str | Path) -> Callable[[Pictures], Array]:
     """
     model, settings = load_model(run_dir)
     shape = Shape(*settings["shape"])
+    view = tasks.view_of(settings["shape"], _config(settings))
 
     def embed(images: Pictures) -> Array:
-        return training.embed_images(model, _ready(images, shape))
+        ready = _ready(images, shape)
+        return training.embed_images(model, ready if view is None else view(ready))
 
     return embed
 
@@ -396,6 +399,7 @@ def _config(settings: dict[str, Any]) -> Config:
     values = {field.name: settings[field.name] for field in dataclasses.fields(Config)}
     values["augment"] = Augment(**values["augment"])
     values["channels"] = tuple(values["channels"])
+    values["box"] = values["box"] and tuple(values["box"])
     return Config(**values)
 
 

@@ -19,7 +19,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
-from tripletjax.learn.pictures import Shape, is_colour
+from tripletjax.learn.image_analysis import kind_of, tone_share
+from tripletjax.learn.pictures import Shape, View, flat, is_colour
 
 # So many pictures are looked at for their size and for colour.
 LOOK = 256
@@ -34,12 +35,16 @@ class StoredImages:
     Attributes:
         source: a data source of tensorflow-datasets.
         places: which of its records, ``[n]``.
-        shape: ``(n, height, width, channels)``.
+        shape: ``(n, height, width, channels)`` of what is seen of them.
+        stored: ``(height, width, channels)`` of what is stored.
+        view: what is seen of them; all if not given.
     """
 
     source: Any
     places: np.ndarray
     shape: tuple[int, int, int, int]
+    stored: tuple[int, int, int]
+    view: View | None = None
 
     dtype = np.dtype(np.uint8)
     ndim = 4
@@ -52,14 +57,23 @@ class StoredImages:
         images = np.empty((places.size, *self.shape[1:]), np.uint8)
         for start in range(0, places.size, READ):
             keys = places.ravel()[start : start + READ].tolist()
-            for row, record in enumerate(self.source.__getitems__(keys), start=start):
-                images[row] = record["image"]
+            some = np.empty((len(keys), *self.stored), np.uint8)
+            for row, record in enumerate(self.source.__getitems__(keys)):
+                some[row] = record["image"]
+            seen = some if self.view is None else self.view(some)
+            images[start : start + READ] = seen
         return images.reshape(*places.shape, *self.shape[1:])
 
     def part(self, index: Any) -> "StoredImages":
         """Some of them, still on disk."""
         places = self.places[index]
-        return StoredImages(self.source, places, (len(places), *self.shape[1:]))
+        shape = len(places), *self.shape[1:]
+        return dataclasses.replace(self, places=places, shape=shape)
+
+    def seen(self, view: View) -> "StoredImages":
+        """What is seen of them, still on disk."""
+        shape = len(self), view.height, view.width, self.shape[-1]
+        return dataclasses.replace(self, shape=shape, view=view)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +85,16 @@ class Stored:
         digests: of each image, as hexadecimal numbers.
         kept: which pictures these are.
         skipped: why the others could not be read, by number.
+        kind: what they are, photos or characters.
+        kind_by: how that was decided.
     """
 
     images: np.ndarray | StoredImages
     digests: list[str]
     kept: list[int]
     skipped: dict[int, str]
+    kind: str
+    kind_by: str
 
 
 def store(
@@ -85,6 +103,7 @@ def store(
     directory: Path,
     *,
     size: int | None,
+    kind: str | None = None,
     in_memory: int,
     progress: bool,
 ) -> Stored:
@@ -95,6 +114,7 @@ def store(
         open_picture: raises OSError for one that cannot be read.
         directory: where they are kept, or are to be kept.
         size: of the longer side, in pixels.
+        kind: what they are, photos or characters; decided by a sample if not given.
         in_memory: how many bytes of images are read into memory; more stay on disk.
         progress: whether to show a progress bar.
 
@@ -105,6 +125,7 @@ def store(
         pictures=pictures,
         open_picture=open_picture,
         size=size,
+        kind=kind,
         progress=progress,
         data_dir=directory,
         file_format="array_record",
@@ -115,12 +136,15 @@ def store(
     digests = summary["digests"]
     n = len(digests)
     images = StoredImages(
-        builder.as_data_source("all_images"), np.arange(n), (n, *summary["shape"])
+        builder.as_data_source("all_images"),
+        np.arange(n),
+        (n, *summary["shape"]),
+        tuple(summary["shape"]),
     )
     if np.prod(images.shape, dtype=float) <= in_memory:
         images = images[:]
     kept = [place for place in range(len(pictures)) if place not in skipped]
-    return Stored(images, digests, kept, skipped)
+    return Stored(images, digests, kept, skipped, summary["kind"], summary["kind_by"])
 
 
 def digest_of(image: np.ndarray) -> str:
@@ -138,11 +162,12 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
         pictures: Sequence[Any],
         open_picture: Callable[[Any], Image.Image],
         size: int | None,
+        kind: str | None,
         progress: bool,
         **options: Any,
     ):
         self.pictures, self.open_picture = pictures, open_picture
-        self.size, self.progress = size, progress
+        self.size, self.kind, self.progress = size, kind, progress
         super().__init__(**options)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -181,13 +206,19 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
 
         n = len(self.pictures)
         look = range(0, n, max(1, n // LOOK))
-        seen = list(tried(lambda one: (one.size, is_colour(one)), look))
+        seen = list(
+            tried(lambda one: (one.size, is_colour(one), tone_share(flat(one))), look)
+        )
         if not seen:
             raise ValueError(
                 f"none of {len(look)} images could be read; the first: {skipped[0]}"
             )
-        sizes, colours = zip(*seen)
-        shape = Shape.of(sizes, any(colours), self.size)
+        sizes, colours, tones = zip(*seen)
+        kind, kind_by = kind_of(tones)
+        if self.kind is not None:
+            kind, kind_by = self.kind, "it was asked for"
+        photos = kind == "photos"
+        shape = Shape.of(sizes, any(colours), self.size, photos=photos)
         left = [place for place in range(n) if place not in skipped]
         bar = tqdm(
             tried(shape.fit, left),
@@ -204,6 +235,8 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
                 "shape": dataclasses.astuple(shape),
                 "digests": digests,
                 "skipped": dict(sorted(skipped.items())),
+                "kind": kind,
+                "kind_by": kind_by,
             }
         )
 

@@ -7,7 +7,7 @@ embedding is worth.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,22 +16,31 @@ from flax import nnx
 from jax import Array
 
 import tripletjax as tj
-from tripletjax.learn import data, plots, sampling, training
+from tripletjax.learn import data, image_analysis, plots, sampling, training
 from tripletjax.learn.augment import Augment
 from tripletjax.learn.config import Config
+from tripletjax.learn.pictures import COLOUR_SIZE, View
+from tripletjax.learn.stored import StoredImages
 
 # From here on there are many classes, which take longer to learn.
 MANY = 32
 # Classes of fewer images, in the median, are too small to learn from as they are.
 SCARCE = 30
 # Validation and pictures have at most so many images, of all.
-GALLERY = 4096
+GALLERY = 2048
 
 GREY = Augment(shift=0.1, rotation=12.0, zoom=0.15, shear=0.15, bend=0.05)
 # Of few images of a class there is little to see how far it reaches.
 SCARCE_GREY = Augment(shift=0.1, rotation=20.0, zoom=0.25, shear=0.3, bend=0.05)
-COLOUR = Augment(
-    shift=0.1, rotation=5.0, zoom=0.1, flip=True, brightness=0.1, erase=0.25
+PHOTOS = Augment(
+    shift=0.08,
+    rotation=10.0,
+    zoom=0.12,
+    shear=0.05,
+    flip=True,
+    brightness=0.15,
+    contrast=0.3,
+    erase=0.3,
 )
 
 Embed = Callable[[np.ndarray], Array]
@@ -64,41 +73,74 @@ class Classes:
         parts = "train", "validation", "test"
         return {part: len(getattr(self.dataset, part)) for part in parts}
 
-    def choose(self, config: Config) -> Config:
-        """The same with all choices made."""
+    def choose(self, config: Config) -> tuple[Config, list[str]]:
+        """The same with all choices made, and what is worth telling of them."""
         _, height, width, channels = self.images.shape
         _, counts = np.unique(self.dataset.train.labels, return_counts=True)
-        colour = channels > 1
+        photos = self.dataset.kind == "photos"
+        several = int((counts > 1).sum())
         scarce = np.median(counts) < SCARCE and len(counts) >= MANY
-        flips = colour if config.augment is None else config.augment.flip
         # Many classes of few drawings: turned and mirrored ones are classes of their
         # own. Photographs are mirrored at random, and stay of their class.
-        most = 8 if height == width else 2
-        turns = config.turns or (most if scarce and not colour and not flips else 1)
-        if turns == 8 and config.augment is not None and flips:
+        turns = config.turns or 1
+        if config.turns is None and scarce and not photos:
+            labels = self.dataset.train.labels
+            turns = image_analysis.most_turns(self.images, labels)
+        # A class of one image has no positive; enough others teach more.
+        paired = several if turns == 1 and several > 1 else len(counts)
+        kinds = turns * paired
+        many = kinds >= MANY
+        per_class = config.per_class or (4 if many else 8)
+        augment = config.augment
+        if augment is None:
+            augment = PHOTOS if photos else SCARCE_GREY if scarce else GREY
+            augment = dataclasses.replace(augment, flip=augment.flip and turns < 8)
+        if turns == 8 and augment.flip:
             raise ValueError(
                 "turns is 8, which makes mirror images classes of their own, but "
                 "augment mirrors images at random: one excludes the other."
             )
-        turned, kinds = turns > 1, turns * len(counts)
-        many = kinds >= MANY
-        per_class = config.per_class or (4 if many else 8)
-        photographs = dataclasses.replace(COLOUR, flip=turns < 8)
-        return _filled(
+        notes = [f"images are taken for {self.dataset.kind}: {self.dataset.kind_by}"]
+        if turns > 1:
+            notes.append(f"{turns - 1} turned copies of each class are its own classes")
+        if paired < len(counts):
+            notes.append(
+                f"{len(counts) - paired:,} classes of one training image are not "
+                "trained on: no positive"
+            )
+        chosen = _filled(
             config,
-            model="resnet" if colour else "cnn",
-            steps=1200 if turned else 800 if many else 600,
+            steps=1200 if turns > 1 else 800 if many else 600,
             per_class=per_class,
             classes=min(kinds, max(2, (160 if many else 128) // per_class)),
             turns=turns,
-            learning_rate=4e-3 if turned and not colour else 2e-3,
+            learning_rate=4e-3 if turns > 1 else 2e-3,
+            weight_decay=1e-3,
             dim=128 if many else 64,
-            **_sizes(height, width),
-            augment=photographs if colour else SCARCE_GREY if scarce else GREY,
+            validate_every=100,
+            augment=augment,
         )
+        if photos:
+            layout = image_analysis.layout_of(self.images, self.dataset.train.labels)
+            chosen, more = _of_photos(config, chosen, layout, self.images.shape, many)
+            notes += more
+        return _filled(chosen, **_drawn(height, width, channels)), notes
+
+    def seen(self, config: Config) -> "Classes":
+        """The same with images as the network sees them."""
+        parts = {
+            name: dataclasses.replace(part, images=_seen(part.images, config))
+            for name in ("train", "validation", "test")
+            for part in [getattr(self.dataset, name)]
+        }
+        return Classes(dataclasses.replace(self.dataset, **parts))
 
     def batches(self, config: Config) -> training.Batches:
         train = self.dataset.train
+        values, counts = np.unique(train.labels, return_counts=True)
+        several = values[counts > 1]
+        if config.turns == 1 and len(several) >= config.classes:
+            train = train.part(np.flatnonzero(np.isin(train.labels, several)))
         return sampling.ImageBatches(
             train.images,
             train.labels,
@@ -217,20 +259,34 @@ class GivenTriplets:
         counts = {part: len(getattr(self.dataset, part)) for part in parts}
         return counts | {"left_out": self.dataset.left_out}
 
-    def choose(self, config: Config) -> Config:
-        """The same with all choices made."""
+    def choose(self, config: Config) -> tuple[Config, list[str]]:
+        """The same with all choices made, and what is worth telling of them."""
         n, height, width, channels = self.images.shape
-        colour = channels > 1
-        return _filled(
+        photos = self.dataset.kind == "photos"
+        many = n >= 8 * MANY
+        chosen = _filled(
             config,
-            model="resnet" if colour else "cnn",
-            steps=800 if n >= 8 * MANY else 600,
+            steps=800 if many else 600,
             batch=min(48, len(self.dataset.train)),
             learning_rate=2e-3,
-            dim=128 if n >= 8 * MANY else 64,
-            **_sizes(height, width),
-            augment=COLOUR if colour else GREY,
+            weight_decay=1e-3,
+            dim=128 if many else 64,
+            validate_every=100,
+            augment=PHOTOS if photos else GREY,
         )
+        notes = [f"images are taken for {self.dataset.kind}: {self.dataset.kind_by}"]
+        if photos:
+            layout = image_analysis.Layout(
+                image_analysis.WHOLE, False, "nothing tells where classes differ"
+            )
+            chosen, more = _of_photos(config, chosen, layout, self.images.shape, many)
+            notes += more
+        return _filled(chosen, **_drawn(height, width, channels)), notes
+
+    def seen(self, config: Config) -> "GivenTriplets":
+        """The same with images as the network sees them."""
+        images = _seen(self.images, config)
+        return GivenTriplets(dataclasses.replace(self.dataset, images=images))
 
     def batches(self, config: Config) -> training.Batches:
         return sampling.TripletBatches(
@@ -285,10 +341,24 @@ Task = Classes | GivenTriplets
 
 def load(config: Config, *, progress: bool) -> Task:
     """What a configuration asks to learn from."""
-    options = {"size": config.size, "progress": progress}
+    options = {"size": config.size, "kind": config.kind, "progress": progress}
     if config.triplets is not None:
         return GivenTriplets(data.load_triplets(config.triplets, **options))
     return Classes(data.load(config.data, split=config.split, **options))
+
+
+def view_of(shape: Sequence[int], config: Config) -> View | None:
+    """What the network sees of images ``height, width, channels``."""
+    if config.box is None:
+        return None
+    return View.of(shape, config.box, config.size)
+
+
+def _seen(images: data.ImageArray, config: Config) -> data.ImageArray:
+    view = view_of(images.shape[1:], config)
+    if view is None:
+        return images
+    return images.seen(view) if isinstance(images, StoredImages) else view(images)
 
 
 def _filled(config: Config, **choices: object) -> Config:
@@ -298,12 +368,49 @@ def _filled(config: Config, **choices: object) -> Config:
     return dataclasses.replace(config, **choices | given)
 
 
-def _sizes(height: int, width: int) -> dict[str, object]:
-    """Choices for a network of images of so many pixels."""
+def _of_photos(
+    asked: Config,
+    chosen: Config,
+    layout: image_analysis.Layout,
+    shape: Sequence[int],
+    many: bool,
+) -> tuple[Config, list[str]]:
+    """Choices for photographs, in place of others that were not asked for."""
+    box = asked.box or layout.box
+    top, left, bottom, right = box
+    longest = max((bottom - top) * shape[1], (right - left) * shape[2])
+    steps = asked.steps or (2000 if many else 1000)
+    choices = {
+        "box": box,
+        "size": asked.size or max(8, min(COLOUR_SIZE, round(longest))),
+        "model": asked.model or "photo",
+        "head": asked.head or ("grid" if layout.aligned else "mean"),
+        "mirror": chosen.augment.flip if asked.mirror is None else asked.mirror,
+        "dim": asked.dim or 128,
+        "steps": steps,
+        "weight_decay": 1e-2 if asked.weight_decay is None else asked.weight_decay,
+        "validate_every": asked.validate_every or max(100, steps // 8),
+    }
+    told = "asked for" if asked.box is not None else layout.why
+    rows, columns = (
+        f"{100 * a:.0f} to {100 * b:.0f} %" for a, b in ((top, bottom), (left, right))
+    )
+    notes = [f"what is seen is {rows} of the height, {columns} of the width: {told}"]
+    chosen = dataclasses.replace(chosen, **choices)
+    if chosen.model == "photo":
+        chosen = _filled(chosen, channels=(16, 32, 64, 128))
+    return chosen, notes
+
+
+def _drawn(height: int, width: int, channels: int) -> dict[str, object]:
+    """Choices for what is no photograph, and what other networks need."""
     side = max(height, width)
     return {
+        "model": "resnet" if channels > 1 else "cnn",
         "channels": (32, 64) if side <= 16 else (32, 64, 128),
         "stride": 1 if side <= 32 else 2,
+        "head": "mean",
+        "mirror": False,
     }
 
 
