@@ -55,7 +55,7 @@ def test_copies_of_an_image_stay_together(tmp_path):
     for file in list(folder.rglob("*.*")):
         for number in range(3):
             shutil.copy(file, file.with_stem(f"{file.stem}-copy{number}"))
-    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    dataset = data.load(str(folder), kind="characters", data_dir=tmp_path / "kept")
     parts = dataset.train, dataset.validation, dataset.test
     assert [len(part) for part in parts] == [56, 8, 16]
     seen = [{image.tobytes() for image in part.images} for part in parts]
@@ -71,7 +71,7 @@ def test_unknown_data():
 
 def test_a_folder_of_images(tmp_path):
     folder = shapes(tmp_path / "pictures")
-    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    dataset = data.load(str(folder), kind="characters", data_dir=tmp_path / "kept")
     names = sorted(f"group{kind % 2}/kind{kind}" for kind in range(8))
     assert list(dataset.label_names) == names
     assert dataset.train.images.shape == (8 * 7, 20, 24, 1)
@@ -140,10 +140,10 @@ def test_another_process_decodes_the_same_folder(tmp_path, monkeypatch, where, n
     folder, kept = str(shapes(tmp_path / "pictures")), tmp_path / "kept"
     function, other = getattr(where, name), []
 
-    def beaten(*args):
+    def beaten(*args, **options):
         monkeypatch.undo()
         other.append(data.load(folder, data_dir=kept))
-        return function(*args)
+        return function(*args, **options)
 
     monkeypatch.setattr(where, name, beaten)
     dataset = data.load(folder, data_dir=kept)
@@ -393,8 +393,9 @@ def test_the_catalogue_does_not_wait_for_the_network(name, error, words):
 
 def test_images_that_do_not_fit_in_memory_stay_on_disk(tmp_path):
     folder = str(shapes(tmp_path / "pictures", each=6))
-    whole = data.load(folder, data_dir=tmp_path / "kept")
-    on_disk = data.load(folder, data_dir=tmp_path / "kept", in_memory=100)
+    options = {"kind": "characters", "data_dir": tmp_path / "kept"}
+    whole = data.load(folder, **options)
+    on_disk = data.load(folder, **options, in_memory=100)
     assert on_disk.key == whole.key
     for part in ("train", "validation", "test"):
         one, two = getattr(whole, part), getattr(on_disk, part)

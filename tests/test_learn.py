@@ -494,7 +494,7 @@ def test_collapse_is_told():
 
 def test_the_best_validation_is_kept(tmp_path):
     values = iter([3.0, 5.0, 4.0, 5.0, float("nan")])
-    kept, seen = Checkpoints(tmp_path / "best", keep=1), []
+    kept, seen = Checkpoints(tmp_path / "best"), []
 
     def validate(model):
         seen.append(jax.tree.map(jnp.copy, nnx.state(model)))
@@ -502,7 +502,7 @@ def test_the_best_validation_is_kept(tmp_path):
 
     options = {"validate": validate, "validate_every": 4, "best": "score"}
     trained(16, best_checkpoints=kept, **options)
-    assert kept.steps == [16]
+    assert kept.steps == [8, 16]
     _, best, _ = kept.restore(seen[0])
     jax.tree.map(np.testing.assert_array_equal, best, seen[3])
 
@@ -542,6 +542,56 @@ def test_damaged_checkpoints_fall_back(tmp_path):
         shutil.rmtree(tmp_path / "kept" / str(each) / "state", ignore_errors=True)
     with pytest.raises(OSError, match=r"step 3 is damaged.*step 2 is damaged.*none"):
         Checkpoints(tmp_path / "kept").restore(state)
+
+
+@pytest.mark.parametrize("name", ["exp[v2]", "a*b?", "back\\slash", "a b\n字😀"])
+def test_any_path_will_do(tmp_path, name):
+    directory, state = tmp_path / name / "kept", {"x": jnp.arange(10.0)}
+    kept = Checkpoints(directory)
+    for step in (1, 2, 3):
+        kept.save(step, state)
+    kept.close()
+    assert sorted(path.name for path in directory.iterdir()) == ["2", "3"]
+    kept = Checkpoints(directory, writable=False)
+    step, found, damaged = kept.restore(state)
+    kept.close()
+    assert (step, damaged) == (3, [])
+    np.testing.assert_array_equal(found["x"], state["x"])
+
+
+def test_what_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
+    kept, state = Checkpoints(tmp_path / "kept"), {"x": jnp.arange(10.0)}
+    for step in (1, 2):
+        kept.save(step, state)
+
+    def unreadable(self, step, like):
+        raise RuntimeError("of another version")
+
+    monkeypatch.setattr(Checkpoints, "_load", unreadable)
+    with pytest.raises(OSError, match=r"step 2 .*nothing shows that it is damaged.*ot"):
+        kept.restore(state)
+    assert kept.steps == [1, 2]
+    # Nor is one of which nobody knows what was written.
+    (tmp_path / "kept.digests.json").unlink()
+    with pytest.raises(OSError, match="nothing shows that it is damaged"):
+        kept.restore(state)
+    assert kept.steps == [1, 2]
+
+
+def test_a_state_is_read_back_before_the_last_good_one_goes(tmp_path, monkeypatch):
+    kept, state = Checkpoints(tmp_path / "kept"), {"x": jnp.arange(1000.0)}
+    kept.save(1, state)
+    load = Checkpoints._load
+
+    def broken(self, step, like):
+        damage(tmp_path / "kept" / str(step))
+        return load(self, step, like)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_load", broken)
+        with pytest.raises(OSError, match=r"step 2 .* could not be read back"):
+            kept.save(2, state)
+    assert 1 in kept.steps
 
 
 def test_states_of_another_model_are_left_alone(tmp_path):

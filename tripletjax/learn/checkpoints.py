@@ -1,6 +1,11 @@
 """States of a run on disk, of which the last good one is always found again."""
 
 import hashlib
+import json
+import os
+import shutil
+import tempfile
+import weakref
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,21 +24,33 @@ class Checkpoints:
     """The newest states of a directory, by step, kept by Orbax.
 
     Each is written beside the others and then renamed, so that a killed process leaves
-    whole ones behind, and has a digest of what it holds, so that a damaged one is told
-    from a good one.
+    whole ones behind, and is read back before an older one goes. Digests of its files,
+    in ``DIRECTORY.digests.json``, tell a damaged one from one that cannot be read.
 
     Args:
-        directory: where they are.
-        keep: how many are kept.
+        directory: where they are; any path will do.
+        keep: how many are kept, at least 2.
         writable: whether what a killed process left behind is cleaned up, and damaged
             ones are moved aside; not while another process may be writing.
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 2, writable: bool = True):
+        if keep < 2:
+            raise ValueError(f"keep must be at least 2, got {keep}.")
         self.directory = Path(directory).resolve()
         self.writable = writable
+        self._alias = None
+        path = self.directory
+        if any(sign in str(path) for sign in "*?[]\\"):
+            # Orbax takes its own path for a pattern: it gets another name for it.
+            alias = tempfile.mkdtemp(prefix="checkpoints-")
+            self._alias = weakref.finalize(self, shutil.rmtree, alias)
+            path = Path(alias) / "states"
+            if writable:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(self.directory, target_is_directory=True)
         self._orbax = ocp.training.Checkpointer(
-            self.directory,
+            path,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=writable,
         )
@@ -61,11 +78,24 @@ class Checkpoints:
                 f"the state of step {step} could not be written to {self.directory}: "
                 f"{_brief(error)}"
             ) from error
+        try:
+            self._load(step, state)
+        except Exception as error:
+            raise OSError(
+                f"the state of step {step} in {self.directory} could not be read back: "
+                f"{_brief(error)}. The one before is still there."
+            ) from error
+        digests = {str(kept): self._digests().get(str(kept)) for kept in self.steps}
+        digests[str(step)] = _file_digests(self.directory / str(step))
+        part = self._digests_file.with_name(self._digests_file.name + ".part")
+        part.write_text(json.dumps(digests))
+        part.replace(self._digests_file)
 
     def restore(self, like: State) -> tuple[int, State, list[str]] | None:
         """The newest whole state.
 
-        A damaged one is moved aside, beside the directory, as ``STEP-damaged``.
+        A damaged one, whose files are not what was written, is moved aside, beside the
+        directory, as ``STEP-damaged``.
 
         Args:
             like: a state with the same structure, shapes and dtypes.
@@ -75,7 +105,7 @@ class Checkpoints:
 
         Raises:
             ValueError: if it is a whole one of another structure.
-            OSError: if all are damaged.
+            OSError: if one cannot be read that is not known to be damaged, or all are.
         """
         damaged = []
         for step in reversed(self.steps):
@@ -85,6 +115,11 @@ class Checkpoints:
                 raise
             except Exception as error:
                 reason = _brief(error)
+                if not self._is_damaged(step):
+                    raise OSError(
+                        f"the checkpoint of step {step} in {self.directory} cannot be "
+                        f"read, and nothing shows that it is damaged: {reason}"
+                    ) from error
                 if self.writable:
                     path = self.directory / str(step)
                     path.rename(_free(self.directory.parent / f"{path.name}-damaged"))
@@ -96,6 +131,28 @@ class Checkpoints:
 
     def close(self) -> None:
         self._orbax.close()
+        if self._alias is not None:
+            self._alias()
+
+    @property
+    def _digests_file(self) -> Path:
+        return self.directory.with_name(f"{self.directory.name}.digests.json")
+
+    def _digests(self) -> dict[str, dict[str, str] | None]:
+        """What was written, by step and file."""
+        try:
+            return json.loads(self._digests_file.read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def _is_damaged(self, step: int) -> bool:
+        """Whether the files of a state are not what was written.
+
+        Raises:
+            OSError: if one of them cannot be read.
+        """
+        written = self._digests().get(str(step))
+        return bool(written) and _file_digests(self.directory / str(step)) != written
 
     def _load(self, step: int, like: State) -> State:
         metadata = self._orbax.checkpointables_metadata(step).custom_metadata
@@ -115,6 +172,22 @@ class Checkpoints:
             for old, x in zip(jax.tree.leaves(like), loaded)
         ]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _file_digests(directory: Path) -> dict[str, str]:
+    """A digest of every file in a directory, by its path within."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    digests = {}
+    for place, _, names in os.walk(directory, onerror=fail):
+        for name in names:
+            path = Path(place) / name
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "blake2b").hexdigest()
+            digests[str(path.relative_to(directory))] = digest
+    return digests
 
 
 def _plain(state: Any) -> list[Any]:

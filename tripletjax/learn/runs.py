@@ -129,7 +129,7 @@ def run(
     if tensorboard:
         log.show_in(out / "tensorboard")
     checkpoints = Checkpoints(out / "checkpoints")
-    best = Checkpoints(out / "best", keep=1)
+    best = Checkpoints(out / "best")
     embeddings = {
         "raw pixels": _flat,
         "untrained": functools.partial(training.embed_images, model),
@@ -153,7 +153,16 @@ def run(
         decay_steps=config.steps,
     )
     if not checkpoints.steps:
-        # It may have been killed before its first state.
+        reached = max((line["step"] for line in log.lines), default=0)
+        if reached > config.checkpoint_every:
+            raise ValueError(
+                f"the run in {out} has reached step {reached} but has no checkpoint "
+                "left to go on from: bring it back (damaged ones lie beside "
+                f"{checkpoints.directory.name}/), or begin in another directory."
+            )
+        if reached and progress:
+            print(f"- no checkpoint yet at step {reached}: it begins again", flush=True)
+        # It was killed before its first state.
         log.keep(0)
     for line in training.fit(
         model,
@@ -305,7 +314,7 @@ def load_model(run_dir: str | Path) -> tuple[nnx.Module, dict[str, Any]]:
             raise FileNotFoundError(f"no trained model in {run_dir}: no {part}.")
     settings = json.loads((run_dir / "config.json").read_text())
     model = build_model(settings)
-    best = Checkpoints(run_dir / "best", keep=1, writable=False)
+    best = Checkpoints(run_dir / "best", writable=False)
     found = best.restore(nnx.state(model))
     best.close()
     if found is None:
