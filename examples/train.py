@@ -24,7 +24,10 @@ from tripletjax.learn import (
 # Or what the images are, from which the augmentation follows.
 AUGMENTS = {"none": augment.Augment(), "more": tasks.SCARCE_GREY}
 # What has a meaning for images with labels alone, and for given triplets alone.
-OF_CLASSES = ("data", "split", "mining", "weighting", "classes", "per_class", "turns")
+OF_CLASSES = (
+    *("data", "split", "classes_from", "mining", "weighting", "classes", "per_class"),
+    "turns",
+)
 OF_TRIPLETS = ("batch",)
 
 
@@ -51,6 +54,7 @@ def main() -> int:
     )
     for name, choices, what in (
         ("split", data.SPLITS, "what is held out (default: images)"),
+        ("classes-from", data.CLASSES_FROM, "which of nested folders are classes"),
         ("mining", training.MINING, "which triplets to train on (default: semi-hard)"),
         ("weighting", sampling.WEIGHTINGS, "how classes are drawn (default: uniform)"),
         ("model", runs.MODELS, "the network"),
@@ -102,7 +106,8 @@ def main() -> int:
     if resume and out is None:
         parser.error("--resume needs --out, the run to go on with")
     if out is None:
-        name = Path(options.get("triplets") or options.get("data", "digits")).stem
+        named = options.get("triplets") or options.get("data", "digits")
+        name = Path(named).resolve().stem or "run"
         out = free_directory(Path("runs") / name)
     try:
         evaluations = runs.run(

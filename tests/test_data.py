@@ -159,15 +159,170 @@ def test_broken_images_are_named_and_skipped(tmp_path):
     whole = (place / "0.png").read_bytes()
     (place / "half.png").write_bytes(whole[: len(whole) // 2])
     (place / "empty.jpg").write_bytes(b"")
-    (place / "notes.txt").write_text("not looked at")
+    (place / "notes.txt").write_text("no image")
+    (place / "Thumbs.db").write_bytes(b"not looked at")
+    (place / "@eaDir").mkdir()
+    (place / "@eaDir" / "thumb.png").write_bytes(whole)
+    (folder / "README").write_text("no image")
+    (folder / "papers").mkdir()
+    (folder / "papers" / "a.pdf").write_text("no image")
     (place / ".hidden.png").write_bytes(b"not looked at")
     for _ in range(2):
         dataset = data.load(str(folder), data_dir=tmp_path / "kept")
         named = [line.split(":")[0] for line in dataset.skipped]
+        broken = ("empty.jpg", "half.png", "none.png", "notes.txt")
         assert named == [
-            f"group0/kind0/{n}" for n in ("empty.jpg", "half.png", "none.png")
+            "README",
+            *(f"group0/kind0/{n}" for n in broken),
+            "papers/a.pdf",
+            "papers",
         ]
+        assert len(dataset.label_names) == 8
     assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 32
+
+
+def test_images_are_known_by_what_they_hold(tmp_path):
+    folder, draw = tmp_path / "pictures", np.random.default_rng(0)
+    for form in ("tiff", "gif", "jpeg", "png", "bmp", "ppm"):
+        (folder / form).mkdir(parents=True)
+        for number in range(4):
+            pixels = draw.integers(0, 200, (20, 24), dtype=np.uint8)
+            suffix = ("", ".jfif", ".TIF", ".data")[number]
+            Image.fromarray(pixels).save(
+                folder / form / f"{number}{suffix}", format=form
+            )
+    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    assert dataset.skipped == ()
+    assert len(dataset.label_names) == 6
+    assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 24
+
+
+def broken_exif(resolution):
+    """Metadata with an orientation, and with a resolution that is none."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x011A] = resolution
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("form", ["jpeg", "png", "webp", "tiff"])
+@pytest.mark.parametrize(
+    ("exif", "turned"),
+    [
+        (broken_exif(0.0), True),
+        (b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03", False),
+        (b"Exif\x00\x00garbage that is no metadata at all", False),
+        (b"", False),
+    ],
+)
+def test_metadata_never_cost_an_image(tmp_path, form, exif, turned):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    file = tmp_path / "image"
+    options = {"lossless": True} if form == "webp" else {}
+    if exif and form != "tiff":
+        options["exif"] = exif
+    Image.fromarray(pixels).save(file, format=form, **options)
+    opened = pictures.open_image(file)
+    assert opened.size == ((8, 12) if turned and form != "tiff" else (12, 8))
+    if turned and form == "png":
+        np.testing.assert_array_equal(np.asarray(opened), np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize(("most", "white"), [(255, 255), (256, 1023), (4095, 4095)])
+def test_grey_of_more_than_8_bits_has_one_white(tmp_path, most, white):
+    draw = np.random.default_rng(0)
+    for kind in "ab":
+        (tmp_path / "pictures" / kind).mkdir(parents=True)
+        for number in range(4):
+            pixels = draw.integers(0, most // 4, (6, 8)).astype(np.uint16)
+            pixels[0, 0], pixels[0, 1] = number, most // 2
+            if kind == "b" and number == 3:
+                pixels[0, 1] = most
+            file = tmp_path / "pictures" / kind / f"{number}.png"
+            Image.fromarray(pixels).save(file)
+    dataset = data.load(str(tmp_path / "pictures"), data_dir=tmp_path / "kept")
+    assert dataset.white == white
+    assert f"in images of more than 8 bits {white} is white" in dataset.notes
+    parts = dataset.train, dataset.validation, dataset.test
+    tops = np.concatenate([part.images[:, 0, 1, 0] for part in parts])
+    low, high = (round(255 * value / white) for value in (most // 2, most))
+    assert sorted(tops.tolist()) == [low] * 7 + [high]
+
+
+def test_white_icons_are_seen_on_black(tmp_path):
+    for kind in range(3):
+        (tmp_path / "icons" / str(kind)).mkdir(parents=True)
+        for number in range(4):
+            pixels = np.full((16, 16, 4), 255, np.uint8)
+            pixels[..., 3] = 0
+            pixels[2 * kind : 2 * kind + 6, number : number + 9, 3] = 255
+            file = tmp_path / "icons" / str(kind) / f"{number}.png"
+            Image.fromarray(pixels).save(file)
+    dataset = data.load(str(tmp_path / "icons"), data_dir=tmp_path / "kept")
+    assert dataset.background == "black"
+    assert "black shows through transparency" in dataset.notes
+    assert (np.ptp(dataset.train.images, axis=(1, 2, 3)) > 200).all()
+    assert dataset.skipped == ()
+
+
+def test_blank_and_contradictory_images_are_named(tmp_path):
+    folder = shapes(tmp_path / "pictures", kinds=3, each=6)
+    Image.new("L", (24, 20), 77).save(folder / "group0" / "kind0" / "blank.png")
+    shutil.copy(folder / "group0/kind0/0.png", folder / "group1/kind1/same.png")
+    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    assert dataset.skipped == (
+        "group0/kind0/blank.png: blank: all of its pixels are the same",
+        "2 copies of an image: it is in group0/kind0, group1/kind1",
+    )
+    assert any("2 images that are in several classes" in n for n in dataset.notes)
+    assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 17
+    for file in folder.rglob("*.*"):
+        Image.new("L", (24, 20), 77).save(file)
+    with pytest.raises(ValueError, match="none of 20 images can be used: blank"):
+        data.load(str(folder), data_dir=tmp_path / "kept")
+
+
+def test_training_runs_within_the_data_are_left_out(tmp_path):
+    folder = shapes(tmp_path / "pictures", kinds=2, each=4)
+    run = folder / "runs" / "pictures"
+    run.mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl"):
+        (run / name).write_text("{}")
+    shutil.copy(folder / "group0/kind0/0.png", run / "neighbors.png")
+    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    assert dataset.label_names == ("group0/kind0", "group1/kind1")
+    assert dataset.skipped == ()
+    told = "directories of training runs are left out: runs/pictures"
+    assert told in dataset.notes
+
+
+@pytest.mark.parametrize(
+    ("files", "names", "why"),
+    [
+        (("ann/2019/1", "ann/2021/2", "bob/2020/3"), ("ann", "bob"), "by date"),
+        (("ann/1", "ann/old/2", "bob/3"), ("ann", "bob"), "beside sub-folders"),
+        (("Greek/a01/1", "Latin/a01/2"), ("Greek/a01", "Latin/a01"), "no dates"),
+        (("ann/1", "bob/2"), ("ann", "bob"), None),
+    ],
+)
+def test_which_folders_are_classes(tmp_path, files, names, why):
+    for number, file in enumerate(files):
+        path = tmp_path / "pictures" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for copy in range(2):
+            pixels = np.arange(480).reshape(20, 24) % (50 + 7 * number + copy)
+            Image.fromarray(np.uint8(pixels)).save(f"{path}{copy}.png")
+    dataset = data.load(str(tmp_path / "pictures"), data_dir=tmp_path / "kept")
+    assert dataset.label_names == names
+    assert (why is None) == (dataset.notes == ())
+    if why is not None:
+        assert why in dataset.notes[0]
+    for level in ("top", "leaf"):
+        dataset = data.load(
+            str(tmp_path / "pictures"), classes_from=level, data_dir=tmp_path / "kept"
+        )
+        depth = {name.count("/") for name in dataset.label_names}
+        assert depth <= ({0} if level == "top" else {0, 1})
 
 
 def test_files_that_cannot_be_opened_are_named_too(tmp_path, monkeypatch):
@@ -218,7 +373,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 def test_a_class_of_one_image_is_trained_on(tmp_path):
     folder = shapes(tmp_path / "pictures", kinds=3, each=8)
     (folder / "single").mkdir()
-    Image.new("L", (24, 20), 200).save(folder / "single" / "a.png")
+    drawn = np.arange(480, dtype=np.uint16).reshape(20, 24) // 2
+    Image.fromarray(np.uint8(drawn)).save(folder / "single" / "a.png")
     dataset = data.load(str(folder), data_dir=tmp_path / "kept")
     label = dataset.label_names.index("single")
     assert (dataset.train.labels == label).sum() == 1
@@ -355,7 +511,9 @@ class EncodedPictures(tfds.core.GeneratorBasedBuilder):
         for number in range(30):
             color = (5 + number, 4, 3) if number % 2 else (200 + number, 3, 5)
             opened = io.BytesIO()
-            Image.new("RGB", (10 + number % 3, 12), color).save(opened, "PNG")
+            image = Image.new("RGB", (10 + number % 3, 12), color)
+            image.paste((90, 90, 90), (0, 0, 4, 4))
+            image.save(opened, "PNG")
             opened.seek(0)
             # The last are unlabelled.
             label = (number + 1) % 2 if number < 24 else -1
@@ -480,7 +638,8 @@ def test_files_that_are_no_triplets(tmp_path, lines, words):
 
 def test_broken_images_of_all_triplets(tmp_path):
     for name in "ab":
-        Image.new("L", (8, 8), ord(name)).save(tmp_path / f"{name}.png")
+        drawn = np.arange(64, dtype=np.uint8).reshape(8, 8) + ord(name)
+        Image.fromarray(drawn).save(tmp_path / f"{name}.png")
     file = write_triplets(tmp_path / "t.csv", ["a.png,b.png,c.png"])
     with pytest.raises(ValueError, match="no triplet of which all images can be read"):
         data.load_triplets(file, data_dir=tmp_path / "kept")

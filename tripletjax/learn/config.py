@@ -23,6 +23,7 @@ class Config:
         triplets: a file of triplets to train on instead, as `data.load_triplets` takes
             it.
         split: what is held out: images, or classes.
+        classes_from: which folders are classes, top or leaf, as in `data.load`.
         kind: what the images are, photos or characters: what else is chosen follows.
         size: of what is seen of images, the longer side in pixels.
         box: the part of images that is seen: top, left, bottom and right, as shares of
@@ -58,6 +59,7 @@ class Config:
     data: str = "digits"
     triplets: str | None = None
     split: str = "images"
+    classes_from: str | None = None
     kind: str | None = None
     size: int | None = None
     box: tuple[float, float, float, float] | None = None
@@ -91,6 +93,7 @@ class Config:
         for name, known in (
             ("mining", training.MINING),
             ("split", data.SPLITS),
+            ("classes_from", (None, *data.CLASSES_FROM)),
             ("weighting", sampling.WEIGHTINGS),
             ("model", (None, *MODELS)),
             ("head", (None, *models.HEADS)),

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tripletjax.learn.image_analysis import KINDS
-from tripletjax.learn.pictures import SUFFIXES, Shape, image_files, open_image
+from tripletjax.learn.pictures import Shape, find_files, is_image, open_image
 from tripletjax.learn.stored import (
     Digits,
     Stored,
@@ -37,6 +38,14 @@ FORMAT = 4
 TEST, VALIDATION = 0.15, 0.1
 HELD_OUT = {"characters": (TEST, VALIDATION), "photos": (0.1, 0.05)}
 SPLITS = ("images", "classes")
+# Which folders are classes.
+CLASSES_FROM = ("top", "leaf")
+# Sub-folders of these names hold images of one class by date or session.
+BY_DATE = re.compile(
+    r"(19|20)\d\d([-_. ]?\d\d?){0,2}|(session|set|seq|sequence|day|month|visit|shoot|"
+    r"batch|video|clip|cam|camera|scan|trip)[-_. ]?\d*",
+    re.IGNORECASE,
+)
 # Folders that share out the same classes.
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 # Images of more bytes than this stay on disk.
@@ -82,6 +91,9 @@ class Dataset:
         skipped: files that could not be read, and why.
         kind: what the images are, photos or characters.
         kind_by: how that was decided.
+        white: the value that is white in images of more than 8 bits.
+        background: what shows through transparency.
+        notes: what else was decided or found.
     """
 
     name: str
@@ -93,6 +105,9 @@ class Dataset:
     skipped: tuple[str, ...] = ()
     kind: str = "characters"
     kind_by: str = "digits are"
+    white: float = 65535
+    background: str = "white"
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +125,9 @@ class Triplets:
         left_out: how many triplets have such a file.
         kind: what the images are, photos or characters.
         kind_by: how that was decided.
+        white: the value that is white in images of more than 8 bits.
+        background: what shows through transparency.
+        notes: what else was decided or found.
     """
 
     name: str
@@ -122,6 +140,9 @@ class Triplets:
     left_out: int = 0
     kind: str = "characters"
     kind_by: str = ""
+    white: float = 65535
+    background: str = "white"
+    notes: tuple[str, ...] = ()
 
 
 def load(
@@ -130,6 +151,7 @@ def load(
     split: str = "images",
     size: int | None = None,
     kind: str | None = None,
+    classes_from: str | None = None,
     data_dir: str | Path | None = None,
     in_memory: int = IN_MEMORY,
     progress: bool = False,
@@ -150,6 +172,9 @@ def load(
             photographs and colour. Photographs are kept at up to twice the size.
         kind: what the images are: ``"photos"`` or ``"characters"``, any drawings. If
             not given, photographs are told by their smooth tones.
+        classes_from: which folders are classes where they lie within others: ``"top"``,
+            those in the data folder, or ``"leaf"``, those that hold images. If not
+            given, leaves, but for sub-folders by date or session, or beside images.
         data_dir: where tensorflow-datasets keeps its files; its default if not given.
         in_memory: how many bytes of images are read into memory; more stay on disk,
             and are read when they are needed.
@@ -168,6 +193,11 @@ def load(
         raise ValueError(f"size must be positive, got {size}.")
     if kind not in (None, *KINDS):
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
+    if classes_from not in (None, *CLASSES_FROM):
+        raise ValueError(
+            f"classes_from must be one of {', '.join(CLASSES_FROM)}, got "
+            f"{classes_from!r}."
+        )
     if name == "digits":
         return _digits(data_dir, split, size)
     options = {
@@ -180,18 +210,28 @@ def load(
     if name.startswith("tfds:"):
         stored, labels, names, skipped = _from_catalogue(name, **options)
     elif Path(name).is_dir():
-        stored, labels, names, skipped = _from_folder(Path(name), **options)
+        stored, labels, names, skipped = _from_folder(
+            Path(name), classes_from=classes_from, **options
+        )
     else:
         raise ValueError(
             f"there is no dataset {name!r}: it must be digits, an existing folder, or "
             "tfds:NAME."
         )
     images = Images(stored.images, labels[stored.kept])
+    images, stored, names, skipped = _checked(images, stored, names, skipped)
     held_out = HELD_OUT[stored.kind]
     places = _held_out_images(images.labels, stored.digests, split, held_out)
     digests = np.array(stored.digests)
     dataset = _dataset(name, images, digests, places, names, skipped)
-    return dataclasses.replace(dataset, kind=stored.kind, kind_by=stored.kind_by)
+    return dataclasses.replace(
+        dataset,
+        kind=stored.kind,
+        kind_by=stored.kind_by,
+        white=stored.white,
+        background=stored.background,
+        notes=stored.notes,
+    )
 
 
 def load_triplets(
@@ -262,6 +302,9 @@ def load_triplets(
         len(rows) - len(whole),
         stored.kind,
         stored.kind_by,
+        stored.white,
+        stored.background,
+        stored.notes,
     )
 
 
@@ -431,41 +474,108 @@ def _from_folder(
     *,
     size: int | None,
     kind: str | None,
+    classes_from: str | None,
     data_dir: str | Path | None,
     **options: Any,
 ) -> tuple[Stored, np.ndarray, tuple[str, ...], tuple[str, ...]]:
     """Images, labels, the names of classes, and what could not be read."""
     folder = folder.resolve()
-    files = sorted(image_files(folder))
-    if loose := [file.name for file in files if file.parent == folder]:
+    found = find_files(folder)
+    loose = [file for file in found.files if file.parent == folder]
+    if images := [file.name for file in loose if is_image(file)]:
         raise ValueError(
-            f"{folder} must hold one folder per class, but {len(loose)} images lie in "
-            f"it directly, such as {loose[0]}."
+            f"{folder} must hold one folder per class, but {len(images)} images lie in "
+            f"it directly, such as {images[0]}."
         )
+    files = [file for file in found.files if file.parent != folder]
     if not files:
-        raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
-    names = tuple(sorted({str(file.parent.relative_to(folder)) for file in files}))
-    parts = sorted({name.partition(os.sep)[0] for name in names})
-    within = [name.partition(os.sep)[2] for name in names]
+        raise ValueError(f"{folder} has no images in folders.")
+    relative = [str(file.relative_to(folder)) for file in files]
+    folders = [os.path.dirname(name) for name in relative]
+    parts = sorted({name.partition(os.sep)[0] for name in folders})
+    within = [name.partition(os.sep)[2] for name in sorted(set(folders))]
     shared = all(within) and len(set(within)) < len(within)
     if shared and all(part.lower() in PARTS for part in parts):
         raise ValueError(
             f"{folder} holds {' and '.join(parts)}, whose folders of the same name "
             "would be different classes. Give one of them, or merge them."
         )
+    notes = []
+    if any(within):
+        level, why = _level(folders)
+        if classes_from is not None:
+            level, why = classes_from, "it was asked for"
+        if level == "top":
+            folders = [name.partition(os.sep)[0] for name in folders]
+        notes.append(
+            f"{'folders in the data folder' if level == 'top' else 'folders of images'}"
+            f" are classes (classes from {level}): {why}"
+        )
+    if found.runs:
+        runs = ", ".join(str(run.relative_to(folder)) for run in found.runs)
+        notes.append(f"directories of training runs are left out: {_printable(runs)}")
+    directory = _directory(data_dir, _files_key(files, relative, size, kind))
+    stored = store(files, open_image, directory, size=size, kind=kind, **options)
+    stored = dataclasses.replace(stored, notes=(*notes, *stored.notes))
+    names = sorted({folders[place] for place in stored.kept})
     if len(names) < 2:
         raise ValueError(
             f"{folder} has one folder of images, {names[0]}; it must have at least 2, "
             "one per class."
         )
-    relative = [str(file.relative_to(folder)) for file in files]
-    directory = _directory(data_dir, _files_key(files, relative, size, kind))
-    stored = store(files, open_image, directory, size=size, kind=kind, **options)
     numbers = {name: label for label, name in enumerate(names)}
-    labels = [numbers[str(file.parent.relative_to(folder))] for file in files]
-    skipped = [f"{relative[place]}: {why}" for place, why in stored.skipped.items()]
+    labels = [numbers.get(name, -1) for name in folders]
+    skipped = [f"{file.name}: no image" for file in loose]
+    skipped += [f"{relative[place]}: {why}" for place, why in stored.skipped.items()]
+    skipped += [
+        f"{name}: nothing in this folder can be used"
+        for name in sorted(set(folders) - set(names))
+    ]
     names, skipped = (tuple(map(_printable, some)) for some in (names, skipped))
     return stored, np.array(labels, np.int32), names, skipped
+
+
+def _level(folders: Sequence[str]) -> tuple[str, str]:
+    """Which of nested folders are classes, and why."""
+    tops = {name for name in folders if os.sep not in name}
+    nested = {name for name in folders if os.sep in name}
+    if any(name.partition(os.sep)[0] in tops for name in nested):
+        return "top", "some hold images beside sub-folders"
+    dated = sum(bool(BY_DATE.fullmatch(name.split(os.sep)[1])) for name in nested)
+    if dated > len(nested) / 2:
+        return "top", "their sub-folders are named by date or session"
+    return "leaf", "their names are no dates or sessions"
+
+
+def _checked(
+    images: Images, stored: Stored, names: Sequence[str], skipped: Sequence[str]
+) -> tuple[Images, Stored, Sequence[str], Sequence[str]]:
+    """Without images that are in several classes, which contradict one another."""
+    classes = {}
+    for place, (digest, label) in enumerate(zip(stored.digests, images.labels)):
+        classes.setdefault(digest, {}).setdefault(int(label), []).append(place)
+    double = {digest: of for digest, of in classes.items() if len(of) > 1}
+    if not double:
+        return images, stored, names, skipped
+    told = [
+        f"{sum(map(len, of.values()))} copies of an image: it is in "
+        f"{', '.join(names[label] for label in sorted(of))}"
+        for of in double.values()
+    ]
+    keep = np.array([digest not in double for digest in stored.digests])
+    if not keep.any():
+        raise ValueError(f"every image is in several classes: {told[0]}.")
+    kept = np.flatnonzero(keep)
+    stored = dataclasses.replace(
+        stored,
+        digests=[stored.digests[place] for place in kept],
+        notes=(
+            *stored.notes,
+            f"{len(keep) - len(kept):,} images that are in several classes are left "
+            "out, and named in config.json",
+        ),
+    )
+    return images.part(kept), stored, names, (*skipped, *told)
 
 
 def _printable(name: str) -> str:

@@ -2,37 +2,86 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+import threading
+import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 # The longer side that images are seen at: lines need fewer pixels than photographs,
 # which are kept at twice the size, for a part of them to be looked at.
 GREY_SIZE, COLOUR_SIZE, DETAIL = 32, 64, 2
 
 
-def image_files(folder: Path) -> Iterator[Path]:
-    """The images in a folder and in those within, in no particular order.
+# Files and folders of systems and programs, whatever they hold.
+NOT_IMAGES = {"thumbs.db", "desktop.ini", "icon\r"}
+NOT_FOLDERS = {"@eadir", "__macosx"}
+# The largest values that grey of more than 8 bits may have, from 1 to 16 bits.
+WHITES = (1, 255, 1023, 4095, 16383, 65535)
+
+
+QUIET = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The files of a folder that may be images.
+
+    Attributes:
+        files: in order of their paths.
+        runs: directories of training runs, which are left out.
+    """
+
+    files: list[Path]
+    runs: list[Path]
+
+
+def find_files(folder: Path) -> Found:
+    """The files in a folder and in those within, but hidden ones and systems' own.
 
     Raises:
         OSError: if a folder cannot be read.
     """
-    seen = set()
+    seen, found, runs = set(), [], []
     for directory, folders, files in os.walk(folder, onerror=_fail, followlinks=True):
         # A link may lead back to where it is.
         real = os.path.realpath(directory)
-        if real in seen:
+        is_run = {"config.json", "metrics.jsonl"} <= set(files)
+        if real in seen or is_run:
             folders.clear()
+            if is_run:
+                runs.append(Path(directory))
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield Path(directory) / name
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and name.lower() not in NOT_FOLDERS
+        )
+        found += [
+            Path(directory) / name
+            for name in files
+            if not name.startswith(".") and name.lower() not in NOT_IMAGES
+        ]
+    return Found(sorted(found), sorted(runs))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and in those within, known by what they hold."""
+    return [file for file in find_files(folder).files if is_image(file)]
+
+
+def is_image(file: Path) -> bool:
+    """Whether a file begins as an image does."""
+    try:
+        with Image.open(file):
+            return True
+    except Exception:
+        # Broken files make Pillow's decoders raise whatever they come across.
+        return False
 
 
 def _fail(error: OSError) -> None:
@@ -47,11 +96,15 @@ class Shape:
         height: in pixels.
         width: in pixels.
         channels: 1 for grey, 3 for colour.
+        white: the value that is white in grey images of more than 8 bits.
+        background: what shows through transparency, black or white.
     """
 
     height: int
     width: int
     channels: int
+    white: float = 65535
+    background: str = "white"
 
     @classmethod
     def of(
@@ -61,6 +114,8 @@ class Shape:
         size: int | None,
         *,
         photos: bool = False,
+        white: float = 65535,
+        background: str = "white",
     ) -> "Shape":
         """The shape of the median image, its longer side at most `size`.
 
@@ -76,14 +131,15 @@ class Shape:
             target = max(target, min(DETAIL * (size or COLOUR_SIZE), longest))
         scale = target / longest
         height, width = (max(1, round(scale * side)) for side in (height, width))
-        return cls(height, width, 3 if colour else 1)
+        return cls(height, width, 3 if colour else 1, white, background)
 
     def fit(self, image: Image.Image) -> np.ndarray:
         """An image as uint8 ``[height, width, channels]``, never distorted.
 
         What is left at two sides has the mean colour of the image's border.
         """
-        image = flat(image).convert("RGB" if self.channels == 3 else "L")
+        image = flat(image, white=self.white, background=self.background)
+        image = image.convert("RGB" if self.channels == 3 else "L")
         scale = min(self.width / image.width, self.height / image.height)
         width, height = (max(1, round(scale * side)) for side in image.size)
         if (width, height) != image.size:
@@ -148,17 +204,56 @@ class View:
         return seen
 
 
-def flat(image: Image.Image) -> Image.Image:
-    """Without what Pillow would lose: 16 bits are scaled, transparency is white."""
-    if image.mode.startswith("I") or image.mode == "F":
+def flat(
+    image: Image.Image, *, white: float | None = None, background: str = "white"
+) -> Image.Image:
+    """Without what Pillow would lose: more than 8 bits are scaled, and background
+    shows through transparency.
+
+    If `white` is not given, it follows from the image alone.
+    """
+    if is_wide(image):
         values = np.asarray(image, np.float64)
-        top = 65535 if values.max() > 255 else 255
-        return Image.fromarray(np.uint8(np.clip(values * (255 / top), 0, 255)))
-    if "A" in image.getbands() or "transparency" in image.info:
+        top = white_of(peak(image)) if white is None else white
+        return Image.fromarray(np.uint8(np.rint(np.clip(values / top, 0, 1) * 255)))
+    if has_alpha(image):
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        behind = Image.new("RGBA", image.size, background)
+        return Image.alpha_composite(behind, image).convert("RGB")
     return image
+
+
+def is_wide(image: Image.Image) -> bool:
+    """Whether it is grey of more than 8 bits."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def has_alpha(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+def peak(image: Image.Image) -> float:
+    """The largest value of an image that is grey of more than 8 bits."""
+    values = np.asarray(image, np.float64)
+    return float(np.max(values, where=np.isfinite(values), initial=0))
+
+
+def white_of(peak: float) -> float:
+    """What is white where values go up to a peak: the least number of bits for it."""
+    return next((white for white in WHITES if peak <= white), peak)
+
+
+def background_of(images: Sequence[Image.Image]) -> str:
+    """What is to show through transparency: black where white would leave nothing."""
+    extents = {
+        background: [
+            np.ptp(np.asarray(flat(image, background=background).convert("L")))
+            for image in images
+        ]
+        for background in ("white", "black")
+    }
+    blank = {name: np.median(values) < 8 for name, values in extents.items() if values}
+    return "black" if blank.get("white") and not blank["black"] else "white"
 
 
 def is_colour(image: Image.Image) -> bool:
@@ -174,16 +269,54 @@ def is_colour(image: Image.Image) -> bool:
 
 
 def open_image(file: str | Path) -> Image.Image:
-    """An image file, upright and decoded.
+    """An image file, upright and decoded; of several frames the first.
 
     Raises:
         OSError: if it is no image, or broken.
     """
     try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image)
+        try:
+            return _decoded(file)
+        except Warning:
+            # Where warnings are errors, what is odd is still an image. Filters are
+            # shared by threads, which wait for one another here.
+            with QUIET, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return _decoded(file)
     except OSError:
         raise
     except Exception as error:
         # Broken files make Pillow's decoders raise whatever they come across.
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _decoded(file: str | Path) -> Image.Image:
+    with Image.open(file) as image:
+        image.load()
+        return upright(image)
+
+
+# How an image comes upright, by the orientation that a camera has noted.
+TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned as its camera was held, if that can be read.
+
+    Pillow's own function writes all other metadata again, and fails where they are
+    broken.
+    """
+    try:
+        method = TRANSPOSED.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        # Whatever is wrong with its metadata, it is an image.
+        method = None
+    return image.copy() if method is None else image.transpose(method)

@@ -30,7 +30,7 @@ import optax
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
-from PIL import Image, ImageOps
+from PIL import Image
 
 from tripletjax.learn import plots, tasks, training
 from tripletjax.learn.augment import Augment
@@ -38,7 +38,7 @@ from tripletjax.learn.checkpoints import Checkpoints
 from tripletjax.learn.config import MODELS, Config
 from tripletjax.learn.data import ImageArray
 from tripletjax.learn.models import Standardized
-from tripletjax.learn.pictures import Shape, open_image
+from tripletjax.learn.pictures import Shape, open_image, upright
 from tripletjax.learn.stored import StoredImages
 
 # So many images tell the mean and the deviation of all, looked at so many at a time.
@@ -99,7 +99,9 @@ def run(
             "asked": asked,
             "key": task.dataset.key,
             "shape": shape,
-            "notes": notes,
+            "white": task.dataset.white,
+            "background": task.dataset.background,
+            "notes": [*task.dataset.notes, *notes],
             "mean": mean.tolist(),
             "deviation": np.maximum(deviation, 1e-3).tolist(),
             "label_names": task.label_names,
@@ -343,7 +345,7 @@ def load_embedder(run_dir: str | Path) -> Callable[[Pictures], Array]:
         FileNotFoundError: if there is no trained model.
     """
     model, settings = load_model(run_dir)
-    shape = Shape(*settings["shape"])
+    shape = Shape(*settings["shape"], settings["white"], settings["background"])
     view = tasks.view_of(settings["shape"], _config(settings))
 
     def embed(images: Pictures) -> Array:
@@ -375,7 +377,7 @@ def _picture(image: ArrayLike | str | Path | Image.Image) -> Image.Image:
     if isinstance(image, str | Path):
         return open_image(image)
     if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image)
+        return upright(image)
     image = np.asarray(image)
     if image.dtype != np.uint8:
         raise TypeError(f"images must be uint8, got dtype {image.dtype}.")

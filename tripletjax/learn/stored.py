@@ -20,7 +20,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from tripletjax.learn.image_analysis import kind_of, tone_share
-from tripletjax.learn.pictures import Shape, View, flat, is_colour
+from tripletjax.learn.pictures import (
+    WHITES,
+    Shape,
+    View,
+    background_of,
+    flat,
+    has_alpha,
+    is_colour,
+    is_wide,
+    peak,
+    white_of,
+)
 
 # So many pictures are looked at for their size and for colour.
 LOOK = 256
@@ -87,6 +98,9 @@ class Stored:
         skipped: why the others could not be read, by number.
         kind: what they are, photos or characters.
         kind_by: how that was decided.
+        white: the value that is white in those of more than 8 bits.
+        background: what shows through their transparency.
+        notes: what else is worth telling of them.
     """
 
     images: np.ndarray | StoredImages
@@ -95,6 +109,9 @@ class Stored:
     skipped: dict[int, str]
     kind: str
     kind_by: str
+    white: float
+    background: str
+    notes: tuple[str, ...]
 
 
 def store(
@@ -144,7 +161,17 @@ def store(
     if np.prod(images.shape, dtype=float) <= in_memory:
         images = images[:]
     kept = [place for place in range(len(pictures)) if place not in skipped]
-    return Stored(images, digests, kept, skipped, summary["kind"], summary["kind_by"])
+    return Stored(
+        images,
+        digests,
+        kept,
+        skipped,
+        summary["kind"],
+        summary["kind_by"],
+        summary["white"],
+        summary["background"],
+        tuple(summary["notes"]),
+    )
 
 
 def digest_of(image: np.ndarray) -> str:
@@ -206,22 +233,51 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
 
         n = len(self.pictures)
         look = range(0, n, max(1, n // LOOK))
-        seen = list(
-            tried(lambda one: (one.size, is_colour(one), tone_share(flat(one))), look)
-        )
+
+        def looked(image: Image.Image) -> tuple:
+            wide = peak(image) if is_wide(image) else None
+            clear = image.resize((64, 64)) if has_alpha(image) else None
+            tones = tone_share(flat(image))
+            return image.size, is_colour(image), tones, wide, clear
+
+        seen = list(tried(looked, look))
         if not seen:
             raise ValueError(
                 f"none of {len(look)} images could be read; the first: {skipped[0]}"
             )
-        sizes, colours, tones = zip(*seen)
+        sizes, colours, tones, wide, clear = zip(*seen)
         kind, kind_by = kind_of(tones)
         if self.kind is not None:
             kind, kind_by = self.kind, "it was asked for"
         photos = kind == "photos"
-        shape = Shape.of(sizes, any(colours), self.size, photos=photos)
+        notes, white = [], WHITES[-1]
+        if any(value is not None for value in wide):
+            # One rule for all of them, so that their brightness can be compared.
+            every = [place for place in range(n) if place not in skipped]
+            peaks = tried(lambda one: peak(one) if is_wide(one) else 0.0, every)
+            white = white_of(max(peaks))
+            notes.append(f"in images of more than 8 bits {white:g} is white")
+        background = background_of([image for image in clear if image is not None])
+        if any(image is not None for image in clear):
+            notes.append(f"{background} shows through transparency")
+        shape = Shape.of(
+            sizes,
+            any(colours),
+            self.size,
+            photos=photos,
+            white=white,
+            background=background,
+        )
+
+        def fitted(image: Image.Image) -> np.ndarray:
+            pixels = shape.fit(image)
+            if (pixels == pixels[0, 0]).all():
+                raise OSError("blank: all of its pixels are the same")
+            return pixels
+
         left = [place for place in range(n) if place not in skipped]
         bar = tqdm(
-            tried(shape.fit, left),
+            tried(fitted, left),
             desc="decoding images",
             total=len(left),
             unit="image",
@@ -230,9 +286,15 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
         for row, image in enumerate(bar):
             digests.append(digest_of(image))
             yield row, {"image": image}
+        if not digests:
+            whys = sorted(set(skipped.values()))
+            raise ValueError(f"none of {n} images can be used: {'; '.join(whys[:3])}")
         self.info.metadata["summary"] = json.dumps(
             {
-                "shape": dataclasses.astuple(shape),
+                "shape": dataclasses.astuple(shape)[:3],
+                "white": white,
+                "background": background,
+                "notes": notes,
                 "digests": digests,
                 "skipped": dict(sorted(skipped.items())),
                 "kind": kind,

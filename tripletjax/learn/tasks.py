@@ -344,7 +344,8 @@ def load(config: Config, *, progress: bool) -> Task:
     options = {"size": config.size, "kind": config.kind, "progress": progress}
     if config.triplets is not None:
         return GivenTriplets(data.load_triplets(config.triplets, **options))
-    return Classes(data.load(config.data, split=config.split, **options))
+    options |= {"split": config.split, "classes_from": config.classes_from}
+    return Classes(data.load(config.data, **options))
 
 
 def view_of(shape: Sequence[int], config: Config) -> View | None:
