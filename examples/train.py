@@ -2,7 +2,7 @@
 
 python examples/train.py
 python examples/train.py --data photos --out runs/photos
-python examples/train.py --data photos --out runs/photos --resume
+python examples/train.py --out runs/photos --resume
 python examples/train.py --triplets chosen.csv --out runs/chosen
 """
 
@@ -92,7 +92,10 @@ def main() -> int:
     out, resume = options.pop("out"), options.pop("resume")
     tensorboard = options.pop("tensorboard")
     options = {name: value for name, value in options.items() if value is not None}
-    given = "triplets" in options
+    before = {}
+    if resume and out is not None and (out / "config.json").exists():
+        before = runs.asked_of(out)
+    given = "triplets" in (before | options)
     for name in OF_CLASSES if given else OF_TRIPLETS:
         if name in options:
             parser.error(
@@ -111,7 +114,7 @@ def main() -> int:
         out = free_directory(Path("runs") / name)
     try:
         evaluations = runs.run(
-            runs.Config(**options), out, resume=resume, tensorboard=tensorboard
+            runs.Config(**before | options), out, resume=resume, tensorboard=tensorboard
         )
     except KeyboardInterrupt as error:
         print(

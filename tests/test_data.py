@@ -648,6 +648,39 @@ def test_broken_images_of_all_triplets(tmp_path):
 # Batches.
 
 
+@pytest.mark.parametrize(
+    ("labels", "error", "words"),
+    [
+        (np.arange(12)[:, None] % 3, ValueError, r"one integer.*\(12, 1\)"),
+        (np.eye(12), ValueError, r"one integer.*\(12, 12\)"),
+        (np.arange(12.0), TypeError, "labels must be integers, got dtype float64"),
+        (list("abcabcabcabc"), TypeError, "labels must be integers, got dtype <U1"),
+        ([], ValueError, r"labels must be \[n\]"),
+    ],
+)
+def test_labels_of_batches_are_checked(labels, error, words):
+    images = np.zeros((12, 4, 4, 1), np.uint8)
+    with pytest.raises(error, match=words):
+        sampling.ClassBatches(labels, 2, 2)
+    with pytest.raises(error, match=words):
+        sampling.ImageBatches(images, labels, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("triplets", "words"),
+    [
+        (np.zeros((4, 2), int), r"integers \[t, 3\], got shape \(4, 2\)"),
+        (np.zeros((4, 3)), r"integers \[t, 3\].*float64"),
+        (np.full((4, 3), 12), "indices of the 12 images, got 12 to 12"),
+        (np.full((4, 3), -1), "indices of the 12 images, got -1 to -1"),
+    ],
+)
+def test_triplets_of_batches_are_checked(triplets, words):
+    images = np.zeros((12, 4, 4, 1), np.uint8)
+    with pytest.raises(ValueError, match=words):
+        sampling.TripletBatches(images, triplets, 2)
+
+
 @settings(max_examples=50)
 @given(
     seed=st.integers(0, 99),

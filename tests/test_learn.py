@@ -1,5 +1,6 @@
 """The learning system in small: data, batches, augmentation, models, a whole run."""
 
+import dataclasses
 import functools
 import json
 import random
@@ -24,6 +25,7 @@ from tripletjax import learn
 from tripletjax.learn import (
     augment,
     data,
+    image_analysis,
     models,
     runs,
     sampling,
@@ -99,16 +101,67 @@ def test_erasing_makes_a_rectangle_grey():
         assert 2 <= columns.sum() <= 13
 
 
-def test_flips_and_brightness():
+def test_group_norm_is_that_of_flax():
+    x = 2 + jax.random.normal(jax.random.key(0), (3, 5, 4, 16))
+    flax, ours = nnx.GroupNorm(16, num_groups=8, rngs=nnx.Rngs(0)), models.GroupNorm(16)
+    scale, shift = jax.random.normal(jax.random.key(1), (2, 16))
+    flax.scale.set_value(scale)
+    flax.bias.set_value(shift)
+    ours.scale.set_value(scale)
+    ours.shift.set_value(shift)
+    np.testing.assert_allclose(ours(x), flax(x), rtol=1e-4, atol=1e-5)
+    gradients = [jax.grad(lambda x, f=f: jnp.sum(f(x) ** 3))(x) for f in (ours, flax)]
+    np.testing.assert_allclose(*gradients, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="channels must be a multiple of 8, got 12"):
+        models.GroupNorm(12)
+
+
+def test_space_to_depth_keeps_every_pixel():
+    x = jnp.arange(2 * 3 * 4 * 2.0).reshape(2, 3, 4, 2)
+    y = models.space_to_depth(x)
+    assert y.shape == (2, 2, 2, 8)
+    np.testing.assert_array_equal(y[1, 0, 1], x[1, :2, 2:].ravel())
+    np.testing.assert_array_equal(y[0, 1, 0, :4], x[0, 2, :2].ravel())
+
+
+def test_a_photo_network_says_what_it_takes():
+    with pytest.raises(ValueError, match="head must be one of grid, mean, got 'flat'"):
+        models.EmbeddingPhotoNet(head="flat", rngs=nnx.Rngs(0))
+    model = models.EmbeddingPhotoNet(size=(16, 12), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="must be 16 x 12 pixels, got 12 x 16"):
+        model(jnp.zeros((1, 12, 16, 1)))
+
+
+def test_mirrored_embeddings_are_those_of_the_mirror_image():
+    inner = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
+    model = models.Standardized(inner, [0.5], [0.2], mirror=True)
+    images = jax.random.uniform(jax.random.key(0), (3, 9, 8, 1))
+    plain = model(images)
+    model.eval()
+    mean = model(images)
+    np.testing.assert_allclose(mean, model(images[:, :, ::-1]), rtol=1e-5, atol=1e-6)
+    assert not jnp.allclose(plain, mean, atol=1e-3)
+    model.train()
+    np.testing.assert_array_equal(model(images), plain)
+
+
+def test_flips_and_light():
     images = jax.random.uniform(jax.random.key(1), (40, 6, 7, 1))
     flipped = augment.random_flip(jax.random.key(0), images)
     mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
     assert (mirrored | (flipped == images).all((1, 2, 3))).all()
     assert 0.2 < mirrored.mean() < 0.8
-    brighter = augment.random_brightness(jax.random.key(0), images, 0.2)
+    brighter = augment.random_light(jax.random.key(0), images, brightness=0.2)
     assert ((brighter >= 0) & (brighter <= 1)).all()
     assert jnp.abs(brighter - images).max() <= 0.2
     assert jnp.std(jnp.mean(brighter - images, axis=(1, 2, 3))) > 0.05
+    images = 0.4 + images / 5
+    stretched = augment.random_light(jax.random.key(0), images, contrast=0.5)
+    pixels = 1, 2, 3
+    np.testing.assert_allclose(stretched.mean(pixels), images.mean(pixels), rtol=1e-4)
+    ratio = stretched.std(pixels) / images.std(pixels)
+    assert (jnp.abs(ratio - 1) <= 0.5001).all()
+    assert jnp.std(ratio) > 0.1
 
 
 def test_augmentation_is_off_by_default_and_checked():
@@ -128,8 +181,14 @@ def test_augmentation_is_off_by_default_and_checked():
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 @pytest.mark.parametrize("kind", runs.MODELS)
 def test_any_image_size_gives_unit_vectors(kind, dtype, shape):
+    options = {"size": shape[:2]} if kind == "photo" else {}
     model = runs.MODELS[kind](
-        16, channels=(16, 32), in_channels=shape[-1], dtype=dtype, rngs=nnx.Rngs(0)
+        16,
+        channels=(16, 32),
+        in_channels=shape[-1],
+        dtype=dtype,
+        rngs=nnx.Rngs(0),
+        **options,
     )
     images = jax.random.uniform(jax.random.key(0), (5, *shape))
     embeddings = nnx.jit(lambda model, x: model(x))(model, images)
@@ -182,6 +241,8 @@ def test_a_run_leaves_everything_behind(finished):
     out, evaluations = finished
     assert {path.name for path in out.iterdir()} == {
         "config.json",
+        "best.digests.json",
+        "checkpoints.digests.json",
         "metrics.jsonl",
         "summary.json",
         "checkpoints",
@@ -678,11 +739,17 @@ def test_bad_arguments_are_one_line_and_exit_2(arguments, words, tmp_path):
 
 def with_images(shape, kinds, each):
     """A dataset of so many classes, of which nothing is held out."""
-    images = np.zeros((kinds * each, *shape), np.uint8)
-    train = data.Images(images, np.repeat(np.arange(kinds), each))
+    draw = np.random.default_rng(0)
+    labels = np.repeat(np.arange(kinds), each)
+    patterns = draw.integers(0, 200, (kinds, *shape), dtype=np.uint8)
+    images = (
+        patterns[labels] + np.uint8(np.arange(len(labels)) % 9)[:, None, None, None]
+    )
+    train = data.Images(images, labels)
     none = train.part(slice(0))
     names = tuple(map(str, range(kinds)))
-    return data.Dataset("some", train, none, none, names, key="")
+    kind = "photos" if shape[-1] == 3 else "characters"
+    return data.Dataset("some", train, none, none, names, key="", kind=kind)
 
 
 @pytest.mark.parametrize(
@@ -691,32 +758,100 @@ def with_images(shape, kinds, each):
         ((8, 8, 1), 10, 80, ("cnn", 10, 8, 1, (32, 64))),
         ((32, 32, 1), 97, 15, ("cnn", 40, 4, 8, (32, 64, 128))),
         ((32, 24, 1), 97, 15, ("cnn", 40, 4, 2, (32, 64, 128))),
-        ((48, 64, 3), 500, 7, ("resnet", 40, 4, 1, (32, 64, 128))),
-        ((48, 64, 3), 500, 90, ("resnet", 40, 4, 1, (32, 64, 128))),
-        ((64, 64, 3), 2, 90, ("resnet", 2, 8, 1, (32, 64, 128))),
+        ((24, 32, 3), 500, 7, ("photo", 40, 4, 1, (16, 32, 64, 128))),
+        ((24, 32, 3), 500, 31, ("photo", 40, 4, 1, (16, 32, 64, 128))),
+        ((64, 64, 3), 2, 90, ("photo", 2, 8, 1, (16, 32, 64, 128))),
     ],
 )
 def test_choices_by_the_data(shape, kinds, each, expected):
-    config = tasks.Classes(with_images(shape, kinds, each)).choose(runs.Config())
+    config, _ = tasks.Classes(with_images(shape, kinds, each)).choose(runs.Config())
     names = ("model", "classes", "per_class", "turns", "channels")
     assert tuple(getattr(config, name) for name in names) == expected
     assert config.augment.flip == (shape[-1] == 3)
     own = runs.Config(model="multiscale", classes=2, per_class=3, turns=1, steps=5)
-    kept = tasks.Classes(with_images(shape, kinds, each)).choose(own)
+    kept, _ = tasks.Classes(with_images(shape, kinds, each)).choose(own)
     assert (kept.model, kept.classes, kept.per_class) == ("multiscale", 2, 3)
     assert (kept.turns, kept.steps) == (1, 5)
 
 
 def test_mirrored_classes_are_not_mirrored_at_random():
     task = tasks.Classes(with_images((64, 64, 3), 40, 5))
-    assert task.choose(runs.Config(turns=4)).augment.flip
-    assert not task.choose(runs.Config(turns=8)).augment.flip
+    assert task.choose(runs.Config(turns=4))[0].augment.flip
+    assert not task.choose(runs.Config(turns=8))[0].augment.flip
     grey = tasks.Classes(with_images((32, 32, 1), 40, 5))
-    assert grey.choose(runs.Config()).turns == 8
-    assert grey.choose(runs.Config(augment=tasks.GREY)).turns == 8
-    assert grey.choose(runs.Config(augment=tasks.COLOUR)).turns == 1
+    assert grey.choose(runs.Config())[0].turns == 8
+    assert grey.choose(runs.Config(augment=tasks.GREY))[0].turns == 8
     with pytest.raises(ValueError, match=r"turns is 8.*augment mirrors"):
-        grey.choose(runs.Config(augment=tasks.COLOUR, turns=8))
+        grey.choose(runs.Config(augment=tasks.PHOTOS, turns=8))
+
+
+def faces(people, each, *, place=(20, 12), size=24, seed=0):
+    """Images that differ between people in one place, and elsewhere at random."""
+    draw = np.random.default_rng(seed)
+    images = draw.normal(100, 25, (people * each, 64, 48))
+    patterns = draw.normal(100, 45, (people, size, size))
+    labels = np.repeat(np.arange(people), each)
+    top, left = place
+    images[:, top : top + size, left : left + size] = patterns[labels]
+    images += draw.normal(0, 5, images.shape)
+    return np.uint8(np.clip(images, 0, 255))[..., None], labels
+
+
+def test_where_classes_differ_is_found():
+    images, labels = faces(20, 5)
+    layout = image_analysis.layout_of(images, labels)
+    top, left, bottom, right = layout.box
+    assert 10 / 64 <= top <= 20 / 64
+    assert 3 / 48 <= left <= 12 / 48
+    assert 44 / 64 <= bottom <= 54 / 64
+    assert 36 / 48 <= right <= 45 / 48
+    assert layout.aligned
+    # Where nothing is in one place, all of it is looked at.
+    draw = np.random.default_rng(1)
+    rolled = np.stack([np.roll(x, draw.integers(0, 48, 2), (0, 1)) for x in images])
+    layout = image_analysis.layout_of(rolled, labels)
+    assert (layout.box, layout.aligned) == (image_analysis.WHOLE, False)
+    few = image_analysis.layout_of(images[:20], labels[:20])
+    assert few.why == "too few classes to tell where they differ"
+
+
+def test_photographs_are_seen_where_classes_differ(tmp_path):
+    images, labels = faces(12, 6)
+    for number, (image, label) in enumerate(zip(images, labels)):
+        (tmp_path / "people" / str(label)).mkdir(parents=True, exist_ok=True)
+        file = tmp_path / "people" / str(label) / f"{number}.png"
+        Image.fromarray(image[..., 0]).save(file)
+    config = small(data=str(tmp_path / "people"), kind="photos", steps=2)
+    runs.run(config, tmp_path / "run", progress=False)
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (settings["model"], settings["head"]) == ("photo", "grid")
+    assert settings["mirror"]
+    assert settings["shape"] == [64, 48, 1]
+    top, _, bottom, _ = settings["box"]
+    assert bottom - top < 0.7
+    assert any("what is seen is" in note for note in settings["notes"])
+    embed = learn.load_embedder(tmp_path / "run")
+    one = np.asarray(embed(images[:2]))
+    np.testing.assert_allclose(np.linalg.norm(one, axis=1), 1, rtol=1e-5)
+    # What is not seen does not count.
+    other = images[:2].copy()
+    other[:, :6], other[:, -6:] = 0, 0
+    np.testing.assert_allclose(embed(other), one, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "turns"),
+    [
+        (lambda x: x, 8),
+        (lambda x: x + x[:, :, ::-1], 4),
+        (lambda x: x + x[:, ::-1, ::-1], 1),
+    ],
+)
+def test_symmetric_classes_are_not_turned(drawn, turns):
+    images, labels = faces(20, 5)
+    square = drawn(images[:, 20:44, 12:36] // 2)
+    assert image_analysis.most_turns(square, labels) == turns
+    assert image_analysis.most_turns(square[:, :20], labels) <= 2
 
 
 # Runs that are stopped.
@@ -769,6 +904,29 @@ def test_a_run_whose_data_changed_is_not_gone_on_with(tmp_path, monkeypatch):
         runs.run(config, tmp_path / "run", resume=True, progress=False)
 
 
+def test_a_run_goes_on_without_its_options_and_with_moved_data(tmp_path):
+    folder = shapes(tmp_path / "pictures", each=4)
+    out = tmp_path / "exp[v2]"
+    config = small(data=str(folder), steps=4, checkpoint_every=2)
+    evaluations = runs.run(config, out, progress=False)
+    (out / "summary.json").unlink()
+    folder.rename(tmp_path / "moved")
+    asked = runs.asked_of(out)
+    assert asked["steps"] == 4
+    moved = runs.Config(**asked | {"data": str(tmp_path / "moved")})
+    assert moved == dataclasses.replace(config, data=str(tmp_path / "moved"))
+    assert runs.run(moved, out, resume=True, progress=False) == evaluations
+    (out / "summary.json").unlink()
+    # From now on it is found there.
+    again = runs.Config(**runs.asked_of(out))
+    assert runs.run(again, out, resume=True, progress=False) == evaluations
+    # A run that has lost its states does not begin again without a word.
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(ValueError, match=r"reached step 4 but has no checkpoint"):
+        runs.run(again, out, resume=True, progress=False)
+
+
 def test_a_run_on_a_folder_with_broken_images(tmp_path):
     folder = shapes(tmp_path / "pictures", size=(40, 30), mode="RGB", each=6)
     (folder / "group1").rename(folder / "from_$1_to_$2_")
@@ -777,7 +935,7 @@ def test_a_run_on_a_folder_with_broken_images(tmp_path):
     evaluations = runs.run(config, tmp_path / "run", progress=False)
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert settings["skipped"][0].startswith("group0/kind0/broken.png")
-    assert settings["model"] == "resnet"
+    assert settings["model"] == "photo"
     assert settings["shape"] == [30, 40, 3]
     assert "nearest_in_train" not in evaluations["trained"]
     embed = learn.load_embedder(tmp_path / "run")
@@ -820,7 +978,9 @@ def test_a_run_on_given_triplets(tmp_path):
         a, p = draw.sample(kinds[one], 2)
         lines.append(f"{a},{p},{draw.choice(kinds[other])}")
     (tmp_path / "t.csv").write_text("\n".join(lines))
-    config = small(triplets=str(tmp_path / "t.csv"), steps=40, batch=16)
+    # Where the rectangles lie is what they are.
+    options = {"kind": "characters", "steps": 40, "batch": 16}
+    config = small(triplets=str(tmp_path / "t.csv"), **options)
     out = tmp_path / "run"
     evaluations = runs.run(config, out, progress=False)
     assert evaluations["trained"]["ranked_right"] > 95

@@ -1405,6 +1405,8 @@ def hard_triplets(task: Task, batch: Batch) -> Triplets:
         tiles = Tiles.of(task, batch)
         listed = _mined_by_tiles(task, tiles, classes)
         positive, negative, valid = (x[0] for x in listed[:3])
+        # Indices are 64 bits long under jax_enable_x64.
+        positive, negative = positive.astype(int), negative.astype(int)
         return Triplets(jnp.arange(len(valid)), positive, negative, valid)
 
     return lax.cond(classes.most <= FEW, by_tiles, lambda: _hard_by_panels(task, batch))
@@ -1427,7 +1429,7 @@ def _hard_by_panels(task: Task, batch: Batch) -> Triplets:
             for old, x in zip(found, new)
         )
 
-    index = _zeros(batch, (n,)).astype(jnp.int32)
+    index = _zeros(batch, (n,)).astype(int)
     found = lax.fori_loop(0, panels.blocks.count, step, (index, index, index > 0))
     return Triplets(jnp.arange(n), *found)
 
@@ -1448,7 +1450,7 @@ def semi_hard_triplets(task: Task, batch: Batch, size: int) -> CountedTriplets:
         ]
         return count + jnp.sum(valid), *found
 
-    index = _zeros(batch, (size,)).astype(jnp.int32)
+    index = _zeros(batch, (size,)).astype(int)
     count, *found = lax.fori_loop(
         0, panels.blocks.count, step, (index[0], *[index] * 3)
     )

@@ -43,7 +43,7 @@ from tripletjax.losses import (
 )
 from tripletjax.mining import CountedTriplets, Triplets
 from tripletjax.pairs import PairMasks, as_boolean, as_labels, per_item
-from tripletjax.public import as_integer, public
+from tripletjax.public import as_integer, own_promotion, public
 
 AxisName = str | tuple[str, ...]
 
@@ -653,6 +653,7 @@ def _total(task: Task, batch: Batch) -> TripletTerms:
 
 
 @_total.defjvp
+@own_promotion
 def _total_jvp(task: Task, primals: tuple, tangents: tuple) -> tuple:
     (batch,), (dot,) = primals, tangents
     terms, gradients = _with_gradients(task, batch, None)
@@ -672,10 +673,12 @@ def _terms(task: Task, batch: Batch) -> TripletTerms:
     return blocks.sums(task, batch, gradient=False)[0]
 
 
+@own_promotion
 def _terms_forward(task: Task, batch: Batch) -> tuple[TripletTerms, Batch]:
     return _terms(task, batch), batch
 
 
+@own_promotion
 def _terms_backward(task: Task, batch: Batch, cotangents: TripletTerms) -> tuple:
     _, gradients = _with_gradients(task, batch, cotangents.total)
     return (Batch(*gradients, *[None] * (len(batch) - len(gradients))),)
@@ -692,6 +695,7 @@ def _with_gradients(
 
 
 @_with_gradients.defjvp
+@own_promotion
 def _with_gradients_jvp(task: Task, primals: tuple, tangents: tuple) -> tuple:
     """Second derivatives go through the matrix."""
     out = _with_gradients(task, *primals)

@@ -44,7 +44,7 @@ from tripletjax.mining import (
     take,
 )
 from tripletjax.pairs import PairMasks, in_turn, resolve
-from tripletjax.public import public
+from tripletjax.public import own_promotion, public
 
 
 class TripletTerms(NamedTuple):
@@ -596,6 +596,7 @@ def batch_all_sums(
 
 
 @batch_all_sums.defjvp
+@own_promotion
 def _batch_all_sums_jvp(hinge: Hinge, primals: tuple, tangents: tuple) -> tuple:
     # An anchor's loss depends on its own row and margin alone, so its derivative is a
     # product with one row of weights: that is all that reverse mode has to keep.
@@ -624,6 +625,7 @@ def _batch_all_weights(
 
 
 @_batch_all_weights.defjvp
+@own_promotion
 def _batch_all_weights_jvp(hinge: Hinge, primals: tuple, tangents: tuple) -> tuple:
     # For second derivatives: over all columns in turn, a loop that can be
     # differentiated any number of times in either mode, but takes O(n m^2) time.

@@ -6,6 +6,8 @@ A public function takes any array-like, is jitted, and runs on any mesh:
   that this JAX configuration would silently wrap is an error;
 - callables, flags and sizes are static and checked, everything else may be traced;
 - only what is annotated as optional may be None;
+- it is traced under JAX's default promotion of ranks and dtypes, which a caller may
+  have made stricter;
 - arrays on a mesh with Explicit axes are computed under Auto axes, so that the same
   code runs whichever kind of mesh the caller has set up.
 """
@@ -25,6 +27,20 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def own_promotion(function: Callable[P, R]) -> Callable[P, R]:
+    """Traces a function under JAX's default promotion, whatever the caller has set.
+
+    Rules of differentiation need it, too: they are traced when a caller asks for them.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def public(
@@ -57,6 +73,7 @@ def public(
         flags = [name for name in static if parameters[name].annotation is bool]
         sizes = [name for name in static if parameters[name].annotation is int]
         statics = (*callables, *static)
+        function = own_promotion(function)
         run = jax.jit(function, static_argnames=statics)
         run_explicit = jax.jit(
             functools.partial(_under_auto_axes, function, statics),

@@ -18,8 +18,8 @@ LAYOUT_CLASSES, LAYOUT_IMAGES = 8, 4096
 # A grid of so many cells each way, in which orientations of edges are summed.
 CELLS, ORIENTATIONS = 16, 8
 # Below this share of the variance, images have no common layout. What lies around the
-# peak with at least half its share is looked at, and a cell more each way.
-LAYOUT = 0.15
+# peak with at least so much of its share is looked at, and a cell more each way.
+LAYOUT, NEAR_PEAK = 0.15, 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,9 @@ def most_turns(images: np.ndarray, labels: np.ndarray) -> int:
 def _thumbnail(image: np.ndarray) -> np.ndarray:
     """An image in a few smooth pixels."""
     grey = Image.fromarray(image.mean(axis=-1).astype(np.uint8))
-    return np.asarray(grey.resize((CELLS, CELLS), Image.Resampling.BOX), np.float32)
+    return np.asarray(
+        grey.resize((CELLS, CELLS), Image.Resampling.BILINEAR), np.float32
+    )
 
 
 def _edges(images: np.ndarray) -> np.ndarray:
@@ -188,8 +190,8 @@ def _blurred(x: np.ndarray) -> np.ndarray:
 
 
 def _around_peak(share: np.ndarray) -> tuple[float, float, float, float]:
-    """The box of the cells of half the peak that hang together with it."""
-    high = share > share.max() / 2
+    """The box of the cells with a share near the peak's that hang together with it."""
+    high = share > NEAR_PEAK * share.max()
     reached = np.zeros_like(high)
     reached[np.unravel_index(share.argmax(), share.shape)] = True
     while True:

@@ -5,7 +5,8 @@ A run directory holds
 - ``config.json``: every choice that the run was made with;
 - ``metrics.jsonl``: a line of numbers every few steps, validations and evaluations;
 - ``checkpoints/``: the last two states, from which a run goes on;
-- ``best/``: the model that did best in validation;
+- ``best/``: the model that did best in validation, and the one before;
+- ``checkpoints.digests.json``, ``best.digests.json``: digests of their files;
 - ``summary.json``: the evaluations, the number of parameters, and how many images
   there were of what, once the run has finished;
 - ``training.png``: loss and share of active triplets over the steps;
@@ -45,6 +46,10 @@ from tripletjax.learn.stored import StoredImages
 SAMPLE, LOOK = 4096, 256
 # Images of more bytes than this are not compared as raw pixels.
 RAW = 2**28
+
+
+# Options that say where data are.
+PLACES = ("data", "triplets")
 
 
 class RunExistsError(FileExistsError):
@@ -113,10 +118,12 @@ def run(
         )
     else:
         # What another version would choose otherwise stays as it was.
-        config, settings = _config(old), old
+        places = {name: asked[name] for name in PLACES}
+        settings = old | places | {"asked": old["asked"] | places}
+        config = _config(settings)
         task = task.seen(config)
     batches = task.batches(config)
-    if old is None:
+    if settings != old:
         out.mkdir(parents=True, exist_ok=True)
         _write(out / "config.json", json.dumps(settings, indent=2) + "\n")
 
@@ -304,6 +311,21 @@ def build_model(settings: dict[str, Any]) -> nnx.Module:
     )
 
 
+def asked_of(out: str | Path) -> dict[str, Any]:
+    """The options that a run was made with, but those left to their defaults.
+
+    Raises:
+        OSError: if there is no run.
+    """
+    asked = json.loads((Path(out) / "config.json").read_text())["asked"]
+    if asked["augment"] is not None:
+        asked["augment"] = Augment(**asked["augment"])
+    for name in ("channels", "box"):
+        asked[name] = asked[name] and tuple(asked[name])
+    defaults = dataclasses.asdict(Config())
+    return {name: x for name, x in asked.items() if x != defaults[name]}
+
+
 def load_model(run_dir: str | Path) -> tuple[nnx.Module, dict[str, Any]]:
     """The best model of a run, and the run's settings.
 
@@ -446,7 +468,13 @@ def _old_run(out: Path, asked: dict[str, Any], resume: bool) -> dict[str, Any] |
     if "config.json" not in begun:
         raise RunExistsError(f"{out} is not the directory of a run: no config.json.")
     old = json.loads((out / "config.json").read_text())
-    changed = [name for name in asked if asked[name] != old["asked"].get(name)]
+    # Data may have moved: what they hold is compared when they are read.
+    changed = [
+        name
+        for name in asked
+        if asked[name] != old["asked"].get(name)
+        and (name not in PLACES or None in (asked[name], old["asked"].get(name)))
+    ]
     if changed:
         told = ", ".join(
             f"{name} was {old['asked'].get(name)!r} and is {asked[name]!r}"

@@ -57,6 +57,7 @@ class ClassBatches:
     members: tuple[np.ndarray, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", _as_labels(self.labels))
         values, counts = np.unique(self.labels, return_counts=True)
         for name in ("classes", "per_class"):
             if getattr(self, name) < 2:
@@ -138,6 +139,7 @@ class ImageBatches:
     places: ClassBatches = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", _as_labels(self.labels))
         if len(self.images.shape) != 4 or len(self.labels) != len(self.images):
             raise ValueError(
                 "images must be [n, height, width, channels] and labels [n], got "
@@ -203,6 +205,24 @@ class TripletBatches:
     shard: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
+        triplets = np.asarray(self.triplets)
+        if (
+            triplets.ndim != 2
+            or triplets.shape[1] != 3
+            or triplets.dtype.kind not in "iu"
+        ):
+            raise ValueError(
+                "triplets must be integers [t, 3], got shape "
+                f"{triplets.shape} and dtype {triplets.dtype}."
+            )
+        if triplets.size and not 0 <= triplets.min() <= triplets.max() < len(
+            self.images
+        ):
+            raise ValueError(
+                f"triplets must be indices of the {len(self.images)} images, got "
+                f"{triplets.min()} to {triplets.max()}."
+            )
+        object.__setattr__(self, "triplets", triplets)
         if not 1 <= self.size <= len(self.triplets):
             raise ValueError(
                 f"size must be 1 to {len(self.triplets)}, the number of triplets, got "
@@ -217,6 +237,21 @@ class TripletBatches:
         chosen = chosen[batch * self.size : (batch + 1) * self.size]
         places = self.triplets[_sharded(chosen, self.shard)].T.ravel()
         return self.images[places], places.astype(np.int32)
+
+
+def _as_labels(labels: np.ndarray) -> np.ndarray:
+    """Labels as an array, one integer for each image."""
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or labels.size == 0:
+        raise ValueError(
+            f"labels must be [n], one integer for each image, got shape {labels.shape}."
+        )
+    if labels.dtype.kind not in "iu":
+        raise TypeError(
+            f"labels must be integers, got dtype {labels.dtype}. "
+            "np.unique(x, return_inverse=True)[1] turns names into integers."
+        )
+    return labels
 
 
 def _check_shard(shard: tuple[int, int], size: int) -> None:

@@ -19,7 +19,8 @@ import tripletjax as tj
 from tripletjax.learn import data, image_analysis, plots, sampling, training
 from tripletjax.learn.augment import Augment
 from tripletjax.learn.config import Config
-from tripletjax.learn.pictures import COLOUR_SIZE, View
+from tripletjax.learn.pictures import COLOUR_SIZE as PHOTO_SIZE
+from tripletjax.learn.pictures import View
 from tripletjax.learn.stored import StoredImages
 
 # From here on there are many classes, which take longer to learn.
@@ -379,11 +380,13 @@ def _of_photos(
     """Choices for photographs, in place of others that were not asked for."""
     box = asked.box or layout.box
     top, left, bottom, right = box
-    longest = max((bottom - top) * shape[1], (right - left) * shape[2])
-    steps = asked.steps or (2000 if many else 1000)
+    sides = sorted(((bottom - top) * shape[1], (right - left) * shape[2]))
+    # A narrow part is seen longer, so that there are as many pixels.
+    longest = min(PHOTO_SIZE * math.sqrt(sides[1] / sides[0]), 2 * PHOTO_SIZE, sides[1])
+    steps = asked.steps or (1500 if many else 1000)
     choices = {
         "box": box,
-        "size": asked.size or max(8, min(COLOUR_SIZE, round(longest))),
+        "size": asked.size or max(8, round(longest)),
         "model": asked.model or "photo",
         "head": asked.head or ("grid" if layout.aligned else "mean"),
         "mirror": chosen.augment.flip if asked.mirror is None else asked.mirror,

@@ -1,0 +1,173 @@
+"""Every public function under strict settings of JAX.
+
+The lane of its own, where the settings hold for all that is traced:
+
+    JAX_ENABLE_X64=1 JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict \
+        python -m pytest tests/test_strict.py
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tripletjax as tj
+
+DRAW = np.random.default_rng(0)
+X, R = (np.float32(DRAW.normal(size=(n, 6))) for n in (24, 30))
+Y, RY = np.arange(24) % 6, np.arange(30) % 6
+# One class is so large that the losses go another way.
+LARGE = np.minimum(np.arange(24), 3)
+GALLERY = {"references": R, "reference_labels": RY}
+PADDED = {"where": Y > 0, "reference_where": RY > 1, "positions": np.arange(24)}
+SAME = Y == 0
+
+
+def key():
+    return jax.random.key(0)
+
+
+def distances(x=X, y=None):
+    return tj.euclidean(x, y)
+
+
+CALLS = {
+    "euclidean": lambda: distances(),
+    "squared_euclidean": lambda: tj.squared_euclidean(X, R),
+    "cosine": lambda: tj.cosine.paired(X, X[::-1]),
+    "manhattan": lambda: tj.manhattan(X, R),
+    "Metric": lambda: tj.Metric(paired=lambda a, b: jnp.max(jnp.abs(a - b)))(X, R),
+    "pair_masks": lambda: tj.pair_masks(Y, RY, **PADDED),
+    "batch_hard_triplets": lambda: tj.batch_hard_triplets(distances(), Y),
+    "batch_easy_hard_triplets": lambda: tj.batch_easy_hard_triplets(distances(), Y),
+    "batch_semi_hard_triplets": lambda: tj.batch_semi_hard_triplets(distances(), Y),
+    "random_semi_hard_triplets": lambda: tj.random_semi_hard_triplets(
+        key(), distances(), Y
+    ),
+    "all_triplets": lambda: tj.all_triplets(Y, size=99),
+    "distance_weighted_triplets": lambda: tj.distance_weighted_triplets(
+        key(), distances(), Y, dim=6
+    ),
+    "random_triplets": lambda: tj.random_triplets(key(), Y),
+    "triplet_margin_loss": lambda: jax.value_and_grad(
+        lambda x: tj.triplet_margin_loss(x[:8], x[8:16], x[16:], swap=True)
+    )(X),
+    "triplet_loss": lambda: jax.value_and_grad(
+        lambda x: tj.triplet_loss(distances(x), tj.batch_hard_triplets(distances(x), Y))
+    )(X),
+    "selectively_contrastive": lambda: jax.value_and_grad(
+        lambda x: tj.batch_hard_loss(
+            distances(x), Y, hinge=tj.selectively_contrastive()
+        )
+    )(X),
+    "retrieval.nearest_neighbors": lambda: tj.retrieval.nearest_neighbors(X, R, 3),
+    "retrieval.evaluate": lambda: tj.retrieval.evaluate(X, Y),
+    "retrieval.evaluate each": lambda: tj.retrieval.evaluate(
+        X, Y, **GALLERY, reference_where=DRAW_MASK
+    ),
+    "retrieval.mean_of_queries": lambda: tj.retrieval.mean_of_queries(
+        tj.retrieval.evaluate(X, Y, reduce_fn=None), Y
+    ),
+    "retrieval.mean_of_classes": lambda: tj.retrieval.evaluate(
+        X, Y, **GALLERY, reduce_fn=tj.retrieval.mean_of_classes
+    ),
+    "retrieval.recall_at_k": lambda: tj.retrieval.recall_at_k(X, Y),
+    "retrieval.few_shot_accuracy": lambda: tj.retrieval.few_shot_accuracy(
+        X, Y, R, RY, class_means=True, where=RY > 0, support_where=Y >= 0
+    ),
+    "verification.evaluate": lambda: tj.verification.evaluate(X, Y, fars=(0.1,)),
+    "verification.evaluate_pairs": lambda: tj.verification.evaluate_pairs(
+        distances()[0], SAME, fars=(0.5,)
+    ),
+    "verification.tar_at_far": lambda: tj.verification.tar_at_far(
+        distances()[0], SAME, fars=(0.5,)
+    ),
+    "verification.equal_error_rate": lambda: tj.verification.equal_error_rate(
+        distances()[0], SAME
+    ),
+    "verification.roc": lambda: tj.verification.roc(distances()[0], SAME),
+    "verification.k_fold_accuracy": lambda: tj.verification.k_fold_accuracy(
+        distances()[0], SAME, folds=3
+    ),
+    "collapse.report": lambda: tj.collapse.report(X),
+}
+DRAW_MASK = DRAW.random((24, 30)) < 0.7
+
+
+def gradient(loss, *arguments, **options):
+    return jax.value_and_grad(lambda x: loss(x, *arguments, **options))(X)
+
+
+for name in ("batch_all_loss", "batch_hard_loss", "batch_semi_hard_loss"):
+    by_matrix, blockwise = getattr(tj, name), getattr(tj.blockwise, name)
+    CALLS[name] = functools.partial(
+        gradient, lambda x, f: f(distances(x), Y, reduce_fn=tj.mean_active), by_matrix
+    )
+    CALLS[f"blockwise.{name}"] = functools.partial(gradient, blockwise, Y)
+    CALLS[f"blockwise.{name} large"] = functools.partial(gradient, blockwise, LARGE)
+    CALLS[f"blockwise.{name} gallery"] = functools.partial(
+        gradient, blockwise, Y, metric=tj.cosine, **GALLERY, **PADDED
+    )
+    CALLS[f"blockwise.{name} by the metric"] = functools.partial(
+        gradient, blockwise, Y, metric=tj.manhattan
+    )
+
+
+def banded(band):
+    return tj.all_triplets(Y, size=99, distances=distances(), band=band())
+
+
+for name in ("hard_band", "semi_hard_band", "easy_band", "violating_band"):
+    CALLS[name] = functools.partial(banded, getattr(tj, name))
+for name, options in (
+    ("batch_hard_triplets", {}),
+    ("batch_semi_hard_triplets", {"size": 99}),
+):
+    miner = getattr(tj.blockwise, name)
+    CALLS[f"blockwise.{name}"] = functools.partial(miner, X, Y, **options)
+    CALLS[f"blockwise.{name} large"] = functools.partial(miner, X, LARGE, **options)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_runs_and_gives_the_same(name):
+    got = jax.tree.leaves(CALLS[name]())
+    with (
+        jax.enable_x64(False),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        expected = jax.tree.leaves(CALLS[name]())
+    if "random" in name or "weighted" in name:
+        # Other numbers are drawn in 64 bits.
+        assert [x.shape for x in got] == [x.shape for x in expected]
+        return
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-5)
+
+
+def test_no_public_function_is_left_out():
+    modules = {"": tj} | {
+        f"{name}.": getattr(tj, name)
+        for name in ("blockwise", "retrieval", "verification", "collapse")
+    }
+    types = {"Metric", "selectively_contrastive"}
+    called = {name.split()[0] for name in CALLS}
+    for prefix, module in modules.items():
+        names = getattr(module, "__all__", None) or [
+            name
+            for name, value in vars(module).items()
+            if getattr(value, "__module__", "") == module.__name__
+            and name[0].islower()
+            and callable(value)
+        ]
+        missing = [
+            prefix + name
+            for name in names
+            if callable(getattr(module, name))
+            and (name[0].islower() or name in types)
+            and prefix + name not in called
+        ]
+        helpers = {"as_batch", "read_lfw_pairs", "mean_active", "mean_valid"}
+        assert not {m.split(".")[-1] for m in missing} - helpers, missing
