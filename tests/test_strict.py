@@ -62,6 +62,12 @@ CALLS = {
             distances(x), Y, hinge=tj.selectively_contrastive()
         )
     )(X),
+    "mean_active": lambda: tj.mean_active(
+        tj.batch_all_loss(distances(), Y, reduce_fn=None)
+    ),
+    "mean_valid": lambda: tj.mean_valid(
+        tj.batch_all_loss(distances(), Y, reduce_fn=None)
+    ),
     "retrieval.nearest_neighbors": lambda: tj.retrieval.nearest_neighbors(X, R, 3),
     "retrieval.evaluate": lambda: tj.retrieval.evaluate(X, Y),
     "retrieval.evaluate each": lambda: tj.retrieval.evaluate(
@@ -169,5 +175,5 @@ def test_no_public_function_is_left_out():
             and (name[0].islower() or name in types)
             and prefix + name not in called
         ]
-        helpers = {"as_batch", "read_lfw_pairs", "mean_active", "mean_valid"}
+        helpers = {"as_batch", "read_lfw_pairs"}
         assert not {m.split(".")[-1] for m in missing} - helpers, missing

@@ -29,7 +29,7 @@ from tripletjax.blockwise import as_batch
 from tripletjax.distances import Metric, as_vectors, common_offset, euclidean
 from tripletjax.mining import ordered_bits
 from tripletjax.pairs import PairMasks, as_boolean, keep_pairs, pair_masks, per_item
-from tripletjax.public import as_integer, public
+from tripletjax.public import as_integer, own_promotion, public
 
 # Metrics are made for at most this many queries at a time, and of so many distances,
 # which come in tiles of so many references.
@@ -157,6 +157,7 @@ def _nearest_neighbors(
 Reduction = Callable[[RetrievalMetrics, Array], RetrievalMetrics]
 
 
+@own_promotion
 def mean_of_queries(metrics: RetrievalMetrics, labels: Array) -> RetrievalMetrics:
     """Every query counts the same.
 
@@ -178,6 +179,7 @@ def mean_of_queries(metrics: RetrievalMetrics, labels: Array) -> RetrievalMetric
     return RetrievalMetrics(*map(mean, metrics[:-1]), queries)
 
 
+@own_promotion
 def mean_of_classes(metrics: RetrievalMetrics, labels: Array) -> RetrievalMetrics:
     """Every class counts the same, however many queries it has.
 
