@@ -145,7 +145,8 @@ def main() -> int:
             values = (f"{metrics[k]:{len(v)}.1f}" for k, v in columns.items())
             print(f"{name:<19}  " + "  ".join(values))
     else:
-        print("\nThere are too few to hold any out for a test.")
+        more = "" if given else "; --split classes holds out whole classes"
+        print(f"\nThere are too few to hold any out for a test{more}.")
     summary = json.loads((out / "summary.json").read_text())
     skipped = summary["counts"].pop("skipped")
     counts = (

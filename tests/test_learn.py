@@ -27,6 +27,7 @@ from tripletjax.learn import (
     data,
     image_analysis,
     models,
+    plots,
     runs,
     sampling,
     tasks,
@@ -902,6 +903,39 @@ def test_a_run_whose_data_changed_is_not_gone_on_with(tmp_path, monkeypatch):
     Image.new("L", (24, 20), 77).save(folder / "group0" / "kind0" / "0.png")
     with pytest.raises(ValueError, match="no longer what the run"):
         runs.run(config, tmp_path / "run", resume=True, progress=False)
+
+
+def test_names_that_no_font_has_are_shown_as_numbers(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
+    names = ("Ada", "\u5b57\u5178", "\U0001f600 $x_1$")
+    embeddings = {"trained": np.float32(images.reshape(6, -1))}
+    # A sign that is missing would be a warning, which is an error here.
+    plots.neighbors(
+        images, np.arange(6) // 2, embeddings, names, tmp_path / "a.png", k=3
+    )
+    assert (tmp_path / "a.png").exists()
+    assert plots._fonts("Ada") == ["DejaVu Sans"]
+    assert plots._fonts("\U000f0000") is None
+
+
+def test_queries_have_somebody_to_find(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1), dtype=np.uint8)
+    shown = []
+    monkeypatch.setattr(plots, "_short", lambda name: shown.append(name) or name)
+    embeddings = {"trained": np.float32(images.reshape(7, -1))}
+    labels, names = np.array([0, 1, 2, 2, 3, 3, 4]), tuple("abcde")
+    plots.neighbors(images, labels, embeddings, names, tmp_path / "a.png", k=3)
+    assert sorted(shown) == ["c", "d"]
+    plots.neighbors(
+        images[:3], labels[:3], {"x": np.eye(3)}, names, tmp_path / "b.png", k=2
+    )
+    assert sorted(shown[2:]) == ["a", "b", "c"]
+
+
+def test_a_margin_that_cannot_be_reached_is_named(tmp_path, datasets):
+    runs.run(small(margin=5.0, steps=1), tmp_path / "run", progress=False)
+    notes = json.loads((tmp_path / "run" / "config.json").read_text())["notes"]
+    assert any("no triplet can satisfy a margin of 5" in note for note in notes)
 
 
 def test_a_run_goes_on_without_its_options_and_with_moved_data(tmp_path):

@@ -1,11 +1,14 @@
 """The pictures of a run."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jax.typing import ArrayLike
+from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 
 import tripletjax as tj
 
@@ -60,9 +63,10 @@ def neighbors(
 ) -> None:
     """Query images with their nearest neighbours, by one embedding beside another.
 
-    The queries are those that the first embedding does worst on, one per class. Every
-    picture is framed by whether it is of the query's class; in grey beyond the rank
-    that the last of its class would have at best.
+    The queries are those that the first embedding does worst on, one per class, of the
+    classes that have more than one image, if there are such. Every picture is framed by
+    whether it is of the query's class; in grey beyond the rank that the last of its
+    class would have at best.
 
     Args:
         images: uint8 ``[n, height, width, channels]``.
@@ -80,8 +84,11 @@ def neighbors(
         for name, x in embeddings.items()
     }
     right = (labels[next(iter(ranked.values()))] == labels[:, None]).mean(axis=1)
+    classes, counts = np.unique(labels, return_counts=True)
+    several = classes[counts > 1]
     hardest = [
-        min(places[labels == c], key=right.__getitem__) for c in np.unique(labels)
+        min(places[labels == c], key=right.__getitem__)
+        for c in (several if len(several) else classes)
     ]
     chosen = sorted(hardest, key=right.__getitem__)[:queries]
     first = next(iter(ranked))
@@ -90,11 +97,13 @@ def neighbors(
         figsize=((k + 1) * 0.7 * len(ranked) + 0.8, 0.75 * len(chosen) + 1),
         layout="constrained",
     )
-    figure.suptitle(
+    told = (
         f"The {what} on which {first} do worst: green is of the same class, red is "
-        "not; light grey beyond as many as there are",
-        fontsize=11,
+        "not; light grey beyond as many as there are"
     )
+    if not len(several):
+        told = f"There is one of the {what} of each class: no other is of the same"
+    figure.suptitle(told, fontsize=11)
     for column, (part, (name, neighbor)) in enumerate(
         zip(np.atleast_1d(figure.subfigures(1, len(ranked))), ranked.items())
     ):
@@ -112,9 +121,15 @@ def neighbors(
                 for spine in axes.spines.values():
                     spine.set(color=color, linewidth=2.5)
             if column == 0:
+                name = _short(label_names[labels[query]])
+                fonts = _fonts(name)
+                if fonts is None:
+                    # No installed font can show it, but as its numbers.
+                    name = _short(name.encode("ascii", "backslashreplace").decode())
                 row[0].set_ylabel(
-                    _short(label_names[labels[query]]),
+                    name,
                     parse_math=False,
+                    fontfamily=fonts or ["DejaVu Sans"],
                     rotation=0,
                     ha="right",
                     va="center",
@@ -186,6 +201,28 @@ def triplets(
 
 def _short(name: str) -> str:
     return name if len(name) <= 16 else "…" + name[-15:]
+
+
+def _fonts(text: str) -> list[str] | None:
+    """Installed fonts that have all signs of a text between them, or None."""
+    families, missing = [], {ord(sign) for sign in text if not sign.isspace()}
+    default = font_manager.findfont("DejaVu Sans")
+    entries = [font_manager.FontEntry(fname=default, name="DejaVu Sans")]
+    for entry in (*entries, *font_manager.fontManager.ttflist):
+        if not missing:
+            break
+        found = missing & _signs(entry.fname)
+        # Matplotlib's own last resort has a box for everything.
+        if found and not entry.name.startswith("Last Resort"):
+            families.append(entry.name)
+            missing -= found
+    return None if missing else families or ["DejaVu Sans"]
+
+
+@functools.lru_cache
+def _signs(file: str) -> frozenset[int]:
+    """What a font has."""
+    return frozenset(FT2Font(file).get_charmap())
 
 
 def _shown(image: np.ndarray) -> np.ndarray:

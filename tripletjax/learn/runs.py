@@ -48,6 +48,8 @@ SAMPLE, LOOK = 4096, 256
 RAW = 2**28
 
 
+# The largest Euclidean distance of unit vectors.
+FARTHEST = 2.0
 # Options that say where data are.
 PLACES = ("data", "triplets")
 
@@ -98,6 +100,11 @@ def run(
     task = tasks.load(config, progress=progress)
     if old is None:
         config, notes = task.choose(config)
+        if config.margin >= FARTHEST:
+            notes.append(
+                f"warning: no triplet can satisfy a margin of {config.margin:g}: unit "
+                f"vectors are at most {FARTHEST:g} apart"
+            )
         shape, task = task.images.shape[1:], task.seen(config)
         mean, deviation = _statistics(task.images)
         settings = json.loads(json.dumps(dataclasses.asdict(config))) | {
