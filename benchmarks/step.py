@@ -2,11 +2,15 @@
 
     python benchmarks/step.py
     python benchmarks/step.py --batch 64 --size 32
+    python benchmarks/step.py --peers
 
 `EmbeddingResNet` on random colour images: the step of `training.fit` with each mining,
 beside the same step with a loss that costs nothing (a sum), and beside the loss with
 its gradient alone. Then steps per second of `fit` with one batch that is always at
 hand, with batches drawn by `ImageBatches` from memory, and from disk.
+
+With `--peers`, a step with AdamW of each network beside the same network in PyTorch, in
+turn; of `EmbeddingPhotoNet` beside PyTorch's residual network, in whose place it is.
 """
 
 import argparse
@@ -51,7 +55,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--peers", action="store_true", help="compare with PyTorch")
     arguments = parser.parse_args()
+    if arguments.peers:
+        compare_with_pytorch(arguments.repeats)
+        return
     n, size, repeats = arguments.batch, arguments.size, arguments.repeats
 
     random = np.random.default_rng(0)
@@ -109,6 +117,126 @@ def main() -> None:
                 f"batches {name:>11}: {1 / seconds:.3f} steps/s, "
                 f"{1e3 * alone:.1f} ms to make one"
             )
+
+
+def compare_with_pytorch(repeats: int) -> None:
+    import torch
+    from torch import nn
+
+    def layer(into: int, out: int, side: int = 3, stride: int = 1) -> list:
+        convolution = nn.Conv2d(into, out, side, stride, side // 2, bias=False)
+        return [convolution, nn.GroupNorm(8, out)]
+
+    class Cnn(nn.Module):
+        def __init__(self, channels: tuple[int, ...]):
+            super().__init__()
+            stages, into = [], 1
+            for out in channels:
+                both = [*layer(into, out), nn.ReLU(), *layer(out, out), nn.ReLU()]
+                stages += [nn.MaxPool2d(2)] * bool(stages) + both
+                into = out
+            self.stages, self.head = nn.Sequential(*stages), nn.Linear(2 * into, 128)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stages(x)
+            x = torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=-1)
+            return nn.functional.normalize(self.head(x))
+
+    class Residual(nn.Module):
+        def __init__(self, into: int, out: int, stride: int):
+            super().__init__()
+            first = [*layer(into, out, stride=stride), nn.ReLU()]
+            self.inner = nn.Sequential(*first, *layer(out, out))
+            self.short = nn.Identity()
+            if stride > 1 or into != out:
+                self.short = nn.Conv2d(into, out, 1, stride, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.short(x) + self.inner(x))
+
+    class ResNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            blocks, into = [*layer(3, 32, 5, 2), nn.ReLU()], 32
+            for place, out in enumerate((32, 64, 128)):
+                for stride in (1 + (place > 0), 1):
+                    blocks.append(Residual(into, out, stride))
+                    into = out
+            self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(into, 128)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.normalize(self.head(self.blocks(x).mean((2, 3))))
+
+    def torch_time(model: nn.Module, shape: tuple[int, ...]) -> float:
+        optimizer, x = torch.optim.AdamW(model.parameters()), torch.rand(shape)
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            (model(x) ** 3).sum().backward()
+            optimizer.step()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    def jax_time(model: nnx.Module, shape: tuple[int, ...]) -> float:
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        tx, x = optax.adamw(1e-3), jax.random.uniform(jax.random.key(0), shape)
+        state = tx.init(params)
+
+        @jax.jit
+        def step(params, state):
+            def loss(params):
+                return jnp.sum(nnx.merge(graph, params, rest, copy=True)(x) ** 3)
+
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            params, state = jax.block_until_ready(step(params, state))
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    rngs, n = nnx.Rngs(0), 160
+    small, large = (32, 64), (32, 64, 128)
+    for name, ours, theirs, (side, channels) in (
+        (
+            "EmbeddingCNN, two stages",
+            models.EmbeddingCNN(128, channels=small, rngs=rngs),
+            lambda: Cnn(small),
+            (32, 1),
+        ),
+        (
+            "EmbeddingCNN, three stages",
+            models.EmbeddingCNN(128, channels=large, rngs=rngs),
+            lambda: Cnn(large),
+            (32, 1),
+        ),
+        (
+            "EmbeddingResNet",
+            models.EmbeddingResNet(128, rngs=rngs),
+            ResNet,
+            (64, 3),
+        ),
+        (
+            "EmbeddingPhotoNet",
+            models.EmbeddingPhotoNet(128, in_channels=3, rngs=rngs),
+            ResNet,
+            (64, 3),
+        ),
+    ):
+        ratios = []
+        for _ in range(3):
+            peer = torch_time(theirs(), (n, channels, side, side))
+            own = jax_time(ours, (n, side, side, channels))
+            ratios.append(own / peer)
+            print(
+                f"{name}, {n} x {side} x {side} x {channels}: {1e3 * own:.0f} ms, "
+                f"PyTorch {1e3 * peer:.0f} ms",
+                flush=True,
+            )
+        print(f"    {np.median(ratios):.2f} times")
 
 
 def fit_time(source, repeats: int) -> float:

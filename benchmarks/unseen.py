@@ -1,10 +1,11 @@
-"""What an embedding is worth on classes that it never saw: one-shot error and MAP@R.
+"""What an embedding is worth on classes that it never saw: one-shot error, MAP@R, EER.
 
     python benchmarks/unseen.py --data TRAIN_FOLDER --unseen OTHER_FOLDER --seeds 3
 
 Trains on the first folder by the defaults of `examples/train.py`, and then tells apart
 the classes of the second: in each episode, one image each of 20 of its classes, and
-another image of each to be named by the nearest. Both folders have one folder of images
+another image of each to be named by the nearest; and tells same from different in all
+pairs. Both folders have one folder of images
 per class; if classes lie in groups (alphabets), episodes within one group are measured,
 too, of as many ways as the smallest has classes.
 """
@@ -28,7 +29,12 @@ def episodes(labels, groups, ways, within):
     """Indices of support and queries ``[EPISODES, ways]``."""
     random = np.random.default_rng(0)
     members = {c: np.flatnonzero(labels == c) for c in np.unique(labels)}
-    pools = list(groups.values()) if within else [list(members)]
+    # Of one image there is no other.
+    several = [c for c, rows in members.items() if len(rows) > 1]
+    pools = [several]
+    if within:
+        pools = [[c for c in group if c in several] for group in groups.values()]
+        pools = [pool for pool in pools if pool]
     ways = min(ways, *map(len, pools))
     chosen = np.empty((2, EPISODES, ways), int)
     for episode in range(EPISODES):
@@ -47,7 +53,12 @@ def measure(embeddings, labels, groups) -> list[float]:
         )
         errors.append(100 * (1 - float(np.mean(accuracy))))
     metrics = tj.retrieval.evaluate(embeddings, labels)
-    return [*errors, 100 * float(metrics.map_at_r), 100 * float(metrics.precision_at_1)]
+    pairs = tj.verification.evaluate(embeddings, labels, fars=(0.01,))
+    told = (
+        *(metrics.map_at_r, metrics.precision_at_1),
+        *(pairs.equal_error_rate, pairs.tar_at_far[0]),
+    )
+    return [*errors, *(100 * float(value) for value in told)]
 
 
 def main() -> None:
@@ -65,7 +76,8 @@ def main() -> None:
     for label, name in enumerate(names):
         groups[name.parent].append(label)
 
-    columns = "error, 20 ways", "within groups", "MAP@R", "recall@1", "seconds"
+    columns = ("error, 20 ways", "within groups", "MAP@R", "recall@1", "EER")
+    columns = (*columns, "TAR at FAR 1 %", "seconds")
     print(f"{'unseen classes, in %':<22}" + "".join(f"{c:>16}" for c in columns))
 
     def show(name: str, values) -> None:

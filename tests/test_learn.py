@@ -938,6 +938,24 @@ def test_a_margin_that_cannot_be_reached_is_named(tmp_path, datasets):
     assert any("no triplet can satisfy a margin of 5" in note for note in notes)
 
 
+def test_a_finished_run_is_lengthened(tmp_path, datasets):
+    out = tmp_path / "run"
+    runs.run(small(steps=4, checkpoint_every=2), out, progress=False)
+    longer = small(steps=8, checkpoint_every=2)
+    runs.run(longer, out, resume=True, progress=False)
+    assert steps_of(out) == 8
+    settings = json.loads((out / "config.json").read_text())
+    assert settings["steps"] == settings["asked"]["steps"] == 8
+    assert "lengthened from 4 to 8 steps" in settings["notes"][-1]
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if x.get("evaluation") == "trained"] == [8]
+    # It stays so long, also without its options.
+    again = runs.Config(**runs.asked_of(out))
+    assert again == longer
+    with pytest.raises(ValueError, match=r"8 steps, got steps 6.*not shortened"):
+        runs.run(small(steps=6, checkpoint_every=2), out, resume=True, progress=False)
+
+
 def test_a_run_goes_on_without_its_options_and_with_moved_data(tmp_path):
     folder = shapes(tmp_path / "pictures", each=4)
     out = tmp_path / "exp[v2]"

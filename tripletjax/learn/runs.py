@@ -71,7 +71,8 @@ def run(
     Args:
         config: what to do.
         out: the run directory, which must not exist or be empty, but to go on.
-        resume: whether to go on with the run that is there, if there is one.
+        resume: whether to go on with the run that is there, if there is one; with more
+            steps, it is lengthened.
         tensorboard: whether to write what TensorBoard reads, too; needs tensorboardX.
         progress: whether to show progress bars.
 
@@ -95,7 +96,13 @@ def run(
     config = _with_whole_paths(config)
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     old = _old_run(out, asked, resume)
-    if old is not None and (out / "summary.json").exists():
+    longer = old is not None and asked["steps"] not in (None, old["steps"])
+    if longer and asked["steps"] < old["steps"]:
+        raise ValueError(
+            f"the run in {out} was made with {old['steps']} steps, got steps "
+            f"{asked['steps']}: a run can be lengthened, not shortened."
+        )
+    if old is not None and not longer and (out / "summary.json").exists():
         return json.loads((out / "summary.json").read_text())["evaluations"]
     task = tasks.load(config, progress=progress)
     if old is None:
@@ -127,6 +134,16 @@ def run(
         # What another version would choose otherwise stays as it was.
         places = {name: asked[name] for name in PLACES}
         settings = old | places | {"asked": old["asked"] | places}
+        if longer:
+            steps = {"steps": asked["steps"]}
+            told = (
+                f"lengthened from {old['steps']} to {asked['steps']} steps: from where "
+                "it goes on, the learning rate is that of a run of this length"
+            )
+            settings |= steps | {
+                "asked": settings["asked"] | steps,
+                "notes": [*old["notes"], told],
+            }
         config = _config(settings)
         task = task.seen(config)
     batches = task.batches(config)
@@ -479,7 +496,8 @@ def _old_run(out: Path, asked: dict[str, Any], resume: bool) -> dict[str, Any] |
     changed = [
         name
         for name in asked
-        if asked[name] != old["asked"].get(name)
+        if name != "steps"
+        and asked[name] != old["asked"].get(name)
         and (name not in PLACES or None in (asked[name], old["asked"].get(name)))
     ]
     if changed:
