@@ -554,6 +554,21 @@ def test_collapse_is_told():
         )
 
 
+def test_signals_between_two_lines_are_the_callers(datasets):
+    before = signal.getsignal(signal.SIGINT)
+    model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
+    lines = training.fit(
+        model, optax.sgd(1e-2), digits_batches(), steps=4, log_every=1, progress=False
+    )
+    assert next(lines)["step"] == 1
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert next(lines)["step"] == 2
+    lines.close()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_the_best_validation_is_kept(tmp_path):
     values = iter([3.0, 5.0, 4.0, 5.0, float("nan")])
     kept, seen = Checkpoints(tmp_path / "best"), []

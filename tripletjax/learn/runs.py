@@ -197,31 +197,33 @@ def run(
             print(f"- no checkpoint yet at step {reached}: it begins again", flush=True)
         # It was killed before its first state.
         log.keep(0)
-    for line in training.fit(
-        model,
-        optax.adamw(schedule, weight_decay=config.weight_decay),
-        batches,
-        steps=config.steps,
-        loss=task.losses(config),
-        augment=config.augment,
-        seed=config.seed,
-        average=config.average,
-        chunk=config.chunk,
-        log_every=config.log_every,
-        validate=task.validate,
-        validate_every=config.validate_every,
-        best=task.best,
-        checkpoints=checkpoints,
-        checkpoint_every=config.checkpoint_every,
-        best_checkpoints=best,
-        progress=progress,
-    ):
-        if "resumed" in line:
-            log.keep(line["step"])
-            for damage in line["damaged"]:
-                print(f"{damage}; going on from step {line['step']}.", flush=True)
-        else:
-            log.add(line)
+    with training.Interrupts() as interrupts:
+        for line in training.fit(
+            model,
+            optax.adamw(schedule, weight_decay=config.weight_decay),
+            batches,
+            steps=config.steps,
+            loss=task.losses(config),
+            augment=config.augment,
+            seed=config.seed,
+            average=config.average,
+            chunk=config.chunk,
+            log_every=config.log_every,
+            validate=task.validate,
+            validate_every=config.validate_every,
+            best=task.best,
+            checkpoints=checkpoints,
+            checkpoint_every=config.checkpoint_every,
+            best_checkpoints=best,
+            interrupts=interrupts,
+            progress=progress,
+        ):
+            if "resumed" in line:
+                log.keep(line["step"])
+                for damage in line["damaged"]:
+                    print(f"{damage}; going on from step {line['step']}.", flush=True)
+            else:
+                log.add(line)
 
     model, _ = load_model(out)
     embeddings["trained"] = functools.partial(training.embed_images, model)

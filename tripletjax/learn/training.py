@@ -75,6 +75,44 @@ class TrainState(NamedTuple):
     best: Array
 
 
+class Interrupts:
+    """Notes that the process was asked to stop; a second time stops it at once.
+
+    Attributes:
+        asked: whether it was, by SIGINT or SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        # Only the main thread is told of signals.
+        if threading.current_thread() is threading.main_thread():
+            numbers = signal.SIGINT, signal.SIGTERM
+            self._before = {n: signal.signal(n, self._note) for n in numbers}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves signals to who had them before."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
 @functools.lru_cache
 def mined_loss(mining: str = "semi-hard", *, margin: float = 0.2) -> Loss:
     """A triplet loss within the batch, with the share of active triplets as a metric.
@@ -133,6 +171,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 100,
     best_checkpoints: Checkpoints | None = None,
+    interrupts: Interrupts | None = None,
     progress: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Trains a model in place, step by step, as its lines are asked for.
@@ -165,6 +204,8 @@ def fit(
         checkpoints: where states are kept.
         checkpoint_every: how many steps there are between two states.
         best_checkpoints: where the parameters of the best validation are kept.
+        interrupts: what notes that the process is asked to stop, if the caller watches
+            itself; if not given, signals are watched while a step is in progress.
         progress: whether to show a progress bar.
 
     Yields:
@@ -234,7 +275,11 @@ def fit(
         disable=not progress,
     )
     warned = False
-    with _interrupts() as interrupted, _when_left(update_model):
+    # What is done with a line is the caller's, and so is its Ctrl-C.
+    given, interrupts = interrupts is not None, interrupts or Interrupts()
+    watched = contextlib.nullcontext() if given else interrupts
+    outside = contextlib.nullcontext if given else interrupts.paused
+    with watched, _when_left(update_model):
         for step, (images, labels) in enumerate(bar, start=start):
             now = [of for first, of in losses if first <= step][-1]
             batch = images, labels, jax.random.fold_in(key, step)
@@ -261,7 +306,8 @@ def fit(
                 rate = (bar.format_dict["rate"] or 0) * len(labels)
                 shown = {name: f"{value:.3f}" for name, value in line.items()}
                 bar.set_postfix(shown | {"images/s": f"{rate:.0f}"})
-                yield {"step": done} | line
+                with outside():
+                    yield {"step": done} | line
             if validate and (last or (validate_every and done % validate_every == 0)):
                 _check_finite(state, done)
                 update_model()
@@ -274,8 +320,9 @@ def fit(
                     state = state._replace(best=jnp.maximum(state.best, value))
                     if best_checkpoints is not None:
                         best_checkpoints.save(done, nnx.state(model))
-                yield {"step": done, "validation": values}
-            stop = interrupted()
+                with outside():
+                    yield {"step": done, "validation": values}
+            stop = interrupts.asked
             if checkpoints is not None and (
                 done % checkpoint_every == 0 or last or stop
             ):
@@ -477,30 +524,6 @@ def _when_left(act: Callable[[], None]) -> Iterator[None]:
     except GeneratorExit:
         act()
         raise
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Whether the process was asked to stop; a second time stops it at once."""
-    asked = False
-
-    def note(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    # Only the main thread is told of signals.
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    numbers = signal.SIGINT, signal.SIGTERM
-    before = [signal.signal(number, note) for number in numbers]
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
 
 
 @functools.partial(jax.jit, static_argnames="graph")
