@@ -94,7 +94,10 @@ def main() -> int:
     options = {name: value for name, value in options.items() if value is not None}
     before = {}
     if resume and out is not None and (out / "config.json").exists():
-        before = runs.asked_of(out)
+        try:
+            before = runs.asked_of(out)
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"{out / 'config.json'} is of no run: {error!r}")
     given = "triplets" in (before | options)
     for name in OF_CLASSES if given else OF_TRIPLETS:
         if name in options:

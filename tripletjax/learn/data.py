@@ -104,7 +104,7 @@ class Dataset:
     key: str
     skipped: tuple[str, ...] = ()
     kind: str = "characters"
-    kind_by: str = "digits are"
+    kind_by: str = "they are handwritten digits"
     white: float = 65535
     background: str = "white"
     notes: tuple[str, ...] = ()
