@@ -149,13 +149,19 @@ def test_counts_do_not_wrap():
     np.testing.assert_allclose(tj.mean_valid(terms), 1)
 
 
-def test_triplets_that_are_not_there_give_nan():
+@pytest.mark.parametrize("field", ["anchor", "positive", "negative"])
+def test_triplets_that_are_not_there_are_named_or_give_nan(field):
     """JAX clips indices out of range; a wrong loss would go unnoticed."""
     d = jnp.ones((3, 3))
-    wrong = tj.Triplets(
-        *(jnp.array([0]), jnp.array([1]), jnp.array([9])), jnp.array([True])
-    )
-    assert jnp.isnan(tj.triplet_loss(d, wrong))
+    right = tj.Triplets(np.array([0]), np.array([1]), np.array([2]), np.array([True]))
+    wrong = right._replace(**{field: np.array([9])})
+    with pytest.raises(ValueError, match=rf"triplets.{field} must be from 0 to 2, got"):
+        tj.triplet_loss(d, wrong)
+    assert tj.triplet_loss(d, wrong._replace(valid=np.array([False]))) == 0
+    for index in (9, -1):
+        wrong = jax.tree.map(jnp.asarray, right)._replace(**{field: jnp.array([index])})
+        assert jnp.isnan(tj.triplet_loss(d, wrong))
+    np.testing.assert_allclose(tj.triplet_loss(d, right), 0.1, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

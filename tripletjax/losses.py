@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -300,7 +301,36 @@ def triplet_margin_loss(
     return reduced(sums_of(costs[..., None], valid[..., None]), reduce_fn)
 
 
-@public(callables=("reduce_fn",), static=("hinge",), nonnegative=("margin",))
+def _check_triplets(distances: Any, triplets: Any, **options: Any) -> None:
+    """That indices which lie on the host are in range.
+
+    Reading them back from a device would wait for all that is queued there.
+    """
+    if not isinstance(triplets, Triplets) or isinstance(triplets.valid, jax.Array):
+        return
+    limits = [*np.shape(distances)[-2:], np.shape(distances)[-1]]
+    if len(limits) < 3:
+        return
+    for name, indices, limit in zip(triplets._fields, triplets, limits):
+        if isinstance(indices, jax.Array):
+            continue
+        indices, valid = np.asarray(indices), np.asarray(triplets.valid)
+        if indices.shape != valid.shape or indices.dtype.kind not in "iu":
+            continue
+        wrong = indices[valid.astype(bool) & ((indices < 0) | (indices >= limit))]
+        if wrong.size:
+            raise ValueError(
+                f"triplets.{name} must be from 0 to {limit - 1}, got {wrong[0]}: "
+                f"distances has shape {np.shape(distances)}."
+            )
+
+
+@public(
+    callables=("reduce_fn",),
+    static=("hinge",),
+    nonnegative=("margin",),
+    check=_check_triplets,
+)
 def triplet_loss(
     distances: ArrayLike,
     triplets: Triplets,
@@ -316,7 +346,8 @@ def triplet_loss(
     Args:
         distances: ``[..., n, m]``.
         triplets: `Triplets` of any miner: ``[..., k]`` or ``[..., n, k]``, where the
-            leading dimensions are those of `distances`.
+            leading dimensions are those of `distances`. Indices out of range give NaN,
+            or an error if they lie on the host.
         margin: a scalar, in units of the distances.
         hinge: as in `triplet_margin_loss`.
         reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
@@ -327,7 +358,8 @@ def triplet_loss(
 
     Raises:
         TypeError: if an argument has the wrong dtype or is not callable.
-        ValueError: if shapes do not fit, or the margin is negative or not finite.
+        ValueError: if shapes do not fit, the margin is negative or not finite, or
+            indices are out of range.
 
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
@@ -359,14 +391,19 @@ def triplet_loss(
                 f"triplets.{name} must be {kind}, got dtype {jnp.result_type(field)}."
             )
 
-    # Indices out of range would be clipped silently: they give NaN instead.
+    # Indices out of range would be clipped, wrapped or dropped: they give NaN instead.
     def one(distances: Array, a: Array, p: Array, n: Array, valid: Array) -> tuple:
-        at = distances.at
+        at, (rows, columns) = distances.at, distances.shape
+        a, p, n = (
+            jnp.where(index < 0, jnp.int32(most), index)
+            for index, most in ((a, rows), (p, columns), (n, columns))
+        )
         d_ap = at[a, p].get(mode="fill", fill_value=jnp.nan)
         d_an = at[a, n].get(mode="fill", fill_value=jnp.nan)
         costs = costs_of(d_ap, d_an, valid, as_margin(margin, distances), hinge)
         none = jnp.zeros_like(distances[:, 0])
         sums = (costs, costs > 0, valid)
+        a = jnp.minimum(a, rows - 1)
         return tuple(none.at[a].add(x.astype(none.dtype)) for x in sums)
 
     flat = [jnp.reshape(field, (*batch, -1)) for field in triplets]

@@ -48,6 +48,7 @@ def public(
     callables: tuple[str, ...] = (),
     static: tuple[str, ...] = (),
     nonnegative: tuple[str, ...] = (),
+    check: Callable[..., None] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a function jitted, mesh-agnostic and strict about its arguments.
 
@@ -57,6 +58,7 @@ def public(
         static: other static options. All static options are keyword-only.
         nonnegative: numeric options that may be traced; when their value is known
             they must be finite and at least 0.
+        check: raises for arguments whose values are known and wrong.
 
     Returns:
         A decorator.
@@ -100,6 +102,8 @@ def public(
                 if not isinstance(kwargs.get(name, True), bool | np.bool_):
                     raise TypeError(f"{name} must be a bool, got {kwargs[name]!r}.")
             kwargs |= {n: as_integer(n, kwargs[n]) for n in sizes if n in kwargs}
+            if check is not None:
+                check(*args, **kwargs)
             args = tuple(_arrays(name, arg) for name, arg in zip(names, args))
             kwargs = {
                 name: arg if name in statics else _arrays(name, arg)

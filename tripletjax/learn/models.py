@@ -1,6 +1,6 @@
 """Embedding networks in Flax NNX."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from jax.typing import DTypeLike
 
 # What a network makes of the last feature map.
 HEADS = ("grid", "mean")
+# Of edges, of which `EmbeddingPhotoNet` makes all else.
+ORIENTATIONS = 8
 
 
 class EmbeddingCNN(nnx.Module):
@@ -113,7 +115,8 @@ class EmbeddingResNet(nnx.Module):
 class EmbeddingPhotoNet(nnx.Module):
     """A residual network from photographs of one size to unit vectors, fast on CPUs.
 
-    A first convolution of stride 2, then stages of residual blocks of two 3 x 3
+    What is learnt from is `oriented_edges` of the images, beside their means over 2 x 2
+    pixels. A convolution is followed by stages of residual blocks of two 3 x 3
     convolutions. Between stages every 2 x 2 places become one with four times the
     channels, which a 1 x 1 convolution reduces: three times as fast on CPUs as a
     convolution of stride 2. Kernels are standardised, and no activation is normalised
@@ -158,7 +161,8 @@ class EmbeddingPhotoNet(nnx.Module):
             raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}.")
         options = {"dtype": dtype, "rngs": rngs}
         self.size, self.grid = tuple(size), head == "grid"
-        self.stem = _StandardizedConv(in_channels, channels[0], 5, stride=2, **options)
+        stem_in = ORIENTATIONS + in_channels
+        self.stem = _StandardizedConv(stem_in, channels[0], 3, **options)
         stages, width = [], channels[0]
         places = [-(-side // 2) for side in size]
         for out in channels[1:]:
@@ -186,7 +190,9 @@ class EmbeddingPhotoNet(nnx.Module):
                 f"images must be {self.size[0]} x {self.size[1]} pixels, got "
                 f"{images.shape[1]} x {images.shape[2]}."
             )
-        x = jax.nn.relu(self.stem(images))
+        small = halved(images, jnp.mean)
+        x = jnp.concatenate([oriented_edges(images), small], axis=-1)
+        x = jax.nn.relu(self.stem(x))
         for stage in self.stages:
             x = space_to_depth(x)
             for layer in stage:
@@ -425,7 +431,6 @@ class _StandardizedConv(nnx.Module):
         out_channels: int,
         size: int,
         *,
-        stride: int = 1,
         dtype: DTypeLike | None,
         rngs: nnx.Rngs,
     ):
@@ -434,7 +439,7 @@ class _StandardizedConv(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), shape))
         self.gain = nnx.Param(jnp.ones(out_channels))
         self.bias = nnx.Param(jnp.zeros(out_channels))
-        self.stride, self.dtype = stride, dtype
+        self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...]
@@ -446,10 +451,13 @@ class _StandardizedConv(nnx.Module):
         x, kernel, bias = nnx.nn.dtypes.promote_dtype(
             (x, kernel, self.bias[...]), dtype=self.dtype
         )
+        if kernel.shape[:2] == (1, 1):
+            # As a product, a third of the time on CPUs with its gradients.
+            return x @ kernel[0, 0] + bias
         y = jax.lax.conv_general_dilated(
             x,
             kernel,
-            (self.stride, self.stride),
+            (1, 1),
             "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
@@ -469,6 +477,44 @@ class _StandardizedBlock(nnx.Module):
         return x + self.scale[...].astype(y.dtype) * y
 
 
+def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
+    """How strong edges of each orientation are, relative to those around.
+
+    ``e = max(0, dx cos(t) + dy sin(t))``, averaged over every 2 x 2 pixels, divided by
+    the root mean square of the energies in 9 x 9 such places; of that the square root,
+    about 0. Neither brightness nor contrast changes it much, here or there.
+
+    Args:
+        images: floats ``[n, height, width, channels]``; the mean of the channels counts.
+        orientations: how many there are.
+
+    Returns:
+        Floats ``[n, height / 2, width / 2, orientations]``, rounded up.
+
+    References:
+        Dalal, Triggs. Histograms of Oriented Gradients for Human Detection. 2005.
+    """
+    grey = jnp.pad(images.mean(axis=-1), ((0, 0), (1, 1), (1, 1)), "edge")
+    right = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
+    down = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
+    angles = 2 * jnp.pi * jnp.arange(orientations) / orientations
+    edges = jax.nn.relu(
+        right[..., None] * jnp.cos(angles) + down[..., None] * jnp.sin(angles)
+    )
+    edges = halved(edges, jnp.mean)
+    energy = (edges * edges).mean(axis=-1)
+    for axis in (1, 2):
+        width = [(0, 0), (0, 0), (0, 0)]
+        width[axis] = (4, 4)
+        padded, n = jnp.pad(energy, width, "edge"), energy.shape[axis]
+        energy = sum(
+            jax.lax.slice_in_dim(padded, place, place + n, axis=axis)
+            for place in range(9)
+        )
+    around = jax.lax.rsqrt(energy[..., None] / 81 + 1e-3)
+    return jnp.sqrt(edges * around + 1e-4) - 0.5
+
+
 def space_to_depth(x: Array) -> Array:
     """Every 2 x 2 pixels as one with four times the channels; odd sides are padded."""
     n, height, width, channels = x.shape
@@ -478,15 +524,15 @@ def space_to_depth(x: Array) -> Array:
     return x.reshape(n, height, width, 4 * channels)
 
 
-def halved(x: Array) -> Array:
-    """The maximum of every 2 x 2 pixels; of fewer at the end of an odd side.
+def halved(x: Array, of: Callable[..., Array] = jnp.max) -> Array:
+    """The maximum, or else, of every 2 x 2 pixels; the last of an odd side counts twice.
 
     XLA's gradient of pooling by windows takes 7 times longer on CPUs.
     """
     n, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
     height, width = -(-height // 2), -(-width // 2)
-    return x.reshape(n, height, 2, width, 2, channels).max(axis=(2, 4))
+    return of(x.reshape(n, height, 2, width, 2, channels), axis=(2, 4))
 
 
 def unit_norm(x: Array) -> Array:
