@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import subprocess
 import sys
 import time
 
@@ -150,6 +151,80 @@ def test_another_process_decodes_the_same_folder(tmp_path, monkeypatch, where, n
     assert [dataset.key] == [one.key for one in other]
     np.testing.assert_array_equal(dataset.test.images, other[0].test.images)
     assert not list(kept.rglob("*incomplete*"))
+
+
+KILLED = """
+import os, sys
+from tripletjax.learn import data, pictures
+def stop(*args):
+    os.kill(os.getpid(), 9)
+pictures.Shape.fit = stop
+data.load(sys.argv[1], data_dir=sys.argv[2])
+"""
+HOLDS = """
+import sys
+from tripletjax.learn import data
+data.load(sys.argv[1], data_dir=sys.argv[2])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_nobody_needs_is_removed(tmp_path):
+    folder, cache = shapes(tmp_path / "pictures"), tmp_path / "kept"
+
+    def entries():
+        return set((cache / "tripletjax").iterdir())
+
+    def python(program):
+        command = [sys.executable, "-c", program, str(folder), str(cache)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, **pipes)
+
+    def added(number):
+        file = folder / "group0" / "kind0" / f"added{number}.png"
+        Image.fromarray(np.uint8(np.eye(20) * 77 + number)).save(file)
+
+    with python(KILLED) as killed:
+        assert killed.wait() == -9
+    assert list(cache.rglob("incomplete.*"))
+    with python(HOLDS) as other:
+        assert other.stdout.readline() == "held\n"
+        assert not list(cache.rglob("incomplete.*"))
+        (old,) = entries()
+        added(1)
+        one = data.load(str(folder), data_dir=cache)
+        # A living process uses the other.
+        assert old in entries() and len(entries()) == 2
+        assert not any("removed" in note for note in one.notes)
+        assert "decoded images are kept in" in one.notes[-1]
+        other.stdin.close()
+    two = data.load(str(folder), data_dir=cache)
+    assert old not in entries() and len(entries()) == 1
+    assert any("removed an earlier copy of these images" in n for n in two.notes)
+    # Another folder of the same images shares what is kept.
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    data.load(str(copy), data_dir=cache)
+    assert len(entries()) == 1
+    with python(HOLDS) as other:
+        other.communicate()
+    added(2)
+    data.load(str(folder), data_dir=cache)
+    assert len(entries()) == 2
+
+
+def test_of_several_frames_the_first_is_seen_and_that_is_said(tmp_path):
+    folder = shapes(tmp_path / "pictures", each=4)
+    frames = [Image.fromarray(np.uint8(np.eye(20) * 99 + n)) for n in (10, 90)]
+    place = folder / "group0" / "kind0" / "moving.gif"
+    frames[0].save(place, save_all=True, append_images=frames[1:])
+    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    assert "1 image has several frames: the first is seen" in dataset.notes
+    first = pictures.open_image(place).convert("L")
+    assert abs(np.asarray(first, int) - np.asarray(frames[0], int)).max() < 3
+    # The second frame is cut off.
+    place.write_bytes(place.read_bytes()[:-40])
+    assert pictures.open_image(place).size == (20, 20)
 
 
 def test_broken_images_are_named_and_skipped(tmp_path):
@@ -314,7 +389,7 @@ def test_which_folders_are_classes(tmp_path, files, names, why):
             Image.fromarray(np.uint8(pixels)).save(f"{path}{copy}.png")
     dataset = data.load(str(tmp_path / "pictures"), data_dir=tmp_path / "kept")
     assert dataset.label_names == names
-    assert (why is None) == (dataset.notes == ())
+    assert (why is None) == (len(dataset.notes) == 1)
     if why is not None:
         assert why in dataset.notes[0]
     for level in ("top", "leaf"):

@@ -32,7 +32,7 @@ from tripletjax.learn.stored import (
 )
 
 # Of how images are decoded; another number makes them be decoded again.
-FORMAT = 4
+FORMAT = 5
 # Held out of every class, or of the classes, or of the anchors of triplets, for the
 # test and for validation. Of photographs less, since a network learns them from few.
 TEST, VALIDATION = 0.15, 0.1
@@ -271,6 +271,7 @@ def load_triplets(
         files,
         open_image,
         _directory(data_dir, _files_key(files, names, size, kind)),
+        source=str(file),
         size=size,
         kind=kind,
         in_memory=in_memory,
@@ -515,7 +516,8 @@ def _from_folder(
         runs = ", ".join(str(run.relative_to(folder)) for run in found.runs)
         notes.append(f"directories of training runs are left out: {_printable(runs)}")
     directory = _directory(data_dir, _files_key(files, relative, size, kind))
-    stored = store(files, open_image, directory, size=size, kind=kind, **options)
+    options |= {"source": str(folder), "size": size, "kind": kind}
+    stored = store(files, open_image, directory, **options)
     stored = dataclasses.replace(stored, notes=(*notes, *stored.notes))
     names = sorted({folders[place] for place in stored.kept})
     if len(names) < 2:
@@ -672,7 +674,8 @@ def _from_catalogue(
     )
     key = hashlib.blake2b(str(made_of).encode(), digest_size=16).hexdigest()
     directory = _directory(data_dir, key)
-    stored = store(labelled, picture, directory, size=size, kind=kind, **options)
+    options |= {"source": f"{name} in {data_dir}", "size": size, "kind": kind}
+    stored = store(labelled, picture, directory, **options)
     skipped = [
         f"record {labelled[place]}: {why}" for place, why in stored.skipped.items()
     ]

@@ -21,8 +21,8 @@ NOT_IMAGES = {"thumbs.db", "desktop.ini", "icon\r"}
 NOT_FOLDERS = {"@eadir", "__macosx"}
 # The largest values that grey of more than 8 bits may have, from 1 to 16 bits.
 WHITES = (1, 255, 1023, 4095, 16383, 65535)
-
-
+# How many frames an image's file has, in its `info`.
+FRAMES = "tripletjax frames"
 QUIET = threading.Lock()
 
 
@@ -293,7 +293,15 @@ def open_image(file: str | Path) -> Image.Image:
 def _decoded(file: str | Path) -> Image.Image:
     with Image.open(file) as image:
         image.load()
-        return upright(image)
+        first = upright(image)
+        try:
+            first.info[FRAMES] = getattr(image, "n_frames", 1)
+        except Warning:
+            raise
+        except Exception:
+            # Frames that are broken are there, too.
+            first.info[FRAMES] = 2
+    return first
 
 
 # How an image comes upright, by the orientation that a camera has noted.

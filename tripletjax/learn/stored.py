@@ -19,8 +19,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
+from tripletjax.learn import kept
 from tripletjax.learn.image_analysis import kind_of, tone_share
 from tripletjax.learn.pictures import (
+    FRAMES,
     WHITES,
     Shape,
     View,
@@ -119,6 +121,7 @@ def store(
     open_picture: Callable[[Any], Image.Image],
     directory: Path,
     *,
+    source: str,
     size: int | None,
     kind: str | None = None,
     in_memory: int,
@@ -130,6 +133,8 @@ def store(
         pictures: whatever the next argument takes.
         open_picture: raises OSError for one that cannot be read.
         directory: where they are kept, or are to be kept.
+        source: what pictures these are, such as the path of a folder. Earlier states
+            of it that are kept beside `directory` are removed, unless in use.
         size: of the longer side, in pixels.
         kind: what they are, photos or characters; decided by a sample if not given.
         in_memory: how many bytes of images are read into memory; more stay on disk.
@@ -138,6 +143,7 @@ def store(
     Raises:
         ValueError: if none can be read.
     """
+    tidied = kept.hold(directory)
     builder = Pictures(
         pictures=pictures,
         open_picture=open_picture,
@@ -160,17 +166,17 @@ def store(
     )
     if np.prod(images.shape, dtype=float) <= in_memory:
         images = images[:]
-    kept = [place for place in range(len(pictures)) if place not in skipped]
+    tidied += kept.tidy(directory, f"{source}, size {size}, kind {kind}")
     return Stored(
         images,
         digests,
-        kept,
+        [place for place in range(len(pictures)) if place not in skipped],
         skipped,
         summary["kind"],
         summary["kind_by"],
         summary["white"],
         summary["background"],
-        tuple(summary["notes"]),
+        (*summary["notes"], *tidied),
     )
 
 
@@ -213,7 +219,7 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
         return {"all_images": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict]]:
-        skipped, digests = {}, []
+        skipped, digests, animated = {}, [], 0
 
         def tried(function: Callable, places: Sequence[int]) -> Iterator[Any]:
             def one(place: int) -> Any:
@@ -269,11 +275,11 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
             background=background,
         )
 
-        def fitted(image: Image.Image) -> np.ndarray:
+        def fitted(image: Image.Image) -> tuple[np.ndarray, bool]:
             pixels = shape.fit(image)
             if (pixels == pixels[0, 0]).all():
                 raise OSError("blank: all of its pixels are the same")
-            return pixels
+            return pixels, image.info.get(FRAMES, 1) > 1
 
         left = [place for place in range(n) if place not in skipped]
         bar = tqdm(
@@ -283,12 +289,16 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
             unit="image",
             disable=not self.progress,
         )
-        for row, image in enumerate(bar):
+        for row, (image, moving) in enumerate(bar):
             digests.append(digest_of(image))
+            animated += moving
             yield row, {"image": image}
         if not digests:
             whys = sorted(set(skipped.values()))
             raise ValueError(f"none of {n} images can be used: {'; '.join(whys[:3])}")
+        if animated:
+            many = "1 image has" if animated == 1 else f"{animated:,} images have"
+            notes.append(f"{many} several frames: the first is seen")
         self.info.metadata["summary"] = json.dumps(
             {
                 "shape": dataclasses.astuple(shape)[:3],
