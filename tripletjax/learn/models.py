@@ -485,7 +485,7 @@ def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
     about 0. Neither brightness nor contrast changes it much, here or there.
 
     Args:
-        images: floats ``[n, height, width, channels]``; the mean of the channels counts.
+        images: floats ``[n, height, width, channels]``; the channels' mean counts.
         orientations: how many there are.
 
     Returns:
@@ -525,7 +525,7 @@ def space_to_depth(x: Array) -> Array:
 
 
 def halved(x: Array, of: Callable[..., Array] = jnp.max) -> Array:
-    """The maximum, or else, of every 2 x 2 pixels; the last of an odd side counts twice.
+    """The maximum (or ``of``) of every 2 x 2 pixels; an odd side's last counts twice.
 
     XLA's gradient of pooling by windows takes 7 times longer on CPUs.
     """
