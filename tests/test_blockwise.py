@@ -14,6 +14,7 @@ from problems import LOSSES as MATRIX_LOSSES
 
 import tripletjax as tj
 from tripletjax import blocks, blockwise
+from tripletjax.losses import as_hinge, needs_sums_alone
 
 BLOCKWISE = {
     "batch all": blockwise.batch_all_loss,
@@ -133,6 +134,41 @@ def test_a_reduction_of_sums(loss, matrix):
     )
     check(got, expected)
     check(dot, expected_dot)
+
+
+@pytest.mark.parametrize(
+    ("reduce_fn", "sums"),
+    [
+        (lambda terms: tj.mean_valid(terms), True),
+        (lambda terms: jnp.mean(terms.total) + jnp.sum(terms.active) / 7, True),
+        (jax.jit(lambda terms: (tj.mean_active(terms), terms.valid.sum())), True),
+        (lambda terms: jnp.sum(terms.total / (1 + terms.valid)), False),
+        (lambda terms: jnp.max(terms.total), False),
+        (lambda terms: (terms.total.sum(), terms.active), False),
+    ],
+)
+def test_what_a_reduction_does_with_the_terms(reduce_fn, sums):
+    assert needs_sums_alone(reduce_fn, 40, jnp.float32) == sums
+    x, labels = vectors(), LABELS["few"]
+
+    def first(value):
+        value = value[0] if isinstance(value, tuple) else value
+        return value if value.ndim == 0 else value.sum()
+
+    def run(loss):
+        return jax.value_and_grad(lambda x: first(loss(x)))(x)
+
+    check(
+        run(lambda x: tj.blockwise.batch_all_loss(x, labels, reduce_fn=reduce_fn)),
+        run(lambda x: tj.batch_all_loss(tj.euclidean(x), labels, reduce_fn=reduce_fn)),
+    )
+
+
+def test_functions_like_relu_are_relu():
+    for known in (jax.nn.relu, jax.nn.softplus):
+        assert as_hinge(known) is as_hinge(lambda gap, f=known: f(gap)) is known
+    for other in (lambda gap: jnp.maximum(gap, 0), jax.nn.gelu, jnp.exp):
+        assert as_hinge(other) is other
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ from problems import HINGES, LOSSES, batch
 
 import tripletjax as tj
 
+FORMS = "batch_all_loss", "batch_hard_loss", "batch_semi_hard_loss"
+
 every_loss = pytest.mark.parametrize("name", LOSSES)
 every_hinge = pytest.mark.parametrize("hinge", HINGES)
 
@@ -83,6 +85,32 @@ def test_padding_changes_nothing(loss, hinge):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
         expected_gradient = jnp.zeros((12, 12)).at[jnp.ix_(real, real)].set(gradient)
         np.testing.assert_allclose(padded_gradient, expected_gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("references", [0, 6, 9], ids=["square", "as many", "others"])
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_agree(name, references, padded):
+    """Labels or masks, a matrix or blocks, of the items themselves or of others."""
+    matrix, blocks = getattr(tj, name), getattr(tj.blockwise, name)
+    x, labels = batch(6)
+    where = jnp.array([True, True, False, True, True, True]) if padded else None
+    options, y = {}, None
+    if references:
+        y, others = batch(references, seed=1)
+        options = {"references": y, "reference_labels": others}
+    masks = tj.pair_masks(labels, options.get("reference_labels"))
+    of_masks = {k: v for k, v in options.items() if k == "references"}
+    of_matrix = {k: v for k, v in options.items() if k != "references"}
+    both = {"margin": 0.5, "where": where}
+    values = [
+        matrix(tj.euclidean(x, y), labels, **of_matrix, **both),
+        matrix(tj.euclidean(x, y), masks, **both),
+        blocks(x, labels, **options, **both),
+        blocks(x, masks, **of_masks, **both),
+    ]
+    assert values[0] > 0
+    np.testing.assert_allclose(values[1:], values[0], rtol=1e-5)
 
 
 @every_loss

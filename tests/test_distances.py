@@ -210,3 +210,15 @@ def test_bad_pairs_and_functions_are_named():
         tj.Metric(paired="euclidean")
     with pytest.raises(TypeError, match="matrix must be callable"):
         tj.Metric(paired=chebyshev, matrix=3)
+
+
+def test_metrics_of_equal_parts_are_equal():
+    """Equal static arguments must not take different paths."""
+    function = tj.euclidean.paired
+    assert tj.Metric(paired=function) == tj.Metric(paired=function)
+    assert hash(tj.Metric(paired=function)) == hash(tj.Metric(paired=function))
+    plain = tj.Metric(*tj.euclidean._functions[:1], matrix=tj.euclidean._functions[1])
+    assert plain.products is None
+    assert plain != tj.euclidean
+    with pytest.raises(AttributeError):
+        plain.products = tj.euclidean.products

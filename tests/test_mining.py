@@ -1,5 +1,9 @@
 """Miners by hand, and what random miners draw."""
 
+import copy
+import functools
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +107,49 @@ def test_counted_triplets_are_triplets():
     assert "count=" in repr(triplets)
     batched = jax.vmap(lambda y: tj.all_triplets(y, size=5))(jnp.array([[0, 0, 1]] * 2))
     assert batched.count.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda triplets: pickle.loads(pickle.dumps(triplets)),
+        lambda triplets: triplets._replace(valid=triplets.valid),
+        lambda triplets: tj.CountedTriplets(**triplets._asdict()),
+    ],
+    ids=["copy", "deepcopy", "pickle", "replace", "asdict"],
+)
+def test_copies_of_counted_triplets_keep_the_count(copied):
+    triplets = tj.all_triplets([0, 0, 1], size=5)
+    other = copied(triplets)
+    assert type(other) is tj.CountedTriplets
+    for leaf, expected in zip(jax.tree.leaves(other), jax.tree.leaves(triplets)):
+        np.testing.assert_array_equal(leaf, expected)
+    assert triplets._replace(count=7).count == 7
+    with pytest.raises(ValueError, match="no counts"):
+        triplets._replace(counts=7)
+
+
+def test_a_choice_of_ones_own_relative_to_the_other():
+    """And what is taken where there is none, if it is asked for."""
+    nearest_beyond = mining.relative(fallback=mining.easiest_negative)(
+        lambda d, candidates, other: mining.hardest_negative(
+            d, candidates & (d > other[..., None] + 0.75), other
+        )
+    )
+    d = tj.euclidean(LINE)
+    mine = functools.partial(tj.batch_easy_hard_triplets, d, LABELS)
+    strict = mine(negative=nearest_beyond)
+    lenient = mine(negative=nearest_beyond, fallback=True)
+    far = mine(negative=mining.easiest_negative)
+    assert not strict.valid.all()
+    np.testing.assert_array_equal(lenient.valid, far.valid)
+    np.testing.assert_array_equal(
+        lenient.negative, jnp.where(strict.valid, strict.negative, far.negative)
+    )
+    with pytest.raises(ValueError, match="fallback goes with"):
+        mine(negative=lambda *of: mining.hardest_negative(*of), fallback=True)
 
 
 def test_no_cubic_memory():

@@ -28,32 +28,33 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from tripletjax import blocks, losses
+from tripletjax._api import as_integer, jitted, own_promotion
 from tripletjax.blocks import Batch, Gradients, Kind, Task
 from tripletjax.distances import Metric, as_vectors, euclidean
 from tripletjax.losses import (
     Hinge,
     Reduction,
-    SumReduction,
     TripletTerms,
+    as_hinge,
     as_margin,
-    check_hinge,
     mean_active,
     mean_valid,
+    needs_sums_alone,
     reduced,
 )
 from tripletjax.mining import CountedTriplets, Triplets
 from tripletjax.pairs import PairMasks, as_boolean, as_labels, per_item
-from tripletjax.public import as_integer, own_promotion, public
 
 AxisName = str | tuple[str, ...]
 
 FLOATS = Gradients._fields
 
 
-@public(
+@jitted(
     callables=("metric", "reduce_fn"),
     static=("hinge", "axis_name", "block_size"),
     nonnegative=("margin",),
+    optional=("reduce_fn",),
 )
 def batch_all_loss(
     embeddings: ArrayLike,
@@ -132,10 +133,11 @@ def batch_all_loss(
     )
 
 
-@public(
+@jitted(
     callables=("metric", "reduce_fn"),
     static=("hinge", "axis_name", "block_size"),
     nonnegative=("margin",),
+    optional=("reduce_fn",),
 )
 def batch_hard_loss(
     embeddings: ArrayLike,
@@ -215,10 +217,12 @@ def batch_hard_loss(
     )
 
 
-@public(
+@jitted(
     callables=("metric", "reduce_fn"),
-    static=("hinge", "fallback", "axis_name", "block_size"),
+    flags=("fallback",),
+    static=("hinge", "axis_name", "block_size"),
     nonnegative=("margin",),
+    optional=("reduce_fn",),
 )
 def batch_semi_hard_loss(
     embeddings: ArrayLike,
@@ -300,7 +304,10 @@ def batch_semi_hard_loss(
     )
 
 
-@public(callables=("metric",), static=("axis_name", "block_size"))
+@jitted(
+    callables=("metric",),
+    static=("axis_name", "block_size"),
+)
 def batch_hard_triplets(
     embeddings: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -359,7 +366,12 @@ def batch_hard_triplets(
     return _each(lead, lambda batch: blocks.hard_triplets(task, batch), batch)
 
 
-@public(callables=("metric",), static=("size", "fallback", "axis_name", "block_size"))
+@jitted(
+    callables=("metric",),
+    flags=("fallback",),
+    sizes=("size",),
+    static=("axis_name", "block_size"),
+)
 def batch_semi_hard_triplets(
     embeddings: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -437,7 +449,7 @@ def _task(
     fallback: bool = True,
     block_size: int | None,
 ) -> Task:
-    check_hinge(hinge)
+    hinge = as_hinge(hinge)
     if block_size is None:
         block_size = blocks.BLOCK_SIZE
     block_size = as_integer("block_size", block_size)
@@ -467,16 +479,20 @@ def _loss(
 
     def one(batch: Batch) -> Any:
         batch = _varying(batch)
-        if isinstance(reduce_fn, SumReduction) or reduce_fn in (
-            mean_valid,
-            mean_active,
+        n = len(batch.anchors)
+        if axis_name is not None:
+            n *= lax.axis_size(axis_name)
+        if reduce_fn is not None and needs_sums_alone(
+            reduce_fn, n, batch.anchors.dtype
         ):
-            # They treat all anchors alike, so that the gradient of the plain total is
-            # theirs but for a factor.
+            # It treats all anchors alike, so that the gradient of the plain total is
+            # its own but for a factor. The first stands for all.
             sums = _total(task, batch)
             if axis_name is not None:
                 sums = lax.psum(sums, axis_name)
-            return getattr(reduce_fn, "function", reduce_fn)(sums)
+            return reduce_fn(
+                TripletTerms(*(jnp.pad(x[None], (0, n - 1)) for x in sums))
+            )
         terms = _terms(task, batch)
         if axis_name is not None:
             terms = TripletTerms(*(_gathered(x, axis_name) for x in terms))

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from tripletjax._api import jitted
 from tripletjax.blocks import Kind, Task, Tiles
 from tripletjax.blockwise import as_batch
 from tripletjax.distances import Metric, as_vectors, euclidean
-from tripletjax.public import public
 
 
 class CollapseReport(NamedTuple):
@@ -34,7 +34,7 @@ class CollapseReport(NamedTuple):
     norm_deviation: Array
 
 
-@public(callables=("metric",))
+@jitted(callables=("metric",))
 def report(
     embeddings: ArrayLike,
     *,
@@ -43,11 +43,11 @@ def report(
 ) -> CollapseReport:
     r"""How embeddings are spread: what tells that training has collapsed.
 
-    With $\\sigma_i$ the singular values of the centred embeddings, the effective rank
+    With $\sigma_i$ the singular values of the centred embeddings, the effective rank
     is
 
-    $$\\exp\\Bigl(-\\sum_i p_i \\log p_i\\Bigr), \\qquad
-      p_i = \\frac{\\sigma_i}{\\sum_j \\sigma_j}$$
+    $$\exp\Bigl(-\sum_i p_i \log p_i\Bigr), \qquad
+      p_i = \frac{\sigma_i}{\sum_j \sigma_j}$$
 
     and 1 if all are 0.
 

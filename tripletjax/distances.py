@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from tripletjax.public import public
+from tripletjax._api import jitted
 
 
 class Metric:
@@ -73,7 +73,12 @@ class Metric:
             if not callable(function) and not (name == "matrix" and function is None):
                 raise TypeError(f"{name} must be callable, got {function!r}.")
         self._functions = (paired, matrix)
-        self.products: Products | None = None
+        self._products: Products | None = None
+
+    @property
+    def products(self) -> "Products | None":
+        """What of the metric inner products give, if they do."""
+        return self._products
 
     def __call__(self, x: ArrayLike, y: ArrayLike | None = None) -> Array:
         """All distances between two sets of vectors, or within one.
@@ -135,17 +140,20 @@ class Metric:
         return distance
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Metric) and self._functions == other._functions
+        return isinstance(other, Metric) and self._parts() == other._parts()
 
     def __hash__(self) -> int:
-        return hash(self._functions)
+        return hash(self._parts())
+
+    def _parts(self) -> tuple:
+        return *self._functions, self._products
 
     def __repr__(self) -> str:
         name = getattr(self._functions[0], "__name__", repr(self._functions[0]))
         return f"Metric({name.strip('_')})"
 
 
-@public(callables=("metric",))
+@jitted(callables=("metric",))
 def _paired(a: ArrayLike, b: ArrayLike, *, metric: Metric) -> Array:
     a, b = as_vectors(("a", a), ("b", b), rank=1)
     if a.shape != b.shape:
@@ -153,7 +161,7 @@ def _paired(a: ArrayLike, b: ArrayLike, *, metric: Metric) -> Array:
     return jnp.vectorize(metric._compare, signature="(d),(d)->()")(a, b)
 
 
-@public(callables=("metric",))
+@jitted(callables=("metric",), optional=("y",))
 def _matrix(x: ArrayLike, y: ArrayLike | None, *, metric: Metric) -> Array:
     same = y is None
     x, y = as_vectors(("x", x), ("y", x if same else y), rank=2)
@@ -240,7 +248,7 @@ class Products(NamedTuple):
 
         paired.__name__ = name
         metric = Metric(paired, matrix=matrix)
-        metric.products = self
+        metric._products = self
         return metric
 
     def matrix(self, x: Array, y: Array) -> Array:

@@ -34,8 +34,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
+from jax.extend.core import Var
+from jax.typing import ArrayLike, DTypeLike
 
+from tripletjax._api import jitted, own_promotion
 from tripletjax.distances import Metric, euclidean
 from tripletjax.mining import (
     Triplets,
@@ -45,7 +47,6 @@ from tripletjax.mining import (
     take,
 )
 from tripletjax.pairs import PairMasks, in_turn, resolve
-from tripletjax.public import own_promotion, public
 
 
 class TripletTerms(NamedTuple):
@@ -104,7 +105,7 @@ def mean_active(terms: TripletTerms) -> Array:
 
     References:
         Hermans, Beyer, Leibe. In Defense of the Triplet Loss for Person
-        Re-Identification. 2017. arXiv:1703.07737 (there: :math:`\mathcal{L}_{BA\ne0}`)
+        Re-Identification. 2017. arXiv:1703.07737 (there: $\mathcal{L}_{BA\ne0}$)
 
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
@@ -146,6 +147,39 @@ class SumReduction:
 
     def __call__(self, terms: TripletTerms) -> Any:
         return self.function(TripletTerms(*(jnp.sum(term, axis=-1) for term in terms)))
+
+
+def needs_sums_alone(reduce_fn: Reduction, n: int, dtype: DTypeLike) -> bool:
+    """Whether a reduction does nothing with terms ``[n]`` but sum them over anchors.
+
+    Then it does not matter which anchor has how much of a term. Read from the steps
+    that it traces to; where these do not show it, the answer is no.
+    """
+    if isinstance(reduce_fn, SumReduction):
+        return True
+    terms = TripletTerms(*[jax.ShapeDtypeStruct((n,), dtype)] * 3)
+    try:
+        closed = jax.make_jaxpr(reduce_fn)(terms)
+    except Exception:  # Whatever is wrong with it is told where it is used.
+        return False
+    return _sums_alone(closed.jaxpr, set(closed.jaxpr.invars))
+
+
+def _sums_alone(jaxpr: Any, terms: set) -> bool:
+    """Whether all that becomes of some variables are their sums."""
+    if terms & {x for x in jaxpr.outvars if isinstance(x, Var)}:
+        return False
+    for step in jaxpr.eqns:
+        used = [isinstance(x, Var) and x in terms for x in step.invars]
+        if not any(used) or step.primitive.name == "reduce_sum":
+            continue
+        inner = step.params.get("jaxpr") if step.primitive.name == "jit" else None
+        if inner is None:
+            return False
+        inside = {x for x, mine in zip(inner.jaxpr.invars, used) if mine}
+        if not _sums_alone(inner.jaxpr, inside):
+            return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,10 +255,12 @@ def selectively_contrastive(
 Hinge = Callable[[Array], Array] | TripletCost
 
 
-@public(
+@jitted(
     callables=("metric", "reduce_fn"),
-    static=("hinge", "swap"),
+    flags=("swap",),
+    static=("hinge",),
     nonnegative=("margin",),
+    optional=("reduce_fn",),
 )
 def triplet_margin_loss(
     anchors: ArrayLike,
@@ -275,7 +311,7 @@ def triplet_margin_loss(
     >>> print(f"{tj.triplet_margin_loss(a, p, n, margin=2.0):.4f}")
     0.2679
     """
-    check_hinge(hinge)
+    hinge = as_hinge(hinge)
     a, p, n = (jnp.asarray(x) for x in (anchors, positives, negatives))
     if not a.shape == p.shape == n.shape:
         raise ValueError(
@@ -325,11 +361,12 @@ def _check_triplets(distances: Any, triplets: Any, **options: Any) -> None:
             )
 
 
-@public(
+@jitted(
     callables=("reduce_fn",),
     static=("hinge",),
     nonnegative=("margin",),
     check=_check_triplets,
+    optional=("reduce_fn",),
 )
 def triplet_loss(
     distances: ArrayLike,
@@ -368,7 +405,7 @@ def triplet_loss(
     >>> print(tj.triplet_loss(d, triplets, reduce_fn=None).total)
     [0.  0.6 0. ]
     """
-    check_hinge(hinge)
+    hinge = as_hinge(hinge)
     distances = as_distances(distances)
     if not isinstance(triplets, Triplets):
         raise TypeError(f"triplets must be Triplets, got {type(triplets).__name__}.")
@@ -413,7 +450,12 @@ def triplet_loss(
     return reduced(TripletTerms(*terms), reduce_fn)
 
 
-@public(callables=("reduce_fn",), static=("hinge",), nonnegative=("margin",))
+@jitted(
+    callables=("reduce_fn",),
+    static=("hinge",),
+    nonnegative=("margin",),
+    optional=("reduce_fn",),
+)
 def batch_hard_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -462,7 +504,7 @@ def batch_hard_loss(
     >>> print(tj.batch_hard_loss(d, jnp.array([0, 0, 0, 1]), margin=1.0))
     1.5
     """
-    check_hinge(hinge)
+    hinge = as_hinge(hinge)
     distances = as_distances(distances)
     triplets = batch_hard_triplets(
         distances,
@@ -478,7 +520,13 @@ def batch_hard_loss(
     return reduced(sums_of(costs[..., None], triplets.valid[..., None]), reduce_fn)
 
 
-@public(callables=("reduce_fn",), static=("hinge", "fallback"), nonnegative=("margin",))
+@jitted(
+    callables=("reduce_fn",),
+    flags=("fallback",),
+    static=("hinge",),
+    nonnegative=("margin",),
+    optional=("reduce_fn",),
+)
 def batch_semi_hard_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -528,7 +576,7 @@ def batch_semi_hard_loss(
     >>> print(tj.batch_semi_hard_loss(d, jnp.array([0, 0, 1, 2]), margin=1.5))
     1.5
     """
-    check_hinge(hinge)
+    hinge = as_hinge(hinge)
     distances = as_distances(distances)
     triplets = batch_semi_hard_triplets(
         distances,
@@ -547,7 +595,12 @@ def batch_semi_hard_loss(
     return reduced(sums_of(costs, triplets.valid), reduce_fn)
 
 
-@public(callables=("reduce_fn",), static=("hinge",), nonnegative=("margin",))
+@jitted(
+    callables=("reduce_fn",),
+    static=("hinge",),
+    nonnegative=("margin",),
+    optional=("reduce_fn",),
+)
 def batch_all_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -595,7 +648,7 @@ def batch_all_loss(
     >>> print(tj.batch_all_loss(d, jnp.array([0, 0, 1, 1]), margin=0.5))
     1.5
     """
-    check_hinge(hinge)
+    hinge = as_hinge(hinge)
     distances = as_distances(distances)
     masks = resolve(
         distances,
@@ -698,9 +751,26 @@ def _costs_with(
     return costs_of(d_ap, distances, valid, margins[..., None], hinge)
 
 
-def check_hinge(hinge: Any) -> None:
-    if not isinstance(hinge, TripletCost) and not callable(hinge):
+def as_hinge(hinge: Any) -> Hinge:
+    """Checks a hinge; relu and softplus themselves in place of functions like them."""
+    if isinstance(hinge, TripletCost):
+        return hinge
+    if not callable(hinge):
         raise TypeError(f"hinge must be callable, got {hinge!r}.")
+    known = (jax.nn.relu, jax.nn.softplus)
+    if hinge in known:
+        return hinge
+    try:
+        program = _with_derivative(hinge)
+    except Exception:  # Whatever is wrong with it is told where it is used.
+        return hinge
+    return next((other for other in known if program == _with_derivative(other)), hinge)
+
+
+def _with_derivative(function: Callable[[Array], Array]) -> str:
+    """What a function of a scalar and its derivative compute, step by step."""
+    x = jax.ShapeDtypeStruct((), jnp.float32)
+    return str(jax.make_jaxpr(lambda x, dot: jax.jvp(function, (x,), (dot,)))(x, x))
 
 
 def as_margin(margin: ArrayLike, distances: Array) -> Array:

@@ -9,23 +9,20 @@ without a negative has no triplet. Of equal distances the lowest index wins.
 "Semi-hard" has five published meanings. FaceNet's text asks for negatives that are
 farther than the positive but within the margin, and the libraries read it differently:
 
-============================================================ ===========================
-meaning                                                      here
-============================================================ ===========================
-per anchor-positive pair, the nearest negative farther than  `batch_semi_hard_triplets`
-the positive; if none, the farthest negative (TensorFlow
-Addons, sentence-transformers)
-the same, a pair without such a negative has no triplet      ``..., fallback=False``
-all triplets with 0 < d_an - d_ap <= margin                  `all_triplets` with
-(pytorch-metric-learning's TripletMarginMiner)               `semi_hard_band`
-per anchor, the nearest negative farther than its nearest    `batch_easy_hard_triplets`
-positive (pytorch-metric-learning's BatchEasyHardMiner)
-per anchor, the nearest negative farther than its farthest   `batch_easy_hard_triplets`
-positive; if none, the farthest negative (TensorFlow         with `hardest_positive`
-Similarity)                                                  and ``fallback=True``
-per anchor-positive pair, a random negative farther than the `random_semi_hard_triplets`
-positive by less than the margin (siamese-triplet)
-============================================================ ===========================
+- per anchor-positive pair, the nearest negative farther than the positive, and if there
+  is none the farthest negative (TensorFlow Addons, sentence-transformers):
+  `batch_semi_hard_triplets`;
+- the same, but a pair without such a negative has no triplet:
+  `batch_semi_hard_triplets` with ``fallback=False``;
+- all triplets with 0 < d_an - d_ap <= margin (pytorch-metric-learning's
+  TripletMarginMiner): `all_triplets` with `semi_hard_band`;
+- per anchor, the nearest negative farther than its nearest positive
+  (pytorch-metric-learning's BatchEasyHardMiner): `batch_easy_hard_triplets`;
+- per anchor, the nearest negative farther than its farthest positive, and if there is
+  none the farthest negative (TensorFlow Similarity): `batch_easy_hard_triplets` with
+  `hardest_positive` and ``fallback=True``;
+- per anchor-positive pair, a random negative farther than the positive by less than the
+  margin (siamese-triplet): `random_semi_hard_triplets`.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,8 +33,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from tripletjax._api import jitted
 from tripletjax.pairs import PairMasks, in_turn, pair_masks, resolve
-from tripletjax.public import public
 
 # Up to so many positives of an anchor, comparing each with all takes less time than
 # sorting.
@@ -64,6 +61,8 @@ class Triplets(NamedTuple):
 class CountedTriplets(Triplets):
     """`Triplets` compacted to a fixed size, with the number that there really were.
 
+    Unpacked like other `Triplets`, into four: the count is an attribute beside them.
+
     Attributes:
         count: int32 ``[...]``; if it exceeds the size, triplets were left out. It
             stops at 2**31 - 1.
@@ -78,8 +77,20 @@ class CountedTriplets(Triplets):
         self.count = count
         return self
 
+    def __getnewargs__(self) -> tuple:
+        # What copy and pickle make another one of.
+        return *self, self.count
+
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, count={self.count!r})"
+
+    def _asdict(self) -> dict[str, Any]:
+        return super()._asdict() | {"count": self.count}
+
+    def _replace(self, **fields: Any) -> "CountedTriplets":
+        if unknown := fields.keys() - self._asdict().keys():
+            raise ValueError(f"CountedTriplets has no {', '.join(sorted(unknown))}.")
+        return CountedTriplets(**self._asdict() | fields)
 
     def tree_flatten(self) -> tuple[tuple, None]:
         return (*self, self.count), None
@@ -89,7 +100,7 @@ class CountedTriplets(Triplets):
         return cls(*children)
 
 
-@public()
+@jitted()
 def batch_hard_triplets(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -146,6 +157,37 @@ def batch_hard_triplets(
 Choice = Callable[[Array, Array, Array | None], tuple[Array, Array]]
 
 
+def relative(*, fallback: Choice | None = None) -> Callable[[Choice], Choice]:
+    """Says that a choice is made relative to the other one, and after it.
+
+    Args:
+        fallback: what to choose with where there is no such choice, if that is asked
+            for.
+
+    Returns:
+        A decorator of choices.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> @tj.mining.relative(fallback=tj.mining.easiest_positive)
+    ... def positive_in_reach(distances, candidates, negative):
+    ...     nearer = candidates & (distances < negative[..., None] - 1.5)
+    ...     return tj.mining.hardest_positive(distances, nearer, negative)
+    >>> d = tj.euclidean(jnp.array([[0.0], [1.0], [4.0], [3.0]]))
+    >>> triplets = tj.batch_easy_hard_triplets(
+    ...     d, jnp.array([0, 0, 0, 1]), positive=positive_in_reach,
+    ...     negative=tj.mining.hardest_negative, fallback=True)
+    >>> print(triplets.positive[:3], triplets.valid[:3])
+    [1 0 1] [ True  True  True]
+    """
+
+    def decorate(choice: Choice) -> Choice:
+        choice.relative, choice.fallback = True, fallback
+        return choice
+
+    return decorate
+
+
 def easiest_positive(
     distances: Array, candidates: Array, other: Array | None
 ) -> tuple[Array, Array]:
@@ -153,6 +195,7 @@ def easiest_positive(
     return _nearest(distances, candidates)
 
 
+@relative(fallback=easiest_positive)
 def semi_hard_positive(
     distances: Array, candidates: Array, other: Array
 ) -> tuple[Array, Array]:
@@ -174,6 +217,7 @@ def easiest_negative(
     return _farthest(distances, candidates)
 
 
+@relative(fallback=easiest_negative)
 def semi_hard_negative(
     distances: Array, candidates: Array, other: Array
 ) -> tuple[Array, Array]:
@@ -196,7 +240,7 @@ def every_one(
     return index, candidates
 
 
-@public(callables=("positive", "negative"), static=("fallback",))
+@jitted(callables=("positive", "negative"), flags=("fallback",))
 def batch_easy_hard_triplets(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -211,17 +255,16 @@ def batch_easy_hard_triplets(
 ) -> Triplets:
     r"""For each anchor a positive and a negative of the wanted difficulty.
 
-    ============ ========================== ==========================
-    difficulty   `positive`                 `negative`
-    ============ ========================== ==========================
-    easy         `mining.easiest_positive`  `mining.easiest_negative`
-    semi-hard    `mining.semi_hard_positive` `mining.semi_hard_negative`
-    hard         `mining.hardest_positive`  `mining.hardest_negative`
-    all          `mining.every_one`         `mining.every_one`
-    ============ ========================== ==========================
+    | difficulty | `positive`                  | `negative`                  |
+    | ---------- | --------------------------- | --------------------------- |
+    | easy       | `mining.easiest_positive`   | `mining.easiest_negative`   |
+    | semi-hard  | `mining.semi_hard_positive` | `mining.semi_hard_negative` |
+    | hard       | `mining.hardest_positive`   | `mining.hardest_negative`   |
+    | all        | `mining.every_one`          | `mining.every_one`          |
 
     A semi-hard choice is made relative to the other one, which is made first. Any
-    function of the same form can be given as well. Pairs can be left out by their
+    function of the same form can be given as well, with `mining.relative` for one that
+    is made after the other. Pairs can be left out by their
     distance through the masks:
     ``masks._replace(negative=masks.negative & (distances > 0.5))``.
 
@@ -231,7 +274,8 @@ def batch_easy_hard_triplets(
         positive: how the positive is chosen.
         negative: how the negative is chosen.
         fallback: where there is no semi-hard choice, whether to take the easiest one
-            rather than none.
+            rather than none. Of other choices only those made by `mining.relative`
+            with a fallback have one.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
 
     Returns:
@@ -241,7 +285,7 @@ def batch_easy_hard_triplets(
         TypeError: if an argument has the wrong dtype or a choice is not callable.
         ValueError: if shapes do not fit, there is no distance, or the two choices do
             not go together: both semi-hard, semi-hard with all, or both all (which is
-            `all_triplets`).
+            `all_triplets`); or if `fallback` is asked of choices that have none.
 
     References:
         Xuan, Stylianou, Pless. Improved Embeddings with Easy Positive Triplet Mining.
@@ -268,39 +312,48 @@ def batch_easy_hard_triplets(
         where=where,
         reference_where=reference_where,
     )
-    relative = (positive is semi_hard_positive, negative is semi_hard_negative)
-    every = (positive is every_one, negative is every_one)
-    if all(relative) or all(every) or (any(relative) and any(every)):
+    choices = positive, negative
+    after = [getattr(choice, "relative", False) for choice in choices]
+    instead = [getattr(choice, "fallback", None) for choice in choices]
+    if fallback and instead == [None, None]:
         raise ValueError(
-            "positive and negative cannot both be semi-hard, nor semi-hard and all, "
-            "nor both all (see all_triplets)."
+            "fallback goes with a choice that has one, such as semi_hard_negative, got "
+            f"positive={positive!r} and negative={negative!r}."
         )
+    if all(after):
+        raise ValueError("positive and negative cannot both be semi-hard.")
 
-    def choose(choice: Choice, candidates: Array, other: Array | None):
-        index, found = choice(distances, candidates, other)
-        if fallback and choice in (semi_hard_positive, semi_hard_negative):
-            easiest = _nearest if choice is semi_hard_positive else _farthest
-            instead, exists = easiest(distances, candidates)
-            index, found = jnp.where(found, index, instead), exists
+    def choose(side: int, candidates: Array, other: Array | None) -> tuple:
+        index, found = choices[side](distances, candidates, other)
+        if fallback and instead[side] is not None:
+            second, exists = instead[side](distances, candidates, other)
+            index, found = jnp.where(found, index, second), found | exists
         return index, found
 
-    def distance_of(index: Array) -> Array | None:
-        return take(distances, index) if index.ndim < distances.ndim else None
-
-    if relative[0]:
-        n, has_n = choose(negative, masks.negative, None)
-        p, has_p = choose(positive, masks.positive, distance_of(n))
-    else:
-        p, has_p = choose(positive, masks.positive, None)
-        n, has_n = choose(negative, masks.negative, distance_of(p))
-    if every[0]:
-        n, has_n = n[..., None], has_n[..., None]
-    if every[1]:
-        p, has_p = p[..., None], has_p[..., None]
+    chosen: list = [None, None]
+    first = 1 if after[0] else 0
+    chosen[first] = choose(first, masks[first], None)
+    every = chosen[first][0].ndim == distances.ndim
+    if every and after[1 - first]:
+        raise ValueError(
+            "positive and negative cannot be semi-hard and all: semi-hard is relative "
+            "to one other choice."
+        )
+    other = None if every else take(distances, chosen[first][0])
+    chosen[1 - first] = choose(1 - first, masks[1 - first], other)
+    ranks = [index.ndim for index, _ in chosen]
+    if ranks == [distances.ndim, distances.ndim]:
+        raise ValueError(
+            "positive and negative cannot both be all of them: see all_triplets."
+        )
+    if max(ranks) == distances.ndim:
+        alone = ranks.index(min(ranks))
+        chosen[alone] = tuple(x[..., None] for x in chosen[alone])
+    (p, has_p), (n, has_n) = chosen
     return _triplets(distances, p, n, has_p & has_n)
 
 
-@public(static=("fallback",))
+@jitted(flags=("fallback",))
 def batch_semi_hard_triplets(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -426,7 +479,7 @@ def violating_band(margin: ArrayLike = 0.1) -> Band:
     return Band(-jnp.inf, margin)
 
 
-@public(static=("size",))
+@jitted(sizes=("size",))
 def all_triplets(
     labels: ArrayLike | PairMasks,
     *,
@@ -525,7 +578,7 @@ def _saturating_add(a: Array, b: Array) -> Array:
     return jnp.where(a > most - b, most, a + b)
 
 
-@public(static=("per_anchor",))
+@jitted(sizes=("per_anchor",))
 def random_triplets(
     key: Array,
     labels: ArrayLike | PairMasks,
@@ -582,7 +635,7 @@ def random_triplets(
     return _triplets(masks.positive, positive, negative, has_positive & has_negative)
 
 
-@public(nonnegative=("margin",))
+@jitted(nonnegative=("margin",))
 def random_semi_hard_triplets(
     key: Array,
     distances: ArrayLike,
@@ -653,7 +706,7 @@ def random_semi_hard_triplets(
     )
 
 
-@public(static=("dim",), nonnegative=("cutoff", "furthest"))
+@jitted(sizes=("dim",), nonnegative=("cutoff", "furthest"))
 def distance_weighted_triplets(
     key: Array,
     distances: ArrayLike,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from tripletjax.public import public
+from tripletjax._api import jitted
 
 
 class PairMasks(NamedTuple):
@@ -20,6 +20,10 @@ class PairMasks(NamedTuple):
 
     A pair that is neither is ignored. Masks made by hand are used as they are, so an
     item that is both an anchor and a reference must be ruled out as its own positive.
+
+    With `where`, as many references as anchors and nothing on the diagonal, the anchors
+    are taken for the references, so that padding is neither; `reference_where` says
+    otherwise.
 
     Attributes:
         positive: bool ``[..., n, m]``.
@@ -33,7 +37,7 @@ class PairMasks(NamedTuple):
 Match = Callable[[Array, Array], Array]
 
 
-@public(callables=("match",))
+@jitted(callables=("match",))
 def pair_masks(
     labels: ArrayLike,
     reference_labels: ArrayLike | None = None,
@@ -140,9 +144,10 @@ def resolve(
                     f"labels.{name} has shape {mask.shape} but distances has shape "
                     f"{distances.shape}: the last two dimensions must agree."
                 )
-        if n == m and reference_where is None:
-            reference_where = where
-        masks = keep_pairs(PairMasks(*masks), where, reference_where)
+        masks = PairMasks(*masks)
+        if n == m and where is not None and reference_where is None:
+            reference_where = _as_references(masks, as_boolean("where", where))
+        masks = keep_pairs(masks, where, reference_where)
     else:
         labels = as_labels("labels", labels, None)
         if labels.shape[-1] != n:
@@ -177,6 +182,17 @@ def resolve(
             f"labels make pairs of shape {masks.positive.shape}, which does not "
             f"broadcast to the shape {distances.shape} of distances."
         ) from None
+
+
+def _as_references(masks: PairMasks, where: Array) -> Array:
+    """Which references are real, by masks ``[..., n, n]`` and which anchors are.
+
+    No item is paired with itself: a pair on the diagonal is one with another
+    reference, and then nothing is known of the padding among the references.
+    """
+    diagonals = [jnp.diagonal(mask, axis1=-2, axis2=-1) for mask in masks]
+    others = jnp.any((diagonals[0] | diagonals[1]) & where, axis=-1, keepdims=True)
+    return where | others
 
 
 def in_turn(pairs: Array, visit: Callable[[Any, Array, Array], Any], state: Any) -> Any:

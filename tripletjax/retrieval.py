@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from tripletjax._api import as_integer, jitted, own_promotion
 from tripletjax.blocks import (
     RUN,
     Batch,
@@ -29,7 +30,6 @@ from tripletjax.blockwise import as_batch
 from tripletjax.distances import Metric, as_vectors, common_offset, euclidean
 from tripletjax.mining import ordered_bits
 from tripletjax.pairs import PairMasks, as_boolean, keep_pairs, pair_masks, per_item
-from tripletjax.public import as_integer, own_promotion, public
 
 # Metrics are made for at most this many queries at a time, and of so many distances,
 # which come in tiles of so many references.
@@ -113,15 +113,15 @@ def nearest_neighbors(
     )
 
 
-@public(callables=("metric",), static=("k",))
+@jitted(callables=("metric",), sizes=("k",))
 def _nearest_neighbors(
     queries: ArrayLike,
     references: ArrayLike,
     *,
     k: int,
     metric: Metric,
-    positions: ArrayLike | None,
-    reference_where: ArrayLike | None,
+    positions: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
 ) -> tuple[Array, Array]:
     queries, references = as_vectors(
         ("queries", queries), ("references", references), rank=2
@@ -344,17 +344,22 @@ def recall_at_k(
     ).recall_at_k
 
 
-@public(callables=("metric", "reduce_fn"), static=("ks", "first_alone"))
+@jitted(
+    callables=("metric", "reduce_fn"),
+    flags=("first_alone",),
+    static=("ks",),
+    optional=("reduce_fn",),
+)
 def _evaluate(
     embeddings: ArrayLike,
     labels: ArrayLike,
     *,
     ks: tuple[int, ...],
-    references: ArrayLike | None,
-    reference_labels: ArrayLike | None,
-    positions: ArrayLike | None,
-    where: ArrayLike | None,
-    reference_where: ArrayLike | None,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
     metric: Metric,
     reduce_fn: Reduction | None,
     first_alone: bool,
@@ -470,7 +475,7 @@ def _with_masks(batch: Batch, masks: PairMasks) -> Batch:
     )
 
 
-@public(callables=("metric",), static=("class_means",))
+@jitted(callables=("metric",), flags=("class_means",))
 def few_shot_accuracy(
     support: ArrayLike,
     support_labels: ArrayLike,

@@ -35,11 +35,11 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from tripletjax._api import as_integer, jitted
 from tripletjax.blocks import Batch, Classes, Kind, Task, Tiles
 from tripletjax.blockwise import as_batch
 from tripletjax.distances import Metric, euclidean
 from tripletjax.pairs import as_boolean, per_item
-from tripletjax.public import as_integer, public
 
 # How many positive pairs are compared at a time, times their dimensions.
 BLOCK = 2**19
@@ -159,7 +159,7 @@ def evaluate(
     )
 
 
-@public(callables=("metric",), static=("fars", "size"))
+@jitted(callables=("metric",), sizes=("size",), static=("fars",))
 def _evaluate(
     embeddings: ArrayLike,
     labels: ArrayLike,
@@ -264,13 +264,13 @@ def _negatives_within(tiles: Tiles, thresholds: Array) -> tuple[Array, Array, Ar
     return tuple(jnp.where(broken, -1, count) for count in counts)
 
 
-@public(static=("fars",))
+@jitted(static=("fars",))
 def _evaluate_pairs(
     distances: ArrayLike,
     same: ArrayLike,
     *,
     fars: tuple[float, ...],
-    where: ArrayLike | None,
+    where: ArrayLike | None = None,
 ) -> VerificationMetrics:
     distances, positive, negative = _pairs(distances, same, where)
     counted = jnp.sort(jnp.where(positive | negative, distances, jnp.inf))
@@ -395,8 +395,10 @@ def roc(
     return _exactly(_roc, distances, same, where=where)
 
 
-@public()
-def _roc(distances: ArrayLike, same: ArrayLike, *, where: ArrayLike | None) -> Roc:
+@jitted()
+def _roc(
+    distances: ArrayLike, same: ArrayLike, *, where: ArrayLike | None = None
+) -> Roc:
     distances, positive, negative = _pairs(distances, same, where)
     thresholds = jnp.sort(jnp.where(positive | negative, distances, jnp.inf))
 
@@ -475,14 +477,14 @@ def k_fold_accuracy(
     )
 
 
-@public(static=("folds",))
+@jitted(sizes=("folds",))
 def _k_fold_accuracy(
     distances: ArrayLike,
     same: ArrayLike,
     *,
     folds: int,
-    fold: ArrayLike | None,
-    where: ArrayLike | None,
+    fold: ArrayLike | None = None,
+    where: ArrayLike | None = None,
 ) -> KFold:
     distances, positive, negative = _pairs(distances, same, where)
     n = len(distances)

@@ -5,7 +5,7 @@ A public function takes any array-like, is jitted, and runs on any mesh:
 - lists, NumPy arrays and whatever else has ``__array__`` become arrays; an integer
   that this JAX configuration would silently wrap is an error;
 - callables, flags and sizes are static and checked, everything else may be traced;
-- only what is annotated as optional may be None;
+- only what is said to be optional, or has None for a default, may be None;
 - it is traced under JAX's default promotion of ranks and dtypes, which a caller may
   have made stricter;
 - arrays on a mesh with Explicit axes are computed under Auto axes, so that the same
@@ -16,7 +16,6 @@ import functools
 import inspect
 import math
 import operator
-import typing
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -43,77 +42,85 @@ def own_promotion(function: Callable[P, R]) -> Callable[P, R]:
     return traced
 
 
-def public(
+def jitted(
     *,
     callables: tuple[str, ...] = (),
+    flags: tuple[str, ...] = (),
+    sizes: tuple[str, ...] = (),
     static: tuple[str, ...] = (),
     nonnegative: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
     check: Callable[..., None] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a function jitted, mesh-agnostic and strict about its arguments.
 
+    What it returns has `lower` of `jax.jit`, and `unjitted`, the function itself, for
+    calls within other jitted functions.
+
     Args:
-        callables: options that are static and must be callable, or None where their
-            annotation allows it.
+        callables: options that are static and must be callable.
+        flags: options that are static and must be booleans.
+        sizes: options that are static and must be integers.
         static: other static options. All static options are keyword-only.
         nonnegative: numeric options that may be traced; when their value is known
             they must be finite and at least 0.
+        optional: arguments that may be None; those whose default is None may, too.
         check: raises for arguments whose values are known and wrong.
 
     Returns:
         A decorator.
     """
+    converters = (
+        dict.fromkeys(callables, _as_callable)
+        | dict.fromkeys(flags, _as_flag)
+        | dict.fromkeys(sizes, as_integer)
+        | dict.fromkeys(static, lambda name, value: value)
+    )
+    statics = tuple(converters)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         parameters = inspect.signature(function).parameters
         names = tuple(parameters)
-        optional = {
-            name
-            for name, parameter in parameters.items()
-            if type(None) in typing.get_args(parameter.annotation)
-        }
-        flags = [name for name in static if parameters[name].annotation is bool]
-        sizes = [name for name in static if parameters[name].annotation is int]
-        statics = (*callables, *static)
-        function = own_promotion(function)
-        run = jax.jit(function, static_argnames=statics)
+        if wrong := {*statics, *nonnegative, *optional} - set(names):
+            raise TypeError(f"{function.__name__} has no {', '.join(sorted(wrong))}.")
+        convert = {name: converters.get(name, _as_arrays) for name in names}
+        convert |= dict.fromkeys(nonnegative, _as_nonnegative)
+        nullable = {n for n, p in parameters.items() if p.default is None} | {*optional}
+        unjitted = own_promotion(function)
+        run = jax.jit(unjitted, static_argnames=statics)
         run_explicit = jax.jit(
-            functools.partial(_under_auto_axes, function, statics),
+            functools.partial(_under_auto_axes, unjitted, statics),
             static_argnames=statics,
         )
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            for name in kwargs:
-                if name not in parameters:
+            if check is not None:
+                check(*args, **kwargs)
+            given = [*zip(names, args), *kwargs.items()]
+            ready, explicit = [], False
+            for name, value in given:
+                if value is None and name in nullable:
+                    ready.append(None)
+                    continue
+                if name not in convert:
                     raise TypeError(
                         f"{function.__name__}() got an unexpected keyword argument "
                         f"{name!r}; it has {', '.join(names)}."
                     )
-            for name, value in (*zip(names, args), *kwargs.items()):
-                if value is None and name in parameters and name not in optional:
+                if value is None:
                     raise TypeError(f"{name} must be given, got None.")
-            for name in callables:
-                if not callable(kwargs.get(name, len)) and kwargs[name] is not None:
-                    raise TypeError(f"{name} must be callable, got {kwargs[name]!r}.")
-            for name in nonnegative:
-                _check_nonnegative(name, kwargs.get(name, 0))
-            for name in flags:
-                if not isinstance(kwargs.get(name, True), bool | np.bool_):
-                    raise TypeError(f"{name} must be a bool, got {kwargs[name]!r}.")
-            kwargs |= {n: as_integer(n, kwargs[n]) for n in sizes if n in kwargs}
-            if check is not None:
-                check(*args, **kwargs)
-            args = tuple(_arrays(name, arg) for name, arg in zip(names, args))
-            kwargs = {
-                name: arg if name in statics else _arrays(name, arg)
-                for name, arg in kwargs.items()
-            }
-            arrays = [arg for name, arg in kwargs.items() if name not in statics]
-            if any(_is_explicit(leaf) for leaf in jax.tree.leaves((args, arrays))):
-                return run_explicit(*args, **kwargs)
-            return run(*args, **kwargs)
+                value = convert[name](name, value)
+                ready.append(value)
+                if not explicit and name not in converters:
+                    explicit = _has_explicit(value)
+            n = min(len(args), len(names))
+            chosen = run_explicit if explicit else run
+            return chosen(
+                *ready[:n], *args[len(names) :], **dict(zip(kwargs, ready[n:]))
+            )
 
+        call.lower, call.unjitted = run.lower, unjitted
         return call
 
     return decorate
@@ -129,7 +136,26 @@ def as_integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer, got {value!r}.") from None
 
 
-def _arrays(name: str, tree: Any) -> Any:
+def _as_callable(name: str, value: Any) -> Any:
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {value!r}.")
+    return value
+
+
+def _as_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be a bool, got {value!r}.")
+    return bool(value)
+
+
+def _as_nonnegative(name: str, value: Any) -> Any:
+    _check_nonnegative(name, value)
+    return _as_arrays(name, value)
+
+
+def _as_arrays(name: str, tree: Any) -> Any:
+    if isinstance(tree, jax.Array):
+        return tree
     is_list = lambda node: type(node) in (list, tuple)  # noqa: E731
     return jax.tree.map(functools.partial(_array, name), tree, is_leaf=is_list)
 
@@ -177,7 +203,22 @@ def _check_nonnegative(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
 
 
+def _has_explicit(tree: Any) -> bool:
+    """Whether an array lies on a mesh with Explicit axes."""
+    if isinstance(tree, np.ndarray | float | int):
+        return False
+    if isinstance(tree, jax.Array):
+        return _is_explicit(tree)
+    return any(map(_is_explicit, jax.tree.leaves(tree)))
+
+
 def _is_explicit(leaf: Any) -> bool:
+    tracer = isinstance(leaf, jax.core.Tracer)
+    if not tracer and isinstance(
+        getattr(leaf, "sharding", None), jax.sharding.SingleDeviceSharding
+    ):
+        # The most common case, without the cost of a type.
+        return False
     mesh = jax.typeof(leaf).sharding.mesh
     return not mesh.empty and AxisType.Explicit in mesh.axis_types
 
