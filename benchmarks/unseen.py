@@ -2,7 +2,7 @@
 
     python benchmarks/unseen.py --data TRAIN_FOLDER --unseen OTHER_FOLDER --seeds 3
 
-Trains on the first folder by the defaults of `examples/train.py`, and then tells apart
+Trains on the first folder by the defaults of `tripletjax train`, and then tells apart
 the classes of the second: in each episode, one image each of 20 of its classes, and
 another image of each to be named by the nearest; and tells same from different in all
 pairs. Both folders have one folder of images

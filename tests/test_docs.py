@@ -8,29 +8,35 @@ from pathlib import Path
 
 import pytest
 
+import tripletjax as tj
+
 ROOT = Path(__file__).parent.parent
 
 
-def test_readme_examples():
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+
+
+@every_page
+def test_code_of_pages(page):
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
-    result = doctest.testfile(
-        str(ROOT / "README.md"), module_relative=False, optionflags=flags
-    )
-    assert result.attempted > 10
+    result = doctest.testfile(str(page), module_relative=False, optionflags=flags)
     assert result.failed == 0
+    assert result.attempted == page.read_text().count("\n>>> ")
 
 
-def test_readme_names_exist():
-    import tripletjax as tj
-
-    text = (ROOT / "README.md").read_text()
+@every_page
+def test_what_pages_name_exists(page):
+    text = page.read_text()
     for name in re.findall(r"`(\w+_(?:loss|triplets))`", text):
         assert hasattr(tj, name), name
-    for path in re.findall(r"`?((?:examples|benchmarks|tests)/[\w/.]+)", text):
+    for path in re.findall(r"`((?:examples|benchmarks|tests|docs)/[\w/.]+)", text):
         assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("name", ["quickstart", "compose"])
+@pytest.mark.parametrize("name", ["quickstart", "compose", "train"])
 def test_examples_run(name):
     done = subprocess.run(
         [sys.executable, "-W", "error", ROOT / "examples" / f"{name}.py"],

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +34,6 @@ from tripletjax.learn import (
 )
 from tripletjax.learn.checkpoints import Checkpoints
 
-ROOT = Path(__file__).parent.parent
-
-
 pytestmark = pytest.mark.usefixtures("datasets")
 
 
@@ -50,6 +46,30 @@ def small(**options):
 def finished(datasets, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "small"
     return out, runs.run(small(), out, progress=False)
+
+
+def test_an_embedder_needs_nothing_that_reads_data_or_draws(finished):
+    code = f"""
+import sys
+import numpy as np
+from tripletjax import learn
+embed = learn.load_embedder({str(finished[0])!r})
+print(embed(np.zeros((2, 8, 8), np.uint8)).shape)
+heavy = ("tensorflow_datasets", "grain", "matplotlib", "sklearn", "array_record")
+assert not (loaded := [name for name in heavy if name in sys.modules]), loaded
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("(2, 16)\n", 0), done.stderr
+
+
+def test_what_is_lazy_is_there():
+    for name in learn.__all__:
+        assert getattr(learn, name) is not None
+        assert name in dir(learn)
+    assert learn.Config is runs.Config
+    assert tuple(training.MINING) == learn.config.MINING
+    with pytest.raises(AttributeError, match="no attribute 'fits'"):
+        _ = learn.fits
 
 
 # Augmentation and models.
@@ -180,10 +200,10 @@ def test_augmentation_is_off_by_default_and_checked():
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (17, 33, 3), (1, 1, 1)])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-@pytest.mark.parametrize("kind", runs.MODELS)
+@pytest.mark.parametrize("kind", learn.config.MODELS)
 def test_any_image_size_gives_unit_vectors(kind, dtype, shape):
     options = {"size": shape[:2]} if kind == "photo" else {}
-    model = runs.MODELS[kind](
+    model = learn.config.MODELS[kind](
         16,
         channels=(16, 32),
         in_channels=shape[-1],
@@ -226,7 +246,7 @@ def test_the_first_stride_of_the_residual_network(stride, side):
     ("kind", "count"), [("cnn", 73_440), ("resnet", 704_736), ("multiscale", 381_856)]
 )
 def test_number_of_parameters(kind, count):
-    model = runs.MODELS[kind](rngs=nnx.Rngs(0))
+    model = learn.config.MODELS[kind](rngs=nnx.Rngs(0))
     assert sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
 
 
@@ -723,34 +743,6 @@ def test_an_image_of_pillow_is_turned_upright(finished, tmp_path):
     with Image.open(tmp_path / "turned.png") as opened:
         np.testing.assert_array_equal(embed([opened]), embed([tmp_path / "turned.png"]))
         assert not (embed([opened]) == embed([image])).all()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--data", "nowhere"], "no dataset 'nowhere'"),
-        (["--out", "."], "not an empty directory"),
-        (["--steps", "0"], "steps must be at least 1"),
-        (["--mining", "some"], "invalid choice"),
-        (["--margin", "-1"], "margin"),
-        (["--data", "digits", "--triplets", "a.csv"], "--data is of no use with"),
-        (["--mining", "hard", "--triplets", "a.csv"], "--mining is of no use with"),
-        (["--batch", "4"], "--batch is of no use without"),
-        (["--augment", "some"], "invalid choice"),
-    ],
-)
-def test_bad_arguments_are_one_line_and_exit_2(arguments, words, tmp_path):
-    (tmp_path / "precious").write_text("kept")
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "train.py", *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert words in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
 def with_images(shape, kinds, each):

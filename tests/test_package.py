@@ -1,8 +1,10 @@
 """What importing costs, and that what is public is documented and tested by doctest."""
 
+import ast
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import tripletjax as tj
 
@@ -26,6 +28,53 @@ outside = sorted(
 assert not outside, outside
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Each imports from those before it, and the core from nothing but JAX and NumPy.
+ROOMS = (
+    ("_api",),
+    ("distances", "pairs"),
+    ("mining",),
+    ("losses",),
+    ("blocks",),
+    ("blockwise",),
+    ("retrieval", "verification", "collapse"),
+    ("learn",),
+    ("cli",),
+    ("__main__",),
+)
+CORE = [name for room in ROOMS[:-3] for name in room]
+
+
+def imports_of(file):
+    """Names of modules that a file imports, in functions too."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            if node.module == "tripletjax":
+                yield from (f"tripletjax.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def test_imports_point_downwards():
+    root = Path(tj.__file__).parent
+    floor = {name: level for level, room in enumerate(ROOMS) for name in room}
+    found = {path.stem for path in root.glob("*.py")} | {"learn"}
+    assert found - {"__init__"} == set(floor)
+    for name, level in floor.items():
+        files = [root / f"{name}.py"]
+        if not files[0].exists():
+            files = sorted((root / name).rglob("*.py"))
+        for module in (module for file in files for module in imports_of(file)):
+            top, _, rest = module.partition(".")
+            if top != "tripletjax":
+                allowed = {"jax", "numpy", *sys.stdlib_module_names}
+                assert name not in CORE or top in allowed, (name, module)
+            elif rest and (below := rest.split(".")[0]) in floor and below != name:
+                assert floor[below] < level, (name, module)
 
 
 def test_everything_public_is_documented():

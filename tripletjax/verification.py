@@ -166,10 +166,10 @@ def _evaluate(
     *,
     fars: tuple[float, ...],
     metric: Metric,
-    references: ArrayLike | None,
-    reference_labels: ArrayLike | None,
-    where: ArrayLike | None,
-    reference_where: ArrayLike | None,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
     size: int,
 ) -> VerificationMetrics:
     if size < 1:

@@ -1,30 +1,26 @@
-"""Training an embedding, from images to a run directory.
+"""Training an embedding, from images to a run directory, and using it.
 
-Needs the extra: ``pip install "tripletjax[train]"``.
+Needs the extra: ``pip install "tripletjax[train]"``. Modules are imported when they are
+first asked for: `load_embedder` needs none of what reads datasets or draws.
 """
 
-from tripletjax.learn import (
-    augment,
-    checkpoints,
-    config,
-    data,
-    models,
-    pictures,
-    plots,
-    runs,
-    sampling,
-    stored,
-    tasks,
-    training,
-)
-from tripletjax.learn.runs import load_embedder
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
+if TYPE_CHECKING:
+    from tripletjax.learn.config import Config
+    from tripletjax.learn.embedder import load_embedder
+    from tripletjax.learn.runs import run
+    from tripletjax.learn.training import fit
+
+MODULES = (
     "augment",
     "checkpoints",
     "config",
     "data",
-    "load_embedder",
+    "embedder",
+    "evaluation",
+    "image_analysis",
     "models",
     "pictures",
     "plots",
@@ -33,4 +29,25 @@ __all__ = [
     "stored",
     "tasks",
     "training",
-]
+)
+# What is here for short, and where it is.
+NAMES = {
+    "Config": "config",
+    "fit": "training",
+    "load_embedder": "embedder",
+    "run": "runs",
+}
+
+__all__ = [*MODULES, "Config", "fit", "load_embedder", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{NAMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *MODULES, *NAMES})

@@ -2,10 +2,16 @@
 
 import dataclasses
 
-from tripletjax.learn import data, models, sampling, training
+from tripletjax.learn import models
 from tripletjax.learn.augment import Augment
 from tripletjax.learn.image_analysis import KINDS
 
+# What is held out, which of nested folders are classes, which triplets are trained on,
+# and how classes are drawn.
+SPLITS = ("images", "classes")
+CLASSES_FROM = ("top", "leaf")
+MINING = ("all", "semi-hard", "hard")
+WEIGHTINGS = ("uniform", "frequency")
 MODELS = {
     "cnn": models.EmbeddingCNN,
     "photo": models.EmbeddingPhotoNet,
@@ -91,10 +97,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("mining", training.MINING),
-            ("split", data.SPLITS),
-            ("classes_from", (None, *data.CLASSES_FROM)),
-            ("weighting", sampling.WEIGHTINGS),
+            ("mining", MINING),
+            ("split", SPLITS),
+            ("classes_from", (None, *CLASSES_FROM)),
+            ("weighting", WEIGHTINGS),
             ("model", (None, *MODELS)),
             ("head", (None, *models.HEADS)),
             ("kind", (None, *KINDS)),

@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from tripletjax.learn.config import CLASSES_FROM, SPLITS
 from tripletjax.learn.image_analysis import KINDS
 from tripletjax.learn.pictures import Shape, find_files, is_image, open_image
 from tripletjax.learn.stored import (
@@ -37,9 +38,6 @@ FORMAT = 5
 # test and for validation. Of photographs less, since a network learns them from few.
 TEST, VALIDATION = 0.15, 0.1
 HELD_OUT = {"characters": (TEST, VALIDATION), "photos": (0.1, 0.05)}
-SPLITS = ("images", "classes")
-# Which folders are classes.
-CLASSES_FROM = ("top", "leaf")
 # Sub-folders of these names hold images of one class by date or session.
 BY_DATE = re.compile(
     r"(19|20)\d\d([-_. ]?\d\d?){0,2}|(session|set|seq|sequence|day|month|visit|shoot|"
@@ -470,16 +468,35 @@ def _shared_out(units: Sequence[list[int]], counts: Sequence[int]) -> list[list[
     return [[place for unit in part for place in unit] for part in parts]
 
 
-def _from_folder(
-    folder: Path,
-    *,
-    size: int | None,
-    kind: str | None,
-    classes_from: str | None,
-    data_dir: str | Path | None,
-    **options: Any,
-) -> tuple[Stored, np.ndarray, tuple[str, ...], tuple[str, ...]]:
-    """Images, labels, the names of classes, and what could not be read."""
+@dataclasses.dataclass(frozen=True)
+class ClassFolders:
+    """Files in folders of one class each.
+
+    Attributes:
+        files: in the order of their paths.
+        paths: the same, relative to the data folder.
+        classes: the name of each file's class.
+        loose: files that lie in the data folder itself, and belong to no class.
+        notes: what was decided.
+    """
+
+    files: list[Path]
+    paths: list[str]
+    classes: list[str]
+    loose: list[Path]
+    notes: tuple[str, ...]
+
+
+def find_classes(folder: Path, classes_from: str | None = None) -> ClassFolders:
+    """The files in a folder of classes, whatever they hold.
+
+    Args:
+        folder: the data folder.
+        classes_from: as in `load`.
+
+    Raises:
+        ValueError: if there are none in folders, or images in none.
+    """
     folder = folder.resolve()
     found = find_files(folder)
     loose = [file for file in found.files if file.parent == folder]
@@ -514,11 +531,27 @@ def _from_folder(
         )
     if found.runs:
         runs = ", ".join(str(run.relative_to(folder)) for run in found.runs)
-        notes.append(f"directories of training runs are left out: {_printable(runs)}")
+        notes.append(f"directories of training runs are left out: {printable(runs)}")
+    return ClassFolders(files, relative, folders, loose, tuple(notes))
+
+
+def _from_folder(
+    folder: Path,
+    *,
+    size: int | None,
+    kind: str | None,
+    classes_from: str | None,
+    data_dir: str | Path | None,
+    **options: Any,
+) -> tuple[Stored, np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """Images, labels, the names of classes, and what could not be read."""
+    folder = folder.resolve()
+    found = find_classes(folder, classes_from)
+    files, relative, folders = found.files, found.paths, found.classes
     directory = _directory(data_dir, _files_key(files, relative, size, kind))
     options |= {"source": str(folder), "size": size, "kind": kind}
     stored = store(files, open_image, directory, **options)
-    stored = dataclasses.replace(stored, notes=(*notes, *stored.notes))
+    stored = dataclasses.replace(stored, notes=(*found.notes, *stored.notes))
     names = sorted({folders[place] for place in stored.kept})
     if len(names) < 2:
         raise ValueError(
@@ -527,13 +560,13 @@ def _from_folder(
         )
     numbers = {name: label for label, name in enumerate(names)}
     labels = [numbers.get(name, -1) for name in folders]
-    skipped = [f"{file.name}: no image" for file in loose]
+    skipped = [f"{file.name}: no image" for file in found.loose]
     skipped += [f"{relative[place]}: {why}" for place, why in stored.skipped.items()]
     skipped += [
         f"{name}: nothing in this folder can be used"
         for name in sorted(set(folders) - set(names))
     ]
-    names, skipped = (tuple(map(_printable, some)) for some in (names, skipped))
+    names, skipped = (tuple(map(printable, some)) for some in (names, skipped))
     return stored, np.array(labels, np.int32), names, skipped
 
 
@@ -580,7 +613,7 @@ def _checked(
     return images.part(kept), stored, names, (*skipped, *told)
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A name that need not be UTF-8."""
     return os.fsencode(name).decode(errors="replace")
 

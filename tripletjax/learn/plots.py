@@ -1,6 +1,7 @@
 """The pictures of a run."""
 
 import functools
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,11 +99,13 @@ def neighbors(
         layout="constrained",
     )
     told = (
-        f"The {what} on which {first} do worst: green is of the same class, red is "
-        "not; light grey beyond as many as there are"
+        f"The {what} with the worst neighbours by {first}: green is of the same class, "
+        "red is not; light grey beyond as many as there are"
     )
     if not len(several):
         told = f"There is one of the {what} of each class: no other is of the same"
+    # A letter of this size is about 0.085 inches wide.
+    told = textwrap.fill(told, int(figure.get_figwidth() / 0.085))
     figure.suptitle(told, fontsize=11)
     for column, (part, (name, neighbor)) in enumerate(
         zip(np.atleast_1d(figure.subfigures(1, len(ranked))), ranked.items())
@@ -170,7 +173,7 @@ def triplets(
         figsize=(3.4 * len(distances), 0.95 * len(chosen) + 1), layout="constrained"
     )
     figure.suptitle(
-        f"The {what} on which {next(iter(distances))} do worst:\n"
+        f"The {what} in the worst order by {next(iter(distances))}:\n"
         "anchor, nearer, farther; the positive is green, the negative red",
         fontsize=10,
     )
@@ -196,6 +199,92 @@ def triplets(
                     spine.set(color=color, linewidth=2.5)
                 if distance is not None:
                     axes.set_title(f"{distance:.2f}", fontsize=8, pad=2)
+    figure.savefig(path, dpi=120)
+
+
+def distances(
+    same: np.ndarray,
+    different: np.ndarray,
+    pairs: dict,
+    path: str | Path,
+    *,
+    what: str = "all pairs",
+) -> None:
+    """The distances of pairs of the same class and of different ones, as shares.
+
+    Args:
+        same: counts of pairs of the same class, by distance in equal steps from 0 to 2.
+        different: the same of pairs of different classes.
+        pairs: what verification told of them, with a threshold for each FAR.
+        path: the PNG file to write.
+        what: which pairs they are.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    # So many steps together as make a smooth line.
+    width = len(same) // 100
+    edges = np.linspace(0, 2, len(same) // width + 1)
+    both = np.flatnonzero(same + different)
+    furthest = edges[min(both[-1] // width + 2, len(edges) - 1)] if len(both) else 2
+    for counts, label, color in (
+        (same, "same class", RIGHT),
+        (different, "different classes", WRONG),
+    ):
+        shares = counts.reshape(-1, width).sum(axis=1) / max(counts.sum(), 1)
+        axes.stairs(shares, edges, fill=True, alpha=0.35, color=color)
+        axes.stairs(shares, edges, color=color, label=label)
+    if pairs["threshold"] is not None:
+        axes.axvline(pairs["threshold"], color=QUERY, linewidth=1)
+        axes.annotate(
+            "most accurate threshold",
+            (pairs["threshold"], 0.98),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            ha="right",
+            va="top",
+            fontsize=8,
+        )
+    axes.set(xlim=(0, furthest), xlabel="distance", ylabel="share of the pairs")
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"Distances of {what}", loc="left", fontsize=11)
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def roc(
+    same: np.ndarray,
+    different: np.ndarray,
+    pairs: dict,
+    path: str | Path,
+    *,
+    what: str = "all pairs",
+) -> None:
+    """The ROC of pairs: true against false accept rate, the latter on a log scale.
+
+    Args:
+        same, different, pairs, path, what: as in `distances`.
+    """
+    figure = Figure(figsize=(5.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    least = 1 / max(different.sum(), 1)
+    true, false = (np.cumsum(x) / max(x.sum(), 1) for x in (same, different))
+    axes.plot(np.maximum(false, least), true, color="#30638e")
+    if pairs["equal_error_rate"] is not None:
+        equal = pairs["equal_error_rate"] / 100
+        label = f"equal error rate {100 * equal:.1f} %"
+        axes.plot([max(equal, least)], [1 - equal], "o", color=WRONG, label=label)
+        axes.legend(loc="lower right", fontsize=9)
+    axes.set(
+        xscale="log",
+        xlim=(least, 1),
+        ylim=(0, 1),
+        xlabel="false accept rate: different, taken for the same",
+        ylabel="true accept rate: the same, taken for the same",
+    )
+    axes.set_title(f"ROC of {what}", loc="left", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
 

@@ -19,27 +19,27 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from jax.typing import ArrayLike
-from PIL import Image
 
 from tripletjax.learn import plots, tasks, training
 from tripletjax.learn.augment import Augment
 from tripletjax.learn.checkpoints import Checkpoints
-from tripletjax.learn.config import MODELS, Config
+from tripletjax.learn.config import Config
 from tripletjax.learn.data import ImageArray
-from tripletjax.learn.models import Standardized
-from tripletjax.learn.pictures import Shape, open_image, upright
+from tripletjax.learn.embedder import (
+    as_floats,
+    build_model,
+    config_of,
+    embed_images,
+    load_model,
+)
 from tripletjax.learn.stored import StoredImages
 
 # So many images tell the mean and the deviation of all, looked at so many at a time.
@@ -144,12 +144,12 @@ def run(
                 "asked": settings["asked"] | steps,
                 "notes": [*old["notes"], told],
             }
-        config = _config(settings)
+        config = config_of(settings)
         task = task.seen(config)
     batches = task.batches(config)
     if settings != old:
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / "config.json", json.dumps(settings, indent=2) + "\n")
+        write_text(out / "config.json", json.dumps(settings, indent=2) + "\n")
 
     if progress:
         counts = (f"{n:,} {part.replace('_', ' ')}" for part, n in task.counts.items())
@@ -165,7 +165,7 @@ def run(
     best = Checkpoints(out / "best")
     embeddings = {
         "raw pixels": _flat,
-        "untrained": functools.partial(training.embed_images, model),
+        "untrained": functools.partial(embed_images, model),
     }
     if isinstance(task.images, StoredImages) or task.images.nbytes > RAW:
         del embeddings["raw pixels"]
@@ -226,7 +226,7 @@ def run(
                 log.add(line)
 
     model, _ = load_model(out)
-    embeddings["trained"] = functools.partial(training.embed_images, model)
+    embeddings["trained"] = functools.partial(embed_images, model)
     evaluations["trained"] = task.evaluate(embeddings["trained"])
     log.keep(config.steps)
     log.add(
@@ -245,7 +245,7 @@ def run(
         "parameters": sum(x.size for x in parameters),
         "counts": task.counts | {"skipped": len(task.dataset.skipped)},
     }
-    _write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     for opened in (checkpoints, best, log):
         opened.close()
     return evaluations
@@ -311,30 +311,7 @@ class Log:
                 self._board.add_scalar(f"{group}/{name}", value, line["step"])
 
     def _write_all(self) -> None:
-        _write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-
-
-def build_model(settings: dict[str, Any]) -> nnx.Module:
-    """The untrained model of a run's settings."""
-    config = _config(settings)
-    shape = settings["shape"]
-    view = tasks.view_of(shape, config)
-    height, width = shape[:2] if view is None else (view.height, view.width)
-    options = {
-        "resnet": {"stride": config.stride},
-        "photo": {"size": (height, width), "head": config.head},
-    }
-    model = MODELS[config.model](
-        config.dim,
-        channels=config.channels,
-        in_channels=shape[-1],
-        dtype=jnp.bfloat16 if config.bfloat16 else None,
-        rngs=nnx.Rngs(config.seed),
-        **options.get(config.model, {}),
-    )
-    return Standardized(
-        model, settings["mean"], settings["deviation"], mirror=config.mirror
-    )
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
 
 def asked_of(out: str | Path) -> dict[str, Any]:
@@ -352,95 +329,6 @@ def asked_of(out: str | Path) -> dict[str, Any]:
     return {name: x for name, x in asked.items() if x != defaults[name]}
 
 
-def load_model(run_dir: str | Path) -> tuple[nnx.Module, dict[str, Any]]:
-    """The best model of a run, and the run's settings.
-
-    Raises:
-        FileNotFoundError: if there is none yet.
-    """
-    run_dir = Path(run_dir).resolve()
-    for part in ("config.json", "best"):
-        if not (run_dir / part).exists():
-            raise FileNotFoundError(f"no trained model in {run_dir}: no {part}.")
-    settings = json.loads((run_dir / "config.json").read_text())
-    model = build_model(settings)
-    best = Checkpoints(run_dir / "best", writable=False)
-    found = best.restore(nnx.state(model))
-    best.close()
-    if found is None:
-        raise FileNotFoundError(f"no trained model in {run_dir}: best is empty.")
-    nnx.update(model, found[1])
-    model.eval()
-    return model, settings
-
-
-Pictures = ArrayLike | Sequence[np.ndarray | str | Path | Image.Image]
-
-
-def load_embedder(run_dir: str | Path) -> Callable[[Pictures], Array]:
-    """The trained embedding of a run.
-
-    Args:
-        run_dir: a run directory.
-
-    Returns:
-        A function to unit vectors ``[n, d]``, from uint8 images of any size, grey or
-        colour: ``[n, height, width]`` or ``[n, height, width, channels]``; or a
-        sequence of arrays of different sizes, Pillow's images or paths of image files.
-        Images are made into what the run was trained with.
-
-    Raises:
-        FileNotFoundError: if there is no trained model.
-    """
-    model, settings = load_model(run_dir)
-    shape = Shape(*settings["shape"], settings["white"], settings["background"])
-    view = tasks.view_of(settings["shape"], _config(settings))
-
-    def embed(images: Pictures) -> Array:
-        ready = _ready(images, shape)
-        return training.embed_images(model, ready if view is None else view(ready))
-
-    return embed
-
-
-def _ready(images: Pictures, shape: Shape) -> np.ndarray:
-    """Images of any kind as uint8 ``[n, height, width, channels]``."""
-    if isinstance(images, str | Path | Image.Image):
-        raise TypeError("images must be several, got one; put it into a list.")
-    if not hasattr(images, "dtype") or images.dtype.kind == "U":
-        images = list(images)
-    if len(images) == 0:
-        raise ValueError("images must not be empty.")
-    if getattr(images, "ndim", 0) == 3 and images.shape[-1] in (3, 4):
-        raise ValueError(
-            f"images {images.shape} look like one image in colour; images[None] makes "
-            "it several."
-        )
-    with ThreadPoolExecutor() as pool:
-        fitted = pool.map(lambda image: shape.fit(_picture(image)), images)
-        return np.stack(list(fitted))
-
-
-def _picture(image: ArrayLike | str | Path | Image.Image) -> Image.Image:
-    if isinstance(image, str | Path):
-        return open_image(image)
-    if isinstance(image, Image.Image):
-        return upright(image)
-    image = np.asarray(image)
-    if image.dtype != np.uint8:
-        raise TypeError(f"images must be uint8, got dtype {image.dtype}.")
-    if image.ndim == 3 and image.shape[-1] == 1:
-        image = image[..., 0]
-    if image.size == 0 or not (
-        image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (3, 4))
-    ):
-        raise ValueError(
-            "images must be [n, height, width] or [n, height, width, channels] "
-            f"with 1, 3 or 4 channels; one of them is {image.shape}."
-        )
-    return Image.fromarray(image)
-
-
 def _statistics(images: ImageArray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of each channel, of images from 0 to 1."""
     sums, n = np.zeros((2, images.shape[-1])), 0
@@ -453,17 +341,8 @@ def _statistics(images: ImageArray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.sqrt(np.maximum(square - mean**2, 0))
 
 
-def _config(settings: dict[str, Any]) -> Config:
-    """The configuration in the settings of a run, with all its choices."""
-    values = {field.name: settings[field.name] for field in dataclasses.fields(Config)}
-    values["augment"] = Augment(**values["augment"])
-    values["channels"] = tuple(values["channels"])
-    values["box"] = values["box"] and tuple(values["box"])
-    return Config(**values)
-
-
 def _flat(images: np.ndarray) -> Array:
-    return training.as_floats(images).reshape(len(images), -1)
+    return as_floats(images).reshape(len(images), -1)
 
 
 def _summary_writer() -> type:
@@ -521,7 +400,7 @@ def _with_whole_paths(config: Config) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     part = path.with_name(path.name + ".part")
     with part.open("w") as file:

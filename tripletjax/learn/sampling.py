@@ -9,10 +9,10 @@ import dataclasses
 
 import numpy as np
 
+from tripletjax.learn.config import WEIGHTINGS
 from tripletjax.learn.stored import StoredImages
 
 # How classes are drawn.
-WEIGHTINGS = ("uniform", "frequency")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

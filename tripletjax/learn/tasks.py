@@ -19,8 +19,8 @@ import tripletjax as tj
 from tripletjax.learn import data, image_analysis, plots, sampling, training
 from tripletjax.learn.augment import Augment
 from tripletjax.learn.config import Config
+from tripletjax.learn.embedder import embed_images, view_of
 from tripletjax.learn.pictures import COLOUR_SIZE as PHOTO_SIZE
-from tripletjax.learn.pictures import View
 from tripletjax.learn.stored import StoredImages
 
 # From here on there are many classes, which take longer to learn.
@@ -206,10 +206,10 @@ class Classes:
         options = {}
         if np.isin(held_out.labels, train.labels).any():
             gallery = _some(len(train))
-            references = training.embed_images(model, train.images[gallery])
+            references = embed_images(model, train.images[gallery])
             labels = train.labels[gallery]
             options = {"references": references, "reference_labels": labels}
-        x = training.embed_images(model, held_out.images)
+        x = embed_images(model, held_out.images)
         metrics = tj.retrieval.evaluate(x, held_out.labels, **options)
         return _known(
             {
@@ -311,7 +311,7 @@ class GivenTriplets:
         held_out = self.dataset.validation
         if not len(held_out):
             return {}
-        embed = functools.partial(training.embed_images, model)
+        embed = functools.partial(embed_images, model)
         held_out = held_out[_some(len(held_out))]
         return {"ranked_right": self._ranked_right(embed, held_out)}
 
@@ -347,13 +347,6 @@ def load(config: Config, *, progress: bool) -> Task:
         return GivenTriplets(data.load_triplets(config.triplets, **options))
     options |= {"split": config.split, "classes_from": config.classes_from}
     return Classes(data.load(config.data, **options))
-
-
-def view_of(shape: Sequence[int], config: Config) -> View | None:
-    """What the network sees of images ``height, width, channels``."""
-    if config.box is None:
-        return None
-    return View.of(shape, config.box, config.size)
 
 
 def _seen(images: data.ImageArray, config: Config) -> data.ImageArray:

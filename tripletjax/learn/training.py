@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 import tripletjax as tj
 from tripletjax.learn.checkpoints import Checkpoints
+from tripletjax.learn.embedder import as_floats as as_floats
+from tripletjax.learn.embedder import embed_images as embed_images
 
 # How triplets are mined and their costs averaged.
 MINING: dict[str, tuple[Callable, Callable]] = {
@@ -524,34 +526,3 @@ def _when_left(act: Callable[[], None]) -> Iterator[None]:
     except GeneratorExit:
         act()
         raise
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _embed(graph: nnx.GraphDef, state: nnx.State, images: Array) -> Array:
-    return nnx.merge(graph, state)(as_floats(images))
-
-
-def embed_images(
-    model: nnx.Module, images: np.ndarray, *, batch_size: int = 256
-) -> Array:
-    """Embeds images ``[n, height, width, channels]``, a batch at a time.
-
-    They are uint8, or floats from 0 to 1.
-    """
-    graph, state = nnx.split(model)
-    embeddings = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        # The last batch is filled up, so that one size is compiled.
-        missing = min(batch_size, len(images)) - len(batch)
-        padded = np.pad(batch, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
-        embeddings.append(_embed(graph, state, padded)[: len(batch)])
-    return jnp.concatenate(embeddings)
-
-
-def as_floats(images: Array) -> Array:
-    """Images from 0 to 255 as floats from 0 to 1; floats stay as they are."""
-    images = jnp.asarray(images)
-    if jnp.issubdtype(images.dtype, jnp.floating):
-        return images.astype(jnp.float32)
-    return images.astype(jnp.float32) / 255

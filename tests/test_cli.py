@@ -1,0 +1,183 @@
+"""The command, as its user types it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+from folders import shapes
+from PIL import Image
+
+import tripletjax as tj
+from tripletjax import cli, learn
+from tripletjax.learn import evaluation
+
+
+@pytest.fixture(scope="module")
+def trained(datasets, tmp_path_factory):
+    """A run of few steps, made by the command."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(out.parent)
+        assert cli.main(["train", "--steps", "4", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def unseen(tmp_path_factory):
+    return shapes(tmp_path_factory.mktemp("unseen"), kinds=4, each=5)
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tripletjax", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in cli.COMMANDS:
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_is_explained(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([name, "--help"])
+    assert stopped.value.code == 0
+    told = capsys.readouterr().out
+    what = cli.COMMANDS[name][0]
+    assert what.capitalize() in told
+    assert "--out" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "required: COMMAND"),
+        (["fly"], "invalid choice"),
+        (["train", "--data", "nowhere"], "no dataset 'nowhere'"),
+        (["train", "--out", "."], "not an empty directory"),
+        (["train", "--steps", "0"], "steps must be at least 1"),
+        (["train", "--mining", "some"], "invalid choice"),
+        (["train", "--margin", "-1"], "margin"),
+        (["train", "--data", "digits", "--triplets", "a.csv"], "--data is of no use"),
+        (["train", "--mining", "hard", "--triplets", "a.csv"], "--mining is of no use"),
+        (["train", "--batch", "4"], "--batch is of no use without"),
+        (["train", "--augment", "some"], "invalid choice"),
+        (["train", "--resume"], "--resume needs --out"),
+        (["evaluate", "--run", "r"], "required: --data"),
+        (["evaluate", "--run", "r", "--data", "."], "no trained model"),
+        (["evaluate", "--run", "r", "--data", "none"], "there is no folder none"),
+        (
+            ["evaluate", "--run", "r", "--data", ".", "--json", "precious"],
+            "precious is there and is no report",
+        ),
+        (["evaluate", "--run", "r", "--data", ".", "--out", "."], "no empty directory"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_2(
+    arguments, words, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "precious").write_text("kept")
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = cli.main(arguments)
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+def test_without_a_name_runs_have_those_of_their_data(datasets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "unseen").mkdir(parents=True)
+    folder = shapes(tmp_path / "unseen", kinds=2, each=4)
+    assert cli.main(["train", "--data", str(folder), "--steps", "1"]) == 0
+    assert (tmp_path / "runs" / "unseen-2" / "summary.json").exists()
+
+
+def test_an_evaluation_tells_what_the_core_does(trained, unseen, tmp_path, capsys):
+    out, file = tmp_path / "report", tmp_path / "more" / "report.json"
+    command = ["evaluate", "--run", str(trained), "--data", str(unseen)]
+    assert cli.main([*command, "--out", str(out), "--json", str(file)]) == 0
+    told = capsys.readouterr().out
+    report = json.loads(file.read_text())
+    assert report == json.loads((out / "report.json").read_text())
+    for name in ("roc", "distances", "neighbors"):
+        with Image.open(out / f"{name}.png") as picture:
+            assert np.ptp(np.asarray(picture)) > 0
+
+    files = sorted(unseen.glob("*/*/*"))
+    labels = np.unique([file.parent for file in files], return_inverse=True)[1]
+    assert (report["images"], report["classes"]) == (20, 4)
+    x = np.asarray(learn.load_embedder(trained)(files), np.float64)
+    expected = oracles.retrieval(x, labels, (1, 2, 4, 8))
+    assert f"MAP@R{report['retrieval']['map_at_r']:27.2f} %" in told
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    np.testing.assert_allclose(
+        report["retrieval"]["map_at_r"], 100 * expected["map_at_r"], **close
+    )
+    recall = list(report["retrieval"]["recall_at_k"].values())
+    np.testing.assert_allclose(recall, 100 * expected["recall_at_k"], **close)
+    pairs = report["verification"]
+    assert (pairs["positives"], pairs["negatives"]) == (40, 150)
+    # Of 150 negatives a share of 0.1 % is less than one.
+    assert [round(at["far"], 6) for at in pairs["at_far"]] == [10, 1]
+    rows, columns = np.triu_indices(20, 1)
+    distances = np.linalg.norm(x[rows] - x[columns], axis=1)
+    metrics = tj.verification.evaluate_pairs(distances, labels[rows] == labels[columns])
+    np.testing.assert_allclose(
+        pairs["equal_error_rate"], 100 * float(metrics.equal_error_rate), **close
+    )
+
+
+def test_what_an_evaluation_skips_and_finds_is_named(trained, unseen, tmp_path):
+    folder = shapes(tmp_path / "more", kinds=2, each=3)
+    (folder / "group0" / "kind0" / "broken.png").write_bytes(b"\x89PNG none")
+    Image.new("L", (9, 9)).save(folder / "group0" / "kind0" / "blank.png")
+    (folder / "notes.txt").write_text("of no class")
+    same = folder / "group1" / "kind1" / "0.png"
+    (same.parent / "copy.png").write_bytes(same.read_bytes())
+    report = evaluation.evaluate(trained, folder)
+    assert report["images"] == 7
+    skipped = "\n".join(report["skipped"])
+    for name in ("broken.png", "blank.png", "notes.txt"):
+        assert name in skipped
+    assert any("1 images are copies" in note for note in report["notes"])
+    with pytest.raises(ValueError, match="1 folder of images"):
+        evaluation.evaluate(trained, folder / "group0")
+
+
+def test_histograms_count_every_pair_from_both_sides():
+    x = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    labels = np.arange(30) % 7
+    same, different, rows = evaluation.histograms(x, labels)
+    assert rows == 30
+    alike = labels[:, None] == labels
+    distances = np.linalg.norm(x[:, None] - x, axis=-1)
+    apart = ~np.eye(30, dtype=bool)
+    for counts, mask in ((same, alike & apart), (different, ~alike)):
+        assert counts.sum() == mask.sum()
+        expected = np.histogram(distances[mask], evaluation.STEPS, (0, 2))[0]
+        assert np.abs(np.cumsum(counts - expected)).max() <= 1
+
+
+def test_interrupts_exit_130(monkeypatch, capsys, tmp_path):
+    from tripletjax.learn import runs
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "run", interrupted)
+    assert cli.main(["train", "--out", str(tmp_path / "run")]) == 130
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(evaluation, "evaluate", interrupted)
+    folder = Path(tmp_path)
+    arguments = ["--run", str(folder), "--data", str(folder)]
+    assert cli.main(["evaluate", *arguments]) == 130

@@ -1,0 +1,326 @@
+"""The command ``tripletjax``: parses, calls, prints.
+
+Its exit status is 0, 2 for wrong use or bad input, with one line on stderr, or 130 for
+an interrupt.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tripletjax as tj
+
+# What has a meaning for images with labels alone, and for given triplets alone.
+OF_CLASSES = (
+    *("data", "split", "classes_from", "mining", "weighting", "classes", "per_class"),
+    "turns",
+)
+OF_TRIPLETS = ("batch",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: its arguments, those of the process if not given.
+
+    Returns:
+        The exit status.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="tripletjax",
+        description="Train embeddings of images with triplet losses, and use them.",
+        epilog="tripletjax COMMAND --help tells more of each.",
+    )
+    parser.add_argument("--version", action="version", version=tj.__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    for name, (what, options, call) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=what, description=f"{what.capitalize()}."
+        )
+        command.set_defaults(call=call, parser=command)
+        # What options there are takes seconds to import.
+        if argv[:1] == [name]:
+            try:
+                options(command)
+            except ImportError as error:
+                command.error(
+                    f'{error}: it needs pip install "tripletjax[train]" (or -e '
+                    '".[train]" in a checkout)'
+                )
+    given = vars(parser.parse_args(argv))
+    call, command = given.pop("call"), given.pop("parser")
+    del given["command"]
+    try:
+        return call(command, given)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"{command.prog}: {error}", file=sys.stderr)
+        return 2
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    from tripletjax.learn import config, image_analysis
+
+    parser.epilog = (
+        "What is not given is chosen by the data, and written to config.json."
+    )
+    what = parser.add_argument_group("what to learn from")
+    what.add_argument(
+        "--data",
+        help="digits, a folder with one folder of images per class, or tfds:NAME "
+        "(default: digits)",
+    )
+    what.add_argument(
+        "--triplets",
+        metavar="FILE.csv",
+        help="instead of --data: a CSV file with the paths of an anchor, a positive "
+        "and a negative in each line",
+    )
+    how = parser.add_argument_group("how to train")
+    run = parser.add_argument_group("the run")
+    run.add_argument(
+        "--out",
+        type=Path,
+        metavar="RUN",
+        help="the run directory (default: a new one in runs/)",
+    )
+    run.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out, if any"
+    )
+    run.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write what TensorBoard reads, too (needs tensorboardX)",
+    )
+    for group, name, choices, told in (
+        (what, "split", config.SPLITS, "what is held out (default: images)"),
+        (
+            *(what, "classes-from", config.CLASSES_FROM),
+            "which of nested folders are classes",
+        ),
+        (
+            *(what, "augment", (*image_analysis.KINDS, "none", "more")),
+            "how images are changed at random while training: photos and characters "
+            "say what they are, so that their size and network follow",
+        ),
+        (
+            *(how, "mining", config.MINING),
+            "which triplets to train on (default: semi-hard)",
+        ),
+        (
+            *(how, "weighting", config.WEIGHTINGS),
+            "how classes are drawn (default: uniform)",
+        ),
+        (how, "model", config.MODELS, "the network"),
+    ):
+        group.add_argument(f"--{name}", choices=choices, help=told)
+    for group, name, kind, told in (
+        (run, "steps", int, "how many steps to train"),
+        (run, "seed", int, "of everything that is random (default: 0)"),
+        (what, "size", int, "of images, the longer side in pixels"),
+        (
+            *(what, "turns", int),
+            "turned and mirrored copies that are classes: 1, 2, 4 or 8",
+        ),
+        (how, "margin", float, "of the triplet loss (default: 0.2)"),
+        (how, "learning-rate", float, "at its peak"),
+        (how, "dim", int, "dimensions of the embedding"),
+        (how, "classes", int, "classes in a batch"),
+        (how, "per-class", int, "images of each class in a batch"),
+        (how, "batch", int, "given triplets in a batch"),
+        (how, "chunk", int, "images embedded at a time, to save memory"),
+    ):
+        group.add_argument(f"--{name}", type=kind, help=told)
+    how.add_argument(
+        "--bfloat16", action="store_true", help="compute the network in bfloat16"
+    )
+
+
+def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
+    from tripletjax.learn import augment, image_analysis, runs, tasks
+
+    out, resume = given.pop("out"), given.pop("resume")
+    tensorboard = given.pop("tensorboard")
+    options = {name: value for name, value in given.items() if value is not None}
+    before = {}
+    if resume and out is not None and (out / "config.json").exists():
+        try:
+            before = runs.asked_of(out)
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"{out / 'config.json'} is of no run: {error!r}")
+    of_triplets = "triplets" in (before | options)
+    for name in OF_CLASSES if of_triplets else OF_TRIPLETS:
+        if name in options:
+            parser.error(
+                f"--{name.replace('_', '-')} is of no use "
+                f"{'with' if of_triplets else 'without'} --triplets"
+            )
+    augments = {"none": augment.Augment(), "more": tasks.SCARCE_GREY}
+    if options.get("augment") in image_analysis.KINDS:
+        options["kind"] = options.pop("augment")
+    elif "augment" in options:
+        options["augment"] = augments[options["augment"]]
+    if resume and out is None:
+        parser.error("--resume needs --out, the run to go on with")
+    if out is None:
+        named = options.get("triplets") or options.get("data", "digits")
+        out = _free(Path("runs") / (Path(named).resolve().stem or "run"))
+    try:
+        evaluations = runs.run(
+            runs.Config(**before | options), out, resume=resume, tensorboard=tensorboard
+        )
+    except KeyboardInterrupt as error:
+        print(
+            f"\n{parser.prog}: {str(error) or 'stopped'}. To go on, run the same with "
+            f"--out {out} --resume",
+            file=sys.stderr,
+        )
+        return 130
+    columns = {
+        "map_at_r": "MAP@R",
+        "r_precision": "R-precision",
+        "recall_at_1": "recall@1",
+        "nearest_in_train": "nearest training image",
+        "ranked_right": "positive nearer than negative",
+    }
+    columns = {k: v for k, v in columns.items() if k in evaluations["trained"]}
+    what, picture = "images", "neighbors"
+    if of_triplets:
+        what = picture = "triplets"
+    if columns:
+        title = f"test {what}, in %"
+        print(f"\n{title:<19}  " + "  ".join(columns.values()))
+        for name, metrics in evaluations.items():
+            values = (f"{metrics[k]:{len(v)}.1f}" for k, v in columns.items())
+            print(f"{name:<19}  " + "  ".join(values))
+    else:
+        more = "" if of_triplets else "; --split classes holds out whole classes"
+        print(f"\nThere are too few to hold any out for a test{more}.")
+    summary = json.loads((out / "summary.json").read_text())
+    skipped = summary["counts"].pop("skipped")
+    counts = (
+        f"{n:,} {part.replace('_', ' ')}" for part, n in summary["counts"].items()
+    )
+    print(f"\n{summary['parameters']:,} parameters; {what}: {', '.join(counts)}.")
+    if skipped:
+        print(f"{skipped:,} images that could not be read are named in config.json.")
+    print(f"Everything is in {out}: look at {picture}.png.")
+    return 0
+
+
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    from tripletjax.learn import config
+
+    parser.epilog = (
+        "Retrieval: every image asks for the others of its class. Verification: every "
+        "pair is of the same class or not. The report and the pictures (ROC, distances "
+        "of same and different pairs, nearest neighbours) are written to --out."
+    )
+    parser.add_argument("--run", type=Path, required=True, help="a finished run")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="one folder of images per class, which the run need not have seen",
+    )
+    parser.add_argument(
+        "--classes-from",
+        choices=config.CLASSES_FROM,
+        help="which of nested folders are classes",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to write (default: a new one in RUN/evaluations/)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the report there, too"
+    )
+
+
+def _evaluate(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
+    from tripletjax.learn import evaluation
+
+    run, folder, out = given["run"], given["data"], given["out"]
+    if given["json"] is not None:
+        evaluation.check_replaceable(given["json"])
+    if out is None:
+        out = _free(run / "evaluations" / (folder.resolve().name or "data"))
+    try:
+        report = evaluation.evaluate(
+            run, folder, out=out, classes_from=given["classes_from"], progress=True
+        )
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: stopped.", file=sys.stderr)
+        return 130
+    if given["json"] is not None:
+        evaluation.write_report(report, given["json"])
+
+    print(f"{report['images']:,} images of {report['classes']:,} classes in {folder}")
+    for note in report["notes"]:
+        print(f"- {note}")
+    found, pairs, spread = (
+        report[name] for name in ("retrieval", "verification", "collapse")
+    )
+    rows = {
+        "MAP@R": found["map_at_r"],
+        "R-precision": found["r_precision"],
+        **{f"recall@{k}": value for k, value in found["recall_at_k"].items()},
+        "mean average precision": found["mean_average_precision"],
+    }
+    _table(f"retrieval, {found['queries']:,} queries", rows, " %")
+    rows = {
+        "equal error rate": pairs["equal_error_rate"],
+        "area under the ROC": pairs["area_under_roc"],
+        **{f"TAR at FAR {x['far']:g} %": x["tar"] for x in pairs["at_far"]},
+    }
+    n = f"{pairs['positives']:,} same and {pairs['negatives']:,} different pairs"
+    _table(f"verification, {n}", rows, " %")
+    rows = {
+        "mean distance": spread["mean_distance"],
+        "its deviation": spread["distance_deviation"],
+        "effective rank": spread["effective_rank"],
+    }
+    _table("spread of the embeddings: near 0, and rank 1, if collapsed", rows, "")
+    print(f"\nEverything is in {out}: look at roc.png, distances.png, neighbors.png.")
+    return 0
+
+
+def _table(title: str, rows: dict[str, float | None], unit: str) -> None:
+    print(f"\n{title}")
+    for name, value in rows.items():
+        told = "-" if value is None else f"{value:.2f}{unit}"
+        print(f"  {name:<24}{told:>10}")
+
+
+def _free(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, ... that does not exist."""
+    out, number = wanted, 1
+    while out.exists():
+        number += 1
+        out = wanted.with_name(f"{wanted.name}-{number}")
+    return out
+
+
+Options = Callable[[argparse.ArgumentParser], None]
+Call = Callable[[argparse.ArgumentParser, dict[str, Any]], int]
+
+# By name: what it does, its options, and how it is called.
+COMMANDS: dict[str, tuple[str, Options, Call]] = {
+    "train": (
+        "train an embedding of images, and show what it is worth",
+        _train_options,
+        _train,
+    ),
+    "evaluate": (
+        "measure the embedding of a run on a folder of classes",
+        _evaluate_options,
+        _evaluate,
+    ),
+}

@@ -1,0 +1,345 @@
+"""What an embedding is worth on images of classes, seen in training or not.
+
+A report holds, of all images that can be read,
+
+- retrieval: every image asks for the others of its class among all;
+- verification: every pair of images is of the same class or not, by its distance;
+- collapse: how the embeddings are spread.
+
+Rates are in percent, distances between unit vectors. What nothing can be told of is
+None.
+"""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+import tripletjax as tj
+from tripletjax.learn import data, pictures, plots, runs
+from tripletjax.learn.embedder import Embedder, load_embedder
+from tripletjax.learn.stored import digest_of
+
+KS = (1, 2, 4, 8)
+# Of these, those that there are enough pairs for.
+FARS = tuple(10.0**-digits for digits in range(1, 7))
+# Images are read and embedded so many at a time.
+READ = 256
+# The picture of neighbours has at most so many images to choose from, and the one of
+# distances the pairs of so many with all.
+GALLERY, ROWS = 2048, 4096
+# Distances are counted in so many steps.
+STEPS = 2000
+REPORT = "tripletjax evaluation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """The images of a folder and what an embedding makes of them.
+
+    Attributes:
+        x: unit vectors ``[n, d]``.
+        labels: int32 ``[n]``.
+        names: of the classes.
+        shown: numbers of the images that are kept for a picture, in order.
+        images: these, uint8 ``[k, height, width, channels]``.
+        skipped: the files that could not be used, and why.
+        notes: what was decided or found.
+    """
+
+    x: Array
+    labels: np.ndarray
+    names: tuple[str, ...]
+    shown: np.ndarray
+    images: np.ndarray
+    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def evaluate(
+    run_dir: str | Path,
+    folder: str | Path,
+    *,
+    out: str | Path | None = None,
+    classes_from: str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Evaluates the embedding of a run on a folder of classes.
+
+    Args:
+        run_dir: a run directory.
+        folder: one folder of images per class.
+        out: where ``report.json``, ``roc.png``, ``distances.png`` and
+            ``neighbors.png`` are written, if anywhere: a new or empty directory.
+        classes_from: which of nested folders are classes, as in `data.load`.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The report: what was evaluated, and by name the numbers of ``retrieval``,
+        ``verification`` and ``collapse``.
+
+    Raises:
+        FileNotFoundError: if there is no trained model, or no such folder.
+        FileExistsError: if `out` is there and is no empty directory.
+        ValueError: if the folder has fewer than two classes that can be read.
+        OSError: if something cannot be written.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}.")
+    if out is not None:
+        out = Path(out)
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise FileExistsError(f"{out} is there and is no empty directory.")
+    embedder = load_embedder(run_dir)
+    found = embed_folder(embedder, folder, classes_from=classes_from, progress=progress)
+    notes, known = [*found.notes], {*embedder.settings["label_names"]}
+    if both := sorted(known & {*found.names}):
+        notes.append(
+            f"{len(both)} classes have names of classes that the run was trained on, "
+            f"such as {both[0]}: if they are the same, this is no test of unseen ones"
+        )
+    if sizes := _sizes_worth_telling(found.labels):
+        notes.append(sizes)
+    pairs = verification(found.x, found.labels)
+    report = {
+        "what": REPORT,
+        "run": str(Path(run_dir).resolve()),
+        "data": str(folder.resolve()),
+        "images": len(found.labels),
+        "classes": len(found.names),
+        "retrieval": retrieval(found.x, found.labels),
+        "verification": pairs,
+        "collapse": {
+            name: _number(value)
+            for name, value in tj.collapse.report(found.x)._asdict().items()
+        },
+        "notes": notes,
+        "skipped": list(found.skipped),
+    }
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        draw(found, pairs, out)
+        write_report(report, out / "report.json")
+    return report
+
+
+def embed_folder(
+    embedder: Embedder,
+    folder: Path,
+    *,
+    classes_from: str | None = None,
+    progress: bool = False,
+) -> Embedded:
+    """Reads and embeds a folder of classes, a part at a time.
+
+    Raises:
+        ValueError: if it has fewer than two classes that can be read.
+    """
+    found = data.find_classes(folder, classes_from)
+    draw = np.random.default_rng(0)
+    shown = {*draw.permutation(len(found.files))[:GALLERY].tolist()}
+    x, kept, digests, images, skipped = [], [], [], {}, []
+    skipped += [f"{file.name}: not in a folder of a class" for file in found.loose]
+    bar = tqdm(
+        total=len(found.files), desc="embedding", unit="image", disable=not progress
+    )
+    with bar:
+        for places, read in _in_parts(found.files, embedder.shape.fit):
+            whole = []
+            for place, image in zip(places, read):
+                if isinstance(image, OSError):
+                    skipped.append(f"{data.printable(found.paths[place])}: {image}")
+                    continue
+                kept.append(place)
+                whole.append(image)
+                digests.append(digest_of(image))
+                if place in shown:
+                    images[len(kept) - 1] = image
+            if whole:
+                x.append(np.asarray(embedder.of_shape(np.stack(whole))))
+            bar.update(len(places))
+    names, labels = np.unique(
+        [data.printable(found.classes[place]) for place in kept], return_inverse=True
+    )
+    if len(names) < 2:
+        raise ValueError(
+            f"{folder} has {len(names)} folder of images that can be read; it must "
+            "have at least 2, one per class."
+        )
+    notes = [*found.notes]
+    copies = sum(Counter(digests).values()) - len({*digests})
+    if copies:
+        notes.append(
+            f"{copies:,} images are copies of others, which are easily found: they "
+            "make the numbers look better than they are, or worse between classes"
+        )
+    if skipped:
+        notes.append(f"{len(skipped):,} files are skipped")
+    rows = np.array(sorted(images))
+    return Embedded(
+        np.concatenate(x),
+        labels.astype(np.int32),
+        tuple(map(str, names)),
+        rows,
+        np.stack([images[row] for row in rows]),
+        tuple(skipped),
+        tuple(notes),
+    )
+
+
+def retrieval(x: Array, labels: np.ndarray) -> dict[str, Any]:
+    """Every image as a query to all others, in percent."""
+    metrics = tj.retrieval.evaluate(x, labels, ks=KS)
+    return {
+        "map_at_r": _percent(metrics.map_at_r),
+        "r_precision": _percent(metrics.r_precision),
+        "recall_at_k": {
+            str(k): _percent(value) for k, value in zip(KS, metrics.recall_at_k)
+        },
+        "mean_average_precision": _percent(metrics.mean_average_precision),
+        "mean_reciprocal_rank": _percent(metrics.mean_reciprocal_rank),
+        "queries": int(metrics.queries),
+    }
+
+
+def verification(x: Array, labels: np.ndarray) -> dict[str, Any]:
+    """All pairs of images, in percent; distances as they are."""
+    counts = np.unique(labels, return_counts=True)[1].astype(float)
+    n = counts.sum()
+    negatives = (n * n - (counts * counts).sum()) / 2
+    fars = tuple(far for far in FARS if far * negatives >= 1)
+    metrics = tj.verification.evaluate(x, labels, fars=fars)
+    return {
+        "equal_error_rate": _percent(metrics.equal_error_rate),
+        "area_under_roc": _percent(metrics.area_under_roc),
+        "accuracy": _percent(metrics.accuracy),
+        "threshold": _number(metrics.threshold),
+        "at_far": [
+            {
+                "far": 100 * far,
+                "tar": _percent(tar),
+                "threshold": _number(threshold),
+            }
+            for far, tar, threshold in zip(fars, metrics.tar_at_far, metrics.thresholds)
+        ],
+        "positives": int(metrics.positives),
+        "negatives": int(metrics.negatives),
+    }
+
+
+def histograms(x: Array, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """How many pairs of the same and of different classes have which distance.
+
+    Returns:
+        Counts ``[STEPS]`` of distances from 0 to 2 of either, and of how many images
+        the pairs with all others are.
+    """
+    n = len(labels)
+    rows = np.sort(np.random.default_rng(0).permutation(n)[:ROWS])
+    same, different = np.zeros((2, STEPS), np.int64)
+    for start in range(0, len(rows), READ):
+        some = rows[start : start + READ]
+        distances = np.asarray(tj.euclidean(x[some], x))
+        steps = np.minimum((distances * (STEPS / 2)).astype(np.int64), STEPS - 1)
+        alike = labels[some][:, None] == labels
+        others = some[:, None] != np.arange(n)
+        same += np.bincount(steps[alike & others], minlength=STEPS)
+        different += np.bincount(steps[~alike], minlength=STEPS)
+    return same, different, len(rows)
+
+
+def draw(found: Embedded, pairs: dict[str, Any], out: Path) -> None:
+    """The pictures of a report."""
+    same, different, rows = histograms(found.x, found.labels)
+    what = f"{pairs['positives']:,} same and {pairs['negatives']:,} different pairs"
+    if rows < len(found.labels):
+        what = f"pairs of {rows:,} images with all others"
+    plots.distances(same, different, pairs, out / "distances.png", what=what)
+    plots.roc(same, different, pairs, out / "roc.png", what=what)
+    plots.neighbors(
+        found.images,
+        found.labels[found.shown],
+        {"this embedding": found.x[found.shown]},
+        found.names,
+        out / "neighbors.png",
+        k=min(8, len(found.shown) - 1),
+    )
+
+
+def write_report(report: dict[str, Any], file: Path) -> None:
+    """Writes a report, in place of an earlier report alone.
+
+    Raises:
+        FileExistsError: if the file is there and is something else.
+    """
+    check_replaceable(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_text(file, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_replaceable(file: Path) -> None:
+    """Raises FileExistsError if a file is there and is no report."""
+    if not file.exists():
+        return
+    try:
+        ours = json.loads(file.read_text())["what"] == REPORT
+    except (ValueError, KeyError, TypeError, OSError):
+        ours = False
+    if not ours:
+        raise FileExistsError(f"{file} is there and is no report; it is left as it is.")
+
+
+def _in_parts(
+    files: list[Path], fit: Callable[[Any], np.ndarray]
+) -> Iterator[tuple[range, list[np.ndarray | OSError]]]:
+    """Numbers of files and their images, or what is wrong with them."""
+
+    def read(file: Path) -> np.ndarray | OSError:
+        try:
+            pixels = fit(pictures.open_image(file))
+        except OSError as error:
+            return error
+        if (pixels == pixels[0, 0]).all():
+            return OSError("blank: all of its pixels are the same")
+        return pixels
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(files), READ):
+            places = range(start, min(start + READ, len(files)))
+            yield places, list(pool.map(read, files[start : start + READ]))
+
+
+def _sizes_worth_telling(labels: np.ndarray) -> str | None:
+    """Whether most pairs are of one class, or classes have nobody to find."""
+    counts = np.unique(labels, return_counts=True)[1]
+    pairs = counts * (counts - 1) / 2
+    if not pairs.sum():
+        return "every class has one image: there is nothing to find"
+    told = []
+    if alone := int((counts == 1).sum()):
+        told.append(f"{alone:,} classes of one image are only there to be mistaken")
+    share = pairs.max() / pairs.sum()
+    if share > 0.25 and len(counts) > 4:
+        told.append(
+            f"one class of {counts.max():,} images makes {100 * share:.0f} % of the "
+            "pairs of the same class"
+        )
+    return "; ".join(told) or None
+
+
+def _number(value: Any) -> float | None:
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _percent(value: Any) -> float | None:
+    return _number(100 * float(value))
