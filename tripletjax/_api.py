@@ -154,10 +154,19 @@ def _as_nonnegative(name: str, value: Any) -> Any:
 
 
 def _as_arrays(name: str, tree: Any) -> Any:
-    if isinstance(tree, jax.Array):
+    if isinstance(tree, jax.Array) or _is_record(tree):
         return tree
     is_list = lambda node: type(node) in (list, tuple)  # noqa: E731
     return jax.tree.map(functools.partial(_array, name), tree, is_leaf=is_list)
+
+
+def _is_record(tree: Any) -> bool:
+    """Whether it is a named tuple of arrays, such as triplets."""
+    return (
+        isinstance(tree, tuple)
+        and type(tree) is not tuple
+        and all(isinstance(x, jax.Array) for x in tree)
+    )
 
 
 def _array(name: str, leaf: Any) -> Any:
@@ -209,7 +218,7 @@ def _has_explicit(tree: Any) -> bool:
         return False
     if isinstance(tree, jax.Array):
         return _is_explicit(tree)
-    return any(map(_is_explicit, jax.tree.leaves(tree)))
+    return any(map(_is_explicit, tree if _is_record(tree) else jax.tree.leaves(tree)))
 
 
 def _is_explicit(leaf: Any) -> bool:
