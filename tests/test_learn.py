@@ -166,6 +166,35 @@ def test_mirrored_embeddings_are_those_of_the_mirror_image():
     np.testing.assert_array_equal(model(images), plain)
 
 
+def test_the_largest_has_the_gradient_of_the_maximum():
+    x = jax.random.randint(jax.random.key(0), (3, 4, 6), 0, 4).astype(jnp.float32)
+    weights = jax.random.normal(jax.random.key(1), (3,))
+    got, expected = (
+        jax.value_and_grad(lambda x, f=f: weights @ f(x, (1, 2)))(x)
+        for f in (models.largest, jnp.max)
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+@pytest.mark.parametrize("kind", ["cnn", "photo"])
+def test_gradients_are_finite_however_it_is_compiled(kind, optimize, optimized):
+    """What is computed twice may be rounded in two ways, and equal itself nowhere."""
+    jax.config.update("jax_disable_most_optimizations", not optimize)
+    options = {"head": "mean", "size": (16, 16)} if kind == "photo" else {}
+    model = learn.config.MODELS[kind](
+        16, channels=(8, 16), in_channels=1, rngs=nnx.Rngs(0), **options
+    )
+    graph, state = nnx.split(model)
+    images = jax.random.uniform(jax.random.key(0), (20, 16, 16, 1))
+
+    @jax.jit
+    def gradient(state):
+        return jax.grad(lambda state: jnp.sum(nnx.merge(graph, state)(images)))(state)
+
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(state)))
+
+
 def test_flips_and_light():
     images = jax.random.uniform(jax.random.key(1), (40, 6, 7, 1))
     flipped = augment.random_flip(jax.random.key(0), images)

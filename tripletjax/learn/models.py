@@ -1,5 +1,6 @@
 """Embedding networks in Flax NNX."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -201,7 +202,7 @@ class EmbeddingPhotoNet(nnx.Module):
         if self.grid:
             x = x.reshape(len(x), -1)
         else:
-            x = jnp.concatenate([x.mean(axis=(1, 2)), x.max(axis=(1, 2))], axis=-1)
+            x = jnp.concatenate([x.mean(axis=(1, 2)), largest(x, (1, 2))], axis=-1)
         return unit_norm(self.head(x))
 
 
@@ -289,7 +290,7 @@ class _Stages(nnx.Module):
                 x = halved(x)
             for layer in stage:
                 x = layer(x)
-        return jnp.concatenate([x.mean(axis=(1, 2)), x.max(axis=(1, 2))], axis=-1)
+        return jnp.concatenate([x.mean(axis=(1, 2)), largest(x, (1, 2))], axis=-1)
 
 
 class _Residual(nnx.Module):
@@ -524,7 +525,26 @@ def space_to_depth(x: Array) -> Array:
     return x.reshape(n, height, width, 4 * channels)
 
 
-def halved(x: Array, of: Callable[..., Array] = jnp.max) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def largest(x: Array, axis: tuple[int, ...]) -> Array:
+    """The maximum over some axes, with a gradient that is never 0 / 0.
+
+    That of `jnp.max` is shared by the places that equal the maximum. XLA may compute
+    its argument twice, and round it once this way and once that: then none does.
+    """
+    return jnp.max(x, axis=axis)
+
+
+@largest.defjvp
+def _largest_jvp(axis: tuple[int, ...], primals: tuple, tangents: tuple) -> tuple:
+    (x,), (dot,) = primals, tangents
+    most = jnp.max(x, axis=axis, keepdims=True)
+    here = (x == most).astype(x.dtype)
+    count = jnp.maximum(jnp.sum(here, axis=axis), 1)
+    return jnp.squeeze(most, axis), jnp.sum(dot * here, axis=axis) / count
+
+
+def halved(x: Array, of: Callable[..., Array] = largest) -> Array:
     """The maximum (or ``of``) of every 2 x 2 pixels; an odd side's last counts twice.
 
     XLA's gradient of pooling by windows takes 7 times longer on CPUs.
@@ -532,7 +552,7 @@ def halved(x: Array, of: Callable[..., Array] = jnp.max) -> Array:
     n, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
     height, width = -(-height // 2), -(-width // 2)
-    return of(x.reshape(n, height, 2, width, 2, channels), axis=(2, 4))
+    return of(x.reshape(n, height, 2, width, 2, channels), (2, 4))
 
 
 def unit_norm(x: Array) -> Array:
