@@ -530,7 +530,8 @@ def largest(x: Array, axis: tuple[int, ...]) -> Array:
     """The maximum over some axes, with a gradient that is never 0 / 0.
 
     That of `jnp.max` is shared by the places that equal the maximum. XLA may compute
-    its argument twice, and round it once this way and once that: then none does.
+    its argument twice, and round it once this way and once that: then none does. Here
+    places within a few roundings share it.
     """
     return jnp.max(x, axis=axis)
 
@@ -539,7 +540,8 @@ def largest(x: Array, axis: tuple[int, ...]) -> Array:
 def _largest_jvp(axis: tuple[int, ...], primals: tuple, tangents: tuple) -> tuple:
     (x,), (dot,) = primals, tangents
     most = jnp.max(x, axis=axis, keepdims=True)
-    here = (x == most).astype(x.dtype)
+    near = 4 * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(most), 1)
+    here = (x >= most - near).astype(x.dtype)
     count = jnp.maximum(jnp.sum(here, axis=axis), 1)
     return jnp.squeeze(most, axis), jnp.sum(dot * here, axis=axis) / count
 
