@@ -822,7 +822,7 @@ def test_mirrored_classes_are_not_mirrored_at_random():
         grey.choose(runs.Config(augment=tasks.PHOTOS, turns=8))
 
 
-def faces(people, each, *, place=(20, 12), size=24, seed=0):
+def faces(people, each, *, place=(20, 12), size=24, seed=0, noise=5):
     """Images that differ between people in one place, and elsewhere at random."""
     draw = np.random.default_rng(seed)
     images = draw.normal(100, 25, (people * each, 64, 48))
@@ -830,12 +830,12 @@ def faces(people, each, *, place=(20, 12), size=24, seed=0):
     labels = np.repeat(np.arange(people), each)
     top, left = place
     images[:, top : top + size, left : left + size] = patterns[labels]
-    images += draw.normal(0, 5, images.shape)
+    images += draw.normal(0, noise, images.shape)
     return np.uint8(np.clip(images, 0, 255))[..., None], labels
 
 
 def test_where_classes_differ_is_found():
-    images, labels = faces(20, 5)
+    images, labels = faces(20, 5, noise=60)
     layout = image_analysis.layout_of(images, labels)
     top, left, bottom, right = layout.box
     assert 10 / 64 <= top <= 20 / 64
@@ -848,12 +848,15 @@ def test_where_classes_differ_is_found():
     rolled = np.stack([np.roll(x, draw.integers(0, 48, 2), (0, 1)) for x in images])
     layout = image_analysis.layout_of(rolled, labels)
     assert (layout.box, layout.aligned) == (image_analysis.WHOLE, False)
+    # Where the whole tells them apart, nothing is cut off.
+    clear = image_analysis.layout_of(*faces(20, 5))
+    assert (clear.box, clear.aligned) == (image_analysis.WHOLE, True)
     few = image_analysis.layout_of(images[:20], labels[:20])
     assert few.why == "too few classes to tell where they differ"
 
 
 def test_photographs_are_seen_where_classes_differ(tmp_path):
-    images, labels = faces(12, 6)
+    images, labels = faces(12, 6, noise=60)
     for number, (image, label) in enumerate(zip(images, labels)):
         (tmp_path / "people" / str(label)).mkdir(parents=True, exist_ok=True)
         file = tmp_path / "people" / str(label) / f"{number}.png"

@@ -115,7 +115,7 @@ def layout_of(images: np.ndarray, labels: np.ndarray) -> Layout:
     judge = _Judge(images, classes)
     box, error = _narrowed(judge)
     whole = judge(WHOLE_CELLS)
-    if error > (1 - WORTHWHILE) * whole:
+    if whole - error < max(WORTHWHILE * whole, 0.01):
         return Layout(WHOLE, True, "no part of it tells classes apart better")
     told = (
         "there edges tell classes apart best, with "
