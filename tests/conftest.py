@@ -10,19 +10,6 @@ from hypothesis import settings
 # Must come before anything asks JAX for its devices.
 jax.config.update("jax_num_cpu_devices", 8)
 
-
-def pytest_configure(config):
-    """What the tests wait for is compilation: less of it, and none of it twice."""
-    if "not slow" in config.option.markexpr:
-        # The slow tests, and those that ask for `optimized`, see what users run.
-        jax.config.update("jax_disable_most_optimizations", True)
-    if hasattr(config, "cache"):
-        # Shared by the workers, and by the runs that follow.
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
 settings.register_profile("tripletjax", deadline=None, print_blob=True)
 settings.load_profile("tripletjax")
 
@@ -41,15 +28,6 @@ def pytest_runtest_teardown():
     if count > int(MOST_MAPS.read_text()) // 2:
         jax.clear_caches()
         gc.collect()
-
-
-@pytest.fixture
-def optimized():
-    """What is compiled in the test is optimised, as it is for users."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -499,7 +499,7 @@ def test_pair_masks_stand_for_labels(loss, metric):
     )
 
 
-def test_memory_does_not_grow_with_the_matrix(optimized):
+def test_memory_does_not_grow_with_the_matrix():
     n = 65_536
     x = jax.ShapeDtypeStruct((n, 128), jnp.float32)
     labels = jax.ShapeDtypeStruct((n,), jnp.int32)

@@ -152,7 +152,7 @@ def test_a_choice_of_ones_own_relative_to_the_other():
         mine(negative=lambda *of: mining.hardest_negative(*of), fallback=True)
 
 
-def test_no_cubic_memory(optimized):
+def test_no_cubic_memory():
     """The mask of all triplets would be 512 MiB."""
     n = 512
     d = jax.ShapeDtypeStruct((n, n), jnp.float32)

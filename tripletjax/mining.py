@@ -315,7 +315,8 @@ def batch_easy_hard_triplets(
     choices = positive, negative
     after = [getattr(choice, "relative", False) for choice in choices]
     instead = [getattr(choice, "fallback", None) for choice in choices]
-    if fallback and instead == [None, None]:
+    own = (easiest_positive, easiest_negative, hardest_positive, hardest_negative)
+    if fallback and instead == [None, None] and not {*choices} <= {*own, every_one}:
         raise ValueError(
             "fallback goes with a choice that has one, such as semi_hard_negative, got "
             f"positive={positive!r} and negative={negative!r}."

@@ -272,7 +272,9 @@ class _Judge:
         means /= counts
         around = x[~test] - means[classes]
         within = around.T @ around / max(1, len(around) - len(counts))
-        within += 0.1 * np.trace(within) / len(within) * np.eye(len(within))
+        # Images of a class may be all the same.
+        ridge = 0.1 * np.trace(within) / len(within) + 1e-6 * x.var() + 1e-12
+        within += ridge * np.eye(len(within))
         x = (x[test] - means.mean(axis=0)) @ np.linalg.inv(np.linalg.cholesky(within)).T
         x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
         rows, columns = np.triu_indices(len(x), 1)
