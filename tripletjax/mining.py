@@ -321,8 +321,12 @@ def batch_easy_hard_triplets(
             "fallback goes with a choice that has one, such as semi_hard_negative, got "
             f"positive={positive!r} and negative={negative!r}."
         )
+    unfit = ValueError(
+        "positive and negative cannot both be semi-hard, nor semi-hard and all, nor "
+        "both all (see all_triplets)."
+    )
     if all(after):
-        raise ValueError("positive and negative cannot both be semi-hard.")
+        raise unfit
 
     def choose(side: int, candidates: Array, other: Array | None) -> tuple:
         index, found = choices[side](distances, candidates, other)
@@ -336,17 +340,12 @@ def batch_easy_hard_triplets(
     chosen[first] = choose(first, masks[first], None)
     every = chosen[first][0].ndim == distances.ndim
     if every and after[1 - first]:
-        raise ValueError(
-            "positive and negative cannot be semi-hard and all: semi-hard is relative "
-            "to one other choice."
-        )
+        raise unfit
     other = None if every else take(distances, chosen[first][0])
     chosen[1 - first] = choose(1 - first, masks[1 - first], other)
     ranks = [index.ndim for index, _ in chosen]
     if ranks == [distances.ndim, distances.ndim]:
-        raise ValueError(
-            "positive and negative cannot both be all of them: see all_triplets."
-        )
+        raise unfit
     if max(ranks) == distances.ndim:
         alone = ranks.index(min(ranks))
         chosen[alone] = tuple(x[..., None] for x in chosen[alone])
