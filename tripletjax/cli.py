@@ -142,6 +142,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     from tripletjax.learn import augment, image_analysis, runs, tasks
+    from tripletjax.learn.checkpoints import free_path
 
     out, resume = given.pop("out"), given.pop("resume")
     tensorboard = given.pop("tensorboard")
@@ -168,7 +169,7 @@ def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         parser.error("--resume needs --out, the run to go on with")
     if out is None:
         named = options.get("triplets") or options.get("data", "digits")
-        out = _free(Path("runs") / (Path(named).resolve().stem or "run"))
+        out = free_path(Path("runs") / (Path(named).resolve().stem or "run"))
     try:
         evaluations = runs.run(
             runs.Config(**before | options), out, resume=resume, tensorboard=tensorboard
@@ -246,12 +247,13 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     from tripletjax.learn import evaluation
+    from tripletjax.learn.checkpoints import free_path
 
     run, folder, out = given["run"], given["data"], given["out"]
     if given["json"] is not None:
         evaluation.check_replaceable(given["json"])
     if out is None:
-        out = _free(run / "evaluations" / (folder.resolve().name or "data"))
+        out = free_path(run / "evaluations" / (folder.resolve().name or "data"))
     try:
         report = evaluation.evaluate(
             run, folder, out=out, classes_from=given["classes_from"], progress=True
@@ -297,15 +299,6 @@ def _table(title: str, rows: dict[str, float | None], unit: str) -> None:
     for name, value in rows.items():
         told = "-" if value is None else f"{value:.2f}{unit}"
         print(f"  {name:<24}{told:>10}")
-
-
-def _free(wanted: Path) -> Path:
-    """`wanted`, or the first of wanted-2, wanted-3, ... that does not exist."""
-    out, number = wanted, 1
-    while out.exists():
-        number += 1
-        out = wanted.with_name(f"{wanted.name}-{number}")
-    return out
 
 
 Options = Callable[[argparse.ArgumentParser], None]

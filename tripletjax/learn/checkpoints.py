@@ -122,7 +122,9 @@ class Checkpoints:
                     ) from error
                 if self.writable:
                     path = self.directory / str(step)
-                    path.rename(_free(self.directory.parent / f"{path.name}-damaged"))
+                    path.rename(
+                        free_path(self.directory.parent / f"{path.name}-damaged")
+                    )
                     self._orbax.reload()
                 damaged.append(f"the checkpoint of step {step} is damaged: {reason}")
         if damaged:
@@ -220,7 +222,7 @@ def _brief(error: Exception) -> str:
     return first if len(first) <= 200 else first[:200] + "..."
 
 
-def _free(wanted: Path) -> Path:
+def free_path(wanted: Path) -> Path:
     """`wanted`, or the first of wanted-2, wanted-3, ... that does not exist."""
     path, number = wanted, 1
     while path.exists():

@@ -13,7 +13,6 @@ None.
 import dataclasses
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -176,8 +175,7 @@ def embed_folder(
             "have at least 2, one per class."
         )
     notes = [*found.notes]
-    copies = sum(Counter(digests).values()) - len({*digests})
-    if copies:
+    if copies := len(digests) - len({*digests}):
         notes.append(
             f"{copies:,} images are copies of others, which are easily found: they "
             "make the numbers look better than they are, or worse between classes"
@@ -306,10 +304,9 @@ def _in_parts(
     def read(file: Path) -> np.ndarray | OSError:
         try:
             pixels = fit(pictures.open_image(file))
+            pictures.check_not_blank(pixels)
         except OSError as error:
             return error
-        if (pixels == pixels[0, 0]).all():
-            return OSError("blank: all of its pixels are the same")
         return pixels
 
     with ThreadPoolExecutor() as pool:

@@ -1,7 +1,7 @@
 """What images show: continuous tones or strokes, and where in them classes differ."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -82,7 +82,9 @@ def layout_of(images: np.ndarray, labels: np.ndarray) -> Layout:
 
     In each cell of a grid, the share of the variance of the orientations of edges that
     is between classes, and not within them: ``B / (B + W)``. Where images are not of
-    one layout it is near 0 everywhere, and the box is the whole image.
+    one layout it is near 0 everywhere, and the box is the whole image. Where they are,
+    the box is the part whose edges tell classes of other images apart best, and a
+    little more, unless the whole image does it about as well.
 
     Args:
         images: uint8 ``[n, height, width, channels]``.
@@ -183,17 +185,25 @@ def _thumbnail(image: np.ndarray) -> np.ndarray:
 def _edges(images: np.ndarray) -> np.ndarray:
     """Energies of edges by orientation ``[n, CELLS, CELLS, ORIENTATIONS]``."""
     n, height, width, _ = images.shape
-    angles = 2 * np.pi * np.arange(ORIENTATIONS) / ORIENTATIONS
     rows, columns = (np.arange(CELLS) * side // CELLS for side in (height, width))
     energies = np.empty((n, CELLS, CELLS, ORIENTATIONS), np.float32)
     for start in range(0, n, AT_A_TIME):
         x = images[start : start + AT_A_TIME].mean(axis=-1, dtype=np.float32)
-        down, right = np.gradient(x, axis=(1, 2))
-        for place, angle in enumerate(angles):
-            along = np.maximum(right * np.cos(angle) + down * np.sin(angle), 0)
+        for place, along in enumerate(_oriented(x)):
             cells = np.add.reduceat(np.add.reduceat(along, rows, 1), columns, 2)
             energies[start : start + AT_A_TIME, ..., place] = cells
-    # Square roots, and relative to the image: contrast tells nothing of the class.
+    return _relative(energies)
+
+
+def _oriented(x: np.ndarray) -> Iterator[np.ndarray]:
+    """The edges in grey images ``[n, height, width]``, by orientation."""
+    down, right = np.gradient(x, axis=(1, 2))
+    for angle in 2 * np.pi * np.arange(ORIENTATIONS) / ORIENTATIONS:
+        yield np.maximum(right * np.cos(angle) + down * np.sin(angle), 0)
+
+
+def _relative(energies: np.ndarray) -> np.ndarray:
+    """Square roots, and relative to the image: contrast tells nothing of the class."""
     return np.sqrt(energies / (energies.mean(axis=(1, 2, 3), keepdims=True) + 1e-6))
 
 
@@ -225,9 +235,9 @@ class _Judge:
         # Whole classes, in an order that does not depend on their names.
         luck = np.random.default_rng(0).permutation(classes.max() + 1)[classes]
         kept = np.flatnonzero(several & (rank < JUDGED_EACH))
-        kept = kept[np.argsort(luck[kept], kind="stable")][:JUDGED]
+        kept = np.sort(kept[np.argsort(luck[kept], kind="stable")][:JUDGED])
         self.classes = luck[kept]
-        self.sums = _summed_edges(images[np.sort(kept)])[np.argsort(np.argsort(kept))]
+        self.sums = _summed_edges(images[kept])
         folds = 2 if len(np.unique(self.classes)) >= 100 else 4
         values = np.unique(self.classes)
         self.folds = [np.isin(self.classes, values[k::folds]) for k in range(folds)]
@@ -255,8 +265,7 @@ class _Judge:
         corners = self.sums[:, rows][:, :, columns]
         # Differences of sums may round to less than 0.
         cells = np.maximum(np.diff(np.diff(corners, axis=1), axis=2), 0)
-        x = np.sqrt(cells / (cells.mean(axis=(1, 2, 3), keepdims=True) + 1e-6))
-        x = x.reshape(n, -1)
+        x = _relative(cells).reshape(n, -1)
         x -= x.mean(axis=0)
         # The smaller of the two products has the same principal components.
         if n < x.shape[1]:
@@ -308,7 +317,6 @@ def _narrowed(judge: Callable[[Cells], float]) -> tuple[Cells, float]:
                 and min(other[2] - other[0], other[3] - other[1]) >= LEAST_CELLS
             ]
             best = min(boxes, key=judge)
-            # A narrower box must be better for it; of wider ones any may be.
             if judge(best) >= (1 - NARROWER) * error:
                 break
             box, error = best, judge(best)
@@ -335,10 +343,8 @@ def _summed_edges(images: np.ndarray) -> np.ndarray:
         ]
     )
     sums = np.zeros((len(small), size[1] + 1, size[0] + 1, ORIENTATIONS), np.float32)
-    angles = 2 * np.pi * np.arange(ORIENTATIONS) / ORIENTATIONS
     for start in range(0, len(small), AT_A_TIME):
-        down, right = np.gradient(small[start : start + AT_A_TIME], axis=(1, 2))
-        for place, angle in enumerate(angles):
-            along = np.maximum(right * np.cos(angle) + down * np.sin(angle), 0)
+        edges = _oriented(small[start : start + AT_A_TIME])
+        for place, along in enumerate(edges):
             sums[start : start + AT_A_TIME, 1:, 1:, place] = along.cumsum(1).cumsum(2)
     return sums

@@ -304,6 +304,12 @@ def _decoded(file: str | Path) -> Image.Image:
     return first
 
 
+def check_not_blank(pixels: np.ndarray) -> None:
+    """Raises OSError for an image ``[height, width, channels]`` of nothing."""
+    if (pixels == pixels[0, 0]).all():
+        raise OSError("blank: all of its pixels are the same")
+
+
 # How an image comes upright, by the orientation that a camera has noted.
 TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -246,10 +246,8 @@ def distances(
         )
     axes.set(xlim=(0, furthest), xlabel="distance", ylabel="share of the pairs")
     axes.set_ylim(bottom=0)
-    axes.set_title(f"Distances of {what}", loc="left", fontsize=11)
     axes.legend(fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    _finish(figure, f"Distances of {what}", path)
 
 
 def roc(
@@ -282,8 +280,14 @@ def roc(
         xlabel="false accept rate: different, taken for the same",
         ylabel="true accept rate: the same, taken for the same",
     )
-    axes.set_title(f"ROC of {what}", loc="left", fontsize=11)
     axes.grid(alpha=0.3)
+    _finish(figure, f"ROC of {what}", path)
+
+
+def _finish(figure: Figure, title: str, path: str | Path) -> None:
+    """Titles and writes a picture of one diagram."""
+    (axes,) = figure.axes
+    axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 

@@ -27,6 +27,7 @@ from tripletjax.learn.pictures import (
     Shape,
     View,
     background_of,
+    check_not_blank,
     flat,
     has_alpha,
     is_colour,
@@ -277,8 +278,7 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
 
         def fitted(image: Image.Image) -> tuple[np.ndarray, bool]:
             pixels = shape.fit(image)
-            if (pixels == pixels[0, 0]).all():
-                raise OSError("blank: all of its pixels are the same")
+            check_not_blank(pixels)
             return pixels, image.info.get(FRAMES, 1) > 1
 
         left = [place for place in range(n) if place not in skipped]
