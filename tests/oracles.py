@@ -135,15 +135,15 @@ def semi_hard(d, positive, negative, fallback=True):
     return chosen
 
 
-def all_triplets(d, positive, negative, above=-math.inf, up_to=math.inf):
+def all_triplets(d, positive, negative, low=-math.inf, high=math.inf):
     return [
         (a, p, n)
         for a in range(len(d))
         for p in _of(positive, a)
         for n in _of(negative, a)
         # Compared as the miner documents it, not by the difference, which rounds.
-        if (above == -math.inf or d[a][n] > d[a][p] + above)
-        and (up_to == math.inf or d[a][n] <= d[a][p] + up_to)
+        if (low == -math.inf or d[a][n] > d[a][p] + low)
+        and (high == math.inf or d[a][n] <= d[a][p] + high)
     ]
 
 

@@ -13,8 +13,9 @@ from problems import HINGES
 from problems import LOSSES as MATRIX_LOSSES
 
 import tripletjax as tj
-from tripletjax import blocks, blockwise
-from tripletjax.losses import as_hinge, needs_sums_alone
+from tripletjax import blockwise
+from tripletjax._engine.search import MAX_TILE_POSITIVES
+from tripletjax.losses import RELU, SOFTPLUS, GapCost, as_cost, needs_sums_alone
 
 BLOCKWISE = {
     "batch all": blockwise.batch_all_loss,
@@ -165,10 +166,11 @@ def test_what_a_reduction_does_with_the_terms(reduce_fn, sums):
 
 
 def test_functions_like_relu_are_relu():
-    for known in (jax.nn.relu, jax.nn.softplus):
-        assert as_hinge(known) is as_hinge(lambda gap, f=known: f(gap)) is known
+    for known in (RELU, SOFTPLUS):
+        function = known.function
+        assert as_cost(function) is as_cost(lambda gap, f=function: f(gap)) is known
     for other in (lambda gap: jnp.maximum(gap, 0), jax.nn.gelu, jnp.exp):
-        assert as_hinge(other) is other
+        assert as_cost(other) == GapCost(other)
 
 
 @pytest.mark.slow
@@ -658,5 +660,5 @@ def test_labels_of_other_dtypes():
 def test_both_ways_are_taken():
     """What these tests rely on: some of their classes are few, and some many."""
     most = {k: np.bincount(v).max() - 1 for k, v in LABELS.items()}
-    assert most["few"] <= blocks.FEW < most["many"]
-    assert most["uneven"] <= blocks.FEW < most["one large"]
+    assert most["few"] <= MAX_TILE_POSITIVES < most["many"]
+    assert most["uneven"] <= MAX_TILE_POSITIVES < most["one large"]

@@ -294,8 +294,8 @@ def test_random_miners_are_uniform():
             lambda: tj.batch_easy_hard_triplets(
                 np.eye(2),
                 [0, 1],
-                positive=mining.every_one,
-                negative=mining.every_one,
+                positive=mining.all_candidates,
+                negative=mining.all_candidates,
             ),
             ValueError,
             "all_triplets",
@@ -332,7 +332,7 @@ def test_semi_hard_either_way(seed):
 def test_semi_hard_of_large_classes():
     x = np.random.default_rng(0).normal(size=(134, 4))
     labels = np.arange(134) % 2
-    assert mining.FEW < 134 // 2 - 1
+    assert mining.MAX_COMPARED < 134 // 2 - 1
     triplets = tj.batch_semi_hard_triplets(tj.euclidean(x), labels)
     d = np.asarray(tj.euclidean(x), float)
     chosen = oracles.semi_hard(d, *oracles.pair_masks(labels))

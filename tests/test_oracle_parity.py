@@ -99,7 +99,7 @@ def test_every_one_of_one_side(every, single, problem):
     choices = {
         "positive": CHOICES[single][0],
         "negative": CHOICES[single][1],
-        every: tj.mining.every_one,
+        every: tj.mining.all_candidates,
     }
     triplets = tj.batch_easy_hard_triplets(distances, labels, **choices, **options)
     masks = oracles.pair_masks(labels, **options)

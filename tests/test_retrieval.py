@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import tripletjax as tj
 from tripletjax import retrieval
+from tripletjax.retrieval import rankings
 
 
 @settings(max_examples=40)
@@ -77,8 +78,8 @@ def test_neighbors_are_those_of_loops(seed):
 def test_neighbors_over_several_tiles(monkeypatch):
     x, _ = clusters(n=300)
     expected = retrieval.nearest_neighbors(x, x, 7, positions=np.arange(300))
-    monkeypatch.setattr(retrieval, "COLUMNS", 64)
-    monkeypatch.setattr(retrieval, "MOST_ROWS", 50)
+    monkeypatch.setattr(rankings, "COLUMNS", 64)
+    monkeypatch.setattr(rankings, "MOST_ROWS", 50)
     got = retrieval.nearest_neighbors(x, x, 8, positions=np.arange(300))
     for a, b in zip(got, expected):
         np.testing.assert_array_equal(a[:, :7], b)
@@ -195,8 +196,8 @@ def same(got, expected):
 def test_counting_and_sorting_agree(monkeypatch):
     x, labels = clusters()
     counted = retrieval.evaluate(x, labels, reduce_fn=None)
-    rankings = retrieval._Rankings
-    monkeypatch.setattr(rankings, "by_counting", rankings.by_sorting)
+    by_sorting = rankings.Rankings.by_sorting
+    monkeypatch.setattr(rankings.Rankings, "by_counting", by_sorting)
     # Another list of ranks: what was compiled before is not used again.
     ranked = retrieval.evaluate(x, labels, ks=(1, 2, 4, 8, 9), reduce_fn=None)
     same(counted[1:], ranked[1:])
@@ -206,8 +207,8 @@ def test_counting_and_sorting_agree(monkeypatch):
 def test_more_queries_and_references_than_a_block_holds(monkeypatch):
     x, labels = clusters(n=300)
     expected = retrieval.evaluate(x, labels, ks=(1, 3), reduce_fn=None)
-    monkeypatch.setattr(retrieval, "MOST_ROWS", 64)
-    monkeypatch.setattr(retrieval, "COLUMNS", 96)
+    monkeypatch.setattr(rankings, "MOST_ROWS", 64)
+    monkeypatch.setattr(rankings, "COLUMNS", 96)
     same(retrieval.evaluate(x, labels, ks=(1, 3, 5), reduce_fn=None)[1:], expected[1:])
     recall = np.mean(expected.recall_at_k, axis=0)
     same(retrieval.recall_at_k(x, labels, ks=(1, 3)), recall)
@@ -222,7 +223,7 @@ def test_recall_alone():
 
 def test_large_classes():
     x, labels = clusters(n=1200, classes=2)
-    assert np.bincount(labels).max() > retrieval.FEW
+    assert np.bincount(labels).max() > rankings.MAX_COUNTED
     got = retrieval.evaluate(x[:30], labels[:30], references=x, reference_labels=labels)
     expected = oracles.retrieval(x[:30], labels[:30], (1, 2, 4, 8), x, labels)
     for name, value in expected.items():
@@ -278,8 +279,8 @@ def test_queries_that_rank_different_references(seed, gallery):
 
 
 def test_ranking_different_references_over_several_tiles(monkeypatch):
-    monkeypatch.setattr(retrieval, "COLUMNS", 64)
-    monkeypatch.setattr(retrieval, "MOST_ROWS", 48)
+    monkeypatch.setattr(rankings, "COLUMNS", 64)
+    monkeypatch.setattr(rankings, "MOST_ROWS", 48)
     x, labels = clusters()
     where = np.random.default_rng(1).random(len(x)) < 0.8
     cameras = np.arange(len(x)) % 3

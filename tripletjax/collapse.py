@@ -11,8 +11,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from tripletjax._api import jitted
-from tripletjax.blocks import Kind, Task, Tiles
-from tripletjax.blockwise import as_batch
+from tripletjax._pairwise.batch import single_batch
+from tripletjax._pairwise.tiles import Tiles
 from tripletjax.distances import Metric, as_vectors, euclidean
 
 
@@ -73,17 +73,9 @@ def report(
     >>> print(report.mean_distance, report.effective_rank, report.mean_norm)
     5.0 1.0 3.5
     """
-    task = Task(Kind.ALL, metric)
-    batch, lead = as_batch(
-        task,
-        embeddings,
-        jnp.arange(jnp.shape(embeddings)[-2] if jnp.ndim(embeddings) > 1 else 1),
-        where=where,
-    )
-    if lead:
-        raise ValueError(
-            f"embeddings must be [n, d], got {len(lead) + 2} dimensions; use jax.vmap."
-        )
+    count = jnp.shape(embeddings)[-2] if jnp.ndim(embeddings) > 1 else 1
+    batch = single_batch(metric, embeddings, jnp.arange(count), where=where)
+    where = batch.pairs.where
 
     def visit(state: tuple[Array, ...], distances: Array, pair: Array) -> tuple:
         count, mean, deviations = state
@@ -99,9 +91,11 @@ def report(
         )
 
     zero = jnp.zeros((), batch.anchors.dtype)
-    pairs, mean, deviations = Tiles.of(task, batch).distances(visit, (zero, zero, zero))
+    pairs, mean, deviations = Tiles.of(metric, batch).distances(
+        visit, (zero, zero, zero)
+    )
     x = as_vectors(("embeddings", embeddings), rank=2)[0]
-    real = jnp.ones(len(x), bool) if batch.where is None else batch.where
+    real = jnp.ones(len(x), bool) if where is None else where
     count = jnp.sum(real)
     x = jnp.where(real[:, None], x, 0)
     norms = jnp.linalg.norm(x, axis=-1)

@@ -38,15 +38,14 @@ from jax.extend.core import Var
 from jax.typing import ArrayLike, DTypeLike
 
 from tripletjax._api import jitted, own_promotion
+from tripletjax._matrices import as_distances, for_each_true_column, take
 from tripletjax.distances import Metric, euclidean
 from tripletjax.mining import (
     Triplets,
-    as_distances,
     batch_hard_triplets,
     batch_semi_hard_triplets,
-    take,
 )
-from tripletjax.pairs import PairMasks, in_turn, resolve
+from tripletjax.pairs import PairMasks, masks_for
 
 
 class TripletTerms(NamedTuple):
@@ -201,6 +200,52 @@ class TripletCost:
     function: Callable[[Array, Array, Array], Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class GapCost:
+    """A cost of the gap ``d_ap - d_an + margin`` alone, and what is known of it.
+
+    Attributes:
+        function: elementwise ``gap -> cost``.
+        vanishes: whether cost and slope are 0 at minus infinity.
+        counts: whether the slope is 1 where a triplet costs anything, and else 0.
+    """
+
+    function: Callable[[Array], Array]
+    vanishes: bool = False
+    counts: bool = False
+
+
+RELU = GapCost(jax.nn.relu, vanishes=True, counts=True)
+SOFTPLUS = GapCost(jax.nn.softplus, vanishes=True)
+
+Cost = GapCost | TripletCost
+
+
+def as_cost(hinge: Any) -> Cost:
+    """Checks a hinge; functions that compute what relu or softplus do are these."""
+    if isinstance(hinge, TripletCost):
+        return hinge
+    if not callable(hinge):
+        raise TypeError(f"hinge must be callable, got {hinge!r}.")
+    for known in (RELU, SOFTPLUS):
+        if hinge == known.function:
+            return known
+    try:
+        program = _with_derivative(hinge)
+    except Exception:  # Whatever is wrong with it is told where it is used.
+        return GapCost(hinge)
+    for known in (RELU, SOFTPLUS):
+        if program == _with_derivative(known.function):
+            return known
+    return GapCost(hinge)
+
+
+def _with_derivative(function: Callable[[Array], Array]) -> str:
+    """What a function of a scalar and its derivative compute, step by step."""
+    x = jax.ShapeDtypeStruct((), jnp.float32)
+    return str(jax.make_jaxpr(lambda x, dot: jax.jvp(function, (x,), (dot,)))(x, x))
+
+
 @functools.lru_cache
 def selectively_contrastive(
     *, hard_weight: float = 1.0, temperature: float = 0.1
@@ -311,7 +356,7 @@ def triplet_margin_loss(
     >>> print(f"{tj.triplet_margin_loss(a, p, n, margin=2.0):.4f}")
     0.2679
     """
-    hinge = as_hinge(hinge)
+    cost = as_cost(hinge)
     a, p, n = (jnp.asarray(x) for x in (anchors, positives, negatives))
     if not a.shape == p.shape == n.shape:
         raise ValueError(
@@ -333,7 +378,7 @@ def triplet_margin_loss(
                 f"{where.shape}."
             )
         valid = where
-    costs = costs_of(d_ap, d_an, valid, as_margin(margin, d_ap), hinge)
+    costs = costs_of(d_ap, d_an, valid, as_margin(margin, d_ap), cost)
     return reduced(sums_of(costs[..., None], valid[..., None]), reduce_fn)
 
 
@@ -405,7 +450,7 @@ def triplet_loss(
     >>> print(tj.triplet_loss(d, triplets, reduce_fn=None).total)
     [0.  0.6 0. ]
     """
-    hinge = as_hinge(hinge)
+    cost = as_cost(hinge)
     distances = as_distances(distances)
     if not isinstance(triplets, Triplets):
         raise TypeError(f"triplets must be Triplets, got {type(triplets).__name__}.")
@@ -437,7 +482,7 @@ def triplet_loss(
         )
         d_ap = at[a, p].get(mode="fill", fill_value=jnp.nan)
         d_an = at[a, n].get(mode="fill", fill_value=jnp.nan)
-        costs = costs_of(d_ap, d_an, valid, as_margin(margin, distances), hinge)
+        costs = costs_of(d_ap, d_an, valid, as_margin(margin, distances), cost)
         none = jnp.zeros_like(distances[:, 0])
         sums = (costs, costs > 0, valid)
         a = jnp.minimum(a, rows - 1)
@@ -504,7 +549,7 @@ def batch_hard_loss(
     >>> print(tj.batch_hard_loss(d, jnp.array([0, 0, 0, 1]), margin=1.0))
     1.5
     """
-    hinge = as_hinge(hinge)
+    cost = as_cost(hinge)
     distances = as_distances(distances)
     triplets = batch_hard_triplets(
         distances,
@@ -516,7 +561,7 @@ def batch_hard_loss(
     )
     d_ap = take(distances, triplets.positive)
     d_an = take(distances, triplets.negative)
-    costs = costs_of(d_ap, d_an, triplets.valid, as_margin(margin, distances), hinge)
+    costs = costs_of(d_ap, d_an, triplets.valid, as_margin(margin, distances), cost)
     return reduced(sums_of(costs[..., None], triplets.valid[..., None]), reduce_fn)
 
 
@@ -576,7 +621,7 @@ def batch_semi_hard_loss(
     >>> print(tj.batch_semi_hard_loss(d, jnp.array([0, 0, 1, 2]), margin=1.5))
     1.5
     """
-    hinge = as_hinge(hinge)
+    cost = as_cost(hinge)
     distances = as_distances(distances)
     triplets = batch_semi_hard_triplets(
         distances,
@@ -590,7 +635,7 @@ def batch_semi_hard_loss(
     # The positive of entry (a, p) is p.
     d_an = take(distances, triplets.negative)
     costs = costs_of(
-        distances, d_an, triplets.valid, as_margin(margin, distances), hinge
+        distances, d_an, triplets.valid, as_margin(margin, distances), cost
     )
     return reduced(sums_of(costs, triplets.valid), reduce_fn)
 
@@ -648,9 +693,9 @@ def batch_all_loss(
     >>> print(tj.batch_all_loss(d, jnp.array([0, 0, 1, 1]), margin=0.5))
     1.5
     """
-    hinge = as_hinge(hinge)
+    cost = as_cost(hinge)
     distances = as_distances(distances)
-    masks = resolve(
+    masks = masks_for(
         distances,
         labels,
         reference_labels=reference_labels,
@@ -660,7 +705,7 @@ def batch_all_loss(
     )
     # The margin per anchor, so that its gradient is known per anchor as well.
     margins = jnp.broadcast_to(as_margin(margin, distances), distances.shape[:-1])
-    total, active = batch_all_sums(hinge, distances, margins, *masks)
+    total, active = batch_all_sums(cost, distances, margins, *masks)
     return reduced(TripletTerms(total, active, count_all(masks, total)), reduce_fn)
 
 
@@ -672,51 +717,51 @@ def count_all(masks: PairMasks, like: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def batch_all_sums(
-    hinge: Hinge, distances: Array, margins: Array, positive: Array, negative: Array
+    cost: Cost, distances: Array, margins: Array, positive: Array, negative: Array
 ) -> tuple[Array, Array]:
     """Summed cost and number of active triplets per anchor."""
 
     def add(sums: tuple[Array, Array], column: Array, found: Array):
-        costs = _costs_with(hinge, column, found, distances, margins, negative)
+        costs = _costs_with(cost, column, found, distances, margins, negative)
         active = jnp.sum(costs > 0, axis=-1, dtype=costs.dtype)
         return sums[0] + jnp.sum(costs, axis=-1), sums[1] + active
 
     none = jnp.zeros_like(distances[..., 0])
-    return in_turn(positive, add, (none, none))
+    return for_each_true_column(positive, add, (none, none))
 
 
 @batch_all_sums.defjvp
 @own_promotion
-def _batch_all_sums_jvp(hinge: Hinge, primals: tuple, tangents: tuple) -> tuple:
+def _batch_all_sums_jvp(cost: Cost, primals: tuple, tangents: tuple) -> tuple:
     # An anchor's loss depends on its own row and margin alone, so its derivative is a
     # product with one row of weights: that is all that reverse mode has to keep.
     distances_dot, margins_dot, *_ = tangents
-    weights, margin_weights = _batch_all_weights(hinge, *primals)
-    total, active = batch_all_sums(hinge, *primals)
+    weights, margin_weights = _batch_all_weights(cost, *primals)
+    total, active = batch_all_sums(cost, *primals)
     total_dot = jnp.sum(weights * distances_dot, axis=-1) + margin_weights * margins_dot
     return (total, active), (total_dot, jnp.zeros_like(active))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _batch_all_weights(
-    hinge: Hinge, distances: Array, margins: Array, positive: Array, negative: Array
+    cost: Cost, distances: Array, margins: Array, positive: Array, negative: Array
 ) -> tuple[Array, Array]:
     """The derivatives of an anchor's summed cost by its distances and its margin."""
 
     def add(weights: tuple[Array, Array], column: Array, found: Array):
         def costs(distances: Array, margins: Array) -> Array:
-            return _costs_with(hinge, column, found, distances, margins, negative)
+            return _costs_with(cost, column, found, distances, margins, negative)
 
         _, pull = jax.vjp(costs, distances, margins)
         return jax.tree.map(jnp.add, weights, pull(jnp.ones_like(distances)))
 
     none = (jnp.zeros_like(distances), jnp.zeros_like(distances[..., 0]))
-    return in_turn(positive, add, none)
+    return for_each_true_column(positive, add, none)
 
 
 @_batch_all_weights.defjvp
 @own_promotion
-def _batch_all_weights_jvp(hinge: Hinge, primals: tuple, tangents: tuple) -> tuple:
+def _batch_all_weights_jvp(cost: Cost, primals: tuple, tangents: tuple) -> tuple:
     # For second derivatives: over all columns in turn, a loop that can be
     # differentiated any number of times in either mode, but takes O(n m^2) time.
     distances, margins, positive, negative = primals
@@ -726,7 +771,7 @@ def _batch_all_weights_jvp(hinge: Hinge, primals: tuple, tangents: tuple) -> tup
         def add(total: Array, column: Array) -> tuple[Array, None]:
             found = positive[..., column]
             columns = jnp.broadcast_to(column, found.shape)
-            costs = _costs_with(hinge, columns, found, distances, margins, negative)
+            costs = _costs_with(cost, columns, found, distances, margins, negative)
             return total + jnp.sum(costs), None
 
         none = jnp.zeros_like(distances.ravel()[0])
@@ -738,7 +783,7 @@ def _batch_all_weights_jvp(hinge: Hinge, primals: tuple, tangents: tuple) -> tup
 
 
 def _costs_with(
-    hinge: Hinge,
+    cost: Cost,
     column: Array,
     found: Array,
     distances: Array,
@@ -748,29 +793,7 @@ def _costs_with(
     """The costs of one positive of each anchor, if found, with all its negatives."""
     d_ap = take(distances, column)[..., None]
     valid = negative & found[..., None]
-    return costs_of(d_ap, distances, valid, margins[..., None], hinge)
-
-
-def as_hinge(hinge: Any) -> Hinge:
-    """Checks a hinge; relu and softplus themselves in place of functions like them."""
-    if isinstance(hinge, TripletCost):
-        return hinge
-    if not callable(hinge):
-        raise TypeError(f"hinge must be callable, got {hinge!r}.")
-    known = (jax.nn.relu, jax.nn.softplus)
-    if hinge in known:
-        return hinge
-    try:
-        program = _with_derivative(hinge)
-    except Exception:  # Whatever is wrong with it is told where it is used.
-        return hinge
-    return next((other for other in known if program == _with_derivative(other)), hinge)
-
-
-def _with_derivative(function: Callable[[Array], Array]) -> str:
-    """What a function of a scalar and its derivative compute, step by step."""
-    x = jax.ShapeDtypeStruct((), jnp.float32)
-    return str(jax.make_jaxpr(lambda x, dot: jax.jvp(function, (x,), (dot,)))(x, x))
+    return costs_of(d_ap, distances, valid, margins[..., None], cost)
 
 
 def as_margin(margin: ArrayLike, distances: Array) -> Array:
@@ -784,14 +807,14 @@ def as_margin(margin: ArrayLike, distances: Array) -> Array:
 
 
 def costs_of(
-    d_ap: Array, d_an: Array, valid: Array, margin: Array, hinge: Hinge
+    d_ap: Array, d_an: Array, valid: Array, margin: Array, cost: Cost
 ) -> Array:
     """The cost of each triplet, 0 and without gradient where it is not valid."""
     d_ap, d_an = jnp.where(valid, d_ap, 0), jnp.where(valid, d_an, 0)
-    if isinstance(hinge, TripletCost):
-        costs = hinge.function(d_ap, d_an, margin)
+    if isinstance(cost, TripletCost):
+        costs = cost.function(d_ap, d_an, margin)
     else:
-        costs = hinge(d_ap - d_an + margin)
+        costs = cost.function(d_ap - d_an + margin)
     check_elementwise(costs, d_ap)
     return jnp.where(valid, costs, 0)
 

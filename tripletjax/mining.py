@@ -34,11 +34,20 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from tripletjax._api import jitted
-from tripletjax.pairs import PairMasks, in_turn, pair_masks, resolve
+from tripletjax._matrices import (
+    SortedNegatives,
+    columns_of,
+    for_each_true_column,
+    frozen_distances,
+    ordered_bits,
+    search_rows,
+    take,
+)
+from tripletjax.pairs import PairMasks, masks_for, pair_masks
 
 # Up to so many positives of an anchor, comparing each with all takes less time than
 # sorting.
-FEW = 64
+MAX_COMPARED = 64
 
 
 class Triplets(NamedTuple):
@@ -154,10 +163,10 @@ def batch_hard_triplets(
 # partner, to the index of the choice and whether there is one. Comparisons are such
 # that a NaN is chosen: a loss that has gone wrong must not look well.
 
-Choice = Callable[[Array, Array, Array | None], tuple[Array, Array]]
+Selector = Callable[[Array, Array, Array | None], tuple[Array, Array]]
 
 
-def relative(*, fallback: Choice | None = None) -> Callable[[Choice], Choice]:
+def relative(*, fallback: Selector | None = None) -> Callable[[Selector], Selector]:
     """Says that a choice is made relative to the other one, and after it.
 
     Args:
@@ -181,7 +190,7 @@ def relative(*, fallback: Choice | None = None) -> Callable[[Choice], Choice]:
     [1 0 1] [ True  True  True]
     """
 
-    def decorate(choice: Choice) -> Choice:
+    def decorate(choice: Selector) -> Selector:
         choice.relative, choice.fallback = True, fallback
         return choice
 
@@ -232,11 +241,11 @@ def hardest_negative(
     return _nearest(distances, candidates)
 
 
-def every_one(
+def all_candidates(
     distances: Array, candidates: Array, other: Array | None
 ) -> tuple[Array, Array]:
     """All candidates, with a triplet each."""
-    index = jnp.broadcast_to(_columns(distances), distances.shape)
+    index = jnp.broadcast_to(columns_of(distances), distances.shape)
     return index, candidates
 
 
@@ -245,8 +254,8 @@ def batch_easy_hard_triplets(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
     *,
-    positive: Choice = easiest_positive,
-    negative: Choice = semi_hard_negative,
+    positive: Selector = easiest_positive,
+    negative: Selector = semi_hard_negative,
     fallback: bool = False,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
@@ -260,7 +269,7 @@ def batch_easy_hard_triplets(
     | easy       | `mining.easiest_positive`   | `mining.easiest_negative`   |
     | semi-hard  | `mining.semi_hard_positive` | `mining.semi_hard_negative` |
     | hard       | `mining.hardest_positive`   | `mining.hardest_negative`   |
-    | all        | `mining.every_one`          | `mining.every_one`          |
+    | all        | `mining.all_candidates`          | `mining.all_candidates`          |
 
     A semi-hard choice is made relative to the other one, which is made first. Any
     function of the same form can be given as well, with `mining.relative` for one that
@@ -279,7 +288,7 @@ def batch_easy_hard_triplets(
         reference_labels, positions, where, reference_where: as in `pair_masks`.
 
     Returns:
-        Triplets ``[..., n]``, one per anchor, or ``[..., n, m]`` with `every_one`.
+        Triplets ``[..., n]``, one per anchor, or ``[..., n, m]`` with `all_candidates`.
 
     Raises:
         TypeError: if an argument has the wrong dtype or a choice is not callable.
@@ -303,8 +312,8 @@ def batch_easy_hard_triplets(
     >>> print(easy_hard.valid, easy_hard.negative[:2])
     [ True  True False False] [2 2]
     """
-    distances = mineable(distances)
-    masks = resolve(
+    distances = frozen_distances(distances)
+    masks = masks_for(
         distances,
         labels,
         reference_labels=reference_labels,
@@ -316,7 +325,11 @@ def batch_easy_hard_triplets(
     after = [getattr(choice, "relative", False) for choice in choices]
     instead = [getattr(choice, "fallback", None) for choice in choices]
     own = (easiest_positive, easiest_negative, hardest_positive, hardest_negative)
-    if fallback and instead == [None, None] and not {*choices} <= {*own, every_one}:
+    if (
+        fallback
+        and instead == [None, None]
+        and not {*choices} <= {*own, all_candidates}
+    ):
         raise ValueError(
             "fallback goes with a choice that has one, such as semi_hard_negative, got "
             f"positive={positive!r} and negative={negative!r}."
@@ -394,8 +407,8 @@ def batch_semi_hard_triplets(
     >>> print(triplets.valid[0], triplets.negative[0, 1], triplets.negative[1, 0])
     [False  True False False] 3 2
     """
-    distances = mineable(distances)
-    masks = resolve(
+    distances = frozen_distances(distances)
+    masks = masks_for(
         distances,
         labels,
         reference_labels=reference_labels,
@@ -404,7 +417,7 @@ def batch_semi_hard_triplets(
         reference_where=reference_where,
     )
     most = jnp.max(jnp.sum(masks.positive, axis=-1))
-    few = most <= FEW
+    few = most <= MAX_COMPARED
     index, found = jax.lax.cond(
         few,
         # Where both sides of a choice are computed, under vmap, at least one is short.
@@ -415,14 +428,14 @@ def batch_semi_hard_triplets(
     index = jnp.where(found, index, farthest[..., None])
     # A NaN is nearer than nothing; its pair stays, for the loss to show it.
     found |= has_negative[..., None] & (fallback | jnp.isnan(distances))
-    return _triplets(distances, _columns(distances), index, masks.positive & found)
+    return _triplets(distances, columns_of(distances), index, masks.positive & found)
 
 
 def _beyond_few(
     distances: Array, masks: PairMasks, wanted: Array
 ) -> tuple[Array, Array]:
     """For each positive pair the nearest negative beyond it, a positive at a time."""
-    columns = _columns(distances)
+    columns = columns_of(distances)
     bits = ordered_bits(distances)
     last = jnp.iinfo(bits.dtype).max
     key = jnp.where(masks.negative, bits, last)
@@ -437,7 +450,7 @@ def _beyond_few(
         return index, jnp.where(pair, nearest < last, found)
 
     none = jnp.zeros_like(distances, columns.dtype), jnp.zeros_like(distances, bool)
-    return in_turn(masks.positive & wanted, visit, none)
+    return for_each_true_column(masks.positive & wanted, visit, none)
 
 
 def _beyond_all(distances: Array, negative: Array) -> tuple[Array, Array]:
@@ -448,15 +461,15 @@ def _beyond_all(distances: Array, negative: Array) -> tuple[Array, Array]:
 
 
 class Band(NamedTuple):
-    """Triplets by how much farther the negative is: above < d_an - d_ap <= up_to.
+    """Triplets by how much farther the negative is: low < d_an - d_ap <= high.
 
     Attributes:
-        above: the lower end, not included.
-        up_to: the upper end, included.
+        low: the lower end, not included.
+        high: the upper end, included.
     """
 
-    above: ArrayLike
-    up_to: ArrayLike
+    low: ArrayLike
+    high: ArrayLike
 
 
 def hard_band() -> Band:
@@ -494,7 +507,7 @@ def all_triplets(
     r"""All triplets, or all of a kind, compacted to a fixed size.
 
     $$\{(a, p, n) : p \in P_a,\; n \in N_a,\;
-      \text{above} < d_{an} - d_{ap} \le \text{up\_to}\}$$
+      \text{low} < d_{an} - d_{ap} \le \text{high}\}$$
 
     Like ``jnp.nonzero(..., size=size)``, without the n x m x m mask: memory is
     O(n m + size).
@@ -541,8 +554,8 @@ def all_triplets(
         # With one distance for all, the sorted order is that of the indices.
         distances = jnp.zeros(masks.positive.shape)
     else:
-        distances = mineable(distances)
-        masks = resolve(distances, labels, **options)
+        distances = frozen_distances(distances)
+        masks = masks_for(distances, labels, **options)
     if band is None:
         band = Band(-jnp.inf, jnp.inf)
     elif not isinstance(band, Band):
@@ -557,11 +570,11 @@ def all_triplets(
 def _compact(distances: Array, masks: PairMasks, band: Band, size: int) -> tuple:
     n, m = distances.shape
     negatives = SortedNegatives.of(distances, masks.negative)
-    first = negatives.rank(distances + band.above, side="right")
-    last = negatives.rank(distances + band.up_to, side="right")
+    first = negatives.rank(distances + band.low, side="right")
+    last = negatives.rank(distances + band.high, side="right")
     # An infinite end is beyond every negative, also beyond infinitely far ones.
-    first = jnp.where(band.above == -jnp.inf, 0, first)
-    last = jnp.where(band.up_to == jnp.inf, m, last)
+    first = jnp.where(band.low == -jnp.inf, 0, first)
+    last = jnp.where(band.high == jnp.inf, m, last)
     last = jnp.minimum(last, negatives.count[:, None])
     per_pair = jnp.where(masks.positive, jnp.maximum(last - first, 0), 0).ravel()
     ends = jax.lax.associative_scan(_saturating_add, per_pair)
@@ -627,7 +640,7 @@ def random_triplets(
         count = running[..., -1:]
         shape = (*candidates.shape[:-1], per_anchor)
         rank = jax.random.randint(key, shape, 0, jnp.maximum(count, 1))
-        return _search(running, rank, side="right"), count > 0
+        return search_rows(running, rank, side="right"), count > 0
 
     positive_key, negative_key = jax.random.split(key)
     positive, has_positive = draw(positive_key, masks.positive)
@@ -682,8 +695,8 @@ def random_semi_hard_triplets(
     >>> print(triplets.valid[0, 1], triplets.negative[0, 1], triplets.valid[1, 0])
     True 2 False
     """
-    distances = mineable(distances)
-    masks = resolve(
+    distances = frozen_distances(distances)
+    masks = masks_for(
         distances,
         labels,
         reference_labels=reference_labels,
@@ -700,7 +713,7 @@ def random_semi_hard_triplets(
     )
     return _triplets(
         distances,
-        _columns(distances),
+        columns_of(distances),
         negatives.at(rank),
         masks.positive & (last > first),
     )
@@ -761,8 +774,8 @@ def distance_weighted_triplets(
     """
     if dim < 2:
         raise ValueError(f"dim must be at least 2, got {dim}.")
-    distances = mineable(distances)
-    masks = resolve(
+    distances = frozen_distances(distances)
+    masks = masks_for(
         distances,
         labels,
         reference_labels=reference_labels,
@@ -782,36 +795,12 @@ def distance_weighted_triplets(
     running = jnp.cumsum(weights, axis=-1)
     point = jax.random.uniform(key, distances.shape) * running[..., -1:]
     # Rounding may put a point on the very end, beyond the last weight.
-    last = _search(running, running[..., -1:], side="left")
-    index = jnp.minimum(_search(running, point, side="right"), last)
+    last = search_rows(running, running[..., -1:], side="left")
+    index = jnp.minimum(search_rows(running, point, side="right"), last)
     has_negative = jnp.any(masks.negative, axis=-1, keepdims=True)
     return _triplets(
-        distances, _columns(distances), index, masks.positive & has_negative
+        distances, columns_of(distances), index, masks.positive & has_negative
     )
-
-
-def mineable(distances: ArrayLike) -> Array:
-    """Checks a distance matrix; the result is not differentiated."""
-    return jax.lax.stop_gradient(as_distances(distances))
-
-
-def as_distances(distances: ArrayLike) -> Array:
-    """Checks a distance matrix ``[..., n, m]``; at least float32."""
-    distances = jnp.asarray(distances)
-    if distances.ndim < 2:
-        raise ValueError(f"distances must be [..., n, m], got shape {distances.shape}.")
-    if distances.size == 0:
-        raise ValueError(f"distances is empty: it has shape {distances.shape}.")
-    if jnp.issubdtype(distances.dtype, jnp.complexfloating) or distances.dtype == bool:
-        raise TypeError(f"distances must be real, got dtype {distances.dtype}.")
-    return distances.astype(jnp.result_type(distances, jnp.float32))
-
-
-def take(distances: Array, index: Array) -> Array:
-    """The distance in each row at `index` ``[..., n]`` or ``[..., n, k]``."""
-    if index.ndim < distances.ndim:
-        return take(distances, index[..., None])[..., 0]
-    return jnp.take_along_axis(distances, index, axis=-1, mode="promise_in_bounds")
 
 
 def _farthest(distances: Array, mask: Array) -> tuple[Array, Array]:
@@ -822,10 +811,6 @@ def _farthest(distances: Array, mask: Array) -> tuple[Array, Array]:
 def _nearest(distances: Array, mask: Array) -> tuple[Array, Array]:
     index = jnp.argmin(jnp.where(mask, distances, jnp.inf), axis=-1)
     return index, jnp.any(mask, axis=-1)
-
-
-def _columns(matrix: Array) -> Array:
-    return jnp.arange(matrix.shape[-1])
 
 
 def _triplets(
@@ -843,51 +828,5 @@ def _masks_alone(
 ) -> PairMasks:
     """The masks where there is no distance matrix."""
     if isinstance(labels, PairMasks):
-        return resolve(jnp.zeros(jnp.shape(labels.positive)), labels, **options)
+        return masks_for(jnp.zeros(jnp.shape(labels.positive)), labels, **options)
     return pair_masks(labels, options.pop("reference_labels"), **options)
-
-
-def _search(sorted_rows: Array, values: Array, *, side: str) -> Array:
-    """``jnp.searchsorted`` in every row."""
-    search = jnp.vectorize(
-        lambda row, value: jnp.searchsorted(row, value, side=side),
-        signature="(m),(k)->(k)",
-    )
-    return search(sorted_rows, values)
-
-
-def ordered_bits(x: Array) -> Array:
-    """Integers in the order of floats, which XLA sorts several times faster on CPUs."""
-    kind = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
-    bits = jax.lax.bitcast_convert_type(x + 0.0, kind)
-    last = jnp.iinfo(kind).max
-    # A NaN, which may have a sign, comes after all numbers and before what is no float.
-    return jnp.where(jnp.isnan(x), last - 1, jnp.where(bits < 0, bits ^ last, bits))
-
-
-class SortedNegatives(NamedTuple):
-    """Every anchor's negatives from near to far, ``[..., n, m]``, then the rest.
-
-    The distances of the rest are NaN.
-    """
-
-    distances: Array
-    order: Array
-    count: Array
-
-    @classmethod
-    def of(cls, distances: Array, negative: Array) -> "SortedNegatives":
-        bits = ordered_bits(distances)
-        key = jnp.where(negative, bits, jnp.iinfo(bits.dtype).max)
-        column = jnp.broadcast_to(_columns(key), key.shape)
-        _, order = jax.lax.sort((key, column), num_keys=1)
-        near_to_far = take(jnp.where(negative, distances, jnp.nan), order)
-        return cls(near_to_far, order, jnp.sum(negative, axis=-1))
-
-    def rank(self, values: Array, *, side: str) -> Array:
-        """How many of an anchor's negatives are nearer than (or as near as) a value."""
-        return _search(self.distances, values, side=side)
-
-    def at(self, rank: Array) -> Array:
-        """The column of the negative of a rank, which is clipped to the last."""
-        return take(self.order, jnp.minimum(rank, self.order.shape[-1] - 1))

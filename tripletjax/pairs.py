@@ -1,15 +1,17 @@
 """Who matches whom: labels -> masks of positive and negative pairs.
 
-This is the only place where labels are compared. Everything that mines or costs
-triplets takes `labels` either as integers or, for what integers cannot say, as the
-`PairMasks` that this module makes or that the user made by hand.
+Everything that mines, costs or ranks takes `labels` either as integers or, for what
+integers cannot say, as the `PairMasks` that this module makes or that the user made by
+hand. What is said about pairs is checked, completed and compared here (`Pairs`); large
+batches of integers are sorted by class instead (`_pairwise.class_index`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from tripletjax._api import jitted
@@ -86,12 +88,11 @@ def pair_masks(
      [ True False False]
      [False False False]]
     """
-    labels = as_labels("labels", labels, match)
+    labels = _as_labels("labels", labels, match)
     square = reference_labels is None
-    if square:
-        references = labels
-    else:
-        references = as_labels("reference_labels", reference_labels, match)
+    references = labels
+    if not square:
+        references = _as_labels("reference_labels", reference_labels, match)
     row = 0 if match is None or labels.ndim == 1 else 1
     if row and (references.ndim < 2 or references.shape[-1] != labels.shape[-1]):
         raise ValueError(
@@ -99,89 +100,166 @@ def pair_masks(
             f"{labels.shape} and {references.shape}."
         )
     *_, n = labels.shape[: labels.ndim - row]
-    *_, m = references.shape[: references.ndim - row]
-
-    if match is None:
-        left, right = labels[..., :, None], references[..., None, :]
-        same = left == right
-        if left.dtype != right.dtype:
-            # JAX may compare a signed and an unsigned integer by their bits.
-            same &= (left < 0) == (right < 0)
-    else:
-        same = _match_all(match, labels, references, row)
     if positions is not None:
         positions = per_item("positions", positions, n, "labels", jnp.integer)
-        itself = positions[..., :, None] == jnp.arange(m)
-    else:
-        itself = jnp.eye(n, m, dtype=bool) & square
-    masks = PairMasks(same & ~itself, ~same & ~itself)
     if square and reference_where is None:
         reference_where = where
+    if match is None:
+        masks = match_labels(labels, None if square else references, positions)
+    else:
+        masks = _masks_of(_match_all(match, labels, references, row), positions, square)
     return keep_pairs(masks, where, reference_where)
 
 
-def resolve(
-    distances: Array,
-    labels: ArrayLike | PairMasks,
-    *,
-    reference_labels: ArrayLike | None = None,
-    positions: ArrayLike | None = None,
-    where: ArrayLike | None = None,
-    reference_where: ArrayLike | None = None,
+def match_labels(
+    labels: Array, reference_labels: Array | None, positions: Array | None
 ) -> PairMasks:
-    """The masks of a distance matrix ``[..., n, m]``, from labels or ready-made."""
-    *_, n, m = distances.shape
-    if isinstance(labels, PairMasks):
-        if reference_labels is not None or positions is not None:
-            raise ValueError(
-                "reference_labels and positions do not go with labels that are "
-                "PairMasks: the masks already say it."
-            )
-        masks = [as_boolean(f"labels.{k}", v) for k, v in labels._asdict().items()]
-        for name, mask in zip(labels._fields, masks):
-            if mask.shape[-2:] != (n, m):
-                raise ValueError(
-                    f"labels.{name} has shape {mask.shape} but distances has shape "
-                    f"{distances.shape}: the last two dimensions must agree."
-                )
-        masks = PairMasks(*masks)
-        if n == m and where is not None and reference_where is None:
-            reference_where = _as_references(masks, as_boolean("where", where))
-        masks = keep_pairs(masks, where, reference_where)
+    """The masks of checked labels, without padding."""
+    square = reference_labels is None
+    references = labels if square else reference_labels
+    left, right = labels[..., :, None], references[..., None, :]
+    same = left == right
+    if left.dtype != right.dtype:
+        # JAX may compare a signed and an unsigned integer by their bits.
+        same &= (left < 0) == (right < 0)
+    return _masks_of(same, positions, square)
+
+
+def _masks_of(same: Array, positions: Array | None, square: bool) -> PairMasks:
+    """Masks of which labels are the same; no item is paired with itself."""
+    *_, n, m = same.shape
+    if positions is not None:
+        itself = positions[..., :, None] == jnp.arange(m)
     else:
-        labels = as_labels("labels", labels, None)
-        if labels.shape[-1] != n:
-            raise ValueError(
-                f"labels has shape {labels.shape} but distances has shape "
-                f"{distances.shape}: there must be one label per row."
-            )
-        if reference_labels is None and n != m:
-            raise ValueError(
-                f"distances has shape {distances.shape}, which is not square: give the "
-                "reference_labels of its columns."
-            )
-        if reference_labels is not None:
-            reference_labels = as_labels("reference_labels", reference_labels, None)
-            if reference_labels.shape[-1] != m:
+        itself = jnp.eye(n, m, dtype=bool) & square
+    return PairMasks(same & ~itself, ~same & ~itself)
+
+
+class Pairs(NamedTuple):
+    """Who matches whom, as a caller said it: checked, and with the defaults filled in.
+
+    The matrix and the blockwise forms, retrieval and verification all begin with it.
+
+    Attributes:
+        labels: integers ``[..., n]``, or `PairMasks` ``[..., n, m]``.
+        reference_labels: integers ``[..., m]``; None with masks, and if the anchors are
+            their own references.
+        positions: integers ``[..., n]``, or None.
+        where: bool ``[..., n]``, or None.
+        reference_where: bool ``[..., m]``, or None.
+    """
+
+    labels: Array | PairMasks
+    reference_labels: Array | None
+    positions: Array | None
+    where: Array | None
+    reference_where: Array | None
+
+    @classmethod
+    def of(
+        cls,
+        labels: ArrayLike | PairMasks,
+        *,
+        shape: tuple[int, ...],
+        anchors: str,
+        references: str,
+        same: bool | None = None,
+        devices: int = 1,
+        reference_labels: ArrayLike | None = None,
+        positions: ArrayLike | None = None,
+        where: ArrayLike | None = None,
+        reference_where: ArrayLike | None = None,
+    ) -> "Pairs":
+        """Checks what is said about pairs.
+
+        Args:
+            labels, reference_labels, positions, where, reference_where: as in
+                `pair_masks`; or `PairMasks`.
+            shape: of all pairs, ``[..., n, m]``.
+            anchors: what the caller calls anchors, in plural, for errors.
+            references: likewise.
+            same: whether the anchors are their own references; None if the labels have
+                to say.
+            devices: over how many the references are split, of which masks have all.
+        """
+        *lead, n, m = shape
+
+        def each(name: str, values: Any, kind: Any, of: str, size: int) -> Any:
+            if values is None:
+                return None
+            if name.endswith("labels"):
+                values = _as_labels(name, values, None)
+                if values.shape[-1] != size:
+                    raise ValueError(
+                        f"{name} has shape {values.shape}, but there are {size} {of}: "
+                        "there must be one label for each."
+                    )
+            else:
+                values = per_item(name, values, size, of, kind)
+            return _broadcast(name, values, (*lead, size))
+
+        positions_of = functools.partial(each, "positions", positions, jnp.integer)
+        where = each("where", where, jnp.bool_, anchors, n)
+        given = each("reference_where", reference_where, jnp.bool_, references, m)
+        if isinstance(labels, PairMasks):
+            if reference_labels is not None or positions is not None:
                 raise ValueError(
-                    f"reference_labels has shape {reference_labels.shape} but "
-                    f"distances has shape {distances.shape}: there must be one label "
-                    "per column."
+                    "reference_labels and positions do not go with labels that are "
+                    "PairMasks: the masks already say it."
                 )
-        masks = pair_masks(
-            labels,
-            reference_labels,
-            positions=positions,
-            where=where,
-            reference_where=reference_where,
+            checked = []
+            for name, mask in labels._asdict().items():
+                mask = as_boolean(f"labels.{name}", mask)
+                all_pairs = n, m * devices
+                if mask.shape[-2:] != all_pairs:
+                    raise ValueError(
+                        f"labels.{name} has shape {mask.shape}, but there are {n} "
+                        f"{anchors} and {m * devices} {references}: the last two "
+                        f"dimensions must be {all_pairs}."
+                    )
+                checked.append(_broadcast(f"labels.{name}", mask, (*lead, *all_pairs)))
+            masks = PairMasks(*checked)
+            if given is None and where is not None and n == m and same is not False:
+                given = where if same else _as_references(masks, where)
+            return cls(masks, None, None, where, given)
+        labels = each("labels", labels, None, anchors, n)
+        if reference_labels is None and (n != m or same is False):
+            raise ValueError(
+                f"reference_labels must be given where there are {n} {anchors} and {m} "
+                f"{references}."
+            )
+        reference_labels = each(
+            "reference_labels", reference_labels, None, references, m
         )
-    try:
-        return PairMasks(*(jnp.broadcast_to(mask, distances.shape) for mask in masks))
-    except ValueError:
-        raise ValueError(
-            f"labels make pairs of shape {masks.positive.shape}, which does not "
-            f"broadcast to the shape {distances.shape} of distances."
-        ) from None
+        if reference_labels is None and given is None:
+            given = where
+        return cls(labels, reference_labels, positions_of(anchors, n), where, given)
+
+    def masks(self) -> PairMasks:
+        """Which pairs are positive and which negative, ``[..., n, m]``."""
+        masks = self.labels
+        if not isinstance(masks, PairMasks):
+            masks = match_labels(masks, self.reference_labels, self.positions)
+        return keep_pairs(masks, self.where, self.reference_where)
+
+
+def masks_for(
+    distances: Array, labels: ArrayLike | PairMasks, **pairs: ArrayLike | None
+) -> PairMasks:
+    """The masks of a distance matrix ``[..., n, m]``, from labels or ready-made.
+
+    Args:
+        distances: ``[..., n, m]``.
+        labels: integers, or `PairMasks`.
+        **pairs: `reference_labels`, `positions`, `where` and `reference_where`.
+    """
+    return Pairs.of(
+        labels,
+        shape=distances.shape,
+        anchors="rows of distances",
+        references="columns of distances",
+        **pairs,
+    ).masks()
 
 
 def _as_references(masks: PairMasks, where: Array) -> Array:
@@ -195,24 +273,16 @@ def _as_references(masks: PairMasks, where: Array) -> Array:
     return where | others
 
 
-def in_turn(pairs: Array, visit: Callable[[Any, Array, Array], Any], state: Any) -> Any:
-    """Visits the first of the pairs in every row, then the second, and so on.
-
-    ``visit(state, column, found)`` is given columns ``[..., n]`` of `pairs`
-    ``[..., n, m]``, and whether each row had one left.
-    """
-    columns = jnp.arange(pairs.shape[-1])
-
-    def step(loop: tuple[Array, Any]) -> tuple[Array, Any]:
-        left, state = loop
-        column = jnp.argmax(left, axis=-1)
-        state = visit(state, column, jnp.any(left, axis=-1))
-        return left & (columns != column[..., None]), state
-
-    return lax.while_loop(lambda loop: jnp.any(loop[0]), step, (pairs, state))[1]
+def _broadcast(name: str, values: Array, shape: tuple[int, ...]) -> Array:
+    try:
+        return jnp.broadcast_to(values, shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} has shape {values.shape}, which does not broadcast to {shape}."
+        ) from None
 
 
-def as_labels(name: str, labels: ArrayLike, match: Match | None) -> Array:
+def _as_labels(name: str, labels: ArrayLike, match: Match | None) -> Array:
     labels = jnp.asarray(labels)
     if labels.ndim < 1:
         raise ValueError(f"{name} must be [..., n], got a scalar.")
@@ -258,7 +328,7 @@ def keep_pairs(
     return masks
 
 
-def per_item(name: str, values: ArrayLike, size: int, what: str, kind: type) -> Array:
+def per_item(name: str, values: ArrayLike, size: int, what: str, kind: Any) -> Array:
     values = jnp.asarray(values) if kind is jnp.integer else as_boolean(name, values)
     if not jnp.issubdtype(values.dtype, kind):
         raise TypeError(f"{name} must be integers, got dtype {values.dtype}.")

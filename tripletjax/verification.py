@@ -36,8 +36,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from tripletjax._api import as_integer, jitted
-from tripletjax.blocks import Batch, Classes, Kind, Task, Tiles
-from tripletjax.blockwise import as_batch
+from tripletjax._pairwise.batch import Batch, single_batch
+from tripletjax._pairwise.class_index import ClassIndex
+from tripletjax._pairwise.tiles import Tiles
 from tripletjax.distances import Metric, euclidean
 from tripletjax.pairs import as_boolean, per_item
 
@@ -174,9 +175,8 @@ def _evaluate(
 ) -> VerificationMetrics:
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}.")
-    task = Task(Kind.ALL, metric)
-    batch, lead = as_batch(
-        task,
+    batch = single_batch(
+        metric,
         embeddings,
         labels,
         references=references,
@@ -184,23 +184,19 @@ def _evaluate(
         where=where,
         reference_where=reference_where,
     )
-    if lead:
-        raise ValueError(
-            f"embeddings must be [n, d], got {len(lead) + 2} dimensions; use jax.vmap."
-        )
-    n, m = len(batch.anchors), len(batch.others[0])
+    n, m = len(batch.anchors), len(batch.reference_side[0])
     pairs = n * (n - 1) // 2 if batch.square else n * m
     if pairs > jnp.iinfo(jax.dtypes.canonicalize_dtype(int)).max:
         raise ValueError(
             f"embeddings: {pairs} pairs are too many to count in 32 bits; enable "
             "jax_enable_x64."
         )
-    distances, positives = _positives(task, batch, size)
+    distances, positives = _positives(metric, batch, size)
     # Where there are more than there is room for, or a NaN, nothing is known.
     known = (positives <= size) & ~jnp.any(jnp.isnan(distances))
     positives = jnp.where(known, positives, 0)
     distances = jnp.sort(distances)
-    tiles = Tiles.of(task, batch)
+    tiles = Tiles.of(metric, batch)
     below, up_to, negatives = _negatives_within(tiles, distances)
     curve = _Curve.of(distances, positives, below, up_to, negatives)
 
@@ -220,10 +216,10 @@ def _evaluate(
     return _metrics(curve, fars, following)
 
 
-def _positives(task: Task, batch: Batch, size: int) -> tuple[Array, Array]:
+def _positives(metric: Metric, batch: Batch, size: int) -> tuple[Array, Array]:
     """The distances ``[size]`` of positive pairs, then infinity, and how many."""
-    classes = Classes.of(batch)
-    x, y = batch.anchors, batch.others[0]
+    classes = ClassIndex.of(batch)
+    x, y = batch.anchors, batch.reference_side[0]
     # Among themselves a pair counts once: by its member that comes first in its class.
     before = classes.rank if batch.square else jnp.zeros_like(classes.start)
     counts = jnp.maximum(classes.positives - before, 0)
@@ -236,7 +232,7 @@ def _positives(task: Task, batch: Batch, size: int) -> tuple[Array, Array]:
         if batch.square:
             place += before[anchor] + 1
         index = classes.order[jnp.clip(place, 0, len(y) - 1)]
-        distance = task.metric.between(x[anchor], y[index])
+        distance = metric.between(x[anchor], y[index])
         return jnp.where(slot < ends[-1], distance, jnp.inf)
 
     block = max(1, min(size, BLOCK // y.shape[1]))

@@ -1,0 +1,1 @@
+"""How blockwise losses are summed and differentiated."""

@@ -1,0 +1,108 @@
+"""The terms of a batch and their gradients, and mined indices, in O(n d) memory.
+
+It goes one of two ways, chosen at run time: by tiles, for metrics made of inner
+products and anchors of few positives, and by panels for everything else.
+
+Of two vectors that nearly coincide, the distance by products is noise. The distances
+that count, of positives and of chosen pairs, are therefore taken from differences.
+"""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from tripletjax._engine.by_panels import mined_panel, sums_by_panels
+from tripletjax._engine.by_tiles import mined_by_tiles, sums_by_tiles
+from tripletjax._engine.panels import Panels
+from tripletjax._engine.search import MAX_TILE_POSITIVES
+from tripletjax._engine.spec import Gradients, LossSpec
+from tripletjax._pairwise.batch import Batch
+from tripletjax._pairwise.class_index import ClassIndex
+from tripletjax._pairwise.slices import rows_at
+from tripletjax._pairwise.tiles import Tiles
+from tripletjax.losses import TripletTerms
+from tripletjax.mining import CountedTriplets, Triplets
+
+
+def terms_and_gradients(
+    spec: LossSpec,
+    batch: Batch,
+    margin: Array,
+    weights: Array | None = None,
+    *,
+    gradient: bool,
+) -> tuple[TripletTerms, Gradients | None]:
+    """The terms per anchor, and the gradient of their total weighted per anchor."""
+    if spec.metric.products is None or not batch.has_classes:
+        return sums_by_panels(spec, batch, margin, weights, gradient)
+    classes = ClassIndex.of(batch)
+    return lax.cond(
+        classes.max_positives <= MAX_TILE_POSITIVES,
+        lambda: sums_by_tiles(spec, batch, margin, classes, weights, gradient),
+        lambda: sums_by_panels(spec, batch, margin, weights, gradient, classes),
+    )
+
+
+def hard_triplets(spec: LossSpec, batch: Batch) -> Triplets:
+    """The triplets ``[n]`` of batch-hard mining."""
+    if spec.metric.products is None or not batch.has_classes:
+        return _hard_by_panels(spec, batch)
+    classes = ClassIndex.of(batch)
+
+    def by_tiles() -> Triplets:
+        tiles = Tiles.of(spec.metric, batch, spec.block_size)
+        mined = mined_by_tiles(spec, tiles, classes)
+        positive, negative, valid = (x[0] for x in mined[:3])
+        # Indices are 64 bits long under jax_enable_x64.
+        positive, negative = positive.astype(int), negative.astype(int)
+        return Triplets(jnp.arange(len(valid)), positive, negative, valid)
+
+    return lax.cond(
+        classes.max_positives <= MAX_TILE_POSITIVES,
+        by_tiles,
+        lambda: _hard_by_panels(spec, batch),
+    )
+
+
+def _hard_by_panels(spec: LossSpec, batch: Batch) -> Triplets:
+    panels, n = Panels.of(spec.metric, batch), len(batch.anchors)
+
+    def step(block: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        panel = panels.panel(block)
+        new = [field[:, 0] for field in mined_panel(spec, panel)[1:]]
+        fresh = panels.blocks.fresh(block)
+        return tuple(
+            lax.dynamic_update_slice_in_dim(
+                old,
+                jnp.where(fresh, x, rows_at(old, panel.start, len(x))),
+                panel.start,
+                0,
+            )
+            for old, x in zip(found, new)
+        )
+
+    index = batch.zeros((n,)).astype(int)
+    found = lax.fori_loop(0, panels.blocks.count, step, (index, index, index > 0))
+    return Triplets(jnp.arange(n), *found)
+
+
+def semi_hard_triplets(spec: LossSpec, batch: Batch, size: int) -> CountedTriplets:
+    """The triplets of semi-hard mining, compacted in order of anchor and positive."""
+    panels = Panels.of(spec.metric, batch)
+
+    def step(block: Array, state: tuple) -> tuple:
+        count, *found = state
+        panel = panels.panel(block)
+        anchor, positive, negative, valid = mined_panel(spec, panel)
+        slot = count + jnp.cumsum(valid.ravel()) - 1
+        slot = jnp.where(valid.ravel(), slot, size)
+        found = [
+            old.at[slot].set(x.ravel(), mode="drop")
+            for old, x in zip(found, (anchor + panel.start, positive, negative))
+        ]
+        return count + jnp.sum(valid), *found
+
+    index = batch.zeros((size,)).astype(int)
+    count, *found = lax.fori_loop(
+        0, panels.blocks.count, step, (index[0], *[index] * 3)
+    )
+    return CountedTriplets(*found, jnp.arange(size) < count, count)

@@ -1,0 +1,102 @@
+"""Distance matrices: checked, read by index, put in order."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+
+def as_distances(distances: ArrayLike) -> Array:
+    """Checks a distance matrix ``[..., n, m]``; at least float32."""
+    distances = jnp.asarray(distances)
+    if distances.ndim < 2:
+        raise ValueError(f"distances must be [..., n, m], got shape {distances.shape}.")
+    if distances.size == 0:
+        raise ValueError(f"distances is empty: it has shape {distances.shape}.")
+    if jnp.issubdtype(distances.dtype, jnp.complexfloating) or distances.dtype == bool:
+        raise TypeError(f"distances must be real, got dtype {distances.dtype}.")
+    return distances.astype(jnp.result_type(distances, jnp.float32))
+
+
+def frozen_distances(distances: ArrayLike) -> Array:
+    """Checks a distance matrix; the result is not differentiated."""
+    return jax.lax.stop_gradient(as_distances(distances))
+
+
+def take(distances: Array, index: Array) -> Array:
+    """The distance in each row at `index` ``[..., n]`` or ``[..., n, k]``."""
+    if index.ndim < distances.ndim:
+        return take(distances, index[..., None])[..., 0]
+    return jnp.take_along_axis(distances, index, axis=-1, mode="promise_in_bounds")
+
+
+def columns_of(matrix: Array) -> Array:
+    return jnp.arange(matrix.shape[-1])
+
+
+def search_rows(sorted_rows: Array, values: Array, *, side: str) -> Array:
+    """``jnp.searchsorted`` in every row."""
+    search = jnp.vectorize(
+        lambda row, value: jnp.searchsorted(row, value, side=side),
+        signature="(m),(k)->(k)",
+    )
+    return search(sorted_rows, values)
+
+
+def ordered_bits(x: Array) -> Array:
+    """Integers in the order of floats, which XLA sorts several times faster on CPUs."""
+    kind = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+    bits = jax.lax.bitcast_convert_type(x + 0.0, kind)
+    last = jnp.iinfo(kind).max
+    # A NaN, which may have a sign, comes after all numbers and before what is no float.
+    return jnp.where(jnp.isnan(x), last - 1, jnp.where(bits < 0, bits ^ last, bits))
+
+
+class SortedNegatives(NamedTuple):
+    """Every anchor's negatives from near to far, ``[..., n, m]``, then the rest.
+
+    The distances of the rest are NaN.
+    """
+
+    distances: Array
+    order: Array
+    count: Array
+
+    @classmethod
+    def of(cls, distances: Array, negative: Array) -> "SortedNegatives":
+        bits = ordered_bits(distances)
+        key = jnp.where(negative, bits, jnp.iinfo(bits.dtype).max)
+        column = jnp.broadcast_to(columns_of(key), key.shape)
+        _, order = jax.lax.sort((key, column), num_keys=1)
+        near_to_far = take(jnp.where(negative, distances, jnp.nan), order)
+        return cls(near_to_far, order, jnp.sum(negative, axis=-1))
+
+    def rank(self, values: Array, *, side: str) -> Array:
+        """How many of an anchor's negatives are nearer than (or as near as) a value."""
+        return search_rows(self.distances, values, side=side)
+
+    def at(self, rank: Array) -> Array:
+        """The column of the negative of a rank, which is clipped to the last."""
+        return take(self.order, jnp.minimum(rank, self.order.shape[-1] - 1))
+
+
+def for_each_true_column(
+    pairs: Array, visit: Callable[[Any, Array, Array], Any], state: Any
+) -> Any:
+    """Visits the first of the pairs in every row, then the second, and so on.
+
+    ``visit(state, column, found)`` is given columns ``[..., n]`` of `pairs`
+    ``[..., n, m]``, and whether each row had one left.
+    """
+    columns = jnp.arange(pairs.shape[-1])
+
+    def step(loop: tuple[Array, Any]) -> tuple[Array, Any]:
+        left, state = loop
+        column = jnp.argmax(left, axis=-1)
+        state = visit(state, column, jnp.any(left, axis=-1))
+        return left & (columns != column[..., None]), state
+
+    return jax.lax.while_loop(lambda loop: jnp.any(loop[0]), step, (pairs, state))[1]

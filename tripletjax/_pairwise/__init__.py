@@ -1,0 +1,1 @@
+"""Blocks of pairs of vectors: what losses and metrics both stand on."""

@@ -1,0 +1,176 @@
+"""A batch of vectors, and who matches whom among them, checked and made ready."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from tripletjax.distances import Metric, as_vectors
+from tripletjax.pairs import PairMasks, Pairs
+
+AxisName = str | tuple[str, ...]
+
+
+class Batch(NamedTuple):
+    """Vectors, and who matches whom among them.
+
+    Attributes:
+        anchors: ``[n, d]``; those that products are taken of, if the metric has such.
+        references: ``[m, d]``, or None if the anchors are their own.
+        pairs: what is said about pairs, with `reference_labels` unless the anchors are
+            their own references or labels are masks.
+    """
+
+    anchors: Array
+    references: Array | None
+    pairs: Pairs
+
+    @property
+    def square(self) -> bool:
+        return self.references is None
+
+    @property
+    def reference_side(self) -> tuple[Array, Any, Array | None]:
+        """Vectors, labels and `where` of the references, whoever they are."""
+        if self.references is None:
+            return self.anchors, self.pairs.labels, self.pairs.where
+        return self.references, self.pairs.reference_labels, self.pairs.reference_where
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether pairs are told by labels, which can be sorted, and not by masks."""
+        return not isinstance(self.pairs.labels, PairMasks)
+
+    def zeros(self, shape: tuple[int, ...] = ()) -> Array:
+        """Zeros that vary over the devices of a mesh as the batch does.
+
+        Inside shard_map, what a loop carries has to.
+        """
+        none = jnp.zeros(shape, self.anchors.dtype)
+        return none + jnp.zeros_like(self.anchors[0, 0])
+
+
+def as_batch(
+    metric: Metric,
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    references: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    **pairs: ArrayLike | None,
+) -> tuple[Batch, tuple[int, ...]]:
+    """Checks the arguments; a batch with leading dimensions in front, and these.
+
+    Args:
+        metric: how far two vectors are apart.
+        embeddings: vectors ``[..., n, d]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
+        references: vectors ``[..., m, d]``, or None.
+        axis_name: of mesh axes over which the batch is split, or None.
+        **pairs: `reference_labels`, `positions`, `where` and `reference_where`.
+    """
+    if not isinstance(metric, Metric):
+        raise TypeError(f"metric must be a Metric, got {metric!r}.")
+    named = [("embeddings", embeddings)]
+    if references is not None:
+        named.append(("references", references))
+    x, *rest = as_vectors(*named, rank=2)
+    y = rest[0] if rest else None
+    lead, (n, d) = x.shape[:-2], x.shape[-2:]
+    if y is not None and (y.shape[-1] != d or y.shape[:-2] != lead):
+        raise ValueError(
+            "references must be vectors of the same length and batch dimensions as "
+            f"embeddings, got {y.shape} and {x.shape}."
+        )
+    has_classes = not isinstance(labels, PairMasks)
+    if has_classes and (y is None) != (pairs.get("reference_labels") is None):
+        raise ValueError("references and reference_labels go together: give both.")
+    alone = y is None and axis_name is None
+    alone &= pairs.get("positions") is None and pairs.get("reference_where") is None
+    m = n if y is None else y.shape[-2]
+    told = Pairs.of(
+        labels,
+        shape=(*lead, n, m),
+        anchors="embeddings",
+        references="references",
+        same=y is None,
+        devices=1 if axis_name is None else lax.axis_size(axis_name),
+        **pairs,
+    )
+    if told.reference_labels is not None:
+        both = _of_one_dtype(told.labels, told.reference_labels)
+        told = told._replace(labels=both[0], reference_labels=both[1])
+
+    products = metric.products
+    vectors = (lambda x: x) if products is None else products.vectors
+
+    def ready(x: Array, where: Array | None) -> Array:
+        # Whatever padding holds, it must not reach the products.
+        return vectors(x if where is None else jnp.where(where[..., None], x, 0))
+
+    x = ready(x, told.where)
+    if y is not None:
+        y = ready(y, told.reference_where)
+    elif not alone:
+        # Else the anchors are their own references, and half the matrix is enough.
+        y = x
+        if has_classes:
+            positions = told.positions
+            if positions is None:
+                positions = jnp.broadcast_to(jnp.arange(n), (*lead, n))
+                if axis_name is not None:
+                    positions += lax.axis_index(axis_name) * n
+            told = told._replace(reference_labels=told.labels, positions=positions)
+    if axis_name is not None:
+        gather = functools.partial(
+            lax.all_gather, axis_name=axis_name, axis=len(lead), tiled=True
+        )
+        gathered = jax.tree.map(
+            gather, (y, told.reference_labels, told.reference_where)
+        )
+        y, told = (
+            gathered[0],
+            told._replace(reference_labels=gathered[1], reference_where=gathered[2]),
+        )
+    return Batch(x, y, told), lead
+
+
+def single_batch(
+    metric: Metric,
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    **options: ArrayLike | None,
+) -> Batch:
+    """A batch without leading dimensions, as `as_batch` makes it."""
+    batch, lead = as_batch(metric, embeddings, labels, **options)
+    if lead:
+        raise ValueError(
+            f"embeddings must be [n, d], got {len(lead) + 2} dimensions; use jax.vmap."
+        )
+    return batch
+
+
+def _of_one_dtype(labels: Array, reference_labels: Array) -> list[Array]:
+    """Both as integers of one dtype, for labels to be sorted and searched."""
+    dtype = jnp.promote_types(labels.dtype, reference_labels.dtype)
+    for x in (labels, reference_labels):
+        if jnp.iinfo(x.dtype).max > jnp.iinfo(dtype).max:
+            raise TypeError(
+                "labels and reference_labels must have integers that fit into one "
+                f"dtype, got {labels.dtype} and {reference_labels.dtype}."
+            )
+    return [labels.astype(dtype), reference_labels.astype(dtype)]
+
+
+def for_each_batch(lead: tuple[int, ...], function: Callable, batches: Any) -> Any:
+    """Applies a function of one batch over leading dimensions."""
+    if not lead:
+        return function(batches)
+    # One after the other: under vmap, both sides of every choice would be computed.
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lead) :]), batches)
+    out = lax.map(function, flat)
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), out)

@@ -1,0 +1,102 @@
+"""The positives of every anchor, from labels sorted once."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from tripletjax._pairwise.batch import Batch
+from tripletjax._pairwise.slices import rows_at
+
+
+class ClassIndex(NamedTuple):
+    """The positives of every anchor, by sorting the references once.
+
+    Attributes:
+        order: references sorted by label ``[m]``, those that are padding last.
+        start: where an anchor's class begins in it ``[n]``.
+        rank: the anchor's own place in its class, or m ``[n]``.
+        positives: how many positives an anchor has ``[n]``; none if it is padding.
+        negatives: how many negatives ``[n]``.
+        max_positives: the most positives of any anchor.
+    """
+
+    order: Array
+    start: Array
+    rank: Array
+    positives: Array
+    negatives: Array
+    max_positives: Array
+
+    @classmethod
+    def of(cls, batch: Batch) -> "ClassIndex":
+        labels, where = batch.pairs.labels, batch.pairs.where
+        n = len(labels)
+        _, references, real = batch.reference_side
+        m = len(references)
+        index = jnp.arange(m)
+        if real is None:
+            ordered, order = lax.sort((references, index), num_keys=1)
+            size = m
+        else:
+            _, ordered, order = lax.sort((~real, references, index), num_keys=2)
+            size = jnp.sum(real)
+            # Padding, whose labels are not in order, does not take part in a search.
+            last = jnp.iinfo(ordered.dtype).max
+            ordered = jnp.where(index < size, ordered, last)
+        places = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
+        if batch.square:
+            # Every anchor is in there, and need not be searched for.
+            first = (ordered != jnp.roll(ordered, 1)) | (index == 0) | (index == size)
+            last = jnp.roll(first, -1)
+            start = lax.cummax(jnp.where(first, index, 0))[places]
+            end = lax.cummin(jnp.where(last, index + 1, m), reverse=True)[places]
+        else:
+            start = jnp.searchsorted(ordered, labels, side="left")
+            end = jnp.searchsorted(ordered, labels, side="right")
+            end = jnp.minimum(end, size)
+        start = jnp.minimum(start, end)
+        alike = end - start
+
+        positions = jnp.arange(n) if batch.square else batch.pairs.positions
+        if positions is None:
+            itself = matches = jnp.zeros_like(labels, bool)
+            rank = jnp.full_like(start, m)
+        else:
+            place = jnp.clip(positions, 0, m - 1)
+            itself = place == positions
+            if real is not None:
+                itself &= real[place]
+            matches = itself & (references[place] == labels)
+            rank = jnp.where(matches, places[place] - start, m)
+        positives = alike - matches
+        negatives = size - alike - (itself & ~matches)
+        if where is not None:
+            positives, negatives = positives * where, negatives * where
+        most = jnp.max(jnp.where(negatives > 0, positives, 0))
+        return cls(order, start, rank, positives, negatives, most)
+
+    def positive(self, r: Array, start: Array, size: int) -> tuple[Array, Array]:
+        """The r-th positives of a block of anchors, and whether there are such."""
+        first, rank, count = (
+            rows_at(x, start, size) for x in (self.start, self.rank, self.positives)
+        )
+        place = jnp.minimum(first + r + (r >= rank), len(self.order) - 1)
+        return self.order[place], r < count
+
+    def count(self, start: Array | int, size: int, like: Array) -> Array:
+        """How many triplets a block of anchors has, as numbers of an array's dtype."""
+        positives, negatives = (
+            rows_at(x, start, size).astype(like.dtype)
+            for x in (self.positives, self.negatives)
+        )
+        return positives * negatives
+
+    def positives_slice(
+        self, first: Array, count: int, start: Array, size: int
+    ) -> tuple[Array, Array]:
+        """The positives from the first on ``[size, count]`` of a block of anchors."""
+        place = first + jnp.arange(count)
+        index, found = jax.vmap(lambda r: self.positive(r, start, size))(place)
+        return index.T, found.T

@@ -1,0 +1,104 @@
+"""Blocks of rows, and loops over them that XLA keeps fast on CPUs.
+
+What only works around a habit of XLA stands here and in `_engine.reductions`, once,
+with the benchmark that shows whether it is still needed; found with XLA of jax 0.10.2.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+# How many numbers a panel of the distance matrix has, and a block of vectors.
+PANEL = 2**19
+# How many columns of an array one loop over another array is compared with.
+RUN = 32
+
+
+def rows_at(x: Array, start: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size)
+
+
+def add_rows(x: Array, start: Array, rows: Array) -> Array:
+    old = lax.dynamic_slice_in_dim(x, start, len(rows))
+    return lax.dynamic_update_slice_in_dim(x, old + rows, start, axis=0)
+
+
+def materialize(x: Any) -> Any:
+    """The same, but in memory, and not computed again by everything that takes it.
+
+    Works around XLA, which fuses even a dynamic slice into every loop over a tile that
+    reads it; the loop then does not vectorise. ``benchmarks/in_batch.py``, batch-all at
+    n = 1024: 3.3 times the bare product, 7 without.
+    """
+    return lax.optimization_barrier(x)
+
+
+class Blocks(NamedTuple):
+    """Blocks of one size that cover n rows; the last may overlap the one before."""
+
+    n: int
+    size: int
+
+    @classmethod
+    def of(cls, n: int, size: int) -> "Blocks":
+        return cls(n, max(1, min(size, n)))
+
+    @property
+    def count(self) -> int:
+        return -(-self.n // self.size)
+
+    def start(self, block: Array) -> Array:
+        return jnp.minimum(block * self.size, self.n - self.size)
+
+    def fresh(self, block: Array) -> Array:
+        """Which rows no earlier block had."""
+        return self.start(block) + jnp.arange(self.size) >= block * self.size
+
+
+def products_with(a: Array, y: Array, offset: Array) -> Array:
+    """The products ``[rows, m]`` of some vectors with all others less an offset."""
+    blocks = Blocks.of(len(y), PANEL // y.shape[1])
+
+    def step(block: Array, products: Array) -> Array:
+        start = blocks.start(block)
+        b = rows_at(y, start, blocks.size) - offset
+        some = jnp.matmul(a, b.T, precision="highest")
+        return lax.dynamic_update_slice_in_dim(products, some, start, axis=1)
+
+    none = jnp.zeros((len(a), len(y)), a.dtype) + jnp.zeros_like(a[0, 0])
+    return lax.fori_loop(0, blocks.count, step, none)
+
+
+def fetch_ahead(
+    count: Array | int,
+    cut: Callable[[Array | int], Any],
+    visit: Callable[[Array, Any, Any], Any],
+    state: Any,
+) -> Any:
+    """``state = visit(i, cut(i), state)`` for all i below a count.
+
+    Works around XLA, as `materialize` does where that is not enough: it fuses slices
+    with what is done to them, but not what a loop carries, so they are cut one step
+    ahead. ``benchmarks/in_batch.py``, batch-all at n = 4096: 1.5 times the bare
+    product, 2.2 without. `cut` is called with the count, too.
+    """
+
+    def step(i: Array, loop: tuple) -> tuple:
+        part, state = loop
+        return cut(i + 1), visit(i, part, state)
+
+    return lax.fori_loop(0, count, step, (cut(0), state))[1]
+
+
+def for_each_run(columns: list[Array], visit: Callable, state: Any) -> Any:
+    """``visit(step, runs, state)`` for runs ``[RUN, rows]`` of columns ``[rows, m]``.
+
+    The number of columns is a multiple of `RUN`.
+    """
+
+    def cut(step: Array | int) -> list[Array]:
+        return [lax.dynamic_slice_in_dim(x, step * RUN, RUN, axis=1).T for x in columns]
+
+    return fetch_ahead(columns[0].shape[1] // RUN, cut, visit, state)

@@ -1,0 +1,122 @@
+"""The nearest references of each query."""
+
+import functools
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from tripletjax._api import jitted
+from tripletjax._pairwise.batch import single_batch
+from tripletjax.distances import Metric, as_vectors, euclidean
+from tripletjax.retrieval.rankings import Rankings, masks_of, per_query, with_masks
+
+
+def nearest_neighbors(
+    queries: ArrayLike,
+    references: ArrayLike,
+    k: int,
+    *,
+    metric: Metric = euclidean,
+    positions: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+) -> tuple[Array, Array]:
+    """The k nearest references of each query, nearest first, ties by the lower index.
+
+    Exact, in O(n k + block m) memory.
+
+    Args:
+        queries: vectors ``[n, d]``.
+        references: vectors ``[m, d]``.
+        k: how many neighbours.
+        metric: how far two vectors are apart. Where it is made of inner products,
+            these choose the neighbours, and differences put them in order.
+        positions: integers ``[n]``, the place of each query among the references, so
+            that it is not its own neighbour; -1 for nowhere.
+        reference_where: bool ``[m]``, False for padding; or ``[n, m]``, which of them
+            each query may have.
+
+    Returns:
+        Distances and indices of the references, both ``[n, k]``. Where padding leaves
+        fewer than k, the rest are infinitely far, with index -1. A query that is not
+        finite has distances NaN and indices -1; references that are not come last.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if shapes do not fit, or there are not k references to choose from.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> x = jnp.array([[0.0], [1.0], [3.0]])
+    >>> distances, indices = tj.retrieval.nearest_neighbors(x[:1], x[1:], 2)
+    >>> print(distances, indices)
+    [[1. 3.]] [[0 1]]
+    """
+    return _nearest_neighbors(
+        queries,
+        references,
+        k=k,
+        metric=metric,
+        positions=positions,
+        reference_where=reference_where,
+    )
+
+
+@jitted(callables=("metric",), sizes=("k",))
+def _nearest_neighbors(
+    queries: ArrayLike,
+    references: ArrayLike,
+    *,
+    k: int,
+    metric: Metric,
+    positions: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+) -> tuple[Array, Array]:
+    queries, references = as_vectors(
+        ("queries", queries), ("references", references), rank=2
+    )
+    _check_vectors(queries=queries, references=references)
+    n, m = len(queries), len(references)
+    choices = m if positions is None else m - 1
+    if not 1 <= k <= choices:
+        but = "" if positions is None else " but the query itself"
+        raise ValueError(
+            f"k must be from 1 to {choices}, all references{but}; got {k}."
+        )
+    each, reference_where = per_query(reference_where, n, m)
+    batch = single_batch(
+        metric,
+        queries,
+        jnp.zeros(n, int),
+        references=references,
+        reference_labels=jnp.zeros(m, int),
+        positions=_positions(positions, n),
+        reference_where=reference_where,
+    )
+    if each is not None:
+        batch = with_masks(batch, masks_of(batch, each))
+    rankings = Rankings.of(metric, batch)
+    neighbors = functools.partial(rankings.nearest, rankings.tiles(), k)
+    distances, indices = rankings.fill(neighbors)
+    broken = ~jnp.isfinite(batch.anchors).all(axis=-1, keepdims=True)
+    return jnp.where(broken, jnp.nan, distances), jnp.where(broken, -1, indices)
+
+
+def _positions(positions: ArrayLike | None, n: int) -> Array:
+    if positions is None:
+        return jnp.full(n, -1)
+    positions = jnp.asarray(positions)
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(f"positions must be integers, got dtype {positions.dtype}.")
+    if positions.shape != (n,):
+        raise ValueError(
+            f"positions must have one entry for each of the {n} queries, got shape "
+            f"{positions.shape}."
+        )
+    return positions
+
+
+def _check_vectors(**named: Array) -> None:
+    for name, array in named.items():
+        if array.ndim != 2 or array.size == 0:
+            raise ValueError(f"{name} must be [n, d], got shape {array.shape}.")

@@ -1,0 +1,415 @@
+"""The references of every query in order, some queries and a tile of them at a time."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from tripletjax._matrices import ordered_bits
+from tripletjax._pairwise.batch import Batch
+from tripletjax._pairwise.class_index import ClassIndex
+from tripletjax._pairwise.slices import RUN, Blocks
+from tripletjax.distances import Metric, common_offset
+from tripletjax.pairs import PairMasks, Pairs, as_boolean, keep_pairs, match_labels
+
+# Metrics are made for at most this many queries at a time, and of so many distances,
+# which come in tiles of so many references.
+MOST_ROWS, PANEL, COLUMNS = 512, 2**25, 2048
+# Up to so many relevant references of a query, counting who comes before each takes
+# less time than sorting all; so many at a time, the last in steps.
+MAX_COUNTED, GROUP, STEP = 512, 128, 24
+
+
+def per_query(
+    reference_where: ArrayLike | None, n: int, m: int
+) -> tuple[Array | None, ArrayLike | None]:
+    """What of `reference_where` is for each query, and what for all."""
+    if reference_where is None or jnp.ndim(reference_where) != 2:
+        return None, reference_where
+    each = as_boolean("reference_where", reference_where)
+    if each.shape != (n, m):
+        raise ValueError(
+            f"reference_where must be [{m}], or [{n}, {m}] for each query, got shape "
+            f"{each.shape}."
+        )
+    return each, None
+
+
+def masks_of(batch: Batch, each: Array | None) -> PairMasks:
+    """Which references are relevant to each query, and which others it ranks."""
+    masks = batch.pairs.masks()
+    if each is None:
+        return masks
+    return PairMasks(masks.positive & each, masks.negative & each)
+
+
+def with_masks(batch: Batch, masks: PairMasks) -> Batch:
+    """The batch with masks in place of labels, which say all but who is a vector."""
+    pairs = Pairs(masks, None, None, None, None)
+    return Batch(batch.anchors, batch.reference_side[0], pairs)
+
+
+class RankedTile(NamedTuple):
+    """Some queries against some references.
+
+    Attributes:
+        index: the place of each of these references.
+        keys: integers in the order of distances ``[rows, columns]``; what is no
+            reference of a query comes after everything else.
+        relevant: bool, likewise.
+    """
+
+    index: Array
+    keys: Array
+    relevant: Array
+
+
+class ReferenceTiles(NamedTuple):
+    """References in tiles ``[tiles, columns, ...]``, the last of which is filled up.
+
+    Attributes:
+        index: their places.
+        vectors: less the offset.
+        halves: of products.
+        labels: integers.
+        real: whether a reference is one.
+    """
+
+    index: Array
+    vectors: Array
+    halves: Array
+    labels: Array
+    real: Array
+
+
+class Rankings(NamedTuple):
+    """The references of every query in order, some queries at a time."""
+
+    metric: Metric
+    batch: Batch
+    blocks: Blocks
+    offset: Array
+    classes: ClassIndex | None = None
+
+    @classmethod
+    def of(cls, metric: Metric, batch: Batch) -> "Rankings":
+        n, y = len(batch.anchors), batch.reference_side[0]
+        pairs = batch.pairs
+        if batch.square:
+            pairs = pairs._replace(
+                reference_labels=pairs.labels,
+                positions=jnp.arange(n),
+                reference_where=pairs.where,
+            )
+        elif pairs.positions is None:
+            pairs = pairs._replace(positions=jnp.full(n, -1))
+        batch = Batch(batch.anchors, y, pairs)
+        offset = common_offset(y) if metric.products else jnp.zeros_like(y[0])
+        rows = max(1, min(MOST_ROWS, PANEL // len(y)))
+        return cls(metric, batch, Blocks.of(n, rows), offset)
+
+    def by_class(self, classes: ClassIndex) -> tuple["Rankings", Array]:
+        """The same with queries in the order of their classes, and that order."""
+        batch = self.batch
+        order = jnp.argsort(classes.start)
+        pairs = batch.pairs._replace(
+            labels=batch.pairs.labels[order], positions=batch.pairs.positions[order]
+        )
+        batch = batch._replace(anchors=batch.anchors[order], pairs=pairs)
+        classes = classes._replace(
+            **{k: getattr(classes, k)[order] for k in ("start", "rank", "positives")}
+        )
+        return self._replace(batch=batch, classes=classes), order
+
+    def tiles(self, order: Array | None = None) -> ReferenceTiles:
+        """All references, in an order."""
+        y, labels, real = self.batch.reference_side
+        if not self.batch.has_classes:
+            labels = jnp.zeros(len(y), int)
+        index = jnp.arange(len(y)) if order is None else order
+        real = jnp.ones(len(y), bool) if real is None else real
+        if order is not None:
+            y, labels, real = y[order], labels[order], real[order]
+        products = self.metric.products
+        halves = (
+            products.halves(y, self.offset) if products else jnp.zeros_like(y[:, 0])
+        )
+        columns = min(COLUMNS, len(y) + -len(y) % RUN)
+
+        def cut(x: Array) -> Array:
+            x = jnp.pad(x, [(0, -len(x) % columns)] + [(0, 0)] * (x.ndim - 1))
+            return x.reshape(-1, columns, *x.shape[1:])
+
+        return ReferenceTiles(*map(cut, (index, y - self.offset, halves, labels, real)))
+
+    def rows(self, x: Array, start: Array) -> Array:
+        return lax.dynamic_slice_in_dim(x, start, self.blocks.size)
+
+    def fill(self, function: Callable[[Array], Sequence[Array]]) -> list[Array]:
+        """What a function of the first of some queries says of each, for all."""
+        n = self.blocks.n
+        likes = jax.eval_shape(function, jnp.int32(0))
+
+        def step(block: Array, out: list[Array]) -> list[Array]:
+            start = self.blocks.start(block)
+            return [
+                lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
+                for old, new in zip(out, function(start))
+            ]
+
+        none = [jnp.zeros((n, *like.shape[1:]), like.dtype) for like in likes]
+        return lax.fori_loop(0, self.blocks.count, step, none)
+
+    def against(
+        self, start: Array, itself: Array
+    ) -> Callable[[Array, ReferenceTiles], RankedTile]:
+        """From a place and one tile there to the queries from a start on against it.
+
+        A query is never its own reference; `itself` are their places in tiles.
+        """
+        products = self.metric.products
+        a = self.rows(self.batch.anchors, start)
+        labels = jax.tree.map(lambda x: self.rows(x, start), self.batch.pairs.labels)
+        if products:
+            halves = products.halves(a, self.offset)[:, None]
+        a = a - self.offset
+
+        def tile(first: Array, part: ReferenceTiles) -> RankedTile:
+            own = itself - first
+            if products:
+                inner = jnp.matmul(a, part.vectors.T, precision="highest")
+                values = halves + part.halves - inner
+                values = jnp.where(values < 0, 0, values)
+            else:
+                values = self.metric.against(a, part.vectors, own)
+            if isinstance(labels, PairMasks):
+                columns = len(part.index)
+                masks = PairMasks(*(_columns_at(x, first, columns) for x in labels))
+            else:
+                masks = match_labels(labels, part.labels, own)
+                masks = keep_pairs(masks, None, part.real)
+            keys = ordered_bits(values)
+            last = jnp.iinfo(keys.dtype).max
+            keys = jnp.where(masks.positive | masks.negative, keys, last)
+            return RankedTile(part.index, keys, masks.positive)
+
+        return tile
+
+    def scan(
+        self,
+        start: Array,
+        tiles: ReferenceTiles,
+        visit: Callable[[Any, RankedTile], tuple[Any, Any]],
+        state: Any,
+    ) -> tuple[Any, Any]:
+        """`lax.scan` over all tiles, against the queries from a start on."""
+        tile = self.against(start, self.rows(self.batch.pairs.positions, start))
+
+        def step(state: Any, part: ReferenceTiles) -> tuple[Any, Any]:
+            return visit(state, tile(part.index[0], part))
+
+        return lax.scan(step, state, tiles)
+
+    def first(
+        self, tiles: ReferenceTiles, by_class: ReferenceTiles
+    ) -> Callable[[Array], list[Array]]:
+        """The rank of the first relevant reference of queries in order of class."""
+        columns = tiles.index.shape[1]
+        kind = ordered_bits(tiles.halves[0, 0]).dtype
+        last = jnp.iinfo(kind).max
+
+        def nearest(start: Array) -> tuple[Array, Array]:
+            """The nearest relevant reference, which only some tiles can have."""
+            begin, rank, positives = (
+                self.rows(x, start)
+                for x in (self.classes.start, self.classes.rank, self.classes.positives)
+            )
+            m = len(self.classes.order)
+            itself = jnp.where(rank < m, begin + rank, -1)
+            end = jnp.max(jnp.where(positives > 0, begin + positives + (rank < m), 0))
+            tile = self.against(start, itself)
+
+            # The nearest in each column of tiles, the first of several.
+            def visit(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+                least, place = state
+                part = jax.tree.map(lambda x: x[i], by_class)
+                index, keys, relevant = tile(i * columns, part)
+                closer = relevant & (keys < least)
+                return jnp.where(closer, keys, least), jnp.where(closer, index, place)
+
+            shape = self.blocks.size, columns
+            none = jnp.full(shape, last, kind), jnp.full(shape, m)
+            least, place = lax.fori_loop(
+                begin[0] // columns, -(-end // columns), visit, none
+            )
+            nearest = jnp.min(least, axis=1, keepdims=True)
+            place = jnp.where(least == nearest, place, m)
+            return nearest, jnp.min(place, axis=1, keepdims=True)
+
+        def rank(start: Array) -> list[Array]:
+            limit, place = nearest(start)
+
+            def visit(before: Array, tile: RankedTile) -> tuple[Array, None]:
+                # Of equally far ones those of a lower index come before. That places
+                # follow one another is said so that the loop is vectorised.
+                lower = jnp.arange(columns) < place - tile.index[0]
+                keys = jnp.where(tile.relevant, last, tile.keys)
+                return before + (keys < jnp.where(lower, limit + 1, limit)), None
+
+            before = jnp.zeros((self.blocks.size, columns), int)
+            before, _ = self.scan(start, tiles, visit, before)
+            return [jnp.sum(before, axis=1) + 1]
+
+        return rank
+
+    def nearest(
+        self, tiles: ReferenceTiles, k: int, start: Array
+    ) -> tuple[Array, Array]:
+        """Distances and indices of the k nearest."""
+        m = len(self.batch.reference_side[0])
+        _, panel = self.scan(
+            start, tiles, lambda _, tile: (None, -_as_floats(tile.keys)), None
+        )
+        panel = jnp.moveaxis(panel, 1, 0).reshape(self.blocks.size, -1)
+        # The lowest index comes first among equals.
+        near, index = lax.top_k(panel, k)
+        a = self.rows(self.batch.anchors, start)
+        partners = self.batch.reference_side[0][index]
+        each = jax.vmap(jax.vmap(self.metric.between, (None, 0)))
+        distances = each(a, partners)
+        # By differences, which have more digits.
+        key, found = ordered_bits(distances), near > -jnp.inf
+        last = jnp.iinfo(key.dtype).max
+        key, index = jnp.where(found, key, last), jnp.where(found, index, m)
+        _, index, distances = lax.sort((key, index, distances), num_keys=2)
+        found = index < m
+        return jnp.where(found, distances, jnp.inf), jnp.where(found, index, -1)
+
+    def by_counting(self, tiles: ReferenceTiles, start: Array) -> tuple[Array, ...]:
+        """Rank of the first, R-precision, MAP@R and average precision.
+
+        By counting who comes before each relevant reference.
+        """
+        _, panel = self.scan(
+            start, tiles, lambda _, tile: (None, _as_runs(tile.keys)), None
+        )
+        panel = panel.reshape(-1, *panel.shape[2:])
+        runs, rows, _ = panel.shape
+        row = jnp.arange(rows)[:, None]
+        last, nowhere = jnp.iinfo(panel.dtype).max, runs * RUN + 1
+        most = jnp.max(self.classes.positives)
+
+        def rank(first: Array, size: int, ranks: Array) -> Array:
+            index, found = self.classes.positives_slice(first, size, start, rows)
+            run = index // RUN
+            own = jnp.where(found, panel[run, row, index % RUN], last - 1)
+            # Of equally far ones those of a lower index come before; those of the same
+            # run are looked at one by one.
+            before = _count_below(panel, lambda i: own + (i < run))
+            equal = panel[run, row] == own[..., None]
+            lower = jnp.arange(RUN) < (index % RUN)[..., None]
+            before += jnp.sum(equal & lower, axis=-1)
+            rank = jnp.where(found, before + 1, nowhere)
+            return lax.dynamic_update_slice_in_dim(ranks, rank, first, axis=1)
+
+        ranks = _in_groups(most, rank, jnp.full((rows, MAX_COUNTED), nowhere))
+        relevant = lax.dynamic_slice_in_dim(self.classes.positives, start, rows)
+        among = _as_runs(ranks)
+
+        def add(group: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+            own = lax.dynamic_slice_in_dim(ranks, group * GROUP, GROUP, axis=1)
+            upto = _count_below(among, lambda _: own + 1)
+            precision = jnp.where(own < nowhere, upto / own, 0)
+            within = own <= relevant[:, None]
+            new = within, precision * within, precision
+            return tuple(old + jnp.sum(x, axis=1) for old, x in zip(sums, new))
+
+        sums = lax.fori_loop(0, -(-most // GROUP), add, (jnp.zeros(rows),) * 3)
+        divisor = jnp.maximum(relevant, 1)
+        return jnp.min(ranks, axis=1), *(x / divisor for x in sums)
+
+    def by_sorting(self, tiles: ReferenceTiles, start: Array) -> tuple[Array, ...]:
+        """The same, by sorting all references."""
+
+        def visit(_: None, tile: RankedTile) -> tuple[None, tuple[Array, Array]]:
+            return None, (tile.keys, tile.relevant.astype(jnp.int8))
+
+        _, panel = self.scan(start, tiles, visit, None)
+        keys, relevant = (
+            jnp.moveaxis(x, 1, 0).reshape(self.blocks.size, -1) for x in panel
+        )
+        _, relevant = lax.sort((keys, relevant), num_keys=1, is_stable=True)
+        relevant = relevant > 0
+        rank = jnp.arange(1, keys.shape[1] + 1)
+        count = jnp.sum(relevant, axis=1, keepdims=True)
+        precision = jnp.cumsum(relevant, axis=1) / rank
+        within = relevant & (rank <= count)
+        sums = within, precision * within, precision * relevant
+        divisor = jnp.maximum(count[:, 0], 1)
+        first = jnp.argmax(relevant, axis=1) + 1
+        return first, *(jnp.sum(x, axis=1) / divisor for x in sums)
+
+
+def _columns_at(mask: Array, first: Array, count: int) -> Array:
+    """Some columns of a mask, False beyond its end."""
+    padded = jnp.pad(mask, ((0, 0), (0, -mask.shape[1] % count)))
+    return lax.dynamic_slice_in_dim(padded, first, count, axis=1)
+
+
+def _as_floats(keys: Array) -> Array:
+    """What `ordered_bits` made keys of; what is nowhere comes at infinity.
+
+    Of floats XLA finds the least several times faster. Overflown distances and NaN
+    come just before.
+    """
+    last = jnp.iinfo(keys.dtype).max
+    kind = jnp.float64 if keys.dtype == jnp.int64 else jnp.float32
+    bits = jnp.where(keys < 0, keys ^ last, keys)
+    most = jnp.finfo(kind).max
+    floats = jnp.clip(lax.bitcast_convert_type(bits, kind), -most, most)
+    floats = jnp.where(jnp.isnan(floats), most, floats)
+    return jnp.where(keys == last, jnp.inf, floats)
+
+
+def _as_runs(x: Array) -> Array:
+    """``[rows, m]`` as ``[m / RUN, rows, RUN]``."""
+    return jnp.moveaxis(x.reshape(len(x), -1, RUN), 1, 0)
+
+
+def _count_below(runs: Array, limit: Callable[[Array], Array]) -> Array:
+    """How many of each row are below limits ``[rows, k]``, which depend on the run.
+
+    A sum of comparisons, written out: reductions are several times slower.
+    """
+
+    def step(below: Array, run: tuple[Array, Array]) -> tuple[Array, None]:
+        place, x = run
+        limits = limit(place)
+        for column in range(RUN):
+            below += (x[:, column, None] < limits).astype(below.dtype)
+        return below, None
+
+    places = jnp.arange(len(runs))
+    none = jnp.zeros(jax.eval_shape(limit, places[0]).shape, int)
+    return lax.scan(step, none, (places, runs))[0]
+
+
+def _in_groups(
+    count: Array, visit: Callable[[Array | int, int, Any], Any], state: Any
+) -> Any:
+    """``visit(first, size, state)`` until all of a count have had their turn.
+
+    Comparing with many at a time costs less for each; the last group has a size that
+    wastes little.
+    """
+    whole = count // GROUP
+    state = lax.fori_loop(0, whole, lambda i, s: visit(i * GROUP, GROUP, s), state)
+    first = whole * GROUP
+    sizes = (0, *range(GROUP % STEP, GROUP + 1, STEP))
+    rest = [functools.partial(visit, first, size) for size in sizes[1:]]
+    which = jnp.searchsorted(jnp.array(sizes), count - first)
+    return lax.switch(which, [lambda state: state, *rest], state)
