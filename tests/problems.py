@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
+import pytest
 from hypothesis import strategies as st
 
 import tripletjax as tj
@@ -32,6 +33,14 @@ def problems(draw):
         options["positions"] = random.integers(-1, m + 1, n).astype(np.int32)
         options["reference_where"] = random.random(m) < 0.8
     return distances.astype(np.float32), labels, options
+
+
+def unless_slow(names, fast):
+    """Parameters of which all but some wait for the slow lane."""
+    return [
+        name if name in fast else pytest.param(name, marks=pytest.mark.slow)
+        for name in names
+    ]
 
 
 margins = st.integers(0, 2 * GRID).map(lambda k: k / GRID)
@@ -104,6 +113,21 @@ LOSSES |= {
         oracles.mean_valid,
     ),
 }
+
+
+# Those of miners are made of the same parts, and differ from one another in one.
+QUICK = [name for name in LOSSES if not name.startswith("mined: ")]
+QUICK += ["mined: all", "mined: easy positive, semi-hard negative"]
+# Losses with hinges: what a triplet costs does not depend on how it was found.
+WITH_HINGES = [
+    pytest.param(
+        name,
+        hinge,
+        marks=[pytest.mark.slow] * (name not in QUICK),
+    )
+    for name in LOSSES
+    for hinge in (HINGES if name in QUICK[:4] else ["hinge"])
+]
 
 
 def batch(n=12, dim=5, classes=3, seed=0):

@@ -9,7 +9,7 @@ import oracles
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from problems import HINGES
+from problems import HINGES, unless_slow
 from problems import LOSSES as MATRIX_LOSSES
 
 import tripletjax as tj
@@ -38,6 +38,8 @@ METRICS = {
     "custom": tj.Metric(paired=lambda a, b: jnp.linalg.norm(a - b)),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
+one_loss = pytest.mark.parametrize("name", unless_slow(LOSSES, ["batch hard"]))
+KINDS = "square", "padded", "references", "everything"
 # Classes of every size that is treated in its own way.
 LABELS = {
     "few": np.arange(40) // 4,
@@ -92,7 +94,7 @@ def check(got, expected, atol=2e-5):
     )
 
 
-@pytest.mark.parametrize("kind", ["square", "padded", "references", "everything"])
+@pytest.mark.parametrize("kind", unless_slow(KINDS, ["padded", "everything"]))
 @every_loss
 def test_value_and_gradient(loss, matrix, kind):
     for labels in LABELS.values():
@@ -116,7 +118,7 @@ def test_value_and_gradient(loss, matrix, kind):
         )
 
 
-@every_loss
+@one_loss
 def test_a_reduction_of_sums(loss, matrix):
     """Several results, and forward mode, which other reductions do not have."""
 
@@ -141,11 +143,17 @@ def test_a_reduction_of_sums(loss, matrix):
     ("reduce_fn", "sums"),
     [
         (lambda terms: tj.mean_valid(terms), True),
-        (lambda terms: jnp.mean(terms.total) + jnp.sum(terms.active) / 7, True),
+        *(
+            pytest.param(*reduction, marks=pytest.mark.slow)
+            for reduction in (
+                (lambda terms: terms.total.mean() + terms.active.sum() / 7, True),
+                (jax.jit(lambda terms: (tj.mean_active(terms), terms.valid)), False),
+                (lambda terms: jnp.sum(terms.total / (1 + terms.valid)), False),
+                (lambda terms: (terms.total.sum(), terms.active), False),
+            )
+        ),
         (jax.jit(lambda terms: (tj.mean_active(terms), terms.valid.sum())), True),
-        (lambda terms: jnp.sum(terms.total / (1 + terms.valid)), False),
         (lambda terms: jnp.max(terms.total), False),
-        (lambda terms: (terms.total.sum(), terms.active), False),
     ],
 )
 def test_what_a_reduction_does_with_the_terms(reduce_fn, sums):
@@ -232,7 +240,7 @@ def test_any_metric(loss, matrix, metric):
         assert jnp.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("labels", unless_slow(LABELS, ["uneven", "one large"]))
 @every_loss
 def test_the_oracle(name, loss, labels):
     labels, x = LABELS[labels], vectors()
@@ -255,7 +263,7 @@ def test_the_oracle(name, loss, labels):
 
 
 @pytest.mark.parametrize("labels", LABELS)
-@pytest.mark.parametrize("kind", ["square", "padded", "references", "everything"])
+@pytest.mark.parametrize("kind", unless_slow(KINDS, ["padded", "everything"]))
 def test_indices(labels, kind):
     labels, x = LABELS[labels], vectors()
     options, shared, y = options_of(kind, labels)
@@ -324,7 +332,7 @@ def near_pair(distance):
     return jnp.asarray(x, jnp.float32)
 
 
-@pytest.mark.parametrize("others", ["pairs", "one class"])
+@pytest.mark.parametrize("others", unless_slow(["pairs", "one class"], ["one class"]))
 @pytest.mark.parametrize(
     ("name", "role"),
     # Other losses take all negatives, or choose those beyond, by products.
@@ -451,9 +459,12 @@ def test_double_precision(loss, labels):
 
 
 @every_loss
-@pytest.mark.parametrize("labels", [[0] * 6, list(range(6)), [0]])
+@pytest.mark.parametrize(
+    "labels",
+    [[0] * 6, *(pytest.param(x, marks=pytest.mark.slow) for x in (range(6), [0]))],
+)
 def test_no_triplet_costs_nothing(loss, labels):
-    x = vectors(len(labels))
+    x, labels = vectors(len(labels)), np.array(labels)
     value, gradient = jax.value_and_grad(
         lambda x: loss(x, labels, hinge=jax.nn.softplus)
     )(x)
@@ -554,7 +565,7 @@ def test_a_batch_split_over_devices(loss, reduce_fn, check_vma):
         check(got, expected, atol=1e-4)
 
 
-@every_loss
+@one_loss
 def test_explicit_mesh(loss):
     labels, x = jnp.asarray(LABELS["few"]), vectors()
     expected = jax.value_and_grad(loss)(x, labels)
@@ -564,7 +575,7 @@ def test_explicit_mesh(loss):
     check(got, expected)
 
 
-@every_loss
+@one_loss
 def test_split_over_devices(loss):
     labels, x = jnp.asarray(LABELS["few"]), vectors()
     run = jax.shard_map(

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from problems import HINGES, LOSSES, batch
+from problems import HINGES, LOSSES, QUICK, WITH_HINGES, batch, unless_slow
 
 import tripletjax as tj
 
 FORMS = "batch_all_loss", "batch_hard_loss", "batch_semi_hard_loss"
 
-every_loss = pytest.mark.parametrize("name", LOSSES)
-every_hinge = pytest.mark.parametrize("hinge", HINGES)
+every_loss = pytest.mark.parametrize("name", unless_slow(LOSSES, QUICK))
+every_hinge = pytest.mark.parametrize(("name", "hinge"), WITH_HINGES)
 
 
 @pytest.fixture
@@ -68,7 +68,6 @@ def test_leading_dimensions_are_batch_dimensions(loss):
 
 
 @every_hinge
-@every_loss
 def test_padding_changes_nothing(loss, hinge):
     hinge = HINGES[hinge][0]
     x, labels = batch()
@@ -88,7 +87,9 @@ def test_padding_changes_nothing(loss, hinge):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("references", [0, 6, 9], ids=["square", "as many", "others"])
+@pytest.mark.parametrize(
+    "references", unless_slow(["none", "as many", "others"], ["none", "as many"])
+)
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_agree(name, references, padded):
     """Labels or masks, a matrix or blocks, of the items themselves or of others."""
@@ -96,8 +97,8 @@ def test_forms_agree(name, references, padded):
     x, labels = batch(6)
     where = jnp.array([True, True, False, True, True, True]) if padded else None
     options, y = {}, None
-    if references:
-        y, others = batch(references, seed=1)
+    if references != "none":
+        y, others = batch({"as many": 6, "others": 9}[references], seed=1)
         options = {"references": y, "reference_labels": others}
     masks = tj.pair_masks(labels, options.get("reference_labels"))
     of_masks = {k: v for k, v in options.items() if k == "references"}
@@ -124,7 +125,6 @@ def test_order_does_not_matter(loss):
 
 
 @every_hinge
-@every_loss
 @pytest.mark.parametrize(
     "labels", [[0] * 6, list(range(6))], ids=["one class", "all distinct"]
 )
@@ -135,7 +135,6 @@ def test_no_triplet_costs_nothing(loss, hinge, labels):
 
 
 @every_hinge
-@every_loss
 def test_all_masked_costs_nothing(loss, hinge):
     x, labels = batch(6)
     options = {"hinge": HINGES[hinge][0], "where": jnp.zeros(6, bool)}
@@ -163,7 +162,6 @@ def test_collapse_costs_the_margin(loss, metric):
 
 
 @every_hinge
-@every_loss
 def test_duplicates_have_finite_gradients(loss, hinge):
     x, labels = batch()
     x = x.at[3].set(x[0]).at[4].set(x[0]).at[5].set(x[2]).at[1].set(0)
@@ -226,7 +224,6 @@ def test_one_trace_for_repeated_calls(loss):
 
 
 @every_hinge
-@every_loss
 def test_gradients_are_those_of_finite_differences(loss, hinge):
     with jax.enable_x64(True):
         x, labels = batch(n=8, classes=3, seed=1)
@@ -251,7 +248,7 @@ def test_gradients_are_those_of_finite_differences(loss, hinge):
         )
 
 
-@every_loss
+@pytest.mark.parametrize("name", unless_slow(LOSSES, ["batch all", "batch hard"]))
 def test_second_derivatives(loss):
     with jax.enable_x64(True):
         x, labels = batch(n=6, dim=3, classes=2, seed=1)
@@ -315,7 +312,7 @@ def test_references(loss):
         ({"labels": [[0, 0], [1]]}, ValueError, "labels is not a rectangular"),
         ({"labels": np.array([0, 0, 1, 2**40])}, ValueError, "labels.*wrap"),
         ({"labels": 3}, ValueError, "labels.*scalar"),
-        ({"labels": jnp.zeros((3, 4), int)}, ValueError, r"\(3, 4, 4\).*broadcast"),
+        ({"labels": np.zeros((3, 4), int)}, ValueError, r"labels.*\(3, 4\).*broad"),
         ({"where": [True]}, ValueError, "where"),
         ({"where": [1, 1, 1, 0]}, TypeError, "where must be boolean"),
         ({"reference_labels": [0, 0]}, ValueError, r"reference_labels.*\(2,\)"),

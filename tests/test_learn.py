@@ -34,7 +34,7 @@ from tripletjax.learn import (
 )
 from tripletjax.learn.checkpoints import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("datasets")
+pytestmark = pytest.mark.usefixtures("datasets", "compiled_anew")
 
 
 def small(**options):

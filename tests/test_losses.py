@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
-from problems import HINGES
+from problems import HINGES, unless_slow
 
 import tripletjax as tj
 
@@ -55,7 +55,7 @@ def test_the_defaults_are_those_of_the_original():
 
 
 @pytest.mark.parametrize("swap", [False, True])
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", unless_slow(METRICS, ["euclidean"]))
 def test_gradients_are_those_of_finite_differences(metric, swap):
     with jax.enable_x64(True):
         triplets = [jnp.float64(x) for x in vectors(3)]

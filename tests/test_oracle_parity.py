@@ -7,7 +7,7 @@ import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import HINGES, LOSSES, margins, problems
+from problems import HINGES, LOSSES, WITH_HINGES, margins, problems
 
 import tripletjax as tj
 
@@ -25,8 +25,7 @@ BANDS = {
 }
 
 
-@pytest.mark.parametrize("hinge", HINGES)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "hinge"), WITH_HINGES)
 @settings(max_examples=20)
 @given(problem=problems(), margin=margins)
 def test_loss_and_gradient(loss, hinge, problem, margin):

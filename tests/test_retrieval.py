@@ -34,6 +34,26 @@ def test_metrics_are_their_definitions(seed, gallery):
         np.testing.assert_allclose(getattr(got, name), value, rtol=1e-6, err_msg=name)
 
 
+def test_repeated_calls_are_traced_once():
+    traces = []
+
+    def distance(a, b):
+        traces.append(None)
+        return jnp.sum(jnp.abs(a - b))
+
+    metric, x, labels = tj.Metric(paired=distance), np.eye(4), [0, 0, 1, 1]
+    for function in (
+        lambda: retrieval.evaluate(x, labels, metric=metric),
+        lambda: retrieval.recall_at_k(x, labels, metric=metric),
+        lambda: retrieval.nearest_neighbors(x, x, 2, metric=metric),
+        lambda: retrieval.few_shot_accuracy(x, labels, x, labels, metric=metric),
+    ):
+        function()
+        count = len(traces)
+        function()
+        assert 0 < count == len(traces)
+
+
 def test_neighbors_in_order_with_ties_to_the_lower_index():
     x = jnp.array([[0.0], [2.0], [1.0], [-1.0], [1.0]])
     distances, indices = retrieval.nearest_neighbors(

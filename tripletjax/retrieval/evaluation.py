@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from tripletjax._api import as_integer, own_promotion
+from tripletjax._api import as_integer, jitted, own_promotion
 from tripletjax._pairwise.batch import single_batch
 from tripletjax._pairwise.class_index import ClassIndex
 from tripletjax.distances import Metric, euclidean
@@ -237,6 +237,12 @@ def recall_at_k(
     ).recall_at_k
 
 
+@jitted(
+    callables=("metric", "reduce_fn"),
+    flags=("first_alone",),
+    static=("ks",),
+    optional=("reduce_fn",),
+)
 def _evaluate(
     embeddings: ArrayLike,
     labels: ArrayLike,
