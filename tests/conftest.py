@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 from hypothesis import settings
-from jax.experimental.compilation_cache import compilation_cache
+from programs import as_users_compile, compile_quickly
 
 # Must come before anything asks JAX for its devices.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -16,15 +16,7 @@ settings.load_profile("tripletjax")
 
 
 def pytest_configure(config):
-    """Compiles in half the time, except in the slow lane, where programs are as users'.
-
-    Most of what the tests wait for is the compiler.
-    """
-    if config.getoption("markexpr") == "not slow":
-        jax.config.update("jax_disable_most_optimizations", True)
-        # Tests and workers share what they compile, and the next run takes it, too.
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compile_quickly(str(config.cache.mkdir("jax")))
 
 
 MAPS, MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
@@ -44,15 +36,10 @@ def pytest_runtest_teardown():
         gc.collect()
 
 
-@pytest.fixture(scope="module")
-def compiled_anew():
-    """Programs of their own, for runs that must repeat one another to the last bit."""
-    directory = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", directory)
-    compilation_cache.reset_cache()
+@pytest.fixture
+def exact():
+    with as_users_compile():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -240,7 +240,7 @@ def test_any_metric(loss, matrix, metric):
         assert jnp.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("labels", unless_slow(LABELS, ["uneven", "one large"]))
+@pytest.mark.parametrize("labels", unless_slow(LABELS, ["one large"]))
 @every_loss
 def test_the_oracle(name, loss, labels):
     labels, x = LABELS[labels], vectors()
@@ -336,7 +336,15 @@ def near_pair(distance):
 @pytest.mark.parametrize(
     ("name", "role"),
     # Other losses take all negatives, or choose those beyond, by products.
-    [(name, "positive") for name in LOSSES] + [("batch hard", "negative")],
+    [
+        ("batch all", "positive"),
+        ("batch hard", "negative"),
+        *(
+            pytest.param(name, "positive", marks=pytest.mark.slow)
+            for name in LOSSES
+            if name != "batch all"
+        ),
+    ],
 )
 def test_near_duplicates_keep_their_digits(name, loss, role, others):
     """Of the product form of this distance nothing is left."""
@@ -512,6 +520,7 @@ def test_pair_masks_stand_for_labels(loss, metric):
     )
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_matrix():
     n = 65_536
     x = jax.ShapeDtypeStruct((n, 128), jnp.float32)

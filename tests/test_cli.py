@@ -93,6 +93,7 @@ def test_bad_arguments_are_one_line_and_exit_2(
     assert (tmp_path / "precious").read_text() == "kept"
 
 
+@pytest.mark.slow
 def test_without_a_name_runs_have_those_of_their_data(datasets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "unseen").mkdir(parents=True)

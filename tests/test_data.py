@@ -18,7 +18,7 @@ from PIL import Image
 from tripletjax.learn import data, pictures, sampling, stored
 from tripletjax.learn.stored import StoredImages
 
-pytestmark = pytest.mark.usefixtures("datasets", "compiled_anew")
+pytestmark = pytest.mark.usefixtures("datasets")
 
 
 def test_digits_come_back_as_they_are_in_the_file(tmp_path):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from problems import unless_slow
 
 import tripletjax as tj
 
@@ -36,7 +37,9 @@ def test_what_pages_name_exists(page):
         assert (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("name", ["quickstart", "compose", "train"])
+@pytest.mark.parametrize(
+    "name", unless_slow(["quickstart", "compose", "train"], ["quickstart"])
+)
 def test_examples_run(name):
     done = subprocess.run(
         [sys.executable, "-W", "error", ROOT / "examples" / f"{name}.py"],

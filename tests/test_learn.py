@@ -18,6 +18,8 @@ import pytest
 from flax import nnx
 from folders import shapes
 from PIL import Image
+from problems import unless_slow
+from programs import as_users_compile
 
 import tripletjax as tj
 from tripletjax import learn
@@ -34,7 +36,7 @@ from tripletjax.learn import (
 )
 from tripletjax.learn.checkpoints import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("datasets", "compiled_anew")
+pytestmark = pytest.mark.usefixtures("datasets")
 
 
 def small(**options):
@@ -45,9 +47,11 @@ def small(**options):
 @pytest.fixture(scope="module")
 def finished(datasets, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "small"
-    return out, runs.run(small(), out, progress=False)
+    with as_users_compile():
+        return out, runs.run(small(), out, progress=False)
 
 
+@pytest.mark.slow
 def test_an_embedder_needs_nothing_that_reads_data_or_draws(finished):
     code = f"""
 import sys
@@ -231,8 +235,10 @@ def test_augmentation_is_off_by_default_and_checked():
         augment.Augment(erase=2)
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 1), (17, 33, 3), (1, 1, 1)])
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "shape", unless_slow([(8, 8, 1), (17, 33, 3), (1, 1, 1)], [(17, 33, 3)])
+)
+@pytest.mark.parametrize("dtype", unless_slow([None, jnp.bfloat16], [None]))
 @pytest.mark.parametrize("kind", learn.config.MODELS)
 def test_any_image_size_gives_unit_vectors(kind, dtype, shape):
     options = {"size": shape[:2]} if kind == "photo" else {}
@@ -392,6 +398,7 @@ def test_the_embedder_names_what_it_cannot_take(finished, images, error, words):
         learn.load_embedder(finished[0])(images)
 
 
+@pytest.mark.usefixtures("exact")
 def test_a_run_is_repeatable(finished, tmp_path):
     out, _ = finished
     runs.run(small(), tmp_path / "again", progress=False)
@@ -418,7 +425,7 @@ def assert_same_model(one, two):
     assert all(jax.tree.leaves(same))
 
 
-@pytest.mark.parametrize("mining", training.MINING)
+@pytest.mark.parametrize("mining", unless_slow(training.MINING, ["hard"]))
 def test_every_mining_trains(mining):
     start = training.mined_loss("all")
     _, lines = trained(loss=[(0, start), (10, training.mined_loss(mining))])
@@ -441,6 +448,7 @@ def test_losses_follow_one_another():
         trained(loss=[(1, every)])
 
 
+@pytest.mark.slow
 def test_a_loss_without_metrics_and_what_is_no_loss():
     def loss(x, labels):
         return tj.blockwise.batch_semi_hard_loss(x, labels, margin=0.2)
@@ -456,7 +464,7 @@ def test_a_loss_without_metrics_and_what_is_no_loss():
         trained(1, batches=iter([digits_batches()[0]]))
 
 
-@pytest.mark.parametrize("chunk", [8, 13])
+@pytest.mark.parametrize("chunk", unless_slow([8, 13], [13]))
 def test_chunks_have_the_loss_of_the_whole_batch(chunk):
     one, whole = trained(2, tx=optax.sgd(0.1), log_every=1)
     two, chunks = trained(2, tx=optax.sgd(0.1), log_every=1, chunk=chunk)
@@ -502,7 +510,8 @@ class WithStatistics(nnx.Module):
         return self.last(self.drop(x))
 
 
-@pytest.mark.parametrize("chunk", [None, 8])
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("chunk", unless_slow([None, 8], [None]))
 def test_models_with_statistics_and_dropout_go_on_where_they_stopped(tmp_path, chunk):
     def train(steps, directory=None):
         model = WithStatistics()
@@ -590,6 +599,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_last_checkpoint(tmp_path):
     assert kept.steps == [5, 10]
 
 
+@pytest.mark.slow
 def test_collapse_is_told():
     class Collapsing(nnx.Module):
         def __init__(self):
@@ -799,9 +809,17 @@ def with_images(shape, kinds, each):
         ((8, 8, 1), 10, 80, ("cnn", 10, 8, 1, (32, 64))),
         ((32, 32, 1), 97, 15, ("cnn", 40, 4, 8, (32, 64, 128))),
         ((32, 24, 1), 97, 15, ("cnn", 40, 4, 2, (32, 64, 128))),
-        ((24, 32, 3), 500, 7, ("photo", 40, 4, 1, (16, 32, 64, 128))),
-        ((24, 32, 3), 500, 31, ("photo", 40, 4, 1, (16, 32, 64, 128))),
         ((64, 64, 3), 2, 90, ("photo", 2, 8, 1, (16, 32, 64, 128))),
+        *(
+            pytest.param(
+                (24, 32, 3),
+                500,
+                each,
+                ("photo", 40, 4, 1, (16, 32, 64, 128)),
+                marks=pytest.mark.slow,
+            )
+            for each in (7, 31)
+        ),
     ],
 )
 def test_choices_by_the_data(shape, kinds, each, expected):
@@ -859,6 +877,7 @@ def test_where_classes_differ_is_found():
     assert few.why == "too few classes to tell where they differ"
 
 
+@pytest.mark.slow
 def test_photographs_are_seen_where_classes_differ(tmp_path):
     images, labels = faces(12, 6, noise=60)
     for number, (image, label) in enumerate(zip(images, labels)):
@@ -912,6 +931,8 @@ def test_a_run_is_not_gone_on_with_by_accident(finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("exact")
 def test_a_run_killed_before_its_first_state_begins_again(
     finished, tmp_path, monkeypatch
 ):
@@ -933,6 +954,8 @@ def test_a_run_killed_before_its_first_state_begins_again(
     assert_same_run(out, finished[0])
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("exact")
 def test_a_run_whose_data_changed_is_not_gone_on_with(tmp_path, monkeypatch):
     folder = shapes(tmp_path / "pictures", each=4)
     config = small(data=str(folder), steps=2)
@@ -975,12 +998,15 @@ def test_queries_have_somebody_to_find(tmp_path, monkeypatch):
     assert sorted(shown[2:]) == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_a_margin_that_cannot_be_reached_is_named(tmp_path, datasets):
     runs.run(small(margin=5.0, steps=1), tmp_path / "run", progress=False)
     notes = json.loads((tmp_path / "run" / "config.json").read_text())["notes"]
     assert any("no triplet can satisfy a margin of 5" in note for note in notes)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("exact")
 def test_a_finished_run_is_lengthened(tmp_path, datasets):
     out = tmp_path / "run"
     runs.run(small(steps=4, checkpoint_every=2), out, progress=False)
@@ -999,6 +1025,7 @@ def test_a_finished_run_is_lengthened(tmp_path, datasets):
         runs.run(small(steps=6, checkpoint_every=2), out, resume=True, progress=False)
 
 
+@pytest.mark.usefixtures("exact")
 def test_a_run_goes_on_without_its_options_and_with_moved_data(tmp_path):
     folder = shapes(tmp_path / "pictures", each=4)
     out = tmp_path / "exp[v2]"
@@ -1022,6 +1049,7 @@ def test_a_run_goes_on_without_its_options_and_with_moved_data(tmp_path):
         runs.run(again, out, resume=True, progress=False)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder_with_broken_images(tmp_path):
     folder = shapes(tmp_path / "pictures", size=(40, 30), mode="RGB", each=6)
     (folder / "group1").rename(folder / "from_$1_to_$2_")
@@ -1037,8 +1065,11 @@ def test_a_run_on_a_folder_with_broken_images(tmp_path):
     assert embed([folder / "group0" / "kind0" / "0.png"]).shape == (1, 16)
 
 
-@pytest.mark.parametrize(("kinds", "each"), [(2, 2), (3, 8), (2, 1)])
-def test_a_tiny_folder_is_trained_on(tmp_path, kinds, each):
+@pytest.mark.parametrize(
+    "kinds_and_each", unless_slow([(2, 2), (3, 8), (2, 1)], [(2, 2)])
+)
+def test_a_tiny_folder_is_trained_on(tmp_path, kinds_and_each):
+    kinds, each = kinds_and_each
     folder = shapes(tmp_path / "pictures", kinds=kinds, each=each)
     config = runs.Config(data=str(folder), steps=2, channels=(8, 16), dim=8)
     evaluations = runs.run(config, tmp_path / "run", progress=False)
@@ -1050,6 +1081,7 @@ def test_a_tiny_folder_is_trained_on(tmp_path, kinds, each):
     ).shape == (1, 8)
 
 
+@pytest.mark.slow
 def test_a_test_of_one_image(tmp_path):
     folder = shapes(tmp_path / "pictures", kinds=2)
     for number in range(3, 10):
@@ -1063,6 +1095,7 @@ def test_a_test_of_one_image(tmp_path):
     assert evaluations["trained"].keys() == {"nearest_in_train"}
 
 
+@pytest.mark.slow
 def test_a_run_on_given_triplets(tmp_path):
     folder = shapes(tmp_path / "pictures", kinds=4, each=10)
     kinds = [sorted(path.iterdir()) for path in sorted(folder.glob("*/*"))]
@@ -1100,6 +1133,8 @@ def test_the_loss_of_given_triplets_is_the_mean_of_theirs():
     assert metrics["active"] == np.mean(costs > 0)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("exact")
 def test_a_run_on_images_that_do_not_fit_in_memory(tmp_path, monkeypatch):
     folder = shapes(tmp_path / "pictures", each=14)
     config = small(data=str(folder), steps=6, weighting="frequency")
@@ -1152,6 +1187,7 @@ def test_what_tensorboard_reads(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_for_tensorboard(tmp_path):
     out = tmp_path / "run"
     runs.run(small(steps=4), out, tensorboard=True, progress=False)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import LOSSES, batch
+from problems import LOSSES, batch, unless_slow
 
 import tripletjax as tj
 
-every_loss = pytest.mark.parametrize("name", LOSSES)
+every_loss = pytest.mark.parametrize("name", unless_slow(LOSSES, ["batch hard"]))
 N = 32
 
 
@@ -73,6 +73,7 @@ def test_explicit_mesh_that_is_not_set(inside_jit):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_explicit_miners_and_metrics():
     x, labels = batch(N)
     d = tj.euclidean(x)

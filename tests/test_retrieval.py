@@ -213,6 +213,7 @@ def same(got, expected):
     )
 
 
+@pytest.mark.slow
 def test_counting_and_sorting_agree(monkeypatch):
     x, labels = clusters()
     counted = retrieval.evaluate(x, labels, reduce_fn=None)
@@ -224,6 +225,7 @@ def test_counting_and_sorting_agree(monkeypatch):
     np.testing.assert_array_equal(counted.recall_at_k, ranked.recall_at_k[:, :4])
 
 
+@pytest.mark.slow
 def test_more_queries_and_references_than_a_block_holds(monkeypatch):
     x, labels = clusters(n=300)
     expected = retrieval.evaluate(x, labels, ks=(1, 3), reduce_fn=None)
@@ -348,6 +350,7 @@ def test_a_query_that_is_not_finite_is_nan():
         assert (indices == -1).all()
 
 
+@pytest.mark.slow
 def test_a_reference_that_is_not_finite_touches_who_ranks_it():
     x, labels = clusters()
     gallery, theirs = x.copy(), labels.copy()
@@ -382,6 +385,7 @@ def test_a_reference_that_is_not_finite_touches_who_ranks_it():
     assert jnp.isfinite(distances[:, :-1]).all()
 
 
+@pytest.mark.slow
 def test_reductions():
     x, labels = clusters()
     each = retrieval.evaluate(x, labels, reduce_fn=None)
@@ -409,6 +413,7 @@ def test_a_class_of_one_is_left_out():
     np.testing.assert_allclose(mean, np.mean(each.map_at_r[keep]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_split_over_devices():
     x, labels = clusters(n=240)
     expected = retrieval.evaluate(x, labels)

@@ -3,7 +3,7 @@
 The lane of its own, where the settings hold for all that is traced:
 
     JAX_ENABLE_X64=1 JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict \
-        python -m pytest tests/test_strict.py
+        python -m pytest -m "" tests/test_strict.py
 """
 
 import functools
@@ -136,6 +136,7 @@ for name, options in (
     CALLS[f"blockwise.{name} large"] = functools.partial(miner, X, LARGE, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_runs_and_gives_the_same(name):
     got = jax.tree.leaves(CALLS[name]())
