@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--mining", choices=training.MINING, default="semi-hard")
     arguments = parser.parse_args()
-    names = ("map_at_r", "r_precision", "recall_at_1", "nearest_in_train", "seconds")
+    names = ("map_at_r", "r_precision", "recall_at_1", "gallery_recall_at_1", "seconds")
     print("".join(f"{name:>18}" for name in ("", *names)))
     rows = []
     for seed in range(arguments.seeds):

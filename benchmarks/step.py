@@ -25,7 +25,7 @@ import optax
 from flax import nnx
 from PIL import Image
 
-from tripletjax.learn import models, sampling, stored, tasks, training
+from tripletjax.learn import image_cache, models, sampling, tasks, training
 
 
 def median_time(function, repeats: int) -> float:
@@ -98,7 +98,7 @@ def main() -> None:
 
     sources = {"at hand": OneBatch(*batch), "from memory": batches}
     with tempfile.TemporaryDirectory() as directory:
-        on_disk = stored.store(
+        on_disk = image_cache.decode_and_cache(
             images,
             Image.fromarray,
             Path(directory),

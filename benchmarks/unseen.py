@@ -26,7 +26,7 @@ import numpy as np
 
 import tripletjax as tj
 from tripletjax import learn
-from tripletjax.learn import data, pictures, runs
+from tripletjax.learn import data, image_io, runs
 
 EPISODES = 1000
 
@@ -83,7 +83,7 @@ def show(name: str, values) -> None:
 def files_in(folder: Path, images: int | None) -> dict[Path, list[Path]]:
     """The image files of each class, at random if only some are wanted."""
     classes = defaultdict(list)
-    for file in sorted(pictures.image_files(folder)):
+    for file in sorted(image_io.image_files(folder)):
         classes[file.parent].append(file)
     if images is None:
         return dict(classes)
@@ -160,10 +160,10 @@ def main() -> None:
                 show(f"{title}, fold {fold}", rows[title][-1])
     else:
         unseen = files_in(arguments.unseen, arguments.images)
-        shape = pictures.Shape(*data.load(arguments.data).train.images.shape[1:])
+        shape = image_io.ImageSpec(*data.load(arguments.data).train.images.shape[1:])
 
         def pixels(files):
-            images = np.stack([shape.fit(pictures.open_image(file)) for file in files])
+            images = np.stack([shape.fit(image_io.open_image(file)) for file in files])
             return images.reshape(len(files), -1) / np.float32(255)
 
         show("raw pixels", measure_classes(pixels, unseen))

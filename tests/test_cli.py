@@ -65,7 +65,10 @@ def test_every_option_is_explained(name, capsys):
         (["train", "--margin", "-1"], "margin"),
         (["train", "--data", "digits", "--triplets", "a.csv"], "--data is of no use"),
         (["train", "--mining", "hard", "--triplets", "a.csv"], "--mining is of no use"),
-        (["train", "--batch", "4"], "--batch is of no use without"),
+        (
+            ["train", "--triplets-per-batch", "4"],
+            "--triplets-per-batch is of no use without",
+        ),
         (["train", "--augment", "some"], "invalid choice"),
         (["train", "--resume"], "--resume needs --out"),
         (["evaluate", "--run", "r"], "required: --data"),

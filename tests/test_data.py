@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tripletjax.learn import data, pictures, sampling, stored
-from tripletjax.learn.stored import StoredImages
+from tripletjax.learn import data, image_cache, image_io, sampling
+from tripletjax.learn.image_cache import StoredImages
 
 pytestmark = pytest.mark.usefixtures("datasets")
 
@@ -134,7 +134,7 @@ def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("where", "name"), [(stored, "prepare"), (pictures.Shape, "of")]
+    ("where", "name"), [(image_cache, "prepare"), (image_io.ImageSpec, "of")]
 )
 def test_another_process_decodes_the_same_folder(tmp_path, monkeypatch, where, name):
     # It is done before this one begins, or while this one decodes.
@@ -155,10 +155,10 @@ def test_another_process_decodes_the_same_folder(tmp_path, monkeypatch, where, n
 
 KILLED = """
 import os, sys
-from tripletjax.learn import data, pictures
+from tripletjax.learn import data, image_io
 def stop(*args):
     os.kill(os.getpid(), 9)
-pictures.Shape.fit = stop
+image_io.ImageSpec.fit = stop
 data.load(sys.argv[1], data_dir=sys.argv[2])
 """
 HOLDS = """
@@ -222,11 +222,11 @@ def test_of_several_frames_the_first_is_seen_and_that_is_said(tmp_path):
     frames[0].save(place, save_all=True, append_images=frames[1:])
     dataset = data.load(str(folder), data_dir=tmp_path / "kept")
     assert "1 image has several frames: the first is seen" in dataset.notes
-    first = pictures.open_image(place).convert("L")
+    first = image_io.open_image(place).convert("L")
     assert abs(np.asarray(first, int) - np.asarray(frames[0], int)).max() < 3
     # The second frame is cut off.
     place.write_bytes(place.read_bytes()[:-40])
-    assert pictures.open_image(place).size == (20, 20)
+    assert image_io.open_image(place).size == (20, 20)
 
 
 def test_broken_images_are_named_and_skipped(tmp_path):
@@ -299,7 +299,7 @@ def test_metadata_never_cost_an_image(tmp_path, form, exif, turned):
     if exif and form != "tiff":
         options["exif"] = exif
     Image.fromarray(pixels).save(file, format=form, **options)
-    opened = pictures.open_image(file)
+    opened = image_io.open_image(file)
     assert opened.size == ((8, 12) if turned and form != "tiff" else (12, 8))
     if turned and form == "png":
         np.testing.assert_array_equal(np.asarray(opened), np.rot90(pixels, -1))
@@ -461,7 +461,7 @@ def test_a_class_of_one_image_is_trained_on(tmp_path):
 def test_small_classes_share_what_is_held_out(each):
     labels = np.repeat(np.arange(400), each)
     images = np.random.default_rng(0).integers(0, 256, (len(labels), 9), dtype=np.uint8)
-    digests = np.array([stored.digest_of(image) for image in images])
+    digests = np.array([image_cache.digest_of(image) for image in images])
     parts = data._held_out_images(labels, digests, "images")
     train, validation, test = parts
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(400 * each))
@@ -502,7 +502,7 @@ def test_folders_that_cannot_be_trained_on(tmp_path, content):
 
 
 def test_images_are_made_into_one_shape_without_distortion():
-    shape = pictures.Shape(20, 40, 3)
+    shape = image_io.ImageSpec(20, 40, 3)
     wide = Image.new("RGB", (80, 40), (9, 8, 7))
     np.testing.assert_array_equal(shape.fit(wide), np.full((20, 40, 3), (9, 8, 7)))
     square = Image.new("RGB", (10, 10), (50, 0, 0))
@@ -526,11 +526,11 @@ def test_every_kind_of_picture_is_read(tmp_path):
         "indexed.png": Image.fromarray(grey).convert("P"),
         "bits.png": Image.fromarray(grey > 50),
     }
-    shape = pictures.Shape(10, 10, 1)
+    shape = image_io.ImageSpec(10, 10, 1)
     for name, image in kinds.items():
         image.save(tmp_path / name)
         expected = 255 * (grey > 50) if name == "bits.png" else grey
-        read = shape.fit(pictures.open_image(tmp_path / name))[..., 0]
+        read = shape.fit(image_io.open_image(tmp_path / name))[..., 0]
         np.testing.assert_allclose(read, expected, atol=1, err_msg=name)
     clear = Image.new("LA", (10, 10), (0, 0))
     assert (shape.fit(clear) == 255).all()
@@ -539,21 +539,21 @@ def test_every_kind_of_picture_is_read(tmp_path):
 def test_colour_is_what_is_seen(tmp_path):
     grey = Image.fromarray(np.uint8(np.arange(100).reshape(10, 10)))
     grey.convert("RGB").save(tmp_path / "grey.jpg")
-    assert not pictures.is_colour(pictures.open_image(tmp_path / "grey.jpg"))
+    assert not image_io.is_colour(image_io.open_image(tmp_path / "grey.jpg"))
     Image.new("RGB", (9, 9), (200, 30, 30)).save(tmp_path / "red.jpg")
-    assert pictures.is_colour(pictures.open_image(tmp_path / "red.jpg"))
-    assert not pictures.is_colour(grey.convert("P"))
+    assert image_io.is_colour(image_io.open_image(tmp_path / "red.jpg"))
+    assert not image_io.is_colour(grey.convert("P"))
     red = Image.new("RGB", (9, 9), (200, 30, 30)).quantize(4)
     assert red.mode == "P"
-    assert pictures.is_colour(red)
+    assert image_io.is_colour(red)
 
 
 def test_the_shape_is_that_of_the_median_image():
     sizes = [(100, 50), (200, 100), (90, 45)]
-    assert pictures.Shape.of(sizes, False, None) == pictures.Shape(16, 32, 1)
-    assert pictures.Shape.of(sizes, True, None) == pictures.Shape(32, 64, 3)
-    assert pictures.Shape.of(sizes, True, 100) == pictures.Shape(50, 100, 3)
-    assert pictures.Shape.of([(8, 8)], False, None) == pictures.Shape(8, 8, 1)
+    assert image_io.ImageSpec.of(sizes, False, None) == image_io.ImageSpec(16, 32, 1)
+    assert image_io.ImageSpec.of(sizes, True, None) == image_io.ImageSpec(32, 64, 3)
+    assert image_io.ImageSpec.of(sizes, True, 100) == image_io.ImageSpec(50, 100, 3)
+    assert image_io.ImageSpec.of([(8, 8)], False, None) == image_io.ImageSpec(8, 8, 1)
 
 
 def test_datasets_of_the_catalogue():
@@ -599,7 +599,7 @@ class EncodedPictures(tfds.core.GeneratorBasedBuilder):
 
 def test_encoded_images_of_the_catalogue(tmp_path):
     builder = EncodedPictures(data_dir=tmp_path, file_format="array_record")
-    stored.prepare(builder)
+    image_cache.prepare(builder)
     dataset = data.load("tfds:encoded_pictures", data_dir=tmp_path)
     assert dataset.label_names == ("dark", "bright")
     assert dataset.train.images.shape[1:] == (12, 11, 3)
@@ -643,7 +643,7 @@ def test_images_that_do_not_fit_in_memory_stay_on_disk(tmp_path):
         some = two.images.part([3, 1])
         np.testing.assert_array_equal(some[:], one.images[[3, 1]])
     sources = (
-        sampling.ImageBatches(d.train.images, d.train.labels, 4, 3, turns=2)
+        sampling.ImageBatches(d.train.images, d.train.labels, 4, 3, rotation_classes=2)
         for d in (whole, on_disk)
     )
     for one, two in zip(*(source[5] for source in sources)):
@@ -679,10 +679,10 @@ def test_triplets_of_a_file(tmp_path):
         assert [len(part) for part in anchors] == [7, 1, 1]
         assert not anchors[0] & (anchors[1] | anchors[2])
         # Every triplet is of the pictures that the file names.
-        shape = pictures.Shape(*triplets.images.shape[1:])
+        shape = image_io.ImageSpec(*triplets.images.shape[1:])
         files = {name: tmp_path / name for row in rows for name in row}
         content = {
-            name: shape.fit(pictures.open_image(file)).tobytes()
+            name: shape.fit(image_io.open_image(file)).tobytes()
             for name, file in files.items()
         }
         expected = sorted(tuple(content[name] for name in row) for row in rows)
@@ -807,7 +807,9 @@ def test_batches_without_triplets_are_errors(classes, per_class, words):
 def test_batches_of_images_with_turned_classes():
     images = np.random.default_rng(0).integers(0, 99, (30, 5, 5, 2), dtype=np.uint8)
     labels = np.arange(30) % 3 + 10
-    batches = sampling.ImageBatches(images, labels, classes=24, per_class=4, turns=8)
+    batches = sampling.ImageBatches(
+        images, labels, classes=24, per_class=4, rotation_classes=8
+    )
     got, kinds = batches[3]
     assert got.shape == (96, 5, 5, 2)
     assert len(set(kinds)) == 24
@@ -826,13 +828,17 @@ def test_batches_of_images_with_turned_classes():
 
 @pytest.mark.parametrize("turns", [0, 3, 4])
 def test_turns_that_do_not_fit(turns):
-    with pytest.raises(ValueError, match=r"turns must be 1, 2, 4 or 8.*4 x 6 pixels"):
-        sampling.ImageBatches(np.zeros((4, 4, 6, 1)), [0, 0, 1, 1], 2, 2, turns=turns)
+    with pytest.raises(
+        ValueError, match=r"rotation_classes must be 1, 2, 4 or 8.*4 x 6 pixels"
+    ):
+        sampling.ImageBatches(
+            np.zeros((4, 4, 6, 1)), [0, 0, 1, 1], 2, 2, rotation_classes=turns
+        )
 
 
 def test_half_turns_of_oblong_images():
     images = np.arange(4 * 24, dtype=np.uint8).reshape(4, 4, 6, 1)
-    batches = sampling.ImageBatches(images, [0, 0, 1, 1], 4, 2, turns=2)
+    batches = sampling.ImageBatches(images, [0, 0, 1, 1], 4, 2, rotation_classes=2)
     got, kinds = batches[0]
     for image, kind in zip(got, kinds):
         back = np.rot90(image, 2) if kind >= 2 else image
@@ -842,7 +848,7 @@ def test_half_turns_of_oblong_images():
 def test_classes_drawn_by_frequency():
     counts = np.array([1, 2, 5, 12, 40])
     labels = np.repeat(np.arange(5), counts)
-    batches = sampling.ClassBatches(labels, 2, 2, seed=3, weighting="frequency")
+    batches = sampling.ClassBatches(labels, 2, 2, seed=3, class_sampling="frequency")
     steps = 4000
     drawn = np.array([labels[batches[step]][::2] for step in range(steps)])
     assert (drawn[:, 0] != drawn[:, 1]).all()
@@ -856,13 +862,13 @@ def test_classes_drawn_by_frequency():
     np.testing.assert_allclose(got, second, atol=5 * np.sqrt(0.25 / steps))
 
 
-@pytest.mark.parametrize("weighting", sampling.WEIGHTINGS)
-def test_processes_share_a_batch(weighting):
+@pytest.mark.parametrize("class_sampling", sampling.CLASS_SAMPLING)
+def test_processes_share_a_batch(class_sampling):
     images = np.arange(60, dtype=np.uint8).reshape(60, 1, 1, 1)
     labels = np.arange(60) % 6
     triplets = np.arange(60).reshape(20, 3)
     for step in (0, 7):
-        options = {"seed": 2, "weighting": weighting}
+        options = {"seed": 2, "class_sampling": class_sampling}
         parts = [
             sampling.ImageBatches(images, labels, 4, 3, shard=(i, 3), **options)[step]
             for i in range(3)
@@ -909,7 +915,10 @@ def test_batches_of_triplets():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"weighting": "some"}, "weighting must be one of uniform, frequency"),
+        (
+            {"class_sampling": "some"},
+            "class_sampling must be one of uniform, frequency",
+        ),
         ({"shard": (2, 2)}, r"shard must be \(index, count\)"),
         ({"shard": (0, 3)}, "must divide the batch of 4"),
     ],

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("datasets")
 
 def small(**options):
     settings = {"steps": 20, "channels": (8, 16), "dim": 16, "per_class": 4}
-    return runs.Config(**settings | {"learning_rate": 1e-2, "average": 0.5} | options)
+    return runs.Config(**settings | {"learning_rate": 1e-2, "ema_decay": 0.5} | options)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_bending_moves_parts_apart_and_smoothly():
     # Every pixel tells where it comes from.
     row = jnp.linspace(0, 1, 33)
     images = jnp.broadcast_to(row[None, None, :, None], (64, 33, 33, 1))
-    bent = augment.random_warp(jax.random.key(0), images, bend=3.0)
+    bent = augment.random_warp(jax.random.key(0), images, elastic=3.0)
     moved = 32 * np.asarray(bent - images)[:, 3:-3, 3:-3, 0]
     assert np.abs(moved).max() < 1.4 * 3
     assert np.abs(moved).mean() > 0.5
@@ -454,8 +454,10 @@ def test_a_loss_without_metrics_and_what_is_no_loss():
         return tj.blockwise.batch_semi_hard_loss(x, labels, margin=0.2)
 
     for chunk in (None, 8):
-        model, lines = trained(10, loss=loss, chunk=chunk)
-        expected, _ = trained(10, loss=training.mined_loss("semi-hard"), chunk=chunk)
+        model, lines = trained(10, loss=loss, embed_chunk_size=chunk)
+        expected, _ = trained(
+            10, loss=training.mined_loss("semi-hard"), embed_chunk_size=chunk
+        )
         assert lines[0].keys() == {"step", "loss", "spread"}
         assert_same_model(model, expected)
     with pytest.raises(TypeError, match=r"loss must be a function, .*'hard'"):
@@ -467,7 +469,7 @@ def test_a_loss_without_metrics_and_what_is_no_loss():
 @pytest.mark.parametrize("chunk", unless_slow([8, 13], [13]))
 def test_chunks_have_the_loss_of_the_whole_batch(chunk):
     one, whole = trained(2, tx=optax.sgd(0.1), log_every=1)
-    two, chunks = trained(2, tx=optax.sgd(0.1), log_every=1, chunk=chunk)
+    two, chunks = trained(2, tx=optax.sgd(0.1), log_every=1, embed_chunk_size=chunk)
     for a, b in zip(whole, chunks):
         assert a.keys() == b.keys()
         np.testing.assert_allclose([*a.values()], [b[name] for name in a], rtol=1e-5)
@@ -489,7 +491,7 @@ def test_the_average_of_parameters():
         first,
         second,
     )
-    model, _ = trained(2, tx=tx, average=0.9)
+    model, _ = trained(2, tx=tx, ema_decay=0.9)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
         nnx.state(model, nnx.Param),
@@ -522,7 +524,7 @@ def test_models_with_statistics_and_dropout_go_on_where_they_stopped(tmp_path, c
                 optax.adam(1e-3),
                 digits_batches(),
                 steps=steps,
-                chunk=chunk,
+                embed_chunk_size=chunk,
                 checkpoints=kept,
                 log_every=5,
                 checkpoint_every=5,
@@ -769,7 +771,7 @@ def test_nothing_is_overwritten(finished):
     [
         ({"mining": "some"}, "mining must be one of all, semi-hard, hard"),
         ({"steps": 0}, "steps must be at least 1"),
-        ({"warm_start": 2}, "warm_start"),
+        ({"batch_all_fraction": 2}, "batch_all_fraction"),
     ],
 )
 def test_bad_configurations_are_named(options, words):
@@ -824,24 +826,26 @@ def with_images(shape, kinds, each):
 )
 def test_choices_by_the_data(shape, kinds, each, expected):
     config, _ = tasks.Classes(with_images(shape, kinds, each)).choose(runs.Config())
-    names = ("model", "classes", "per_class", "turns", "channels")
+    names = ("model", "classes", "per_class", "rotation_classes", "channels")
     assert tuple(getattr(config, name) for name in names) == expected
     assert config.augment.flip == (shape[-1] == 3)
-    own = runs.Config(model="multiscale", classes=2, per_class=3, turns=1, steps=5)
+    own = runs.Config(
+        model="multiscale", classes=2, per_class=3, rotation_classes=1, steps=5
+    )
     kept, _ = tasks.Classes(with_images(shape, kinds, each)).choose(own)
     assert (kept.model, kept.classes, kept.per_class) == ("multiscale", 2, 3)
-    assert (kept.turns, kept.steps) == (1, 5)
+    assert (kept.rotation_classes, kept.steps) == (1, 5)
 
 
 def test_mirrored_classes_are_not_mirrored_at_random():
     task = tasks.Classes(with_images((64, 64, 3), 40, 5))
-    assert task.choose(runs.Config(turns=4))[0].augment.flip
-    assert not task.choose(runs.Config(turns=8))[0].augment.flip
+    assert task.choose(runs.Config(rotation_classes=4))[0].augment.flip
+    assert not task.choose(runs.Config(rotation_classes=8))[0].augment.flip
     grey = tasks.Classes(with_images((32, 32, 1), 40, 5))
-    assert grey.choose(runs.Config())[0].turns == 8
-    assert grey.choose(runs.Config(augment=tasks.GREY))[0].turns == 8
-    with pytest.raises(ValueError, match=r"turns is 8.*augment mirrors"):
-        grey.choose(runs.Config(augment=tasks.PHOTOS, turns=8))
+    assert grey.choose(runs.Config())[0].rotation_classes == 8
+    assert grey.choose(runs.Config(augment=tasks.GREY))[0].rotation_classes == 8
+    with pytest.raises(ValueError, match=r"rotation_classes is 8.*augment mirrors"):
+        grey.choose(runs.Config(augment=tasks.PHOTOS, rotation_classes=8))
 
 
 def faces(people, each, *, place=(20, 12), size=24, seed=0, noise=5):
@@ -1060,7 +1064,7 @@ def test_a_run_on_a_folder_with_broken_images(tmp_path):
     assert settings["skipped"][0].startswith("group0/kind0/broken.png")
     assert settings["model"] == "photo"
     assert settings["shape"] == [30, 40, 3]
-    assert "nearest_in_train" not in evaluations["trained"]
+    assert "gallery_recall_at_1" not in evaluations["trained"]
     embed = learn.load_embedder(tmp_path / "run")
     assert embed([folder / "group0" / "kind0" / "0.png"]).shape == (1, 16)
 
@@ -1092,7 +1096,7 @@ def test_a_test_of_one_image(tmp_path):
     evaluations = runs.run(config, tmp_path / "run", progress=False)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["counts"]["test"] == 1
-    assert evaluations["trained"].keys() == {"nearest_in_train"}
+    assert evaluations["trained"].keys() == {"gallery_recall_at_1"}
 
 
 @pytest.mark.slow
@@ -1111,15 +1115,15 @@ def test_a_run_on_given_triplets(tmp_path):
     config = small(triplets=str(tmp_path / "t.csv"), **options)
     out = tmp_path / "run"
     evaluations = runs.run(config, out, progress=False)
-    assert evaluations["trained"]["ranked_right"] > 95
+    assert evaluations["trained"]["triplet_accuracy"] > 95
     assert (
-        evaluations["untrained"]["ranked_right"]
-        < evaluations["trained"]["ranked_right"]
+        evaluations["untrained"]["triplet_accuracy"]
+        < evaluations["trained"]["triplet_accuracy"]
     )
     assert (out / "triplets.png").exists()
     assert learn.load_embedder(out)(kinds[0][:3]).shape == (3, 16)
     lines = runs.Log(out / "metrics.jsonl").lines
-    assert 0 <= lines[-2]["validation"]["ranked_right"] <= 100
+    assert 0 <= lines[-2]["validation"]["triplet_accuracy"] <= 100
     again = runs.run(config, tmp_path / "again", progress=False)
     assert again == evaluations
 
@@ -1137,7 +1141,7 @@ def test_the_loss_of_given_triplets_is_the_mean_of_theirs():
 @pytest.mark.usefixtures("exact")
 def test_a_run_on_images_that_do_not_fit_in_memory(tmp_path, monkeypatch):
     folder = shapes(tmp_path / "pictures", each=14)
-    config = small(data=str(folder), steps=6, weighting="frequency")
+    config = small(data=str(folder), steps=6, class_sampling="frequency")
     whole = runs.run(config, tmp_path / "one", progress=False)
     less = functools.partial(data.load, in_memory=100)
     monkeypatch.setattr(data, "load", less)
@@ -1206,7 +1210,7 @@ TRAIN = """
 import resource, sys
 from tripletjax.learn import runs
 config = runs.Config(
-    steps=240, channels=(8, 16), dim=16, per_class=4, average=0.5,
+    steps=240, channels=(8, 16), dim=16, per_class=4, ema_decay=0.5,
     checkpoint_every=7, validate_every=30,
 )
 if sys.argv[2:]:

@@ -15,10 +15,18 @@ import tripletjax as tj
 
 # What has a meaning for images with labels alone, and for given triplets alone.
 OF_CLASSES = (
-    *("data", "split", "classes_from", "mining", "weighting", "classes", "per_class"),
-    "turns",
+    *(
+        "data",
+        "split",
+        "classes_from",
+        "mining",
+        "class_sampling",
+        "classes",
+        "per_class",
+    ),
+    "rotation_classes",
 )
-OF_TRIPLETS = ("batch",)
+OF_TRIPLETS = ("triplets_per_batch",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +120,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
             "which triplets to train on (default: semi-hard)",
         ),
         (
-            *(how, "weighting", config.WEIGHTINGS),
+            *(how, "class_sampling", config.CLASS_SAMPLING),
             "how classes are drawn (default: uniform)",
         ),
         (how, "model", config.MODELS, "the network"),
@@ -123,7 +131,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         (run, "seed", int, "of everything that is random (default: 0)"),
         (what, "size", int, "of images, the longer side in pixels"),
         (
-            *(what, "turns", int),
+            *(what, "rotation_classes", int),
             "turned and mirrored copies that are classes: 1, 2, 4 or 8",
         ),
         (how, "margin", float, "of the triplet loss (default: 0.2)"),
@@ -131,8 +139,8 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         (how, "dim", int, "dimensions of the embedding"),
         (how, "classes", int, "classes in a batch"),
         (how, "per-class", int, "images of each class in a batch"),
-        (how, "batch", int, "given triplets in a batch"),
-        (how, "chunk", int, "images embedded at a time, to save memory"),
+        (how, "triplets-per-batch", int, "given triplets in a batch"),
+        (how, "embed-chunk-size", int, "images embedded at a time, to save memory"),
     ):
         group.add_argument(f"--{name}", type=kind, help=told)
     how.add_argument(
@@ -185,8 +193,8 @@ def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         "map_at_r": "MAP@R",
         "r_precision": "R-precision",
         "recall_at_1": "recall@1",
-        "nearest_in_train": "nearest training image",
-        "ranked_right": "positive nearer than negative",
+        "gallery_recall_at_1": "nearest training image",
+        "triplet_accuracy": "positive nearer than negative",
     }
     columns = {k: v for k, v in columns.items() if k in evaluations["trained"]}
     what, picture = "images", "neighbors"

@@ -22,11 +22,11 @@ MODULES = (
     "evaluation",
     "image_analysis",
     "models",
-    "pictures",
+    "image_io",
     "plots",
     "runs",
     "sampling",
-    "stored",
+    "image_cache",
     "tasks",
     "training",
 )

@@ -19,7 +19,7 @@ class Augment:
         rotation: in degrees, each way.
         zoom: as a share of the size.
         shear: as a share of the size.
-        bend: how far parts of an image move apart, as a share of the size.
+        elastic: how far parts of an image move apart, as a share of the size.
         flip: whether half of the images are mirrored, left to right.
         brightness: how much is added at most, of a range of 1.
         contrast: how much wider or narrower the range about the mean becomes, as a
@@ -31,7 +31,7 @@ class Augment:
     rotation: float = 0.0
     zoom: float = 0.0
     shear: float = 0.0
-    bend: float = 0.0
+    elastic: float = 0.0
     flip: bool = False
     brightness: float = 0.0
     contrast: float = 0.0
@@ -49,7 +49,7 @@ class Augment:
 
     def __call__(self, key: Array, images: Array) -> Array:
         keys = jax.random.split(key, 5)
-        if self.shift or self.rotation or self.zoom or self.shear or self.bend:
+        if self.shift or self.rotation or self.zoom or self.shear or self.elastic:
             images = random_warp(
                 keys[0],
                 images,
@@ -57,7 +57,7 @@ class Augment:
                 rotation=self.rotation,
                 zoom=self.zoom,
                 shear=self.shear,
-                bend=self.bend * max(images.shape[1:3]),
+                elastic=self.elastic * max(images.shape[1:3]),
             )
         if self.flip:
             images = random_flip(keys[1], images)
@@ -121,7 +121,7 @@ def random_warp(
     rotation: float = 0.0,
     zoom: float = 0.0,
     shear: float = 0.0,
-    bend: float = 0.0,
+    elastic: float = 0.0,
 ) -> Array:
     """Moves, turns, scales, shears and bends each image a little, at random.
 
@@ -135,8 +135,8 @@ def random_warp(
         rotation: in degrees.
         zoom: as a share of the size.
         shear: as a share of the size.
-        bend: how far each point of a grid of 5 x 5 moves, in pixels each way; what is
-            between them moves smoothly.
+        elastic: how far each point of a grid of 5 x 5 moves, in pixels each way; what
+            is between them moves smoothly.
 
     Returns:
         Images of the same shape.
@@ -152,19 +152,19 @@ def random_warp(
     grid = jnp.stack(jnp.meshgrid(*map(jnp.arange, (height, width)), indexing="ij"))
     offsets = grid.reshape(2, -1) - centre[:, None]
     bends = jnp.zeros((n, 2, 1))
-    if bend:
+    if elastic:
         key = jax.random.fold_in(key, 1)
-        nodes = jax.random.uniform(key, (n, 2, 5, 5), minval=-bend, maxval=bend)
+        nodes = jax.random.uniform(key, (n, 2, 5, 5), minval=-elastic, maxval=elastic)
         bends = jax.image.resize(nodes, (n, 2, height, width), "cubic")
         bends = bends.reshape(n, 2, -1)
 
-    def warp(image: Array, draw: Array, bend: Array) -> Array:
+    def warp(image: Array, draw: Array, elastic: Array) -> Array:
         down, right, angle, zoom_y, zoom_x, shear = draw
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         turn = jnp.array([[cos, -sin], [sin, cos]])
         stretch = jnp.array([[1 + zoom_y, shear], [0.0, 1 + zoom_x]])
         move = centre + jnp.stack([down, right])
-        source = turn @ stretch @ offsets + move[:, None] + bend
+        source = turn @ stretch @ offsets + move[:, None] + elastic
         source = source.reshape(2, height, width)
         channels = jnp.moveaxis(image, -1, 0)
         warped = [map_coordinates(c, source, order=1, mode="nearest") for c in channels]

@@ -11,7 +11,7 @@ from tripletjax.learn.image_analysis import KINDS
 SPLITS = ("images", "classes")
 CLASSES_FROM = ("top", "leaf")
 MINING = ("all", "semi-hard", "hard")
-WEIGHTINGS = ("uniform", "frequency")
+CLASS_SAMPLING = ("uniform", "frequency")
 MODELS = {
     "cnn": models.EmbeddingCNN,
     "photo": models.EmbeddingPhotoNet,
@@ -41,22 +41,22 @@ class Config:
         steps: how many steps to train.
         seed: of the initial parameters, the batches and the augmentation.
         margin: of the triplet loss, in Euclidean distance between unit vectors.
-        warm_start: share of the steps that hard mining leaves to all triplets first,
-            without which it collapses.
+        batch_all_fraction: share of the steps that hard mining leaves to all triplets
+            first, without which it collapses.
         classes: how many classes there are in a batch.
         per_class: how many images of each.
-        weighting: of classes, as in `sampling.ClassBatches`.
-        turns: as in `sampling.ImageBatches`.
-        batch: how many of the given triplets there are in a batch.
+        class_sampling: of classes, as in `sampling.ClassBatches`.
+        rotation_classes: as in `sampling.ImageBatches`.
+        triplets_per_batch: how many of the given triplets there are in a batch.
         learning_rate: at its peak.
         weight_decay: of AdamW.
-        average: how much of the averaged parameters a step keeps.
+        ema_decay: how much of the averaged parameters a step keeps.
         dim: number of dimensions of the embedding.
         channels: number of channels of each stage of the network.
         stride: of the first convolution of a residual network.
         augment: how images are changed at random.
         bfloat16: whether the network computes in bfloat16.
-        chunk: how many images are embedded at a time, to bound the memory.
+        embed_chunk_size: how many images are embedded at a time, to bound the memory.
         log_every: how many steps between two lines of metrics.
         validate_every: how many steps between two validations.
         checkpoint_every: how many steps between two states on disk.
@@ -76,21 +76,21 @@ class Config:
     steps: int | None = None
     seed: int = 0
     margin: float = 0.2
-    warm_start: float = 0.5
+    batch_all_fraction: float = 0.5
     classes: int | None = None
     per_class: int | None = None
-    weighting: str = "uniform"
-    turns: int | None = None
-    batch: int | None = None
+    class_sampling: str = "uniform"
+    rotation_classes: int | None = None
+    triplets_per_batch: int | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
-    average: float = 0.98
+    ema_decay: float = 0.98
     dim: int | None = None
     channels: tuple[int, ...] | None = None
     stride: int | None = None
     augment: Augment | None = None
     bfloat16: bool = False
-    chunk: int | None = None
+    embed_chunk_size: int | None = None
     log_every: int = 10
     validate_every: int | None = None
     checkpoint_every: int = 100
@@ -100,7 +100,7 @@ class Config:
             ("mining", MINING),
             ("split", SPLITS),
             ("classes_from", (None, *CLASSES_FROM)),
-            ("weighting", WEIGHTINGS),
+            ("class_sampling", CLASS_SAMPLING),
             ("model", (None, *MODELS)),
             ("head", (None, *models.HEADS)),
             ("kind", (None, *KINDS)),
@@ -111,7 +111,14 @@ class Config:
                     f"{name} must be one of {words}, got {getattr(self, name)!r}."
                 )
         for name in (
-            *("size", "steps", "dim", "chunk", "batch", "stride"),
+            *(
+                "size",
+                "steps",
+                "dim",
+                "embed_chunk_size",
+                "triplets_per_batch",
+                "stride",
+            ),
             *("log_every", "validate_every", "checkpoint_every"),
         ):
             value = getattr(self, name)
@@ -130,5 +137,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be finite and >= 0, got {value!r}.")
-        if not 0 <= self.warm_start <= 1:
-            raise ValueError(f"warm_start must be 0 to 1, got {self.warm_start!r}.")
+        if not 0 <= self.batch_all_fraction <= 1:
+            raise ValueError(
+                f"batch_all_fraction must be 0 to 1, got {self.batch_all_fraction!r}."
+            )

@@ -22,15 +22,15 @@ from PIL import Image
 
 from tripletjax.learn.config import CLASSES_FROM, SPLITS
 from tripletjax.learn.image_analysis import KINDS
-from tripletjax.learn.pictures import Shape, find_files, is_image, open_image
-from tripletjax.learn.stored import (
+from tripletjax.learn.image_cache import (
+    DecodedImages,
     Digits,
-    Stored,
     StoredImages,
+    decode_and_cache,
     digest_of,
     prepare,
-    store,
 )
+from tripletjax.learn.image_io import ImageSpec, find_files, is_image, open_image
 
 # Of how images are decoded; another number makes them be decoded again.
 FORMAT = 5
@@ -265,7 +265,7 @@ def load_triplets(
     rows = _triplet_rows(file)
     names = sorted({name for row in rows for name in row})
     files = [file.parent / name for name in names]
-    stored = store(
+    stored = decode_and_cache(
         files,
         open_image,
         _directory(data_dir, _files_key(files, names, size, kind)),
@@ -355,7 +355,7 @@ def _digits(data_dir: str | Path | None, split: str, size: int | None) -> Datase
         source = builder.as_data_source(part)
         some = source.__getitems__(range(len(source)))
         records += sorted(some, key=lambda record: record["place"])
-    shape = Shape.of([(8, 8)], False, size)
+    shape = ImageSpec.of([(8, 8)], False, size)
     images = Images(
         images=np.stack(
             [shape.fit(Image.fromarray(record["image"][..., 0])) for record in records]
@@ -543,14 +543,14 @@ def _from_folder(
     classes_from: str | None,
     data_dir: str | Path | None,
     **options: Any,
-) -> tuple[Stored, np.ndarray, tuple[str, ...], tuple[str, ...]]:
+) -> tuple[DecodedImages, np.ndarray, tuple[str, ...], tuple[str, ...]]:
     """Images, labels, the names of classes, and what could not be read."""
     folder = folder.resolve()
     found = find_classes(folder, classes_from)
     files, relative, folders = found.files, found.paths, found.classes
     directory = _directory(data_dir, _files_key(files, relative, size, kind))
     options |= {"source": str(folder), "size": size, "kind": kind}
-    stored = store(files, open_image, directory, **options)
+    stored = decode_and_cache(files, open_image, directory, **options)
     stored = dataclasses.replace(stored, notes=(*found.notes, *stored.notes))
     names = sorted({folders[place] for place in stored.kept})
     if len(names) < 2:
@@ -583,8 +583,8 @@ def _level(folders: Sequence[str]) -> tuple[str, str]:
 
 
 def _checked(
-    images: Images, stored: Stored, names: Sequence[str], skipped: Sequence[str]
-) -> tuple[Images, Stored, Sequence[str], Sequence[str]]:
+    images: Images, stored: DecodedImages, names: Sequence[str], skipped: Sequence[str]
+) -> tuple[Images, DecodedImages, Sequence[str], Sequence[str]]:
     """Without images that are in several classes, which contradict one another."""
     classes = {}
     for place, (digest, label) in enumerate(zip(stored.digests, images.labels)):
@@ -649,7 +649,7 @@ def _from_catalogue(
     kind: str | None,
     data_dir: str | Path | None,
     **options: Any,
-) -> tuple[Stored, np.ndarray, tuple[str, ...], tuple[str, ...]]:
+) -> tuple[DecodedImages, np.ndarray, tuple[str, ...], tuple[str, ...]]:
     """The same of a dataset of tensorflow-datasets."""
     _, dataset, *split = name.split(":")
     if not dataset or len(split) > 1:
@@ -708,7 +708,7 @@ def _from_catalogue(
     key = hashlib.blake2b(str(made_of).encode(), digest_size=16).hexdigest()
     directory = _directory(data_dir, key)
     options |= {"source": f"{name} in {data_dir}", "size": size, "kind": kind}
-    stored = store(labelled, picture, directory, **options)
+    stored = decode_and_cache(labelled, picture, directory, **options)
     skipped = [
         f"record {labelled[place]}: {why}" for place, why in stored.skipped.items()
     ]

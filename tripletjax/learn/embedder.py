@@ -22,8 +22,8 @@ from PIL import Image
 from tripletjax.learn.augment import Augment
 from tripletjax.learn.checkpoints import Checkpoints
 from tripletjax.learn.config import MODELS, Config
+from tripletjax.learn.image_io import ImageSpec, View, open_image, upright
 from tripletjax.learn.models import Standardized
-from tripletjax.learn.pictures import Shape, View, open_image, upright
 
 
 def load_model(run_dir: str | Path) -> tuple[nnx.Module, dict[str, Any]]:
@@ -63,7 +63,7 @@ class Embedder:
     """
 
     model: nnx.Module
-    shape: Shape
+    shape: ImageSpec
     view: View | None
     settings: dict[str, Any]
 
@@ -93,12 +93,12 @@ def load_embedder(run_dir: str | Path) -> Embedder:
         FileNotFoundError: if there is no trained model.
     """
     model, settings = load_model(run_dir)
-    shape = Shape(*settings["shape"], settings["white"], settings["background"])
+    shape = ImageSpec(*settings["shape"], settings["white"], settings["background"])
     view = view_of(settings["shape"], config_of(settings))
     return Embedder(model, shape, view, settings)
 
 
-def _ready(images: Pictures, shape: Shape) -> np.ndarray:
+def _ready(images: Pictures, shape: ImageSpec) -> np.ndarray:
     """Images of any kind as uint8 ``[n, height, width, channels]``."""
     if isinstance(images, str | Path | Image.Image):
         raise TypeError("images must be several, got one; put it into a list.")

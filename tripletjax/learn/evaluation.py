@@ -23,9 +23,9 @@ from jax import Array
 from tqdm import tqdm
 
 import tripletjax as tj
-from tripletjax.learn import data, pictures, plots, runs
+from tripletjax.learn import data, image_io, plots, runs
 from tripletjax.learn.embedder import Embedder, load_embedder
-from tripletjax.learn.stored import digest_of
+from tripletjax.learn.image_cache import digest_of
 
 KS = (1, 2, 4, 8)
 # Of these, those that there are enough pairs for.
@@ -303,8 +303,8 @@ def _in_parts(
 
     def read(file: Path) -> np.ndarray | OSError:
         try:
-            pixels = fit(pictures.open_image(file))
-            pictures.check_not_blank(pixels)
+            pixels = fit(image_io.open_image(file))
+            image_io.check_not_blank(pixels)
         except OSError as error:
             return error
         return pixels

@@ -40,7 +40,7 @@ from tripletjax.learn.embedder import (
     embed_images,
     load_model,
 )
-from tripletjax.learn.stored import StoredImages
+from tripletjax.learn.image_cache import StoredImages
 
 # So many images tell the mean and the deviation of all, looked at so many at a time.
 SAMPLE, LOOK = 4096, 256
@@ -206,8 +206,8 @@ def run(
             loss=task.losses(config),
             augment=config.augment,
             seed=config.seed,
-            average=config.average,
-            chunk=config.chunk,
+            ema_decay=config.ema_decay,
+            embed_chunk_size=config.embed_chunk_size,
             log_every=config.log_every,
             validate=task.validate,
             validate_every=config.validate_every,

@@ -9,8 +9,8 @@ import dataclasses
 
 import numpy as np
 
-from tripletjax.learn.config import WEIGHTINGS
-from tripletjax.learn.stored import StoredImages
+from tripletjax.learn.config import CLASS_SAMPLING
+from tripletjax.learn.image_cache import StoredImages
 
 # How classes are drawn.
 
@@ -28,11 +28,11 @@ class ClassBatches:
         classes: P, the number of classes in a batch, at least 2.
         per_class: K, the number of images of each, at least 2.
         seed: what the batches are drawn with.
-        weighting: ``"uniform"``: classes come in a new random order in each pass over
-            them, so that all are seen equally often; what is left of a pass after its
-            last whole batch waits for the next pass. ``"frequency"``: the classes of
-            each batch are drawn without replacement, each in proportion to its number
-            of images, as if images had been drawn.
+        class_sampling: ``"uniform"``: classes come in a new random order in each pass
+            over them, so that all are seen equally often; what is left of a pass after
+            its last whole batch waits for the next pass. ``"frequency"``: the classes
+            of each batch are drawn without replacement, each in proportion to its
+            number of images, as if images had been drawn.
         shard: this process and how many there are, usually ``(jax.process_index(),
             jax.process_count())``: each gets its part of the same batch, in order.
 
@@ -52,7 +52,7 @@ class ClassBatches:
     classes: int
     per_class: int
     seed: int = 0
-    weighting: str = "uniform"
+    class_sampling: str = "uniform"
     shard: tuple[int, int] = (0, 1)
     members: tuple[np.ndarray, ...] = dataclasses.field(init=False, repr=False)
 
@@ -69,10 +69,10 @@ class ClassBatches:
             raise ValueError(
                 f"classes is {self.classes} but the labels have only {len(values)}."
             )
-        if self.weighting not in WEIGHTINGS:
+        if self.class_sampling not in CLASS_SAMPLING:
             raise ValueError(
-                f"weighting must be one of {', '.join(WEIGHTINGS)}, got "
-                f"{self.weighting!r}."
+                f"class_sampling must be one of {', '.join(CLASS_SAMPLING)}, got "
+                f"{self.class_sampling!r}."
             )
         _check_shard(self.shard, self.classes * self.per_class)
         order = np.argsort(self.labels, kind="stable")
@@ -92,7 +92,7 @@ class ClassBatches:
         return _sharded(np.concatenate(drawn), self.shard)
 
     def _classes(self, step: int) -> np.ndarray:
-        if self.weighting == "frequency":
+        if self.class_sampling == "frequency":
             draw = np.random.default_rng((self.seed, 0, step))
             counts = np.array([len(places) for places in self.members])
             share = counts / counts.sum()
@@ -118,14 +118,14 @@ class ImageBatches:
         classes: P.
         per_class: K.
         seed: what the batches are drawn with.
-        turns: of every class, how many turned and mirrored copies are classes of their
-            own: 1 for none, 2 for half turns, 4 for quarter turns, 8 for these with
-            their mirror images; the last two for square images alone.
-        weighting: as in `ClassBatches`.
+        rotation_classes: of every class, how many turned and mirrored copies are
+            classes of their own: 1 for none, 2 for half turns, 4 for quarter turns, 8
+            for these with their mirror images; the last two for square images alone.
+        class_sampling: as in `ClassBatches`.
         shard: as in `ClassBatches`.
 
     Raises:
-        ValueError: as `ClassBatches`, and if `turns` does not fit.
+        ValueError: as `ClassBatches`, and if `rotation_classes` does not fit.
     """
 
     images: np.ndarray | StoredImages
@@ -133,8 +133,8 @@ class ImageBatches:
     classes: int
     per_class: int
     seed: int = 0
-    turns: int = 1
-    weighting: str = "uniform"
+    rotation_classes: int = 1
+    class_sampling: str = "uniform"
     shard: tuple[int, int] = (0, 1)
     places: ClassBatches = dataclasses.field(init=False, repr=False)
 
@@ -146,20 +146,25 @@ class ImageBatches:
                 f"{self.images.shape} and {np.shape(self.labels)}."
             )
         height, width = self.images.shape[1:3]
-        if self.turns not in (1, 2, 4, 8) or (self.turns > 2 and height != width):
+        if self.rotation_classes not in (1, 2, 4, 8) or (
+            self.rotation_classes > 2 and height != width
+        ):
             raise ValueError(
-                "turns must be 1, 2, 4 or 8, and at most 2 for images that are not "
-                f"square; got {self.turns} for {height} x {width} pixels."
+                "rotation_classes must be 1, 2, 4 or 8, and at most 2 for images "
+                f"that are not square; got {self.rotation_classes} for {height} x "
+                f"{width} pixels."
             )
         _, labels = np.unique(self.labels, return_inverse=True)
         kinds = labels.max() + 1
-        labels = np.concatenate([labels + kinds * turn for turn in range(self.turns)])
+        labels = np.concatenate(
+            [labels + kinds * turn for turn in range(self.rotation_classes)]
+        )
         places = ClassBatches(
             labels,
             self.classes,
             self.per_class,
             self.seed,
-            self.weighting,
+            self.class_sampling,
             self.shard,
         )
         object.__setattr__(self, "places", places)
@@ -168,7 +173,7 @@ class ImageBatches:
         chosen = self.places[step]
         turn, place = np.divmod(chosen, len(self.labels))
         images = np.array(self.images[place])
-        quarters = 2 * turn if self.turns == 2 else turn % 4
+        quarters = 2 * turn if self.rotation_classes == 2 else turn % 4
         for each in range(1, 4):
             rows = quarters == each
             if rows.any():

@@ -20,8 +20,8 @@ from tripletjax.learn import data, image_analysis, plots, sampling, training
 from tripletjax.learn.augment import Augment
 from tripletjax.learn.config import Config
 from tripletjax.learn.embedder import embed_images, view_of
-from tripletjax.learn.pictures import COLOUR_SIZE as PHOTO_SIZE
-from tripletjax.learn.stored import StoredImages
+from tripletjax.learn.image_cache import StoredImages
+from tripletjax.learn.image_io import COLOUR_SIZE as PHOTO_SIZE
 
 # From here on there are many classes, which take longer to learn.
 MANY = 32
@@ -30,9 +30,9 @@ SCARCE = 30
 # Validation and pictures have at most so many images, of all.
 GALLERY = 2048
 
-GREY = Augment(shift=0.1, rotation=12.0, zoom=0.15, shear=0.15, bend=0.05)
+GREY = Augment(shift=0.1, rotation=12.0, zoom=0.15, shear=0.15, elastic=0.05)
 # Of few images of a class there is little to see how far it reaches.
-SCARCE_GREY = Augment(shift=0.1, rotation=20.0, zoom=0.25, shear=0.3, bend=0.05)
+SCARCE_GREY = Augment(shift=0.1, rotation=20.0, zoom=0.25, shear=0.3, elastic=0.05)
 PHOTOS = Augment(
     shift=0.08,
     rotation=10.0,
@@ -83,8 +83,8 @@ class Classes:
         scarce = np.median(counts) < SCARCE and len(counts) >= MANY
         # Many classes of few drawings: turned and mirrored ones are classes of their
         # own. Photographs are mirrored at random, and stay of their class.
-        turns = config.turns or 1
-        if config.turns is None and scarce and not photos:
+        turns = config.rotation_classes or 1
+        if config.rotation_classes is None and scarce and not photos:
             labels = self.dataset.train.labels
             turns = image_analysis.most_turns(self.images, labels)
         # A class of one image has no positive; enough others teach more.
@@ -98,8 +98,9 @@ class Classes:
             augment = dataclasses.replace(augment, flip=augment.flip and turns < 8)
         if turns == 8 and augment.flip:
             raise ValueError(
-                "turns is 8, which makes mirror images classes of their own, but "
-                "augment mirrors images at random: one excludes the other."
+                "rotation_classes is 8, which makes mirror images classes of "
+                "their own, but augment mirrors images at random: one excludes "
+                "the other."
             )
         notes = [f"images are taken for {self.dataset.kind}: {self.dataset.kind_by}"]
         if turns > 1:
@@ -114,7 +115,7 @@ class Classes:
             steps=1200 if turns > 1 else 800 if many else 600,
             per_class=per_class,
             classes=min(kinds, max(2, (160 if many else 128) // per_class)),
-            turns=turns,
+            rotation_classes=turns,
             learning_rate=4e-3 if turns > 1 else 2e-3,
             weight_decay=1e-3,
             dim=128 if many else 64,
@@ -140,7 +141,7 @@ class Classes:
         train = self.dataset.train
         values, counts = np.unique(train.labels, return_counts=True)
         several = values[counts > 1]
-        if config.turns == 1 and len(several) >= config.classes:
+        if config.rotation_classes == 1 and len(several) >= config.classes:
             train = train.part(np.flatnonzero(np.isin(train.labels, several)))
         return sampling.ImageBatches(
             train.images,
@@ -148,14 +149,14 @@ class Classes:
             config.classes,
             config.per_class,
             config.seed,
-            config.turns,
-            config.weighting,
+            config.rotation_classes,
+            config.class_sampling,
         )
 
     def losses(self, config: Config) -> list[tuple[int, training.Loss]]:
         """Losses, and the steps from which they hold."""
         loss = training.mined_loss(config.mining, margin=config.margin)
-        warm = int(config.warm_start * config.steps)
+        warm = int(config.batch_all_fraction * config.steps)
         if config.mining != "hard" or warm == 0:
             return [(0, loss)]
         return [(0, training.mined_loss("all", margin=config.margin)), (warm, loss)]
@@ -190,7 +191,7 @@ class Classes:
                 references=embed(train.images),
                 reference_labels=train.labels,
             )
-            metrics["nearest_in_train"] = 100 * float(found[0])
+            metrics["gallery_recall_at_1"] = 100 * float(found[0])
         return _known(metrics)
 
     def validate(self, model: nnx.Module) -> dict[str, float]:
@@ -240,7 +241,7 @@ class GivenTriplets:
     """Triplets that somebody has chosen, trained on as they are."""
 
     dataset: data.Triplets
-    best = "ranked_right"
+    best = "triplet_accuracy"
 
     @property
     def images(self) -> data.ImageArray:
@@ -268,7 +269,7 @@ class GivenTriplets:
         chosen = _filled(
             config,
             steps=800 if many else 600,
-            batch=min(48, len(self.dataset.train)),
+            triplets_per_batch=min(48, len(self.dataset.train)),
             learning_rate=2e-3,
             weight_decay=1e-3,
             dim=128 if many else 64,
@@ -291,7 +292,7 @@ class GivenTriplets:
 
     def batches(self, config: Config) -> training.Batches:
         return sampling.TripletBatches(
-            self.images, self.dataset.train, config.batch, config.seed
+            self.images, self.dataset.train, config.triplets_per_batch, config.seed
         )
 
     def losses(self, config: Config) -> list[tuple[int, training.Loss]]:
@@ -304,7 +305,7 @@ class GivenTriplets:
         """
         if not len(self.dataset.test):
             return {}
-        return {"ranked_right": self._ranked_right(embed, self.dataset.test)}
+        return {"triplet_accuracy": self._triplet_accuracy(embed, self.dataset.test)}
 
     def validate(self, model: nnx.Module) -> dict[str, float]:
         """The same of validation triplets."""
@@ -313,7 +314,7 @@ class GivenTriplets:
             return {}
         embed = functools.partial(embed_images, model)
         held_out = held_out[_some(len(held_out))]
-        return {"ranked_right": self._ranked_right(embed, held_out)}
+        return {"triplet_accuracy": self._triplet_accuracy(embed, held_out)}
 
     def draw(self, embeddings: dict[str, Embed], out: Path) -> None:
         """Draws held-out triplets in the order of distance into a directory."""
@@ -326,7 +327,7 @@ class GivenTriplets:
         what = "test triplets" if held_out else "training triplets"
         plots.triplets(self.images, shown, distances, out / "triplets.png", what=what)
 
-    def _ranked_right(self, embed: Embed, triplets: np.ndarray) -> float:
+    def _triplet_accuracy(self, embed: Embed, triplets: np.ndarray) -> float:
         positive, negative = self._distances(embed, triplets)
         return 100 * float(np.mean(positive < negative))
 

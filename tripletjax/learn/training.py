@@ -164,8 +164,8 @@ def fit(
     loss: Loss | Sequence[tuple[int, Loss]] | None = None,
     augment: Callable[[Array, Array], Array] | None = None,
     seed: int = 0,
-    average: float = 0.0,
-    chunk: int | None = None,
+    ema_decay: float = 0.0,
+    embed_chunk_size: int | None = None,
     log_every: int = 10,
     validate: Callable[[nnx.Module], dict[str, float]] | None = None,
     validate_every: int | None = None,
@@ -194,10 +194,10 @@ def fit(
             first from 0. Semi-hard triplets with margin 0.2 if not given.
         augment: from a random key and float images to images.
         seed: of the augmentation.
-        average: how much of the averaged parameters a step keeps, such as 0.99; the
+        ema_decay: how much of the averaged parameters a step keeps, such as 0.99; the
             average is then what is validated and what the model has at the end.
-        chunk: how many images to embed at a time, to bound the memory; the loss is
-            always of the whole batch.
+        embed_chunk_size: how many images to embed at a time, to bound the memory;
+            the loss is always of the whole batch.
         log_every: how many steps there are between two lines.
         validate: metrics of a model, made every `validate_every` steps and at the end.
         validate_every: see there; only at the end if not given.
@@ -228,13 +228,15 @@ def fit(
         ("steps", steps),
         ("log_every", log_every),
         ("checkpoint_every", checkpoint_every),
-        ("chunk", 1 if chunk is None else chunk),
+        ("embed_chunk_size", 1 if embed_chunk_size is None else embed_chunk_size),
         ("validate_every", 1 if validate_every is None else validate_every),
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value!r}.")
-    if not 0 <= average < 1:
-        raise ValueError(f"average must be at least 0 and below 1, got {average!r}.")
+    if not 0 <= ema_decay < 1:
+        raise ValueError(
+            f"ema_decay must be at least 0 and below 1, got {ema_decay!r}."
+        )
     if not hasattr(batches, "__getitem__"):
         raise TypeError(f"batches must have batches[step], got {batches!r}.")
     losses = loss if isinstance(loss, list | tuple) else [(0, loss or mined_loss())]
@@ -251,7 +253,7 @@ def fit(
         params=params,
         rest=rest,
         optimizer=tx.init(params),
-        average=jax.tree.map(jnp.copy, params) if average else None,
+        average=jax.tree.map(jnp.copy, params) if ema_decay else None,
         finite=jnp.array(True),
         best=jnp.array(-jnp.inf, jnp.float32),
     )
@@ -267,7 +269,7 @@ def fit(
         model.eval()
 
     key = jax.random.key(seed)
-    options = {"graph": graph, "tx": tx, "augment": augment, "average": average}
+    options = {"graph": graph, "tx": tx, "augment": augment, "ema_decay": ema_decay}
     bar = tqdm(
         _prefetched(batches, start, steps),
         desc="training",
@@ -285,11 +287,15 @@ def fit(
         for step, (images, labels) in enumerate(bar, start=start):
             now = [of for first, of in losses if first <= step][-1]
             batch = images, labels, jax.random.fold_in(key, step)
-            if chunk is None or chunk >= len(images):
+            if embed_chunk_size is None or embed_chunk_size >= len(images):
                 state, metrics = _train_step(state, *batch, loss=now, **options)
             else:
                 state, metrics = _train_step_in_chunks(
-                    state, *batch, loss=now, chunk=chunk, **options
+                    state,
+                    *batch,
+                    loss=now,
+                    embed_chunk_size=embed_chunk_size,
+                    **options,
                 )
             done, last = step + 1, step + 1 == steps
             if done % log_every == 0 or last:
@@ -338,7 +344,7 @@ def fit(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graph", "tx", "loss", "augment", "average"),
+    static_argnames=("graph", "tx", "loss", "augment", "ema_decay"),
     donate_argnames="state",
 )
 def _train_step(
@@ -351,7 +357,7 @@ def _train_step(
     tx: optax.GradientTransformation,
     loss: Loss,
     augment: Callable[[Array, Array], Array] | None,
-    average: float,
+    ema_decay: float,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of training, and its metrics."""
     images = _augmented(images, key, augment=augment)
@@ -365,7 +371,7 @@ def _train_step(
         state.params
     )
     state = state._replace(rest=rest)
-    state = _updated(state, value, gradients, tx=tx, average=average)
+    state = _updated(state, value, gradients, tx=tx, ema_decay=ema_decay)
     return state, {"loss": value} | metrics
 
 
@@ -379,8 +385,8 @@ def _train_step_in_chunks(
     tx: optax.GradientTransformation,
     loss: Loss,
     augment: Callable[[Array, Array], Array] | None,
-    average: float,
-    chunk: int,
+    ema_decay: float,
+    embed_chunk_size: int,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The same step, embedding so many images at a time.
 
@@ -388,7 +394,7 @@ def _train_step_in_chunks(
     runs convolutions in its own loops many times slower on CPUs.
     """
     images = _augmented(images, key, augment=augment)
-    ends = list(range(chunk, len(images), chunk))
+    ends = list(range(embed_chunk_size, len(images), embed_chunk_size))
     chunks = jnp.split(images, ends)
     parts, rests = [], [state.rest]
     for some in chunks:
@@ -402,7 +408,7 @@ def _train_step_in_chunks(
             gradients, state.params, rest, some, along, graph=graph
         )
     state = state._replace(rest=rests[-1])
-    state = _update(state, value, gradients, tx=tx, average=average)
+    state = _update(state, value, gradients, tx=tx, ema_decay=ema_decay)
     return state, {"loss": value} | metrics
 
 
@@ -467,13 +473,13 @@ def _updated(
     gradients: nnx.State,
     *,
     tx: optax.GradientTransformation,
-    average: float,
+    ema_decay: float,
 ) -> TrainState:
     updates, optimizer = tx.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     averaged = state.average
     if averaged is not None:
-        averaged = optax.incremental_update(params, averaged, 1 - average)
+        averaged = optax.incremental_update(params, averaged, 1 - ema_decay)
     finite = state.finite
     for x in jax.tree.leaves((value, gradients)):
         finite &= jnp.isfinite(x).all()
@@ -485,7 +491,9 @@ def _updated(
     )
 
 
-_update = jax.jit(_updated, static_argnames=("tx", "average"), donate_argnames="state")
+_update = jax.jit(
+    _updated, static_argnames=("tx", "ema_decay"), donate_argnames="state"
+)
 
 
 def _check_finite(state: TrainState, step: int) -> None:

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from tripletjax.learn import kept
 from tripletjax.learn.image_analysis import kind_of, tone_share
-from tripletjax.learn.pictures import (
+from tripletjax.learn.image_io import (
     FRAMES,
     WHITES,
-    Shape,
+    ImageSpec,
     View,
     background_of,
     check_not_blank,
@@ -91,7 +91,7 @@ class StoredImages:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class DecodedImages:
     """What became of some pictures.
 
     Attributes:
@@ -117,7 +117,7 @@ class Stored:
     notes: tuple[str, ...]
 
 
-def store(
+def decode_and_cache(
     pictures: Sequence[Any],
     open_picture: Callable[[Any], Image.Image],
     directory: Path,
@@ -127,7 +127,7 @@ def store(
     kind: str | None = None,
     in_memory: int,
     progress: bool,
-) -> Stored:
+) -> DecodedImages:
     """Decodes pictures to one shape and keeps them, unless they are kept already.
 
     Args:
@@ -145,7 +145,7 @@ def store(
         ValueError: if none can be read.
     """
     tidied = kept.hold(directory)
-    builder = Pictures(
+    builder = ImageCacheBuilder(
         pictures=pictures,
         open_picture=open_picture,
         size=size,
@@ -168,7 +168,7 @@ def store(
     if np.prod(images.shape, dtype=float) <= in_memory:
         images = images[:]
     tidied += kept.tidy(directory, f"{source}, size {size}, kind {kind}")
-    return Stored(
+    return DecodedImages(
         images,
         digests,
         [place for place in range(len(pictures)) if place not in skipped],
@@ -185,7 +185,7 @@ def digest_of(image: np.ndarray) -> str:
     return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).hexdigest()
 
 
-class Pictures(tfds.core.GeneratorBasedBuilder):
+class ImageCacheBuilder(tfds.core.GeneratorBasedBuilder):
     """Pictures decoded to one shape, in their order."""
 
     VERSION = tfds.core.Version("2.0.0")
@@ -267,7 +267,7 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
         background = background_of([image for image in clear if image is not None])
         if any(image is not None for image in clear):
             notes.append(f"{background} shows through transparency")
-        shape = Shape.of(
+        shape = ImageSpec.of(
             sizes,
             any(colours),
             self.size,

@@ -89,7 +89,7 @@ def _fail(error: OSError) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class ImageSpec:
     """What every image of a dataset, or of a run, is made into.
 
     Attributes:
@@ -116,7 +116,7 @@ class Shape:
         photos: bool = False,
         white: float = 65535,
         background: str = "white",
-    ) -> "Shape":
+    ) -> "ImageSpec":
         """The shape of the median image, its longer side at most `size`.
 
         Photographs are kept larger, if they are.
