@@ -67,7 +67,7 @@ def test_every_option_is_explained(name, capsys):
         (["train", "--mining", "hard", "--triplets", "a.csv"], "--mining is of no use"),
         (
             ["train", "--triplets-per-batch", "4"],
-            "--triplets-per-batch is of no use without",
+            "per-batch is of no use without",
         ),
         (["train", "--augment", "some"], "invalid choice"),
         (["train", "--resume"], "--resume needs --out"),

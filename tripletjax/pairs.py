@@ -6,7 +6,6 @@ hand. What is said about pairs is checked, completed and compared here (`Pairs`)
 batches of integers are sorted by class instead (`_pairwise.class_index`).
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -183,57 +182,37 @@ class Pairs(NamedTuple):
             devices: over how many the references are split, of which masks have all.
         """
         *lead, n, m = shape
-
-        def each(name: str, values: Any, kind: Any, of: str, size: int) -> Any:
-            if values is None:
-                return None
-            if name.endswith("labels"):
-                values = _as_labels(name, values, None)
-                if values.shape[-1] != size:
-                    raise ValueError(
-                        f"{name} has shape {values.shape}, but there are {size} {of}: "
-                        "there must be one label for each."
-                    )
-            else:
-                values = per_item(name, values, size, of, kind)
-            return _broadcast(name, values, (*lead, size))
-
-        positions_of = functools.partial(each, "positions", positions, jnp.integer)
-        where = each("where", where, jnp.bool_, anchors, n)
-        given = each("reference_where", reference_where, jnp.bool_, references, m)
+        where = _of_items("where", where, anchors, (*lead, n), jnp.bool_)
+        reference_where = _of_items(
+            "reference_where", reference_where, references, (*lead, m), jnp.bool_
+        )
         if isinstance(labels, PairMasks):
             if reference_labels is not None or positions is not None:
                 raise ValueError(
                     "reference_labels and positions do not go with labels that are "
                     "PairMasks: the masks already say it."
                 )
-            checked = []
-            for name, mask in labels._asdict().items():
-                mask = as_boolean(f"labels.{name}", mask)
-                all_pairs = n, m * devices
-                if mask.shape[-2:] != all_pairs:
-                    raise ValueError(
-                        f"labels.{name} has shape {mask.shape}, but there are {n} "
-                        f"{anchors} and {m * devices} {references}: the last two "
-                        f"dimensions must be {all_pairs}."
-                    )
-                checked.append(_broadcast(f"labels.{name}", mask, (*lead, *all_pairs)))
-            masks = PairMasks(*checked)
-            if given is None and where is not None and n == m and same is not False:
-                given = where if same else _as_references(masks, where)
-            return cls(masks, None, None, where, given)
-        labels = each("labels", labels, None, anchors, n)
+            masks = _of_pairs(labels, (*lead, n, m * devices), anchors, references)
+            if reference_where is None and where is not None and n == m:
+                if same:
+                    reference_where = where
+                elif same is None:
+                    reference_where = _as_references(masks, where)
+            return cls(masks, None, None, where, reference_where)
         if reference_labels is None and (n != m or same is False):
             raise ValueError(
                 f"reference_labels must be given where there are {n} {anchors} and {m} "
                 f"{references}."
             )
-        reference_labels = each(
-            "reference_labels", reference_labels, None, references, m
-        )
-        if reference_labels is None and given is None:
-            given = where
-        return cls(labels, reference_labels, positions_of(anchors, n), where, given)
+        labels = _labels_of("labels", labels, anchors, (*lead, n))
+        if reference_labels is not None:
+            reference_labels = _labels_of(
+                "reference_labels", reference_labels, references, (*lead, m)
+            )
+        elif reference_where is None:
+            reference_where = where
+        positions = _of_items("positions", positions, anchors, (*lead, n), jnp.integer)
+        return cls(labels, reference_labels, positions, where, reference_where)
 
     def masks(self) -> PairMasks:
         """Which pairs are positive and which negative, ``[..., n, m]``."""
@@ -271,6 +250,42 @@ def _as_references(masks: PairMasks, where: Array) -> Array:
     diagonals = [jnp.diagonal(mask, axis1=-2, axis2=-1) for mask in masks]
     others = jnp.any((diagonals[0] | diagonals[1]) & where, axis=-1, keepdims=True)
     return where | others
+
+
+def _labels_of(
+    name: str, labels: ArrayLike, what: str, shape: tuple[int, ...]
+) -> Array:
+    labels = _as_labels(name, labels, None)
+    if labels.shape[-1] != shape[-1]:
+        raise ValueError(
+            f"{name} has shape {labels.shape}, but there are {shape[-1]} {what}: there "
+            "must be one label for each."
+        )
+    return _broadcast(name, labels, shape)
+
+
+def _of_items(
+    name: str, values: ArrayLike | None, what: str, shape: tuple[int, ...], kind: Any
+) -> Array | None:
+    if values is None:
+        return None
+    return _broadcast(name, per_item(name, values, shape[-1], what, kind), shape)
+
+
+def _of_pairs(
+    masks: PairMasks, shape: tuple[int, ...], anchors: str, references: str
+) -> PairMasks:
+    checked = []
+    for name, mask in masks._asdict().items():
+        name, mask = f"labels.{name}", as_boolean(f"labels.{name}", mask)
+        if mask.shape[-2:] != shape[-2:]:
+            raise ValueError(
+                f"{name} has shape {mask.shape}, but there are {shape[-2]} {anchors} "
+                f"and {shape[-1]} {references}: the last two dimensions must be "
+                f"{shape[-2:]}."
+            )
+        checked.append(_broadcast(name, mask, shape))
+    return PairMasks(*checked)
 
 
 def _broadcast(name: str, values: Array, shape: tuple[int, ...]) -> Array:

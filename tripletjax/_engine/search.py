@@ -19,7 +19,6 @@ from tripletjax._pairwise.class_index import ClassIndex
 from tripletjax._pairwise.slices import (
     PANEL,
     Blocks,
-    fetch_ahead,
     materialize,
     products_with,
     rows_at,
@@ -146,18 +145,18 @@ def in_threes(
 ) -> Any:
     """``visit(k, some rows from k on, state)`` for all k below a count.
 
-    Three rows at a time, which serves classes of four, and then one.
+    Three rows at a time, which serves classes of four, and then one. Rows are moved up
+    rather than cut out where k says, for what `fetch_ahead` works around.
     """
 
     def steps(some: int, start: Array | int, end: Array | int, state: Any) -> Any:
-        def cut(i: Array | int) -> list[Array]:
-            k = start + some * i
-            return [lax.dynamic_slice_in_dim(x, k, some) for x in rows]
+        def step(i: Array, loop: tuple) -> tuple:
+            rows, state = loop
+            state = visit(start + some * i, [x[:some] for x in rows], state)
+            return [jnp.roll(x, -some, axis=0) for x in rows], state
 
-        def step(i: Array, part: list[Array], state: Any) -> Any:
-            return visit(start + some * i, part, state)
-
-        return fetch_ahead((end - start) // some, cut, step, state)
+        return lax.fori_loop(0, (end - start) // some, step, state)
 
     threes = count // 3 * 3
-    return steps(1, threes, count, steps(3, 0, threes, state))
+    loop = steps(3, 0, threes, (rows, state))
+    return steps(1, threes, count, loop)[1]

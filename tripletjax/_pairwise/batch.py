@@ -129,12 +129,11 @@ def as_batch(
         gather = functools.partial(
             lax.all_gather, axis_name=axis_name, axis=len(lead), tiled=True
         )
-        gathered = jax.tree.map(
+        y, reference_labels, reference_where = jax.tree.map(
             gather, (y, told.reference_labels, told.reference_where)
         )
-        y, told = (
-            gathered[0],
-            told._replace(reference_labels=gathered[1], reference_where=gathered[2]),
+        told = told._replace(
+            reference_labels=reference_labels, reference_where=reference_where
         )
     return Batch(x, y, told), lead
 
