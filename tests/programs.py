@@ -25,7 +25,11 @@ def compile_quickly(directory):
 
 @contextlib.contextmanager
 def as_users_compile():
-    """Programs that repeat one another to the last bit, which quick ones need not."""
+    """Programs that repeat one another to the last bit, which quick ones need not.
+
+    What was compiled before is forgotten: JAX would go on with it.
+    """
+    jax.clear_caches()
     _compile(True, None)
     try:
         yield

@@ -348,6 +348,7 @@ def test_training_helps(finished):
     assert gain > 10
 
 
+@pytest.mark.usefixtures("exact")
 def test_the_embedder_is_the_trained_model(finished):
     out, evaluations = finished
     embed = learn.load_embedder(out)
