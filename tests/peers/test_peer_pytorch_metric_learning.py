@@ -111,7 +111,7 @@ CHOICES = {
     "easy": (mining.easiest_positive, mining.easiest_negative),
     "semihard": (mining.semi_hard_positive, mining.semi_hard_negative),
     "hard": (mining.hardest_positive, mining.hardest_negative),
-    "all": (mining.every_one, mining.every_one),
+    "all": (mining.all_candidates, mining.all_candidates),
 }
 
 
