@@ -1112,7 +1112,7 @@ def test_a_run_on_given_triplets(tmp_path):
         lines.append(f"{a},{p},{draw.choice(kinds[other])}")
     (tmp_path / "t.csv").write_text("\n".join(lines))
     # Where the rectangles lie is what they are.
-    options = {"kind": "characters", "steps": 40, "batch": 16}
+    options = {"kind": "characters", "steps": 40, "triplets_per_batch": 16}
     config = small(triplets=str(tmp_path / "t.csv"), **options)
     out = tmp_path / "run"
     evaluations = runs.run(config, out, progress=False)
