@@ -15,8 +15,8 @@ import tripletjax as tj
 GRID = 8
 # Few shapes and sets of options, so that few programs are compiled; `where` makes all
 # the other sizes.
-PLAIN = ((7, 7),)
-FULL = ((3, 7),)
+PLAIN = ((1, 1), (7, 7))
+FULL = ((5, 5), (3, 7))
 
 
 @st.composite
@@ -120,13 +120,10 @@ QUICK = [name for name in LOSSES if not name.startswith("mined: ")]
 QUICK += ["mined: all", "mined: easy positive, semi-hard negative"]
 # Losses with hinges: what a triplet costs does not depend on how it was found.
 WITH_HINGES = [
-    pytest.param(
-        name,
-        hinge,
-        marks=[pytest.mark.slow] * (name not in QUICK),
-    )
+    pytest.param(name, hinge, marks=[] if quick else [pytest.mark.slow])
     for name in LOSSES
-    for hinge in (HINGES if name in QUICK[:4] else ["hinge"])
+    for hinge in HINGES
+    for quick in [name in QUICK and (hinge == "hinge" or name in QUICK[:4])]
 ]
 
 

@@ -199,7 +199,7 @@ class Pairs(NamedTuple):
                 elif same is None:
                     reference_where = _as_references(masks, where)
             return cls(masks, None, None, where, reference_where)
-        if reference_labels is None and (n != m or same is False):
+        if reference_labels is None and n != m:
             raise ValueError(
                 f"reference_labels must be given where there are {n} {anchors} and {m} "
                 f"{references}."

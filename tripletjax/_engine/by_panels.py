@@ -227,7 +227,7 @@ def _all_in_panel(
 def _semi_hard_in_panel(
     spec: LossSpec, panel: Panel, classes: ClassIndex
 ) -> tuple[PanelCost, Array]:
-    """As `_panel_costs`, some positives of every anchor at a time."""
+    """As `_panel_cost`, some positives of every anchor at a time."""
     row, masks = jnp.arange(len(panel.a))[:, None], panel.masks
     real = masks.negative & (panel.distances < jnp.inf)
     d_an = _filled(panel.distances, real)
