@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tripletjax.learn import runs, training
+from tripletjax.learn import objectives, runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--mining", choices=training.MINING, default="semi-hard")
+    parser.add_argument("--mining", choices=objectives.MINING, default="semi-hard")
     arguments = parser.parse_args()
     names = ("map_at_r", "r_precision", "recall_at_1", "gallery_recall_at_1", "seconds")
     print("".join(f"{name:>18}" for name in ("", *names)))

@@ -25,7 +25,15 @@ import optax
 from flax import nnx
 from PIL import Image
 
-from tripletjax.learn import image_cache, models, sampling, tasks, training
+from tripletjax.learn import (
+    defaults,
+    image_cache,
+    models,
+    objectives,
+    sampling,
+    training,
+)
+from tripletjax.learn.embedder import as_floats
 
 
 def median_time(function, repeats: int) -> float:
@@ -77,7 +85,7 @@ def main() -> None:
         def step(params):
             def loss_of(params):
                 embeddings = nnx.merge(graph, params, rest, copy=True)(
-                    training.as_floats(batch[0])
+                    as_floats(batch[0])
                 )
                 return loss(embeddings, batch[1])[0]
 
@@ -87,8 +95,8 @@ def main() -> None:
 
     base = step_time(nothing)
     print(f"{n} images of {size} x {size}: forward and back {1e3 * base:.0f} ms")
-    for mining in training.MINING:
-        loss = training.mined_loss(mining)
+    for mining in objectives.MINING:
+        loss = objectives.mined_loss(mining)
         alone = jax.jit(jax.value_and_grad(loss, has_aux=True))
         seconds = median_time(lambda: alone(x, batch[1]), 20 * repeats)  # noqa: B023
         print(
@@ -247,7 +255,7 @@ def fit_time(source, repeats: int) -> float:
         optax.adam(1e-3),
         source,
         steps=repeats + 2,
-        augment=tasks.PHOTOS,
+        augment=defaults.PHOTOS,
         log_every=1,
         progress=False,
     )

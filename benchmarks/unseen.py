@@ -26,7 +26,7 @@ import numpy as np
 
 import tripletjax as tj
 from tripletjax import learn
-from tripletjax.learn import data, image_io, runs
+from tripletjax.learn import datasets, image_io, runs
 
 EPISODES = 1000
 
@@ -160,7 +160,9 @@ def main() -> None:
                 show(f"{title}, fold {fold}", rows[title][-1])
     else:
         unseen = files_in(arguments.unseen, arguments.images)
-        shape = image_io.ImageSpec(*data.load(arguments.data).train.images.shape[1:])
+        shape = image_io.ImageSpec(
+            *datasets.load(arguments.data).train.images.shape[1:]
+        )
 
         def pixels(files):
             images = np.stack([shape.fit(image_io.open_image(file)) for file in files])

@@ -43,7 +43,7 @@ def exact():
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory):
+def own_data_dir(tmp_path_factory):
     """Prepared datasets go into a directory of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         directory = str(tmp_path_factory.mktemp("tensorflow_datasets"))

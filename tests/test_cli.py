@@ -17,7 +17,7 @@ from tripletjax.learn import evaluation
 
 
 @pytest.fixture(scope="module")
-def trained(datasets, tmp_path_factory):
+def trained(own_data_dir, tmp_path_factory):
     """A run of few steps, made by the command."""
     out = tmp_path_factory.mktemp("cli") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -97,7 +97,9 @@ def test_bad_arguments_are_one_line_and_exit_2(
 
 
 @pytest.mark.slow
-def test_without_a_name_runs_have_those_of_their_data(datasets, tmp_path, monkeypatch):
+def test_without_a_name_runs_have_those_of_their_data(
+    own_data_dir, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "unseen").mkdir(parents=True)
     folder = shapes(tmp_path / "unseen", kinds=2, each=4)

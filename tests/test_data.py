@@ -15,17 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tripletjax.learn import data, image_cache, image_io, sampling
+from tripletjax.learn import (
+    datasets,
+    image_cache,
+    image_io,
+    sampling,
+    splits,
+    triplet_files,
+)
 from tripletjax.learn.image_cache import StoredImages
 
-pytestmark = pytest.mark.usefixtures("datasets")
+pytestmark = pytest.mark.usefixtures("own_data_dir")
 
 
 def test_digits_come_back_as_they_are_in_the_file(tmp_path):
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    dataset = data.load("digits", data_dir=tmp_path)
+    dataset = datasets.load("digits", data_dir=tmp_path)
     assert "tensorflow" not in sys.modules
     assert list(tmp_path.rglob("*.array_record*"))
     sizes = [len(part) for part in (dataset.train, dataset.validation, dataset.test)]
@@ -37,18 +44,18 @@ def test_digits_come_back_as_they_are_in_the_file(tmp_path):
     assert sorted(image.tobytes() for image in rest) == sorted(first)
     assert dataset.test.images.dtype == np.uint8
     assert dataset.label_names == tuple("0123456789")
-    again = data.load("digits", data_dir=tmp_path)
+    again = datasets.load("digits", data_dir=tmp_path)
     np.testing.assert_array_equal(again.train.images, dataset.train.images)
 
 
 def test_digits_by_class_and_of_another_size(tmp_path):
-    dataset = data.load("digits", split="classes", size=16, data_dir=tmp_path)
+    dataset = datasets.load("digits", split="classes", size=16, data_dir=tmp_path)
     parts = dataset.train, dataset.validation, dataset.test
     assert [len(set(part.labels)) for part in parts] == [6, 2, 2]
     assert len(set().union(*(part.labels for part in parts))) == 10
     assert sum(map(len, parts)) == 1797
     assert dataset.train.images.shape[1:] == (16, 16, 1)
-    assert dataset.key != data.load("digits", data_dir=tmp_path).key
+    assert dataset.key != datasets.load("digits", data_dir=tmp_path).key
 
 
 def test_copies_of_an_image_stay_together(tmp_path):
@@ -56,7 +63,7 @@ def test_copies_of_an_image_stay_together(tmp_path):
     for file in list(folder.rglob("*.*")):
         for number in range(3):
             shutil.copy(file, file.with_stem(f"{file.stem}-copy{number}"))
-    dataset = data.load(str(folder), kind="characters", data_dir=tmp_path / "kept")
+    dataset = datasets.load(str(folder), kind="characters", data_dir=tmp_path / "kept")
     parts = dataset.train, dataset.validation, dataset.test
     assert [len(part) for part in parts] == [56, 8, 16]
     seen = [{image.tobytes() for image in part.images} for part in parts]
@@ -65,14 +72,14 @@ def test_copies_of_an_image_stay_together(tmp_path):
 
 def test_unknown_data():
     with pytest.raises(ValueError, match="no dataset 'faces'"):
-        data.load("faces")
+        datasets.load("faces")
     with pytest.raises(ValueError, match="split must be one of images, classes"):
-        data.load("digits", split="some")
+        datasets.load("digits", split="some")
 
 
 def test_a_folder_of_images(tmp_path):
     folder = shapes(tmp_path / "pictures")
-    dataset = data.load(str(folder), kind="characters", data_dir=tmp_path / "kept")
+    dataset = datasets.load(str(folder), kind="characters", data_dir=tmp_path / "kept")
     names = sorted(f"group{kind % 2}/kind{kind}" for kind in range(8))
     assert list(dataset.label_names) == names
     assert dataset.train.images.shape == (8 * 7, 20, 24, 1)
@@ -96,10 +103,10 @@ def test_a_folder_of_images(tmp_path):
 
 def test_what_is_held_out_does_not_depend_on_names(tmp_path):
     folder = shapes(tmp_path / "pictures")
-    one = data.load(str(folder), data_dir=tmp_path / "kept")
+    one = datasets.load(str(folder), data_dir=tmp_path / "kept")
     for file in sorted(folder.rglob("*.*")):
         file.rename(file.with_name(f"{100 - int(file.stem)}{file.suffix}"))
-    two = data.load(str(folder), data_dir=tmp_path / "kept")
+    two = datasets.load(str(folder), data_dir=tmp_path / "kept")
     assert {x.tobytes() for x in one.test.images} == {
         x.tobytes() for x in two.test.images
     }
@@ -107,7 +114,7 @@ def test_what_is_held_out_does_not_depend_on_names(tmp_path):
 
 def test_classes_are_held_out_whole(tmp_path):
     folder = shapes(tmp_path / "pictures", kinds=8, each=4)
-    dataset = data.load(str(folder), split="classes", data_dir=tmp_path / "kept")
+    dataset = datasets.load(str(folder), split="classes", data_dir=tmp_path / "kept")
     kinds = [
         set(part.labels) for part in (dataset.train, dataset.validation, dataset.test)
     ]
@@ -115,22 +122,22 @@ def test_classes_are_held_out_whole(tmp_path):
     assert set.union(*kinds) == set(range(8))
     few = shapes(tmp_path / "few", kinds=5, each=3)
     with pytest.raises(ValueError, match="of 5 classes 4 are held out"):
-        data.load(str(few), split="classes", data_dir=tmp_path / "kept")
+        datasets.load(str(few), split="classes", data_dir=tmp_path / "kept")
 
 
 def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
     folder = shapes(tmp_path / "pictures", each=4)
-    one = data.load(str(folder), data_dir=tmp_path / "kept")
+    one = datasets.load(str(folder), data_dir=tmp_path / "kept")
     assert list((tmp_path / "kept").rglob("*.array_record*"))
     with monkeypatch.context() as patch:
-        patch.setattr(data, "open_image", lambda file: 1 / 0)
-        two = data.load(str(folder), data_dir=tmp_path / "kept")
+        patch.setattr(datasets, "open_image", lambda file: 1 / 0)
+        two = datasets.load(str(folder), data_dir=tmp_path / "kept")
     assert one.key == two.key
     np.testing.assert_array_equal(one.train.images, two.train.images)
     # Another content at the same place.
     file = folder / "group0" / "kind0" / "0.png"
     Image.new("L", (24, 20), 77).save(file)
-    assert data.load(str(folder), data_dir=tmp_path / "kept").key != one.key
+    assert datasets.load(str(folder), data_dir=tmp_path / "kept").key != one.key
 
 
 @pytest.mark.parametrize(
@@ -143,11 +150,11 @@ def test_another_process_decodes_the_same_folder(tmp_path, monkeypatch, where, n
 
     def beaten(*args, **options):
         monkeypatch.undo()
-        other.append(data.load(folder, data_dir=kept))
+        other.append(datasets.load(folder, data_dir=kept))
         return function(*args, **options)
 
     monkeypatch.setattr(where, name, beaten)
-    dataset = data.load(folder, data_dir=kept)
+    dataset = datasets.load(folder, data_dir=kept)
     assert [dataset.key] == [one.key for one in other]
     np.testing.assert_array_equal(dataset.test.images, other[0].test.images)
     assert not list(kept.rglob("*incomplete*"))
@@ -155,16 +162,16 @@ def test_another_process_decodes_the_same_folder(tmp_path, monkeypatch, where, n
 
 KILLED = """
 import os, sys
-from tripletjax.learn import data, image_io
+from tripletjax.learn import datasets, image_io
 def stop(*args):
     os.kill(os.getpid(), 9)
 image_io.ImageSpec.fit = stop
-data.load(sys.argv[1], data_dir=sys.argv[2])
+datasets.load(sys.argv[1], data_dir=sys.argv[2])
 """
 HOLDS = """
 import sys
-from tripletjax.learn import data
-data.load(sys.argv[1], data_dir=sys.argv[2])
+from tripletjax.learn import datasets
+datasets.load(sys.argv[1], data_dir=sys.argv[2])
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -193,25 +200,25 @@ def test_what_nobody_needs_is_removed(tmp_path):
         assert not list(cache.rglob("incomplete.*"))
         (old,) = entries()
         added(1)
-        one = data.load(str(folder), data_dir=cache)
+        one = datasets.load(str(folder), data_dir=cache)
         # A living process uses the other.
         assert old in entries()
         assert len(entries()) == 2
         assert not any("removed" in note for note in one.notes)
         assert "decoded images are kept in" in one.notes[-1]
         other.stdin.close()
-    two = data.load(str(folder), data_dir=cache)
+    two = datasets.load(str(folder), data_dir=cache)
     assert old not in entries()
     assert len(entries()) == 1
     assert any("removed an earlier copy of these images" in n for n in two.notes)
     # Another folder of the same images shares what is kept.
     copy = shutil.copytree(folder, tmp_path / "copy")
-    data.load(str(copy), data_dir=cache)
+    datasets.load(str(copy), data_dir=cache)
     assert len(entries()) == 1
     with python(HOLDS) as other:
         other.communicate()
     added(2)
-    data.load(str(folder), data_dir=cache)
+    datasets.load(str(folder), data_dir=cache)
     assert len(entries()) == 2
 
 
@@ -220,7 +227,7 @@ def test_of_several_frames_the_first_is_seen_and_that_is_said(tmp_path):
     frames = [Image.fromarray(np.uint8(np.eye(20) * 99 + n)) for n in (10, 90)]
     place = folder / "group0" / "kind0" / "moving.gif"
     frames[0].save(place, save_all=True, append_images=frames[1:])
-    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    dataset = datasets.load(str(folder), data_dir=tmp_path / "kept")
     assert "1 image has several frames: the first is seen" in dataset.notes
     first = image_io.open_image(place).convert("L")
     assert abs(np.asarray(first, int) - np.asarray(frames[0], int)).max() < 3
@@ -245,7 +252,7 @@ def test_broken_images_are_named_and_skipped(tmp_path):
     (folder / "papers" / "a.pdf").write_text("no image")
     (place / ".hidden.png").write_bytes(b"not looked at")
     for _ in range(2):
-        dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+        dataset = datasets.load(str(folder), data_dir=tmp_path / "kept")
         named = [line.split(":")[0] for line in dataset.skipped]
         broken = ("empty.jpg", "half.png", "none.png", "notes.txt")
         assert named == [
@@ -268,7 +275,7 @@ def test_images_are_known_by_what_they_hold(tmp_path):
             Image.fromarray(pixels).save(
                 folder / form / f"{number}{suffix}", format=form
             )
-    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    dataset = datasets.load(str(folder), data_dir=tmp_path / "kept")
     assert dataset.skipped == ()
     assert len(dataset.label_names) == 6
     assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 24
@@ -317,7 +324,7 @@ def test_grey_of_more_than_8_bits_has_one_white(tmp_path, most, white):
                 pixels[0, 1] = most
             file = tmp_path / "pictures" / kind / f"{number}.png"
             Image.fromarray(pixels).save(file)
-    dataset = data.load(str(tmp_path / "pictures"), data_dir=tmp_path / "kept")
+    dataset = datasets.load(str(tmp_path / "pictures"), data_dir=tmp_path / "kept")
     assert dataset.white == white
     assert f"in images of more than 8 bits {white} is white" in dataset.notes
     parts = dataset.train, dataset.validation, dataset.test
@@ -335,7 +342,7 @@ def test_white_icons_are_seen_on_black(tmp_path):
             pixels[2 * kind : 2 * kind + 6, number : number + 9, 3] = 255
             file = tmp_path / "icons" / str(kind) / f"{number}.png"
             Image.fromarray(pixels).save(file)
-    dataset = data.load(str(tmp_path / "icons"), data_dir=tmp_path / "kept")
+    dataset = datasets.load(str(tmp_path / "icons"), data_dir=tmp_path / "kept")
     assert dataset.background == "black"
     assert "black shows through transparency" in dataset.notes
     assert (np.ptp(dataset.train.images, axis=(1, 2, 3)) > 200).all()
@@ -346,7 +353,7 @@ def test_blank_and_contradictory_images_are_named(tmp_path):
     folder = shapes(tmp_path / "pictures", kinds=3, each=6)
     Image.new("L", (24, 20), 77).save(folder / "group0" / "kind0" / "blank.png")
     shutil.copy(folder / "group0/kind0/0.png", folder / "group1/kind1/same.png")
-    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    dataset = datasets.load(str(folder), data_dir=tmp_path / "kept")
     assert dataset.skipped == (
         "group0/kind0/blank.png: blank: all of its pixels are the same",
         "2 copies of an image: it is in group0/kind0, group1/kind1",
@@ -356,7 +363,7 @@ def test_blank_and_contradictory_images_are_named(tmp_path):
     for file in folder.rglob("*.*"):
         Image.new("L", (24, 20), 77).save(file)
     with pytest.raises(ValueError, match="none of 20 images can be used: blank"):
-        data.load(str(folder), data_dir=tmp_path / "kept")
+        datasets.load(str(folder), data_dir=tmp_path / "kept")
 
 
 def test_training_runs_within_the_data_are_left_out(tmp_path):
@@ -366,7 +373,7 @@ def test_training_runs_within_the_data_are_left_out(tmp_path):
     for name in ("config.json", "metrics.jsonl"):
         (run / name).write_text("{}")
     shutil.copy(folder / "group0/kind0/0.png", run / "neighbors.png")
-    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    dataset = datasets.load(str(folder), data_dir=tmp_path / "kept")
     assert dataset.label_names == ("group0/kind0", "group1/kind1")
     assert dataset.skipped == ()
     told = "directories of training runs are left out: runs/pictures"
@@ -389,13 +396,13 @@ def test_which_folders_are_classes(tmp_path, files, names, why):
         for copy in range(2):
             pixels = np.arange(480).reshape(20, 24) % (50 + 7 * number + copy)
             Image.fromarray(np.uint8(pixels)).save(f"{path}{copy}.png")
-    dataset = data.load(str(tmp_path / "pictures"), data_dir=tmp_path / "kept")
+    dataset = datasets.load(str(tmp_path / "pictures"), data_dir=tmp_path / "kept")
     assert dataset.label_names == names
     assert (why is None) == (len(dataset.notes) == 1)
     if why is not None:
         assert why in dataset.notes[0]
     for level in ("top", "leaf"):
-        dataset = data.load(
+        dataset = datasets.load(
             str(tmp_path / "pictures"), classes_from=level, data_dir=tmp_path / "kept"
         )
         depth = {name.count("/") for name in dataset.label_names}
@@ -413,7 +420,7 @@ def test_files_that_cannot_be_opened_are_named_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr("io.open", refused)
     monkeypatch.setattr("builtins.open", refused)
-    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    dataset = datasets.load(str(folder), data_dir=tmp_path / "kept")
     assert len(dataset.skipped) == 2
     assert all("0.png is not for you" in words for words in dataset.skipped)
 
@@ -422,7 +429,7 @@ def test_names_that_are_not_utf8(tmp_path):
     folder = shapes(tmp_path / "pictures", kinds=2, each=4)
     one = folder / "group0" / "kind0"
     one.rename(os.fsdecode(os.fsencode(one.parent) + b"/caf\xe9"))
-    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    dataset = datasets.load(str(folder), data_dir=tmp_path / "kept")
     assert dataset.label_names == ("group0/caf\ufffd", "group1/kind1")
 
 
@@ -430,10 +437,10 @@ def test_parts_of_a_dataset_are_not_classes(tmp_path):
     for part in ("train", "val"):
         shapes(tmp_path / "pictures" / part, kinds=2, each=4)
     with pytest.raises(ValueError, match=r"holds train and val.*Give one of them"):
-        data.load(str(tmp_path / "pictures"), data_dir=tmp_path / "kept")
+        datasets.load(str(tmp_path / "pictures"), data_dir=tmp_path / "kept")
     # One alone may be called so.
     shutil.rmtree(tmp_path / "pictures" / "val")
-    assert len(data.load(str(tmp_path / "pictures")).label_names) == 2
+    assert len(datasets.load(str(tmp_path / "pictures")).label_names) == 2
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -442,7 +449,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     for name in ("group0", "group1"):
         (tmp_path / "links" / name).symlink_to(folder / name)
     (folder / "group0" / "back").symlink_to(tmp_path / "links")
-    dataset = data.load(str(tmp_path / "links"), data_dir=tmp_path / "kept")
+    dataset = datasets.load(str(tmp_path / "links"), data_dir=tmp_path / "kept")
     assert len(dataset.label_names) == 8
     assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 32
 
@@ -452,7 +459,7 @@ def test_a_class_of_one_image_is_trained_on(tmp_path):
     (folder / "single").mkdir()
     drawn = np.arange(480, dtype=np.uint16).reshape(20, 24) // 2
     Image.fromarray(np.uint8(drawn)).save(folder / "single" / "a.png")
-    dataset = data.load(str(folder), data_dir=tmp_path / "kept")
+    dataset = datasets.load(str(folder), data_dir=tmp_path / "kept")
     label = dataset.label_names.index("single")
     assert (dataset.train.labels == label).sum() == 1
 
@@ -462,7 +469,7 @@ def test_small_classes_share_what_is_held_out(each):
     labels = np.repeat(np.arange(400), each)
     images = np.random.default_rng(0).integers(0, 256, (len(labels), 9), dtype=np.uint8)
     digests = np.array([image_cache.digest_of(image) for image in images])
-    parts = data._held_out_images(labels, digests, "images")
+    parts = splits.held_out_images(labels, digests, "images")
     train, validation, test = parts
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(400 * each))
     assert np.bincount(labels[train], minlength=400).min() >= min(2, each)
@@ -471,12 +478,12 @@ def test_small_classes_share_what_is_held_out(each):
         return
     # Four images give one of 0.6 to the test by rounding, three one of 0.45 by chance.
     assert abs(len(test) - (400 if each == 4 else 180)) < 40
-    assert abs(len(validation) - data.VALIDATION * len(labels)) < 40
+    assert abs(len(validation) - splits.VALIDATION * len(labels)) < 40
     for part in (test, validation):
         assert np.bincount(labels[part]).max() == 1
     # What other classes there are does not matter.
     few = labels < 50
-    fewer = data._held_out_images(labels[few], digests[few], "images")
+    fewer = splits.held_out_images(labels[few], digests[few], "images")
     for part, one in zip(parts, fewer):
         np.testing.assert_array_equal(one, part[labels[part] < 50])
 
@@ -498,7 +505,7 @@ def test_folders_that_cannot_be_trained_on(tmp_path, content):
             file.write_bytes(b"broken")
         words = "none of 4 images could be read"
     with pytest.raises(ValueError, match=words):
-        data.load(str(folder), data_dir=tmp_path / "kept")
+        datasets.load(str(folder), data_dir=tmp_path / "kept")
 
 
 def test_images_are_made_into_one_shape_without_distortion():
@@ -557,13 +564,13 @@ def test_the_shape_is_that_of_the_median_image():
 
 
 def test_datasets_of_the_catalogue():
-    expected = data.load("digits")
-    dataset = data.load("tfds:digits:test")
+    expected = datasets.load("digits")
+    dataset = datasets.load("tfds:digits:test")
     assert dataset.label_names == expected.label_names
     parts = (dataset.train, dataset.validation, dataset.test)
     every = [image.tobytes() for part in parts for image in part.images]
     assert sorted(every) == sorted(image.tobytes() for image in expected.test.images)
-    whole = data.load("tfds:digits")
+    whole = datasets.load("tfds:digits")
     assert len(whole.train) + len(whole.validation) + len(whole.test) == 1797
 
 
@@ -600,7 +607,7 @@ class EncodedPictures(tfds.core.GeneratorBasedBuilder):
 def test_encoded_images_of_the_catalogue(tmp_path):
     builder = EncodedPictures(data_dir=tmp_path, file_format="array_record")
     image_cache.prepare(builder)
-    dataset = data.load("tfds:encoded_pictures", data_dir=tmp_path)
+    dataset = datasets.load("tfds:encoded_pictures", data_dir=tmp_path)
     assert dataset.label_names == ("dark", "bright")
     assert dataset.train.images.shape[1:] == (12, 11, 3)
     for part in (dataset.train, dataset.validation, dataset.test):
@@ -622,15 +629,15 @@ def test_encoded_images_of_the_catalogue(tmp_path):
 def test_the_catalogue_does_not_wait_for_the_network(name, error, words):
     start = time.perf_counter()
     with pytest.raises(error, match=words):
-        data.load(name)
+        datasets.load(name)
     assert time.perf_counter() - start < 20
 
 
 def test_images_that_do_not_fit_in_memory_stay_on_disk(tmp_path):
     folder = str(shapes(tmp_path / "pictures", each=6))
     options = {"kind": "characters", "data_dir": tmp_path / "kept"}
-    whole = data.load(folder, **options)
-    on_disk = data.load(folder, **options, in_memory=100)
+    whole = datasets.load(folder, **options)
+    on_disk = datasets.load(folder, **options, in_memory=100)
     assert on_disk.key == whole.key
     for part in ("train", "validation", "test"):
         one, two = getattr(whole, part), getattr(on_disk, part)
@@ -669,7 +676,7 @@ def test_triplets_of_a_file(tmp_path):
     lines += [f"{kinds[1][0]},{absolute},x,nowhere.png"]
     file = write_triplets(tmp_path / "t.csv", ["Negative,anchor,why,POSITIVE", *lines])
     for _ in range(2):
-        triplets = data.load_triplets(file, data_dir=tmp_path / "kept")
+        triplets = triplet_files.load_triplets(file, data_dir=tmp_path / "kept")
         assert triplets.left_out == 2
         named = [line.split(":")[0] for line in triplets.skipped]
         assert named == ["nowhere.png", "pictures/broken.png"]
@@ -710,7 +717,7 @@ def test_triplets_of_a_file(tmp_path):
 def test_files_that_are_no_triplets(tmp_path, lines, words):
     file = write_triplets(tmp_path / "t.csv", lines)
     with pytest.raises(ValueError, match=words):
-        data.load_triplets(file, data_dir=tmp_path / "kept")
+        triplet_files.load_triplets(file, data_dir=tmp_path / "kept")
 
 
 def test_broken_images_of_all_triplets(tmp_path):
@@ -719,7 +726,7 @@ def test_broken_images_of_all_triplets(tmp_path):
         Image.fromarray(drawn).save(tmp_path / f"{name}.png")
     file = write_triplets(tmp_path / "t.csv", ["a.png,b.png,c.png"])
     with pytest.raises(ValueError, match="no triplet of which all images can be read"):
-        data.load_triplets(file, data_dir=tmp_path / "kept")
+        triplet_files.load_triplets(file, data_dir=tmp_path / "kept")
 
 
 # Batches.

@@ -25,18 +25,23 @@ import tripletjax as tj
 from tripletjax import learn
 from tripletjax.learn import (
     augment,
-    data,
+    datasets,
+    defaults,
     image_analysis,
     models,
+    objectives,
     plots,
+    record,
     runs,
     sampling,
     tasks,
     training,
 )
 from tripletjax.learn.checkpoints import Checkpoints
+from tripletjax.learn.embedder import as_floats
+from tripletjax.learn.record import RunRecord
 
-pytestmark = pytest.mark.usefixtures("datasets")
+pytestmark = pytest.mark.usefixtures("own_data_dir")
 
 
 def small(**options):
@@ -44,8 +49,12 @@ def small(**options):
     return runs.Config(**settings | {"learning_rate": 1e-2, "ema_decay": 0.5} | options)
 
 
+def requested_of(out):
+    return record.options_of(RunRecord.read(out).requested)
+
+
 @pytest.fixture(scope="module")
-def finished(datasets, tmp_path_factory):
+def finished(own_data_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "small"
     with as_users_compile():
         return out, runs.run(small(), out, progress=False)
@@ -71,7 +80,7 @@ def test_what_is_lazy_is_there():
         assert getattr(learn, name) is not None
         assert name in dir(learn)
     assert learn.Config is runs.Config
-    assert tuple(training.MINING) == learn.config.MINING
+    assert tuple(objectives.MINING) == learn.config.MINING
     with pytest.raises(AttributeError, match="no attribute 'fits'"):
         _ = learn.fits
 
@@ -310,8 +319,8 @@ def test_a_run_leaves_everything_behind(finished):
         "training.png",
         "neighbors.png",
     }
-    config = json.loads((out / "config.json").read_text())
-    assert config["steps"] == 20
+    made = RunRecord.read(out)
+    assert (made.requested, made.plan.steps) == (small(), 20)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["evaluations"] == evaluations
     assert summary["counts"] == {
@@ -321,7 +330,7 @@ def test_a_run_leaves_everything_behind(finished):
         "skipped": 0,
     }
     count = sum(
-        x.size for x in jax.tree.leaves(nnx.state(runs.build_model(config), nnx.Param))
+        x.size for x in jax.tree.leaves(nnx.state(runs.build_model(made), nnx.Param))
     )
     assert summary["parameters"] == count
     lines = (out / "metrics.jsonl").read_text().splitlines()
@@ -352,18 +361,18 @@ def test_training_helps(finished):
 def test_the_embedder_is_the_trained_model(finished):
     out, evaluations = finished
     embed = learn.load_embedder(out)
-    dataset = data.load("digits")
+    dataset = datasets.load("digits")
     embeddings = embed(dataset.test.images[..., 0])
     np.testing.assert_array_equal(embeddings, embed(dataset.test.images))
     np.testing.assert_allclose(jnp.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
-    assert tasks.Classes(dataset).evaluate(embed) == evaluations["trained"]
+    assert tasks.LabelTask(dataset).evaluate(embed) == evaluations["trained"]
     with pytest.raises(FileNotFoundError, match="no trained model"):
         learn.load_embedder(out / "checkpoints")
 
 
 def test_the_embedder_takes_images_of_any_kind(finished, tmp_path):
     embed = learn.load_embedder(finished[0])
-    images = data.load("digits").test.images[:6]
+    images = datasets.load("digits").test.images[:6]
     expected = embed(images)
     large = np.repeat(np.repeat(images, 3, axis=1), 3, axis=2)
     np.testing.assert_allclose(
@@ -410,7 +419,7 @@ def test_a_run_is_repeatable(finished, tmp_path):
 
 
 def digits_batches():
-    train = data.load("digits").train
+    train = datasets.load("digits").train
     return sampling.ImageBatches(train.images, train.labels, 10, 4)
 
 
@@ -426,16 +435,16 @@ def assert_same_model(one, two):
     assert all(jax.tree.leaves(same))
 
 
-@pytest.mark.parametrize("mining", unless_slow(training.MINING, ["hard"]))
+@pytest.mark.parametrize("mining", unless_slow(objectives.MINING, ["hard"]))
 def test_every_mining_trains(mining):
-    start = training.mined_loss("all")
-    _, lines = trained(loss=[(0, start), (10, training.mined_loss(mining))])
+    start = objectives.mined_loss("all")
+    _, lines = trained(loss=[(0, start), (10, objectives.mined_loss(mining))])
     assert [line["step"] for line in lines] == [10, 20]
     assert all(0 <= line["active"] <= 1 and line["spread"] > 0.05 for line in lines)
 
 
 def test_losses_follow_one_another():
-    every, hard = (training.mined_loss(mining) for mining in ("all", "hard"))
+    every, hard = (objectives.mined_loss(mining) for mining in ("all", "hard"))
     one, _ = trained(10, loss=every)
     two, _ = trained(20, loss=[(0, every), (10, hard)])
     for steps, loss, same in ((10, [(0, every), (10, hard)], one), (20, hard, None)):
@@ -457,7 +466,7 @@ def test_a_loss_without_metrics_and_what_is_no_loss():
     for chunk in (None, 8):
         model, lines = trained(10, loss=loss, embed_chunk_size=chunk)
         expected, _ = trained(
-            10, loss=training.mined_loss("semi-hard"), embed_chunk_size=chunk
+            10, loss=objectives.mined_loss("semi-hard"), embed_chunk_size=chunk
         )
         assert lines[0].keys() == {"step", "loss", "spread"}
         assert_same_model(model, expected)
@@ -541,7 +550,7 @@ def test_models_with_statistics_and_dropout_go_on_where_they_stopped(tmp_path, c
     assert rest == [{"step": 5, "resumed": True, "damaged": []}, *lines[1:]]
     assert_same_model(again, whole)
     # For use, not for training.
-    images = data.load("digits").test.images[:50]
+    images = datasets.load("digits").test.images[:50]
     one, two = (training.embed_images(again, images) for _ in range(2))
     np.testing.assert_array_equal(one, two)
 
@@ -580,9 +589,7 @@ def test_floats_from_0_to_1_stay_as_they_are():
         training.embed_images(model, np.float32(images) / 255),
         atol=1e-5,
     )
-    np.testing.assert_array_equal(
-        training.as_floats(jnp.ones(2, jnp.bfloat16)), jnp.ones(2)
-    )
+    np.testing.assert_array_equal(as_floats(jnp.ones(2, jnp.bfloat16)), jnp.ones(2))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_last_checkpoint(tmp_path):
@@ -620,7 +627,7 @@ def test_collapse_is_told():
         )
 
 
-def test_signals_between_two_lines_are_the_callers(datasets):
+def test_signals_between_two_lines_are_the_callers(own_data_dir):
     before = signal.getsignal(signal.SIGINT)
     model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
     lines = training.fit(
@@ -799,11 +806,11 @@ def with_images(shape, kinds, each):
     images = (
         patterns[labels] + np.uint8(np.arange(len(labels)) % 9)[:, None, None, None]
     )
-    train = data.Images(images, labels)
+    train = datasets.Images(images, labels)
     none = train.part(slice(0))
     names = tuple(map(str, range(kinds)))
     kind = "photos" if shape[-1] == 3 else "characters"
-    return data.Dataset("some", train, none, none, names, key="", kind=kind)
+    return datasets.Dataset("some", train, none, none, names, key="", kind=kind)
 
 
 @pytest.mark.parametrize(
@@ -826,27 +833,32 @@ def with_images(shape, kinds, each):
     ],
 )
 def test_choices_by_the_data(shape, kinds, each, expected):
-    config, _ = tasks.Classes(with_images(shape, kinds, each)).choose(runs.Config())
-    names = ("model", "classes", "per_class", "rotation_classes", "channels")
-    assert tuple(getattr(config, name) for name in names) == expected
-    assert config.augment.flip == (shape[-1] == 3)
+    plan, _ = tasks.LabelTask(with_images(shape, kinds, each)).plan(runs.Config())
+    of = plan.batches
+    made = (plan.model, of.classes, of.per_class, of.rotation_classes, plan.channels)
+    assert made == expected
+    assert plan.augment.flip == (shape[-1] == 3)
+    assert plan.embed_chunk_size == of.size
+    assert None not in dataclasses.asdict(plan).values()
     own = runs.Config(
         model="multiscale", classes=2, per_class=3, rotation_classes=1, steps=5
     )
-    kept, _ = tasks.Classes(with_images(shape, kinds, each)).choose(own)
-    assert (kept.model, kept.classes, kept.per_class) == ("multiscale", 2, 3)
-    assert (kept.rotation_classes, kept.steps) == (1, 5)
+    kept, _ = tasks.LabelTask(with_images(shape, kinds, each)).plan(own)
+    assert (kept.model, kept.steps) == ("multiscale", 5)
+    of = kept.batches
+    assert (of.classes, of.per_class, of.rotation_classes) == (2, 3, 1)
 
 
 def test_mirrored_classes_are_not_mirrored_at_random():
-    task = tasks.Classes(with_images((64, 64, 3), 40, 5))
-    assert task.choose(runs.Config(rotation_classes=4))[0].augment.flip
-    assert not task.choose(runs.Config(rotation_classes=8))[0].augment.flip
-    grey = tasks.Classes(with_images((32, 32, 1), 40, 5))
-    assert grey.choose(runs.Config())[0].rotation_classes == 8
-    assert grey.choose(runs.Config(augment=tasks.GREY))[0].rotation_classes == 8
+    task = tasks.LabelTask(with_images((64, 64, 3), 40, 5))
+    assert task.plan(runs.Config(rotation_classes=4))[0].augment.flip
+    assert not task.plan(runs.Config(rotation_classes=8))[0].augment.flip
+    grey = tasks.LabelTask(with_images((32, 32, 1), 40, 5))
+    assert grey.plan(runs.Config())[0].batches.rotation_classes == 8
+    drawn = runs.Config(augment=defaults.CHARACTERS)
+    assert grey.plan(drawn)[0].batches.rotation_classes == 8
     with pytest.raises(ValueError, match=r"rotation_classes is 8.*augment mirrors"):
-        grey.choose(runs.Config(augment=tasks.PHOTOS, rotation_classes=8))
+        grey.plan(runs.Config(augment=defaults.PHOTOS, rotation_classes=8))
 
 
 def faces(people, each, *, place=(20, 12), size=24, seed=0, noise=5):
@@ -891,13 +903,13 @@ def test_photographs_are_seen_where_classes_differ(tmp_path):
         Image.fromarray(image[..., 0]).save(file)
     config = small(data=str(tmp_path / "people"), kind="photos", steps=2)
     runs.run(config, tmp_path / "run", progress=False)
-    settings = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (settings["model"], settings["head"]) == ("photo", "grid")
-    assert settings["mirror"]
-    assert settings["shape"] == [64, 48, 1]
-    top, _, bottom, _ = settings["box"]
+    made = RunRecord.read(tmp_path / "run")
+    assert (made.plan.model, made.plan.head) == ("photo", "grid")
+    assert made.plan.mirror
+    assert made.images.shape == (64, 48, 1)
+    top, _, bottom, _ = made.plan.box
     assert bottom - top < 0.7
-    assert any("what is seen is" in note for note in settings["notes"])
+    assert any("what is seen is" in note for note in made.notes)
     embed = learn.load_embedder(tmp_path / "run")
     one = np.asarray(embed(images[:2]))
     np.testing.assert_allclose(np.linalg.norm(one, axis=1), 1, rtol=1e-5)
@@ -928,7 +940,7 @@ def test_symmetric_classes_are_not_turned(drawn, turns):
 def test_a_run_is_not_gone_on_with_by_accident(finished, tmp_path):
     out, evaluations = finished
     assert runs.run(small(), out, resume=True) == evaluations
-    with pytest.raises(ValueError, match="made otherwise: seed was 0 and is 1"):
+    with pytest.raises(ValueError, match="another configuration: seed was 0, got 1"):
         runs.run(small(seed=1), out, resume=True)
     (tmp_path / "notes.txt").write_text("precious")
     with pytest.raises(runs.RunExistsError, match="not the directory of a run"):
@@ -1004,27 +1016,27 @@ def test_queries_have_somebody_to_find(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_margin_that_cannot_be_reached_is_named(tmp_path, datasets):
+def test_a_margin_that_cannot_be_reached_is_named(tmp_path, own_data_dir):
     runs.run(small(margin=5.0, steps=1), tmp_path / "run", progress=False)
-    notes = json.loads((tmp_path / "run" / "config.json").read_text())["notes"]
+    notes = RunRecord.read(tmp_path / "run").notes
     assert any("no triplet can satisfy a margin of 5" in note for note in notes)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("exact")
-def test_a_finished_run_is_lengthened(tmp_path, datasets):
+def test_a_finished_run_is_lengthened(tmp_path, own_data_dir):
     out = tmp_path / "run"
     runs.run(small(steps=4, checkpoint_every=2), out, progress=False)
     longer = small(steps=8, checkpoint_every=2)
     runs.run(longer, out, resume=True, progress=False)
     assert steps_of(out) == 8
-    settings = json.loads((out / "config.json").read_text())
-    assert settings["steps"] == settings["asked"]["steps"] == 8
-    assert "lengthened from 4 to 8 steps" in settings["notes"][-1]
+    made = RunRecord.read(out)
+    assert made.plan.steps == made.requested.steps == 8
+    assert "lengthened from 4 to 8 steps" in made.notes[-1]
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if x.get("evaluation") == "trained"] == [8]
     # It stays so long, also without its options.
-    again = runs.Config(**runs.asked_of(out))
+    again = runs.Config(**requested_of(out))
     assert again == longer
     with pytest.raises(ValueError, match=r"8 steps, got steps 6.*not shortened"):
         runs.run(small(steps=6, checkpoint_every=2), out, resume=True, progress=False)
@@ -1038,14 +1050,14 @@ def test_a_run_goes_on_without_its_options_and_with_moved_data(tmp_path):
     evaluations = runs.run(config, out, progress=False)
     (out / "summary.json").unlink()
     folder.rename(tmp_path / "moved")
-    asked = runs.asked_of(out)
-    assert asked["steps"] == 4
-    moved = runs.Config(**asked | {"data": str(tmp_path / "moved")})
+    requested = requested_of(out)
+    assert requested["steps"] == 4
+    moved = runs.Config(**requested | {"data": str(tmp_path / "moved")})
     assert moved == dataclasses.replace(config, data=str(tmp_path / "moved"))
     assert runs.run(moved, out, resume=True, progress=False) == evaluations
     (out / "summary.json").unlink()
     # From now on it is found there.
-    again = runs.Config(**runs.asked_of(out))
+    again = runs.Config(**requested_of(out))
     assert runs.run(again, out, resume=True, progress=False) == evaluations
     # A run that has lost its states does not begin again without a word.
     (out / "summary.json").unlink()
@@ -1061,10 +1073,10 @@ def test_a_run_on_a_folder_with_broken_images(tmp_path):
     (folder / "group0" / "kind0" / "broken.png").write_bytes(b"")
     config = small(data=str(folder), steps=3, split="classes")
     evaluations = runs.run(config, tmp_path / "run", progress=False)
-    settings = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert settings["skipped"][0].startswith("group0/kind0/broken.png")
-    assert settings["model"] == "photo"
-    assert settings["shape"] == [30, 40, 3]
+    made = RunRecord.read(tmp_path / "run")
+    assert made.skipped[0].startswith("group0/kind0/broken.png")
+    assert made.plan.model == "photo"
+    assert made.images.shape == (30, 40, 3)
     assert "gallery_recall_at_1" not in evaluations["trained"]
     embed = learn.load_embedder(tmp_path / "run")
     assert embed([folder / "group0" / "kind0" / "0.png"]).shape == (1, 16)
@@ -1131,7 +1143,7 @@ def test_a_run_on_given_triplets(tmp_path):
 
 def test_the_loss_of_given_triplets_is_the_mean_of_theirs():
     x = jax.random.normal(jax.random.key(0), (12, 5))
-    loss, metrics = training.given_loss(margin=0.3)(x, None)
+    loss, metrics = objectives.given_loss(margin=0.3)(x, None)
     a, p, n = np.asarray(x, float).reshape(3, 4, 5)
     costs = np.linalg.norm(a - p, axis=1) - np.linalg.norm(a - n, axis=1) + 0.3
     np.testing.assert_allclose(loss, np.maximum(costs, 0).mean(), rtol=1e-5)
@@ -1144,8 +1156,8 @@ def test_a_run_on_images_that_do_not_fit_in_memory(tmp_path, monkeypatch):
     folder = shapes(tmp_path / "pictures", each=14)
     config = small(data=str(folder), steps=6, class_sampling="frequency")
     whole = runs.run(config, tmp_path / "one", progress=False)
-    less = functools.partial(data.load, in_memory=100)
-    monkeypatch.setattr(data, "load", less)
+    less = functools.partial(datasets.load, in_memory=100)
+    monkeypatch.setattr(datasets, "load", less)
     stored = runs.run(config, tmp_path / "two", progress=False)
     del whole["raw pixels"]
     assert stored == whole
@@ -1269,7 +1281,7 @@ def assert_same_run(one, two):
 
 
 @pytest.fixture(scope="module")
-def whole(datasets, tmp_path_factory):
+def whole(own_data_dir, tmp_path_factory):
     """A run that was never stopped."""
     out = tmp_path_factory.mktemp("whole") / "run"
     code, _, error = finish(out)

@@ -149,18 +149,18 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
-    from tripletjax.learn import augment, image_analysis, runs, tasks
+    from tripletjax.learn import augment, defaults, image_analysis, record, runs
     from tripletjax.learn.checkpoints import free_path
 
     out, resume = given.pop("out"), given.pop("resume")
     tensorboard = given.pop("tensorboard")
     options = {name: value for name, value in given.items() if value is not None}
     before = {}
-    if resume and out is not None and (out / "config.json").exists():
+    if resume and out is not None and (out / record.FILE).exists():
         try:
-            before = runs.asked_of(out)
-        except (OSError, ValueError, KeyError) as error:
-            parser.error(f"{out / 'config.json'} is of no run: {error!r}")
+            before = record.options_of(record.RunRecord.read(out).requested)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     of_triplets = "triplets" in (before | options)
     for name in OF_CLASSES if of_triplets else OF_TRIPLETS:
         if name in options:
@@ -168,7 +168,7 @@ def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
                 f"--{name.replace('_', '-')} is of no use "
                 f"{'with' if of_triplets else 'without'} --triplets"
             )
-    augments = {"none": augment.Augment(), "more": tasks.SCARCE_GREY}
+    augments = {"none": augment.Augment(), "more": defaults.SCARCE_CHARACTERS}
     if options.get("augment") in image_analysis.KINDS:
         options["kind"] = options.pop("augment")
     elif "augment" in options:

@@ -15,20 +15,30 @@ if TYPE_CHECKING:
 
 MODULES = (
     "augment",
+    "cache_folder",
     "checkpoints",
+    "class_folders",
     "config",
-    "data",
+    "datasets",
+    "defaults",
     "embedder",
     "evaluation",
     "image_analysis",
-    "models",
+    "image_cache",
     "image_io",
+    "metrics_log",
+    "models",
+    "objectives",
+    "plan",
     "plots",
+    "record",
     "runs",
     "sampling",
-    "image_cache",
+    "splits",
+    "steps",
     "tasks",
     "training",
+    "triplet_files",
 )
 # What is here for short, and where it is.
 NAMES = {

@@ -1,10 +1,11 @@
-"""What a run is made with."""
+"""What a run is asked to do."""
 
 import dataclasses
 
 from tripletjax.learn import models
 from tripletjax.learn.augment import Augment
 from tripletjax.learn.image_analysis import KINDS
+from tripletjax.learn.image_io import Box
 
 # What is held out, which of nested folders are classes, which triplets are trained on,
 # and how classes are drawn.
@@ -22,14 +23,14 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that a run depends on. What is None is chosen by the data.
+    """What a run is asked to do. What is None is chosen by the data (`plan.Plan`).
 
     Attributes:
-        data: name of the dataset, as `data.load` takes it.
-        triplets: a file of triplets to train on instead, as `data.load_triplets` takes
-            it.
+        data: name of the dataset, as `datasets.load` takes it.
+        triplets: a file of triplets to train on instead, as
+            `triplet_files.load_triplets` takes it.
         split: what is held out: images, or classes.
-        classes_from: which folders are classes, top or leaf, as in `data.load`.
+        classes_from: which folders are classes, top or leaf, as in `datasets.load`.
         kind: what the images are, photos or characters: what else is chosen follows.
         size: of what is seen of images, the longer side in pixels.
         box: the part of images that is seen: top, left, bottom and right, as shares of
@@ -50,7 +51,7 @@ class Config:
         triplets_per_batch: how many of the given triplets there are in a batch.
         learning_rate: at its peak.
         weight_decay: of AdamW.
-        ema_decay: how much of the averaged parameters a step keeps.
+        ema_decay: decay of the parameters' exponential moving average.
         dim: number of dimensions of the embedding.
         channels: number of channels of each stage of the network.
         stride: of the first convolution of a residual network.
@@ -68,7 +69,7 @@ class Config:
     classes_from: str | None = None
     kind: str | None = None
     size: int | None = None
-    box: tuple[float, float, float, float] | None = None
+    box: Box | None = None
     model: str | None = None
     head: str | None = None
     mirror: bool | None = None
@@ -111,15 +112,8 @@ class Config:
                     f"{name} must be one of {words}, got {getattr(self, name)!r}."
                 )
         for name in (
-            *(
-                "size",
-                "steps",
-                "dim",
-                "embed_chunk_size",
-                "triplets_per_batch",
-                "stride",
-            ),
-            *("log_every", "validate_every", "checkpoint_every"),
+            *("size", "steps", "dim", "stride", "embed_chunk_size"),
+            *("triplets_per_batch", "log_every", "validate_every", "checkpoint_every"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

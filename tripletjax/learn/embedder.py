@@ -5,11 +5,9 @@ It needs neither the data that it was trained on nor what reads data or draws.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +17,27 @@ from jax import Array
 from jax.typing import ArrayLike
 from PIL import Image
 
-from tripletjax.learn.augment import Augment
+from tripletjax.learn import record
 from tripletjax.learn.checkpoints import Checkpoints
-from tripletjax.learn.config import MODELS, Config
+from tripletjax.learn.config import MODELS
 from tripletjax.learn.image_io import ImageSpec, View, open_image, upright
 from tripletjax.learn.models import Standardized
+from tripletjax.learn.record import RunRecord
 
 
-def load_model(run_dir: str | Path) -> tuple[nnx.Module, dict[str, Any]]:
-    """The best model of a run, and the run's settings.
+def load_model(run_dir: str | Path) -> tuple[nnx.Module, RunRecord]:
+    """The best model of a run, and the record of the run.
 
     Raises:
         FileNotFoundError: if there is none yet.
+        ValueError: if the record is of another version.
     """
     run_dir = Path(run_dir).resolve()
-    for part in ("config.json", "best"):
+    for part in (record.FILE, "best"):
         if not (run_dir / part).exists():
             raise FileNotFoundError(f"no trained model in {run_dir}: no {part}.")
-    settings = json.loads((run_dir / "config.json").read_text())
-    model = build_model(settings)
+    made = RunRecord.read(run_dir)
+    model = build_model(made)
     best = Checkpoints(run_dir / "best", writable=False)
     found = best.restore(nnx.state(model))
     best.close()
@@ -45,10 +45,10 @@ def load_model(run_dir: str | Path) -> tuple[nnx.Module, dict[str, Any]]:
         raise FileNotFoundError(f"no trained model in {run_dir}: best is empty.")
     nnx.update(model, found[1])
     model.eval()
-    return model, settings
+    return model, made
 
 
-Pictures = ArrayLike | Sequence[np.ndarray | str | Path | Image.Image]
+ImageInputs = ArrayLike | Sequence[np.ndarray | str | Path | Image.Image]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +59,17 @@ class Embedder:
         model: from float images, as the network sees them, to unit vectors.
         shape: what every image is made into.
         view: the part of it that the network sees, all of it if None.
-        settings: what the run was made with.
+        record: what the run was made with.
     """
 
     model: nnx.Module
     shape: ImageSpec
     view: View | None
-    settings: dict[str, Any]
+    record: RunRecord
 
-    def __call__(self, images: Pictures) -> Array:
+    def __call__(self, images: ImageInputs) -> Array:
         """Unit vectors ``[n, d]`` of images of any kind."""
-        return self.of_shape(_ready(images, self.shape))
+        return self.of_shape(_to_batch(images, self.shape))
 
     def of_shape(self, images: np.ndarray) -> Array:
         """The same of images that have the shape, uint8 ``[n, height, width, c]``."""
@@ -92,13 +92,12 @@ def load_embedder(run_dir: str | Path) -> Embedder:
     Raises:
         FileNotFoundError: if there is no trained model.
     """
-    model, settings = load_model(run_dir)
-    shape = ImageSpec(*settings["shape"], settings["white"], settings["background"])
-    view = view_of(settings["shape"], config_of(settings))
-    return Embedder(model, shape, view, settings)
+    model, made = load_model(run_dir)
+    view = made.plan.view_of(made.images.shape)
+    return Embedder(model, made.images.spec, view, made)
 
 
-def _ready(images: Pictures, shape: ImageSpec) -> np.ndarray:
+def _to_batch(images: ImageInputs, shape: ImageSpec) -> np.ndarray:
     """Images of any kind as uint8 ``[n, height, width, channels]``."""
     if isinstance(images, str | Path | Image.Image):
         raise TypeError("images must be several, got one; put it into a list.")
@@ -136,43 +135,24 @@ def _picture(image: ArrayLike | str | Path | Image.Image) -> Image.Image:
     return Image.fromarray(image)
 
 
-def build_model(settings: dict[str, Any]) -> nnx.Module:
-    """The untrained model of a run's settings."""
-    config = config_of(settings)
-    shape = settings["shape"]
-    view = view_of(shape, config)
+def build_model(made: RunRecord) -> Standardized:
+    """The untrained model of a run."""
+    plan, shape = made.plan, made.images.shape
+    view = plan.view_of(shape)
     height, width = shape[:2] if view is None else (view.height, view.width)
     options = {
-        "resnet": {"stride": config.stride},
-        "photo": {"size": (height, width), "head": config.head},
+        "resnet": {"stride": plan.stride},
+        "photo": {"size": (height, width), "head": plan.head},
     }
-    model = MODELS[config.model](
-        config.dim,
-        channels=config.channels,
+    model = MODELS[plan.model](
+        plan.dim,
+        channels=plan.channels,
         in_channels=shape[-1],
-        dtype=jnp.bfloat16 if config.bfloat16 else None,
-        rngs=nnx.Rngs(config.seed),
-        **options.get(config.model, {}),
+        dtype=jnp.bfloat16 if plan.bfloat16 else None,
+        rngs=nnx.Rngs(plan.seed),
+        **options.get(plan.model, {}),
     )
-    return Standardized(
-        model, settings["mean"], settings["deviation"], mirror=config.mirror
-    )
-
-
-def config_of(settings: dict[str, Any]) -> Config:
-    """The configuration in the settings of a run, with all its choices."""
-    values = {field.name: settings[field.name] for field in dataclasses.fields(Config)}
-    values["augment"] = Augment(**values["augment"])
-    values["channels"] = tuple(values["channels"])
-    values["box"] = values["box"] and tuple(values["box"])
-    return Config(**values)
-
-
-def view_of(shape: Sequence[int], config: Config) -> View | None:
-    """What the network sees of images ``height, width, channels``."""
-    if config.box is None:
-        return None
-    return View.of(shape, config.box, config.size)
+    return Standardized(model, made.images.mean, made.images.std, mirror=plan.mirror)
 
 
 @functools.partial(jax.jit, static_argnames="graph")

@@ -23,9 +23,11 @@ from jax import Array
 from tqdm import tqdm
 
 import tripletjax as tj
-from tripletjax.learn import data, image_io, plots, runs
+from tripletjax.learn import image_io, plots
+from tripletjax.learn.class_folders import find_classes, printable
 from tripletjax.learn.embedder import Embedder, load_embedder
 from tripletjax.learn.image_cache import digest_of
+from tripletjax.learn.record import write_text
 
 KS = (1, 2, 4, 8)
 # Of these, those that there are enough pairs for.
@@ -78,7 +80,7 @@ def evaluate(
         folder: one folder of images per class.
         out: where ``report.json``, ``roc.png``, ``distances.png`` and
             ``neighbors.png`` are written, if anywhere: a new or empty directory.
-        classes_from: which of nested folders are classes, as in `data.load`.
+        classes_from: which of nested folders are classes, as in `datasets.load`.
         progress: whether to show a progress bar.
 
     Returns:
@@ -100,7 +102,7 @@ def evaluate(
             raise FileExistsError(f"{out} is there and is no empty directory.")
     embedder = load_embedder(run_dir)
     found = embed_folder(embedder, folder, classes_from=classes_from, progress=progress)
-    notes, known = [*found.notes], {*embedder.settings["label_names"]}
+    notes, known = [*found.notes], {*embedder.record.label_names}
     if both := sorted(known & {*found.names}):
         notes.append(
             f"{len(both)} classes have names of classes that the run was trained on, "
@@ -143,7 +145,7 @@ def embed_folder(
     Raises:
         ValueError: if it has fewer than two classes that can be read.
     """
-    found = data.find_classes(folder, classes_from)
+    found = find_classes(folder, classes_from)
     draw = np.random.default_rng(0)
     shown = {*draw.permutation(len(found.files))[:GALLERY].tolist()}
     x, kept, digests, images, skipped = [], [], [], {}, []
@@ -156,7 +158,7 @@ def embed_folder(
             whole = []
             for place, image in zip(places, read):
                 if isinstance(image, OSError):
-                    skipped.append(f"{data.printable(found.paths[place])}: {image}")
+                    skipped.append(f"{printable(found.paths[place])}: {image}")
                     continue
                 kept.append(place)
                 whole.append(image)
@@ -167,7 +169,7 @@ def embed_folder(
                 x.append(np.asarray(embedder.of_shape(np.stack(whole))))
             bar.update(len(places))
     names, labels = np.unique(
-        [data.printable(found.classes[place]) for place in kept], return_inverse=True
+        [printable(found.classes[place]) for place in kept], return_inverse=True
     )
     if len(names) < 2:
         raise ValueError(
@@ -281,7 +283,7 @@ def write_report(report: dict[str, Any], file: Path) -> None:
     """
     check_replaceable(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_text(file, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text(file, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_replaceable(file: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from tripletjax.learn.image_io import WHOLE, Box
+
 # Of a photograph, at least this share of the pixels is in smooth, changing tones. In
 # the median image of drawings, scans and icons it is below a tenth.
 TONES = 0.15
@@ -39,12 +41,9 @@ class Layout:
         why: what the box was chosen by.
     """
 
-    box: tuple[float, float, float, float]
+    box: Box
     aligned: bool
     why: str
-
-
-WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
 def tone_share(image: Image.Image) -> float:
@@ -125,8 +124,13 @@ def layout_of(images: np.ndarray, labels: np.ndarray) -> Layout:
     )
     # A network makes use of a little of what lies around, too.
     top, left, bottom, right = box
-    wider = max(0, top - 1), max(0, left - 1), bottom + 1, right + 1
-    return Layout(tuple(min(cell / CELLS, 1.0) for cell in wider), True, told)
+    wider = (
+        max(0, top - 1) / CELLS,
+        max(0, left - 1) / CELLS,
+        min((bottom + 1) / CELLS, 1.0),
+        min((right + 1) / CELLS, 1.0),
+    )
+    return Layout(wider, True, told)
 
 
 def most_turns(images: np.ndarray, labels: np.ndarray) -> int:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
-from tripletjax.learn import kept
+from tripletjax.learn import cache_folder
 from tripletjax.learn.image_analysis import kind_of, tone_share
 from tripletjax.learn.image_io import (
     FRAMES,
@@ -36,6 +37,10 @@ from tripletjax.learn.image_io import (
     white_of,
 )
 
+# Of how images are decoded; another number makes them be decoded again.
+FORMAT = 5
+# Images of more bytes than this stay on disk.
+IN_MEMORY = 2**31
 # So many pictures are looked at for their size and for colour.
 LOOK = 256
 # So many images are read from disk, or decoded, at a time, where all are.
@@ -90,6 +95,10 @@ class StoredImages:
         return dataclasses.replace(self, shape=shape, view=view)
 
 
+# uint8 ``[n, height, width, channels]``: in memory, or on disk if they do not fit.
+ImageArray = np.ndarray | StoredImages
+
+
 @dataclasses.dataclass(frozen=True)
 class DecodedImages:
     """What became of some pictures.
@@ -106,7 +115,7 @@ class DecodedImages:
         notes: what else is worth telling of them.
     """
 
-    images: np.ndarray | StoredImages
+    images: ImageArray
     digests: list[str]
     kept: list[int]
     skipped: dict[int, str]
@@ -115,6 +124,31 @@ class DecodedImages:
     white: float
     background: str
     notes: tuple[str, ...]
+
+
+def files_key(
+    files: Sequence[Path], names: Sequence[str], size: int | None, kind: str | None
+) -> str:
+    """A digest of what files hold, and of their names."""
+
+    def content(file: Path) -> bytes:
+        try:
+            with file.open("rb") as opened:
+                return hashlib.file_digest(opened, "blake2b").digest()
+        except OSError:
+            # It is named when it is to be decoded.
+            return b"none"
+
+    digest = hashlib.blake2b(str((FORMAT, size, kind)).encode(), digest_size=16)
+    with ThreadPoolExecutor() as pool:
+        for name, one in zip(names, pool.map(content, files)):
+            digest.update(os.fsencode(name) + b"\0" + one)
+    return digest.hexdigest()
+
+
+def cache_directory(data_dir: str | Path | None, key: str) -> Path:
+    """Where decoded images of this key are, or are to be."""
+    return Path(data_dir or tfds.core.constants.DATA_DIR) / "tripletjax" / key
 
 
 def decode_and_cache(
@@ -144,7 +178,7 @@ def decode_and_cache(
     Raises:
         ValueError: if none can be read.
     """
-    tidied = kept.hold(directory)
+    tidied = cache_folder.hold(directory)
     builder = ImageCacheBuilder(
         pictures=pictures,
         open_picture=open_picture,
@@ -167,7 +201,7 @@ def decode_and_cache(
     )
     if np.prod(images.shape, dtype=float) <= in_memory:
         images = images[:]
-    tidied += kept.tidy(directory, f"{source}, size {size}, kind {kind}")
+    tidied += cache_folder.tidy(directory, f"{source}, size {size}, kind {kind}")
     return DecodedImages(
         images,
         digests,

@@ -155,27 +155,27 @@ class ImageSpec:
         return whole
 
 
+# Top, left, bottom and right of a part of an image, as shares of height and width.
+Box = tuple[float, float, float, float]
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
     """What a network sees of images of one shape: a part, at another size.
 
     Attributes:
-        box: top, left, bottom and right of the part, as shares of height and width.
+        box: the part.
         height: of what is seen, in pixels.
         width: likewise.
     """
 
-    box: tuple[float, float, float, float]
+    box: Box
     height: int
     width: int
 
     @classmethod
-    def of(
-        cls,
-        shape: Sequence[int],
-        box: tuple[float, float, float, float],
-        size: int,
-    ) -> "View":
+    def of(cls, shape: Sequence[int], box: Box, size: int) -> "View":
         """A box of images ``height, width``, its longer side `size` pixels."""
         top, left, bottom, right = box
         height, width = (bottom - top) * shape[0], (right - left) * shape[1]

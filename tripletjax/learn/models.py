@@ -350,12 +350,12 @@ class _Layer(nnx.Module):
 
 
 class Standardized(nnx.Module):
-    """A model whose images have mean 0 and deviation 1.
+    """A model whose images have mean 0 and standard deviation 1.
 
     Args:
         model: from images to unit vectors.
         mean: of each channel.
-        deviation: likewise.
+        std: likewise, the standard deviation.
         mirror: whether, after training, an embedding is the mean of an image's and its
             mirror image's.
     """
@@ -364,17 +364,17 @@ class Standardized(nnx.Module):
         self,
         model: nnx.Module,
         mean: Sequence[float],
-        deviation: Sequence[float],
+        std: Sequence[float],
         *,
         mirror: bool = False,
     ):
         self.model, self.mirror = model, mirror
-        self.mean, self.deviation = tuple(mean), tuple(deviation)
+        self.mean, self.std = tuple(mean), tuple(std)
         # What `train` and `eval` of Flax set.
         self.deterministic = False
 
     def __call__(self, images: Array) -> Array:
-        images = (images - jnp.array(self.mean)) / jnp.array(self.deviation)
+        images = (images - jnp.array(self.mean)) / jnp.array(self.std)
         x = self.model(images)
         if self.mirror and self.deterministic:
             x = unit_norm(x + self.model(images[:, :, ::-1]))

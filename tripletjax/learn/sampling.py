@@ -12,8 +12,6 @@ import numpy as np
 from tripletjax.learn.config import CLASS_SAMPLING
 from tripletjax.learn.image_cache import StoredImages
 
-# How classes are drawn.
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassBatches:

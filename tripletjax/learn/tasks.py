@@ -1,14 +1,14 @@
 """What a run learns from: images with labels, or given triplets of images.
 
-Either knows which choices suit it, its batches and losses, and how to tell what an
-embedding is worth.
+Either knows its batches and losses, and how to tell what an embedding is worth.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,47 +16,36 @@ from flax import nnx
 from jax import Array
 
 import tripletjax as tj
-from tripletjax.learn import data, image_analysis, plots, sampling, training
-from tripletjax.learn.augment import Augment
+from tripletjax.learn import (
+    datasets,
+    defaults,
+    objectives,
+    plots,
+    sampling,
+    training,
+    triplet_files,
+)
 from tripletjax.learn.config import Config
-from tripletjax.learn.embedder import embed_images, view_of
-from tripletjax.learn.image_cache import StoredImages
-from tripletjax.learn.image_io import COLOUR_SIZE as PHOTO_SIZE
+from tripletjax.learn.embedder import embed_images
+from tripletjax.learn.image_cache import ImageArray, StoredImages
+from tripletjax.learn.plan import ClassBatchPlan, Plan, TripletBatchPlan
 
-# From here on there are many classes, which take longer to learn.
-MANY = 32
-# Classes of fewer images, in the median, are too small to learn from as they are.
-SCARCE = 30
 # Validation and pictures have at most so many images, of all.
 GALLERY = 2048
-
-GREY = Augment(shift=0.1, rotation=12.0, zoom=0.15, shear=0.15, elastic=0.05)
-# Of few images of a class there is little to see how far it reaches.
-SCARCE_GREY = Augment(shift=0.1, rotation=20.0, zoom=0.25, shear=0.3, elastic=0.05)
-PHOTOS = Augment(
-    shift=0.08,
-    rotation=10.0,
-    zoom=0.12,
-    shear=0.05,
-    flip=True,
-    brightness=0.15,
-    contrast=0.3,
-    erase=0.3,
-)
 
 Embed = Callable[[np.ndarray], Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Classes:
+class LabelTask:
     """Images with labels, of which triplets are mined in each batch."""
 
-    dataset: data.Dataset
+    dataset: datasets.Dataset
     # By which the best model is chosen.
-    best = "map_at_r"
+    selection_metric = "map_at_r"
 
     @property
-    def images(self) -> data.ImageArray:
+    def images(self) -> ImageArray:
         """What is trained on."""
         return self.dataset.train.images
 
@@ -65,7 +54,7 @@ class Classes:
         return self.dataset.label_names
 
     @property
-    def what(self) -> str:
+    def description(self) -> str:
         names = self.label_names
         return f"images of {len(names):,} classes, {names[0]} to {names[-1]}"
 
@@ -74,92 +63,42 @@ class Classes:
         parts = "train", "validation", "test"
         return {part: len(getattr(self.dataset, part)) for part in parts}
 
-    def choose(self, config: Config) -> tuple[Config, list[str]]:
-        """The same with all choices made, and what is worth telling of them."""
-        _, height, width, channels = self.images.shape
-        _, counts = np.unique(self.dataset.train.labels, return_counts=True)
-        photos = self.dataset.kind == "photos"
-        several = int((counts > 1).sum())
-        scarce = np.median(counts) < SCARCE and len(counts) >= MANY
-        # Many classes of few drawings: turned and mirrored ones are classes of their
-        # own. Photographs are mirrored at random, and stay of their class.
-        turns = config.rotation_classes or 1
-        if config.rotation_classes is None and scarce and not photos:
-            labels = self.dataset.train.labels
-            turns = image_analysis.most_turns(self.images, labels)
-        # A class of one image has no positive; enough others teach more.
-        paired = several if turns == 1 and several > 1 else len(counts)
-        kinds = turns * paired
-        many = kinds >= MANY
-        per_class = config.per_class or (4 if many else 8)
-        augment = config.augment
-        if augment is None:
-            augment = PHOTOS if photos else SCARCE_GREY if scarce else GREY
-            augment = dataclasses.replace(augment, flip=augment.flip and turns < 8)
-        if turns == 8 and augment.flip:
-            raise ValueError(
-                "rotation_classes is 8, which makes mirror images classes of "
-                "their own, but augment mirrors images at random: one excludes "
-                "the other."
-            )
-        notes = [f"images are taken for {self.dataset.kind}: {self.dataset.kind_by}"]
-        if turns > 1:
-            notes.append(f"{turns - 1} turned copies of each class are its own classes")
-        if paired < len(counts):
-            notes.append(
-                f"{len(counts) - paired:,} classes of one training image are not "
-                "trained on: no positive"
-            )
-        chosen = _filled(
-            config,
-            steps=1200 if turns > 1 else 800 if many else 600,
-            per_class=per_class,
-            classes=min(kinds, max(2, (160 if many else 128) // per_class)),
-            rotation_classes=turns,
-            learning_rate=4e-3 if turns > 1 else 2e-3,
-            weight_decay=1e-3,
-            dim=128 if many else 64,
-            validate_every=100,
-            augment=augment,
-        )
-        if photos:
-            layout = image_analysis.layout_of(self.images, self.dataset.train.labels)
-            chosen, more = _of_photos(config, chosen, layout, self.images.shape, many)
-            notes += more
-        return _filled(chosen, **_drawn(height, width, channels)), notes
+    def plan(self, config: Config) -> tuple[Plan, list[str]]:
+        return defaults.plan_for_classes(config, self.dataset)
 
-    def seen(self, config: Config) -> "Classes":
+    def seen(self, plan: Plan) -> "LabelTask":
         """The same with images as the network sees them."""
         parts = {
-            name: dataclasses.replace(part, images=_seen(part.images, config))
+            name: dataclasses.replace(part, images=_seen(part.images, plan))
             for name in ("train", "validation", "test")
             for part in [getattr(self.dataset, name)]
         }
-        return Classes(dataclasses.replace(self.dataset, **parts))
+        return LabelTask(dataclasses.replace(self.dataset, **parts))
 
-    def batches(self, config: Config) -> training.Batches:
-        train = self.dataset.train
+    def batches(self, plan: Plan) -> training.Batches:
+        of, train = _batches_of(plan, ClassBatchPlan), self.dataset.train
         values, counts = np.unique(train.labels, return_counts=True)
         several = values[counts > 1]
-        if config.rotation_classes == 1 and len(several) >= config.classes:
+        if of.rotation_classes == 1 and len(several) >= of.classes:
             train = train.part(np.flatnonzero(np.isin(train.labels, several)))
         return sampling.ImageBatches(
             train.images,
             train.labels,
-            config.classes,
-            config.per_class,
-            config.seed,
-            config.rotation_classes,
-            config.class_sampling,
+            of.classes,
+            of.per_class,
+            plan.seed,
+            of.rotation_classes,
+            of.class_sampling,
         )
 
-    def losses(self, config: Config) -> list[tuple[int, training.Loss]]:
+    def losses(self, plan: Plan) -> list[tuple[int, objectives.Loss]]:
         """Losses, and the steps from which they hold."""
-        loss = training.mined_loss(config.mining, margin=config.margin)
-        warm = int(config.batch_all_fraction * config.steps)
-        if config.mining != "hard" or warm == 0:
+        of = _batches_of(plan, ClassBatchPlan)
+        loss = objectives.mined_loss(of.mining, margin=plan.margin)
+        warm = int(of.batch_all_fraction * plan.steps)
+        if of.mining != "hard" or warm == 0:
             return [(0, loss)]
-        return [(0, training.mined_loss("all", margin=config.margin)), (warm, loss)]
+        return [(0, objectives.mined_loss("all", margin=plan.margin)), (warm, loss)]
 
     def evaluate(self, embed: Embed) -> dict[str, float]:
         """How well an embedding finds test images of the same class, in percent.
@@ -192,7 +131,7 @@ class Classes:
                 reference_labels=train.labels,
             )
             metrics["gallery_recall_at_1"] = 100 * float(found[0])
-        return _known(metrics)
+        return _drop_nan(metrics)
 
     def validate(self, model: nnx.Module) -> dict[str, float]:
         """MAP@R and recall@1 of the validation images, in percent.
@@ -203,16 +142,16 @@ class Classes:
         train, held_out = self.dataset.train, self.dataset.validation
         if not len(held_out):
             return {}
-        held_out = held_out.part(_some(len(held_out)))
+        held_out = held_out.part(_fixed_subsample(len(held_out)))
         options = {}
         if np.isin(held_out.labels, train.labels).any():
-            gallery = _some(len(train))
+            gallery = _fixed_subsample(len(train))
             references = embed_images(model, train.images[gallery])
             labels = train.labels[gallery]
             options = {"references": references, "reference_labels": labels}
         x = embed_images(model, held_out.images)
         metrics = tj.retrieval.evaluate(x, held_out.labels, **options)
-        return _known(
+        return _drop_nan(
             {
                 "map_at_r": 100 * float(metrics.map_at_r),
                 "recall_at_1": 100 * float(metrics.precision_at_1),
@@ -223,7 +162,7 @@ class Classes:
         """Draws held-out images and their nearest neighbours into a directory."""
         held_out = len(self.dataset.test) > 1
         shown = self.dataset.test if held_out else self.dataset.train
-        shown = shown.part(_some(len(shown)))
+        shown = shown.part(_fixed_subsample(len(shown)))
         images = shown.images[:]
         plots.neighbors(
             images,
@@ -237,14 +176,14 @@ class Classes:
 
 
 @dataclasses.dataclass(frozen=True)
-class GivenTriplets:
+class TripletTask:
     """Triplets that somebody has chosen, trained on as they are."""
 
-    dataset: data.Triplets
-    best = "triplet_accuracy"
+    dataset: triplet_files.TripletDataset
+    selection_metric = "triplet_accuracy"
 
     @property
-    def images(self) -> data.ImageArray:
+    def images(self) -> ImageArray:
         return self.dataset.images
 
     @property
@@ -252,7 +191,7 @@ class GivenTriplets:
         return ()
 
     @property
-    def what(self) -> str:
+    def description(self) -> str:
         return f"triplets of {len(self.images):,} images"
 
     @property
@@ -261,42 +200,22 @@ class GivenTriplets:
         counts = {part: len(getattr(self.dataset, part)) for part in parts}
         return counts | {"left_out": self.dataset.left_out}
 
-    def choose(self, config: Config) -> tuple[Config, list[str]]:
-        """The same with all choices made, and what is worth telling of them."""
-        n, height, width, channels = self.images.shape
-        photos = self.dataset.kind == "photos"
-        many = n >= 8 * MANY
-        chosen = _filled(
-            config,
-            steps=800 if many else 600,
-            triplets_per_batch=min(48, len(self.dataset.train)),
-            learning_rate=2e-3,
-            weight_decay=1e-3,
-            dim=128 if many else 64,
-            validate_every=100,
-            augment=PHOTOS if photos else GREY,
-        )
-        notes = [f"images are taken for {self.dataset.kind}: {self.dataset.kind_by}"]
-        if photos:
-            layout = image_analysis.Layout(
-                image_analysis.WHOLE, False, "nothing tells where classes differ"
-            )
-            chosen, more = _of_photos(config, chosen, layout, self.images.shape, many)
-            notes += more
-        return _filled(chosen, **_drawn(height, width, channels)), notes
+    def plan(self, config: Config) -> tuple[Plan, list[str]]:
+        return defaults.plan_for_triplets(config, self.dataset)
 
-    def seen(self, config: Config) -> "GivenTriplets":
+    def seen(self, plan: Plan) -> "TripletTask":
         """The same with images as the network sees them."""
-        images = _seen(self.images, config)
-        return GivenTriplets(dataclasses.replace(self.dataset, images=images))
+        images = _seen(self.images, plan)
+        return TripletTask(dataclasses.replace(self.dataset, images=images))
 
-    def batches(self, config: Config) -> training.Batches:
+    def batches(self, plan: Plan) -> training.Batches:
+        of = _batches_of(plan, TripletBatchPlan)
         return sampling.TripletBatches(
-            self.images, self.dataset.train, config.triplets_per_batch, config.seed
+            self.images, self.dataset.train, of.triplets_per_batch, plan.seed
         )
 
-    def losses(self, config: Config) -> list[tuple[int, training.Loss]]:
-        return [(0, training.given_loss(margin=config.margin))]
+    def losses(self, plan: Plan) -> list[tuple[int, objectives.Loss]]:
+        return [(0, objectives.given_loss(margin=plan.margin))]
 
     def evaluate(self, embed: Embed) -> dict[str, float]:
         """The share of test triplets whose positive is nearer than the negative.
@@ -313,14 +232,14 @@ class GivenTriplets:
         if not len(held_out):
             return {}
         embed = functools.partial(embed_images, model)
-        held_out = held_out[_some(len(held_out))]
+        held_out = held_out[_fixed_subsample(len(held_out))]
         return {"triplet_accuracy": self._triplet_accuracy(embed, held_out)}
 
     def draw(self, embeddings: dict[str, Embed], out: Path) -> None:
         """Draws held-out triplets in the order of distance into a directory."""
         held_out = len(self.dataset.test) > 0
         shown = self.dataset.test if held_out else self.dataset.train
-        shown = shown[_some(len(shown))]
+        shown = shown[_fixed_subsample(len(shown))]
         distances = {
             name: self._distances(embed, shown) for name, embed in embeddings.items()
         }
@@ -338,85 +257,40 @@ class GivenTriplets:
         return np.stack([tj.euclidean.paired(a, p), tj.euclidean.paired(a, n)])
 
 
-Task = Classes | GivenTriplets
+Task = LabelTask | TripletTask
 
 
 def load(config: Config, *, progress: bool) -> Task:
     """What a configuration asks to learn from."""
-    options = {"size": config.size, "kind": config.kind, "progress": progress}
+    options: dict[str, Any] = {"size": config.size, "kind": config.kind}
+    options["progress"] = progress
     if config.triplets is not None:
-        return GivenTriplets(data.load_triplets(config.triplets, **options))
+        return TripletTask(triplet_files.load_triplets(config.triplets, **options))
     options |= {"split": config.split, "classes_from": config.classes_from}
-    return Classes(data.load(config.data, **options))
+    return LabelTask(datasets.load(config.data, **options))
 
 
-def _seen(images: data.ImageArray, config: Config) -> data.ImageArray:
-    view = view_of(images.shape[1:], config)
+BatchPlan = TypeVar("BatchPlan", ClassBatchPlan, TripletBatchPlan)
+
+
+def _batches_of(plan: Plan, kind: type[BatchPlan]) -> BatchPlan:
+    if not isinstance(plan.batches, kind):
+        raise TypeError(f"plan must have a {kind.__name__}, got {plan.batches!r}.")
+    return plan.batches
+
+
+def _seen(images: ImageArray, plan: Plan) -> ImageArray:
+    view = plan.view_of(images.shape[1:])
     if view is None:
         return images
     return images.seen(view) if isinstance(images, StoredImages) else view(images)
 
 
-def _filled(config: Config, **choices: object) -> Config:
-    """A configuration with choices for what it leaves open."""
-    given = {name: getattr(config, name) for name in choices}
-    given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(config, **choices | given)
-
-
-def _of_photos(
-    asked: Config,
-    chosen: Config,
-    layout: image_analysis.Layout,
-    shape: Sequence[int],
-    many: bool,
-) -> tuple[Config, list[str]]:
-    """Choices for photographs, in place of others that were not asked for."""
-    box = asked.box or layout.box
-    top, left, bottom, right = box
-    sides = sorted(((bottom - top) * shape[1], (right - left) * shape[2]))
-    # A narrow part is seen longer, so that there are as many pixels.
-    longest = min(PHOTO_SIZE * math.sqrt(sides[1] / sides[0]), 2 * PHOTO_SIZE, sides[1])
-    steps = asked.steps or (1500 if many else 1000)
-    choices = {
-        "box": box,
-        "size": asked.size or max(8, round(longest)),
-        "model": asked.model or "photo",
-        "head": asked.head or ("grid" if layout.aligned else "mean"),
-        "mirror": chosen.augment.flip if asked.mirror is None else asked.mirror,
-        "dim": asked.dim or 128,
-        "steps": steps,
-        "weight_decay": 1e-2 if asked.weight_decay is None else asked.weight_decay,
-        "validate_every": asked.validate_every or max(100, steps // 8),
-    }
-    told = "asked for" if asked.box is not None else layout.why
-    rows, columns = (
-        f"{100 * a:.0f} to {100 * b:.0f} %" for a, b in ((top, bottom), (left, right))
-    )
-    notes = [f"what is seen is {rows} of the height, {columns} of the width: {told}"]
-    chosen = dataclasses.replace(chosen, **choices)
-    if chosen.model == "photo":
-        chosen = _filled(chosen, channels=(16, 32, 64, 128))
-    return chosen, notes
-
-
-def _drawn(height: int, width: int, channels: int) -> dict[str, object]:
-    """Choices for what is no photograph, and what other networks need."""
-    side = max(height, width)
-    return {
-        "model": "resnet" if channels > 1 else "cnn",
-        "channels": (32, 64) if side <= 16 else (32, 64, 128),
-        "stride": 1 if side <= 32 else 2,
-        "head": "mean",
-        "mirror": False,
-    }
-
-
-def _known(metrics: dict[str, float]) -> dict[str, float]:
+def _drop_nan(metrics: dict[str, float]) -> dict[str, float]:
     """Without those that are NaN, because no item has another of its class."""
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
-def _some(n: int) -> np.ndarray:
+def _fixed_subsample(n: int) -> np.ndarray:
     """At most so many places as are looked at while training, always the same."""
     return np.sort(np.random.default_rng(0).permutation(n)[:GALLERY])

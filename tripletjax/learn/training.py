@@ -8,12 +8,11 @@ embeddings = training.embed_images(model, images)
 """
 
 import contextlib
-import functools
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -24,24 +23,13 @@ from flax import nnx
 from jax import Array
 from tqdm import tqdm
 
-import tripletjax as tj
 from tripletjax.learn.checkpoints import Checkpoints
-from tripletjax.learn.embedder import as_floats as as_floats
 from tripletjax.learn.embedder import embed_images as embed_images
-
-# How triplets are mined and their costs averaged.
-MINING: dict[str, tuple[Callable, Callable]] = {
-    "all": (tj.blockwise.batch_all_loss, tj.mean_active),
-    "semi-hard": (tj.blockwise.batch_semi_hard_loss, tj.mean_valid),
-    "hard": (tj.blockwise.batch_hard_loss, tj.mean_valid),
-}
+from tripletjax.learn.objectives import Loss, mined_loss
+from tripletjax.learn.steps import TrainState, train_step, train_step_in_chunks
 
 # Embeddings that are so close together, in multiples of their length, have collapsed.
 COLLAPSED = 0.02
-
-# From embeddings ``[n, d]`` and labels ``[n]`` to a scalar, or a scalar and metrics by
-# name.
-Loss = Callable[[Array, Array], Array | tuple[Array, dict[str, Array]]]
 
 
 class Batches(Protocol):
@@ -55,26 +43,6 @@ class Batches(Protocol):
 
 class CollapseWarning(UserWarning):
     """All embeddings have become nearly the same."""
-
-
-class TrainState(NamedTuple):
-    """Everything that one step hands to the next.
-
-    Attributes:
-        params: of the model.
-        rest: what else the model holds, such as statistics.
-        optimizer: the state of the optimizer.
-        average: an exponential average of the parameters, or None.
-        finite: whether all losses and gradients have been finite.
-        best: the best validation so far.
-    """
-
-    params: nnx.State
-    rest: nnx.State
-    optimizer: optax.OptState
-    average: nnx.State | None
-    finite: Array
-    best: Array
 
 
 class Interrupts:
@@ -113,46 +81,6 @@ class Interrupts:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-
-
-@functools.lru_cache
-def mined_loss(mining: str = "semi-hard", *, margin: float = 0.2) -> Loss:
-    """A triplet loss within the batch, with the share of active triplets as a metric.
-
-    Args:
-        mining: which triplets: all, semi-hard or hard.
-        margin: in Euclidean distance.
-
-    Raises:
-        ValueError: if there is no such mining.
-    """
-    if mining not in MINING:
-        raise ValueError(f"mining must be one of {', '.join(MINING)}, got {mining!r}.")
-    loss_of, mean = MINING[mining]
-    return functools.partial(loss_of, margin=margin, reduce_fn=_with_active(mean))
-
-
-@functools.lru_cache
-def given_loss(*, margin: float = 0.2) -> Loss:
-    """The mean loss of the triplets of a `sampling.TripletBatches`.
-
-    Args:
-        margin: in Euclidean distance.
-    """
-    reduce_fn = _with_active(tj.mean_valid)
-
-    def loss(x: Array, places: Array) -> tuple[Array, dict[str, Array]]:
-        return tj.triplet_margin_loss(
-            *jnp.split(x, 3), margin=margin, reduce_fn=reduce_fn
-        )
-
-    return loss
-
-
-def _with_active(mean: Callable) -> tj.SumReduction:
-    return tj.SumReduction(
-        lambda sums: (mean(sums), {"active": sums.active / jnp.maximum(sums.valid, 1)})
-    )
 
 
 def fit(
@@ -288,9 +216,9 @@ def fit(
             now = [of for first, of in losses if first <= step][-1]
             batch = images, labels, jax.random.fold_in(key, step)
             if embed_chunk_size is None or embed_chunk_size >= len(images):
-                state, metrics = _train_step(state, *batch, loss=now, **options)
+                state, metrics = train_step(state, *batch, loss=now, **options)
             else:
-                state, metrics = _train_step_in_chunks(
+                state, metrics = train_step_in_chunks(
                     state,
                     *batch,
                     loss=now,
@@ -323,7 +251,7 @@ def fit(
                 model.train()
                 # Of equals the last, which was trained the longest; without a number,
                 # the last of all.
-                value = np.float32(values.get(best, np.nan))
+                value = np.float32(values.get(best or "", np.nan))
                 if not value < state.best:
                     state = state._replace(best=jnp.maximum(state.best, value))
                     if best_checkpoints is not None:
@@ -340,160 +268,6 @@ def fit(
                 update_model()
                 raise KeyboardInterrupt(f"stopped after step {done}")
     update_model()
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("graph", "tx", "loss", "augment", "ema_decay"),
-    donate_argnames="state",
-)
-def _train_step(
-    state: TrainState,
-    images: Array,
-    labels: Array,
-    key: Array,
-    *,
-    graph: nnx.GraphDef,
-    tx: optax.GradientTransformation,
-    loss: Loss,
-    augment: Callable[[Array, Array], Array] | None,
-    ema_decay: float,
-) -> tuple[TrainState, dict[str, Array]]:
-    """One step of training, and its metrics."""
-    images = _augmented(images, key, augment=augment)
-
-    def loss_of(params: nnx.State) -> tuple[Array, tuple[nnx.State, dict[str, Array]]]:
-        x, rest = _train_embed(params, state.rest, images, graph=graph)
-        value, metrics = _measured(x, labels, loss)
-        return value, (rest, metrics)
-
-    (value, (rest, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-        state.params
-    )
-    state = state._replace(rest=rest)
-    state = _updated(state, value, gradients, tx=tx, ema_decay=ema_decay)
-    return state, {"loss": value} | metrics
-
-
-def _train_step_in_chunks(
-    state: TrainState,
-    images: Array,
-    labels: Array,
-    key: Array,
-    *,
-    graph: nnx.GraphDef,
-    tx: optax.GradientTransformation,
-    loss: Loss,
-    augment: Callable[[Array, Array], Array] | None,
-    ema_decay: float,
-    embed_chunk_size: int,
-) -> tuple[TrainState, dict[str, Array]]:
-    """The same step, embedding so many images at a time.
-
-    Activations are made again on the way back, and not kept. The loop is Python's: XLA
-    runs convolutions in its own loops many times slower on CPUs.
-    """
-    images = _augmented(images, key, augment=augment)
-    ends = list(range(embed_chunk_size, len(images), embed_chunk_size))
-    chunks = jnp.split(images, ends)
-    parts, rests = [], [state.rest]
-    for some in chunks:
-        x, rest = _train_embed(state.params, rests[-1], some, graph=graph)
-        parts.append(x)
-        rests.append(rest)
-    value, metrics, along_x = _loss_gradient(jnp.concatenate(parts), labels, loss=loss)
-    gradients = jax.tree.map(jnp.zeros_like, state.params)
-    for some, rest, along in zip(chunks, rests, jnp.split(along_x, ends)):
-        gradients = _add_gradient(
-            gradients, state.params, rest, some, along, graph=graph
-        )
-    state = state._replace(rest=rests[-1])
-    state = _update(state, value, gradients, tx=tx, ema_decay=ema_decay)
-    return state, {"loss": value} | metrics
-
-
-@functools.partial(jax.jit, static_argnames="augment")
-def _augmented(
-    images: Array, key: Array, *, augment: Callable[[Array, Array], Array] | None
-) -> Array:
-    images = as_floats(images)
-    return images if augment is None else augment(key, images)
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _train_embed(
-    params: nnx.State, rest: nnx.State, images: Array, *, graph: nnx.GraphDef
-) -> tuple[Array, nnx.State]:
-    """Embeddings, and what else the model then holds."""
-    model = nnx.merge(graph, params, rest, copy=True)
-    x = model(images)
-    return x, nnx.state(model, nnx.Not(nnx.Param))
-
-
-@functools.partial(jax.jit, static_argnames="graph", donate_argnames="gradients")
-def _add_gradient(
-    gradients: nnx.State,
-    params: nnx.State,
-    rest: nnx.State,
-    images: Array,
-    along_x: Array,
-    *,
-    graph: nnx.GraphDef,
-) -> nnx.State:
-    """Adds what some images have in the gradient, by that of their embeddings."""
-    _, pull_back = jax.vjp(
-        lambda params: _train_embed(params, rest, images, graph=graph)[0], params
-    )
-    return jax.tree.map(jnp.add, gradients, *pull_back(along_x))
-
-
-@functools.partial(jax.jit, static_argnames="loss")
-def _loss_gradient(
-    x: Array, labels: Array, *, loss: Loss
-) -> tuple[Array, dict[str, Array], Array]:
-    (value, metrics), along_x = jax.value_and_grad(_measured, has_aux=True)(
-        x, labels, loss
-    )
-    return value, metrics, along_x
-
-
-def _measured(x: Array, labels: Array, loss: Loss) -> tuple[Array, dict[str, Array]]:
-    """The loss of a batch, and its metrics."""
-    value = loss(x, labels)
-    value, metrics = value if isinstance(value, tuple) else (value, {})
-    # The root of the mean squared distance of two of them.
-    spread = jnp.sqrt(2 * jnp.sum(jnp.var(x, axis=0, ddof=1)))
-    length = jnp.sqrt(jnp.mean(jnp.sum(x * x, axis=-1)))
-    return value, metrics | {"spread": spread, "length": length}
-
-
-def _updated(
-    state: TrainState,
-    value: Array,
-    gradients: nnx.State,
-    *,
-    tx: optax.GradientTransformation,
-    ema_decay: float,
-) -> TrainState:
-    updates, optimizer = tx.update(gradients, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    averaged = state.average
-    if averaged is not None:
-        averaged = optax.incremental_update(params, averaged, 1 - ema_decay)
-    finite = state.finite
-    for x in jax.tree.leaves((value, gradients)):
-        finite &= jnp.isfinite(x).all()
-    return state._replace(
-        params=params,
-        optimizer=optimizer,
-        average=averaged,
-        finite=finite,
-    )
-
-
-_update = jax.jit(
-    _updated, static_argnames=("tx", "ema_decay"), donate_argnames="state"
-)
 
 
 def _check_finite(state: TrainState, step: int) -> None:

@@ -1,0 +1,102 @@
+"""Folders of images, one per class: which files there are, and of which class."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tripletjax.learn.image_io import find_files, is_image
+
+# Sub-folders of these names hold images of one class by date or session.
+BY_DATE = re.compile(
+    r"(19|20)\d\d([-_. ]?\d\d?){0,2}|(session|set|seq|sequence|day|month|visit|shoot|"
+    r"batch|video|clip|cam|camera|scan|trip)[-_. ]?\d*",
+    re.IGNORECASE,
+)
+# Folders that share out the same classes.
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassFolders:
+    """Files in folders of one class each.
+
+    Attributes:
+        files: in the order of their paths.
+        paths: the same, relative to the data folder.
+        classes: the name of each file's class.
+        loose: files that lie in the data folder itself, and belong to no class.
+        notes: what was decided.
+    """
+
+    files: list[Path]
+    paths: list[str]
+    classes: list[str]
+    loose: list[Path]
+    notes: tuple[str, ...]
+
+
+def find_classes(folder: Path, classes_from: str | None = None) -> ClassFolders:
+    """The files in a folder of classes, whatever they hold.
+
+    Args:
+        folder: the data folder.
+        classes_from: as in `load`.
+
+    Raises:
+        ValueError: if there are none in folders, or images in none.
+    """
+    folder = folder.resolve()
+    found = find_files(folder)
+    loose = [file for file in found.files if file.parent == folder]
+    if images := [file.name for file in loose if is_image(file)]:
+        raise ValueError(
+            f"{folder} must hold one folder per class, but {len(images)} images lie in "
+            f"it directly, such as {images[0]}."
+        )
+    files = [file for file in found.files if file.parent != folder]
+    if not files:
+        raise ValueError(f"{folder} has no images in folders.")
+    relative = [str(file.relative_to(folder)) for file in files]
+    folders = [os.path.dirname(name) for name in relative]
+    parts = sorted({name.partition(os.sep)[0] for name in folders})
+    within = [name.partition(os.sep)[2] for name in sorted(set(folders))]
+    shared = all(within) and len(set(within)) < len(within)
+    if shared and all(part.lower() in PARTS for part in parts):
+        raise ValueError(
+            f"{folder} holds {' and '.join(parts)}, whose folders of the same name "
+            "would be different classes. Give one of them, or merge them."
+        )
+    notes = []
+    if any(within):
+        level, why = _level(folders)
+        if classes_from is not None:
+            level, why = classes_from, "it was asked for"
+        if level == "top":
+            folders = [name.partition(os.sep)[0] for name in folders]
+        notes.append(
+            f"{'folders in the data folder' if level == 'top' else 'folders of images'}"
+            f" are classes (classes from {level}): {why}"
+        )
+    if found.runs:
+        runs = ", ".join(str(run.relative_to(folder)) for run in found.runs)
+        notes.append(f"directories of training runs are left out: {printable(runs)}")
+    return ClassFolders(files, relative, folders, loose, tuple(notes))
+
+
+def _level(folders: Sequence[str]) -> tuple[str, str]:
+    """Which of nested folders are classes, and why."""
+    tops = {name for name in folders if os.sep not in name}
+    nested = {name for name in folders if os.sep in name}
+    if any(name.partition(os.sep)[0] in tops for name in nested):
+        return "top", "some hold images beside sub-folders"
+    dated = sum(bool(BY_DATE.fullmatch(name.split(os.sep)[1])) for name in nested)
+    if dated > len(nested) / 2:
+        return "top", "their sub-folders are named by date or session"
+    return "leaf", "their names are no dates or sessions"
+
+
+def printable(name: str) -> str:
+    """A name that need not be UTF-8."""
+    return os.fsencode(name).decode(errors="replace")

@@ -1,0 +1,378 @@
+"""Images with labels: where they come from, and which are held out.
+
+Whatever the source, images are decoded once to one shape and kept as array_record files
+through tensorflow-datasets, under a key of their content. The next start reads them
+back, into memory if they fit.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from tripletjax.learn.class_folders import find_classes, printable
+from tripletjax.learn.config import CLASSES_FROM, SPLITS
+from tripletjax.learn.image_analysis import KINDS
+from tripletjax.learn.image_cache import (
+    FORMAT,
+    IN_MEMORY,
+    DecodedImages,
+    Digits,
+    ImageArray,
+    StoredImages,
+    cache_directory,
+    decode_and_cache,
+    digest_of,
+    files_key,
+    prepare,
+)
+from tripletjax.learn.image_io import ImageSpec, open_image
+from tripletjax.learn.splits import TEST, VALIDATION, held_out_images, share_out_images
+
+# What is held out of every class: of photographs less, since a network learns them
+# from few.
+HELD_OUT = {"characters": (TEST, VALIDATION), "photos": (0.1, 0.05)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Images with labels.
+
+    Attributes:
+        images: uint8 ``[n, height, width, channels]``; a `StoredImages`, which is read
+            when it is indexed, if they do not fit in memory.
+        labels: int32 ``[n]``.
+    """
+
+    images: ImageArray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, index: Any) -> "Images":
+        if isinstance(self.images, StoredImages):
+            return Images(self.images.part(index), self.labels[index])
+        return Images(self.images[index], self.labels[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What an embedding is trained on, and images that it never sees.
+
+    Attributes:
+        name: how the dataset is called.
+        train: the images to train on.
+        validation: the images to choose between parameters with while training.
+        test: the images to evaluate on.
+        label_names: what each label stands for.
+        key: a digest of all of it.
+        skipped: files that could not be read, and why.
+        kind: what the images are, photos or characters.
+        kind_by: how that was decided.
+        white: the value that is white in images of more than 8 bits.
+        background: what shows through transparency.
+        notes: what else was decided or found.
+    """
+
+    name: str
+    train: Images
+    validation: Images
+    test: Images
+    label_names: tuple[str, ...]
+    key: str
+    skipped: tuple[str, ...] = ()
+    kind: str = "characters"
+    kind_by: str = "they are handwritten digits"
+    white: float = 65535
+    background: str = "white"
+    notes: tuple[str, ...] = ()
+
+
+def load(
+    name: str,
+    *,
+    split: str = "images",
+    size: int | None = None,
+    kind: str | None = None,
+    classes_from: str | None = None,
+    data_dir: str | Path | None = None,
+    in_memory: int = IN_MEMORY,
+    progress: bool = False,
+) -> Dataset:
+    """Loads a dataset, preparing it first where needed.
+
+    Args:
+        name: ``"digits"``, the 1,797 handwritten digits that come with scikit-learn; a
+            folder that has one folder per class, at any depth, of PNG, JPEG, BMP or
+            WebP images; or ``"tfds:NAME"`` or ``"tfds:NAME:SPLIT"``, a dataset of
+            tensorflow-datasets with an image and a label.
+        split: ``"images"`` holds out some images of every class; ``"classes"`` holds
+            out all images of some classes, the honest test of an embedding of classes
+            never seen. Of the digits, images are held out as their authors did: all of
+            the second half.
+        size: the longer side in pixels that images are to be seen at. If not given,
+            that of the median image, but at most 32 for grey characters and 64 for
+            photographs and colour. Photographs are kept at up to twice the size.
+        kind: what the images are: ``"photos"`` or ``"characters"``, any drawings. If
+            not given, photographs are told by their smooth tones.
+        classes_from: which folders are classes where they lie within others: ``"top"``,
+            those in the data folder, or ``"leaf"``, those that hold images. If not
+            given, leaves, but for sub-folders by date or session, or beside images.
+        data_dir: where tensorflow-datasets keeps its files; its default if not given.
+        in_memory: how many bytes of images are read into memory; more stay on disk,
+            and are read when they are needed.
+        progress: whether to show a progress bar while images are decoded.
+
+    Returns:
+        The `Dataset`; the same for the same data, whatever their order on disk.
+
+    Raises:
+        FileNotFoundError: if a dataset of tensorflow-datasets is not prepared.
+        ValueError: if there is no such dataset, or it has fewer than two classes.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
+    if size is not None and size < 1:
+        raise ValueError(f"size must be positive, got {size}.")
+    if kind not in (None, *KINDS):
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
+    if classes_from not in (None, *CLASSES_FROM):
+        raise ValueError(
+            f"classes_from must be one of {', '.join(CLASSES_FROM)}, got "
+            f"{classes_from!r}."
+        )
+    if name == "digits":
+        return _digits(data_dir, split, size)
+    options = {
+        "size": size,
+        "kind": kind,
+        "data_dir": data_dir,
+        "in_memory": in_memory,
+        "progress": progress,
+    }
+    if name.startswith("tfds:"):
+        stored, labels, names, skipped = _from_catalogue(name, **options)
+    elif Path(name).is_dir():
+        stored, labels, names, skipped = _from_folder(
+            Path(name), classes_from=classes_from, **options
+        )
+    else:
+        raise ValueError(
+            f"there is no dataset {name!r}: it must be digits, an existing folder, or "
+            "tfds:NAME."
+        )
+    images = Images(stored.images, labels[stored.kept])
+    images, stored, names, skipped = _checked(images, stored, names, skipped)
+    held_out = HELD_OUT[stored.kind]
+    places = held_out_images(images.labels, stored.digests, split, held_out)
+    digests = np.array(stored.digests)
+    dataset = _dataset(name, images, digests, places, names, skipped)
+    return dataclasses.replace(
+        dataset,
+        kind=stored.kind,
+        kind_by=stored.kind_by,
+        white=stored.white,
+        background=stored.background,
+        notes=stored.notes,
+    )
+
+
+def _digits(data_dir: str | Path | None, split: str, size: int | None) -> Dataset:
+    builder = Digits(data_dir=data_dir, file_format="array_record")
+    prepare(builder)
+    records = []
+    for part in ("train", "test"):
+        source = builder.as_data_source(part)
+        some = source.__getitems__(range(len(source)))
+        records += sorted(some, key=lambda record: record["place"])
+    shape = ImageSpec.of([(8, 8)], False, size)
+    images = Images(
+        images=np.stack(
+            [shape.fit(Image.fromarray(record["image"][..., 0])) for record in records]
+        ),
+        labels=np.array([record["label"] for record in records], np.int32),
+    )
+    digests = np.array([digest_of(image) for image in images.images])
+    if split == "classes":
+        places = held_out_images(images.labels, digests, split)
+    else:
+        half = Digits.TRAIN
+        labels = images.labels[:half]
+        train, validation = share_out_images(labels, digests[:half], [VALIDATION])
+        places = train, validation, np.arange(half, len(images))
+    names = builder.info.features["label"].names
+    return _dataset("digits", images, digests, places, names)
+
+
+def _dataset(
+    name: str,
+    images: Images,
+    digests: np.ndarray,
+    places: Sequence[np.ndarray],
+    label_names: Sequence[str],
+    skipped: Sequence[str] = (),
+) -> Dataset:
+    train, validation, test = (images.part(part) for part in places)
+    kinds = len(np.unique(train.labels))
+    if kinds < 2:
+        raise ValueError(
+            f"{name} has {kinds} class{'' if kinds == 1 else 'es'} to train on; at "
+            "least 2 are needed."
+        )
+    digest = hashlib.blake2b(digest_size=16)
+    for part in places:
+        digest.update(str((len(part), *images.images.shape[1:])).encode())
+        digest.update(" ".join(digests[part]).encode())
+        digest.update(images.labels[part])
+    key = digest.hexdigest()
+    return Dataset(
+        name, train, validation, test, tuple(label_names), key, tuple(skipped)
+    )
+
+
+def _from_folder(
+    folder: Path,
+    *,
+    size: int | None,
+    kind: str | None,
+    classes_from: str | None,
+    data_dir: str | Path | None,
+    **options: Any,
+) -> tuple[DecodedImages, np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """Images, labels, the names of classes, and what could not be read."""
+    folder = folder.resolve()
+    found = find_classes(folder, classes_from)
+    files, relative, folders = found.files, found.paths, found.classes
+    directory = cache_directory(data_dir, files_key(files, relative, size, kind))
+    options |= {"source": str(folder), "size": size, "kind": kind}
+    stored = decode_and_cache(files, open_image, directory, **options)
+    stored = dataclasses.replace(stored, notes=(*found.notes, *stored.notes))
+    names = sorted({folders[place] for place in stored.kept})
+    if len(names) < 2:
+        raise ValueError(
+            f"{folder} has one folder of images, {names[0]}; it must have at least 2, "
+            "one per class."
+        )
+    numbers = {name: label for label, name in enumerate(names)}
+    labels = [numbers.get(name, -1) for name in folders]
+    skipped = [f"{file.name}: no image" for file in found.loose]
+    skipped += [f"{relative[place]}: {why}" for place, why in stored.skipped.items()]
+    skipped += [
+        f"{name}: nothing in this folder can be used"
+        for name in sorted(set(folders) - set(names))
+    ]
+    names, skipped = (tuple(map(printable, some)) for some in (names, skipped))
+    return stored, np.array(labels, np.int32), names, skipped
+
+
+def _checked(
+    images: Images, stored: DecodedImages, names: Sequence[str], skipped: Sequence[str]
+) -> tuple[Images, DecodedImages, Sequence[str], Sequence[str]]:
+    """Without images that are in several classes, which contradict one another."""
+    classes = {}
+    for place, (digest, label) in enumerate(zip(stored.digests, images.labels)):
+        classes.setdefault(digest, {}).setdefault(int(label), []).append(place)
+    double = {digest: of for digest, of in classes.items() if len(of) > 1}
+    if not double:
+        return images, stored, names, skipped
+    told = [
+        f"{sum(map(len, of.values()))} copies of an image: it is in "
+        f"{', '.join(names[label] for label in sorted(of))}"
+        for of in double.values()
+    ]
+    keep = np.array([digest not in double for digest in stored.digests])
+    if not keep.any():
+        raise ValueError(f"every image is in several classes: {told[0]}.")
+    kept = np.flatnonzero(keep)
+    stored = dataclasses.replace(
+        stored,
+        digests=[stored.digests[place] for place in kept],
+        notes=(
+            *stored.notes,
+            f"{len(keep) - len(kept):,} images that are in several classes are left "
+            "out, and named in config.json",
+        ),
+    )
+    return images.part(kept), stored, names, (*skipped, *told)
+
+
+def _from_catalogue(
+    name: str,
+    *,
+    size: int | None,
+    kind: str | None,
+    data_dir: str | Path | None,
+    **options: Any,
+) -> tuple[DecodedImages, np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """The same of a dataset of tensorflow-datasets."""
+    _, dataset, *split = name.split(":")
+    if not dataset or len(split) > 1:
+        raise ValueError(f"data must be tfds:NAME or tfds:NAME:SPLIT, got {name!r}.")
+    # Whether it is there is known without the network, for which it would wait minutes.
+    try:
+        builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(f"tensorflow-datasets has no dataset {dataset!r}.") from error
+    if not Path(builder.data_dir).exists():
+        raise FileNotFoundError(
+            f"the dataset {dataset!r} is not prepared in {builder.data_dir}. With the "
+            "network at hand and TensorFlow installed (pip install tensorflow), run\n"
+            f'    python -c "import tensorflow_datasets as tfds; tfds.builder('
+            f"'{dataset}', file_format='array_record').download_and_prepare()\""
+        )
+    features = builder.info.features
+
+    def named(name: str, kind: type) -> str | None:
+        kinds = [key for key, feature in features.items() if isinstance(feature, kind)]
+        return name if name in features else kinds[0] if kinds else None
+
+    image = named("image", tfds.features.Image)
+    label = named("label", tfds.features.ClassLabel)
+    if (
+        image is None
+        or label is None
+        or not isinstance(features[label], tfds.features.ClassLabel)
+    ):
+        raise ValueError(
+            f"the dataset {dataset!r} must have an image and a label, it has: "
+            f"{', '.join(features)}."
+        )
+    part = "+".join(split) or "+".join(builder.info.splits)
+    # Images need not be decoded for their labels.
+    skip = {image: tfds.decode.SkipDecoding()}
+    records = builder.as_data_source(part, decoders=skip)
+    labels = np.array([int(record[label]) for record in records], np.int32)
+    # Records of which the label is not known have a negative one.
+    labelled = np.flatnonzero(labels >= 0).tolist()
+    source = builder.as_data_source(part)
+
+    def picture(place: int) -> Image.Image:
+        x = np.asarray(source[place][image])
+        return Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x)
+
+    made_of = (
+        FORMAT,
+        size,
+        kind,
+        builder.info.full_name,
+        builder.data_dir,
+        part,
+        len(source),
+    )
+    key = hashlib.blake2b(str(made_of).encode(), digest_size=16).hexdigest()
+    directory = cache_directory(data_dir, key)
+    options |= {"source": f"{name} in {data_dir}", "size": size, "kind": kind}
+    stored = decode_and_cache(labelled, picture, directory, **options)
+    skipped = [
+        f"record {labelled[place]}: {why}" for place, why in stored.skipped.items()
+    ]
+    if len(labelled) < len(labels):
+        skipped.append(f"{len(labels) - len(labelled)} records without a label")
+    names = tuple(features[label].names)
+    return stored, labels[labelled], names, tuple(skipped)

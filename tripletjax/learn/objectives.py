@@ -1,0 +1,60 @@
+"""What is minimised: losses of a batch of embeddings, with their metrics."""
+
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+
+import tripletjax as tj
+
+# How triplets are mined and their costs averaged.
+MINING: dict[str, tuple[Callable, Callable]] = {
+    "all": (tj.blockwise.batch_all_loss, tj.mean_active),
+    "semi-hard": (tj.blockwise.batch_semi_hard_loss, tj.mean_valid),
+    "hard": (tj.blockwise.batch_hard_loss, tj.mean_valid),
+}
+
+# From embeddings ``[n, d]`` and labels ``[n]`` to a scalar, or a scalar and metrics by
+# name.
+Loss = Callable[[Array, Array], Array | tuple[Array, dict[str, Array]]]
+
+
+@functools.lru_cache
+def mined_loss(mining: str = "semi-hard", *, margin: float = 0.2) -> Loss:
+    """A triplet loss within the batch, with the share of active triplets as a metric.
+
+    Args:
+        mining: which triplets: all, semi-hard or hard.
+        margin: in Euclidean distance.
+
+    Raises:
+        ValueError: if there is no such mining.
+    """
+    if mining not in MINING:
+        raise ValueError(f"mining must be one of {', '.join(MINING)}, got {mining!r}.")
+    loss_of, mean = MINING[mining]
+    return functools.partial(loss_of, margin=margin, reduce_fn=_with_active(mean))
+
+
+@functools.lru_cache
+def given_loss(*, margin: float = 0.2) -> Loss:
+    """The mean loss of the triplets of a `sampling.TripletBatches`.
+
+    Args:
+        margin: in Euclidean distance.
+    """
+    reduce_fn = _with_active(tj.mean_valid)
+
+    def loss(x: Array, places: Array) -> tuple[Array, dict[str, Array]]:
+        return tj.triplet_margin_loss(
+            *jnp.split(x, 3), margin=margin, reduce_fn=reduce_fn
+        )
+
+    return loss
+
+
+def _with_active(mean: Callable) -> tj.SumReduction:
+    return tj.SumReduction(
+        lambda sums: (mean(sums), {"active": sums.active / jnp.maximum(sums.valid, 1)})
+    )

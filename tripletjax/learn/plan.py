@@ -1,0 +1,107 @@
+"""What a run does: every choice made, nothing left open."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from tripletjax.learn.augment import Augment
+from tripletjax.learn.image_io import WHOLE, Box, View
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassBatchPlan:
+    """Batches of P classes with K images each, of which triplets are mined.
+
+    Attributes:
+        mining: which triplets to train on: all, semi-hard or hard.
+        batch_all_fraction: share of the steps that hard mining leaves to all triplets
+            first.
+        classes: how many classes there are in a batch.
+        per_class: how many images of each.
+        class_sampling: of classes, as in `sampling.ClassBatches`.
+        rotation_classes: as in `sampling.ImageBatches`.
+    """
+
+    mining: str
+    batch_all_fraction: float
+    classes: int
+    per_class: int
+    class_sampling: str
+    rotation_classes: int
+
+    @property
+    def size(self) -> int:
+        """How many images there are in a batch."""
+        return self.classes * self.per_class
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TripletBatchPlan:
+    """Batches of given triplets.
+
+    Attributes:
+        triplets_per_batch: how many there are in a batch.
+    """
+
+    triplets_per_batch: int
+
+    @property
+    def size(self) -> int:
+        """How many images there are in a batch."""
+        return 3 * self.triplets_per_batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that training depends on but the images themselves.
+
+    Attributes:
+        batches: what makes a batch, and what of it is trained on.
+        box: the part of images that is seen.
+        size: of what is seen, the longer side in pixels.
+        model: which network, of `config.MODELS`.
+        head: of a photo network, grid or mean.
+        channels: number of channels of each stage.
+        stride: of the first convolution of a residual network.
+        dim: number of dimensions of the embedding.
+        mirror: whether an embedding is the mean of an image's and its mirror image's.
+        bfloat16: whether the network computes in bfloat16.
+        augment: how images are changed at random.
+        margin: of the triplet loss, in Euclidean distance between unit vectors.
+        steps: how many steps to train.
+        seed: of the initial parameters, the batches and the augmentation.
+        learning_rate: at its peak.
+        weight_decay: of AdamW.
+        ema_decay: decay of the parameters' exponential moving average.
+        embed_chunk_size: how many images are embedded at a time.
+        log_every: how many steps between two lines of metrics.
+        validate_every: how many steps between two validations.
+        checkpoint_every: how many steps between two states on disk.
+    """
+
+    batches: ClassBatchPlan | TripletBatchPlan
+    box: Box
+    size: int
+    model: str
+    head: str
+    channels: tuple[int, ...]
+    stride: int
+    dim: int
+    mirror: bool
+    bfloat16: bool
+    augment: Augment
+    margin: float
+    steps: int
+    seed: int
+    learning_rate: float
+    weight_decay: float
+    ema_decay: float
+    embed_chunk_size: int
+    log_every: int
+    validate_every: int
+    checkpoint_every: int
+
+    def view_of(self, shape: Sequence[int]) -> View | None:
+        """What the network sees of images ``height, width, channels``; None if all."""
+        if self.box == WHOLE and self.size == max(shape[:2]):
+            return None
+        return View.of(shape, self.box, self.size)

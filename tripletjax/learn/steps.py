@@ -1,0 +1,188 @@
+"""One step of training, as jitted functions of everything that changes."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from tripletjax.learn.embedder import as_floats
+from tripletjax.learn.objectives import Loss
+
+
+class TrainState(NamedTuple):
+    """Everything that one step hands to the next.
+
+    Attributes:
+        params: of the model.
+        rest: what else the model holds, such as statistics.
+        optimizer: the state of the optimizer.
+        average: an exponential average of the parameters, or None.
+        finite: whether all losses and gradients have been finite.
+        best: the best validation so far.
+    """
+
+    params: nnx.State
+    rest: nnx.State
+    optimizer: optax.OptState
+    average: nnx.State | None
+    finite: Array
+    best: Array
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("graph", "tx", "loss", "augment", "ema_decay"),
+    donate_argnames="state",
+)
+def train_step(
+    state: TrainState,
+    images: Array,
+    labels: Array,
+    key: Array,
+    *,
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    loss: Loss,
+    augment: Callable[[Array, Array], Array] | None,
+    ema_decay: float,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step of training, and its metrics."""
+    images = _augmented(images, key, augment=augment)
+
+    def loss_of(params: nnx.State) -> tuple[Array, tuple[nnx.State, dict[str, Array]]]:
+        x, rest = _train_embed(params, state.rest, images, graph=graph)
+        value, metrics = _measured(x, labels, loss)
+        return value, (rest, metrics)
+
+    (value, (rest, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+        state.params
+    )
+    state = state._replace(rest=rest)
+    state = _next_state(state, value, gradients, tx=tx, ema_decay=ema_decay)
+    return state, {"loss": value} | metrics
+
+
+def train_step_in_chunks(
+    state: TrainState,
+    images: Array,
+    labels: Array,
+    key: Array,
+    *,
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    loss: Loss,
+    augment: Callable[[Array, Array], Array] | None,
+    ema_decay: float,
+    embed_chunk_size: int,
+) -> tuple[TrainState, dict[str, Array]]:
+    """The same step, embedding so many images at a time.
+
+    Activations are made again on the way back, and not kept. The loop is Python's: XLA
+    runs convolutions in its own loops many times slower on CPUs.
+    """
+    images = _augmented(images, key, augment=augment)
+    ends = list(range(embed_chunk_size, len(images), embed_chunk_size))
+    chunks = jnp.split(images, ends)
+    parts, rests = [], [state.rest]
+    for some in chunks:
+        x, rest = _train_embed(state.params, rests[-1], some, graph=graph)
+        parts.append(x)
+        rests.append(rest)
+    value, metrics, along_x = _loss_gradient(jnp.concatenate(parts), labels, loss=loss)
+    gradients = jax.tree.map(jnp.zeros_like, state.params)
+    for some, rest, along in zip(chunks, rests, jnp.split(along_x, ends)):
+        gradients = _add_gradient(
+            gradients, state.params, rest, some, along, graph=graph
+        )
+    state = state._replace(rest=rests[-1])
+    state = _next_state_jitted(state, value, gradients, tx=tx, ema_decay=ema_decay)
+    return state, {"loss": value} | metrics
+
+
+@functools.partial(jax.jit, static_argnames="augment")
+def _augmented(
+    images: Array, key: Array, *, augment: Callable[[Array, Array], Array] | None
+) -> Array:
+    images = as_floats(images)
+    return images if augment is None else augment(key, images)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _train_embed(
+    params: nnx.State, rest: nnx.State, images: Array, *, graph: nnx.GraphDef
+) -> tuple[Array, nnx.State]:
+    """Embeddings, and what else the model then holds."""
+    model = nnx.merge(graph, params, rest, copy=True)
+    x = model(images)
+    return x, nnx.state(model, nnx.Not(nnx.Param))
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="gradients")
+def _add_gradient(
+    gradients: nnx.State,
+    params: nnx.State,
+    rest: nnx.State,
+    images: Array,
+    along_x: Array,
+    *,
+    graph: nnx.GraphDef,
+) -> nnx.State:
+    """Adds what some images have in the gradient, by that of their embeddings."""
+    _, pull_back = jax.vjp(
+        lambda params: _train_embed(params, rest, images, graph=graph)[0], params
+    )
+    return jax.tree.map(jnp.add, gradients, *pull_back(along_x))
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def _loss_gradient(
+    x: Array, labels: Array, *, loss: Loss
+) -> tuple[Array, dict[str, Array], Array]:
+    (value, metrics), along_x = jax.value_and_grad(_measured, has_aux=True)(
+        x, labels, loss
+    )
+    return value, metrics, along_x
+
+
+def _measured(x: Array, labels: Array, loss: Loss) -> tuple[Array, dict[str, Array]]:
+    """The loss of a batch, and its metrics."""
+    value = loss(x, labels)
+    value, metrics = value if isinstance(value, tuple) else (value, {})
+    # The root of the mean squared distance of two of them.
+    spread = jnp.sqrt(2 * jnp.sum(jnp.var(x, axis=0, ddof=1)))
+    length = jnp.sqrt(jnp.mean(jnp.sum(x * x, axis=-1)))
+    return value, metrics | {"spread": spread, "length": length}
+
+
+def _next_state(
+    state: TrainState,
+    value: Array,
+    gradients: nnx.State,
+    *,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+) -> TrainState:
+    updates, optimizer = tx.update(gradients, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    averaged = state.average
+    if averaged is not None:
+        averaged = optax.incremental_update(params, averaged, 1 - ema_decay)
+    finite = state.finite
+    for x in jax.tree.leaves((value, gradients)):
+        finite &= jnp.isfinite(x).all()
+    return state._replace(
+        params=params,
+        optimizer=optimizer,
+        average=averaged,
+        finite=finite,
+    )
+
+
+_next_state_jitted = jax.jit(
+    _next_state, static_argnames=("tx", "ema_decay"), donate_argnames="state"
+)

@@ -1,0 +1,168 @@
+"""Triplets of images that somebody has chosen, in a CSV file."""
+
+import csv
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from tripletjax.learn.image_cache import (
+    IN_MEMORY,
+    ImageArray,
+    cache_directory,
+    decode_and_cache,
+    files_key,
+)
+from tripletjax.learn.image_io import open_image
+from tripletjax.learn.splits import TEST, VALIDATION, counts_of, share_out
+
+
+@dataclasses.dataclass(frozen=True)
+class TripletDataset:
+    """Triplets of images that somebody has chosen.
+
+    Attributes:
+        name: how they are called.
+        images: uint8 ``[n, height, width, channels]``, or a `StoredImages`.
+        train: which images are anchor, positive and negative, int32 ``[t, 3]``.
+        validation: the same, held out to choose between parameters with.
+        test: the same, held out to evaluate on.
+        key: a digest of all of it.
+        skipped: files that could not be read, and why.
+        left_out: how many triplets have such a file.
+        kind: what the images are, photos or characters.
+        kind_by: how that was decided.
+        white: the value that is white in images of more than 8 bits.
+        background: what shows through transparency.
+        notes: what else was decided or found.
+    """
+
+    name: str
+    images: ImageArray
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    key: str
+    skipped: tuple[str, ...] = ()
+    left_out: int = 0
+    kind: str = "characters"
+    kind_by: str = ""
+    white: float = 65535
+    background: str = "white"
+    notes: tuple[str, ...] = ()
+
+
+def load_triplets(
+    file: str | Path,
+    *,
+    size: int | None = None,
+    kind: str | None = None,
+    data_dir: str | Path | None = None,
+    in_memory: int = IN_MEMORY,
+    progress: bool = False,
+) -> TripletDataset:
+    """Loads triplets of image files.
+
+    Some anchors are held out with all their triplets, for validation and for the test;
+    the images themselves may be positives or negatives of others.
+
+    Args:
+        file: a CSV file of UTF-8 with three columns, the paths of an anchor, a positive
+            and a negative; relative ones are relative to the file. With a first line
+            that names them ``anchor``, ``positive`` and ``negative`` they may come in
+            any order, and other columns are not looked at.
+        size: as in `load`, and the arguments that follow.
+        kind: see there.
+        data_dir: see there.
+        in_memory: see there.
+        progress: see there.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if a line is not a triplet, or no triplet is left to train on.
+    """
+    file = Path(file).resolve()
+    rows = _triplet_rows(file)
+    names = sorted({name for row in rows for name in row})
+    files = [file.parent / name for name in names]
+    stored = decode_and_cache(
+        files,
+        open_image,
+        cache_directory(data_dir, files_key(files, names, size, kind)),
+        source=str(file),
+        size=size,
+        kind=kind,
+        in_memory=in_memory,
+        progress=progress,
+    )
+    place = {names[kept]: row for row, kept in enumerate(stored.kept)}
+    whole = [row for row in rows if all(name in place for name in row)]
+    if not whole:
+        raise ValueError(f"{file} has no triplet of which all images can be read.")
+    triplets = np.array([[place[name] for name in row] for row in whole], np.int32)
+    anchors = np.unique(triplets[:, 0]).tolist()
+    anchors = [[a] for a in sorted(anchors, key=lambda a: (stored.digests[a], a))]
+    parts = share_out(anchors, counts_of(len(anchors), [TEST, VALIDATION]))
+    train, test, validation = (
+        triplets[np.isin(triplets[:, 0], np.array(part, int))] for part in parts
+    )
+    digest = hashlib.blake2b(" ".join(stored.digests).encode(), digest_size=16)
+    digest.update(f"{stored.images.shape}".encode())
+    digest.update(triplets)
+    skipped = [f"{names[place]}: {why}" for place, why in stored.skipped.items()]
+    return TripletDataset(
+        str(file),
+        stored.images,
+        train,
+        validation,
+        test,
+        digest.hexdigest(),
+        tuple(skipped),
+        len(rows) - len(whole),
+        stored.kind,
+        stored.kind_by,
+        stored.white,
+        stored.background,
+        stored.notes,
+    )
+
+
+def _triplet_rows(file: Path) -> list[tuple[str, str, str]]:
+    roles = ("anchor", "positive", "negative")
+    rows, columns = [], None
+    with file.open(newline="", encoding="utf-8-sig") as opened:
+        reader = csv.reader(opened, skipinitialspace=True)
+        for row in reader:
+            if not any(row):
+                continue
+            if columns is None:
+                titles = [title.strip().lower() for title in row]
+                if all(titles.count(role) == 1 for role in roles):
+                    columns = [titles.index(role) for role in roles]
+                    width = len(row)
+                    continue
+                if not any(Path(title).suffix for title in titles):
+                    raise ValueError(
+                        f"{file}, line {reader.line_num}: must be three paths of "
+                        "images, or the names of columns, among them anchor, positive "
+                        f"and negative, got {', '.join(row)}."
+                    )
+                columns, width = [0, 1, 2], 3
+            if len(row) != width:
+                raise ValueError(
+                    f"{file}, line {reader.line_num}: must have {width} columns, has "
+                    f"{len(row)}."
+                )
+            names = tuple(row[column].strip() for column in columns)
+            if len(set(names)) < 3 or not all(names):
+                raise ValueError(
+                    f"{file}, line {reader.line_num}: anchor, positive and negative "
+                    f"must be three different images, got {', '.join(names)}."
+                )
+            rows.append(names)
+    if not rows:
+        raise ValueError(
+            f"{file} has no triplets: it must have three columns of paths."
+        )
+    return rows
