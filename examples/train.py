@@ -16,12 +16,12 @@ import tripletjax as tj
 STEPS, CLASSES, PER_CLASS, MARGIN = 600, 10, 8, 0.2
 
 # The data: 8 x 8 pixels. The second half was written by other people than the first.
-digits = load_digits()
-images = np.float32(digits.images[..., None] / 16)
-labels = digits.target.astype(np.int32)
+pixels, digits = load_digits(return_X_y=True)
+images = np.asarray(pixels, np.float32).reshape(-1, 8, 8, 1) / 16
+labels = np.asarray(digits, np.int32)
 half = len(images) // 2
 train_images, train_labels = images[:half], labels[:half]
-test_images, test_labels = images[half:], labels[half:]
+test_images, test_labels = jnp.asarray(images[half:]), labels[half:]
 
 
 class CNN(nnx.Module):

@@ -120,7 +120,9 @@ def jitted(
                 *ready[:n], *args[len(names) :], **dict(zip(kwargs, ready[n:]))
             )
 
-        call.lower, call.unjitted = run.lower, unjitted
+        # What a plain `jax.jit` has, too.
+        of: Any = call
+        of.lower, of.unjitted = run.lower, unjitted
         return call
 
     return decorate
@@ -265,4 +267,5 @@ def _under_auto_axes(
         (args, kwargs),
     )
     layouts = jax.tree.map(layout, jax.eval_shape(plain, *bare))
-    return jax.sharding.auto_axes(plain, out_sharding=layouts)(args, kwargs)
+    on_auto_axes: Callable = jax.sharding.auto_axes(plain, out_sharding=layouts)
+    return on_auto_axes(args, kwargs)

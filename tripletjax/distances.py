@@ -80,6 +80,13 @@ class Metric:
         """What of the metric inner products give, if they do."""
         return self._products
 
+    @property
+    def inner_products(self) -> "Products":
+        """The same, where a metric must be made of them."""
+        if self._products is None:
+            raise TypeError(f"metric must be made of inner products, got {self!r}.")
+        return self._products
+
     def __call__(self, x: ArrayLike, y: ArrayLike | None = None) -> Array:
         """All distances between two sets of vectors, or within one.
 

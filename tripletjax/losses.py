@@ -156,7 +156,8 @@ def needs_sums_alone(reduce_fn: Reduction, n: int, dtype: DTypeLike) -> bool:
     """
     if isinstance(reduce_fn, SumReduction):
         return True
-    terms = TripletTerms(*[jax.ShapeDtypeStruct((n,), dtype)] * 3)
+    each: Any = jax.ShapeDtypeStruct((n,), dtype)
+    terms = TripletTerms(each, each, each)
     try:
         closed = jax.make_jaxpr(reduce_fn)(terms)
     except Exception:  # Whatever is wrong with it is told where it is used.

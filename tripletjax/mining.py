@@ -70,14 +70,15 @@ class Triplets(NamedTuple):
 class CountedTriplets(Triplets):
     """`Triplets` compacted to a fixed size, with the number that there really were.
 
-    Unpacked like other `Triplets`, into four: the count is an attribute beside them.
+    Unpacked like other `Triplets`, into four: the count is an attribute beside them,
+    in place of the method of tuples.
 
     Attributes:
         count: int32 ``[...]``; if it exceeds the size, triplets were left out. It
             stops at 2**31 - 1.
     """
 
-    count: Array
+    count: Array  # pyrefly: ignore[bad-override-mutable-attribute]: as above
 
     def __new__(
         cls, anchor: Any, positive: Any, negative: Any, valid: Any, count: Any
@@ -166,7 +167,9 @@ def batch_hard_triplets(
 Selector = Callable[[Array, Array, Array | None], tuple[Array, Array]]
 
 
-def relative(*, fallback: Selector | None = None) -> Callable[[Selector], Selector]:
+def relative(
+    *, fallback: Selector | None = None
+) -> Callable[[Callable[..., tuple[Array, Array]]], Selector]:
     """Says that a choice is made relative to the other one, and after it.
 
     Args:
@@ -190,7 +193,7 @@ def relative(*, fallback: Selector | None = None) -> Callable[[Selector], Select
     [1 0 1] [ True  True  True]
     """
 
-    def decorate(choice: Selector) -> Selector:
+    def decorate(choice: Any) -> Selector:
         choice.relative, choice.fallback = True, fallback
         return choice
 
@@ -343,8 +346,9 @@ def batch_easy_hard_triplets(
 
     def choose(side: int, candidates: Array, other: Array | None) -> tuple:
         index, found = choices[side](distances, candidates, other)
-        if fallback and instead[side] is not None:
-            second, exists = instead[side](distances, candidates, other)
+        otherwise = instead[side]
+        if fallback and otherwise is not None:
+            second, exists = otherwise(distances, candidates, other)
             index, found = jnp.where(found, index, second), found | exists
         return index, found
 
@@ -823,9 +827,7 @@ def _triplets(
     return Triplets(*jnp.broadcast_arrays(anchor, positive, negative, valid))
 
 
-def _masks_alone(
-    labels: ArrayLike | PairMasks, **options: ArrayLike | None
-) -> PairMasks:
+def _masks_alone(labels: ArrayLike | PairMasks, **options: Any) -> PairMasks:
     """The masks where there is no distance matrix."""
     if isinstance(labels, PairMasks):
         return masks_for(jnp.zeros(jnp.shape(labels.positive)), labels, **options)

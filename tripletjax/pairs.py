@@ -223,7 +223,7 @@ class Pairs(NamedTuple):
 
 
 def masks_for(
-    distances: Array, labels: ArrayLike | PairMasks, **pairs: ArrayLike | None
+    distances: Array, labels: ArrayLike | PairMasks, **pairs: Any
 ) -> PairMasks:
     """The masks of a distance matrix ``[..., n, m]``, from labels or ready-made.
 

@@ -256,8 +256,12 @@ def _negatives_within(tiles: Tiles, thresholds: Array) -> tuple[Array, Array, Ar
     zeros = jnp.zeros(len(thresholds) + 1, int)
     below, up_to, broken = tiles.distances(visit, (zeros, zeros, jnp.array(False)))
     below, up_to = jnp.cumsum(below), jnp.cumsum(up_to)
-    counts = below[:-1], up_to[:-1], below[-1]
-    return tuple(jnp.where(broken, -1, count) for count in counts)
+    below, up_to, every = below[:-1], up_to[:-1], below[-1]
+    return (
+        jnp.where(broken, -1, below),
+        jnp.where(broken, -1, up_to),
+        jnp.where(broken, -1, every),
+    )
 
 
 @jitted(static=("fars",))
@@ -597,7 +601,7 @@ def _exactly(
         return function(distances, *args, **options)
     with jax.enable_x64(True):
         return jax.tree.map(
-            np.asarray, function(np.float64(distances), *args, **options)
+            np.asarray, function(np.asarray(distances, np.float64), *args, **options)
         )
 
 
@@ -648,7 +652,8 @@ def _metrics(
         threshold,
     )
     values = (jnp.where(known, value, jnp.nan) for value in values)
-    return VerificationMetrics(*values, positives, jnp.maximum(negatives, 0))
+    counts = positives, jnp.maximum(negatives, 0)
+    return VerificationMetrics._make((*values, *counts))
 
 
 def _share(count: ArrayLike, of: Array) -> Array:

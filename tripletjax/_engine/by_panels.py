@@ -86,7 +86,7 @@ def _panel_cost(
         def every(distances: Array, margin: Array) -> TripletTerms:
             margins = jnp.broadcast_to(margin, distances.shape[:-1])
             sums = batch_all_sums(spec.cost, distances, margins, *masks)
-            return TripletTerms(*sums, count_all(masks, distances))
+            return TripletTerms._make((*sums, count_all(masks, distances)))
 
         return _with_pull(every), masks.positive
 
@@ -176,8 +176,8 @@ def _all_in_panel(
             for d in runs[0]:
                 total, active, by_ap, _, by_all = costs(d_ap, d[:, None], found)
                 new = (by_ap,) if counted else (by_ap, total, active, by_all)
-                sums = [old + x for old, x in zip(sums, new)]
-            return tuple(sums)
+                sums = tuple(old + x for old, x in zip(sums, new))
+            return sums
 
         def of_negatives(_: Array, runs: list[Array], by_negative: Array) -> Array:
             for d, real in zip(*runs):
@@ -220,7 +220,7 @@ def _all_in_panel(
     def pull(weights: Array) -> tuple[Array, Array]:
         return by_distance * weights[:, None], jnp.sum(by_margin * weights)
 
-    valid = classes.count(panel.start, len(row), total) * panel.real
+    valid = classes.count_triplets(panel.start, len(row), total) * panel.real
     return TripletTerms(total, active, valid), pull
 
 

@@ -9,13 +9,14 @@ alone. Of all triplets,
     by d_an   = -sum_ap c'(...)     added up per pair of a tile, pulled back at once.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tripletjax._engine.reductions import packed_counts, sum_in_one_loop
+from tripletjax._engine.reductions import add_up, packed_counts, sum_in_one_loop
 from tripletjax._engine.search import (
     MAX_TILE_POSITIVES,
     farthest_negatives,
@@ -97,7 +98,7 @@ def _explicit_triplet_terms(
     n, d = batch.anchors.shape
     y = batch.reference_side[0]
     blocks = Blocks.of(n, PANEL // d)
-    products = spec.metric.products
+    products = spec.metric.inner_products
 
     def step(step: Array, state: tuple) -> tuple:
         totals, actives, grads = state
@@ -159,7 +160,7 @@ def _all_by_tiles(
     weights: Array | None,
     gradient: bool,
 ) -> tuple[TripletTerms, Gradients | None]:
-    batch, products, cost = tiles.batch, spec.metric.products, spec.cost
+    batch, products, cost = tiles.batch, spec.metric.inner_products, spec.cost
     positives, squares, found = positives_of(spec.metric, batch, classes)
     d_ap, slopes = with_slope(products.distance, squares)
     of_both = isinstance(cost, TripletCost)
@@ -167,7 +168,7 @@ def _all_by_tiles(
     gap_ap = d_ap if of_both else jnp.where(found, d_ap, -jnp.inf)
 
     def add_positives(
-        d_an: Array, axis: int, start: Array, r: Array, part: tuple, state: tuple
+        d_an: Array, axis: int, start: Array, r: Array, part: Sequence, state: tuple
     ) -> tuple:
         """Some positives, from the r-th on, of the anchors along one side of a tile."""
         sums, by_negative = state
@@ -182,17 +183,17 @@ def _all_by_tiles(
             for gap, found in zip(*part)
         ]
         costs, active, by_ap, by_an, by_all = zip(*each)
-        total = add_rows(sums.total, start, sum_in_one_loop(sum(costs), axis))
+        total = add_rows(sums.total, start, sum_in_one_loop(add_up(costs), axis))
         if not of_both and cost.counts:
             rows = packed_counts([x > 0 for x in by_ap], axis)
             active = jnp.sum(rows, 0)
         else:
             rows = jnp.stack([sum_in_one_loop(x, axis) for x in by_ap])
-            active = sum_in_one_loop(sum(active), axis)
+            active = sum_in_one_loop(add_up(active), axis)
         sums = sums._replace(total=total, active=add_rows(sums.active, start, active))
         if not gradient:
             return sums, by_negative
-        by_an, weight = sum(by_an), 1
+        by_an, weight = add_up(by_an), 1
         if weights is not None:
             weight = rows_at(weights, start, rows.shape[1])
             by_an = by_an * jnp.expand_dims(weight, axis)
@@ -201,7 +202,7 @@ def _all_by_tiles(
         by_positive = lax.dynamic_update_slice(sums.by_positive, new, place)
         sums = sums._replace(by_positive=by_positive)
         if of_both:
-            by_margin = jnp.sum(sum_in_one_loop(sum(by_all), axis) * weight)
+            by_margin = jnp.sum(sum_in_one_loop(add_up(by_all), axis) * weight)
             sums = sums._replace(by_margin=sums.by_margin + by_margin)
         return sums, by_negative + by_an
 
@@ -244,13 +245,13 @@ def _all_by_tiles(
     sums = _AllSums(zeros, zeros, batch.zeros((MAX_TILE_POSITIVES, n)), batch.zeros())
     grads = Gradients.zero(batch) if gradient else None
     sums, grads = tiles.scan(visit, (sums, grads))
-    if gradient:
+    if grads is not None:
         # Of a gap, the margin's derivative is that of the positive's distance.
         by_margin = sums.by_margin if of_both else jnp.sum(sums.by_positive)
         grads = grads._replace(margin=by_margin)
         by_square = jnp.where(found, sums.by_positive * slopes, 0)
         grads = _vjp_positives(batch, grads, positives, by_square, classes)
-    valid = classes.count(0, n, sums.total)
+    valid = classes.count_triplets(0, n, sums.total)
     return TripletTerms(sums.total, sums.active, valid), grads
 
 

@@ -7,6 +7,7 @@ derivatives go through the matrix.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax import Array
 
 from tripletjax import losses
 from tripletjax._api import own_promotion
+from tripletjax._engine.reductions import add_up
 from tripletjax._engine.spec import Gradients, LossSpec, Mining
 from tripletjax._engine.terms import terms_and_gradients
 from tripletjax._pairwise.batch import Batch
@@ -32,7 +34,7 @@ def total_terms(spec: LossSpec, batch: Batch, margin: Array) -> TripletTerms:
 def _total_terms_jvp(spec: LossSpec, primals: tuple, tangents: tuple) -> tuple:
     dot = _floats(*tangents)
     terms, gradients = _with_gradients(spec, *primals, None)
-    total_dot = sum(
+    total_dot = add_up(
         jnp.sum(gradient * dot)
         for gradient, dot in zip(gradients, dot)
         if gradient is not None
@@ -60,7 +62,9 @@ def _backward(
     spec: LossSpec, inputs: tuple[Batch, Array], cotangents: TripletTerms
 ) -> tuple:
     _, gradients = _with_gradients(spec, *inputs, cotangents.total)
-    return Batch(gradients.anchors, gradients.references, None), gradients.margin
+    # What is said about pairs has no gradient.
+    pairs: Any = None
+    return Batch(gradients.anchors, gradients.references, pairs), gradients.margin
 
 
 terms_per_anchor.defvjp(_forward, _backward)
@@ -70,7 +74,9 @@ terms_per_anchor.defvjp(_forward, _backward)
 def _with_gradients(
     spec: LossSpec, batch: Batch, margin: Array, weights: Array | None
 ) -> tuple[TripletTerms, Gradients]:
-    return terms_and_gradients(spec, batch, margin, weights, gradient=True)
+    terms, gradients = terms_and_gradients(spec, batch, margin, weights, gradient=True)
+    assert gradients is not None
+    return terms, gradients
 
 
 @_with_gradients.defjvp

@@ -44,7 +44,7 @@ class ProductPanel(NamedTuple):
 
     def refined(self, panels: "Panels", counts: Array) -> "ProductPanel":
         """The same, with distances of pairs that count and are near by differences."""
-        row, products = jnp.arange(len(self.a)), panels.metric.products
+        row, products = jnp.arange(len(self.a)), panels.metric.inner_products
         y, near = panels.batch.reference_side[0], self.near & counts
 
         def visit(distances: Array, column: Array, found: Array) -> Array:
@@ -57,7 +57,7 @@ class ProductPanel(NamedTuple):
 
     def vjp(self, panels: "Panels", by_distance: Array, grads: Gradients) -> Gradients:
         """Adds the gradients by vectors, by products but for near pairs."""
-        row, products = jnp.arange(len(self.a)), panels.metric.products
+        row, products = jnp.arange(len(self.a)), panels.metric.inner_products
         y = panels.batch.reference_side[0]
 
         def visit(grads: Gradients, column: Array, found: Array) -> Gradients:
@@ -72,6 +72,7 @@ class ProductPanel(NamedTuple):
         by_square = jnp.where(self.near, 0, by_distance * self.slopes)
         # Differences do not depend on the origin, their digits do.
         offset = panels.offset
+        assert offset is not None
         a = self.a - offset
         blocks = Blocks.of(len(y), PANEL // y.shape[1])
 
@@ -146,22 +147,28 @@ class Panels(NamedTuple):
         y, labels, real_references = batch.reference_side
         row = start + jnp.arange(blocks.size)
 
-        def rows(x: Array | None) -> Array | None:
-            return None if x is None else rows_at(x, start, blocks.size)
+        def rows(x: Array) -> Array:
+            return rows_at(x, start, blocks.size)
 
         a, real = rows(batch.anchors), blocks.fresh(block)
         if batch.pairs.where is not None:
             real &= rows(batch.pairs.where)
-        if batch.has_classes:
-            positions = row if batch.square else rows(batch.pairs.positions)
-            masks = match_labels(rows(batch.pairs.labels), labels, positions)
-        else:
+        if isinstance(batch.pairs.labels, PairMasks):
             masks = PairMasks(*map(rows, batch.pairs.labels))
+        else:
+            positions = batch.pairs.positions
+            if positions is not None:
+                positions = rows(positions)
+            masks = match_labels(
+                rows(batch.labels), labels, row if batch.square else positions
+            )
         masks = keep_pairs(masks, real, real_references)
         if metric.products is None:
             itself = row if batch.square else jnp.full_like(row, -1)
             distances, pull = jax.vjp(lambda a, y: metric.against(a, y, itself), a, y)
             return PairedPanel(start, a, real, masks, distances, pull)
+        assert self.offset is not None
+        assert self.halves is not None
         scale = metric.products.halves(a, self.offset)[:, None] + self.halves
         squares = scale - products_with(a - self.offset, y, self.offset)
         squares = jnp.where(squares < 0, 0, squares)

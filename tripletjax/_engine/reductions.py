@@ -5,8 +5,17 @@ two to several times as long with XLA of jax 0.10.2. Whether that still holds is
 by ``benchmarks/in_batch.py --libraries tripletjax`` with the plain forms in place.
 """
 
+import functools
+import operator
+from collections.abc import Iterable
+
 import jax.numpy as jnp
 from jax import Array
+
+
+def add_up(arrays: Iterable[Array]) -> Array:
+    """The sum of some arrays, one after the other."""
+    return functools.reduce(operator.add, arrays)
 
 
 def sum_in_one_loop(x: Array, axis: int) -> Array:

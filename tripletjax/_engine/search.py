@@ -19,6 +19,7 @@ from tripletjax._pairwise.class_index import ClassIndex
 from tripletjax._pairwise.slices import (
     PANEL,
     Blocks,
+    Index,
     materialize,
     products_with,
     rows_at,
@@ -48,7 +49,7 @@ def positives_of(
         start = blocks.start(block)
         index, found = classes.positive(r, start, blocks.size)
         a = rows_at(batch.anchors, start, blocks.size)
-        squares = metric.products.half_square(a, y[index])
+        squares = metric.inner_products.half_square(a, y[index])
         return tuple(
             lax.dynamic_update_slice(old, new.astype(old.dtype)[None], (r, start))
             for old, new in zip(state, (index, squares, found))
@@ -60,7 +61,7 @@ def positives_of(
 
 
 def nearest_negatives(
-    tiles: Tiles, bounds: Array | None, count: Array | int
+    tiles: Tiles, bounds: Array | None, count: Index
 ) -> tuple[Array, Array]:
     """The nearest negatives of every anchor, beyond bounds if there are any.
 
@@ -78,9 +79,9 @@ def nearest_negatives(
         squares = materialize(tile.squares)
 
         def one_direction(
-            k: Array, limits: Array | None, state: tuple, tile: Tile, axis: int
+            k: Index, limits: Array | None, state: tuple, tile: Tile, axis: int
         ) -> tuple:
-            start, other = (tile.row, tile.column)[:: 1 if axis else -1]
+            start, first = (tile.row, tile.column)[:: 1 if axis else -1]
             if limits is None:
                 found = [min_and_index_of_all(squares, axis)]
             else:
@@ -89,16 +90,16 @@ def nearest_negatives(
                     for limit in limits
                 ]
             new = [jnp.stack(x) for x in zip(*found)]
-            new[1] += other
+            new[1] += first
             place = (lax.convert_element_type(k, start.dtype), start)
             old = [lax.dynamic_slice(x, place, new[0].shape) for x in state]
             better = (new[0] < old[0]) | ((new[0] == old[0]) & (new[1] < old[1]))
             return tuple(
-                lax.dynamic_update_slice(x, jnp.where(better, *pair), place)
-                for x, *pair in zip(state, new, old)
+                lax.dynamic_update_slice(x, jnp.where(better, one, other), place)
+                for x, one, other in zip(state, new, old)
             )
 
-        def all_directions(k: Array, limits: list[Array | None], state: tuple) -> tuple:
+        def all_directions(k: Index, limits: list[Array | None], state: tuple) -> tuple:
             for axis, some in zip((1, 0), limits):
                 state = one_direction(k, some, state, tile, axis)
             return state
@@ -127,7 +128,7 @@ def farthest_negatives(tiles: Tiles, wanted: Array) -> Array:
         positions = batch.pairs.positions
         if positions is not None:
             positions = positions[row]
-        masks = match_labels(batch.pairs.labels[row], labels, positions)
+        masks = match_labels(batch.labels[row], labels, positions)
         products = products_with(batch.anchors[row] - offset, y, offset)
         squares = tiles.halves[row][:, None] + theirs - products
         squares = jnp.where(masks.negative & (theirs < jnp.inf), -squares, jnp.inf)
@@ -141,7 +142,7 @@ def farthest_negatives(tiles: Tiles, wanted: Array) -> Array:
 
 
 def in_threes(
-    count: Array | int, rows: Any, visit: Callable[[Array, Any, Any], Any], state: Any
+    count: Index, rows: Any, visit: Callable[[Array, Any, Any], Any], state: Any
 ) -> Any:
     """``visit(k, some rows from k on, state)`` for all k below a count.
 
@@ -149,7 +150,7 @@ def in_threes(
     rather than cut out where k says, for what `fetch_ahead` works around.
     """
 
-    def steps(some: int, start: Array | int, end: Array | int, state: Any) -> Any:
+    def steps(some: int, start: Index, end: Index, state: Any) -> Any:
         def step(i: Array, loop: tuple) -> tuple:
             rows, state = loop
             state = visit(start + some * i, [x[:some] for x in rows], state)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jax import Array
 
 from tripletjax._pairwise.batch import Batch
-from tripletjax._pairwise.slices import add_rows
+from tripletjax._pairwise.slices import Index, add_rows
 from tripletjax._pairwise.tiles import BLOCK_SIZE
 from tripletjax.distances import Metric
 from tripletjax.losses import RELU, Cost
@@ -54,11 +54,11 @@ class Gradients(NamedTuple):
             references = batch.zeros(references.shape)
         return cls(batch.zeros(batch.anchors.shape), references, batch.zeros())
 
-    def add(self, start: Array, rows: Array) -> "Gradients":
+    def add(self, start: Index, rows: Array) -> "Gradients":
         """Adds to the gradients of a block of anchors."""
         return self._replace(anchors=add_rows(self.anchors, start, rows))
 
-    def add_to_references(self, start: Array | int, rows: Array) -> "Gradients":
+    def add_to_references(self, start: Index, rows: Array) -> "Gradients":
         """Adds to those of a block of references."""
         if self.references is None:
             return self.add(start, rows)

@@ -105,4 +105,6 @@ def semi_hard_triplets(spec: LossSpec, batch: Batch, size: int) -> CountedTriple
     count, *found = lax.fori_loop(
         0, panels.blocks.count, step, (index[0], *[index] * 3)
     )
-    return CountedTriplets(*found, jnp.arange(size) < count, count)
+    anchor, positive, negative = found
+    valid = jnp.arange(size) < count
+    return CountedTriplets(anchor, positive, negative, valid, count)

@@ -45,6 +45,12 @@ class Batch(NamedTuple):
         """Whether pairs are told by labels, which can be sorted, and not by masks."""
         return not isinstance(self.pairs.labels, PairMasks)
 
+    @property
+    def labels(self) -> Array:
+        """Those of the anchors, integers ``[n]``, where pairs are told by labels."""
+        assert not isinstance(self.pairs.labels, PairMasks)
+        return self.pairs.labels
+
     def zeros(self, shape: tuple[int, ...] = ()) -> Array:
         """Zeros that vary over the devices of a mesh as the batch does.
 
@@ -61,7 +67,7 @@ def as_batch(
     *,
     references: ArrayLike | None = None,
     axis_name: AxisName | None = None,
-    **pairs: ArrayLike | None,
+    **pairs: Any,
 ) -> tuple[Batch, tuple[int, ...]]:
     """Checks the arguments; a batch with leading dimensions in front, and these.
 
@@ -101,7 +107,7 @@ def as_batch(
         devices=1 if axis_name is None else lax.axis_size(axis_name),
         **pairs,
     )
-    if told.reference_labels is not None:
+    if told.reference_labels is not None and not isinstance(told.labels, PairMasks):
         both = _of_one_dtype(told.labels, told.reference_labels)
         told = told._replace(labels=both[0], reference_labels=both[1])
 
@@ -118,7 +124,7 @@ def as_batch(
     elif not alone:
         # Else the anchors are their own references, and half the matrix is enough.
         y = x
-        if has_classes:
+        if not isinstance(told.labels, PairMasks):
             positions = told.positions
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(n), (*lead, n))
@@ -142,7 +148,7 @@ def single_batch(
     metric: Metric,
     embeddings: ArrayLike,
     labels: ArrayLike | PairMasks,
-    **options: ArrayLike | None,
+    **options: Any,
 ) -> Batch:
     """A batch without leading dimensions, as `as_batch` makes it."""
     batch, lead = as_batch(metric, embeddings, labels, **options)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from tripletjax._pairwise.batch import Batch
-from tripletjax._pairwise.slices import rows_at
+from tripletjax._pairwise.slices import Index, rows_at
 
 
 class ClassIndex(NamedTuple):
@@ -31,7 +31,7 @@ class ClassIndex(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> "ClassIndex":
-        labels, where = batch.pairs.labels, batch.pairs.where
+        labels, where = batch.labels, batch.pairs.where
         n = len(labels)
         _, references, real = batch.reference_side
         m = len(references)
@@ -77,7 +77,7 @@ class ClassIndex(NamedTuple):
         most = jnp.max(jnp.where(negatives > 0, positives, 0))
         return cls(order, start, rank, positives, negatives, most)
 
-    def positive(self, r: Array, start: Array, size: int) -> tuple[Array, Array]:
+    def positive(self, r: Index, start: Index, size: int) -> tuple[Array, Array]:
         """The r-th positives of a block of anchors, and whether there are such."""
         first, rank, count = (
             rows_at(x, start, size) for x in (self.start, self.rank, self.positives)
@@ -85,7 +85,7 @@ class ClassIndex(NamedTuple):
         place = jnp.minimum(first + r + (r >= rank), len(self.order) - 1)
         return self.order[place], r < count
 
-    def count(self, start: Array | int, size: int, like: Array) -> Array:
+    def count_triplets(self, start: Index, size: int, like: Array) -> Array:
         """How many triplets a block of anchors has, as numbers of an array's dtype."""
         positives, negatives = (
             rows_at(x, start, size).astype(like.dtype)
@@ -94,7 +94,7 @@ class ClassIndex(NamedTuple):
         return positives * negatives
 
     def positives_slice(
-        self, first: Array, count: int, start: Array, size: int
+        self, first: Index, count: int, start: Index, size: int
     ) -> tuple[Array, Array]:
         """The positives from the first on ``[size, count]`` of a block of anchors."""
         place = first + jnp.arange(count)

@@ -16,11 +16,15 @@ PANEL = 2**19
 RUN = 32
 
 
-def rows_at(x: Array, start: Array, size: int) -> Array:
+# A number of a row, known when the program is compiled or not.
+Index = Array | int
+
+
+def rows_at(x: Array, start: Index, size: int) -> Array:
     return lax.dynamic_slice_in_dim(x, start, size)
 
 
-def add_rows(x: Array, start: Array, rows: Array) -> Array:
+def add_rows(x: Array, start: Index, rows: Array) -> Array:
     old = lax.dynamic_slice_in_dim(x, start, len(rows))
     return lax.dynamic_update_slice_in_dim(x, old + rows, start, axis=0)
 
@@ -46,13 +50,13 @@ class Blocks(NamedTuple):
         return cls(n, max(1, min(size, n)))
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # pyrefly: ignore[bad-override]: no tuple is counted
         return -(-self.n // self.size)
 
-    def start(self, block: Array) -> Array:
+    def start(self, block: Index) -> Array:
         return jnp.minimum(block * self.size, self.n - self.size)
 
-    def fresh(self, block: Array) -> Array:
+    def fresh(self, block: Index) -> Array:
         """Which rows no earlier block had."""
         return self.start(block) + jnp.arange(self.size) >= block * self.size
 
@@ -72,8 +76,8 @@ def products_with(a: Array, y: Array, offset: Array) -> Array:
 
 
 def fetch_ahead(
-    count: Array | int,
-    cut: Callable[[Array | int], Any],
+    count: Index,
+    cut: Callable[[Index], Any],
     visit: Callable[[Array, Any, Any], Any],
     state: Any,
 ) -> Any:
@@ -98,7 +102,7 @@ def for_each_run(columns: list[Array], visit: Callable, state: Any) -> Any:
     The number of columns is a multiple of `RUN`.
     """
 
-    def cut(step: Array | int) -> list[Array]:
+    def cut(step: Index) -> list[Array]:
         return [lax.dynamic_slice_in_dim(x, step * RUN, RUN, axis=1).T for x in columns]
 
     return fetch_ahead(columns[0].shape[1] // RUN, cut, visit, state)

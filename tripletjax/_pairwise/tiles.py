@@ -164,7 +164,7 @@ class Tiles(NamedTuple):
             rows_at(y, column, self.columns.size) - self.offset,
             halves(self.halves, self.rows, i),
             halves(self.reference_halves, self.columns, j),
-            rows_at(batch.pairs.labels, row, self.rows.size),
+            rows_at(batch.labels, row, self.rows.size),
             rows_at(labels, column, self.columns.size),
             positions,
         )

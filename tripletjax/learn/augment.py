@@ -167,7 +167,9 @@ def random_warp(
         source = turn @ stretch @ offsets + move[:, None] + elastic
         source = source.reshape(2, height, width)
         channels = jnp.moveaxis(image, -1, 0)
-        warped = [map_coordinates(c, source, order=1, mode="nearest") for c in channels]
+        warped = [
+            map_coordinates(c, list(source), order=1, mode="nearest") for c in channels
+        ]
         return jnp.stack(warped, axis=-1)
 
     return jax.vmap(warp)(images, draws, bends)

@@ -49,7 +49,9 @@ class Checkpoints:
             if writable:
                 self.directory.mkdir(parents=True, exist_ok=True)
             path.symlink_to(self.directory, target_is_directory=True)
-        self._orbax = ocp.training.Checkpointer(
+        # Its annotations have not what it takes.
+        checkpointer: Any = ocp.training.Checkpointer
+        self._orbax = checkpointer(
             path,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=writable,
@@ -212,7 +214,7 @@ def _digest(arrays: list[Any]) -> str:
     for x in arrays:
         x = np.asarray(x)
         digest.update(f"{x.shape}{x.dtype}".encode())
-        digest.update(np.ascontiguousarray(x).view(np.uint8))
+        digest.update(np.ascontiguousarray(x).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -229,7 +229,7 @@ def _dataset(
     for part in places:
         digest.update(str((len(part), *images.images.shape[1:])).encode())
         digest.update(" ".join(digests[part]).encode())
-        digest.update(images.labels[part])
+        digest.update(images.labels[part].tobytes())
     key = digest.hexdigest()
     return Dataset(
         name, train, validation, test, tuple(label_names), key, tuple(skipped)
@@ -316,7 +316,9 @@ def _from_catalogue(
         raise ValueError(f"data must be tfds:NAME or tfds:NAME:SPLIT, got {name!r}.")
     # Whether it is there is known without the network, for which it would wait minutes.
     try:
-        builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
+        builder: Any = tfds.builder(
+            dataset, data_dir=data_dir, file_format="array_record"
+        )
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(f"tensorflow-datasets has no dataset {dataset!r}.") from error
     if not Path(builder.data_dir).exists():
@@ -346,11 +348,11 @@ def _from_catalogue(
     part = "+".join(split) or "+".join(builder.info.splits)
     # Images need not be decoded for their labels.
     skip = {image: tfds.decode.SkipDecoding()}
-    records = builder.as_data_source(part, decoders=skip)
+    records: Any = builder.as_data_source(part, decoders=skip)
     labels = np.array([int(record[label]) for record in records], np.int32)
     # Records of which the label is not known have a negative one.
     labelled = np.flatnonzero(labels >= 0).tolist()
-    source = builder.as_data_source(part)
+    source: Any = builder.as_data_source(part)
 
     def picture(place: int) -> Image.Image:
         x = np.asarray(source[place][image])

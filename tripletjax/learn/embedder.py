@@ -8,6 +8,7 @@ import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,13 @@ from PIL import Image
 from tripletjax.learn import record
 from tripletjax.learn.checkpoints import Checkpoints
 from tripletjax.learn.config import MODELS
-from tripletjax.learn.image_io import ImageSpec, View, open_image, upright
+from tripletjax.learn.image_io import (
+    ImageSource,
+    ImageSpec,
+    View,
+    open_image,
+    upright,
+)
 from tripletjax.learn.models import Standardized
 from tripletjax.learn.record import RunRecord
 
@@ -101,17 +108,18 @@ def _to_batch(images: ImageInputs, shape: ImageSpec) -> np.ndarray:
     """Images of any kind as uint8 ``[n, height, width, channels]``."""
     if isinstance(images, str | Path | Image.Image):
         raise TypeError("images must be several, got one; put it into a list.")
-    if not hasattr(images, "dtype") or images.dtype.kind == "U":
-        images = list(images)
-    if len(images) == 0:
+    several: Any = images
+    if not hasattr(several, "dtype") or several.dtype.kind == "U":
+        several = list(several)
+    if len(several) == 0:
         raise ValueError("images must not be empty.")
-    if getattr(images, "ndim", 0) == 3 and images.shape[-1] in (3, 4):
+    if getattr(several, "ndim", 0) == 3 and several.shape[-1] in (3, 4):
         raise ValueError(
-            f"images {images.shape} look like one image in colour; images[None] makes "
+            f"images {several.shape} look like one image in colour; images[None] makes "
             "it several."
         )
     with ThreadPoolExecutor() as pool:
-        fitted = pool.map(lambda image: shape.fit(_picture(image)), images)
+        fitted = pool.map(lambda image: shape.fit(_picture(image)), several)
         return np.stack(list(fitted))
 
 
@@ -140,7 +148,7 @@ def build_model(made: RunRecord) -> Standardized:
     plan, shape = made.plan, made.images.shape
     view = plan.view_of(shape)
     height, width = shape[:2] if view is None else (view.height, view.width)
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "resnet": {"stride": plan.stride},
         "photo": {"size": (height, width), "head": plan.head},
     }
@@ -161,7 +169,7 @@ def _embed(graph: nnx.GraphDef, state: nnx.State, images: Array) -> Array:
 
 
 def embed_images(
-    model: nnx.Module, images: np.ndarray, *, batch_size: int = 256
+    model: nnx.Module, images: ImageSource, *, batch_size: int = 256
 ) -> Array:
     """Embeds images ``[n, height, width, channels]``, a batch at a time.
 
@@ -173,14 +181,14 @@ def embed_images(
         batch = images[start : start + batch_size]
         # The last batch is filled up, so that one size is compiled.
         missing = min(batch_size, len(images)) - len(batch)
-        padded = np.pad(batch, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
+        padded = np.pad(batch, [(0, missing)] + [(0, 0)] * (batch.ndim - 1))
         embeddings.append(_embed(graph, state, padded)[: len(batch)])
     return jnp.concatenate(embeddings)
 
 
-def as_floats(images: Array) -> Array:
+def as_floats(images: ArrayLike) -> Array:
     """Images from 0 to 255 as floats from 0 to 1; floats stay as they are."""
-    images = jnp.asarray(images)
-    if jnp.issubdtype(images.dtype, jnp.floating):
-        return images.astype(jnp.float32)
-    return images.astype(jnp.float32) / 255
+    x = jnp.asarray(images)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return x.astype(jnp.float32)
+    return x.astype(jnp.float32) / 255

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax import Array
 from tqdm import tqdm
 
 import tripletjax as tj
@@ -56,7 +55,7 @@ class Embedded:
         notes: what was decided or found.
     """
 
-    x: Array
+    x: np.ndarray
     labels: np.ndarray
     names: tuple[str, ...]
     shown: np.ndarray
@@ -196,7 +195,7 @@ def embed_folder(
     )
 
 
-def retrieval(x: Array, labels: np.ndarray) -> dict[str, Any]:
+def retrieval(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Every image as a query to all others, in percent."""
     metrics = tj.retrieval.evaluate(x, labels, ks=KS)
     return {
@@ -211,7 +210,7 @@ def retrieval(x: Array, labels: np.ndarray) -> dict[str, Any]:
     }
 
 
-def verification(x: Array, labels: np.ndarray) -> dict[str, Any]:
+def verification(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """All pairs of images, in percent; distances as they are."""
     counts = np.unique(labels, return_counts=True)[1].astype(float)
     n = counts.sum()
@@ -236,7 +235,7 @@ def verification(x: Array, labels: np.ndarray) -> dict[str, Any]:
     }
 
 
-def histograms(x: Array, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+def histograms(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """How many pairs of the same and of different classes have which distance.
 
     Returns:

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from tripletjax.learn.image_io import WHOLE, Box
+from tripletjax.learn.image_io import WHOLE, Box, ImageSource
 
 # Of a photograph, at least this share of the pixels is in smooth, changing tones. In
 # the median image of drawings, scans and icons it is below a tenth.
@@ -76,7 +77,7 @@ def kind_of(shares: Sequence[float]) -> tuple[str, str]:
     return ("photos" if share >= TONES else "characters"), told
 
 
-def layout_of(images: np.ndarray, labels: np.ndarray) -> Layout:
+def layout_of(images: ImageSource, labels: np.ndarray) -> Layout:
     """The part of aligned images that tells their classes apart.
 
     In each cell of a grid, the share of the variance of the orientations of edges that
@@ -100,7 +101,8 @@ def layout_of(images: np.ndarray, labels: np.ndarray) -> Layout:
         order = np.lexsort((np.arange(len(labels)), classes, ~many[classes]))
         kept = np.sort(order[:LAYOUT_IMAGES])
         return layout_of(images[kept], labels[kept])
-    x = _edges(images)
+    pixels = images[:]
+    x = _edges(pixels)
     order = np.argsort(classes, kind="stable")
     starts = np.cumsum(counts) - counts
     means = np.add.reduceat(x[order], starts) / counts[:, None, None, None]
@@ -113,7 +115,7 @@ def layout_of(images: np.ndarray, labels: np.ndarray) -> Layout:
     peak = share.max()
     if peak < LAYOUT:
         return Layout(WHOLE, False, "classes differ nowhere in particular")
-    judge = _Judge(images, classes)
+    judge = _Judge(pixels, classes)
     box, error = _narrowed(judge)
     whole = judge(WHOLE_CELLS)
     if whole - error < max(WORTHWHILE * whole, 0.01):
@@ -133,7 +135,7 @@ def layout_of(images: np.ndarray, labels: np.ndarray) -> Layout:
     return Layout(wider, True, told)
 
 
-def most_turns(images: np.ndarray, labels: np.ndarray) -> int:
+def most_turns(images: ImageSource, labels: np.ndarray) -> int:
     """Into how many turned and mirrored copies a class can be told apart.
 
     A transformation makes no other class if it leaves images as near to their class as
@@ -313,7 +315,7 @@ def _narrowed(judge: Callable[[Cells], float]) -> tuple[Cells, float]:
     for step in (2, 1):
         while True:
             near = [np.array(box) + step * way * m for m in moves for way in (1, -1)]
-            boxes = [
+            boxes: list[Any] = [
                 tuple(int(x) for x in other)
                 for other in near
                 if other.min() >= 0

@@ -216,7 +216,7 @@ def decode_and_cache(
 
 
 def digest_of(image: np.ndarray) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).hexdigest()
+    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).hexdigest()
 
 
 class ImageCacheBuilder(tfds.core.GeneratorBasedBuilder):
@@ -379,7 +379,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
+        digits: Any = load_digits()
         # 17 levels, 0 to 16, spread over 0 to 240: exactly proportional.
         images = (digits.images * 15).astype(np.uint8)[..., None]
         half = slice(None, self.TRAIN), slice(self.TRAIN, None)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -153,6 +154,17 @@ class ImageSpec:
         top, left = (self.height - height) // 2, (self.width - width) // 2
         whole[top : top + height, left : left + width] = pixels
         return whole
+
+
+class ImageSource(Protocol):
+    """Images ``[n, height, width, channels]`` in memory or on disk, by index."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> np.ndarray: ...
 
 
 # Top, left, bottom and right of a part of an image, as shares of height and width.
@@ -329,7 +341,8 @@ def upright(image: Image.Image) -> Image.Image:
     broken.
     """
     try:
-        method = TRANSPOSED.get(image.getexif().get(ExifTags.Base.Orientation))
+        turned: Any = image.getexif().get(ExifTags.Base.Orientation)
+        method = TRANSPOSED.get(turned)
     except Exception:
         # Whatever is wrong with its metadata, it is an image.
         method = None

@@ -508,10 +508,11 @@ def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
         width = [(0, 0), (0, 0), (0, 0)]
         width[axis] = (4, 4)
         padded, n = jnp.pad(energy, width, "edge"), energy.shape[axis]
-        energy = sum(
+        shifted = [
             jax.lax.slice_in_dim(padded, place, place + n, axis=axis)
             for place in range(9)
-        )
+        ]
+        energy = functools.reduce(jnp.add, shifted)
     around = jax.lax.rsqrt(energy[..., None] / 81 + 1e-3)
     return jnp.sqrt(edges * around + 1e-4) - 0.5
 

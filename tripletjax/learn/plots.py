@@ -4,6 +4,7 @@ import functools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
 import tripletjax as tj
+from tripletjax.learn.image_io import ImageSource
 
 RIGHT, WRONG, QUERY, BEYOND = "#2a9d5c", "#d1495b", "#444444", "#cccccc"
 
@@ -108,7 +110,7 @@ def neighbors(
     told = textwrap.fill(told, int(figure.get_figwidth() / 0.085))
     figure.suptitle(told, fontsize=11)
     for column, (part, (name, neighbor)) in enumerate(
-        zip(np.atleast_1d(figure.subfigures(1, len(ranked))), ranked.items())
+        zip(_columns(figure, len(ranked)), ranked.items())
     ):
         part.suptitle(f"{name}: query, then its {k} nearest", fontsize=10)
         grid = part.subplots(len(chosen), k + 1, squeeze=False)
@@ -142,7 +144,7 @@ def neighbors(
 
 
 def triplets(
-    images: ArrayLike,
+    images: ImageSource,
     triplets: np.ndarray,
     distances: dict[str, np.ndarray],
     path: str | Path,
@@ -177,7 +179,7 @@ def triplets(
         "anchor, nearer, farther; the positive is green, the negative red",
         fontsize=10,
     )
-    parts = np.atleast_1d(figure.subfigures(1, len(distances)))
+    parts = _columns(figure, len(distances))
     for part, (name, (positive, negative)) in zip(parts, distances.items()):
         right = np.mean(positive < negative)
         part.suptitle(f"{name}: {right:.1%} in order", fontsize=10)
@@ -282,6 +284,11 @@ def roc(
     )
     axes.grid(alpha=0.3)
     _finish(figure, f"ROC of {what}", path)
+
+
+def _columns(figure: Figure, count: int) -> list[Any]:
+    """Parts of a figure, side by side."""
+    return list(np.atleast_1d(np.asarray(figure.subfigures(1, count))))
 
 
 def _finish(figure: Figure, title: str, path: str | Path) -> None:

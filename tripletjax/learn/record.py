@@ -99,7 +99,7 @@ def _from_json(values: dict[str, Any]) -> RunRecord:
                 options[name] = tuple(options[name])
     of_classes = "classes" in plan["batches"]
     batches = ClassBatchPlan if of_classes else TripletBatchPlan
-    images = {
+    images: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in values["images"].items()
     }

@@ -32,6 +32,7 @@ from tripletjax.learn.checkpoints import Checkpoints
 from tripletjax.learn.config import Config
 from tripletjax.learn.embedder import as_floats, build_model, embed_images, load_model
 from tripletjax.learn.image_cache import ImageArray, StoredImages
+from tripletjax.learn.image_io import ImageSource
 from tripletjax.learn.metrics_log import MetricsLog, summary_writer
 from tripletjax.learn.record import ImageRecord, RunRecord, write_text
 
@@ -246,16 +247,17 @@ def _go_on(old: RunRecord, config: Config, task: tasks.Task, out: Path) -> RunRe
         )
     places = {name: getattr(config, name) for name in PLACES}
     requested = dataclasses.replace(old.requested, **places)
-    if config.steps in (None, old.plan.steps):
+    steps = config.steps or old.plan.steps
+    if steps == old.plan.steps:
         return dataclasses.replace(old, requested=requested)
     told = (
-        f"lengthened from {old.plan.steps} to {config.steps} steps: from where it goes "
-        "on, the learning rate is that of a run of this length"
+        f"lengthened from {old.plan.steps} to {steps} steps: from where it goes on, "
+        "the learning rate is that of a run of this length"
     )
     return dataclasses.replace(
         old,
-        requested=dataclasses.replace(requested, steps=config.steps),
-        plan=dataclasses.replace(old.plan, steps=config.steps),
+        requested=dataclasses.replace(requested, steps=steps),
+        plan=dataclasses.replace(old.plan, steps=steps),
         notes=(*old.notes, told),
     )
 
@@ -272,8 +274,8 @@ def _statistics(images: ImageArray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.sqrt(np.maximum(square - mean**2, 0))
 
 
-def _flat(images: np.ndarray) -> Array:
-    return as_floats(images).reshape(len(images), -1)
+def _flat(images: ImageSource) -> Array:
+    return as_floats(images[:]).reshape(len(images), -1)
 
 
 def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:
@@ -315,7 +317,7 @@ def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:
 
 def _normalized(config: Config) -> Config:
     """The same, from wherever it is resumed and however it is written."""
-    changes = {}
+    changes: dict[str, Any] = {}
     if config.data != "digits" and Path(config.data).is_dir():
         changes["data"] = str(Path(config.data).resolve())
     if config.triplets is not None:

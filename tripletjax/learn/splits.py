@@ -12,7 +12,7 @@ TEST, VALIDATION = 0.15, 0.1
 
 def held_out_images(
     labels: np.ndarray,
-    digests: Sequence[str],
+    digests: Sequence[str] | np.ndarray,
     split: str,
     shares: tuple[float, float] = (TEST, VALIDATION),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -34,14 +34,16 @@ def held_out_images(
     return train, validation, test
 
 
-def _members(labels: np.ndarray, digests: Sequence[str]) -> list[list[int]]:
+def _members(
+    labels: np.ndarray, digests: Sequence[str] | np.ndarray
+) -> list[list[int]]:
     """The images of each class, in an order that neither names nor files decide."""
     members = [np.flatnonzero(labels == c).tolist() for c in np.unique(labels)]
     return [sorted(places, key=lambda place: digests[place]) for places in members]
 
 
 def share_out_images(
-    labels: np.ndarray, digests: Sequence[str], shares: Sequence[float]
+    labels: np.ndarray, digests: Sequence[str] | np.ndarray, shares: Sequence[float]
 ) -> list[np.ndarray]:
     """Places that are left, then the shares of every class.
 

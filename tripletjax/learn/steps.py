@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -168,10 +168,10 @@ def _next_state(
     ema_decay: float,
 ) -> TrainState:
     updates, optimizer = tx.update(gradients, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    averaged = state.average
+    params: Any = optax.apply_updates(state.params, updates)
+    averaged: Any = state.average
     if averaged is not None:
-        averaged = optax.incremental_update(params, averaged, 1 - ema_decay)
+        averaged: Any = optax.incremental_update(params, averaged, 1 - ema_decay)
     finite = state.finite
     for x in jax.tree.leaves((value, gradients)):
         finite &= jnp.isfinite(x).all()

@@ -28,12 +28,13 @@ from tripletjax.learn import (
 from tripletjax.learn.config import Config
 from tripletjax.learn.embedder import embed_images
 from tripletjax.learn.image_cache import ImageArray, StoredImages
+from tripletjax.learn.image_io import ImageSource
 from tripletjax.learn.plan import ClassBatchPlan, Plan, TripletBatchPlan
 
 # Validation and pictures have at most so many images, of all.
 GALLERY = 2048
 
-Embed = Callable[[np.ndarray], Array]
+Embed = Callable[[ImageSource], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,7 @@ class LabelTask:
         if not len(held_out):
             return {}
         held_out = held_out.part(_fixed_subsample(len(held_out)))
-        options = {}
+        options: dict[str, Any] = {}
         if np.isin(held_out.labels, train.labels).any():
             gallery = _fixed_subsample(len(train))
             references = embed_images(model, train.images[gallery])

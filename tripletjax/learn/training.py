@@ -296,7 +296,8 @@ def _prefetched(batches: Batches, start: int, steps: int) -> Iterator:
     if start >= steps:
         return iter(())
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    source = grain.MapDataset.source(_Steps(batches, start, steps))
+    left: Any = _Steps(batches, start, steps)
+    source = grain.MapDataset.source(left)
     return iter(source.to_iter_dataset(options))
 
 

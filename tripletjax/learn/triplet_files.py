@@ -109,7 +109,7 @@ def load_triplets(
     )
     digest = hashlib.blake2b(" ".join(stored.digests).encode(), digest_size=16)
     digest.update(f"{stored.images.shape}".encode())
-    digest.update(triplets)
+    digest.update(triplets.tobytes())
     skipped = [f"{names[place]}: {why}" for place, why in stored.skipped.items()]
     return TripletDataset(
         str(file),
@@ -130,7 +130,7 @@ def load_triplets(
 
 def _triplet_rows(file: Path) -> list[tuple[str, str, str]]:
     roles = ("anchor", "positive", "negative")
-    rows, columns = [], None
+    rows, columns, width = [], None, 3
     with file.open(newline="", encoding="utf-8-sig") as opened:
         reader = csv.reader(opened, skipinitialspace=True)
         for row in reader:
@@ -148,7 +148,7 @@ def _triplet_rows(file: Path) -> list[tuple[str, str, str]]:
                         "images, or the names of columns, among them anchor, positive "
                         f"and negative, got {', '.join(row)}."
                     )
-                columns, width = [0, 1, 2], 3
+                columns = [0, 1, 2]
             if len(row) != width:
                 raise ValueError(
                     f"{file}, line {reader.line_num}: must have {width} columns, has "

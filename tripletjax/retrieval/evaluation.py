@@ -69,7 +69,7 @@ def mean_of_queries(metrics: RetrievalMetrics, labels: Array) -> RetrievalMetric
         total = jnp.sum(values, axis=0)
         return jnp.where(queries > 0, total / jnp.maximum(queries, 1), jnp.nan)
 
-    return RetrievalMetrics(*map(mean, metrics[:-1]), queries)
+    return RetrievalMetrics._make((*map(mean, metrics[:-1]), queries))
 
 
 @own_promotion
@@ -97,7 +97,7 @@ def mean_of_classes(metrics: RetrievalMetrics, labels: Array) -> RetrievalMetric
         total = jnp.sum(values * shares, axis=0)
         return jnp.where(classes > 0, total / jnp.maximum(classes, 1), jnp.nan)
 
-    return RetrievalMetrics(*map(mean, metrics[:-1]), jnp.sum(counts))
+    return RetrievalMetrics._make((*map(mean, metrics[:-1]), jnp.sum(counts)))
 
 
 def evaluate(
@@ -275,9 +275,10 @@ def _evaluate(
     )
     if masked and reduce_fn is mean_of_classes:
         raise ValueError("reduce_fn: mean_of_classes takes labels, got PairMasks.")
-    query_labels = jnp.zeros(n, int) if masked else batch.pairs.labels
+    query_labels = jnp.zeros(n, int) if masked else batch.labels
     y = batch.reference_side[0]
     broken = ~jnp.isfinite(y).all(axis=-1)
+    classes = None
     if masked or each is not None:
         masks = masks_of(batch, each)
         batch = with_masks(batch, masks)
@@ -296,7 +297,7 @@ def _evaluate(
     rankings = Rankings.of(metric, batch)
     tiles = rankings.tiles()
     by_sorting = functools.partial(rankings.by_sorting, tiles)
-    if masked or each is not None:
+    if classes is None:
         first, *metrics = rankings.fill(by_sorting)
     elif first_alone:
         ordered, order = rankings.by_class(classes)
@@ -318,7 +319,7 @@ def _evaluate(
         x = jnp.where(touched[column], jnp.nan, x.astype(jnp.float32))
         return jnp.where(found[column], x, 0)
 
-    metrics = RetrievalMetrics(*map(known, values), found)
+    metrics = RetrievalMetrics._make((*map(known, values), found))
     return metrics if reduce_fn is None else reduce_fn(metrics, query_labels)
 
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from tripletjax._matrices import ordered_bits
 from tripletjax._pairwise.batch import Batch
 from tripletjax._pairwise.class_index import ClassIndex
-from tripletjax._pairwise.slices import RUN, Blocks
+from tripletjax._pairwise.slices import RUN, Blocks, Index
 from tripletjax.distances import Metric, common_offset
 from tripletjax.pairs import PairMasks, Pairs, as_boolean, keep_pairs, match_labels
 
@@ -101,7 +101,7 @@ class Rankings(NamedTuple):
         pairs = batch.pairs
         if batch.square:
             pairs = pairs._replace(
-                reference_labels=pairs.labels,
+                reference_labels=batch.labels if batch.has_classes else None,
                 positions=jnp.arange(n),
                 reference_where=pairs.where,
             )
@@ -117,13 +117,19 @@ class Rankings(NamedTuple):
         batch = self.batch
         order = jnp.argsort(classes.start)
         pairs = batch.pairs._replace(
-            labels=batch.pairs.labels[order], positions=batch.pairs.positions[order]
+            labels=batch.labels[order], positions=self.positions[order]
         )
         batch = batch._replace(anchors=batch.anchors[order], pairs=pairs)
         classes = classes._replace(
             **{k: getattr(classes, k)[order] for k in ("start", "rank", "positives")}
         )
         return self._replace(batch=batch, classes=classes), order
+
+    @property
+    def positions(self) -> Array:
+        """The places of queries among the references, -1 if they are not."""
+        assert self.batch.pairs.positions is not None
+        return self.batch.pairs.positions
 
     def tiles(self, order: Array | None = None) -> ReferenceTiles:
         """All references, in an order."""
@@ -207,7 +213,7 @@ class Rankings(NamedTuple):
         state: Any,
     ) -> tuple[Any, Any]:
         """`lax.scan` over all tiles, against the queries from a start on."""
-        tile = self.against(start, self.rows(self.batch.pairs.positions, start))
+        tile = self.against(start, self.rows(self.positions, start))
 
         def step(state: Any, part: ReferenceTiles) -> tuple[Any, Any]:
             return visit(state, tile(part.index[0], part))
@@ -218,7 +224,8 @@ class Rankings(NamedTuple):
         self, tiles: ReferenceTiles, by_class: ReferenceTiles
     ) -> Callable[[Array], list[Array]]:
         """The rank of the first relevant reference of queries in order of class."""
-        columns = tiles.index.shape[1]
+        columns, classes = tiles.index.shape[1], self.classes
+        assert classes is not None
         kind = ordered_bits(tiles.halves[0, 0]).dtype
         last = jnp.iinfo(kind).max
 
@@ -226,9 +233,9 @@ class Rankings(NamedTuple):
             """The nearest relevant reference, which only some tiles can have."""
             begin, rank, positives = (
                 self.rows(x, start)
-                for x in (self.classes.start, self.classes.rank, self.classes.positives)
+                for x in (classes.start, classes.rank, classes.positives)
             )
-            m = len(self.classes.order)
+            m = len(classes.order)
             itself = jnp.where(rank < m, begin + rank, -1)
             end = jnp.max(jnp.where(positives > 0, begin + positives + (rank < m), 0))
             tile = self.against(start, itself)
@@ -301,10 +308,12 @@ class Rankings(NamedTuple):
         runs, rows, _ = panel.shape
         row = jnp.arange(rows)[:, None]
         last, nowhere = jnp.iinfo(panel.dtype).max, runs * RUN + 1
-        most = jnp.max(self.classes.positives)
+        classes = self.classes
+        assert classes is not None
+        most = jnp.max(classes.positives)
 
-        def rank(first: Array, size: int, ranks: Array) -> Array:
-            index, found = self.classes.positives_slice(first, size, start, rows)
+        def rank(first: Index, size: int, ranks: Array) -> Array:
+            index, found = classes.positives_slice(first, size, start, rows)
             run = index // RUN
             own = jnp.where(found, panel[run, row, index % RUN], last - 1)
             # Of equally far ones those of a lower index come before; those of the same
@@ -317,7 +326,7 @@ class Rankings(NamedTuple):
             return lax.dynamic_update_slice_in_dim(ranks, rank, first, axis=1)
 
         ranks = _in_groups(most, rank, jnp.full((rows, MAX_COUNTED), nowhere))
-        relevant = lax.dynamic_slice_in_dim(self.classes.positives, start, rows)
+        relevant = lax.dynamic_slice_in_dim(classes.positives, start, rows)
         among = _as_runs(ranks)
 
         def add(group: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
