@@ -6,8 +6,8 @@
 Every case runs in a process of its own. A cell says how long it takes in multiples of
 the bare product of all embeddings, `x @ x.T`, that the same library computes in turn
 with it; the file has memory, too. Times are medians of many repetitions. The other
-libraries come with ``pip install -e '.[train,peers]'``; those that are not there are
-left out.
+libraries come with ``pip install -e '.[train]' --group peers``; those that are not
+there are left out.
 """
 
 import argparse

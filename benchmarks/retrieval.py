@@ -7,7 +7,7 @@ Every item is a query against all others: `tripletjax.retrieval.evaluate`, which
 all of them, `recall_at_k` alone, and faiss's exact search for the nearest 100 (or as
 many as a class has), from which NumPy makes the same metrics as far as they go. Each
 runs in a process of its own; the first call, which compiles, is not timed. Needs
-``pip install -e '.[peers]'``.
+``pip install -e . --group peers``.
 """
 
 import argparse

@@ -179,7 +179,7 @@ def main() -> None:
     for title, measured in rows.items():
         show(f"{title} mean", np.mean(measured, axis=0))
         if len(measured) > 1:
-            show(f"{title} deviation", np.std(measured, axis=0, ddof=1))
+            show(f"{title} std", np.std(measured, axis=0, ddof=1))
 
 
 if __name__ == "__main__":

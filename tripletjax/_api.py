@@ -26,6 +26,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 P = ParamSpec("P")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def own_promotion(function: Callable[P, R]) -> Callable[P, R]:
@@ -54,8 +55,8 @@ def jitted(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a function jitted, mesh-agnostic and strict about its arguments.
 
-    What it returns has `lower` of `jax.jit`, and `unjitted`, the function itself, for
-    calls within other jitted functions.
+    What it returns has `lower` of `jax.jit`. Within other jitted functions, `unjitted`
+    calls the function itself.
 
     Args:
         callables: options that are static and must be callable.
@@ -120,12 +121,17 @@ def jitted(
                 *ready[:n], *args[len(names) :], **dict(zip(kwargs, ready[n:]))
             )
 
-        # What a plain `jax.jit` has, too.
         of: Any = call
         of.lower, of.unjitted = run.lower, unjitted
         return call
 
     return decorate
+
+
+def unjitted(function: F) -> F:
+    """A `jitted` function itself, for calls within other jitted functions."""
+    of: Any = function
+    return of.unjitted
 
 
 def as_integer(name: str, value: Any) -> int:

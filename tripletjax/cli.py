@@ -294,7 +294,7 @@ def _evaluate(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     _table(f"verification, {n}", rows, " %")
     rows = {
         "mean distance": spread["mean_distance"],
-        "its deviation": spread["distance_deviation"],
+        "its standard deviation": spread["distance_std"],
         "effective rank": spread["effective_rank"],
     }
     _table("spread of the embeddings: near 0, and rank 1, if collapsed", rows, "")

@@ -21,17 +21,17 @@ class CollapseReport(NamedTuple):
 
     Attributes:
         mean_distance: of all pairs.
-        distance_deviation: standard deviation of the distances of all pairs.
+        distance_std: standard deviation of the distances of all pairs.
         effective_rank: how many directions are in use, 1 to d.
         mean_norm: of the embeddings.
-        norm_deviation: standard deviation of their norms.
+        norm_std: standard deviation of their norms.
     """
 
     mean_distance: Array
-    distance_deviation: Array
+    distance_std: Array
     effective_rank: Array
     mean_norm: Array
-    norm_deviation: Array
+    norm_std: Array
 
 
 @jitted(callables=("metric",))

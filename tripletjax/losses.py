@@ -37,7 +37,7 @@ from jax import Array
 from jax.extend.core import Var
 from jax.typing import ArrayLike, DTypeLike
 
-from tripletjax._api import jitted, own_promotion
+from tripletjax._api import jitted, own_promotion, unjitted
 from tripletjax._matrices import as_distances, for_each_true_column, take
 from tripletjax.distances import Metric, euclidean
 from tripletjax.mining import (
@@ -552,7 +552,7 @@ def batch_hard_loss(
     """
     cost = as_cost(hinge)
     distances = as_distances(distances)
-    triplets = batch_hard_triplets(
+    triplets = unjitted(batch_hard_triplets)(
         distances,
         labels,
         reference_labels=reference_labels,
@@ -624,7 +624,7 @@ def batch_semi_hard_loss(
     """
     cost = as_cost(hinge)
     distances = as_distances(distances)
-    triplets = batch_semi_hard_triplets(
+    triplets = unjitted(batch_semi_hard_triplets)(
         distances,
         labels,
         fallback=fallback,

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from tripletjax._api import jitted
+from tripletjax._api import jitted, unjitted
 from tripletjax._matrices import (
     SortedNegatives,
     columns_of,
@@ -147,7 +147,7 @@ def batch_hard_triplets(
     >>> print(triplets.positive[:3], triplets.negative[:3], triplets.valid)
     [2 2 0] [3 3 3] [ True  True  True False]
     """
-    return batch_easy_hard_triplets(
+    return unjitted(batch_easy_hard_triplets)(
         distances,
         labels,
         positive=hardest_positive,
@@ -831,4 +831,5 @@ def _masks_alone(labels: ArrayLike | PairMasks, **options: Any) -> PairMasks:
     """The masks where there is no distance matrix."""
     if isinstance(labels, PairMasks):
         return masks_for(jnp.zeros(jnp.shape(labels.positive)), labels, **options)
-    return pair_masks(labels, options.pop("reference_labels"), **options)
+    pairs = unjitted(pair_masks)
+    return pairs(labels, options.pop("reference_labels"), **options)

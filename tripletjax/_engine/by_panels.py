@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from tripletjax._api import unjitted
 from tripletjax._engine.panels import Panel, Panels
 from tripletjax._engine.reductions import min_and_index_of_all
 from tripletjax._engine.slopes import costs_and_slopes
@@ -322,8 +323,8 @@ def _nearest_beyond(d_an: Array, d_ap: Array) -> tuple[Array, Array]:
 def mined_panel(spec: LossSpec, panel: Panel) -> Triplets:
     """The triplets ``[rows, k]`` of a panel."""
     if spec.mining is Mining.SEMI_HARD:
-        return batch_semi_hard_triplets(
+        return unjitted(batch_semi_hard_triplets)(
             panel.distances, panel.masks, fallback=spec.fallback
         )
-    triplets = batch_hard_triplets(panel.distances, panel.masks)
+    triplets = unjitted(batch_hard_triplets)(panel.distances, panel.masks)
     return Triplets(*(field[:, None] for field in triplets))

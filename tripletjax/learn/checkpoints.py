@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 State = TypeVar("State")
 
 
-class OtherStateError(ValueError):
+class StateMismatchError(ValueError):
     """A whole state, but not of this model and optimizer."""
 
 
@@ -113,7 +113,7 @@ class Checkpoints:
         for step in reversed(self.steps):
             try:
                 return step, self._load(step, like), damaged
-            except OtherStateError:
+            except StateMismatchError:
                 raise
             except Exception as error:
                 reason = _brief(error)
@@ -162,7 +162,7 @@ class Checkpoints:
         metadata = self._orbax.checkpointables_metadata(step).custom_metadata
         plain = _plain(like)
         if metadata["kind"] != _kind(plain):
-            raise OtherStateError(
+            raise StateMismatchError(
                 f"the checkpoint of step {step} in {self.directory} is of another "
                 "model or optimizer."
             )
