@@ -94,7 +94,7 @@ def check(got, expected, atol=2e-5):
     )
 
 
-@pytest.mark.parametrize("kind", unless_slow(KINDS, ["padded", "everything"]))
+@pytest.mark.parametrize("kind", unless_slow(KINDS, ["everything"]))
 @every_loss
 def test_value_and_gradient(loss, matrix, kind):
     for labels in LABELS.values():
@@ -146,13 +146,13 @@ def test_a_reduction_of_sums(loss, matrix):
         *(
             pytest.param(*reduction, marks=pytest.mark.slow)
             for reduction in (
+                (lambda terms: (tj.mean_active(terms), terms.valid.sum()), True),
                 (lambda terms: terms.total.mean() + terms.active.sum() / 7, True),
                 (jax.jit(lambda terms: (tj.mean_active(terms), terms.valid)), False),
                 (lambda terms: jnp.sum(terms.total / (1 + terms.valid)), False),
                 (lambda terms: (terms.total.sum(), terms.active), False),
             )
         ),
-        (jax.jit(lambda terms: (tj.mean_active(terms), terms.valid.sum())), True),
         (lambda terms: jnp.max(terms.total), False),
     ],
 )
@@ -241,7 +241,7 @@ def test_any_metric(loss, matrix, metric):
 
 
 @pytest.mark.parametrize("labels", unless_slow(LABELS, ["one large"]))
-@every_loss
+@one_loss
 def test_the_oracle(name, loss, labels):
     labels, x = LABELS[labels], vectors()
     d = oracles.matrix(oracles.euclidean, np.asarray(x))
@@ -263,7 +263,7 @@ def test_the_oracle(name, loss, labels):
 
 
 @pytest.mark.parametrize("labels", LABELS)
-@pytest.mark.parametrize("kind", unless_slow(KINDS, ["padded", "everything"]))
+@pytest.mark.parametrize("kind", unless_slow(KINDS, ["everything"]))
 def test_indices(labels, kind):
     labels, x = LABELS[labels], vectors()
     options, shared, y = options_of(kind, labels)
@@ -337,13 +337,8 @@ def near_pair(distance):
     ("name", "role"),
     # Other losses take all negatives, or choose those beyond, by products.
     [
-        ("batch all", "positive"),
         ("batch hard", "negative"),
-        *(
-            pytest.param(name, "positive", marks=pytest.mark.slow)
-            for name in LOSSES
-            if name != "batch all"
-        ),
+        *(pytest.param(name, "positive", marks=pytest.mark.slow) for name in LOSSES),
     ],
 )
 def test_near_duplicates_keep_their_digits(name, loss, role, others):

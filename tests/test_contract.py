@@ -39,7 +39,7 @@ def test_jit_is_eager(loss):
         np.testing.assert_allclose(loss(d, labels, margin=0.3), eager, rtol=1e-6)
 
 
-@every_loss
+@pytest.mark.parametrize("name", unless_slow(LOSSES, ["batch all", "semi-hard"]))
 def test_vmap_is_a_loop(loss):
     d = jnp.stack([tj.euclidean(batch(seed=seed)[0]) for seed in range(3)])
     # Different numbers of positives, so that inner loops end at different times.
@@ -229,8 +229,10 @@ def test_one_trace_for_repeated_calls(loss):
 @pytest.mark.parametrize(
     ("name", "hinge"),
     [
-        param if param.values[1] == "hinge" else pytest.param(*param.values, marks=slow)
-        for param in WITH_HINGES
+        pytest.param(name, hinge, marks=[] if quick else slow)
+        for name in LOSSES
+        for hinge in HINGES
+        for quick in [name in ("batch all", "semi-hard") and hinge == "hinge"]
     ],
 )
 def test_gradients_are_those_of_finite_differences(loss, hinge):

@@ -331,6 +331,13 @@ def test_a_mask_of_another_shape_is_named(shape):
         retrieval.evaluate(x, labels, reference_where=np.ones(shape, bool))
 
 
+def test_nan_does_not_look_like_skill():
+    got = retrieval.evaluate(np.full((40, 3), np.nan), np.arange(40) // 4)
+    assert got.queries == 40
+    assert all(jnp.isnan(metric).all() for metric in got[:-1])
+
+
+@pytest.mark.slow
 def test_a_query_that_is_not_finite_is_nan():
     x, labels = np.eye(40, dtype=np.float32), np.arange(40) // 4
     for value in (np.nan, np.inf):
@@ -400,6 +407,7 @@ def test_reductions():
         np.testing.assert_allclose(getattr(by_class, name), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_class_of_one_is_left_out():
     x, labels = clusters()
     labels[0] = 99

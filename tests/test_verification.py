@@ -20,8 +20,8 @@ from tripletjax import verification
 def pairs_of(seed, n=30, tied=False):
     """Distances of pairs, those of the same item smaller; some of either kind."""
     random = np.random.default_rng(seed)
-    same = random.random(n) < random.uniform(0.2, 0.8)
-    same[:2] = (True, False)
+    # Rates depend on how many there are, and programs on the rates: few are made.
+    same = random.permutation(n) < n * random.choice([0.2, 0.5, 0.8])
     distances = random.normal(size=n) ** 2 + ~same
     if tied:
         distances = np.round(distances)
