@@ -1,6 +1,7 @@
 """What importing costs, and that what is public is documented and tested by doctest."""
 
 import ast
+import graphlib
 import inspect
 import subprocess
 import sys
@@ -63,8 +64,8 @@ def imports_of(file):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file} imports relatively"
-            if node.module == "tripletjax":
-                yield from (f"tripletjax.{alias.name}" for alias in node.names)
+            if node.module in ("tripletjax", "tripletjax.learn"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
             else:
                 yield node.module
 
@@ -87,6 +88,24 @@ def test_imports_point_downwards():
             elif rest and (below := rest.split(".")[0]) in floor and below != name:
                 assert floor[below] < level, (name, module)
                 assert below not in APART.get(name, ()), (name, module)
+
+
+def test_modules_of_learning_import_in_no_circle():
+    folder = Path(tj.__file__).parent / "learn"
+    modules = {file.stem for file in folder.glob("[!_]*.py")}
+    imported = {}
+    for file in folder.glob("[!_]*.py"):
+        prefix = "tripletjax.learn."
+        found = {
+            name.removeprefix(prefix).split(".")[0]
+            for name in imports_of(file)
+            if name.startswith(prefix)
+        }
+        imported[file.stem] = {
+            name for name in found if (folder / f"{name}.py").exists()
+        }
+    order = [*graphlib.TopologicalSorter(imported).static_order()]
+    assert order.index("image_io") < order.index("runs")
 
 
 def test_everything_public_is_documented():

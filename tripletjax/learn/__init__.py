@@ -26,6 +26,7 @@ MODULES = (
     "image_analysis",
     "image_cache",
     "image_io",
+    "lfw",
     "metrics_log",
     "models",
     "objectives",
