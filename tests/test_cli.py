@@ -1,6 +1,7 @@
 """The command, as its user types it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,17 @@ def test_every_option_is_explained(name, capsys):
             "precious is there and is no report",
         ),
         (["evaluate", "--run", "r", "--data", ".", "--out", "."], "no empty directory"),
+        (["search", "--run", "r"], "required: --index"),
+        (["search", "--run", "r", "--index", "."], "no trained model"),
+        (["search", "--run", "r", "--index", ".", "--together"], "without --query"),
+        (
+            ["search", "--run", "r", "--index", ".", "--json", "precious"],
+            "precious is there; it is left as it is",
+        ),
+        (
+            ["search", "--run", "r", "--index", ".", "--out", "a.png"],
+            "--out is of no use without --query or --duplicates",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_2(
@@ -187,3 +199,48 @@ def test_interrupts_exit_130(monkeypatch, capsys, tmp_path):
     folder = Path(tmp_path)
     arguments = ["--run", str(folder), "--data", str(folder)]
     assert cli.main(["evaluate", *arguments]) == 130
+
+
+def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
+    queries = sorted((unseen / "group1" / "kind1").iterdir())[:2]
+    sheet, file = tmp_path / "more" / "hits.png", tmp_path / "hits.json"
+    command = ["search", "--run", str(trained), "--index", str(unseen)]
+    more = ["-k", "3", "--out", str(sheet), "--json", str(file)]
+    assert cli.main([*command, "--query", *map(str, queries), *more]) == 0
+    told = capsys.readouterr().out
+    assert "20 images in the index (20 added)" in told
+    report = json.loads(file.read_text())
+    embed = learn.load_embedder(trained)
+    files = sorted(unseen.rglob("*.*"))
+    x = embed(files)
+    places = [files.index(query) for query in queries]
+    distances, nearest = tj.retrieval.nearest_neighbors(
+        x[np.array(places)], x, 3, positions=np.array(places)
+    )
+    for found, query, near, d in zip(report["queries"], queries, nearest, distances):
+        assert found["query"] == [str(query)]
+        paths = [str(files[i].relative_to(unseen)) for i in near]
+        assert [hit["path"] for hit in found["hits"]] == paths
+        np.testing.assert_allclose([hit["distance"] for hit in found["hits"]], d, 1e-4)
+        for path in paths:
+            assert path in told
+    with Image.open(sheet) as picture:
+        assert np.ptp(np.asarray(picture)) > 0
+    # What is there is not written over.
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*command, "--query", str(queries[0]), "--out", str(sheet)])
+    capsys.readouterr()
+    # Of images that are the same, and of another state of the run.
+    table = tmp_path / "groups.csv"
+    copy = shutil.copy(queries[0], queries[0].with_name("copy.png"))
+    try:
+        assert cli.main([*command, "--duplicates", "--within", "0"]) == 0
+        assert "1 groups of 2 images within 0" in capsys.readouterr().out
+        assert cli.main([*command, "--duplicates", "--out", str(table)]) == 0
+        assert "copy.png" in table.read_text()
+        assert cli.main(command) == 0
+        assert "21 images in the index (as before)" in capsys.readouterr().out
+    finally:
+        Path(copy).unlink()
+    assert cli.main([*command, "--query", "nowhere.png"]) == 2
+    assert "nowhere.png cannot be read" in capsys.readouterr().err

@@ -309,6 +309,122 @@ def _table(title: str, rows: dict[str, float | None], unit: str) -> None:
         print(f"  {name:<24}{told:>10}")
 
 
+def _search_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "The index is brought up to date first: what is new or has changed is "
+        "embedded, what is gone is removed. Distances are Euclidean, of unit vectors: "
+        "from 0 to 2."
+    )
+    parser.add_argument("--run", type=Path, required=True, help="a finished run")
+    parser.add_argument(
+        "--index",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="the folder of images to search in, which is only read",
+    )
+    parser.add_argument(
+        "--database",
+        type=Path,
+        metavar="DIR",
+        help="where the index is kept (default: RUN/index)",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--query", type=Path, nargs="+", metavar="IMAGE", help="images to search by"
+    )
+    what.add_argument(
+        "--duplicates",
+        action="store_true",
+        help="groups of images that are nearly the same",
+    )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="search by the mean of all queries, and not by each alone",
+    )
+    parser.add_argument(
+        "-k", type=int, default=8, help="how many are found at most (default: 8)"
+    )
+    parser.add_argument(
+        "--within",
+        type=float,
+        metavar="DISTANCE",
+        help="the largest distance (default: none; of duplicates 0.1)",
+    )
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="FOLDER",
+        help="only images that lie in these folders of the index",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="a picture of what is found (PNG), or the groups of duplicates (CSV)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all of it as JSON")
+
+
+def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
+    from tripletjax.apps import reports, search
+    from tripletjax.apps.embedders import embedder_of
+
+    for option, needs in (("together", "query"), ("classes", "query")):
+        if given[option] and not given[needs]:
+            parser.error(f"--{option} is of no use without --{needs}")
+    for name in ("out", "json"):
+        file = given[name]
+        if file is not None and file.exists():
+            parser.error(f"{file} is there; it is left as it is")
+    if given["out"] is not None and not (given["query"] or given["duplicates"]):
+        parser.error("--out is of no use without --query or --duplicates")
+    embedder = embedder_of(given["run"])
+    index = search.Index(
+        given["index"], given["database"] or given["run"] / "index", embedder
+    )
+    changes = index.update(
+        progress=True,
+        waiting=lambda: print("another process updates an index here: waiting for it"),
+    )
+    print(reports.changes(changes))
+    for line in (*changes.notes, *changes.skipped):
+        print(f"- {line}")
+    report: dict[str, Any] = {"index": reports.of_changes(index, changes)}
+    if given["query"]:
+        found = reports.found(
+            index,
+            given["query"],
+            k=given["k"],
+            within=given["within"],
+            labels=given["classes"],
+            together=given["together"],
+        )
+        report["queries"] = found
+        for line in reports.ranked_lines(found):
+            print(line)
+        if given["out"] is not None:
+            reports.draw_found(index, found, given["out"])
+    elif given["duplicates"]:
+        within = 0.1 if given["within"] is None else given["within"]
+        groups = index.duplicates(within)
+        report["duplicates"] = groups
+        count = sum(map(len, groups))
+        print(f"{len(groups):,} groups of {count:,} images within {within:g}")
+        if given["out"] is not None:
+            reports.write_groups(groups, given["out"])
+        else:
+            for group in groups:
+                print("  " + "  ".join(group))
+    if given["json"] is not None:
+        reports.write_json(report, given["json"])
+    for name in ("out", "json"):
+        if given[name] is not None:
+            print(f"{given[name]} is written")
+    return 0
+
+
 Options = Callable[[argparse.ArgumentParser], None]
 Call = Callable[[argparse.ArgumentParser, dict[str, Any]], int]
 
@@ -323,5 +439,10 @@ COMMANDS: dict[str, tuple[str, Options, Call]] = {
         "measure the embedding of a run on a folder of classes",
         _evaluate_options,
         _evaluate,
+    ),
+    "search": (
+        "find images in a folder by images, or near-duplicates",
+        _search_options,
+        _search,
     ),
 }

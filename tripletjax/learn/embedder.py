@@ -5,6 +5,8 @@ It needs neither the data that it was trained on nor what reads data or draws.
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,9 +46,15 @@ def load_model(run_dir: str | Path) -> tuple[nnx.Module, RunRecord]:
         if not (run_dir / part).exists():
             raise FileNotFoundError(f"no trained model in {run_dir}: no {part}.")
     made = RunRecord.read(run_dir)
-    model = build_model(made)
+    # Of parameters that are read, none need to be drawn first.
+    model = nnx.eval_shape(lambda: build_model(made))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        nnx.state(model),
+    )
     best = Checkpoints(run_dir / "best", writable=False)
-    found = best.restore(nnx.state(model))
+    found = best.restore(like)
     best.close()
     if found is None:
         raise FileNotFoundError(f"no trained model in {run_dir}: best is empty.")
@@ -54,6 +62,12 @@ def load_model(run_dir: str | Path) -> tuple[nnx.Module, RunRecord]:
     model.eval()
     return model, made
 
+
+# Of a plan, what an embedding depends on.
+NETWORK = (
+    *("box", "size", "model", "head", "channels", "stride", "dim", "mirror"),
+    "bfloat16",
+)
 
 ImageInputs = ArrayLike | Sequence[np.ndarray | str | Path | Image.Image]
 
@@ -73,6 +87,17 @@ class Embedder:
     shape: ImageSpec
     view: View | None
     record: RunRecord
+
+    @functools.cached_property
+    def key(self) -> str:
+        """A digest of all that the vectors of an image depend on."""
+        plan = dataclasses.asdict(self.record.plan)
+        made = {name: plan[name] for name in NETWORK}
+        images = dataclasses.asdict(self.record.images)
+        digest = hashlib.blake2b(json.dumps([made, images]).encode(), digest_size=16)
+        for x in jax.tree.leaves(nnx.state(self.model)):
+            digest.update(np.ascontiguousarray(x).tobytes())
+        return digest.hexdigest()
 
     def __call__(self, images: ImageInputs) -> Array:
         """Unit vectors ``[n, d]`` of images of any kind."""

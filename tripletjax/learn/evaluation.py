@@ -13,8 +13,6 @@ None.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +29,11 @@ from tripletjax.learn.record import write_text
 KS = (1, 2, 4, 8)
 # Of these, those that there are enough pairs for.
 FARS = tuple(10.0**-digits for digits in range(1, 7))
-# Images are read and embedded so many at a time.
-READ = 256
 # The picture of neighbours has at most so many images to choose from, and the one of
 # distances the pairs of so many with all.
 GALLERY, ROWS = 2048, 4096
+# Pairs are compared by so many rows at a time.
+BLOCK = 256
 # Distances are counted in so many steps.
 STEPS = 2000
 REPORT = "tripletjax evaluation"
@@ -149,11 +147,17 @@ def embed_folder(
     shown = {*draw.permutation(len(found.files))[:GALLERY].tolist()}
     x, kept, digests, images, skipped = [], [], [], {}, []
     skipped += [f"{file.name}: not in a folder of a class" for file in found.loose]
+
+    def pixels_of(file: Path) -> np.ndarray:
+        pixels = embedder.shape.fit(image_io.open_image(file))
+        image_io.check_not_blank(pixels)
+        return pixels
+
     bar = tqdm(
         total=len(found.files), desc="embedding", unit="image", disable=not progress
     )
     with bar:
-        for places, read in _in_parts(found.files, embedder.shape.fit):
+        for places, read in image_io.read_ahead(found.files, pixels_of):
             whole = []
             for place, image in zip(places, read):
                 if isinstance(image, OSError):
@@ -245,8 +249,8 @@ def histograms(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     n = len(labels)
     rows = np.sort(np.random.default_rng(0).permutation(n)[:ROWS])
     same, different = np.zeros((2, STEPS), np.int64)
-    for start in range(0, len(rows), READ):
-        some = rows[start : start + READ]
+    for start in range(0, len(rows), BLOCK):
+        some = rows[start : start + BLOCK]
         distances = np.asarray(tj.euclidean(x[some], x))
         steps = np.minimum((distances * (STEPS / 2)).astype(np.int64), STEPS - 1)
         alike = labels[some][:, None] == labels
@@ -295,25 +299,6 @@ def check_replaceable(file: Path) -> None:
         ours = False
     if not ours:
         raise FileExistsError(f"{file} is there and is no report; it is left as it is.")
-
-
-def _in_parts(
-    files: list[Path], fit: Callable[[Any], np.ndarray]
-) -> Iterator[tuple[range, list[np.ndarray | OSError]]]:
-    """Numbers of files and their images, or what is wrong with them."""
-
-    def read(file: Path) -> np.ndarray | OSError:
-        try:
-            pixels = fit(image_io.open_image(file))
-            image_io.check_not_blank(pixels)
-        except OSError as error:
-            return error
-        return pixels
-
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(files), READ):
-            places = range(start, min(start + READ, len(files)))
-            yield places, list(pool.map(read, files[start : start + READ]))
 
 
 def _sizes_worth_telling(labels: np.ndarray) -> str | None:

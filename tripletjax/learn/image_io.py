@@ -4,17 +4,19 @@ import dataclasses
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # The longer side that images are seen at: lines need fewer pixels than photographs,
 # which are kept at twice the size, for a part of them to be looked at.
 GREY_SIZE, COLOUR_SIZE, DETAIL = 32, 64, 2
+# Files are read so many at a time.
+READ = 256
 
 
 # Files and folders of systems and programs, whatever they hold.
@@ -280,7 +282,7 @@ def is_colour(image: Image.Image) -> bool:
     return bool(np.ptp(pixels, axis=-1).mean() > 2)
 
 
-def open_image(file: str | Path) -> Image.Image:
+def open_image(file: str | Path | BinaryIO) -> Image.Image:
     """An image file, upright and decoded; of several frames the first.
 
     Raises:
@@ -295,6 +297,9 @@ def open_image(file: str | Path) -> Image.Image:
             with QUIET, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return _decoded(file)
+    except UnidentifiedImageError as error:
+        # Pillow's own words may have an address of memory in place of a name.
+        raise OSError("it is no image that can be read") from error
     except OSError:
         raise
     except Exception as error:
@@ -302,7 +307,7 @@ def open_image(file: str | Path) -> Image.Image:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def _decoded(file: str | Path) -> Image.Image:
+def _decoded(file: str | Path | BinaryIO) -> Image.Image:
     with Image.open(file) as image:
         image.load()
         first = upright(image)
@@ -314,6 +319,40 @@ def _decoded(file: str | Path) -> Image.Image:
             # Frames that are broken are there, too.
             first.info[FRAMES] = 2
     return first
+
+
+Made = TypeVar("Made")
+
+
+def read_ahead(
+    files: Sequence[Path], make: Callable[[Path], Made], *, size: int = READ
+) -> Iterator[tuple[range, list[Made | OSError]]]:
+    """What threads make of files, some at a time, the next ones meanwhile.
+
+    Args:
+        files: to read.
+        make: of one file.
+        size: of how many files at a time.
+
+    Yields:
+        Numbers of files, and what was made of them or the OSError that was raised.
+    """
+
+    def tried(file: Path) -> Made | OSError:
+        try:
+            return make(file)
+        except OSError as error:
+            return error
+
+    parts = [range(i, min(i + size, len(files))) for i in range(0, len(files), size)]
+    with ThreadPoolExecutor() as pool:
+        ahead = [[pool.submit(tried, files[i]) for i in part] for part in parts[:1]]
+        for number, part in enumerate(parts):
+            following = parts[number + 1 : number + 2]
+            ahead += [
+                [pool.submit(tried, files[i]) for i in more] for more in following
+            ]
+            yield part, [one.result() for one in ahead.pop(0)]
 
 
 def check_not_blank(pixels: np.ndarray) -> None:

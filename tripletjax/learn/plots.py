@@ -15,7 +15,8 @@ from matplotlib.ft2font import FT2Font
 import tripletjax as tj
 from tripletjax.learn.image_io import ImageSource
 
-RIGHT, WRONG, QUERY, BEYOND = "#2a9d5c", "#d1495b", "#444444", "#cccccc"
+# Blue and orange, which nearly everybody can tell apart.
+RIGHT, WRONG, QUERY, BEYOND = "#0072b2", "#d55e00", "#444444", "#cccccc"
 
 
 def training(lines: Sequence[dict], path: str | Path) -> None:
@@ -101,8 +102,8 @@ def neighbors(
         layout="constrained",
     )
     told = (
-        f"The {what} with the worst neighbours by {first}: green is of the same class, "
-        "red is not; light grey beyond as many as there are"
+        f"The {what} with the worst neighbours by {first}: blue is of the same class, "
+        "orange is not; light grey beyond as many as there are"
     )
     if not len(several):
         told = f"There is one of the {what} of each class: no other is of the same"
@@ -176,7 +177,7 @@ def triplets(
     )
     figure.suptitle(
         f"The {what} in the worst order by {next(iter(distances))}:\n"
-        "anchor, nearer, farther; the positive is green, the negative red",
+        "anchor, nearer, farther; the positive is blue, the negative orange",
         fontsize=10,
     )
     parts = _columns(figure, len(distances))
@@ -284,6 +285,51 @@ def roc(
     )
     axes.grid(alpha=0.3)
     _finish(figure, f"ROC of {what}", path)
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[np.ndarray], Sequence[tuple[str, bool | None]]]],
+    path: str | Path,
+    *,
+    title: str,
+) -> None:
+    """Queries, each in a row with what was found for it.
+
+    Args:
+        rows: of each query what it is called, its images uint8 ``[height, width]`` or
+            ``[height, width, 3]``, the query's own first, and of each of what was found
+            a line of text and whether it is right, or None if nobody knows.
+        path: the PNG file to write.
+        title: of all.
+    """
+    most = max(len(images) for _, images, _ in rows)
+    figure = Figure(
+        figsize=(1.15 * most + 0.4, 1.55 * len(rows) + 0.6), layout="constrained"
+    )
+    figure.suptitle(textwrap.fill(title, max(24, 13 * most)), fontsize=10)
+    grid = figure.subplots(len(rows), most, squeeze=False)
+    for line, (name, images, told) in zip(grid, rows):
+        for axes in line[len(images) :]:
+            axes.set_axis_off()
+        known = [(name, None), *told]
+        for rank, (axes, image, (text, right)) in enumerate(zip(line, images, known)):
+            axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+            axes.set(xticks=[], yticks=[])
+            color = BEYOND if right is None else RIGHT if right else WRONG
+            for spine in axes.spines.values():
+                spine.set(color=QUERY if rank == 0 else color, linewidth=2.5)
+                spine.set_linestyle("--" if right is False else "-")
+            lines = [_short(line) for line in text.splitlines()]
+            text = _shown_text("\n".join(lines))
+            axes.set_xlabel(text, fontsize=7, parse_math=False)
+    figure.savefig(path, dpi=120)
+
+
+def _shown_text(text: str) -> str:
+    """Text as numbers where no installed font can show it."""
+    if _fonts(text) is not None:
+        return text
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def _columns(figure: Figure, count: int) -> list[Any]:

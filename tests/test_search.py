@@ -1,0 +1,349 @@
+"""Search in a folder of images, kept up to date."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+from folders import shapes
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import tripletjax as tj
+from tripletjax.apps import reports, search
+from tripletjax.apps.embedders import embedder_of, vectors_of
+
+
+class Thumbnails:
+    """Tiny pixels as vectors of integers, so that ties are frequent; counts images."""
+
+    def __init__(self, side=3, levels=4):
+        self.side, self.levels, self.seen = side, levels, 0
+
+    def __call__(self, images):
+        self.seen += len(images)
+        size = (self.side, self.side)
+        x = np.stack([np.asarray(i.convert("L").resize(size)) for i in images])
+        return (x // (256 // self.levels)).reshape(len(images), -1)
+
+
+def opened(folder, database, function=None, key="thumbnails"):
+    function = function or Thumbnails()
+    index = search.Index(folder, database, embedder_of(function, key=key))
+    return index, function
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shapes(tmp_path / "pictures", kinds=4, each=6)
+
+
+def paths_in(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*.*"))
+
+
+def content(file, value, size=(24, 20)):
+    """A picture with something in it, that is another for every value."""
+    pixels = np.random.default_rng(value).integers(0, 256, (*size[::-1], 3))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.uint8(pixels)).save(file)
+
+
+def test_hits_are_the_nearest_neighbors_with_ties_by_path(folder, tmp_path):
+    index, _ = opened(folder, tmp_path / "db")
+    assert index.update().added == len(index) == 24
+    paths, x = index.vectors()
+    assert paths == paths_in(folder)
+    for k in (1, 5, 24, 30):
+        distances, places = tj.retrieval.nearest_neighbors(x, x, min(k, 24))
+        for hits, near, d in zip(index.search(x, k), places, distances):
+            assert [hit.path for hit in hits] == [paths[i] for i in near]
+            np.testing.assert_allclose([hit.distance for hit in hits], d, atol=1e-6)
+    assert {hit.path for hit in index.search(x[:1], 24)[0]} == {*paths}
+
+
+def test_what_is_searched_for_is_narrowed_down(folder, tmp_path):
+    index, _ = opened(folder, tmp_path / "db")
+    index.update()
+    paths, x = index.vectors()
+    label = "group1/kind3"
+    (hits,) = index.search(x[:1], 50, labels=[label])
+    assert sorted(hit.path for hit in hits) == [p for p in paths if label in p]
+    assert {hit.label for hit in hits} == {label}
+    (all_of_them,) = index.search(x[:1], 50)
+    within = all_of_them[7].distance
+    (hits,) = index.search(x[:1], 50, within=within)
+    assert hits == [hit for hit in all_of_them if hit.distance <= within]
+    (hits,) = index.search(x[:1], 3, leave_out=[paths[:2]])
+    assert hits == [h for h in all_of_them if h.path not in paths[:2]][:3]
+    assert index.search(x[:0]) == []
+
+
+def test_an_index_follows_its_folder(folder, tmp_path):
+    index, function = opened(folder, tmp_path / "db")
+    index.update()
+    again = index.update()
+    assert (again.images, again.added, again.changed, again.moved) == (24, 0, 0, 0)
+    assert function.seen == 24
+    content(folder / "group0" / "new.png", 1)
+    content(folder / "group0" / "kind0" / "0.png", 2)
+    (folder / "group1" / "kind1" / "0.png").rename(folder / "group1" / "moved.png")
+    (folder / "group1" / "kind1" / "3.png").unlink()
+    (folder / "group1" / "kind1" / "broken.png").write_bytes(b"\x89PNG\r\n")
+    (folder / "group1" / "kind1" / "empty.png").write_bytes(b"")
+    told = index.update()
+    assert (told.added, told.changed, told.moved, told.removed) == (1, 1, 1, 2)
+    assert function.seen == 26
+    assert [line.split(":")[0] for line in told.skipped] == [
+        "group1/kind1/broken.png",
+        "group1/kind1/empty.png",
+    ]
+    assert not any("0x" in line for line in told.skipped)
+    # What was good and is broken is no longer found.
+    content(folder / "group1" / "kind1" / "empty.png", 3)
+    (folder / "group0" / "new.png").write_bytes(b"")
+    told = index.update()
+    assert told.images == len(index) == 24
+    paths, x = index.vectors()
+    skipped = {"group0/new.png", "group1/kind1/broken.png"}
+    assert paths == [p for p in paths_in(folder) if p not in skipped]
+    fresh, _ = opened(folder, tmp_path / "other")
+    fresh.update()
+    np.testing.assert_array_equal(fresh.vectors()[1], x)
+
+
+def test_contents_that_change_places(tmp_path):
+    folder = tmp_path / "pictures"
+    for number in range(600):
+        content(folder / f"{number:03d}.png", number, size=(3, 3))
+    index, function = opened(folder, tmp_path / "db")
+    index.update()
+    # What the last one held is now elsewhere, far from where it is read again.
+    first, last = folder / "000.png", folder / "599.png"
+    was = first.read_bytes()
+    first.write_bytes(last.read_bytes())
+    content(last, 1000, size=(3, 3))
+    (folder / "300.png").write_bytes(was)
+    index.update()
+    fresh, _ = opened(folder, tmp_path / "other")
+    fresh.update()
+    assert fresh.vectors()[0] == index.vectors()[0]
+    np.testing.assert_array_equal(fresh.vectors()[1], index.vectors()[1])
+    assert function.seen < 610
+
+
+def test_a_folder_that_is_renamed_is_not_embedded_again(folder, tmp_path):
+    index, function = opened(folder, tmp_path / "db")
+    index.update()
+    folder = folder.rename(tmp_path / "renamed")
+    index, _ = opened(folder, tmp_path / "db", function)
+    told = index.update()
+    assert (told.added, told.moved, function.seen) == (0, 24, 24)
+    assert "has become" in told.notes[0]
+    assert index.vectors()[0] == paths_in(folder)
+    # One that is there keeps its own.
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    other, _ = opened(copy, tmp_path / "db", function)
+    other.update()
+    index, _ = opened(folder, tmp_path / "db", function)
+    assert len(index) == len(other) == 24
+
+
+def test_an_index_of_another_embedder_is_refused(folder, tmp_path):
+    index, _ = opened(folder, tmp_path / "db")
+    index.update()
+    with pytest.raises(ValueError, match=r"another embedder.*Remove .*\.lance"):
+        opened(folder, tmp_path / "db", key="other")
+    # Of other folders it is left alone.
+    other = shapes(tmp_path / "others", kinds=2, each=2)
+    index, function = opened(other, tmp_path / "db", Thumbnails(side=2), key="other")
+    index.update()
+    assert function.seen == 4
+
+
+def test_near_duplicates_are_linked(tmp_path):
+    folder = tmp_path / "pictures"
+    for number in range(9):
+        content(folder / f"{number}.png", number)
+    for number, copies in ((0, 3), (5, 1)):
+        for copy in range(copies):
+            shutil.copy(folder / f"{number}.png", folder / f"{number}-{copy}.png")
+    index, _ = opened(folder, tmp_path / "db", Thumbnails(side=8, levels=256))
+    assert index.duplicates(0.0) == []
+    index.update()
+    assert index.duplicates(0.0) == [
+        ["0-0.png", "0-1.png", "0-2.png", "0.png"],
+        ["5-0.png", "5.png"],
+    ]
+    paths, x = index.vectors()
+    d = np.linalg.norm(x[:, None] - x[None], axis=-1)
+    within = float(np.sort(d[d > 0])[4])
+    linked = {path: {path} for path in paths}
+    for i, j in zip(*np.nonzero(d <= within)):
+        both = linked[paths[i]] | linked[paths[j]]
+        linked |= dict.fromkeys(both, both)
+    expected = {tuple(sorted(group)) for group in linked.values() if len(group) > 1}
+    assert {*map(tuple, index.duplicates(within))} == expected
+
+
+@given(st.binary(min_size=1, max_size=12).filter(lambda b: b"\0" not in b))
+def test_any_path_can_be_written_down(name):
+    name = name.replace(b"/", b"_")
+    path = Path(os.fsdecode(b"a/" + name))
+    text = search.encoded(path)
+    assert text.encode().decode() == text
+    assert search.decoded(text) == path
+
+
+def test_odd_names(tmp_path):
+    folder = tmp_path / "it's a folder"
+    names = ["a 'quoted' name.png", "back\\slash.png", "\u732b.png", "\\x41.png"]
+    names.append(os.fsdecode(b"not-utf-8-\xff.png"))
+    for number, name in enumerate(names):
+        content(folder / "so so" / name, number)
+    (folder / "link").symlink_to(folder)
+    index, _ = opened(folder, tmp_path / "db")
+    assert index.update().images == 5
+    paths, x = index.vectors()
+    for path in paths:
+        assert index.file_of(path).exists()
+        assert index.path_of(index.file_of(path)) == path
+    (folder / "so so" / names[-1]).unlink()
+    (folder / "so so" / names[0]).unlink()
+    assert index.update().removed == 2
+    assert len(index) == 3
+    (hits,) = index.search(x[:1], labels=["so so"])
+    assert len(hits) == 3
+    assert index.path_of(tmp_path / "elsewhere.png") is None
+
+
+def test_two_at_once_wait_for_one_another(folder, tmp_path):
+    index, _ = opened(folder, tmp_path / "db")
+    told = []
+    with filelock.FileLock(tmp_path / "db" / "lock"):
+        thread = threading.Thread(
+            target=index.update, kwargs={"waiting": lambda: told.append("waits")}
+        )
+        thread.start()
+        while not told:
+            time.sleep(0.01)
+        assert len(index) == 0
+    thread.join()
+    assert len(index) == 24
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"k": 0}, "k must be at least 1"),
+        ({"within": -1.0}, "within must be at least 0"),
+        ({"vectors": np.zeros((1, 2))}, "must have 9 dimensions, got 2"),
+        ({"vectors": np.zeros(9)}, r"must be \[q, d\]"),
+        ({"vectors": np.full((1, 9), np.nan)}, "must be finite"),
+    ],
+)
+def test_bad_searches_are_named(folder, tmp_path, change, words):
+    index, _ = opened(folder, tmp_path / "db")
+    index.update()
+    with pytest.raises(ValueError, match=words):
+        index.search(**{"vectors": np.zeros((1, 9))} | change)
+
+
+def test_bad_embedders_are_named(folder, tmp_path):
+    with pytest.raises(ValueError, match="key must name the function"):
+        embedder_of(Thumbnails())
+    index, _ = opened(folder, tmp_path / "db", lambda images: np.zeros(3))
+    with pytest.raises(ValueError, match=r"must return vectors \[24, d\]"):
+        index.update()
+    nan = opened(folder, tmp_path / "db", lambda images: [[np.nan]] * len(images))
+    with pytest.raises(ValueError, match="not finite"):
+        nan[0].update()
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        opened(tmp_path / "nowhere", tmp_path / "db")
+
+
+def test_what_is_found_is_told_and_drawn(folder, tmp_path):
+    index, _ = opened(folder, tmp_path / "db")
+    index.update()
+    inside, outside = folder / "group0" / "kind0" / "0.png", tmp_path / "b.png"
+    content(outside, 7)
+    found = reports.found(index, [inside, outside], k=4)
+    assert found[0]["class"] == "group0/kind0"
+    assert "group0/kind0/0.png" not in [hit["path"] for hit in found[0]["hits"]]
+    for hit in found[0]["hits"]:
+        assert hit["right"] == (hit["class"] == "group0/kind0")
+    assert found[1]["class"] is None
+    lines = [*reports.ranked_lines(found)]
+    assert lines[1] == str(inside)
+    assert lines[2].split()[0] == "1"
+    together = reports.found(index, [inside, outside], k=4, together=True)
+    x = vectors_of(index.embedder, [Image.open(inside), Image.open(outside)])
+    mean = x.mean(axis=0, keepdims=True)
+    mean /= np.linalg.norm(mean)
+    own = [["group0/kind0/0.png"]]
+    assert [hit["path"] for hit in together[0]["hits"]] == [
+        hit.path for hit in index.search(mean, 4, leave_out=own)[0]
+    ]
+    reports.draw_found(index, found, tmp_path / "more" / "hits.png")
+    with Image.open(tmp_path / "more" / "hits.png") as picture:
+        assert np.ptp(np.asarray(picture)) > 0
+    reports.write_groups([["a, b.png", "c.png"]], tmp_path / "groups.csv")
+    assert (tmp_path / "groups.csv").read_text().splitlines() == [
+        "group,path",
+        '1,"a, b.png"',
+        "1,c.png",
+    ]
+    with pytest.raises(OSError, match=r"groups\.csv cannot be read"):
+        reports.found(index, [tmp_path / "groups.csv"], k=1)
+
+
+UPDATE = """
+import sys, time
+import numpy as np
+from tripletjax.apps import search
+from tripletjax.apps.embedders import embedder_of
+
+def slowly(images):
+    time.sleep(0.02)
+    return np.stack([np.asarray(i.resize((3, 3))).ravel() for i in images])
+
+embedder = embedder_of(slowly, key="slowly")
+print("begins", flush=True)
+print(search.Index(sys.argv[1], sys.argv[2], embedder).update().images)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_next_update_completes_it(tmp_path, monkeypatch):
+    folder, draw = tmp_path / "pictures", random.Random(0)
+    for number in range(3000):
+        content(folder / f"{number % 7}" / f"{number}.png", number, size=(4, 4))
+    command = [sys.executable, "-c", UPDATE, str(folder), str(tmp_path / "db")]
+    for kill in range(20):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "begins\n"
+        time.sleep(draw.random() * 1.2)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        # Meanwhile the folder changes.
+        content(folder / "0" / f"{7 * kill}.png", 10_000 + kill, size=(4, 4))
+        (folder / "1" / f"{7 * kill + 1}.png").rename(folder / f"{kill}.png")
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "begins\n3000\n"
+    embedder = embedder_of(
+        lambda images: np.stack([np.asarray(i.resize((3, 3))).ravel() for i in images]),
+        key="slowly",
+    )
+    paths, x = search.Index(folder, tmp_path / "db", embedder).vectors()
+    assert paths == paths_in(folder)
+    images = [Image.open(folder / path) for path in paths]
+    np.testing.assert_array_equal(x, vectors_of(embedder, images))

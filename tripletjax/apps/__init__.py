@@ -1,0 +1,20 @@
+"""What people do with an embedder: search.
+
+Every application takes a run directory, or any function from images to vectors. Needs
+the extra: ``pip install "tripletjax[train,search]"``.
+"""
+
+import importlib
+from typing import Any
+
+__all__ = ["embedders", "reports", "search"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,158 @@
+"""What a search has found, as lines, JSON, CSV and a picture."""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tripletjax.apps.embedders import vectors_of
+from tripletjax.apps.search import Changes, Index, encoded
+from tripletjax.learn.image_io import open_image
+from tripletjax.learn.record import write_text
+
+# The longer side of images in a picture, in pixels.
+SIDE = 112
+
+
+def changes(told: Changes) -> str:
+    """What an update has done, in a line."""
+    done = ("added", "changed", "moved", "removed")
+    counts = [(name, getattr(told, name)) for name in done]
+    counts.append(("skipped", len(told.skipped)))
+    what = ", ".join(f"{count:,} {name}" for name, count in counts if count)
+    return f"{told.images:,} images in the index ({what or 'as before'})"
+
+
+def of_changes(index: Index, told: Changes) -> dict[str, Any]:
+    """An update, for JSON."""
+    names = ("images", "added", "changed", "moved", "removed", "skipped", "notes")
+    return {
+        "folder": encoded(index.folder),
+        "embedder": index.embedder.key,
+        **{name: getattr(told, name) for name in names},
+    }
+
+
+def found(
+    index: Index,
+    queries: Sequence[Path],
+    *,
+    k: int,
+    within: float | None = None,
+    labels: Sequence[str] | None = None,
+    together: bool = False,
+) -> list[dict[str, Any]]:
+    """Searches by image files, each alone or by the mean of their vectors.
+
+    A query that lies in the index is not its own hit; where its class is known, hits
+    are right or not.
+
+    Raises:
+        OSError: if a query cannot be read.
+    """
+    x = vectors_of(index.embedder, [_opened(file) for file in queries])
+    own = [index.path_of(file) for file in queries]
+    names = (
+        [[str(file) for file in queries]] if together else [[str(q)] for q in queries]
+    )
+    if together:
+        x = x.mean(axis=0, keepdims=True)
+        x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    leave_out = (
+        [[*filter(None, own)]] if together else [[*filter(None, [o])] for o in own]
+    )
+    hits = index.search(x, k, within=within, labels=labels, leave_out=leave_out)
+    found = []
+    for name, out, several in zip(names, leave_out, hits):
+        classes = {path.rpartition("/")[0] for path in out}
+        own_class = classes.pop() if len(classes) == 1 else None
+        found.append(
+            {
+                "query": name,
+                "class": own_class,
+                "hits": [
+                    {
+                        "path": hit.path,
+                        "distance": hit.distance,
+                        "class": hit.label,
+                        "right": None if own_class is None else hit.label == own_class,
+                    }
+                    for hit in several
+                ],
+            }
+        )
+    return found
+
+
+def ranked_lines(found: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A line for each hit, under its query."""
+    for query in found:
+        yield ""
+        yield " + ".join(query["query"])
+        if not query["hits"]:
+            yield "  nothing is found"
+        for rank, hit in enumerate(query["hits"], start=1):
+            yield f"{rank:>5}  {hit['distance']:.4f}  {hit['path']}"
+
+
+def draw_found(index: Index, found: Sequence[dict[str, Any]], out: Path) -> None:
+    """A contact sheet: the queries, and what was found for them."""
+    from tripletjax.learn import plots
+
+    rows = []
+    for query in found:
+        files = [index.file_of(hit["path"]) for hit in query["hits"]]
+        images = [_thumbnail(Path(query["query"][0])), *map(_thumbnail, files)]
+        told = [
+            (f"{hit['distance']:.3f}\n{hit['class'].rpartition('/')[2]}", hit["right"])
+            for hit in query["hits"]
+        ]
+        name = Path(query["query"][0]).name
+        more = len(query["query"]) - 1
+        rows.append((f"{name} + {more}" if more else name, images, told))
+    title = "query, then what was found, with its distance and folder"
+    if any(query["class"] is not None for query in found):
+        title += "; blue is of the query's folder, orange and dashed is not"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plots.contact_sheet(rows, out, title=title)
+
+
+def write_groups(groups: Sequence[Sequence[str]], out: Path) -> None:
+    """Groups of paths as CSV: a line for each, with the number of its group."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["group", "path"])
+        for number, group in enumerate(groups, start=1):
+            writer.writerows([number, path] for path in group)
+
+
+def write_json(report: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def _opened(file: Path) -> Image.Image:
+    try:
+        return open_image(file)
+    except OSError as error:
+        raise OSError(f"{file} cannot be read: {error}") from error
+
+
+def _thumbnail(file: Path) -> np.ndarray:
+    """A small image on a white square; an empty one if it is no longer there."""
+    sheet = Image.new("RGB", (SIDE, SIDE), "white")
+    try:
+        image = open_image(file).convert("RGB")
+    except OSError:
+        return np.asarray(sheet)
+    image.thumbnail((SIDE, SIDE))
+    if max(image.size) < SIDE:
+        scale = SIDE // max(image.size)
+        image = image.resize((image.width * scale, image.height * scale), 0)
+    sheet.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
+    return np.asarray(sheet)

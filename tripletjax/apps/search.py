@@ -1,0 +1,527 @@
+"""An index of the images in a folder, and search in it by images.
+
+The index is a table of LanceDB, one row for each image: its path within the folder, a
+digest of its content, when it changed, its class (the folder it lies in), its vector.
+Every batch of changes is committed at once, so that a process may be killed at any
+moment, and the next update goes on. Search is exact.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import io
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import lancedb
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from tripletjax.apps.embedders import ImageEmbedder
+from tripletjax.learn.image_io import find_files, open_image, read_ahead
+
+# Of the layout of the table; another number refuses older ones.
+FORMAT = "1"
+# So many values stand in one condition.
+CONDITION = 1000
+
+
+class Hit(NamedTuple):
+    """An image that was found.
+
+    Attributes:
+        path: within the folder.
+        distance: Euclidean, from the query.
+        label: the folder that it lies in, within the folder of the index; ``""`` if it
+            lies there itself.
+    """
+
+    path: str
+    distance: float
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """What an update has found and done.
+
+    Attributes:
+        images: how many images the index now has.
+        added: how many are new, and were embedded.
+        changed: how many have another content than before, and were embedded again.
+        moved: how many have a content that was known by another path or folder.
+        removed: how many are no longer there.
+        skipped: files that could not be used, and why.
+        notes: what else was found.
+    """
+
+    images: int
+    added: int
+    changed: int
+    moved: int
+    removed: int
+    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+class Index:
+    """The images of a folder by their vectors.
+
+    Args:
+        folder: the folder of images, which is only read.
+        database: a directory of LanceDB, made if there is none; it may hold the indexes
+            of many folders.
+        embedder: what makes vectors of images.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if the folder's index was made by another embedder.
+    """
+
+    def __init__(
+        self, folder: str | Path, database: str | Path, embedder: ImageEmbedder
+    ):
+        self.folder, self.database = Path(folder).resolve(), Path(database).resolve()
+        self.embedder = embedder
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}.")
+        self.database.mkdir(parents=True, exist_ok=True)
+        self._lance = lancedb.connect(self.database)
+        name = hashlib.blake2b(os.fsencode(self.folder), digest_size=8).hexdigest()
+        self._name = f"folder-{name}"
+        self._table: Any = None
+        if self._name in self._tables():
+            self._table = self._lance.open_table(self._name)
+            self._check(self._table)
+
+    def __len__(self) -> int:
+        return 0 if self._table is None else self._table.count_rows()
+
+    def update(
+        self,
+        *,
+        progress: bool = False,
+        waiting: Callable[[], None] | None = None,
+    ) -> Changes:
+        """Brings the index to what the folder holds now.
+
+        Images whose content is known, by whatever path, are not embedded again.
+
+        Args:
+            progress: whether to show a progress bar.
+            waiting: is called if another process updates an index of the database,
+                whose end is waited for.
+
+        Raises:
+            OSError: if the folder cannot be read or the index cannot be written.
+        """
+        with self._alone(waiting):
+            return self._update(progress)
+
+    def search(
+        self,
+        vectors: np.ndarray,
+        k: int = 8,
+        *,
+        within: float | None = None,
+        labels: Sequence[str] | None = None,
+        leave_out: Sequence[Sequence[str]] | None = None,
+    ) -> list[list[Hit]]:
+        """The k nearest images of each query, exactly; of equally far ones by path.
+
+        Args:
+            vectors: of the queries, ``[q, d]``.
+            k: how many at most.
+            within: the largest distance.
+            labels: only images of these classes.
+            leave_out: for each query, paths of images that are no hits.
+
+        Returns:
+            Hits for each query, the nearest first.
+
+        Raises:
+            ValueError: if an argument is out of range, or a vector is not finite.
+        """
+        x = np.asarray(vectors, np.float32)
+        if x.ndim != 2:
+            raise ValueError(f"vectors must be [q, d], got {x.shape}.")
+        if not np.isfinite(x).all():
+            raise ValueError("vectors must be finite.")
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}.")
+        if within is not None and not within >= 0:
+            raise ValueError(f"within must be at least 0, got {within}.")
+        without = [()] * len(x) if leave_out is None else leave_out
+        if self._table is None:
+            return [[] for _ in x]
+        dim = self._table.schema.field("vector").type.list_size
+        if x.shape[1] != dim:
+            raise ValueError(f"vectors must have {dim} dimensions, got {x.shape[1]}.")
+        found, left = {}, list(range(len(x)))
+        most = k + 1 + max(map(len, without), default=0)
+        while left:
+            rows = self._nearest(x[left], most, labels, within)
+            again = []
+            for query, hits in zip(left, rows):
+                kept = [hit for hit in hits if hit.path not in without[query]]
+                # Of equally far ones there may be more, which come before by path.
+                cut = len(hits) == most and len(kept) >= k
+                if cut and kept[-1].distance <= kept[k - 1].distance:
+                    again.append(query)
+                    continue
+                kept.sort(key=lambda hit: (hit.distance, hit.path))
+                found[query] = kept[:k]
+            left, most = again, 4 * most
+        return [found[query] for query in range(len(x))]
+
+    def duplicates(self, within: float) -> list[list[str]]:
+        """Groups of images that are linked by distances of at most `within`.
+
+        Args:
+            within: the largest Euclidean distance of two images that are the same.
+
+        Returns:
+            Paths in order, groups of at least two, the largest group first.
+        """
+        from scipy.sparse.csgraph import connected_components
+        from sklearn.neighbors import radius_neighbors_graph
+
+        if not within >= 0:
+            raise ValueError(f"within must be at least 0, got {within}.")
+        if len(self) < 2:
+            return []
+        paths, x = self.vectors()
+        # In 64 bits: the distance of equal vectors is 0.
+        links = radius_neighbors_graph(
+            np.asarray(x, np.float64), within, mode="connectivity", include_self=True
+        )
+        _, group = connected_components(links, directed=False)
+        members = collections.defaultdict(list)
+        for path, number in zip(paths, group.tolist()):
+            members[number].append(path)
+        several = [sorted(some) for some in members.values() if len(some) > 1]
+        return sorted(several, key=lambda some: (-len(some), some))
+
+    def vectors(self) -> tuple[list[str], np.ndarray]:
+        """Paths in order, and their vectors ``[n, d]``."""
+        if self._table is None:
+            return [], np.zeros((0, 0), np.float32)
+        rows = self._rows(self._table, ["path", "vector"]).sort_by("path")
+        return rows["path"].to_pylist(), _matrix(rows["vector"])
+
+    def path_of(self, file: str | Path) -> str | None:
+        """The path of a file within the folder, or None if it lies elsewhere."""
+        file = Path(os.path.abspath(file))
+        for given in (file, file.resolve()):
+            if given.is_relative_to(self.folder):
+                return encoded(given.relative_to(self.folder))
+        return None
+
+    def file_of(self, path: str) -> Path:
+        """The file of a path of the index."""
+        return self.folder / decoded(path)
+
+    def _update(self, progress: bool) -> Changes:
+        # Another process may have made it meanwhile.
+        if self._table is None and self._name in self._tables():
+            self._table = self._lance.open_table(self._name)
+            self._check(self._table)
+        if self._table is not None:
+            self._table.checkout_latest()
+        gone = [table for table in self._others() if not _folder_of(table).is_dir()]
+        donors = [*([self._table] if self._table is not None else []), *gone]
+        before = self._stamps(self._table)
+        moved_here = {}
+        for table in gone:
+            moved_here |= self._stamps(table)
+
+        found, skipped = find_files(self.folder), []
+        files, stamps = [], {}
+        for file in found.files:
+            if file.is_relative_to(self.database):
+                continue
+            path = encoded(file.relative_to(self.folder))
+            try:
+                stamps[path] = _stamp(file)
+            except OSError as error:
+                skipped.append(f"{path}: {error}")
+                continue
+            if before.get(path, (None, None))[0] != stamps[path]:
+                files.append(file)
+        known = {digest for _, digest in (*before.values(), *moved_here.values())}
+        counts, unusable = collections.Counter(), []
+
+        def read(file: Path) -> tuple[str, Any]:
+            """The content's digest, and what the embedder takes unless it is known."""
+            path = encoded(file.relative_to(self.folder))
+            stamp, digest = moved_here.get(path, (None, ""))
+            if stamp == stamps[path]:
+                return digest, None
+            return self._read(file, known)
+
+        bar = tqdm(
+            total=len(files),
+            desc="indexing",
+            unit="image",
+            disable=not (progress and files),
+        )
+        with bar:
+            for part, made in read_ahead(files, read):
+                digests, prepared = {}, {}
+                for number, what in zip(part, made):
+                    path = encoded(files[number].relative_to(self.folder))
+                    if isinstance(what, OSError):
+                        skipped.append(f"{path}: {what}")
+                        unusable.append(path)
+                        continue
+                    digests[path] = what[0]
+                    if what[1] is not None:
+                        prepared[what[0]] = what[1]
+                old = self._known_vectors(donors, {*digests.values()} - {*prepared})
+                for path, digest in digests.items():
+                    # Its last place may just have got another content.
+                    if digest not in old and digest not in prepared:
+                        content = self.file_of(path).read_bytes()
+                        image = open_image(io.BytesIO(content))
+                        prepared[digest] = self.embedder.prepare(image)
+                new = {}
+                if prepared:
+                    new = dict(zip(prepared, self.embedder.embed([*prepared.values()])))
+                for path, digest in digests.items():
+                    if digest in new:
+                        counts["changed" if path in before else "added"] += 1
+                    elif before.get(path, ("", ""))[1] != digest:
+                        counts["moved"] += 1
+                self._write(digests, old | new, stamps)
+                if self._table is not None and self._table not in donors:
+                    donors.append(self._table)
+                known |= new.keys()
+                bar.update(len(part))
+        removed = [p for p in before if p not in stamps] + [
+            p for p in unusable if p in before
+        ]
+        self._delete(removed)
+        notes = []
+        if found.runs:
+            notes.append(f"directories of {len(found.runs)} training runs are left out")
+        notes += self._drop_what_has_moved(gone)
+        if self._table is not None and files:
+            # Many small pieces are put together, and earlier states dropped.
+            self._table.optimize()
+        return Changes(
+            images=len(self),
+            added=counts["added"],
+            changed=counts["changed"],
+            moved=counts["moved"],
+            removed=len([p for p in before if p not in stamps]),
+            skipped=tuple(skipped),
+            notes=tuple(notes),
+        )
+
+    def _read(self, file: Path, known: set[str]) -> tuple[str, Any]:
+        """The content's digest, and what the embedder takes unless it is known."""
+        content = file.read_bytes()
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        if digest in known:
+            return digest, None
+        return digest, self.embedder.prepare(open_image(io.BytesIO(content)))
+
+    def _write(
+        self,
+        digests: dict[str, str],
+        vectors: dict[str, np.ndarray],
+        stamps: dict[str, str],
+    ) -> None:
+        """Puts images in, or in the place of those of the same paths."""
+        if not digests:
+            return
+        x = np.stack([vectors[digest] for digest in digests.values()])
+        x = x.astype(np.float32)
+        if not np.isfinite(x).all():
+            raise ValueError("the embedder has made a vector that is not finite.")
+        schema = pa.schema(
+            [
+                ("path", pa.string()),
+                ("digest", pa.string()),
+                ("stamp", pa.string()),
+                ("label", pa.string()),
+                ("vector", pa.list_(pa.float32(), x.shape[1])),
+            ],
+            metadata={
+                "format": FORMAT,
+                "embedder": self.embedder.key,
+                "folder": encoded(self.folder),
+            },
+        )
+        columns = {
+            "path": [*digests],
+            "digest": [*digests.values()],
+            "stamp": [stamps[path] for path in digests],
+            "label": [path.rpartition("/")[0] for path in digests],
+            "vector": pa.FixedSizeListArray.from_arrays(
+                pa.array(x.ravel()), x.shape[1]
+            ),
+        }
+        if self._table is None:
+            self._table = self._lance.create_table(self._name, schema=schema)
+        (
+            self._table.merge_insert("path")
+            .when_matched_update_all()
+            .when_not_matched_insert_all()
+            .execute(pa.table(columns, schema=schema))
+        )
+
+    def _delete(self, paths: Sequence[str]) -> None:
+        for start in range(0, len(paths), CONDITION):
+            self._table.delete(_one_of("path", paths[start : start + CONDITION]))
+
+    def _nearest(
+        self,
+        x: np.ndarray,
+        most: int,
+        labels: Sequence[str] | None,
+        within: float | None,
+    ) -> list[list[Hit]]:
+        query = self._table.search(
+            x if len(x) > 1 else x[0], vector_column_name="vector"
+        )
+        query = query.distance_type("l2").bypass_vector_index().limit(most)
+        query = query.select(["path", "label", "_distance"])
+        if labels is not None:
+            query = query.where(_one_of("label", labels), prefilter=True)
+        rows = query.to_arrow()
+        hits: list[list[Hit]] = [[] for _ in x]
+        numbers = rows["query_index"].to_pylist() if len(x) > 1 else [0] * len(rows)
+        columns = (rows[name].to_pylist() for name in ("path", "_distance", "label"))
+        for number, path, square, label in zip(numbers, *columns):
+            distance = math.sqrt(max(square, 0.0))
+            if within is None or distance <= within:
+                hits[number].append(Hit(path, distance, label))
+        return hits
+
+    def _known_vectors(
+        self, tables: Sequence[Any], digests: set[str]
+    ) -> dict[str, np.ndarray]:
+        """Vectors of contents that are known, by their digests."""
+        found = {}
+        for table in tables:
+            left = sorted(digests - found.keys())
+            for start in range(0, len(left), CONDITION):
+                rows = self._rows(
+                    table,
+                    ["digest", "vector"],
+                    _one_of("digest", left[start : start + CONDITION]),
+                )
+                found |= dict(zip(rows["digest"].to_pylist(), _matrix(rows["vector"])))
+        return found
+
+    def _stamps(self, table: Any) -> dict[str, tuple[str, str]]:
+        """When the images of a table changed, and digests of them, by path."""
+        if table is None:
+            return {}
+        rows = self._rows(table, ["path", "stamp", "digest"])
+        columns = (rows[name].to_pylist() for name in ("path", "stamp", "digest"))
+        return {path: (stamp, digest) for path, stamp, digest in zip(*columns)}
+
+    def _rows(self, table: Any, columns: list[str], where: str | None = None) -> Any:
+        query = table.search().select(columns).limit(max(table.count_rows(), 1))
+        return (query.where(where) if where else query).to_arrow()
+
+    def _tables(self) -> list[str]:
+        return [*self._lance.list_tables().tables]
+
+    def _others(self) -> Iterator[Any]:
+        """Indexes of other folders by the same embedder."""
+        for name in self._tables():
+            if name == self._name:
+                continue
+            table = self._lance.open_table(name)
+            told = table.schema.metadata or {}
+            if told.get(b"embedder") == self.embedder.key.encode():
+                yield table
+
+    def _drop_what_has_moved(self, gone: Sequence[Any]) -> list[str]:
+        """Drops indexes of folders that are gone, if all of them is in this one."""
+        notes, here = [], {digest for _, digest in self._stamps(self._table).values()}
+        for table in gone:
+            if {digest for _, digest in self._stamps(table).values()} <= here:
+                notes.append(f"{_folder_of(table)} has become {self.folder}")
+                self._lance.drop_table(table.name)
+        return notes
+
+    def _check(self, table: Any) -> None:
+        told = table.schema.metadata or {}
+        if told.get(b"format") != FORMAT.encode():
+            what = "another version of tripletjax"
+        elif told.get(b"embedder") != self.embedder.key.encode():
+            what = "another embedder, or another state of the run"
+        else:
+            return
+        raise ValueError(
+            f"the index of {self.folder} in {self.database} was made by {what}. Remove "
+            f"{self.database / (self._name + '.lance')}, or give another database."
+        )
+
+    @contextlib.contextmanager
+    def _alone(self, waiting: Callable[[], None] | None) -> Iterator[None]:
+        lock = filelock.FileLock(self.database / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            if waiting is not None:
+                waiting()
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def encoded(path: Path) -> str:
+    """A path as text, also where its bytes are none; undone by `decoded`."""
+    text = os.fsencode(path.as_posix()).replace(b"\\", b"\\\\")
+    return text.decode(errors="backslashreplace")
+
+
+def decoded(text: str) -> Path:
+    """The path of `encoded`."""
+    parts = re.split(r"(\\\\|\\x[0-9a-f]{2})", text)
+    return Path(
+        os.fsdecode(
+            b"".join(
+                b"\\"
+                if part == r"\\"
+                else bytes.fromhex(part[2:])
+                if part.startswith("\\x")
+                else part.encode()
+                for part in parts
+            )
+        )
+    )
+
+
+def _stamp(file: Path) -> str:
+    """What is another if a file was written to."""
+    told = file.stat()
+    return f"{told.st_size} {told.st_mtime_ns} {told.st_ctime_ns}"
+
+
+def _folder_of(table: Any) -> Path:
+    return decoded(table.schema.metadata[b"folder"].decode())
+
+
+def _matrix(column: Any) -> np.ndarray:
+    chunk = column.combine_chunks()
+    return chunk.flatten().to_numpy().reshape(len(chunk), chunk.type.list_size)
+
+
+def _one_of(column: str, values: Sequence[str]) -> str:
+    quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
+    return f"{column} IN ({quoted})"
