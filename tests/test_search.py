@@ -170,6 +170,30 @@ def test_an_index_of_another_embedder_is_refused(folder, tmp_path):
     assert function.seen == 4
 
 
+def test_an_approximate_search_finds_nearly_the_same(tmp_path):
+    folder = tmp_path / "pictures"
+    for number in range(400):
+        content(folder / f"{number}.png", number, size=(4, 4))
+    index, _ = opened(folder, tmp_path / "db", Thumbnails(levels=256))
+    index.build_approximate()
+    index.update()
+    assert not index.has_approximate
+    index.build_approximate()
+    assert index.has_approximate
+    _, x = index.vectors()
+    exact = index.search(x, 5)
+    near = index.search(x, 5, approximate=True)
+    shared = [len({*a} & {*b}) / 5 for a, b in zip(exact, near)]
+    assert 0.2 <= np.mean(shared) <= 1
+    # What comes later is found, too.
+    content(folder / "later.png", 1000, size=(4, 4))
+    index.update()
+    (vector,) = vectors_of(index.embedder, [Image.open(folder / "later.png")])
+    (hits,) = index.search(vector[None], 1, approximate=True)
+    assert hits[0].path == "later.png"
+    assert index.search(x, 5) == index.search(x, 5, approximate=False)
+
+
 def test_near_duplicates_are_linked(tmp_path):
     folder = tmp_path / "pictures"
     for number in range(9):
@@ -245,6 +269,7 @@ def test_two_at_once_wait_for_one_another(folder, tmp_path):
     ("change", "words"),
     [
         ({"k": 0}, "k must be at least 1"),
+        ({"labels": ["group0", "kind0"]}, "labels must be of the index, got 'group0'"),
         ({"within": -1.0}, "within must be at least 0"),
         ({"vectors": np.zeros((1, 2))}, "must have 9 dimensions, got 2"),
         ({"vectors": np.zeros(9)}, r"must be \[q, d\]"),

@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"{command.prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\n{command.prog}: stopped.", file=sys.stderr)
+        return 130
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
@@ -262,13 +265,9 @@ def _evaluate(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         evaluation.check_replaceable(given["json"])
     if out is None:
         out = free_path(run / "evaluations" / (folder.resolve().name or "data"))
-    try:
-        report = evaluation.evaluate(
-            run, folder, out=out, classes_from=given["classes_from"], progress=True
-        )
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: stopped.", file=sys.stderr)
-        return 130
+    report = evaluation.evaluate(
+        run, folder, out=out, classes_from=given["classes_from"], progress=True
+    )
     if given["json"] is not None:
         evaluation.write_report(report, given["json"])
 
@@ -339,6 +338,12 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
         help="groups of images that are nearly the same",
     )
     parser.add_argument(
+        "--approximate",
+        action="store_true",
+        help="look only where most of the nearest are: faster from some 300,000 "
+        "images on",
+    )
+    parser.add_argument(
         "--together",
         action="store_true",
         help="search by the mean of all queries, and not by each alone",
@@ -368,10 +373,17 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
-    from tripletjax.apps import reports, search
-    from tripletjax.apps.embedders import embedder_of
+    try:
+        from tripletjax.apps import reports, search
+        from tripletjax.apps.embedders import embedder_of
+    except ImportError as error:
+        parser.error(f'{error}: it needs pip install "tripletjax[train,search]"')
 
-    for option, needs in (("together", "query"), ("classes", "query")):
+    for option, needs in (
+        ("together", "query"),
+        ("classes", "query"),
+        ("approximate", "query"),
+    ):
         if given[option] and not given[needs]:
             parser.error(f"--{option} is of no use without --{needs}")
     for name in ("out", "json"):
@@ -392,6 +404,9 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     for line in (*changes.notes, *changes.skipped):
         print(f"- {line}")
     report: dict[str, Any] = {"index": reports.of_changes(index, changes)}
+    if given["approximate"] and not index.has_approximate:
+        print("sharing out the vectors into cells, once")
+        index.build_approximate()
     if given["query"]:
         found = reports.found(
             index,
@@ -400,6 +415,7 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             within=given["within"],
             labels=given["classes"],
             together=given["together"],
+            approximate=given["approximate"],
         )
         report["queries"] = found
         for line in reports.ranked_lines(found):

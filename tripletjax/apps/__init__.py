@@ -5,7 +5,11 @@ the extra: ``pip install "tripletjax[train,search]"``.
 """
 
 import importlib
+import os
 from typing import Any
+
+# What LanceDB says of its cells is of no use to who searches.
+os.environ.setdefault("LANCEDB_LOG", "error")
 
 __all__ = ["embedders", "reports", "search"]
 

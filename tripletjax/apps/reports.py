@@ -45,6 +45,7 @@ def found(
     within: float | None = None,
     labels: Sequence[str] | None = None,
     together: bool = False,
+    approximate: bool = False,
 ) -> list[dict[str, Any]]:
     """Searches by image files, each alone or by the mean of their vectors.
 
@@ -65,7 +66,14 @@ def found(
     leave_out = (
         [[*filter(None, own)]] if together else [[*filter(None, [o])] for o in own]
     )
-    hits = index.search(x, k, within=within, labels=labels, leave_out=leave_out)
+    hits = index.search(
+        x,
+        k,
+        within=within,
+        labels=labels,
+        leave_out=leave_out,
+        approximate=approximate,
+    )
     found = []
     for name, out, several in zip(names, leave_out, hits):
         classes = {path.rpartition("/")[0] for path in out}

@@ -22,6 +22,7 @@ import filelock
 import lancedb
 import numpy as np
 import pyarrow as pa
+from lancedb.index import IvfFlat
 from tqdm import tqdm
 
 from tripletjax.apps.embedders import ImageEmbedder
@@ -29,6 +30,8 @@ from tripletjax.learn.image_io import find_files, open_image, read_ahead
 
 # Of the layout of the table; another number refuses older ones.
 FORMAT = "1"
+# Of the cells of an approximate search this share is looked into.
+PROBED = 0.05
 # So many values stand in one condition.
 CONDITION = 1000
 
@@ -133,6 +136,7 @@ class Index:
         within: float | None = None,
         labels: Sequence[str] | None = None,
         leave_out: Sequence[Sequence[str]] | None = None,
+        approximate: bool = False,
     ) -> list[list[Hit]]:
         """The k nearest images of each query, exactly; of equally far ones by path.
 
@@ -142,6 +146,8 @@ class Index:
             within: the largest distance.
             labels: only images of these classes.
             leave_out: for each query, paths of images that are no hits.
+            approximate: whether to look only where most of the nearest are, by
+                `build_approximate`; all images are looked at if that was never called.
 
         Returns:
             Hits for each query, the nearest first.
@@ -164,10 +170,13 @@ class Index:
         dim = self._table.schema.field("vector").type.list_size
         if x.shape[1] != dim:
             raise ValueError(f"vectors must have {dim} dimensions, got {x.shape[1]}.")
+        for label in labels or ():
+            if not self._table.count_rows(_one_of("label", [label])):
+                raise ValueError(f"labels must be of the index, got {label!r}.")
         found, left = {}, list(range(len(x)))
         most = k + 1 + max(map(len, without), default=0)
         while left:
-            rows = self._nearest(x[left], most, labels, within)
+            rows = self._nearest(x[left], most, labels, within, approximate)
             again = []
             for query, hits in zip(left, rows):
                 kept = [hit for hit in hits if hit.path not in without[query]]
@@ -180,6 +189,22 @@ class Index:
                 found[query] = kept[:k]
             left, most = again, 4 * most
         return [found[query] for query in range(len(x))]
+
+    @property
+    def has_approximate(self) -> bool:
+        """Whether `build_approximate` was called."""
+        return self._table is not None and bool([*self._table.list_indices()])
+
+    def build_approximate(self) -> None:
+        """Shares out the vectors into cells, of which a search looks into the nearest.
+
+        Worth its time from some 300,000 images on. Images that come later are looked at
+        one by one until the next update puts them into their cells, too.
+        """
+        if len(self):
+            cells = max(1, round(math.sqrt(len(self))))
+            config = IvfFlat(distance_type="l2", num_partitions=cells)
+            self._table.create_index("vector", config=config)
 
     def duplicates(self, within: float) -> list[list[str]]:
         """Groups of images that are linked by distances of at most `within`.
@@ -388,11 +413,16 @@ class Index:
         most: int,
         labels: Sequence[str] | None,
         within: float | None,
+        approximate: bool,
     ) -> list[list[Hit]]:
         query = self._table.search(
             x if len(x) > 1 else x[0], vector_column_name="vector"
         )
-        query = query.distance_type("l2").bypass_vector_index().limit(most)
+        query = query.distance_type("l2").limit(most)
+        if approximate:
+            query = query.nprobes(max(1, round(PROBED * math.sqrt(len(self)))))
+        else:
+            query = query.bypass_vector_index()
         query = query.select(["path", "label", "_distance"])
         if labels is not None:
             query = query.where(_one_of("label", labels), prefilter=True)
