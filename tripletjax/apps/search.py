@@ -310,12 +310,16 @@ class Index:
                     if what[1] is not None:
                         prepared[what[0]] = what[1]
                 old = self._known_vectors(donors, {*digests.values()} - {*prepared})
-                for path, digest in digests.items():
-                    # Its last place may just have got another content.
-                    if digest not in old and digest not in prepared:
-                        content = self.file_of(path).read_bytes()
-                        image = open_image(io.BytesIO(content))
-                        prepared[digest] = self.embedder.prepare(image)
+                for path, digest in [*digests.items()]:
+                    if digest in old or digest in prepared:
+                        continue
+                    # Where it was known has just got another content: read again.
+                    again, what = self._read(self.file_of(path), set())
+                    if again == digest:
+                        prepared[digest] = what
+                    else:
+                        skipped.append(f"{path}: it changed while it was read")
+                        del digests[path]
                 new = {}
                 if prepared:
                     new = dict(zip(prepared, self.embedder.embed([*prepared.values()])))
