@@ -22,6 +22,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import jax
 import numpy as np
 
 import tripletjax as tj
@@ -121,7 +122,10 @@ def trained(data_name: str, seed: int, unseen: dict[Path, list[Path]]) -> list[f
         runs.run(config, Path(directory) / "run", progress=False)
         seconds = time.perf_counter() - start
         embed = learn.load_embedder(Path(directory) / "run")
-        return [*measure_classes(embed, unseen), seconds]
+        measured = measure_classes(embed, unseen)
+    # Linux refuses a process the mappings of the programs of many runs.
+    jax.clear_caches()
+    return [*measured, seconds]
 
 
 def main() -> None:
