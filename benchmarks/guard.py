@@ -16,7 +16,8 @@ from pathlib import Path
 from contestants import LOSSES, Case, machine, measure
 
 FILE = Path(__file__).parent / "results" / "guard_cpu.json"
-SIZES = [(1024, 256, 0), (4096, 1024, 0)]
+# Ratios of smaller batches depend on the machine more than on the code.
+SIZES = [(4096, 1024, 0)]
 ALLOWED = 1.3
 
 
