@@ -15,11 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 
-import lancedb
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 from tripletjax.apps import search
@@ -118,7 +117,7 @@ def main() -> None:
     if arguments.images:
         read_and_embedded(arguments.images)
         return
-    print(f"lancedb {lancedb.__version__}, pyarrow {pa.__version__}")
+    print(f"lancedb {metadata.version('lancedb')}")
     queries = made(100, seed=2)
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)

@@ -91,6 +91,17 @@ def test_every_option_is_explained(name, capsys):
             ["search", "--run", "r", "--index", ".", "--out", "a.png"],
             "--out is of no use without --query or --duplicates",
         ),
+        (
+            ["search", "--run", "r", "--index", ".", "--query", "nowhere.png"],
+            "there is no image nowhere.png",
+        ),
+        (
+            [
+                *("search", "--run", "r", "--index", ".", "--query", "a.png"),
+                *("--out", "a.jpg"),
+            ],
+            "--out must be a .png file, got a.jpg",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_2(
@@ -242,5 +253,5 @@ def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
         assert "21 images in the index (as before)" in capsys.readouterr().out
     finally:
         Path(copy).unlink()
-    assert cli.main([*command, "--query", "nowhere.png"]) == 2
-    assert "nowhere.png cannot be read" in capsys.readouterr().err
+    assert cli.main([*command, "--query", str(file)]) == 2
+    assert "hits.json cannot be read" in capsys.readouterr().err

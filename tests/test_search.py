@@ -77,7 +77,7 @@ def test_what_is_searched_for_is_narrowed_down(folder, tmp_path):
     index.update()
     paths, x = index.vectors()
     label = "group1/kind3"
-    (hits,) = index.search(x[:1], 50, labels=[label])
+    (hits,) = index.search(x[:1], 50, classes=[label])
     assert sorted(hit.path for hit in hits) == [p for p in paths if label in p]
     assert {hit.label for hit in hits} == {label}
     (all_of_them,) = index.search(x[:1], 50)
@@ -222,6 +222,36 @@ def test_near_duplicates_are_linked(tmp_path):
     assert {*map(tuple, index.duplicates(within))} == expected
 
 
+def test_equal_vectors_are_at_no_distance(tmp_path):
+    folder = tmp_path / "pictures"
+    for number in range(40):
+        content(folder / f"{number}.png", number // 2)
+
+    def unit(images):
+        x = Thumbnails(side=8, levels=256)(images) + np.pi
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    index, _ = opened(folder, tmp_path / "db", unit)
+    index.update()
+    assert len(index.duplicates(0.0)) == 20
+
+
+def test_near_duplicates_are_no_duplicates(tmp_path):
+    folder = tmp_path / "pictures"
+    for number in range(4):
+        content(folder / f"{number}.png", number)
+
+    def nearly(images):
+        x = np.ones((len(images), 4)) / 2
+        x[:, 0] += 4e-6 * np.arange(len(images))
+        return x
+
+    index, _ = opened(folder, tmp_path / "db", nearly)
+    index.update()
+    assert index.duplicates(3e-6) == []
+    assert len(index.duplicates(5e-6)[0]) == 4
+
+
 @given(st.binary(min_size=1, max_size=12).filter(lambda b: b"\0" not in b))
 def test_any_path_can_be_written_down(name):
     name = name.replace(b"/", b"_")
@@ -248,7 +278,7 @@ def test_odd_names(tmp_path):
     (folder / "so so" / names[0]).unlink()
     assert index.update().removed == 2
     assert len(index) == 3
-    (hits,) = index.search(x[:1], labels=["so so"])
+    (hits,) = index.search(x[:1], classes=["so so"])
     assert len(hits) == 3
     assert index.path_of(tmp_path / "elsewhere.png") is None
 
@@ -272,7 +302,10 @@ def test_two_at_once_wait_for_one_another(folder, tmp_path):
     ("change", "words"),
     [
         ({"k": 0}, "k must be at least 1"),
-        ({"labels": ["group0", "kind0"]}, "labels must be of the index, got 'group0'"),
+        (
+            {"classes": ["group0", "kind0"]},
+            "classes must be folders of the index, got 'group0'",
+        ),
         ({"within": -1.0}, "within must be at least 0"),
         ({"vectors": np.zeros((1, 2))}, "must have 9 dimensions, got 2"),
         ({"vectors": np.zeros(9)}, r"must be \[q, d\]"),

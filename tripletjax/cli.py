@@ -392,6 +392,11 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             parser.error(f"{file} is there; it is left as it is")
     if given["out"] is not None and not (given["query"] or given["duplicates"]):
         parser.error("--out is of no use without --query or --duplicates")
+    if given["out"] is not None and given["query"] and given["out"].suffix != ".png":
+        parser.error(f"--out must be a .png file, got {given['out']}")
+    for query in given["query"] or ():
+        if not query.is_file():
+            parser.error(f"there is no image {query}")
     embedder = embedder_of(given["run"])
     index = search.Index(
         given["index"], given["database"] or given["run"] / "index", embedder
@@ -413,7 +418,7 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             given["query"],
             k=given["k"],
             within=given["within"],
-            labels=given["classes"],
+            classes=given["classes"],
             together=given["together"],
             approximate=given["approximate"],
         )

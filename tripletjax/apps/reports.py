@@ -43,7 +43,7 @@ def found(
     *,
     k: int,
     within: float | None = None,
-    labels: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
     together: bool = False,
     approximate: bool = False,
 ) -> list[dict[str, Any]]:
@@ -70,14 +70,14 @@ def found(
         x,
         k,
         within=within,
-        labels=labels,
+        classes=classes,
         leave_out=leave_out,
         approximate=approximate,
     )
     found = []
     for name, out, several in zip(names, leave_out, hits):
-        classes = {path.rpartition("/")[0] for path in out}
-        own_class = classes.pop() if len(classes) == 1 else None
+        of_queries = {path.rpartition("/")[0] for path in out}
+        own_class = of_queries.pop() if len(of_queries) == 1 else None
         found.append(
             {
                 "query": name,

@@ -32,7 +32,8 @@ from tripletjax.learn.image_io import find_files, open_image, read_ahead
 FORMAT = "1"
 # Of the cells of an approximate search this share is looked into.
 PROBED = 0.05
-# So many values stand in one condition.
+# So many pairs are measured at a time, and so many values stand in one condition.
+PAIRS = 2**18
 CONDITION = 1000
 
 
@@ -134,7 +135,7 @@ class Index:
         k: int = 8,
         *,
         within: float | None = None,
-        labels: Sequence[str] | None = None,
+        classes: Sequence[str] | None = None,
         leave_out: Sequence[Sequence[str]] | None = None,
         approximate: bool = False,
     ) -> list[list[Hit]]:
@@ -144,7 +145,7 @@ class Index:
             vectors: of the queries, ``[q, d]``.
             k: how many at most.
             within: the largest distance.
-            labels: only images of these classes.
+            classes: only images of these classes.
             leave_out: for each query, paths of images that are no hits.
             approximate: whether to look only where most of the nearest are, by
                 `build_approximate`; all images are looked at if that was never called.
@@ -170,13 +171,15 @@ class Index:
         dim = self._table.schema.field("vector").type.list_size
         if x.shape[1] != dim:
             raise ValueError(f"vectors must have {dim} dimensions, got {x.shape[1]}.")
-        for label in labels or ():
+        for label in classes or ():
             if not self._table.count_rows(_one_of("label", [label])):
-                raise ValueError(f"labels must be of the index, got {label!r}.")
+                raise ValueError(
+                    f"classes must be folders of the index, got {label!r}."
+                )
         found, left = {}, list(range(len(x)))
         most = k + 1 + max(map(len, without), default=0)
         while left:
-            rows = self._nearest(x[left], most, labels, within, approximate)
+            rows = self._nearest(x[left], most, classes, within, approximate)
             again = []
             for query, hits in zip(left, rows):
                 kept = [hit for hit in hits if hit.path not in without[query]]
@@ -223,10 +226,21 @@ class Index:
         if len(self) < 2:
             return []
         paths, x = self.vectors()
-        # In 64 bits: the distance of equal vectors is 0.
-        links = radius_neighbors_graph(
-            np.asarray(x, np.float64), within, mode="connectivity", include_self=True
-        )
+        x = np.asarray(x, np.float64)
+        # Found by products, whose rounding moves even equal vectors apart: a little
+        # further than asked for, and then measured by differences.
+        rounding = 1e-10 * np.max(np.sum(x * x, axis=1))
+        links = radius_neighbors_graph(x, math.sqrt(within**2 + rounding)).tocoo()
+        parts = max(1, -(-links.nnz // PAIRS))
+        ends = (np.array_split(rows, parts) for rows in links.coords)
+        near = [
+            np.linalg.norm(x[one] - x[other], axis=1) <= within
+            for one, other in zip(*ends)
+        ]
+        links.data = np.concatenate(near)
+        links = links.tocsr()
+        # What is stored as False would count as a link.
+        links.eliminate_zeros()
         _, group = connected_components(links, directed=False)
         members = collections.defaultdict(list)
         for path, number in zip(paths, group.tolist()):
@@ -415,7 +429,7 @@ class Index:
         self,
         x: np.ndarray,
         most: int,
-        labels: Sequence[str] | None,
+        classes: Sequence[str] | None,
         within: float | None,
         approximate: bool,
     ) -> list[list[Hit]]:
@@ -428,8 +442,8 @@ class Index:
         else:
             query = query.bypass_vector_index()
         query = query.select(["path", "label", "_distance"])
-        if labels is not None:
-            query = query.where(_one_of("label", labels), prefilter=True)
+        if classes is not None:
+            query = query.where(_one_of("label", classes), prefilter=True)
         rows = query.to_arrow()
         hits: list[list[Hit]] = [[] for _ in x]
         numbers = rows["query_index"].to_pylist() if len(x) > 1 else [0] * len(rows)
