@@ -19,20 +19,6 @@ def pytest_configure(config):
     compile_quickly(str(config.cache.mkdir("jax")))
 
 
-# Fixtures of a module that take a whole run.
-RUNS = ("finished", "finished_exactly", "trained", "whole")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Tests that share a run go to one process, which makes it once."""
-    for item in items:
-        for name in RUNS:
-            if name in getattr(item, "fixturenames", ()):
-                group = f"{item.module.__name__}.{name}"
-                item.add_marker(pytest.mark.xdist_group(group))
-
-
 MAPS, MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
 

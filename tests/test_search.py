@@ -1,6 +1,7 @@
 """Search in a folder of images, kept up to date."""
 
 import functools
+import json
 import os
 import random
 import shutil
@@ -22,6 +23,7 @@ from PIL import Image
 import tripletjax as tj
 from tripletjax.apps import reports, search
 from tripletjax.apps.embedders import embedder_of, vectors_of
+from tripletjax.learn.record import write_json
 
 
 class Thumbnails:
@@ -363,6 +365,20 @@ def test_what_is_found_is_told_and_drawn(folder, tmp_path):
         '1,"a, b.png"',
         "1,c.png",
     ]
+    # Where all lie in one folder, nobody knows what is right.
+    flat = tmp_path / "flat"
+    for number in range(3):
+        content(flat / os.fsdecode(b"\xff%d.png" % number), number)
+    loose, _ = opened(flat, tmp_path / "db")
+    loose.update()
+    query = flat / os.fsdecode(b"\xff0.png")
+    (told,) = reports.found(loose, [query], k=2)
+    assert told["query"][0].endswith(r"\xff0.png")
+    assert told["class"] is None
+    assert [hit["right"] for hit in told["hits"]] == [None, None]
+    reports.draw_found(loose, [told], tmp_path / "flat.png")
+    write_json(tmp_path / "flat.json", told)
+    assert json.loads((tmp_path / "flat.json").read_text()) == told
     with pytest.raises(OSError, match=r"groups\.csv cannot be read"):
         reports.found(index, [tmp_path / "groups.csv"], k=1)
 

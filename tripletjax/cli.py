@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tripletjax as tj
 
@@ -56,10 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 options(command)
             except ImportError as error:
-                command.error(
-                    f'{error}: it needs pip install "tripletjax[train]" (or -e '
-                    '".[train]" in a checkout)'
-                )
+                _missing(command, error, "train")
     given = vars(parser.parse_args(argv))
     call, command = given.pop("call"), given.pop("parser")
     del given["command"]
@@ -71,6 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{command.prog}: stopped.", file=sys.stderr)
         return 130
+
+
+def _missing(
+    parser: argparse.ArgumentParser, error: ImportError, extras: str
+) -> NoReturn:
+    """Ends for want of a package, and says what brings it."""
+    parser.error(
+        f'{error}: it needs pip install "tripletjax[{extras}]" (or -e ".[{extras}]" in '
+        "a checkout)"
+    )
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
@@ -376,16 +383,13 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     try:
         from tripletjax.apps import reports, search
         from tripletjax.apps.embedders import embedder_of
+        from tripletjax.learn.record import write_json
     except ImportError as error:
-        parser.error(f'{error}: it needs pip install "tripletjax[train,search]"')
+        _missing(parser, error, "train,search")
 
-    for option, needs in (
-        ("together", "query"),
-        ("classes", "query"),
-        ("approximate", "query"),
-    ):
-        if given[option] and not given[needs]:
-            parser.error(f"--{option} is of no use without --{needs}")
+    for option in ("together", "classes", "approximate"):
+        if given[option] and not given["query"]:
+            parser.error(f"--{option} is of no use without --query")
     for name in ("out", "json"):
         file = given[name]
         if file is not None and file.exists():
@@ -439,7 +443,7 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             for group in groups:
                 print("  " + "  ".join(group))
     if given["json"] is not None:
-        reports.write_json(report, given["json"])
+        write_json(given["json"], report)
     for name in ("out", "json"):
         if given[name] is not None:
             print(f"{given[name]} is written")

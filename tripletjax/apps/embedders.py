@@ -10,7 +10,6 @@ from jax.typing import ArrayLike
 from PIL import Image
 
 from tripletjax.learn.embedder import load_embedder
-from tripletjax.learn.image_io import check_not_blank
 
 Function = Callable[[list[Image.Image]], ArrayLike]
 
@@ -61,15 +60,9 @@ def embedder_of(
     if key is not None:
         raise ValueError(f"key is for functions, got {key!r} for the run {source}.")
     embedder = load_embedder(source)
-
-    def fitted(image: Image.Image) -> np.ndarray:
-        pixels = embedder.shape.fit(image)
-        check_not_blank(pixels)
-        return pixels
-
     return ImageEmbedder(
         f"run {embedder.key}",
-        fitted,
+        embedder.pixels_of,
         lambda images: np.asarray(embedder.of_shape(np.stack(images))),
     )
 

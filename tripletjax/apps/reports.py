@@ -1,7 +1,6 @@
 """What a search has found, as lines, JSON, CSV and a picture."""
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ import numpy as np
 from PIL import Image
 
 from tripletjax.apps.embedders import vectors_of
-from tripletjax.apps.search import Changes, Index, encoded
+from tripletjax.apps.search import Changes, Index, decoded, encoded
 from tripletjax.learn.image_io import open_image
-from tripletjax.learn.record import write_text
 
 # The longer side of images in a picture, in pixels.
 SIDE = 112
@@ -56,16 +54,12 @@ def found(
         OSError: if a query cannot be read.
     """
     x = vectors_of(index.embedder, [_opened(file) for file in queries])
-    own = [index.path_of(file) for file in queries]
-    names = (
-        [[str(file) for file in queries]] if together else [[str(q)] for q in queries]
-    )
+    groups = [[file] for file in queries]
     if together:
+        groups = [[*queries]]
         x = x.mean(axis=0, keepdims=True)
         x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    leave_out = (
-        [[*filter(None, own)]] if together else [[*filter(None, [o])] for o in own]
-    )
+    leave_out = [[*filter(None, map(index.path_of, files))] for files in groups]
     hits = index.search(
         x,
         k,
@@ -75,12 +69,13 @@ def found(
         approximate=approximate,
     )
     found = []
-    for name, out, several in zip(names, leave_out, hits):
-        of_queries = {path.rpartition("/")[0] for path in out}
-        own_class = of_queries.pop() if len(of_queries) == 1 else None
+    for files, own, several in zip(groups, leave_out, hits):
+        # What lies in the folder itself is of no class.
+        of_queries = {path.rpartition("/")[0] for path in own}
+        own_class = (of_queries.pop() or None) if len(of_queries) == 1 else None
         found.append(
             {
-                "query": name,
+                "query": [encoded(file) for file in files],
                 "class": own_class,
                 "hits": [
                     {
@@ -114,12 +109,12 @@ def draw_found(index: Index, found: Sequence[dict[str, Any]], out: Path) -> None
     rows = []
     for query in found:
         files = [index.file_of(hit["path"]) for hit in query["hits"]]
-        images = [_thumbnail(Path(query["query"][0])), *map(_thumbnail, files)]
+        images = [*map(_thumbnail, (decoded(query["query"][0]), *files))]
         told = [
             (f"{hit['distance']:.3f}\n{hit['class'].rpartition('/')[2]}", hit["right"])
             for hit in query["hits"]
         ]
-        name = Path(query["query"][0]).name
+        name = query["query"][0].rpartition("/")[2]
         more = len(query["query"]) - 1
         rows.append((f"{name} + {more}" if more else name, images, told))
     title = "query, then what was found, with its distance and folder"
@@ -137,11 +132,6 @@ def write_groups(groups: Sequence[Sequence[str]], out: Path) -> None:
         writer.writerow(["group", "path"])
         for number, group in enumerate(groups, start=1):
             writer.writerows([number, path] for path in group)
-
-
-def write_json(report: dict[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def _opened(file: Path) -> Image.Image:

@@ -282,7 +282,7 @@ class Index:
             moved_here |= self._stamps(table)
 
         found, skipped = find_files(self.folder), []
-        files, stamps = [], {}
+        files, stamps = {}, {}
         for file in found.files:
             if file.is_relative_to(self.database):
                 continue
@@ -293,18 +293,18 @@ class Index:
                 skipped.append(f"{path}: {error}")
                 continue
             if before.get(path, (None, None))[0] != stamps[path]:
-                files.append(file)
+                files[path] = file
         known = {digest for _, digest in (*before.values(), *moved_here.values())}
         counts, unusable = collections.Counter(), []
 
-        def read(file: Path) -> tuple[str, Any]:
+        def read(path: str) -> tuple[str, Any]:
             """The content's digest, and what the embedder takes unless it is known."""
-            path = encoded(file.relative_to(self.folder))
             stamp, digest = moved_here.get(path, (None, ""))
             if stamp == stamps[path]:
                 return digest, None
-            return self._read(file, known)
+            return self._read(files[path], known)
 
+        paths = [*files]
         bar = tqdm(
             total=len(files),
             desc="indexing",
@@ -312,10 +312,10 @@ class Index:
             disable=not (progress and files),
         )
         with bar:
-            for part, made in read_ahead(files, read):
+            for part, made in read_ahead(paths, read):
                 digests, prepared = {}, {}
                 for number, what in zip(part, made):
-                    path = encoded(files[number].relative_to(self.folder))
+                    path = paths[number]
                     if isinstance(what, OSError):
                         skipped.append(f"{path}: {what}")
                         unusable.append(path)
@@ -328,7 +328,7 @@ class Index:
                     if digest in old or digest in prepared:
                         continue
                     # Where it was known has just got another content: read again.
-                    again, what = self._read(self.file_of(path), set())
+                    again, what = self._read(files[path], set())
                     if again == digest:
                         prepared[digest] = what
                     else:
@@ -347,10 +347,8 @@ class Index:
                     donors.append(self._table)
                 known |= new.keys()
                 bar.update(len(part))
-        removed = [p for p in before if p not in stamps] + [
-            p for p in unusable if p in before
-        ]
-        self._delete(removed)
+        removed = [path for path in before if path not in stamps]
+        self._delete([*removed, *(path for path in unusable if path in before)])
         notes = []
         if found.runs:
             notes.append(f"directories of {len(found.runs)} training runs are left out")
@@ -363,7 +361,7 @@ class Index:
             added=counts["added"],
             changed=counts["changed"],
             moved=counts["moved"],
-            removed=len([p for p in before if p not in stamps]),
+            removed=len(removed),
             skipped=tuple(skipped),
             notes=tuple(notes),
         )
@@ -497,10 +495,13 @@ class Index:
 
     def _drop_what_has_moved(self, gone: Sequence[Any]) -> list[str]:
         """Drops indexes of folders that are gone, if all of them is in this one."""
+        if not gone:
+            return []
         notes, here = [], {digest for _, digest in self._stamps(self._table).values()}
         for table in gone:
             if {digest for _, digest in self._stamps(table).values()} <= here:
-                notes.append(f"{_folder_of(table)} has become {self.folder}")
+                was, now = map(encoded, (_folder_of(table), self.folder))
+                notes.append(f"{was} has become {now}")
                 self._lance.drop_table(table.name)
         return notes
 

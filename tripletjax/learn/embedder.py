@@ -27,6 +27,7 @@ from tripletjax.learn.image_io import (
     ImageSource,
     ImageSpec,
     View,
+    check_not_blank,
     open_image,
     upright,
 )
@@ -102,6 +103,16 @@ class Embedder:
     def __call__(self, images: ImageInputs) -> Array:
         """Unit vectors ``[n, d]`` of images of any kind."""
         return self.of_shape(_to_batch(images, self.shape))
+
+    def pixels_of(self, image: Image.Image) -> np.ndarray:
+        """What an image is made into, uint8 ``[height, width, c]``.
+
+        Raises:
+            OSError: if there is nothing to see on it.
+        """
+        pixels = self.shape.fit(image)
+        check_not_blank(pixels)
+        return pixels
 
     def of_shape(self, images: np.ndarray) -> Array:
         """The same of images that have the shape, uint8 ``[n, height, width, c]``."""

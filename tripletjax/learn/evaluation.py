@@ -24,7 +24,7 @@ from tripletjax.learn import image_io, plots
 from tripletjax.learn.class_folders import find_classes, printable
 from tripletjax.learn.embedder import Embedder, load_embedder
 from tripletjax.learn.image_cache import digest_of
-from tripletjax.learn.record import write_text
+from tripletjax.learn.record import write_json
 
 KS = (1, 2, 4, 8)
 # Of these, those that there are enough pairs for.
@@ -148,18 +148,16 @@ def embed_folder(
     x, kept, digests, images, skipped = [], [], [], {}, []
     skipped += [f"{file.name}: not in a folder of a class" for file in found.loose]
 
-    def pixels_of(file: Path) -> np.ndarray:
-        pixels = embedder.shape.fit(image_io.open_image(file))
-        image_io.check_not_blank(pixels)
-        return pixels
+    def read(file: Path) -> np.ndarray:
+        return embedder.pixels_of(image_io.open_image(file))
 
     bar = tqdm(
         total=len(found.files), desc="embedding", unit="image", disable=not progress
     )
     with bar:
-        for places, read in image_io.read_ahead(found.files, pixels_of):
+        for places, made in image_io.read_ahead(found.files, read):
             whole = []
-            for place, image in zip(places, read):
+            for place, image in zip(places, made):
                 if isinstance(image, OSError):
                     skipped.append(f"{printable(found.paths[place])}: {image}")
                     continue
@@ -285,8 +283,7 @@ def write_report(report: dict[str, Any], file: Path) -> None:
         FileExistsError: if the file is there and is something else.
     """
     check_replaceable(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_json(file, report)
 
 
 def check_replaceable(file: Path) -> None:

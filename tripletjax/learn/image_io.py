@@ -321,38 +321,37 @@ def _decoded(file: str | Path | BinaryIO) -> Image.Image:
     return first
 
 
+Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
 def read_ahead(
-    files: Sequence[Path], make: Callable[[Path], Made], *, size: int = READ
+    items: Sequence[Given], make: Callable[[Given], Made], *, size: int = READ
 ) -> Iterator[tuple[range, list[Made | OSError]]]:
     """What threads make of files, some at a time, the next ones meanwhile.
 
     Args:
-        files: to read.
-        make: of one file.
-        size: of how many files at a time.
+        items: the files, or whatever stands for them.
+        make: of one of them.
+        size: of how many at a time.
 
     Yields:
-        Numbers of files, and what was made of them or the OSError that was raised.
+        Their numbers, and what was made of them or the OSError that was raised.
     """
 
-    def tried(file: Path) -> Made | OSError:
+    def tried(item: Given) -> Made | OSError:
         try:
-            return make(file)
+            return make(item)
         except OSError as error:
             return error
 
-    parts = [range(i, min(i + size, len(files))) for i in range(0, len(files), size)]
+    parts = [range(i, min(i + size, len(items))) for i in range(0, len(items), size)]
     with ThreadPoolExecutor() as pool:
-        ahead = [[pool.submit(tried, files[i]) for i in part] for part in parts[:1]]
-        for number, part in enumerate(parts):
-            following = parts[number + 1 : number + 2]
-            ahead += [
-                [pool.submit(tried, files[i]) for i in more] for more in following
-            ]
-            yield part, [one.result() for one in ahead.pop(0)]
+        ahead = []
+        for part, following in zip([range(0), *parts], [*parts, range(0)]):
+            now, ahead = ahead, [pool.submit(tried, items[i]) for i in following]
+            if now:
+                yield part, [one.result() for one in now]
 
 
 def check_not_blank(pixels: np.ndarray) -> None:

@@ -76,8 +76,7 @@ class RunRecord:
             ) from error
 
     def write(self, run_dir: Path) -> None:
-        text = json.dumps(dataclasses.asdict(self), indent=2)
-        write_text(run_dir / FILE, text + "\n")
+        write_json(run_dir / FILE, dataclasses.asdict(self))
 
 
 def options_of(config: Config) -> dict[str, Any]:
@@ -112,6 +111,12 @@ def _from_json(values: dict[str, Any]) -> RunRecord:
         skipped=tuple(values["skipped"]),
         notes=tuple(values["notes"]),
     )
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a file of JSON whole or not at all, in a folder that need not be there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -34,7 +34,7 @@ from tripletjax.learn.embedder import as_floats, build_model, embed_images, load
 from tripletjax.learn.image_cache import ImageArray, StoredImages
 from tripletjax.learn.image_io import ImageSource
 from tripletjax.learn.metrics_log import MetricsLog, summary_writer
-from tripletjax.learn.record import ImageRecord, RunRecord, write_text
+from tripletjax.learn.record import ImageRecord, RunRecord, write_json
 
 # So many images tell the mean and the standard deviation of all, so many at a time.
 SAMPLE, LOOK = 4096, 256
@@ -200,7 +200,7 @@ def run(
         "parameters": sum(x.size for x in parameters),
         "counts": task.counts | {"skipped": len(task.dataset.skipped)},
     }
-    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_json(out / "summary.json", summary)
     for opened in (checkpoints, best, log):
         opened.close()
     return evaluations

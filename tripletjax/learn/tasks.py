@@ -263,8 +263,11 @@ Task = LabelTask | TripletTask
 
 def load(config: Config, *, progress: bool) -> Task:
     """What a configuration asks to learn from."""
-    options: dict[str, Any] = {"size": config.size, "kind": config.kind}
-    options["progress"] = progress
+    options: dict[str, Any] = {
+        "size": config.size,
+        "kind": config.kind,
+        "progress": progress,
+    }
     if config.triplets is not None:
         return TripletTask(triplet_files.load_triplets(config.triplets, **options))
     options |= {"split": config.split, "classes_from": config.classes_from}
