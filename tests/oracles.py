@@ -354,3 +354,42 @@ def k_fold(distances, same, fold, folds):
         test = [(d, s) for d, s, f in zip(distances, same, fold) if f == k]
         accuracies.append(sum((d <= threshold) == s for d, s in test) / len(test))
     return accuracies
+
+
+def class_order(distances, labels, real):
+    """Classes by their nearest reference, each with its distance and place."""
+    order, seen = [], set()
+    for j in sorted(range(len(labels)), key=lambda j: (distances[j], j)):
+        if real[j] and labels[j] not in seen:
+            seen.add(labels[j])
+            order.append((labels[j], distances[j], j))
+    return order
+
+
+def identification(d, labels, reference_labels, where, reference_where, ranks, fpirs):
+    """Identification rates, and FNIR with the best threshold of each FPIR."""
+    gallery = {c for c, real in zip(reference_labels, reference_where) if real}
+    orders = [class_order(row, reference_labels, reference_where) for row in d]
+    queries = [i for i, real in enumerate(where) if real]
+    known = [i for i in queries if labels[i] in gallery]
+    unknown = [i for i in queries if labels[i] not in gallery]
+    rates = [
+        sum(labels[i] in [c for c, *_ in orders[i][:rank]] for i in known) / len(known)
+        for rank in ranks
+    ]
+    fnirs = []
+    for fpir in fpirs:
+        best = math.nan
+        for threshold in [-1.0, *(orders[i][0][1] for i in queries)]:
+            named = sum(orders[i][0][1] <= threshold for i in unknown)
+            if named / len(unknown) > fpir:
+                continue
+            missed = sum(
+                orders[i][0][0] != labels[i] or orders[i][0][1] > threshold
+                for i in known
+            )
+            best = (
+                min(best, missed / len(known)) if best == best else missed / len(known)
+            )
+        fnirs.append(best)
+    return rates, fnirs

@@ -34,7 +34,7 @@ assert not outside, outside
 # Each imports from those before it, and the core from nothing but JAX and NumPy.
 ROOMS = (
     ("_api",),
-    ("distances", "pairs", "_matrices"),
+    ("distances", "pairs", "_matrices", "_thresholds"),
     ("_pairwise",),
     ("retrieval", "verification", "collapse"),
     ("mining",),

@@ -364,3 +364,122 @@ def test_more_pairs_than_can_be_counted():
 def test_traced_labels_need_a_size():
     with pytest.raises(TypeError, match="size must be given"):
         jax.jit(lambda y: verification.evaluate(np.eye(4), y))(jnp.zeros(4, int))
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1), tied=st.booleans())
+def test_a_replicate_is_the_pairs_of_its_draw(seed, tied):
+    """Every pair as often as its identities are drawn."""
+    random = np.random.default_rng(seed)
+    people = random.integers(0, 6, 14)
+    first, second = np.triu_indices(14, 1)
+    distances = random.normal(size=len(first)).astype(np.float32) ** 2
+    distances = np.round(distances, 1) if tied else distances
+    same = people[first] == people[second]
+    same[:20], same[20:40] = True, False
+    pairs = np.stack([people[first], people[second]], axis=1)
+    key, fars = jax.random.key(seed % 1000), (1.0, 0.3)
+    got = verification.bootstrap(
+        key,
+        distances[:20],
+        pairs[:20, 0],
+        distances[20:40],
+        pairs[20:40],
+        fars=fars,
+        replicates=5,
+        size=6,
+    )
+    for replicate, one in enumerate(jax.random.split(key, 5)):
+        copies = np.bincount(jax.random.randint(one, (6,), 0, 6), minlength=6)
+        weights = np.where(
+            same[:40], copies[pairs[:40, 0]], copies[pairs[:40]].prod(axis=1)
+        )
+        repeated = np.repeat(distances[:40], weights)
+        alike = np.repeat(same[:40], weights)
+        metrics = jax.tree.map(lambda x, i=replicate: x[i], got)
+        if not alike.any() or alike.all():
+            assert np.isnan(metrics.equal_error_rate)
+            continue
+        tars = [oracles.tar_at_far(repeated, alike, far) for far in fars]
+        seen = np.array(fars) * (~alike).sum() >= 1
+        np.testing.assert_allclose(metrics.tar_at_far[seen], np.array(tars)[seen])
+        assert np.isnan(metrics.tar_at_far[~seen]).all()
+        for name in ("equal_error_rate", "area_under_roc"):
+            expected = getattr(oracles, name)(repeated, alike)
+            np.testing.assert_allclose(getattr(metrics, name), expected, atol=1e-6)
+        assert (metrics.positives, metrics.negatives) == (alike.sum(), (~alike).sum())
+
+
+def test_replicates_spread_as_new_people_do():
+    """Pairs resampled one by one would tell too little where people differ."""
+    random = np.random.default_rng(0)
+
+    def draw():
+        people = np.repeat(np.arange(30), 6)
+        spread = np.repeat(random.uniform(0.2, 2.0, 30), 6)[:, None]
+        x = random.normal(size=(30, 8)).repeat(6, 0) + spread * random.normal(
+            size=(180, 8)
+        )
+        first, second = np.triu_indices(180, 1)
+        d = np.linalg.norm(x[first] - x[second], axis=1).astype(np.float32)
+        return d, people[first], people[second]
+
+    def error(d, one, other):
+        return float(verification.equal_error_rate(d, one == other))
+
+    expected = np.std([error(*draw()) for _ in range(40)])
+    d, one, other = draw()
+    same = one == other
+    got = verification.bootstrap(
+        jax.random.key(0),
+        d[same],
+        one[same],
+        d[~same],
+        np.stack([one, other], 1)[~same],
+        fars=(0.1,),
+        replicates=200,
+    ).equal_error_rate
+    assert expected / 1.7 < np.std(got) < expected * 1.7
+    pairs = [random.integers(0, len(d), len(d)) for _ in range(40)]
+    naive = np.std([error(d[p], one[p], other[p]) for p in pairs])
+    assert naive < 0.7 * np.std(got)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"positives": np.zeros((2, 1), np.float32)}, "positives must be distances"),
+        ({"positives": np.zeros(2, np.int32)}, "positives must be floats"),
+        ({"negative_identities": np.zeros(3, np.int32)}, "negative_identities must be"),
+        ({"positive_identities": np.zeros(2)}, "positive_identities must be integers"),
+        ({"positive_identities": np.array([0, 7])}, "identities must be from 0 to 3"),
+        ({"positive_identities": np.array([0, -1])}, "identities must be from 0 to 3"),
+        ({"replicates": 0}, "replicates"),
+        ({"fars": (2.0,)}, "fars must be over 0"),
+    ],
+)
+def test_bad_bootstraps(change, words):
+    options = {
+        "positives": np.ones(2, np.float32),
+        "positive_identities": np.array([0, 1]),
+        "negatives": np.ones(3, np.float32),
+        "negative_identities": np.array([[0, 1], [1, 2], [2, 3]]),
+        "size": 4,
+        "replicates": 2,
+    }
+    with pytest.raises((TypeError, ValueError), match=words):
+        verification.bootstrap(jax.random.key(0), **options | change)
+
+
+def test_bootstraps_of_what_is_not_a_number():
+    got = verification.bootstrap(
+        jax.random.key(0),
+        np.array([0.1, np.nan], np.float32),
+        np.array([0, 1]),
+        np.array([0.5, 0.7], np.float32),
+        np.array([[0, 1], [0, 1]]),
+        fars=(1.0,),
+        replicates=4,
+    )
+    assert np.isnan(got.equal_error_rate).all()
+    assert np.isnan(got.tar_at_far).all()

@@ -25,7 +25,7 @@ of 64 bits.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +38,7 @@ from tripletjax._api import as_integer, jitted
 from tripletjax._pairwise.batch import Batch, single_batch
 from tripletjax._pairwise.class_index import ClassIndex
 from tripletjax._pairwise.tiles import Tiles
+from tripletjax._thresholds import as_rates, between
 from tripletjax.distances import Metric, euclidean
 from tripletjax.pairs import as_boolean, per_item
 
@@ -137,7 +138,7 @@ def evaluate(
     """
     if (references is None) != (reference_labels is None):
         raise ValueError("references and reference_labels go together: give both.")
-    fars = _rates(fars)
+    fars = as_rates("fars", fars)
     given = (labels, reference_labels, where, reference_where)
     if not any(isinstance(x, jax.core.Tracer) for x in given):
         size = max(_count_positives(*given), 1) if size is None else size
@@ -309,7 +310,9 @@ def evaluate_pairs(
     >>> print(metrics.tar_at_far, metrics.accuracy, f"{metrics.threshold:.2f}")
     [1.] 0.75 0.15
     """
-    return _exactly(_evaluate_pairs, distances, same, fars=_rates(fars), where=where)
+    return _exactly(
+        _evaluate_pairs, distances, same, fars=as_rates("fars", fars), where=where
+    )
 
 
 def tar_at_far(
@@ -505,7 +508,7 @@ def _k_fold_accuracy(
         threshold = jnp.where(
             (last == -jnp.inf) & (following > 0),
             following / 2,
-            _between(last, following),
+            between(last, following),
         )
         accepted = distances <= threshold
         right = jnp.where(positive, accepted, negative & ~accepted) & held_out
@@ -517,12 +520,157 @@ def _k_fold_accuracy(
     return KFold(jnp.mean(accuracies), error, accuracies, thresholds)
 
 
+def bootstrap(
+    key: ArrayLike,
+    positives: ArrayLike,
+    positive_identities: ArrayLike,
+    negatives: ArrayLike,
+    negative_identities: ArrayLike,
+    *,
+    fars: Sequence[float] = (0.1, 0.01, 0.001),
+    replicates: int = 1000,
+    size: int | None = None,
+) -> VerificationMetrics:
+    """Verification of many draws of identities, for intervals of its rates.
+
+    Pairs are not independent: all of one person's are easy, or hard, together. So in
+    each replicate as many identities as there are get drawn with replacement. With w
+    copies of identity i, its positive pairs count w_i times, and a pair of identities i
+    and j w_i w_j times (the vertex bootstrap, without pairs of two copies of one).
+
+    Args:
+        key: of jax.random.
+        positives: distances ``[p]`` of pairs of the same item.
+        positive_identities: integers ``[p]`` from 0 on, the item of each.
+        negatives: distances ``[q]`` of pairs of different items.
+        negative_identities: integers ``[q, 2]``, the items of each.
+        fars: false accept rates at which to report the true accept rate.
+        replicates: how many.
+        size: the number of identities; one more than the last if not given, which takes
+            identities that are not traced.
+
+    Returns:
+        `VerificationMetrics` with one entry per replicate in front, of which quantiles
+        are an interval; NaN where a draw has no positive, or no negative pair.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype, or identities are traced and
+            `size` is not given.
+        ValueError: if shapes do not fit, an identity is out of range, or a FAR is not a
+            share.
+
+    References:
+        Snijders, Borgatti. Non-Parametric Standard Errors and Tests for Network
+        Statistics. 1999 (the vertex bootstrap)
+        Bolle, Ratha, Pankanti. Error analysis of pattern recognition systems: the
+        subsets bootstrap. 2004
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> same, people = jnp.array([0.1, 0.2, 0.6]), jnp.array([0, 1, 2])
+    >>> others, pairs = jnp.array([0.5, 0.8, 0.9]), jnp.array([[0, 1], [0, 2], [1, 2]])
+    >>> drawn = tj.verification.bootstrap(
+    ...     jax.random.key(0), same, people, others, pairs, fars=(0.5,), replicates=100)
+    >>> print(drawn.equal_error_rate.shape, drawn.tar_at_far.shape)
+    (100,) (100, 1)
+    """
+    identities = (positive_identities, negative_identities)
+    if not any(isinstance(x, jax.core.Tracer) for x in identities):
+        last = max(int(np.max(x, initial=-1)) for x in map(np.asarray, identities))
+        least = min(int(np.min(x, initial=0)) for x in map(np.asarray, identities))
+        size = last + 1 if size is None else size
+        if least < 0 or last >= size:
+            raise ValueError(
+                f"identities must be from 0 to {size - 1}, got {least} to {last}."
+            )
+    elif size is None:
+        raise TypeError("size, the number of identities, must be given if traced.")
+    return _bootstrap(
+        key,
+        positives,
+        positive_identities,
+        negatives,
+        negative_identities,
+        fars=as_rates("fars", fars),
+        replicates=replicates,
+        size=as_integer("size", size),
+    )
+
+
+@jitted(sizes=("replicates", "size"), static=("fars",))
+def _bootstrap(
+    key: ArrayLike,
+    positives: ArrayLike,
+    positive_identities: ArrayLike,
+    negatives: ArrayLike,
+    negative_identities: ArrayLike,
+    *,
+    fars: tuple[float, ...],
+    replicates: int,
+    size: int,
+) -> VerificationMetrics:
+    if replicates < 1:
+        raise ValueError(f"replicates must be at least 1, got {replicates}.")
+    ours, theirs = (jnp.asarray(x) for x in (positives, negatives))
+    for name, x in (("positives", ours), ("negatives", theirs)):
+        if x.ndim != 1 or x.size == 0:
+            raise ValueError(f"{name} must be distances [n], got shape {x.shape}.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floats, got dtype {x.dtype}.")
+    us, them = (jnp.asarray(x) for x in (positive_identities, negative_identities))
+    for name, x, shape in (
+        ("positive_identities", us, ours.shape),
+        ("negative_identities", them, (*theirs.shape, 2)),
+    ):
+        if x.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got shape {x.shape}.")
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise TypeError(f"{name} must be integers, got dtype {x.dtype}.")
+
+    order = jnp.argsort(ours)
+    ours, us = ours[order], us[order]
+    broken = jnp.isnan(ours).any() | jnp.isnan(theirs).any()
+    # The place of every negative among the positives, and of the last equal positive,
+    # are found once; what a replicate counts is sums of its weights.
+    slots = [jnp.searchsorted(ours, theirs, side=side) for side in ("right", "left")]
+    first, last = (jnp.searchsorted(ours, ours, side=s) for s in ("left", "right"))
+
+    def replicate(key: Array) -> VerificationMetrics:
+        drawn = jax.random.randint(key, (size,), 0, size)
+        copies = jnp.zeros(size, int).at[drawn].add(1)
+        weights, others = copies[us], copies[them[:, 0]] * copies[them[:, 1]]
+        accepted = jnp.append(0, jnp.cumsum(weights))
+        below, up_to = (
+            jnp.cumsum(jnp.zeros(len(ours) + 1, int).at[slot].add(others))[:-1]
+            for slot in slots
+        )
+        below, up_to, all = (
+            jnp.where(broken, -1, x) for x in (below, up_to, jnp.sum(others))
+        )
+        curve = _Curve(
+            weights,
+            ours,
+            accepted[first],
+            accepted[last],
+            below,
+            up_to,
+            accepted[-1],
+            all,
+        )
+        return _metrics(curve, fars, lambda thresholds: thresholds)
+
+    return lax.map(replicate, jax.random.split(key, replicates))
+
+
 class _Curve(NamedTuple):
     """What thresholds accept, at the sorted distances ``[p]`` of positives.
 
-    Where there are fewer positives than p, the rest repeats that all are accepted.
+    Where there are fewer positives than p, the rest repeats that all are accepted, and
+    stands for no pair.
     """
 
+    weights: Array
     thresholds: Array
     accepted_before: Array
     accepted: Array
@@ -539,7 +687,8 @@ class _Curve(NamedTuple):
             jnp.minimum(jnp.searchsorted(distances, distances, side=side), positives)
             for side in ("left", "right")
         )
-        return cls(distances, before, accepted, below, up_to, positives, all)
+        weights = (jnp.arange(len(distances)) < positives).astype(int)
+        return cls(weights, distances, before, accepted, below, up_to, positives, all)
 
     @classmethod
     def of_pairs(cls, distances: Array, positive: Array, negative: Array) -> "_Curve":
@@ -571,18 +720,6 @@ def _following(distances: Array, thresholds: Array) -> Array:
     """The least of sorted distances that is over each threshold, or infinity."""
     place = jnp.searchsorted(distances, thresholds, side="right")
     return jnp.append(distances, jnp.inf)[place]
-
-
-def _between(last: Array, following: Array) -> Array:
-    """What accepts a distance, and not the following one.
-
-    In the middle where there is room between them, below all distances if none is to be
-    accepted, for which `last` is minus infinity.
-    """
-    middle = last + (following - last) / 2
-    inside = (middle < following) & (following < jnp.inf)
-    none = jnp.where(following > 0, -1, -jnp.inf)
-    return jnp.where(last == -jnp.inf, none, jnp.where(inside, middle, last))
 
 
 def _exactly(
@@ -634,14 +771,15 @@ def _metrics(
     )
     equal = jnp.where(start[i] >= 0, inside, 1 - accept(curve.accepted_before[i]))
 
-    real = jnp.arange(len(curve.thresholds)) < positives
+    weights = curve.weights
     ahead = 1 - (false(curve.below) + false(curve.up_to)) / 2
-    area = jnp.sum(jnp.where(real, ahead, 0)) / jnp.where(positives > 0, positives, 1)
+    ahead = jnp.sum(jnp.where(weights > 0, weights * ahead, 0))
+    area = ahead / jnp.where(positives > 0, positives, 1)
     right, threshold = curve.best()
     known = (positives > 0) & (negatives > 0)
     accepted = jnp.stack([*thresholds, threshold])
-    between = _between(accepted, following(accepted))
-    *thresholds, threshold = jnp.where(jnp.isnan(accepted), jnp.nan, between)
+    middle = between(accepted, following(accepted))
+    *thresholds, threshold = jnp.where(jnp.isnan(accepted), jnp.nan, middle)
     values = (
         jnp.stack(tars),
         jnp.stack(thresholds),
@@ -700,15 +838,3 @@ def _count_positives(
     others, other_counts = count(reference_labels, reference_where)
     _, ours, theirs = np.intersect1d(values, others, return_indices=True)
     return int(np.sum(counts[ours] * other_counts[theirs]))
-
-
-def _rates(fars: Sequence[float]) -> tuple[float, ...]:
-    if not isinstance(fars, Iterable) or isinstance(fars, str):
-        raise TypeError(f"fars must be a sequence of numbers, got {fars!r}.")
-    try:
-        fars = tuple(float(far) for far in fars)
-    except (TypeError, ValueError):
-        raise TypeError(f"fars must be a sequence of numbers, got {fars!r}.") from None
-    if not fars or not all(0 < far <= 1 for far in fars):
-        raise ValueError(f"fars must be over 0 and up to 1, got {fars}.")
-    return fars

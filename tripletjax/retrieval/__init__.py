@@ -17,15 +17,25 @@ from tripletjax.retrieval.evaluation import (
     recall_at_k,
 )
 from tripletjax.retrieval.few_shot import few_shot_accuracy
+from tripletjax.retrieval.identification import (
+    IdentificationMetrics,
+    NearestClasses,
+    evaluate_identification,
+    nearest_classes,
+)
 from tripletjax.retrieval.neighbors import nearest_neighbors
 
 __all__ = [
+    "IdentificationMetrics",
+    "NearestClasses",
     "Reduction",
     "RetrievalMetrics",
     "evaluate",
+    "evaluate_identification",
     "few_shot_accuracy",
     "mean_of_classes",
     "mean_of_queries",
+    "nearest_classes",
     "nearest_neighbors",
     "recall_at_k",
 ]

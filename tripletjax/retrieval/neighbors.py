@@ -75,7 +75,7 @@ def _nearest_neighbors(
     queries, references = as_vectors(
         ("queries", queries), ("references", references), rank=2
     )
-    _check_vectors(queries=queries, references=references)
+    check_vectors(queries=queries, references=references)
     n, m = len(queries), len(references)
     choices = m if positions is None else m - 1
     if not 1 <= k <= choices:
@@ -116,7 +116,7 @@ def _positions(positions: ArrayLike | None, n: int) -> Array:
     return positions
 
 
-def _check_vectors(**named: Array) -> None:
+def check_vectors(**named: Array) -> None:
     for name, array in named.items():
         if array.ndim != 2 or array.size == 0:
             raise ValueError(f"{name} must be [n, d], got shape {array.shape}.")
