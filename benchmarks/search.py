@@ -85,8 +85,12 @@ def read_and_embedded(n: int) -> None:
     model.eval()
     spec = image_io.ImageSpec(64, 64, 3, 65535, "white")
 
-    def embed(images):
-        return np.asarray(embedder.embed_images(model, np.stack(images)))
+    class Network:
+        key, prepare = "network", staticmethod(spec.fit)
+
+        @staticmethod
+        def embed(images):
+            return np.asarray(embedder.embed_images(model, np.stack(images)))
 
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
@@ -96,13 +100,11 @@ def read_and_embedded(n: int) -> None:
             pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
             image = Image.fromarray(pixels).resize((256, 256))
             image.save(root / "images" / f"{number}.jpg")
-        from tripletjax.apps.embedders import ImageEmbedder
-
-        own = ImageEmbedder("network", spec.fit, embed)
+        embed = Network.embed
         some = [spec.fit(Image.open(root / "images" / "0.jpg"))] * 256
         embed(some)
         alone, _ = timed(lambda: [embed(some) for _ in range(8)])
-        index = search.Index(root / "images", root / "db", own)
+        index = search.Index(root / "images", root / "db", Network())
         whole, _ = timed(index.update)
         print(
             f"embedding from memory {8 * 256 / alone:.0f} images/s; "

@@ -182,6 +182,15 @@ def test_what_an_evaluation_skips_and_finds_is_named(trained, unseen, tmp_path):
         evaluation.evaluate(trained, folder / "group0")
 
 
+def test_an_evaluation_of_a_few_images(trained, tmp_path):
+    """Their nine different pairs show no false accept rate of 10 %."""
+    report = evaluation.evaluate(
+        trained, shapes(tmp_path / "few", kinds=2, each=3), out=tmp_path / "out"
+    )
+    assert report["verification"]["at_far"] == []
+    assert report["verification"]["negatives"] == 9
+
+
 def test_histograms_count_every_pair_from_both_sides():
     x = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)

@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tripletjax as tj
-from tripletjax.apps import reports, search
+from tripletjax.apps import search, search_report
 from tripletjax.apps.embedders import embedder_of, vectors_of
+from tripletjax.apps.images import decoded as of_text
+from tripletjax.apps.images import encoded as as_text
 from tripletjax.learn.record import write_json
 
 
@@ -258,9 +260,9 @@ def test_near_duplicates_are_no_duplicates(tmp_path):
 def test_any_path_can_be_written_down(name):
     name = name.replace(b"/", b"_")
     path = Path(os.fsdecode(b"a/" + name))
-    text = search.encoded(path)
+    text = as_text(path)
     assert text.encode().decode() == text
-    assert search.decoded(text) == path
+    assert of_text(text) == path
 
 
 def test_odd_names(tmp_path):
@@ -339,16 +341,16 @@ def test_what_is_found_is_told_and_drawn(folder, tmp_path):
     index.update()
     inside, outside = folder / "group0" / "kind0" / "0.png", tmp_path / "b.png"
     content(outside, 7)
-    found = reports.found(index, [inside, outside], k=4)
+    found = search_report.found(index, [inside, outside], k=4)
     assert found[0]["class"] == "group0/kind0"
     assert "group0/kind0/0.png" not in [hit["path"] for hit in found[0]["hits"]]
     for hit in found[0]["hits"]:
         assert hit["right"] == (hit["class"] == "group0/kind0")
     assert found[1]["class"] is None
-    lines = [*reports.ranked_lines(found)]
+    lines = [*search_report.ranked_lines(found)]
     assert lines[1] == str(inside)
     assert lines[2].split()[0] == "1"
-    together = reports.found(index, [inside, outside], k=4, together=True)
+    together = search_report.found(index, [inside, outside], k=4, together=True)
     x = vectors_of(index.embedder, [Image.open(inside), Image.open(outside)])
     mean = x.mean(axis=0, keepdims=True)
     mean /= np.linalg.norm(mean)
@@ -356,10 +358,10 @@ def test_what_is_found_is_told_and_drawn(folder, tmp_path):
     assert [hit["path"] for hit in together[0]["hits"]] == [
         hit.path for hit in index.search(mean, 4, leave_out=own)[0]
     ]
-    reports.draw_found(index, found, tmp_path / "more" / "hits.png")
+    search_report.draw_found(index, found, tmp_path / "more" / "hits.png")
     with Image.open(tmp_path / "more" / "hits.png") as picture:
         assert np.ptp(np.asarray(picture)) > 0
-    reports.write_groups([["a, b.png", "c.png"]], tmp_path / "groups.csv")
+    search_report.write_groups([["a, b.png", "c.png"]], tmp_path / "groups.csv")
     assert (tmp_path / "groups.csv").read_text().splitlines() == [
         "group,path",
         '1,"a, b.png"',
@@ -372,15 +374,15 @@ def test_what_is_found_is_told_and_drawn(folder, tmp_path):
     loose, _ = opened(flat, tmp_path / "db")
     loose.update()
     query = flat / os.fsdecode(b"\xff0.png")
-    (told,) = reports.found(loose, [query], k=2)
+    (told,) = search_report.found(loose, [query], k=2)
     assert told["query"][0].endswith(r"\xff0.png")
     assert told["class"] is None
     assert [hit["right"] for hit in told["hits"]] == [None, None]
-    reports.draw_found(loose, [told], tmp_path / "flat.png")
+    search_report.draw_found(loose, [told], tmp_path / "flat.png")
     write_json(tmp_path / "flat.json", told)
     assert json.loads((tmp_path / "flat.json").read_text()) == told
     with pytest.raises(OSError, match=r"groups\.csv cannot be read"):
-        reports.found(index, [tmp_path / "groups.csv"], k=1)
+        search_report.found(index, [tmp_path / "groups.csv"], k=1)
 
 
 UPDATE = """

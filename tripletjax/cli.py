@@ -232,8 +232,6 @@ def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
 
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
-    from tripletjax.learn import config
-
     parser.epilog = (
         "Retrieval: every image asks for the others of its class. Verification: every "
         "pair is of the same class or not. The report and the pictures (ROC, distances "
@@ -247,11 +245,7 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="one folder of images per class, which the run need not have seen",
     )
-    parser.add_argument(
-        "--classes-from",
-        choices=config.CLASSES_FROM,
-        help="which of nested folders are classes",
-    )
+    _classes_from(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -381,7 +375,7 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
 
 def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     try:
-        from tripletjax.apps import reports, search
+        from tripletjax.apps import search, search_report
         from tripletjax.apps.embedders import embedder_of
         from tripletjax.learn.record import write_json
     except ImportError as error:
@@ -407,17 +401,17 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     )
     changes = index.update(
         progress=True,
-        waiting=lambda: print("another process updates an index here: waiting for it"),
+        waiting=_waiting,
     )
-    print(reports.changes(changes))
+    print(search_report.changes(changes))
     for line in (*changes.notes, *changes.skipped):
         print(f"- {line}")
-    report: dict[str, Any] = {"index": reports.of_changes(index, changes)}
+    report: dict[str, Any] = {"index": search_report.of_changes(index, changes)}
     if given["approximate"] and not index.has_approximate:
         print("sharing out the vectors into cells, once")
         index.build_approximate()
     if given["query"]:
-        found = reports.found(
+        found = search_report.found(
             index,
             given["query"],
             k=given["k"],
@@ -427,10 +421,10 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             approximate=given["approximate"],
         )
         report["queries"] = found
-        for line in reports.ranked_lines(found):
+        for line in search_report.ranked_lines(found):
             print(line)
         if given["out"] is not None:
-            reports.draw_found(index, found, given["out"])
+            search_report.draw_found(index, found, given["out"])
     elif given["duplicates"]:
         within = 0.1 if given["within"] is None else given["within"]
         groups = index.duplicates(within)
@@ -438,7 +432,7 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         count = sum(map(len, groups))
         print(f"{len(groups):,} groups of {count:,} images within {within:g}")
         if given["out"] is not None:
-            reports.write_groups(groups, given["out"])
+            search_report.write_groups(groups, given["out"])
         else:
             for group in groups:
                 print("  " + "  ".join(group))
@@ -448,6 +442,256 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         if given[name] is not None:
             print(f"{given[name]} is written")
     return 0
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "First --data, on images of classes that the run was not trained on: it is "
+        "measured there, and a threshold is chosen and kept beside the run. Then two "
+        "images: same or different by that threshold. Distances are Euclidean, of unit "
+        "vectors: from 0 to 2."
+    )
+    parser.add_argument(
+        "images", nargs="*", type=Path, metavar="IMAGE", help="two images to compare"
+    )
+    parser.add_argument("--run", type=Path, required=True, help="a finished run")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="one folder of images per class, such as a person",
+    )
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="FILE",
+        help="a pairs.txt as of Labeled Faces in the Wild (default: all pairs)",
+    )
+    parser.add_argument(
+        "--far",
+        type=float,
+        metavar="SHARE",
+        help="the false accept rate of the threshold (default: 0.01)",
+    )
+    _classes_from(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to write (default: a new one in RUN/verifications/)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the report there, too"
+    )
+
+
+def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
+    from tripletjax.apps import verify, verify_report
+    from tripletjax.apps.calibration import Calibration
+    from tripletjax.apps.embedders import embedder_of
+    from tripletjax.apps.images import encoded, opened
+    from tripletjax.learn import evaluation
+    from tripletjax.learn.checkpoints import free_path
+
+    run, images, folder = given["run"], given["images"], given["data"]
+    if (folder is None) == (not images):
+        parser.error("give two images, or --data FOLDER")
+    if folder is None:
+        if len(images) != 2:
+            parser.error(f"two images are compared, got {len(images)}")
+        for option in ("pairs", "far", "classes_from", "out"):
+            if given[option] is not None:
+                name = option.replace("_", "-")
+                parser.error(f"--{name} is of no use without --data")
+    if given["json"] is not None:
+        evaluation.check_replaceable(given["json"])
+    embedder = embedder_of(run)
+    if folder is None:
+        calibration = Calibration.read(run, embedder.key)
+        first, second = map(opened, images)
+        decision = verify.decide(embedder, first, second, calibration)
+        print(verify_report.decided(decision, calibration))
+        if given["json"] is not None:
+            told = verify_report.of_decision(images, decision, calibration)
+            evaluation.write_report(told, given["json"])
+        return 0
+
+    out = given["out"]
+    if out is None:
+        out = free_path(run / "verifications" / (folder.resolve().name or "data"))
+    evaluation.check_empty(out)
+    found = verify.evaluate(
+        embedder,
+        folder,
+        far=given["far"],
+        pairs_file=given["pairs"],
+        classes_from=given["classes_from"],
+        progress=True,
+    )
+    for line in verify_report.lines(found.report):
+        print(line)
+    verify_report.write(found, out)
+    if given["json"] is not None:
+        evaluation.write_report(found.report, given["json"])
+    print()
+    if found.calibration is not None:
+        earlier = found.calibration.write(run)
+        print(verify_report.chosen(found.calibration))
+        if earlier is not None:
+            print(f"It is used from now on; the one before is in {earlier.name}.")
+    print(f"Everything is in {encoded(out)}: look at roc, distances and errors.png.")
+    return 0
+
+
+def _identify_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "With a few images of each class it is few-shot classification. The threshold "
+        "is that of tripletjax verify, and how many of the images that it was chosen "
+        "on would be given a name of this gallery is said: the more there are in it, "
+        "the more."
+    )
+    parser.add_argument(
+        "images", nargs="*", type=Path, metavar="IMAGE", help="images to name"
+    )
+    parser.add_argument("--run", type=Path, required=True, help="a finished run")
+    parser.add_argument(
+        "--gallery",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="one folder of images per class, such as a person",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="measure on such a folder instead: classes of the gallery are known by "
+        "their names, others are unknown",
+    )
+    parser.add_argument(
+        "--means",
+        action="store_true",
+        help="compare with the mean of each class, and not with every image",
+    )
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument(
+        "--fpir",
+        type=float,
+        metavar="SHARE",
+        help="let not more than this share of others have a name of this gallery",
+    )
+    limit.add_argument(
+        "--within", type=float, metavar="DISTANCE", help="a threshold of your own"
+    )
+    limit.add_argument(
+        "--closed", action="store_true", help="nobody is unknown: always give a name"
+    )
+    _classes_from(parser)
+    parser.add_argument(
+        "--database",
+        type=Path,
+        metavar="DIR",
+        help="where the index of the gallery is kept (default: RUN/index)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.png", help="a picture of what is found"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all of it as JSON")
+
+
+def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
+    try:
+        from tripletjax.apps import identify, identify_report, search, search_report
+        from tripletjax.apps.calibration import Calibration
+        from tripletjax.apps.embedders import embedder_of, vectors_of
+        from tripletjax.apps.images import encoded, opened
+        from tripletjax.learn import evaluation
+    except ImportError as error:
+        _missing(parser, error, "train,search")
+
+    run, images, folder = given["run"], given["images"], given["data"]
+    if (folder is None) == (not images):
+        parser.error("give images to name, or --data FOLDER to measure on")
+    if given["out"] is not None:
+        if not images:
+            parser.error("--out is of no use without images")
+        _check_new_picture(parser, given["out"])
+    if given["json"] is not None:
+        evaluation.check_replaceable(given["json"])
+    if given["within"] is not None and not given["within"] >= 0:
+        parser.error(f"--within must be at least 0, got {given['within']}")
+    for image in images:
+        if not image.is_file():
+            parser.error(f"there is no image {image}")
+    embedder = embedder_of(run)
+    calibration = None
+    try:
+        calibration = Calibration.read(run, embedder.key)
+    except FileNotFoundError as error:
+        if given["within"] is None and not given["closed"]:
+            parser.error(f"{error} Or give --within DISTANCE, or --closed")
+    index = search.Index(given["gallery"], given["database"] or run / "index", embedder)
+    changes = index.update(progress=True, waiting=_waiting)
+    print(search_report.changes(changes))
+    gallery = identify.Gallery.of(
+        index, means=given["means"], classes_from=given["classes_from"]
+    )
+    for line in (*changes.notes, *changes.skipped, *gallery.notes):
+        print(f"- {line}")
+    strangers = None
+    threshold = float("inf") if given["closed"] else given["within"]
+    if calibration is not None:
+        strangers = identify.Strangers.of(gallery, calibration)
+        if given["fpir"] is not None:
+            threshold = strangers.threshold_at(given["fpir"])
+        elif threshold is None:
+            threshold = calibration.threshold
+    report = identify_report.of_gallery(gallery, threshold, calibration, strangers)
+    for line in identify_report.told(report):
+        print(line)
+    print()
+    if folder is not None:
+        probes = evaluation.embed_folder(embedder, folder, progress=True, least=1)
+        for line in (*probes.notes, *probes.skipped):
+            print(f"- {line}")
+        names = [probes.names[label] for label in probes.labels]
+        report["evaluation"] = identify.evaluate(gallery, probes.x, names, threshold)
+        for line in identify_report.measured(report["evaluation"]):
+            print(line)
+    else:
+        x = vectors_of(embedder, [opened(image) for image in images])
+        own = [index.path_of(image) for image in images]
+        found = identify.identify(gallery, x, threshold=threshold, own=own)
+        report["probes"] = identify_report.of_probes(images, found)
+        for line in identify_report.lines(images, found):
+            print(line)
+        if given["out"] is not None:
+            identify_report.draw(index, images, found, given["out"])
+            print(f"{encoded(given['out'])} is written")
+    if given["json"] is not None:
+        evaluation.write_report(report, given["json"])
+    return 0
+
+
+def _classes_from(parser: argparse.ArgumentParser) -> None:
+    from tripletjax.learn import config
+
+    parser.add_argument(
+        "--classes-from",
+        choices=config.CLASSES_FROM,
+        help="which of nested folders are classes",
+    )
+
+
+def _waiting() -> None:
+    print("another process updates an index here: waiting for it")
+
+
+def _check_new_picture(parser: argparse.ArgumentParser, out: Path) -> None:
+    if out.exists():
+        parser.error(f"{out} is there; it is left as it is")
+    if out.suffix != ".png":
+        parser.error(f"--out must be a .png file, got {out}")
 
 
 Options = Callable[[argparse.ArgumentParser], None]
@@ -469,5 +713,15 @@ COMMANDS: dict[str, tuple[str, Options, Call]] = {
         "find images in a folder by images, or near-duplicates",
         _search_options,
         _search,
+    ),
+    "verify": (
+        "tell whether two images are of the same class, by a threshold of one's own",
+        _verify_options,
+        _verify,
+    ),
+    "identify": (
+        "name images by a gallery of known classes, or call them unknown",
+        _identify_options,
+        _identify,
     ),
 }

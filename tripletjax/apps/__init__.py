@@ -1,4 +1,4 @@
-"""What people do with an embedder: search.
+"""What people do with an embedder: search, verify, identify.
 
 Every application takes a run directory, or any function from images to vectors. Needs
 the extra: ``pip install "tripletjax[train,search]"``.
@@ -11,7 +11,18 @@ from typing import Any
 # What LanceDB says of its cells is of no use to who searches.
 os.environ.setdefault("LANCEDB_LOG", "error")
 
-__all__ = ["embedders", "reports", "search"]
+__all__ = [
+    "calibration",
+    "embedders",
+    "identify",
+    "identify_report",
+    "images",
+    "pairs",
+    "search",
+    "search_report",
+    "verify",
+    "verify_report",
+]
 
 
 def __getattr__(name: str) -> Any:

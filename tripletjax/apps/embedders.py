@@ -3,30 +3,35 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
 from PIL import Image
 
-from tripletjax.learn.embedder import load_embedder
+from tripletjax.learn.embedder import ImageEmbedder, load_embedder
 
 Function = Callable[[list[Image.Image]], ArrayLike]
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageEmbedder:
-    """What makes vectors of images, in two steps.
-
-    Attributes:
-        key: a name of the embedding: vectors of two keys are not compared.
-        prepare: from one image to what `embed` takes, done by several threads.
-        embed: from what was prepared to vectors ``[n, d]``.
-    """
+class FunctionEmbedder:
+    """A function from a list of images in RGB to vectors, as an `ImageEmbedder`."""
 
     key: str
-    prepare: Callable[[Image.Image], Any]
-    embed: Callable[[list[Any]], np.ndarray]
+    function: Function
+
+    def prepare(self, image: Image.Image, /) -> Image.Image:
+        return image.convert("RGB")
+
+    def embed(self, prepared: Sequence[Image.Image], /) -> np.ndarray:
+        x = np.asarray(self.function([*prepared]), np.float32)
+        n = len(prepared)
+        if x.ndim != 2 or len(x) != n:
+            raise ValueError(
+                f"the function must return vectors [{n}, d] for {n} images, got "
+                f"{x.shape}."
+            )
+        return x
 
 
 def embedder_of(
@@ -52,28 +57,10 @@ def embedder_of(
                 "key must name the function, such as 'my-network-v1': an index is "
                 "never mixed of two of them."
             )
-        return ImageEmbedder(
-            f"function {key}",
-            lambda image: image.convert("RGB"),
-            lambda images: _checked(source(images), len(images)),
-        )
+        return FunctionEmbedder(f"function {key}", source)
     if key is not None:
         raise ValueError(f"key is for functions, got {key!r} for the run {source}.")
-    embedder = load_embedder(source)
-    return ImageEmbedder(
-        f"run {embedder.key}",
-        embedder.pixels_of,
-        lambda images: np.asarray(embedder.of_shape(np.stack(images))),
-    )
-
-
-def _checked(vectors: ArrayLike, n: int) -> np.ndarray:
-    x = np.asarray(vectors, np.float32)
-    if x.ndim != 2 or len(x) != n:
-        raise ValueError(
-            f"the function must return vectors [{n}, d] for {n} images, got {x.shape}."
-        )
-    return x
+    return load_embedder(source)
 
 
 def vectors_of(embedder: ImageEmbedder, images: Sequence[Image.Image]) -> np.ndarray:

@@ -13,7 +13,6 @@ import hashlib
 import io
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,8 @@ import pyarrow as pa
 from lancedb.index import IvfFlat
 from tqdm import tqdm
 
-from tripletjax.apps.embedders import ImageEmbedder
+from tripletjax.apps.images import decoded, encoded
+from tripletjax.learn.embedder import ImageEmbedder
 from tripletjax.learn.image_io import find_files, open_image, read_ahead
 
 # Of the layout of the table; another number refuses older ones.
@@ -531,29 +531,6 @@ class Index:
             yield
         finally:
             lock.release()
-
-
-def encoded(path: Path) -> str:
-    """A path as text, also where its bytes are none; undone by `decoded`."""
-    text = os.fsencode(path.as_posix()).replace(b"\\", b"\\\\")
-    return text.decode(errors="backslashreplace")
-
-
-def decoded(text: str) -> Path:
-    """The path of `encoded`."""
-    parts = re.split(r"(\\\\|\\x[0-9a-f]{2})", text)
-    return Path(
-        os.fsdecode(
-            b"".join(
-                b"\\"
-                if part == r"\\"
-                else bytes.fromhex(part[2:])
-                if part.startswith("\\x")
-                else part.encode()
-                for part in parts
-            )
-        )
-    )
 
 
 def _stamp(file: Path) -> str:

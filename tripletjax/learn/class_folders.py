@@ -36,6 +36,14 @@ class ClassFolders:
     loose: list[Path]
     notes: tuple[str, ...]
 
+    def part(self, places: Sequence[int]) -> "ClassFolders":
+        """Some of the files, and what is said of all."""
+        files, paths, classes = (
+            [values[place] for place in places]
+            for values in (self.files, self.paths, self.classes)
+        )
+        return dataclasses.replace(self, files=files, paths=paths, classes=classes)
+
 
 def find_classes(folder: Path, classes_from: str | None = None) -> ClassFolders:
     """The files in a folder of classes, whatever they hold.

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,24 @@ NETWORK = (
 ImageInputs = ArrayLike | Sequence[np.ndarray | str | Path | Image.Image]
 
 
+class ImageEmbedder(Protocol):
+    """What makes vectors of images, in two steps: of a run, or of any function.
+
+    Attributes:
+        key: a name of the embedding: vectors of two keys are not compared.
+    """
+
+    @property
+    def key(self) -> str: ...
+
+    def prepare(self, image: Image.Image, /) -> Any:
+        """What `embed` takes, from one image; done by several threads."""
+
+    def embed(self, prepared: Sequence[Any], /) -> np.ndarray:
+        """Vectors ``[n, d]`` of images that are prepared."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Embedder:
     """The trained embedding of a run, as a function of images.
@@ -98,13 +116,13 @@ class Embedder:
         digest = hashlib.blake2b(json.dumps([made, images]).encode(), digest_size=16)
         for x in jax.tree.leaves(nnx.state(self.model)):
             digest.update(np.ascontiguousarray(x).tobytes())
-        return digest.hexdigest()
+        return f"run {digest.hexdigest()}"
 
     def __call__(self, images: ImageInputs) -> Array:
         """Unit vectors ``[n, d]`` of images of any kind."""
         return self.of_shape(_to_batch(images, self.shape))
 
-    def pixels_of(self, image: Image.Image) -> np.ndarray:
+    def prepare(self, image: Image.Image, /) -> np.ndarray:
         """What an image is made into, uint8 ``[height, width, c]``.
 
         Raises:
@@ -113,6 +131,10 @@ class Embedder:
         pixels = self.shape.fit(image)
         check_not_blank(pixels)
         return pixels
+
+    def embed(self, prepared: Sequence[np.ndarray], /) -> np.ndarray:
+        """Unit vectors ``[n, d]`` of what `prepare` made of images."""
+        return np.asarray(self.of_shape(np.stack(prepared)))
 
     def of_shape(self, images: np.ndarray) -> Array:
         """The same of images that have the shape, uint8 ``[n, height, width, c]``."""

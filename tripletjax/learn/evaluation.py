@@ -13,6 +13,7 @@ None.
 import dataclasses
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from tqdm import tqdm
 import tripletjax as tj
 from tripletjax.learn import image_io, plots
 from tripletjax.learn.class_folders import find_classes, printable
-from tripletjax.learn.embedder import Embedder, load_embedder
+from tripletjax.learn.embedder import ImageEmbedder, load_embedder
 from tripletjax.learn.image_cache import digest_of
 from tripletjax.learn.record import write_json
+from tripletjax.verification import VerificationMetrics
 
 KS = (1, 2, 4, 8)
 # Of these, those that there are enough pairs for.
@@ -36,7 +38,8 @@ GALLERY, ROWS = 2048, 4096
 BLOCK = 256
 # Distances are counted in so many steps.
 STEPS = 2000
-REPORT = "tripletjax evaluation"
+OURS = "tripletjax "
+REPORT = f"{OURS}evaluation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Embedded:
         x: unit vectors ``[n, d]``.
         labels: int32 ``[n]``.
         names: of the classes.
+        files: of the images.
         shown: numbers of the images that are kept for a picture, in order.
         images: these, uint8 ``[k, height, width, channels]``.
         skipped: the files that could not be used, and why.
@@ -56,6 +60,7 @@ class Embedded:
     x: np.ndarray
     labels: np.ndarray
     names: tuple[str, ...]
+    files: tuple[Path, ...]
     shown: np.ndarray
     images: np.ndarray
     skipped: tuple[str, ...]
@@ -95,17 +100,18 @@ def evaluate(
         raise FileNotFoundError(f"there is no folder {folder}.")
     if out is not None:
         out = Path(out)
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise FileExistsError(f"{out} is there and is no empty directory.")
+        check_empty(out)
     embedder = load_embedder(run_dir)
-    found = embed_folder(embedder, folder, classes_from=classes_from, progress=progress)
-    notes, known = [*found.notes], {*embedder.record.label_names}
+    found = embed_folder(
+        embedder, folder, keep=GALLERY, classes_from=classes_from, progress=progress
+    )
+    notes, known = [*found.notes], {*embedder.record.seen_names}
     if both := sorted(known & {*found.names}):
         notes.append(
             f"{len(both)} classes have names of classes that the run was trained on, "
             f"such as {both[0]}: if they are the same, this is no test of unseen ones"
         )
-    if sizes := _sizes_worth_telling(found.labels):
+    if sizes := sizes_worth_telling(found.labels):
         notes.append(sizes)
     pairs = verification(found.x, found.labels)
     report = {
@@ -131,25 +137,41 @@ def evaluate(
 
 
 def embed_folder(
-    embedder: Embedder,
+    embedder: ImageEmbedder,
     folder: Path,
     *,
+    choose: Callable[[str, str], bool] | None = None,
+    keep: int = 0,
+    least: int = 2,
     classes_from: str | None = None,
     progress: bool = False,
 ) -> Embedded:
     """Reads and embeds a folder of classes, a part at a time.
 
+    Args:
+        embedder: what makes vectors of images.
+        folder: one folder of images per class.
+        choose: by its path within the folder and the name of its class, whether an
+            image is taken; all if not given.
+        keep: so many images of one shape are kept for a picture.
+        least: the least number of classes.
+        classes_from: which of nested folders are classes, as in `datasets.load`.
+        progress: whether to show a progress bar.
+
     Raises:
-        ValueError: if it has fewer than two classes that can be read.
+        ValueError: if it has fewer classes that can be read.
     """
     found = find_classes(folder, classes_from)
+    if choose is not None:
+        both = zip(found.paths, map(printable, found.classes))
+        found = found.part([i for i, one in enumerate(both) if choose(*one)])
     draw = np.random.default_rng(0)
-    shown = {*draw.permutation(len(found.files))[:GALLERY].tolist()}
+    shown = {*draw.permutation(len(found.files))[:keep].tolist()}
     x, kept, digests, images, skipped = [], [], [], {}, []
     skipped += [f"{file.name}: not in a folder of a class" for file in found.loose]
 
-    def read(file: Path) -> np.ndarray:
-        return embedder.pixels_of(image_io.open_image(file))
+    def read(file: Path) -> Any:
+        return embedder.prepare(image_io.open_image(file))
 
     bar = tqdm(
         total=len(found.files), desc="embedding", unit="image", disable=not progress
@@ -163,19 +185,19 @@ def embed_folder(
                     continue
                 kept.append(place)
                 whole.append(image)
-                digests.append(digest_of(image))
+                digests.append(digest_of(np.asarray(image)))
                 if place in shown:
                     images[len(kept) - 1] = image
             if whole:
-                x.append(np.asarray(embedder.of_shape(np.stack(whole))))
+                x.append(embedder.embed(whole))
             bar.update(len(places))
     names, labels = np.unique(
         [printable(found.classes[place]) for place in kept], return_inverse=True
     )
-    if len(names) < 2:
+    if len(names) < least:
         raise ValueError(
             f"{folder} has {len(names)} folder of images that can be read; it must "
-            "have at least 2, one per class."
+            f"have at least {least}, one per class."
         )
     notes = [*found.notes]
     if copies := len(digests) - len({*digests}):
@@ -190,8 +212,9 @@ def embed_folder(
         np.concatenate(x),
         labels.astype(np.int32),
         tuple(map(str, names)),
+        tuple(found.files[place] for place in kept),
         rows,
-        np.stack([images[row] for row in rows]),
+        np.stack([images[row] for row in rows]) if keep else np.zeros((0, 1, 1, 1)),
         tuple(skipped),
         tuple(notes),
     )
@@ -201,13 +224,13 @@ def retrieval(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Every image as a query to all others, in percent."""
     metrics = tj.retrieval.evaluate(x, labels, ks=KS)
     return {
-        "map_at_r": _percent(metrics.map_at_r),
-        "r_precision": _percent(metrics.r_precision),
+        "map_at_r": percent(metrics.map_at_r),
+        "r_precision": percent(metrics.r_precision),
         "recall_at_k": {
-            str(k): _percent(value) for k, value in zip(KS, metrics.recall_at_k)
+            str(k): percent(value) for k, value in zip(KS, metrics.recall_at_k)
         },
-        "mean_average_precision": _percent(metrics.mean_average_precision),
-        "mean_reciprocal_rank": _percent(metrics.mean_reciprocal_rank),
+        "mean_average_precision": percent(metrics.mean_average_precision),
+        "mean_reciprocal_rank": percent(metrics.mean_reciprocal_rank),
         "queries": int(metrics.queries),
     }
 
@@ -218,16 +241,21 @@ def verification(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     n = counts.sum()
     negatives = (n * n - (counts * counts).sum()) / 2
     fars = tuple(far for far in FARS if far * negatives >= 1)
-    metrics = tj.verification.evaluate(x, labels, fars=fars)
+    metrics = tj.verification.evaluate(x, labels, fars=fars or (1.0,))
+    return of_metrics(metrics, fars)
+
+
+def of_metrics(metrics: VerificationMetrics, fars: Sequence[float]) -> dict[str, Any]:
+    """Verification for a report, in percent; distances as they are."""
     return {
-        "equal_error_rate": _percent(metrics.equal_error_rate),
-        "area_under_roc": _percent(metrics.area_under_roc),
-        "accuracy": _percent(metrics.accuracy),
+        "equal_error_rate": percent(metrics.equal_error_rate),
+        "area_under_roc": percent(metrics.area_under_roc),
+        "accuracy": percent(metrics.accuracy),
         "threshold": _number(metrics.threshold),
         "at_far": [
             {
                 "far": 100 * far,
-                "tar": _percent(tar),
+                "tar": percent(tar),
                 "threshold": _number(threshold),
             }
             for far, tar, threshold in zip(fars, metrics.tar_at_far, metrics.thresholds)
@@ -286,19 +314,25 @@ def write_report(report: dict[str, Any], file: Path) -> None:
     write_json(file, report)
 
 
+def check_empty(out: Path) -> None:
+    """Raises FileExistsError if something is there, and is no empty directory."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} is there and is no empty directory.")
+
+
 def check_replaceable(file: Path) -> None:
     """Raises FileExistsError if a file is there and is no report."""
     if not file.exists():
         return
     try:
-        ours = json.loads(file.read_text())["what"] == REPORT
-    except (ValueError, KeyError, TypeError, OSError):
+        ours = json.loads(file.read_text())["what"].startswith(OURS)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         ours = False
     if not ours:
         raise FileExistsError(f"{file} is there and is no report; it is left as it is.")
 
 
-def _sizes_worth_telling(labels: np.ndarray) -> str | None:
+def sizes_worth_telling(labels: np.ndarray) -> str | None:
     """Whether most pairs are of one class, or classes have nobody to find."""
     counts = np.unique(labels, return_counts=True)[1]
     pairs = counts * (counts - 1) / 2
@@ -321,5 +355,5 @@ def _number(value: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _percent(value: Any) -> float | None:
+def percent(value: Any) -> float | None:
     return _number(100 * float(value))

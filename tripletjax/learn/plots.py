@@ -2,13 +2,14 @@
 
 import functools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
@@ -212,6 +213,9 @@ def distances(
     path: str | Path,
     *,
     what: str = "all pairs",
+    scale: float = 1,
+    threshold: tuple[float, str] | None = None,
+    probability: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> None:
     """The distances of pairs of the same class and of different ones, as shares.
 
@@ -221,14 +225,22 @@ def distances(
         pairs: what verification told of them, with a threshold for each FAR.
         path: the PNG file to write.
         what: which pairs they are.
+        scale: what distances have been divided by.
+        threshold: the one to show and what it is called; the most accurate one if not
+            given.
+        probability: of distances, that a pair is the same, if it is known.
     """
+    if threshold is None and pairs["threshold"] is not None:
+        threshold = pairs["threshold"], "most accurate threshold"
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     # So many steps together as make a smooth line.
     width = len(same) // 100
-    edges = np.linspace(0, 2, len(same) // width + 1)
+    edges = np.linspace(0, 2 * scale, len(same) // width + 1)
     both = np.flatnonzero(same + different)
-    furthest = edges[min(both[-1] // width + 2, len(edges) - 1)] if len(both) else 2
+    furthest = (
+        edges[min(both[-1] // width + 2, len(edges) - 1)] if len(both) else 2 * scale
+    )
     for counts, label, color in (
         (same, "same class", RIGHT),
         (different, "different classes", WRONG),
@@ -236,11 +248,11 @@ def distances(
         shares = counts.reshape(-1, width).sum(axis=1) / max(counts.sum(), 1)
         axes.stairs(shares, edges, fill=True, alpha=0.35, color=color)
         axes.stairs(shares, edges, color=color, label=label)
-    if pairs["threshold"] is not None:
-        axes.axvline(pairs["threshold"], color=QUERY, linewidth=1)
+    if threshold is not None:
+        axes.axvline(threshold[0], color=QUERY, linewidth=1)
         axes.annotate(
-            "most accurate threshold",
-            (pairs["threshold"], 0.98),
+            threshold[1],
+            (threshold[0], 0.98),
             xycoords=("data", "axes fraction"),
             rotation=90,
             ha="right",
@@ -249,8 +261,16 @@ def distances(
         )
     axes.set(xlim=(0, furthest), xlabel="distance", ylabel="share of the pairs")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
-    _finish(figure, f"Distances of {what}", path)
+    handles = axes.get_legend_handles_labels()[0]
+    if probability is not None:
+        beside = axes.twinx()
+        x = np.linspace(0, furthest, 200)
+        label = "probability of the same, if half of the pairs are"
+        handles += beside.plot(x, probability(x), "--", color=QUERY, label=label)
+        beside.set(ylim=(0, 1.02), ylabel="probability")
+        beside.spines["top"].set_visible(False)
+    figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=3)
+    _finish(axes, f"Distances of {what}", path)
 
 
 def roc(
@@ -260,22 +280,29 @@ def roc(
     path: str | Path,
     *,
     what: str = "all pairs",
+    intervals: Sequence[tuple[float, float, float]] = (),
 ) -> None:
     """The ROC of pairs: true against false accept rate, the latter on a log scale.
 
     Args:
         same, different, pairs, path, what: as in `distances`.
+        intervals: false accept rates, and between what the true accept rate lies.
     """
     figure = Figure(figsize=(5.5, 4.5), layout="constrained")
     axes = figure.subplots()
     least = 1 / max(different.sum(), 1)
     true, false = (np.cumsum(x) / max(x.sum(), 1) for x in (same, different))
     axes.plot(np.maximum(false, least), true, color="#30638e")
+    bars = {"color": "#30638e", "linewidth": 4, "alpha": 0.35}
+    for number, (far, low, high) in enumerate(intervals):
+        label = None if number else "intervals over classes"
+        axes.plot([far, far], [low, high], **bars, label=label)
     if pairs["equal_error_rate"] is not None:
         equal = pairs["equal_error_rate"] / 100
         label = f"equal error rate {100 * equal:.1f} %"
         axes.plot([max(equal, least)], [1 - equal], "o", color=WRONG, label=label)
-        axes.legend(loc="lower right", fontsize=9)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", fontsize=9)
     axes.set(
         xscale="log",
         xlim=(least, 1),
@@ -284,7 +311,45 @@ def roc(
         ylabel="true accept rate: the same, taken for the same",
     )
     axes.grid(alpha=0.3)
-    _finish(figure, f"ROC of {what}", path)
+    _finish(axes, f"ROC of {what}", path)
+
+
+def pairs_sheet(
+    groups: Sequence[tuple[str, Sequence[tuple[np.ndarray, np.ndarray, str, bool]]]],
+    path: str | Path,
+    *,
+    title: str,
+) -> None:
+    """Pairs of images, in a row for each kind.
+
+    Args:
+        groups: of each kind what it is called, and its pairs: two images uint8
+            ``[height, width, 3]`` of one height, a line of text, and whether they are
+            taken for what they are.
+        path: the PNG file to write.
+        title: of all.
+    """
+    most = max(len(pairs) for _, pairs in groups)
+    figure = Figure(
+        figsize=(2.1 * most + 0.4, 1.6 * len(groups) + 0.4), layout="constrained"
+    )
+    figure.suptitle(textwrap.fill(title, max(30, 22 * most)), fontsize=10)
+    parts = np.atleast_1d(np.asarray(figure.subfigures(len(groups), 1)))
+    for part, (name, pairs) in zip(parts, groups):
+        part.suptitle(name, fontsize=9)
+        grid = part.subplots(1, most, squeeze=False)[0]
+        for axes in grid[len(pairs) :]:
+            axes.set_axis_off()
+        for axes, (first, second, text, right) in zip(grid, pairs):
+            gap = np.full((len(first), 6, 3), 255, np.uint8)
+            axes.imshow(np.concatenate([first, gap, second], axis=1))
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set(color=RIGHT if right else WRONG, linewidth=2.5)
+                spine.set_linestyle("-" if right else "--")
+            text = "\n".join(_short(line, 30) for line in text.splitlines())
+            axes.set_xlabel(_shown_text(text), fontsize=7, parse_math=False)
+    figure.savefig(path, dpi=120)
 
 
 def contact_sheet(
@@ -337,16 +402,17 @@ def _columns(figure: Figure, count: int) -> list[Any]:
     return list(np.atleast_1d(np.asarray(figure.subfigures(1, count))))
 
 
-def _finish(figure: Figure, title: str, path: str | Path) -> None:
+def _finish(axes: Axes, title: str, path: str | Path) -> None:
     """Titles and writes a picture of one diagram."""
-    (axes,) = figure.axes
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
     figure.savefig(path, dpi=120)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 16 else "…" + name[-15:]
+def _short(name: str, most: int = 16) -> str:
+    return name if len(name) <= most else "…" + name[1 - most :]
 
 
 def _fonts(text: str) -> list[str] | None:

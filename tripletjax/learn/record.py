@@ -47,6 +47,8 @@ class RunRecord:
         images: how images are made ready.
         data_key: a digest of what the run learns from.
         label_names: what each label stands for; none of given triplets.
+        seen_names: of the classes that were trained on, or that the best model was
+            chosen by; the others were held out whole.
         skipped: files that could not be used, and why.
         notes: what else was decided or found.
     """
@@ -56,6 +58,7 @@ class RunRecord:
     images: ImageRecord
     data_key: str
     label_names: tuple[str, ...]
+    seen_names: tuple[str, ...]
     skipped: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -108,6 +111,7 @@ def _from_json(values: dict[str, Any]) -> RunRecord:
         images=ImageRecord(**images),
         data_key=values["data_key"],
         label_names=tuple(values["label_names"]),
+        seen_names=tuple(values["seen_names"]),
         skipped=tuple(values["skipped"]),
         notes=tuple(values["notes"]),
     )

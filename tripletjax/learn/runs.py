@@ -230,6 +230,7 @@ def _begin(config: Config, task: tasks.Task) -> tuple[RunRecord, tasks.Task]:
         ),
         data_key=dataset.key,
         label_names=task.label_names,
+        seen_names=task.seen_names,
         skipped=dataset.skipped,
         notes=(*dataset.notes, *notes),
     )

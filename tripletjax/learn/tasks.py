@@ -55,6 +55,13 @@ class LabelTask:
         return self.dataset.label_names
 
     @property
+    def seen_names(self) -> tuple[str, ...]:
+        """Of classes that are trained on, or that the best model is chosen by."""
+        parts = self.dataset.train, self.dataset.validation
+        seen = np.unique(np.concatenate([part.labels for part in parts]))
+        return tuple(self.label_names[label] for label in seen)
+
+    @property
     def description(self) -> str:
         names = self.label_names
         return f"images of {len(names):,} classes, {names[0]} to {names[-1]}"
@@ -189,6 +196,10 @@ class TripletTask:
 
     @property
     def label_names(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def seen_names(self) -> tuple[str, ...]:
         return ()
 
     @property

@@ -6,14 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from tripletjax.apps.embedders import vectors_of
-from tripletjax.apps.search import Changes, Index, decoded, encoded
-from tripletjax.learn.image_io import open_image
-
-# The longer side of images in a picture, in pixels.
-SIDE = 112
+from tripletjax.apps.images import decoded, encoded, opened, thumbnail
+from tripletjax.apps.search import Changes, Index
 
 
 def changes(told: Changes) -> str:
@@ -53,7 +49,7 @@ def found(
     Raises:
         OSError: if a query cannot be read.
     """
-    x = vectors_of(index.embedder, [_opened(file) for file in queries])
+    x = vectors_of(index.embedder, [opened(file) for file in queries])
     groups = [[file] for file in queries]
     if together:
         groups = [[*queries]]
@@ -109,7 +105,7 @@ def draw_found(index: Index, found: Sequence[dict[str, Any]], out: Path) -> None
     rows = []
     for query in found:
         files = [index.file_of(hit["path"]) for hit in query["hits"]]
-        images = [*map(_thumbnail, (decoded(query["query"][0]), *files))]
+        images = [*map(thumbnail, (decoded(query["query"][0]), *files))]
         told = [
             (f"{hit['distance']:.3f}\n{hit['class'].rpartition('/')[2]}", hit["right"])
             for hit in query["hits"]
@@ -132,25 +128,3 @@ def write_groups(groups: Sequence[Sequence[str]], out: Path) -> None:
         writer.writerow(["group", "path"])
         for number, group in enumerate(groups, start=1):
             writer.writerows([number, path] for path in group)
-
-
-def _opened(file: Path) -> Image.Image:
-    try:
-        return open_image(file)
-    except OSError as error:
-        raise OSError(f"{file} cannot be read: {error}") from error
-
-
-def _thumbnail(file: Path) -> np.ndarray:
-    """A small image on a white square; an empty one if it is no longer there."""
-    sheet = Image.new("RGB", (SIDE, SIDE), "white")
-    try:
-        image = open_image(file).convert("RGB")
-    except OSError:
-        return np.asarray(sheet)
-    image.thumbnail((SIDE, SIDE))
-    if max(image.size) < SIDE:
-        scale = SIDE // max(image.size)
-        image = image.resize((image.width * scale, image.height * scale), 0)
-    sheet.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
-    return np.asarray(sheet)

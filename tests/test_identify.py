@@ -1,0 +1,181 @@
+"""Naming images by a gallery, or calling them unknown."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from folders import shapes
+from PIL import Image
+from test_verify import EMBEDDER
+
+import tripletjax as tj
+from tripletjax.apps import identify, identify_report, search, verify
+from tripletjax.apps.calibration import TooFewPairsError
+from tripletjax.apps.embedders import vectors_of
+from tripletjax.apps.identify import Gallery, Strangers
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """People to choose a threshold on, a gallery, and images of it and of others."""
+    root = tmp_path_factory.mktemp("identify")
+    shapes(root / "others", kinds=8, each=9)
+    shapes(root / "gallery", kinds=6, each=3, seed=1)
+    shapes(root / "probes", kinds=8, each=4, seed=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def index(root):
+    index = search.Index(root / "gallery", root / "database", EMBEDDER)
+    index.update()
+    return index
+
+
+@pytest.fixture(scope="module")
+def calibration(root):
+    found = verify.evaluate(EMBEDDER, root / "others", replicates=10)
+    names = np.array([f"other/{name}" for name in found.calibration.names])
+    return dataclasses.replace(found.calibration, names=names)
+
+
+def embedded(folder):
+    files = sorted(folder.rglob("*.*"))
+    names = [file.parent.relative_to(folder).as_posix() for file in files]
+    return files, vectors_of(EMBEDDER, [Image.open(file) for file in files]), names
+
+
+@pytest.mark.parametrize("means", [False, True])
+def test_names_are_of_the_nearest_class(root, index, means):
+    gallery = Gallery.of(index, means=means)
+    assert gallery.names == tuple(sorted(f"group{k % 2}/kind{k}" for k in range(6)))
+    files, x, names = embedded(root / "probes")
+    references, labels = gallery.references
+    if means:
+        np.testing.assert_allclose(np.linalg.norm(references, axis=1), 1, rtol=1e-5)
+    d = np.linalg.norm(x[:, None] - references, axis=-1)
+    of_class = np.stack([d[:, labels == c].min(1) for c in range(6)], axis=1)
+    threshold = float(np.median(of_class.min(axis=1)))
+    found = identify.identify(gallery, x, threshold=threshold)
+    for one, distances in zip(found, of_class):
+        order = np.argsort(distances)
+        assert one.nearest == gallery.names[order[0]]
+        assert one.runner_up == gallery.names[order[1]]
+        np.testing.assert_allclose(
+            [one.distance, one.runner_up_distance], distances[order[:2]], rtol=1e-4
+        )
+        assert one.name == (one.nearest if one.distance <= threshold else None)
+        assert one.path.startswith(one.nearest)
+    assert {one.name for one in found} > {None}
+    told = [*identify_report.lines(files, found)]
+    assert sum("unknown" in line for line in told) == sum(o.name is None for o in found)
+
+    report = identify.evaluate(gallery, x, names, threshold)
+    known = np.array([name in gallery.names for name in names])
+    right = np.array([one.nearest for one in found]) == names
+    named = np.array([one.name is not None for one in found])
+    assert (report["known"], report["unknown"]) == (24, 8)
+    np.testing.assert_allclose(
+        report["rate_at_rank"]["1"], 100 * right[known].mean(), rtol=1e-5
+    )
+    at = report["at_threshold"]
+    np.testing.assert_allclose(at["fpir"], 100 * named[~known].mean())
+    np.testing.assert_allclose(at["fnir"], 100 * (1 - (named & right)[known].mean()))
+    # A rate of 0.1 is not shown by 8 unknown ones, and nothing is said of it.
+    assert [one["fpir"] for one in report["at_fpir"]] in ([], [100.0])
+    assert "identified at rank 1" in "\n".join(identify_report.measured(report))
+
+
+def test_an_image_of_the_gallery_is_not_taken_for_itself(index):
+    gallery = Gallery.of(index)
+    x, path = gallery.vectors[:1], gallery.paths[0]
+    (itself,) = identify.identify(gallery, x, threshold=1.0)
+    assert itself.distance < 1e-5
+    assert itself.path == path
+    (other,) = identify.identify(gallery, x, threshold=1.0, own=[path])
+    assert other.distance > 1e-3
+    assert other.path != path
+    alone = dataclasses.replace(
+        gallery, vectors=x, labels=gallery.labels[:1], paths=(path,)
+    )
+    (one,) = identify.identify(alone, x, threshold=1.0)
+    assert (one.runner_up, one.runner_up_distance) == (None, None)
+    with pytest.raises(ValueError, match="holds the probe alone"):
+        identify.identify(alone, x, threshold=1.0, own=[path])
+    (always,) = identify.identify(gallery, -x, threshold=float("inf"))
+    assert always.name == always.nearest
+
+
+def test_strangers_tell_the_rate_at_this_gallery(index, calibration):
+    gallery = Gallery.of(index)
+    strangers = Strangers.of(gallery, calibration)
+    assert (len(strangers.distances), strangers.left_out) == (72, 0)
+    d = np.linalg.norm(calibration.vectors[:, None] - gallery.vectors, axis=-1)
+    np.testing.assert_allclose(strangers.distances, np.sort(d.min(axis=1)), rtol=1e-4)
+    assert strangers.named(calibration.threshold) == (
+        (d.min(axis=1) <= calibration.threshold).sum()
+    )
+    # The larger the gallery, the more.
+    small = gallery
+    for path in gallery.paths[:-4]:
+        small = small.without(path)
+    fewer = Strangers.of(small, calibration)
+    threshold = float(np.median(strangers.distances))
+    assert fewer.named(threshold) < strangers.named(threshold)
+    for fpir in (0.14, 0.3, 0.9):
+        at = strangers.threshold_at(fpir)
+        assert strangers.named(at) == int(fpir * 72)
+    with pytest.raises(TooFewPairsError, match="72 images of others: 100 are needed"):
+        strangers.threshold_at(0.1)
+    with pytest.raises(ValueError, match="fpir must be a share"):
+        strangers.threshold_at(0.0)
+    tied = Strangers(np.repeat([0.5, 1.0], 20), 0)
+    assert tied.named(tied.threshold_at(0.3)) == 0
+    assert tied.named(tied.threshold_at(0.7)) == 20
+
+
+def test_the_known_are_no_strangers(index, calibration):
+    gallery = Gallery.of(index)
+    names = calibration.names.copy()
+    names[:5] = gallery.names[0]
+    vectors = calibration.vectors.copy()
+    vectors[10] = gallery.vectors[3]
+    changed = dataclasses.replace(calibration, names=names, vectors=vectors)
+    strangers = Strangers.of(gallery, changed)
+    assert (len(strangers.distances), strangers.left_out) == (66, 6)
+    report = identify_report.of_gallery(gallery, 0.5, changed, strangers)
+    assert "6 images of" in "\n".join(identify_report.told(report))
+    all_known = dataclasses.replace(
+        calibration, names=np.array([gallery.names[0]] * len(names))
+    )
+    strangers = Strangers.of(gallery, all_known)
+    report = identify_report.of_gallery(gallery, 0.5, all_known, strangers)
+    assert report["others"]["fpir"] is None
+    assert "there are no others" in "\n".join(identify_report.told(report))
+
+
+def test_few_shot_classification_is_naming_without_a_threshold(root, index):
+    gallery = Gallery.of(index, means=True)
+    _, x, names = embedded(root / "probes")
+    known = np.isin(names, gallery.names)
+    found = identify.identify(gallery, x[known], threshold=float("inf"))
+    right = np.mean([one.name for one in found] == np.array(names)[known])
+    numbers = {name: number for number, name in enumerate(gallery.names)}
+    references, labels = gallery.references
+    expected = tj.retrieval.few_shot_accuracy(
+        references,
+        labels,
+        x[known],
+        np.array([numbers[n] for n in names if n in numbers]),
+    )
+    np.testing.assert_allclose(right, expected, rtol=1e-6)
+
+
+def test_copies_in_the_gallery_are_said(index):
+    gallery = Gallery.of(index)
+    names = [gallery.names[label] for label in gallery.labels]
+    report = identify.evaluate(gallery, gallery.vectors, names, 0.5)
+    assert report["copies"] == len(gallery.paths)
+    assert "are copies of images of the gallery" in "\n".join(
+        identify_report.measured(report)
+    )

@@ -1,0 +1,279 @@
+"""Who is it, if anybody known: the nearest class of a gallery, or unknown.
+
+With a gallery of a few images per class it is few-shot classification.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import tripletjax as tj
+from tripletjax.apps.calibration import NEEDED, Calibration, TooFewPairsError
+from tripletjax.apps.images import encoded
+from tripletjax.apps.search import Index
+from tripletjax.learn.class_folders import find_classes, printable
+
+REPORT = "tripletjax identification"
+RANKS, FPIRS = (1, 5), (0.1, 0.01, 0.001)
+# Who is nearer than this to an image of the gallery is the same image.
+COPY = 1e-6
+# Probes are compared so many at a time.
+BLOCK = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Gallery:
+    """Images of known classes.
+
+    Attributes:
+        vectors: ``[m, d]``.
+        labels: integers ``[m]``.
+        names: what each label stands for.
+        paths: of the images within the folder.
+        means: whether probes are compared with class means, and not with every image.
+        notes: what was decided.
+    """
+
+    vectors: np.ndarray
+    labels: np.ndarray
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    means: bool
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, index: Index, *, means: bool = False, classes_from: str | None = None
+    ) -> "Gallery":
+        """The images of an index that is up to date, by their folders.
+
+        Raises:
+            ValueError: if there are none in folders of classes.
+        """
+        found = find_classes(index.folder, classes_from)
+        classes = {
+            encoded(Path(path)): printable(name)
+            for path, name in zip(found.paths, found.classes)
+        }
+        paths, x = index.vectors()
+        places = [place for place, path in enumerate(paths) if path in classes]
+        if not places:
+            raise ValueError(f"{index.folder} has no images that can be read.")
+        names, labels = np.unique(
+            [classes[paths[place]] for place in places], return_inverse=True
+        )
+        paths = tuple(paths[place] for place in places)
+        return cls(x[places], labels, tuple(map(str, names)), paths, means, found.notes)
+
+    def without(self, path: str) -> "Gallery":
+        """The same without an image, and its class if it has no other."""
+        kept = np.array([one != path for one in self.paths])
+        return dataclasses.replace(
+            self,
+            vectors=self.vectors[kept],
+            labels=self.labels[kept],
+            paths=tuple(np.array(self.paths, object)[kept]),
+        )
+
+    @property
+    def references(self) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors that probes are compared with, and their labels."""
+        if not self.means:
+            return self.vectors, self.labels
+        labels = np.unique(self.labels)
+        x = np.stack([self.vectors[self.labels == one].mean(axis=0) for one in labels])
+        lengths = np.linalg.norm(self.vectors, axis=1)
+        if np.allclose(lengths, 1, atol=1e-3):
+            x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        return x, labels
+
+    def nearest(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and labels of the k nearest classes ``[n, k]``, -1 for none."""
+        references, labels = self.references
+        k = min(k, len(references))
+        parts = [
+            tj.retrieval.nearest_classes(x[i : i + BLOCK], references, labels, k=k)
+            for i in range(0, len(x), BLOCK)
+        ]
+        return (
+            np.concatenate([part.distances for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Who a probe is taken for.
+
+    Attributes:
+        name: of the class, or None for unknown.
+        nearest: the name of the nearest class.
+        distance: to it.
+        path: of its image in the gallery that is nearest to the probe.
+        runner_up: the name of the next class, if there is one.
+        runner_up_distance: to it.
+    """
+
+    name: str | None
+    nearest: str
+    distance: float
+    path: str
+    runner_up: str | None
+    runner_up_distance: float | None
+
+
+def identify(
+    gallery: Gallery,
+    vectors: np.ndarray,
+    *,
+    threshold: float,
+    own: Sequence[str | None] | None = None,
+) -> list[Identity]:
+    """Names probes, or calls them unknown.
+
+    Args:
+        gallery: who is known.
+        vectors: of the probes ``[n, d]``.
+        threshold: at most how far a class is to give its name; infinity always gives
+            one.
+        own: for each probe its own path in the gallery if it lies there, so that it is
+            not taken for itself.
+
+    Raises:
+        ValueError: if a probe is all that there is in the gallery.
+    """
+    own = [None] * len(vectors) if own is None else own
+    found: list[Identity] = []
+    for x, path in zip(vectors, own):
+        known = gallery if path is None else gallery.without(path)
+        if not known.paths:
+            raise ValueError("the gallery holds the probe alone.")
+        (distances,), (labels,) = known.nearest(x[None], 2)
+        of_class = np.flatnonzero(known.labels == labels[0])
+        apart = np.linalg.norm(known.vectors[of_class] - x, axis=1)
+        second = len(labels) > 1 and labels[1] >= 0
+        found.append(
+            Identity(
+                known.names[labels[0]] if distances[0] <= threshold else None,
+                known.names[labels[0]],
+                float(distances[0]),
+                known.paths[of_class[np.argmin(apart)]],
+                known.names[labels[1]] if second else None,
+                float(distances[1]) if second else None,
+            )
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Strangers:
+    """How near images of a calibration come to a gallery that they are not in.
+
+    Attributes:
+        distances: of each to the nearest class, sorted.
+        left_out: how many are of classes of the gallery, by name, or copies.
+    """
+
+    distances: np.ndarray
+    left_out: int
+
+    @classmethod
+    def of(cls, gallery: Gallery, calibration: Calibration) -> "Strangers":
+        other = ~np.isin(calibration.names, gallery.names)
+        near = dataclasses.replace(gallery, means=False)
+        x = calibration.vectors[other]
+        copies = np.zeros(len(x), bool)
+        if len(x):
+            copies = near.nearest(x, 1)[0][:, 0] <= COPY
+        x = x[~copies]
+        distances = gallery.nearest(x, 1)[0][:, 0] if len(x) else np.zeros(0)
+        left_out = len(calibration.vectors) - len(x)
+        return cls(np.sort(distances), left_out)
+
+    def named(self, threshold: float) -> int:
+        """How many would be given a name."""
+        return int((self.distances <= threshold).sum())
+
+    def threshold_at(self, fpir: float) -> float:
+        """The largest threshold at which not more than this share gets a name.
+
+        Raises:
+            TooFewPairsError: if they are too few to show it.
+            ValueError: if it is no share.
+        """
+        if not 0 < fpir < 1:
+            raise ValueError(f"fpir must be a share between 0 and 1, got {fpir}.")
+        n = len(self.distances)
+        if n * fpir < NEEDED - 1e-6:
+            raise TooFewPairsError(
+                f"a false positive identification rate of {fpir:g} is not shown by "
+                f"{n:,} images of others: {-(-NEEDED // fpir):,.0f} are needed. Choose "
+                "the threshold of the run on more images, with tripletjax verify"
+            )
+        last, following = self.distances[
+            [int(n * fpir + 1e-6) - 1, int(n * fpir + 1e-6)]
+        ]
+        if last == following:
+            below = self.distances[self.distances < following]
+            return float(below[-1]) if len(below) else -1.0
+        return float((last + following) / 2)
+
+
+def evaluate(
+    gallery: Gallery, x: np.ndarray, names: Sequence[str], threshold: float
+) -> dict[str, Any]:
+    """Measures identification on probes whose classes are known, in percent.
+
+    Args:
+        gallery: who is known.
+        x: vectors of the probes ``[n, d]``.
+        names: of their classes; those that the gallery does not have are unknown.
+        threshold: at which to report rates, too.
+    """
+    references, reference_labels = gallery.references
+    numbers = {name: number for number, name in enumerate(gallery.names)}
+    labels = np.array([numbers.get(name, -1) for name in names])
+    unknown = int((labels < 0).sum())
+    fpirs = tuple(fpir for fpir in FPIRS if fpir * unknown >= 1)
+    metrics = tj.retrieval.evaluate_identification(
+        x,
+        labels,
+        references=references,
+        reference_labels=reference_labels,
+        ranks=RANKS,
+        fpirs=fpirs or (1.0,),
+    )
+    near = dataclasses.replace(gallery, means=False).nearest(x, 1)[0][:, 0]
+    distances, nearest = gallery.nearest(x, 1)
+    named = distances[:, 0] <= threshold
+    right = named & (nearest[:, 0] == labels)
+    known = labels >= 0
+
+    def percent(share: Any) -> float | None:
+        return None if np.isnan(share) else 100 * float(share)
+
+    def mean(of: np.ndarray, where: np.ndarray) -> float:
+        return float(of[where].mean()) if where.any() else np.nan
+
+    return {
+        "probes": len(labels),
+        "known": int(known.sum()),
+        "unknown": unknown,
+        "copies": int((near <= COPY).sum()),
+        "classes": len(gallery.names),
+        "rate_at_rank": {
+            str(rank): percent(rate) for rank, rate in zip(RANKS, metrics.rate_at_rank)
+        },
+        "at_fpir": [
+            {"fpir": 100 * fpir, "fnir": percent(fnir), "threshold": float(at)}
+            for fpir, fnir, at in zip(fpirs, metrics.fnir_at_fpir, metrics.thresholds)
+        ],
+        "at_threshold": {
+            "threshold": threshold if np.isfinite(threshold) else None,
+            "fpir": percent(mean(named, ~known)),
+            "fnir": percent(mean(~right, known)),
+        },
+    }
