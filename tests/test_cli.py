@@ -1,5 +1,6 @@
 """The command, as its user types it."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from PIL import Image
 
 import tripletjax as tj
 from tripletjax import cli, learn
+from tripletjax.apps import verify
 from tripletjax.learn import evaluation
 
 
@@ -101,6 +103,42 @@ def test_every_option_is_explained(name, capsys):
                 *("--out", "a.jpg"),
             ],
             "--out must be a .png file, got a.jpg",
+        ),
+        (["verify", "--run", "r"], "give two images, or --data FOLDER"),
+        (["verify", "--run", "r", "a", "--data", "."], "give two images, or --data"),
+        (["verify", "--run", "r", "a"], "two images are compared, got 1"),
+        (["verify", "--run", "r", "a", "b", "--far", "0.1"], "--far is of no use"),
+        (["verify", "--run", "r", "a", "b"], "no trained model"),
+        (
+            ["verify", "--run", "r", "--data", ".", "--json", "precious"],
+            "precious is there and is no report",
+        ),
+        (["identify", "--run", "r", "a"], "required: --gallery"),
+        (
+            ["identify", "--run", "r", "--gallery", "."],
+            "give images to name, or --data",
+        ),
+        (
+            ["identify", "--run", "r", "--gallery", ".", "nowhere.png"],
+            "there is no image nowhere.png",
+        ),
+        (
+            ["identify", "--run", "r", "--gallery", ".", "precious"],
+            "no trained model",
+        ),
+        (
+            [
+                *("identify", "--run", "r", "--gallery", ".", "precious"),
+                *("--closed", "--within", "1"),
+            ],
+            "not allowed with argument",
+        ),
+        (
+            [
+                *("identify", "--run", "r", "--gallery", ".", "--data", "."),
+                *("--out", "a.png"),
+            ],
+            "--out is of no use without images",
         ),
     ],
 )
@@ -204,6 +242,97 @@ def test_histograms_count_every_pair_from_both_sides():
         assert counts.sum() == mask.sum()
         expected = np.histogram(distances[mask], evaluation.STEPS, (0, 2))[0]
         assert np.abs(np.cumsum(counts - expected)).max() <= 1
+
+
+def test_verification_and_naming(trained, tmp_path, capsys):
+    """As their users type it: a threshold first, then two images, then names."""
+    people = shapes(tmp_path / "people", kinds=8, each=9)
+    gallery = shapes(tmp_path / "gallery", kinds=6, each=2, seed=1)
+    probes = shapes(tmp_path / "probes", kinds=8, each=2, seed=2)
+    run = shutil.copytree(trained, tmp_path / "run")
+    images = [str(file) for file in sorted((probes / "group1" / "kind1").iterdir())]
+    verify = ["verify", "--run", str(run)]
+    identify = ["identify", "--run", str(run), "--gallery", str(gallery)]
+
+    assert cli.main([*verify, *images]) == 2
+    assert "no threshold was chosen" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*identify, *images])
+    assert "Or give --within DISTANCE" in capsys.readouterr().err
+    assert cli.main([*verify, "--data", str(people), "--far", "1e-5"]) == 2
+    assert "1,000,000 are needed" in capsys.readouterr().err
+    assert not (run / "verifications").exists()
+    assert not (run / "calibration").exists()
+
+    assert cli.main([*verify, "--data", str(people)]) == 0
+    told = capsys.readouterr().out
+    report = json.loads((run / "verifications" / "people" / "report.json").read_text())
+    threshold = report["calibration"]["threshold"]
+    assert f"threshold {threshold:.4f}" in told
+    assert report["verification"]["negatives"] == 2268
+    # Once more: another directory, and the threshold before is kept.
+    assert cli.main([*verify, "--data", str(people), "--far", "0.1"]) == 0
+    assert "the one before is in calibration-before" in capsys.readouterr().out
+    assert (run / "verifications" / "people-2" / "errors.png").exists()
+
+    file = tmp_path / "two.json"
+    assert cli.main([*verify, *images, "--json", str(file)]) == 0
+    decision = json.loads(file.read_text())
+    x = learn.load_embedder(run)(images)
+    np.testing.assert_allclose(decision["distance"], np.linalg.norm(x[0] - x[1]), 1e-4)
+    assert decision["calibration"]["far"] == 0.1
+    word = "same" if decision["same"] else "different"
+    assert capsys.readouterr().out.startswith(word)
+
+    sheet, file = tmp_path / "more" / "names.png", tmp_path / "names.json"
+    more = ["--out", str(sheet), "--json", str(file)]
+    assert cli.main([*identify, *images, *more]) == 0
+    told = capsys.readouterr().out
+    report = json.loads(file.read_text())
+    assert "12 images in the index (12 added)" in told
+    assert (report["classes"], report["images"]) == (6, 12)
+    # By their names, images of six of the eight classes are those of the gallery.
+    assert report["others"]["left_out"] == 54
+    assert [one["query"] for one in report["probes"]] == images
+    for one in report["probes"]:
+        assert (one["name"] is None) == (one["distance"] > report["threshold"])
+    with Image.open(sheet) as picture:
+        assert np.ptp(np.asarray(picture)) > 0
+    for options, words in (
+        (["--closed"], "nobody is unknown"),
+        (["--within", "0.01", "--means"], "up to a distance of 0.0100"),
+        (["--fpir", "0.6"], "false positives at this gallery"),
+    ):
+        assert cli.main([*identify, *images, *options]) == 0
+        assert words in capsys.readouterr().out
+    assert cli.main([*identify, "--data", str(probes), "--json", str(file)]) == 0
+    assert "identified at rank 1" in capsys.readouterr().out
+    report = json.loads(file.read_text())["evaluation"]
+    assert (report["known"], report["unknown"]) == (12, 4)
+
+
+def test_a_threshold_is_not_of_classes_that_were_trained_on(trained, tmp_path):
+    people = shapes(tmp_path / "people", kinds=8, each=9)
+    embedder = learn.load_embedder(trained)
+    made = embedder.record
+    names = tuple(f"group{kind % 2}/kind{kind}" for kind in range(8))
+
+    def of_run(seen, data):
+        requested = dataclasses.replace(made.requested, data=str(data))
+        record = dataclasses.replace(
+            made, requested=requested, label_names=names, seen_names=seen
+        )
+        embedder_of_run = dataclasses.replace(embedder, record=record)
+        return verify.evaluate(embedder_of_run, people, replicates=10).report
+
+    report = of_run(names[:3], people)
+    assert report["classes"] == 5
+    assert "3 classes of the folder are left out" in " ".join(report["notes"])
+    with pytest.raises(ValueError, match="--split classes, which holds some out"):
+        of_run(names, people)
+    report = of_run(names[:3], tmp_path)
+    assert report["classes"] == 8
+    assert "3 classes have names of classes" in " ".join(report["notes"])
 
 
 def test_interrupts_exit_130(monkeypatch, capsys, tmp_path):
