@@ -673,6 +673,41 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     return 0
 
 
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "The file takes images of the size that the run makes of all images, as uint8, "
+        "any number at a time, and is compared with the run before it is kept."
+    )
+    parser.add_argument("--run", type=Path, required=True, help="a finished run")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="model.onnx, or model.stablehlo for JAX without this library",
+    )
+    parser.add_argument(
+        "--check",
+        type=Path,
+        metavar="FOLDER",
+        help="images to compare on (default: those that the run learnt from)",
+    )
+
+
+def _export(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
+    from tripletjax.apps.export import export
+    from tripletjax.learn.embedder import load_embedder
+
+    made = export(load_embedder(given["run"]), given["out"], check=given["check"])
+    height, width, channels = made.shape
+    print(
+        f"{made.file} is written, {made.size / 1e6:.1f} MB: from images uint8 [n, "
+        f"{height}, {width}, {channels}] to vectors [n, {made.dim}]"
+    )
+    print(f"on {made.of} it differs from the run by at most {made.difference:.1g}")
+    return 0
+
+
 def _classes_from(parser: argparse.ArgumentParser) -> None:
     from tripletjax.learn import config
 
@@ -723,5 +758,10 @@ COMMANDS: dict[str, tuple[str, Options, Call]] = {
         "name images by a gallery of known classes, or call them unknown",
         _identify_options,
         _identify,
+    ),
+    "export": (
+        "write the embedding of a run as ONNX or StableHLO",
+        _export_options,
+        _export,
     ),
 }

@@ -1,7 +1,7 @@
-"""What people do with an embedder: search, verify, identify.
+"""What people do with an embedder: search, verify, identify, export.
 
 Every application takes a run directory, or any function from images to vectors. Needs
-the extra: ``pip install "tripletjax[train,search]"``.
+extras: ``pip install "tripletjax[train,search]"``, and ``export`` to export.
 """
 
 import importlib
@@ -14,6 +14,7 @@ os.environ.setdefault("LANCEDB_LOG", "error")
 __all__ = [
     "calibration",
     "embedders",
+    "export",
     "identify",
     "identify_report",
     "images",

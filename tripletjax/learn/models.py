@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -200,7 +201,7 @@ class EmbeddingPhotoNet(nnx.Module):
                 x = jax.nn.relu(layer(x))
         x = self.norm(x)
         if self.grid:
-            x = x.reshape(len(x), -1)
+            x = x.reshape(x.shape[0], -1)
         else:
             x = jnp.concatenate([x.mean(axis=(1, 2)), largest(x, (1, 2))], axis=-1)
         return unit_norm(self.head(x))
@@ -253,14 +254,32 @@ class MultiScaleCNN(nnx.Module):
             Unit vectors ``[n, dim]``.
         """
         parts = [unit_norm(self.deep(images))]
-        n, _, _, channels = images.shape
         for path, side in zip(self.paths, (64, 32)):
             # Coarse images of one size, whatever the size of the images.
-            coarse = jax.image.resize(images, (n, side, side, channels), "linear")
-            x = path(coarse)
-            x = nnx.avg_pool(x, (side // 16,) * 2, strides=(side // 16,) * 2)
+            x = path(_resized(images, side))
+            n, height, _, channels = x.shape
+            # The mean of each of 4 x 4 places.
+            x = x.reshape(n, 4, height // 4, 4, height // 4, channels).mean((2, 4))
             parts.append(unit_norm(x.reshape(n, -1)))
         return unit_norm(self.head(jnp.concatenate(parts, axis=-1)))
+
+
+def _resized(images: Array, side: int) -> Array:
+    """Square images, linearly interpolated as by `jax.image.resize`.
+
+    As products with matrices, which can be exported for any number of images.
+    """
+    rows, columns = (_interpolation(n, side) for n in images.shape[1:3])
+    return jnp.einsum("ih,nhwc,jw->nijc", rows, images, columns, precision="highest")
+
+
+def _interpolation(n: int, side: int) -> np.ndarray:
+    """What each of `side` places has of n, over all that it covers."""
+    scale = n / side
+    centre = (np.arange(side) + 0.5) * scale - 0.5
+    near = 1 - np.abs(np.arange(n) - centre[:, None]) / max(scale, 1)
+    near = np.maximum(near, 0)
+    return (near / near.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 class _Stages(nnx.Module):
@@ -410,7 +429,7 @@ class GroupNorm(nnx.Module):
         sums = exact.mean(axis=(1, 2)), (exact * exact).mean(axis=(1, 2))
         mean, square = (
             jnp.repeat(
-                total.reshape(len(x), self.groups, -1).mean(axis=-1),
+                total.reshape(x.shape[0], self.groups, -1).mean(axis=-1),
                 x.shape[-1] // self.groups,
                 axis=-1,
             )
@@ -495,7 +514,9 @@ def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
     References:
         Dalal, Triggs. Histograms of Oriented Gradients for Human Detection. 2005.
     """
-    grey = jnp.pad(images.mean(axis=-1), ((0, 0), (1, 1), (1, 1)), "edge")
+    grey = images.mean(axis=-1)
+    for axis in (1, 2):
+        grey = edge_padded(grey, axis, 1, 1)
     right = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
     down = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
     angles = 2 * jnp.pi * jnp.arange(orientations) / orientations
@@ -505,9 +526,7 @@ def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
     edges = halved(edges, jnp.mean)
     energy = (edges * edges).mean(axis=-1)
     for axis in (1, 2):
-        width = [(0, 0), (0, 0), (0, 0)]
-        width[axis] = (4, 4)
-        padded, n = jnp.pad(energy, width, "edge"), energy.shape[axis]
+        padded, n = edge_padded(energy, axis, 4, 4), energy.shape[axis]
         shifted = [
             jax.lax.slice_in_dim(padded, place, place + n, axis=axis)
             for place in range(9)
@@ -517,11 +536,28 @@ def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
     return jnp.sqrt(edges * around + 1e-4) - 0.5
 
 
+def edge_padded(x: Array, axis: int, before: int, after: int) -> Array:
+    """Repeats the first and the last along an axis.
+
+    As `jnp.pad` does, whose form is not understood by what converts to ONNX.
+    """
+    first = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
+    last = jax.lax.slice_in_dim(x, x.shape[axis] - 1, x.shape[axis], axis=axis)
+    return jnp.concatenate([first] * before + [x] + [last] * after, axis=axis)
+
+
+def _even(x: Array) -> Array:
+    """Images ``[n, height, width, channels]`` whose odd sides are padded."""
+    for axis in (1, 2):
+        x = edge_padded(x, axis, 0, x.shape[axis] % 2)
+    return x
+
+
 def space_to_depth(x: Array) -> Array:
     """Every 2 x 2 pixels as one with four times the channels; odd sides are padded."""
+    x = _even(x)
     n, height, width, channels = x.shape
-    x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
-    height, width = -(-height // 2), -(-width // 2)
+    height, width = height // 2, width // 2
     x = x.reshape(n, height, 2, width, 2, channels).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(n, height, width, 4 * channels)
 
@@ -552,10 +588,9 @@ def halved(x: Array, of: Callable[..., Array] = largest) -> Array:
 
     XLA's gradient of pooling by windows takes 7 times longer on CPUs.
     """
+    x = _even(x)
     n, height, width, channels = x.shape
-    x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
-    height, width = -(-height // 2), -(-width // 2)
-    return of(x.reshape(n, height, 2, width, 2, channels), (2, 4))
+    return of(x.reshape(n, height // 2, 2, width // 2, 2, channels), (2, 4))
 
 
 def unit_norm(x: Array) -> Array:

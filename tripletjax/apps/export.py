@@ -1,0 +1,287 @@
+"""An embedder for elsewhere: StableHLO for JAX without this library, and ONNX.
+
+What is exported takes images as they are made into, uint8 ``[n, height, width,
+channels]`` for any n, and gives their vectors ``[n, d]``: the part of the image that
+the network sees is cut and resized within, by the same integers as Pillow.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from PIL import Image
+
+from tripletjax.learn.embedder import Embedder, as_floats
+from tripletjax.learn.image_io import View, find_files, open_image
+
+# Of each file the largest difference from the run that is let through.
+TOLERANCE = 1e-4
+PLATFORMS = ("cpu", "cuda", "tpu")
+SUFFIXES = (".onnx", ".stablehlo")
+# So many images are compared.
+COMPARED = 32
+# Pillow's fixed point, in two halves whose sums float32 holds exactly.
+HALF = 2**11
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A file that was written and compared with its run.
+
+    Attributes:
+        file: where it is.
+        size: in bytes.
+        shape: height, width and channels of the images that it takes.
+        dim: of the vectors that it gives.
+        images: how many were compared.
+        of: what they are.
+        difference: the largest of any value from that of the run.
+    """
+
+    file: Path
+    size: int
+    shape: tuple[int, int, int]
+    dim: int
+    images: int
+    of: str
+    difference: float
+
+
+class DifferenceError(ValueError):
+    """What was exported does not do what the run does."""
+
+
+def export(
+    embedder: Embedder, out: str | Path, *, check: str | Path | None = None
+) -> Exported:
+    """Writes the embedding of a run as one file, and compares it with the run.
+
+    Args:
+        embedder: of a run.
+        out: the file, which must not be there: ``.stablehlo`` for `jax.export`, of any
+            batch size, for CPU, CUDA and TPU; ``.onnx`` for ONNX.
+        check: a folder with images that they are compared on. If not given, images that
+            the run has learnt from, if they are still there, and else noise.
+
+    Returns:
+        `Exported`.
+
+    Raises:
+        FileExistsError: if the file is there.
+        FileNotFoundError: if the folder has no image.
+        ValueError: if the suffix is none of these.
+        DifferenceError: if they differ by more than 1e-4; then no file is left.
+        ImportError: if a package is missing.
+    """
+    out = Path(out)
+    if out.suffix not in SUFFIXES:
+        raise ValueError(f"out must end in {' or '.join(SUFFIXES)}, got {out}.")
+    if out.exists():
+        raise FileExistsError(f"{out} is there; it is left as it is.")
+    images, of = _some_images(embedder, check)
+    expected = embedder.embed(list(images))
+    function, spec = function_of(embedder), embedder.shape
+    shape = spec.height, spec.width, spec.channels
+    made = (_as_onnx if out.suffix == ".onnx" else _as_stablehlo)(function, shape)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    try:
+        part.write_bytes(made)
+        run = _onnx if out.suffix == ".onnx" else _stablehlo
+        again = run(part.read_bytes())
+        # Of another number of images, too.
+        got = np.concatenate([again(images[:1]), again(images[1:])])
+        difference = float(np.abs(got - expected).max())
+        if not difference <= TOLERANCE:
+            raise DifferenceError(
+                f"the file for {out} would differ from the run by {difference:.2g} on "
+                f"{of}, more than {TOLERANCE:g}; it is not kept."
+            )
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+    return Exported(
+        out, len(made), shape, expected.shape[1], len(images), of, difference
+    )
+
+
+def function_of(embedder: Embedder) -> Callable[[Array], Array]:
+    """The embedding in JAX alone, from images as they are made into."""
+    graph, state = nnx.split(embedder.model)
+    resize = None
+    if embedder.view is not None:
+        spec = embedder.shape
+        resize = resampling(embedder.view, spec.height, spec.width)
+
+    def embed(images: Array) -> Array:
+        seen = as_floats(images) if resize is None else resize(images) / 255
+        return nnx.merge(graph, state)(seen)
+
+    return embed
+
+
+def resampling(view: View, height: int, width: int) -> Callable[[Array], Array]:
+    """What a view does to images uint8 ``[n, height, width, c]``, as floats 0 to 255.
+
+    Sums of the same integers as Pillow's, which are rounded after either direction.
+    Which comes first depends on Pillow's version: it is asked.
+    """
+    top, left, bottom, right = view.box
+    columns = _weights(width, left * width, right * width, view.width)
+    rows = _weights(height, top * height, bottom * height, view.height)
+
+    def weighted(x: Array, weights: np.ndarray | None, form: str) -> Array:
+        if weights is None:
+            return x
+        high, low = (np.float32(part) for part in np.divmod(weights, HALF))
+        large = jnp.einsum(form, high, x, precision="highest")
+        small = jnp.einsum(form, low, x, precision="highest")
+        # (large * HALF + small + HALF**2 / 2) // HALF**2, in numbers below 2**24.
+        carried = jnp.floor(small / HALF + HALF / 2)
+        return jnp.clip(jnp.floor((large + carried) / HALF), 0, 255)
+
+    steps = [(columns, "jw,nhwc->nhjc"), (rows, "ih,nhwc->niwc")]
+
+    def resize(images: Array, steps: list) -> Array:
+        x = jnp.asarray(images).astype(jnp.float32)
+        for weights, form in steps:
+            x = weighted(x, weights, form)
+        return x
+
+    draw = np.random.default_rng(0)
+    noise = draw.integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+    orders = steps, steps[::-1]
+    expected = view(noise).astype(np.float32)
+    apart = [np.abs(resize(jnp.asarray(noise), one) - expected).sum() for one in orders]
+    return functools.partial(resize, steps=orders[int(np.argmin(apart))])
+
+
+def _weights(size: int, start: float, end: float, out: int) -> np.ndarray | None:
+    """Pillow's weights of a Lanczos filter, integers ``[out, size]``; None for none."""
+    # Pillow has the ends in 32 bits.
+    start, end = float(np.float32(start)), float(np.float32(end))
+    if out == size and start == 0 and end == size:
+        return None
+    scale = (end - start) / out
+    spread = max(scale, 1.0)
+    weights = np.zeros((out, size))
+    for place in range(out):
+        centre = start + (place + 0.5) * scale
+        first = max(int(centre - 3 * spread + 0.5), 0)
+        last = min(int(centre + 3 * spread + 0.5), size)
+        x = (np.arange(first, last) - centre + 0.5) / spread
+        near = np.where(np.abs(x) <= 3, np.sinc(x) * np.sinc(x / 3), 0)
+        weights[place, first:last] = near / near.sum()
+    fixed = weights * HALF**2
+    return np.trunc(fixed + np.where(fixed < 0, -0.5, 0.5)).astype(np.int64)
+
+
+def _as_stablehlo(function: Callable, shape: tuple[int, int, int]) -> bytes:
+    _need("flatbuffers")
+    (n,) = jax.export.symbolic_shape("n")
+    spec = jax.ShapeDtypeStruct((n, *shape), jnp.uint8)
+    made = jax.export.export(jax.jit(function), platforms=PLATFORMS)(spec)
+    return bytes(made.serialize())
+
+
+def _stablehlo(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
+    call = jax.export.deserialize(bytearray(content)).call
+    return lambda images: np.asarray(call(images))
+
+
+def _as_onnx(function: Callable, shape: tuple[int, int, int]) -> bytes:
+    (n,) = jax.export.symbolic_shape("n")
+    with _quiet():
+        # What it cannot import is for other networks.
+        jax2onnx = _need("jax2onnx")
+        made: Any = jax2onnx.to_onnx(
+            function,
+            [jax.ShapeDtypeStruct((n, *shape), jnp.uint8)],
+            model_name="tripletjax",
+            input_names=["images"],
+            output_names=["embeddings"],
+        )
+    return made.SerializeToString()
+
+
+def _onnx(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
+    onnxruntime = _need("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    # Errors alone.
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(content, options)
+    return lambda images: session.run(None, {"images": images})[0]
+
+
+def _need(package: str) -> Any:
+    try:
+        return __import__(package)
+    except ImportError as error:
+        raise ImportError(
+            f'{error}: it needs pip install "tripletjax[train,export]"'
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what a converter says to those who write it."""
+    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _some_images(
+    embedder: Embedder, check: str | Path | None
+) -> tuple[np.ndarray, str]:
+    """Images to compare on, as the run makes them, and what they are."""
+    learnt = embedder.record.requested.data
+    folder = Path(learnt if check is None else check)
+    if check is None and learnt == "digits":
+        from sklearn.datasets import load_digits
+
+        pixels, _ = load_digits(return_X_y=True)
+        some = np.asarray(pixels)[:COMPARED].reshape(-1, 8, 8) * (255 / 16)
+        digits = [Image.fromarray(image) for image in some.astype(np.uint8)]
+        images = [embedder.prepare(digit) for digit in digits]
+        return np.stack(images), f"{len(images)} digits"
+    if folder.is_dir():
+        images = [*_readable(embedder, find_files(folder).files)]
+        if images:
+            return np.stack(images), f"{len(images)} images of {folder}"
+    if check is not None:
+        raise FileNotFoundError(f"there is no image in {check}.")
+    spec, draw = embedder.shape, np.random.default_rng(0)
+    shape = COMPARED, spec.height, spec.width, spec.channels
+    noise = draw.integers(0, 256, shape, dtype=np.uint8)
+    return noise, f"{COMPARED} images of noise: what the run learnt from is not there"
+
+
+def _readable(embedder: Embedder, files: Sequence[Path]) -> Iterator[np.ndarray]:
+    """Some images, from all over the folder."""
+    step = max(1, math.ceil(len(files) / COMPARED))
+    for file in files[::step]:
+        try:
+            yield embedder.prepare(open_image(file))
+        except OSError:
+            continue
