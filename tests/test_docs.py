@@ -34,7 +34,12 @@ def test_what_pages_name_exists(page):
     for path in re.findall(r"`((?:examples|benchmarks|tests|docs)/[\w/.]+)", text):
         assert (ROOT / path).exists(), path
     for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert (page.parent / link).exists(), link
+        file, _, heading = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if heading else []
+        slugs = [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
+        assert not heading or heading in slugs, link
 
 
 @pytest.mark.parametrize(

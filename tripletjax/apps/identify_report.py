@@ -13,6 +13,9 @@ from tripletjax.apps.images import encoded, thumbnail
 from tripletjax.apps.search import Index
 from tripletjax.learn import plots
 
+# So many probes stand in a row of the picture.
+IN_ROW = 5
+
 
 def of_gallery(
     gallery: Gallery,
@@ -115,17 +118,20 @@ def measured(report: dict[str, Any]) -> Iterator[str]:
 def draw(
     index: Index, files: Sequence[Path], found: Sequence[Identity], out: Path
 ) -> None:
-    """A contact sheet: each probe, and the image of the gallery it is nearest to."""
-    rows = []
+    """Pairs: each probe, and the image of the gallery that it is nearest to."""
+    pairs = []
     for file, one in zip(files, found):
-        told = [(f"{one.distance:.3f}\n{one.nearest}", one.name is not None)]
-        images = [thumbnail(file), thumbnail(index.file_of(one.path))]
-        rows.append((f"{file.name}\n{one.name or 'unknown'}", images, told))
+        nearest = one.nearest.rpartition("/")[2]
+        text = (
+            f"{file.name}\n{one.name or 'unknown'}\n{one.distance:.3f} from {nearest}"
+        )
+        images = thumbnail(file), thumbnail(index.file_of(one.path))
+        pairs.append((*images, text, one.name is not None))
     out.parent.mkdir(parents=True, exist_ok=True)
-    plots.contact_sheet(
-        rows,
+    plots.pairs_sheet(
+        [("", pairs[i : i + IN_ROW]) for i in range(0, len(pairs), IN_ROW)],
         out,
-        title="each image with the nearest of the gallery: blue gives its name, orange "
+        title="images beside the nearest of the gallery: blue gives its name, orange "
         "and dashed is too far",
     )
 

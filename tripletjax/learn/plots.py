@@ -336,7 +336,8 @@ def pairs_sheet(
     figure.suptitle(textwrap.fill(title, max(30, 22 * most)), fontsize=10)
     parts = np.atleast_1d(np.asarray(figure.subfigures(len(groups), 1)))
     for part, (name, pairs) in zip(parts, groups):
-        part.suptitle(name, fontsize=9)
+        if name:
+            part.suptitle(name, fontsize=9)
         grid = part.subplots(1, most, squeeze=False)[0]
         for axes in grid[len(pairs) :]:
             axes.set_axis_off()

@@ -1,0 +1,87 @@
+"""The pictures of the applications in the README and these pages.
+
+    tripletjax train --data THREE --out RUN
+    python docs/pictures.py --run RUN --unseen TWO
+
+THREE and TWO are folders of alphabets of Omniglot, such as the Greek, Katakana and
+Latin that were trained on here, and the Sanskrit and Tagalog that are shown.
+"""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from tripletjax.apps import (
+    identify,
+    identify_report,
+    search,
+    search_report,
+    verify,
+    verify_report,
+)
+from tripletjax.apps.embedders import embedder_of, vectors_of
+from tripletjax.apps.images import opened
+from tripletjax.learn.class_folders import find_classes
+
+# Of every third class nobody is in the gallery; of the others so many images.
+UNKNOWN, KNOWN = 3, 3
+QUERIES = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--unseen", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
+    arguments = parser.parse_args()
+    embedder, out = embedder_of(arguments.run), arguments.out
+    found = find_classes(arguments.unseen)
+    classes = {}
+    for file, name in zip(found.files, found.classes):
+        classes.setdefault(name, []).append(file)
+    every = len(classes) // QUERIES
+
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        index = search.Index(arguments.unseen, root / "index", embedder)
+        index.update(progress=True)
+        queries = [files[0] for files in [*classes.values()][::every][:QUERIES]]
+        hits = search_report.found(index, queries, k=8)
+        search_report.draw_found(index, hits, out / "search.png")
+
+        measured = verify.evaluate(embedder, arguments.unseen, progress=True)
+        for line in verify_report.lines(measured.report):
+            print(line)
+        verify_report.draw(measured, root)
+        for name in ("distances", "errors"):
+            shutil.copy(root / f"{name}.png", out / f"verify_{name}.png")
+
+        probes = []
+        for number, (name, files) in enumerate(sorted(classes.items())):
+            if number % UNKNOWN != UNKNOWN - 1:
+                place = root / "gallery" / name
+                place.mkdir(parents=True)
+                for file in files[:KNOWN]:
+                    shutil.copy(file, place)
+            if number % (every // 2) == UNKNOWN - 2:
+                probes.append(files[KNOWN])
+        gallery_index = search.Index(root / "gallery", root / "index", embedder)
+        gallery_index.update()
+        gallery = identify.Gallery.of(gallery_index)
+        x = vectors_of(embedder, [opened(file) for file in probes])
+        assert measured.calibration is not None
+        calibration = measured.calibration
+        threshold = calibration.threshold
+        strangers = identify.Strangers.of(gallery, calibration)
+        report = identify_report.of_gallery(gallery, threshold, calibration, strangers)
+        for line in identify_report.told(report):
+            print(line)
+        named = identify.identify(gallery, x, threshold=threshold)
+        for line in identify_report.lines(probes, named):
+            print(line)
+        identify_report.draw(gallery_index, probes, named, out / "identify.png")
+
+
+if __name__ == "__main__":
+    main()
