@@ -1092,6 +1092,7 @@ def test_a_run_on_a_folder_with_broken_images(tmp_path):
     evaluations = runs.run(config, tmp_path / "run", progress=False)
     made = RunRecord.read(tmp_path / "run")
     assert made.skipped[0].startswith("group0/kind0/broken.png")
+    assert {*made.seen_names} < {*made.label_names}
     assert made.plan.model == "photo"
     assert made.images.shape == (30, 40, 3)
     assert "gallery_recall_at_1" not in evaluations["trained"]

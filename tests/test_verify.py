@@ -193,6 +193,19 @@ def test_without_enough_pairs_there_is_no_threshold_by_default(tmp_path):
         verify.evaluate(EMBEDDER, tmp_path / "none")
 
 
+def test_vectors_that_are_not_finite_are_named(folder):
+    nan = embedder_of(lambda images: [[np.nan]] * len(images), key="nan")
+    with pytest.raises(ValueError, match="not finite"):
+        verify.evaluate(nan, folder)
+
+
+def test_vectors_of_any_length_are_compared_and_shown(folder, tmp_path):
+    far = embedder_of(lambda images: 50 * unit(images), key="far")
+    found = verify.evaluate(far, folder, replicates=10)
+    assert 2 < found.calibration.threshold < 100
+    verify_report.write(found, tmp_path / "out")
+
+
 def test_pictures_and_lines_of_a_report(found, tmp_path):
     verify_report.write(found, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == found.report

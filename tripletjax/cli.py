@@ -6,6 +6,7 @@ an interrupt.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -227,7 +228,7 @@ def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     print(f"\n{summary['parameters']:,} parameters; {what}: {', '.join(counts)}.")
     if skipped:
         print(f"{skipped:,} images that could not be read are named in config.json.")
-    print(f"Everything is in {out}: look at {picture}.png.")
+    print(f"Everything is in {_shown(out)}: look at {picture}.png.")
     return 0
 
 
@@ -272,7 +273,8 @@ def _evaluate(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     if given["json"] is not None:
         evaluation.write_report(report, given["json"])
 
-    print(f"{report['images']:,} images of {report['classes']:,} classes in {folder}")
+    classes = f"{report['classes']:,} classes in {_shown(folder)}"
+    print(f"{report['images']:,} images of {classes}")
     for note in report["notes"]:
         print(f"- {note}")
     found, pairs, spread = (
@@ -298,7 +300,7 @@ def _evaluate(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         "effective rank": spread["effective_rank"],
     }
     _table("spread of the embeddings: near 0, and rank 1, if collapsed", rows, "")
-    print(f"\nEverything is in {out}: look at roc.png, distances.png, neighbors.png.")
+    print(f"\nEverything is in {_shown(out)}: look at roc, distances, neighbors.png.")
     return 0
 
 
@@ -440,7 +442,7 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         write_json(given["json"], report)
     for name in ("out", "json"):
         if given[name] is not None:
-            print(f"{given[name]} is written")
+            print(f"{_shown(given[name])} is written")
     return 0
 
 
@@ -489,7 +491,7 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     from tripletjax.apps import verify, verify_report
     from tripletjax.apps.calibration import Calibration
     from tripletjax.apps.embedders import embedder_of
-    from tripletjax.apps.images import encoded, opened
+    from tripletjax.apps.images import opened
     from tripletjax.learn import evaluation
     from tripletjax.learn.checkpoints import free_path
 
@@ -539,7 +541,7 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         print(verify_report.chosen(found.calibration))
         if earlier is not None:
             print(f"It is used from now on; the one before is in {earlier.name}.")
-    print(f"Everything is in {encoded(out)}: look at roc, distances and errors.png.")
+    print(f"Everything is in {_shown(out)}: look at roc, distances and errors.png.")
     return 0
 
 
@@ -604,7 +606,7 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         from tripletjax.apps import identify, identify_report, search, search_report
         from tripletjax.apps.calibration import Calibration
         from tripletjax.apps.embedders import embedder_of, vectors_of
-        from tripletjax.apps.images import encoded, opened
+        from tripletjax.apps.images import opened
         from tripletjax.learn import evaluation
     except ImportError as error:
         _missing(parser, error, "train,search")
@@ -667,7 +669,7 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             print(line)
         if given["out"] is not None:
             identify_report.draw(index, images, found, given["out"])
-            print(f"{encoded(given['out'])} is written")
+            print(f"{_shown(given['out'])} is written")
     if given["json"] is not None:
         evaluation.write_report(report, given["json"])
     return 0
@@ -701,8 +703,8 @@ def _export(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     made = export(load_embedder(given["run"]), given["out"], check=given["check"])
     height, width, channels = made.shape
     print(
-        f"{made.file} is written, {made.size / 1e6:.1f} MB: from images uint8 [n, "
-        f"{height}, {width}, {channels}] to vectors [n, {made.dim}]"
+        f"{_shown(made.file)} is written, {made.size / 1e6:.1f} MB: from images uint8 "
+        f"[n, {height}, {width}, {channels}] to vectors [n, {made.dim}]"
     )
     print(f"on {made.of} it differs from the run by at most {made.difference:.1g}")
     return 0
@@ -716,6 +718,11 @@ def _classes_from(parser: argparse.ArgumentParser) -> None:
         choices=config.CLASSES_FROM,
         help="which of nested folders are classes",
     )
+
+
+def _shown(path: Path) -> str:
+    """A path that need not be UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _waiting() -> None:

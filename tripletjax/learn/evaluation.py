@@ -207,9 +207,11 @@ def embed_folder(
         )
     if skipped:
         notes.append(f"{len(skipped):,} files are skipped")
-    rows = np.array(sorted(images))
+    rows, vectors = np.array(sorted(images)), np.concatenate(x)
+    if not np.isfinite(vectors).all():
+        raise ValueError("the embedder has made a vector that is not finite.")
     return Embedded(
-        np.concatenate(x),
+        vectors,
         labels.astype(np.int32),
         tuple(map(str, names)),
         tuple(found.files[place] for place in kept),
