@@ -105,6 +105,19 @@ def test_every_network_is_exported(name, shape, suffix, tmp_path):
         export(embedder, out, check=people)
 
 
+def test_a_run_in_bfloat16_is_exported_in_float32(tmp_path):
+    people = shapes(tmp_path / "people", kinds=2, each=2)
+    low, full = untrained("cnn", bfloat16=True), untrained("cnn")
+    made = export(low, tmp_path / "model.stablehlo", check=people)
+    assert made.notes == ("the run computes in bfloat16, the file in float32",)
+    assert made.difference <= 1e-5
+    draw = np.random.default_rng(0)
+    images = [*draw.integers(0, 256, (3, *SHAPE), dtype=np.uint8)]
+    same = exports._in_float32(low).embed(images)
+    np.testing.assert_allclose(same, full.embed(images), atol=1e-6)
+    assert np.abs(same - low.embed(images)).max() > 1e-4
+
+
 def test_every_network_is_tested():
     assert {*MODELS} == {"cnn", "photo", "multiscale", "resnet"}
 

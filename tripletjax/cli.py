@@ -706,6 +706,8 @@ def _export(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         f"{_shown(made.file)} is written, {made.size / 1e6:.1f} MB: from images uint8 "
         f"[n, {height}, {width}, {channels}] to vectors [n, {made.dim}]"
     )
+    for note in made.notes:
+        print(f"- {note}")
     print(f"on {made.of} it differs from the run by at most {made.difference:.1g}")
     return 0
 

@@ -24,7 +24,7 @@ from flax import nnx
 from jax import Array
 from PIL import Image
 
-from tripletjax.learn.embedder import Embedder, as_floats
+from tripletjax.learn.embedder import Embedder, as_floats, build_model
 from tripletjax.learn.image_io import View, find_files, open_image
 
 # Of each file the largest difference from the run that is let through.
@@ -49,6 +49,7 @@ class Exported:
         images: how many were compared.
         of: what they are.
         difference: the largest of any value from that of the run.
+        notes: what was decided.
     """
 
     file: Path
@@ -58,6 +59,7 @@ class Exported:
     images: int
     of: str
     difference: float
+    notes: tuple[str, ...]
 
 
 class DifferenceError(ValueError):
@@ -91,6 +93,10 @@ def export(
         raise ValueError(f"out must end in {' or '.join(SUFFIXES)}, got {out}.")
     if out.exists():
         raise FileExistsError(f"{out} is there; it is left as it is.")
+    notes = ()
+    if embedder.record.plan.bfloat16:
+        embedder = _in_float32(embedder)
+        notes = ("the run computes in bfloat16, the file in float32",)
     images, of = _some_images(embedder, check)
     expected = embedder.embed(list(images))
     function, spec = function_of(embedder), embedder.shape
@@ -114,8 +120,20 @@ def export(
     finally:
         part.unlink(missing_ok=True)
     return Exported(
-        out, len(made), shape, expected.shape[1], len(images), of, difference
+        out, len(made), shape, expected.shape[1], len(images), of, difference, notes
     )
+
+
+def _in_float32(embedder: Embedder) -> Embedder:
+    """The same network and parameters, computed in float32."""
+    made = embedder.record
+    made = dataclasses.replace(
+        made, plan=dataclasses.replace(made.plan, bfloat16=False)
+    )
+    model = build_model(made)
+    nnx.update(model, nnx.state(embedder.model))
+    model.eval()
+    return dataclasses.replace(embedder, model=model, record=made)
 
 
 def function_of(embedder: Embedder) -> Callable[[Array], Array]:
