@@ -393,3 +393,19 @@ def identification(d, labels, reference_labels, where, reference_where, ranks, f
             )
         fnirs.append(best)
     return rates, fnirs
+
+
+def similarity_precision(d, triplets):
+    return sum(d[a][p] < d[a][n] for a, p, n in triplets) / len(triplets)
+
+
+def score_at_top_k(d, triplets, k, groups):
+    """Right less wrong of triplets with an image among the k nearest of the group."""
+    score = count = 0
+    for a, p, n in triplets:
+        pool = [j for j in range(len(d)) if j != a and groups[j] == groups[a]]
+        nearest = sorted(pool, key=lambda j, a=a: (d[a][j], j))[:k]
+        if p in nearest or n in nearest:
+            count += 1
+            score += 1 if d[a][p] < d[a][n] else -1
+    return score, count

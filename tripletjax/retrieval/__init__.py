@@ -24,12 +24,18 @@ from tripletjax.retrieval.identification import (
     nearest_classes,
 )
 from tripletjax.retrieval.neighbors import nearest_neighbors
+from tripletjax.retrieval.relevance import (
+    ScoreAtTopK,
+    score_at_top_k,
+    similarity_precision,
+)
 
 __all__ = [
     "IdentificationMetrics",
     "NearestClasses",
     "Reduction",
     "RetrievalMetrics",
+    "ScoreAtTopK",
     "evaluate",
     "evaluate_identification",
     "few_shot_accuracy",
@@ -38,4 +44,6 @@ __all__ = [
     "nearest_classes",
     "nearest_neighbors",
     "recall_at_k",
+    "score_at_top_k",
+    "similarity_precision",
 ]
