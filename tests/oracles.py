@@ -409,3 +409,33 @@ def score_at_top_k(d, triplets, k, groups):
             count += 1
             score += 1 if d[a][p] < d[a][n] else -1
     return score, count
+
+
+def relevance_probabilities(r, categories, cap, gap, out_of_category):
+    """The chance of every triplet, by place."""
+    n = len(r)
+
+    def shares(weights):
+        total = sum(weights.values())
+        return {j: w / total for j, w in weights.items() if w > 0}
+
+    others = {
+        i: [j for j in range(n) if j != i and categories[j] == categories[i]]
+        for i in range(n)
+    }
+    anchors = shares({i: sum(r[i][j] for j in others[i]) for i in range(n)})
+    chances = {}
+    for a, of_anchor in anchors.items():
+        capped = {j: min(cap, r[a][j]) for j in others[a]}
+        for p, of_positive in shares(capped).items():
+            inside = {
+                j: w
+                for j, w in capped.items()
+                if r[a][p] - r[a][j] >= gap and r[a][p] > r[a][j] and w > 0
+            }
+            outside = {j: 1.0 for j in range(n) if categories[j] != categories[a]}
+            out = out_of_category if inside and outside else float(bool(outside))
+            for part, of in ((1 - out, inside), (out, outside)):
+                for j, share in shares(of).items() if of and part else ():
+                    chances[a, p, j] = of_anchor * of_positive * part * share
+    return chances

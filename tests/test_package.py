@@ -38,7 +38,7 @@ ROOMS = (
     ("_pairwise",),
     ("retrieval", "verification", "collapse"),
     ("mining",),
-    ("losses",),
+    ("losses", "relevance"),
     ("_engine",),
     ("blockwise",),
     ("learn",),

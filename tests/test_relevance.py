@@ -1,5 +1,7 @@
 """The measures of Deep Ranking, by their definitions."""
 
+import functools
+
 import jax
 import numpy as np
 import oracles
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tripletjax import euclidean, manhattan, retrieval
+from tripletjax import euclidean, manhattan, relevance_triplets, retrieval
 
 
 def problem(seed, tied, n=12, t=20):
@@ -83,3 +85,54 @@ def test_bad_arguments_are_named(change, words):
     x, triplets = options.pop("embeddings"), options.pop("triplets")
     with pytest.raises((TypeError, ValueError), match=words):
         retrieval.score_at_top_k(x, triplets, **options)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_triplets_are_drawn_as_often_as_they_should(seed):
+    random = np.random.default_rng(seed)
+    r = np.round(random.random((6, 6)) * 3, 1).astype(np.float32)
+    r[random.random((6, 6)) < 0.2] = 0
+    categories = np.array([0, 0, 0, 0, 1, 1])
+    options = {"cap": 2.0, "gap": 0.5, "out_of_category": 0.3}
+    size = 100_000
+    got = relevance_triplets(jax.random.key(seed), r, categories, size=size, **options)
+    expected = oracles.relevance_probabilities(
+        r.tolist(), categories, *options.values()
+    )
+    valid = np.asarray(got.valid)
+    drawn = np.stack(got[:3], axis=1)[valid]
+    counts = dict.fromkeys(expected, 0)
+    for triplet in map(tuple, drawn.tolist()):
+        counts[triplet] += 1
+    for triplet, chance in expected.items():
+        spread = 5 * np.sqrt(chance * (1 - chance) / size) + 1e-5
+        assert abs(counts[triplet] / size - chance) < spread
+    assert valid.mean() == pytest.approx(sum(expected.values()), abs=0.01)
+    a, p, n = drawn.T
+    other = categories[n] != categories[a]
+    assert (categories[p] == categories[a]).all()
+    assert (other | (r[a, p] - r[a, n] >= 0.5)).all()
+
+
+def test_padding_is_not_drawn_and_nothing_is_not_valid():
+    r, categories = np.ones((4, 4), np.float32), np.array([0, 0, 1, 0])
+    where = np.array([True, True, True, False])
+    draw = functools.partial(relevance_triplets, jax.random.key(0), size=50)
+    got = draw(r, categories, where=where)
+    assert np.asarray(got.valid).all()
+    assert (np.stack(got[:3]) != 3).all()
+    assert (np.asarray(got.negative) == 2).all()
+    assert not np.asarray(draw(0 * r, categories).valid).any()
+    # Equally relevant ones of one category are no triplet.
+    assert not np.asarray(draw(r, 0 * categories).valid).any()
+    got = jax.jit(jax.vmap(lambda r: draw(r, categories)))(np.stack([r, r]))
+    assert got.valid.shape == (2, 50)
+    for relevance, labels, options, words in (
+        (r[:3], categories, {}, r"relevance must be \[n, n\]"),
+        (r, categories[:3], {}, "categories must have one entry"),
+        (r, categories, {"size": 0}, "size must be at least 1"),
+        (r, categories, {"gap": -1.0}, "gap"),
+        (r, categories, {"where": where.astype(int)}, "where must be boolean"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            draw(relevance, labels, **options)

@@ -74,6 +74,7 @@ from tripletjax.mining import (
     violating_band,
 )
 from tripletjax.pairs import PairMasks, pair_masks
+from tripletjax.relevance import relevance_triplets
 
 __version__ = importlib.metadata.version("tripletjax")
 
@@ -110,6 +111,7 @@ __all__ = [
     "pairs",
     "random_semi_hard_triplets",
     "random_triplets",
+    "relevance_triplets",
     "retrieval",
     "selectively_contrastive",
     "semi_hard_band",

@@ -22,6 +22,7 @@ OF_CLASSES = (
         "classes_from",
         "mining",
         "class_sampling",
+        "relevance",
         "classes",
         "per_class",
     ),
@@ -133,6 +134,11 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         (
             *(how, "class_sampling", config.CLASS_SAMPLING),
             "how classes are drawn (default: uniform)",
+        ),
+        (
+            *(how, "relevance", config.RELEVANCE),
+            "who is to be nearer: images of one class, or those that share more "
+            "folders (default: classes)",
         ),
         (how, "model", config.MODELS, "the network"),
     ):

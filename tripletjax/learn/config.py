@@ -8,11 +8,12 @@ from tripletjax.learn.image_analysis import KINDS
 from tripletjax.learn.image_io import Box
 
 # What is held out, which of nested folders are classes, which triplets are trained on,
-# and how classes are drawn.
+# how classes are drawn, and who is more alike.
 SPLITS = ("images", "classes")
 CLASSES_FROM = ("top", "leaf")
 MINING = ("all", "semi-hard", "hard")
 CLASS_SAMPLING = ("uniform", "frequency")
+RELEVANCE = ("classes", "folders")
 MODELS = {
     "cnn": models.EmbeddingCNN,
     "photo": models.EmbeddingPhotoNet,
@@ -47,6 +48,8 @@ class Config:
         classes: how many classes there are in a batch.
         per_class: how many images of each.
         class_sampling: of classes, as in `sampling.ClassBatches`.
+        relevance: who is more alike: images of one class, or those that share more
+            folders, as in `objectives.relevance_loss`.
         rotation_classes: as in `sampling.ImageBatches`.
         triplets_per_batch: how many of the given triplets there are in a batch.
         learning_rate: at its peak.
@@ -81,6 +84,7 @@ class Config:
     classes: int | None = None
     per_class: int | None = None
     class_sampling: str = "uniform"
+    relevance: str = "classes"
     rotation_classes: int | None = None
     triplets_per_batch: int | None = None
     learning_rate: float | None = None
@@ -102,6 +106,7 @@ class Config:
             ("split", SPLITS),
             ("classes_from", (None, *CLASSES_FROM)),
             ("class_sampling", CLASS_SAMPLING),
+            ("relevance", RELEVANCE),
             ("model", (None, *MODELS)),
             ("head", (None, *models.HEADS)),
             ("kind", (None, *KINDS)),

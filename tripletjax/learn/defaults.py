@@ -11,6 +11,7 @@ from tripletjax.learn import image_analysis
 from tripletjax.learn.augment import Augment
 from tripletjax.learn.config import Config
 from tripletjax.learn.datasets import Dataset
+from tripletjax.learn.hierarchy import levels_of
 from tripletjax.learn.image_io import COLOUR_SIZE as PHOTO_SIZE
 from tripletjax.learn.image_io import WHOLE
 from tripletjax.learn.plan import ClassBatchPlan, Plan, TripletBatchPlan
@@ -76,6 +77,18 @@ def plan_for_classes(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]
             f"{len(counts) - paired:,} classes of one training image are not trained "
             "on: no positive"
         )
+    if config.relevance == "folders":
+        levels = levels_of(dataset.label_names)
+        if not len(levels):
+            raise ValueError(
+                "relevance is folders, but no folders hold several folders of classes: "
+                "they are to be one within the other, as in Greek/character01."
+            )
+        groups = ", ".join(f"{1 + level.max():,} groups" for level in levels)
+        notes.append(
+            f"relevance by folders: {len(dataset.label_names):,} classes in {groups}, "
+            "whose images are to be nearer to each other than to all others"
+        )
     per_class = config.per_class or (4 if many else 8)
     batches = ClassBatchPlan(
         mining=config.mining,
@@ -84,6 +97,7 @@ def plan_for_classes(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]
         or min(turns * paired, max(2, (160 if many else 128) // per_class)),
         per_class=per_class,
         class_sampling=config.class_sampling,
+        relevance=config.relevance,
         rotation_classes=turns,
     )
     plan, more = _plan(

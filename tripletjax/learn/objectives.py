@@ -31,10 +31,51 @@ def mined_loss(mining: str = "semi-hard", *, margin: float = 0.2) -> Loss:
     Raises:
         ValueError: if there is no such mining.
     """
+    return _mined(mining, margin)
+
+
+def _mined(
+    mining: str, margin: float
+) -> Callable[[Array, Array], tuple[Array, dict[str, Array]]]:
     if mining not in MINING:
         raise ValueError(f"mining must be one of {', '.join(MINING)}, got {mining!r}.")
     loss_of, mean = MINING[mining]
     return functools.partial(loss_of, margin=margin, reduce_fn=_with_active(mean))
+
+
+@functools.lru_cache
+def relevance_loss(
+    mining: str, levels: tuple[tuple[int, ...], ...], *, margin: float = 0.2
+) -> Loss:
+    r"""Who shares more is nearer: the mean of a mined loss at each level.
+
+    $$\frac{1}{L + 1} \sum_{l=0}^{L} \text{loss}(x, \text{levels}_l(\text{labels}),
+      (l + 1) \cdot \text{margin})$$
+
+    At level 0 images of one class are to be nearer than all others, by the margin; at
+    level l images of classes of one group than those of other groups, by a margin that
+    grows with the level.
+
+    Args:
+        mining: which triplets: all, semi-hard or hard.
+        levels: for each level from the finest, the group of each label.
+        margin: of the classes themselves, in Euclidean distance.
+
+    Raises:
+        ValueError: if there is no such mining.
+    """
+    losses = [_mined(mining, (level + 1) * margin) for level in range(len(levels) + 1)]
+
+    def loss(x: Array, labels: Array) -> tuple[Array, dict[str, Array]]:
+        of_level = [labels, *(jnp.array(groups)[labels] for groups in levels)]
+        total, told = jnp.zeros(()), {}
+        for level, (one, of) in enumerate(zip(losses, of_level)):
+            value, metrics = one(x, of)
+            total += value / len(losses)
+            told[f"active_{level}" if level else "active"] = metrics["active"]
+        return total, told
+
+    return loss
 
 
 @functools.lru_cache

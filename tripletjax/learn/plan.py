@@ -18,6 +18,7 @@ class ClassBatchPlan:
         classes: how many classes there are in a batch.
         per_class: how many images of each.
         class_sampling: of classes, as in `sampling.ClassBatches`.
+        relevance: who is more alike, as in `Config`.
         rotation_classes: as in `sampling.ImageBatches`.
     """
 
@@ -26,6 +27,7 @@ class ClassBatchPlan:
     classes: int
     per_class: int
     class_sampling: str
+    relevance: str
     rotation_classes: int
 
     @property

@@ -12,6 +12,9 @@ import numpy as np
 from tripletjax.learn.config import CLASS_SAMPLING
 from tripletjax.learn.image_cache import StoredImages
 
+# So many classes of a group come together.
+TOGETHER = 4
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassBatches:
@@ -33,10 +36,13 @@ class ClassBatches:
             number of images, as if images had been drawn.
         shard: this process and how many there are, usually ``(jax.process_index(),
             jax.process_count())``: each gets its part of the same batch, in order.
+        groups: of each class, in the order of its label, the group that it is in, if
+            any: up to four classes of a group come together, so that a batch has
+            several. Of classes drawn uniformly alone.
 
     Raises:
         ValueError: if there are fewer than `classes` classes, or an option is too
-            small.
+            small or does not fit.
 
     >>> import numpy as np
     >>> from tripletjax.learn.sampling import ClassBatches
@@ -52,6 +58,7 @@ class ClassBatches:
     seed: int = 0
     class_sampling: str = "uniform"
     shard: tuple[int, int] = (0, 1)
+    groups: np.ndarray | None = None
     members: tuple[np.ndarray, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +79,17 @@ class ClassBatches:
                 f"class_sampling must be one of {', '.join(CLASS_SAMPLING)}, got "
                 f"{self.class_sampling!r}."
             )
+        if self.groups is not None:
+            if self.class_sampling != "uniform":
+                raise ValueError(
+                    "groups are for class_sampling uniform, got "
+                    f"{self.class_sampling!r}."
+                )
+            if np.shape(self.groups) != (len(values),):
+                raise ValueError(
+                    f"groups must have one entry for each of the {len(values)} "
+                    f"classes, got shape {np.shape(self.groups)}."
+                )
         _check_shard(self.shard, self.classes * self.per_class)
         order = np.argsort(self.labels, kind="stable")
         members = tuple(np.split(order, np.cumsum(counts)[:-1]))
@@ -89,6 +107,16 @@ class ClassBatches:
         ]
         return _sharded(np.concatenate(drawn), self.shard)
 
+    def _mixed(self, draw: np.random.Generator) -> np.ndarray:
+        """All classes in a random order, some of a group always together."""
+        if self.groups is None:
+            return draw.permutation(len(self.members))
+        groups, parts = np.asarray(self.groups), []
+        for group in np.unique(groups):
+            some = draw.permutation(np.flatnonzero(groups == group))
+            parts += [some[i : i + TOGETHER] for i in range(0, len(some), TOGETHER)]
+        return np.concatenate([parts[i] for i in draw.permutation(len(parts))])
+
     def _classes(self, step: int) -> np.ndarray:
         if self.class_sampling == "frequency":
             draw = np.random.default_rng((self.seed, 0, step))
@@ -97,8 +125,7 @@ class ClassBatches:
             return draw.choice(len(counts), self.classes, replace=False, p=share)
         batches = len(self.members) // self.classes
         a_pass, batch = divmod(step, batches)
-        order = np.random.default_rng((self.seed, 0, a_pass))
-        chosen = order.permutation(len(self.members))
+        chosen = self._mixed(np.random.default_rng((self.seed, 0, a_pass)))
         return chosen[batch * self.classes : (batch + 1) * self.classes]
 
 
@@ -121,6 +148,7 @@ class ImageBatches:
             for these with their mirror images; the last two for square images alone.
         class_sampling: as in `ClassBatches`.
         shard: as in `ClassBatches`.
+        groups: as in `ClassBatches`, of turned copies too, after all others.
 
     Raises:
         ValueError: as `ClassBatches`, and if `rotation_classes` does not fit.
@@ -134,6 +162,7 @@ class ImageBatches:
     rotation_classes: int = 1
     class_sampling: str = "uniform"
     shard: tuple[int, int] = (0, 1)
+    groups: np.ndarray | None = None
     places: ClassBatches = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -164,6 +193,7 @@ class ImageBatches:
             self.seed,
             self.class_sampling,
             self.shard,
+            self.groups,
         )
         object.__setattr__(self, "places", places)
 

@@ -19,6 +19,7 @@ import tripletjax as tj
 from tripletjax.learn import (
     datasets,
     defaults,
+    hierarchy,
     objectives,
     plots,
     sampling,
@@ -83,12 +84,26 @@ class LabelTask:
         }
         return LabelTask(dataclasses.replace(self.dataset, **parts))
 
-    def batches(self, plan: Plan) -> training.Batches:
-        of, train = _batches_of(plan, ClassBatchPlan), self.dataset.train
+    def _trained(self, of: ClassBatchPlan) -> datasets.Images:
+        """What is trained on: classes of one image have no positive."""
+        train = self.dataset.train
         values, counts = np.unique(train.labels, return_counts=True)
         several = values[counts > 1]
         if of.rotation_classes == 1 and len(several) >= of.classes:
             train = train.part(np.flatnonzero(np.isin(train.labels, several)))
+        return train
+
+    def _levels(self, of: ClassBatchPlan) -> np.ndarray:
+        """Groups ``[levels, k]`` of the labels of batches, none but by folders."""
+        labels = np.unique(self._trained(of).labels)
+        if of.relevance != "folders":
+            return np.zeros((0, len(labels) * of.rotation_classes), np.int32)
+        levels = hierarchy.levels_of([self.label_names[label] for label in labels])
+        return hierarchy.with_turns(levels, of.rotation_classes)
+
+    def batches(self, plan: Plan) -> training.Batches:
+        of = _batches_of(plan, ClassBatchPlan)
+        train, levels = self._trained(of), self._levels(of)
         return sampling.ImageBatches(
             train.images,
             train.labels,
@@ -97,16 +112,23 @@ class LabelTask:
             plan.seed,
             of.rotation_classes,
             of.class_sampling,
+            groups=levels[0] if len(levels) else None,
         )
 
     def losses(self, plan: Plan) -> list[tuple[int, objectives.Loss]]:
         """Losses, and the steps from which they hold."""
         of = _batches_of(plan, ClassBatchPlan)
-        loss = objectives.mined_loss(of.mining, margin=plan.margin)
+        levels = tuple(map(tuple, self._levels(of).tolist()))
+
+        def loss(mining: str) -> objectives.Loss:
+            if not levels:
+                return objectives.mined_loss(mining, margin=plan.margin)
+            return objectives.relevance_loss(mining, levels, margin=plan.margin)
+
         warm = int(of.batch_all_fraction * plan.steps)
         if of.mining != "hard" or warm == 0:
-            return [(0, loss)]
-        return [(0, objectives.mined_loss("all", margin=plan.margin)), (warm, loss)]
+            return [(0, loss(of.mining))]
+        return [(0, loss("all")), (warm, loss(of.mining))]
 
     def evaluate(self, embed: Embed) -> dict[str, float]:
         """How well an embedding finds test images of the same class, in percent.

@@ -134,7 +134,8 @@ def score_at_top_k(
             return jnp.sum(before & ranked)
 
         inside = [(rank(one) < k) & ranked[one] for one in both]
-        return inside[0] | inside[1], *(distances[one] for one in both)
+        positive, negative = both
+        return inside[0] | inside[1], distances[positive], distances[negative]
 
     block = max(1, VALUES // x.size)
     counted, near, far = lax.map(early, triplets, batch_size=block)

@@ -1,0 +1,100 @@
+"""Triplets by how relevant items are to each other, as Deep Ranking draws them."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from tripletjax._api import jitted
+from tripletjax.mining import Triplets
+from tripletjax.pairs import per_item
+
+
+@jitted(sizes=("size",), nonnegative=("cap", "gap"))
+def relevance_triplets(
+    key: Array,
+    relevance: ArrayLike,
+    categories: ArrayLike,
+    *,
+    size: int,
+    cap: ArrayLike = jnp.inf,
+    gap: ArrayLike = 0.0,
+    out_of_category: ArrayLike = 0.5,
+    where: ArrayLike | None = None,
+) -> Triplets:
+    r"""Random triplets whose positive is more relevant to the anchor than the negative.
+
+    $$P(a) \propto \sum_{j \in C_a} r_{aj}, \qquad
+      P(p \mid a) \propto \min(\text{cap}, r_{ap}), \; p \in C_a$$
+
+    where $C_a$ has the other items of the anchor's category. The negative is drawn
+    evenly from all other categories; or else within the category, in proportion to
+    $\min(\text{cap}, r_{an})$ among those with $r_{ap} - r_{an}$ at least the gap, and
+    above 0. Where there are none of one kind, it is of the other.
+
+    Args:
+        key: a random key, ``jax.random.key(seed)``.
+        relevance: ``[n, n]``, how relevant the second item is to the first, at least 0.
+        categories: integers ``[n]``.
+        size: how many triplets to draw.
+        cap: relevance above it counts as this much, so that copies are not all.
+        gap: the least difference in relevance within a category.
+        out_of_category: the chance of a negative from another category, 0 to 1.
+        where: bool ``[n]``, False for padding.
+
+    Returns:
+        Triplets ``[size]``; not valid are those whose anchor has no relevant item, or
+        no negative.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if shapes do not fit, or an option is out of range.
+
+    References:
+        Wang et al. Learning Fine-Grained Image Similarity with Deep Ranking. 2014.
+        arXiv:1404.4661
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> relevance = jnp.array([[0.0, 2.0, 1.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    >>> triplets = tj.relevance_triplets(
+    ...     jax.random.key(0), relevance, jnp.array([0, 0, 1]), size=2)
+    >>> print(triplets.negative, triplets.valid)
+    [2 2] [ True  True]
+    """
+    r = jnp.asarray(relevance)
+    r = r.astype(jnp.result_type(r, jnp.float32))
+    if r.ndim != 2 or r.shape[0] != r.shape[1] or r.size == 0:
+        raise ValueError(f"relevance must be [n, n], got shape {r.shape}.")
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}.")
+    n = len(r)
+    categories = per_item("categories", categories, n, "items", jnp.integer)
+    real = jnp.ones(n, bool) if where is None else where
+    real = per_item("where", real, n, "items", jnp.bool_)
+    together = (categories[:, None] == categories) & real[:, None] & real
+    within = together & ~jnp.eye(n, dtype=bool)
+    weights = jnp.where(within, jnp.minimum(r, cap), 0)
+    total = jnp.sum(jnp.where(within, r, 0), axis=-1)
+
+    def draw(key: Array, weights: Array, shape: tuple[int, ...]) -> Array:
+        logits = jnp.where(weights > 0, jnp.log(weights), -jnp.inf)
+        return jax.random.categorical(key, logits, shape=shape)
+
+    keys = jax.random.split(key, 5)
+    anchor = draw(keys[0], total, (size,))
+    ours = weights[anchor]
+    positive = draw(keys[1], ours, (size,))
+    closer = jnp.take_along_axis(r[anchor], positive[:, None], axis=1)
+    apart = closer - r[anchor]
+    inside = jnp.where((apart >= gap) & (apart > 0), ours, 0)
+    outside = (real & (categories != categories[anchor][:, None])).astype(r.dtype)
+    has_inside, has_outside = (jnp.any(w > 0, axis=1) for w in (inside, outside))
+    out = jax.random.bernoulli(keys[2], out_of_category, (size,))
+    out = jnp.where(has_inside & has_outside, out, has_outside)
+    negative = jnp.where(
+        out, draw(keys[3], outside, (size,)), draw(keys[4], inside, (size,))
+    )
+    valid = (total[anchor] > 0) & jnp.any(ours > 0, axis=1)
+    return Triplets(anchor, positive, negative, valid & (has_inside | has_outside))
