@@ -43,7 +43,8 @@ def test_what_pages_name_exists(page):
 
 
 @pytest.mark.parametrize(
-    "name", unless_slow(["quickstart", "compose", "train"], ["quickstart"])
+    "name",
+    unless_slow(["quickstart", "compose", "train", "deep_ranking"], ["quickstart"]),
 )
 def test_examples_run(name):
     done = subprocess.run(
