@@ -98,6 +98,7 @@ def embed(model: MultiScaleCNN) -> jax.Array:
 
 
 print("untrained:", measure(embed(model)))
+loss = jnp.zeros(())
 for key in tqdm(jax.random.split(jax.random.key(0), STEPS), disable=None):
     loss = step(model, optimizer, draw(key))
 print(f"the last loss: {loss:.3f}")

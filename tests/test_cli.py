@@ -53,7 +53,7 @@ def test_every_option_is_explained(name, capsys):
     told = capsys.readouterr().out
     what = cli.COMMANDS[name][0]
     assert what.capitalize() in told
-    assert "--out" in told
+    assert "--out" in told or "--port" in told
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,15 @@ def test_every_option_is_explained(name, capsys):
         (
             ["verify", "--run", "r", "--data", ".", "--json", "precious"],
             "precious is there and is no report",
+        ),
+        (["serve", "--run", "r"], "required: --index"),
+        (["serve", "--run", "r", "--index", "."], "no trained model"),
+        (["export", "--run", "r"], "required: --out"),
+        (["export", "--run", "r", "--out", "a.onnx"], "no trained model"),
+        (["train", "--relevance", "some"], "invalid choice"),
+        (
+            ["train", "--relevance", "folders", "--triplets", "a.csv"],
+            "--relevance is of no use with",
         ),
         (["identify", "--run", "r", "a"], "required: --gallery"),
         (

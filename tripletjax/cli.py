@@ -681,6 +681,69 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     return 0
 
 
+def _serve_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "The page searches the index, verifies two images and identifies one, and "
+        "needs nothing from elsewhere. Everybody who reaches its address can see the "
+        "images of the index."
+    )
+    parser.add_argument("--run", type=Path, required=True, help="a finished run")
+    parser.add_argument(
+        "--index",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="the folder of images to search in, which is only read",
+    )
+    parser.add_argument(
+        "--gallery",
+        type=Path,
+        metavar="FOLDER",
+        help="whom to identify: one folder of images per class (default: the index)",
+    )
+    parser.add_argument(
+        "--database",
+        type=Path,
+        metavar="DIR",
+        help="where indexes are kept (default: RUN/index)",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address (default: this machine alone)"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
+
+
+def _serve(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
+    try:
+        from tripletjax.apps import search, search_report, serve
+        from tripletjax.apps.calibration import Calibration
+        from tripletjax.apps.embedders import embedder_of
+    except ImportError as error:
+        _missing(parser, error, "train,search,serve")
+
+    run, calibration = given["run"], None
+    embedder = embedder_of(run)
+    try:
+        calibration = Calibration.read(run, embedder.key)
+    except FileNotFoundError as error:
+        print(f"- {error}")
+    indexes = []
+    for folder in (given["index"], given["gallery"]):
+        if folder is not None:
+            index = search.Index(folder, given["database"] or run / "index", embedder)
+            changes = index.update(progress=True, waiting=_waiting)
+            print(search_report.changes(changes))
+            for line in (*changes.notes, *changes.skipped):
+                print(f"- {line}")
+            indexes.append(index)
+    index, *gallery = indexes
+    served = serve.served(
+        index, calibration=calibration, gallery_index=gallery[0] if gallery else None
+    )
+    serve.run(served, host=given["host"], port=given["port"])
+    return 0
+
+
 def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "The file takes images of the size that the run makes of all images, as uint8, "
@@ -773,6 +836,11 @@ COMMANDS: dict[str, tuple[str, Options, Call]] = {
         "name images by a gallery of known classes, or call them unknown",
         _identify_options,
         _identify,
+    ),
+    "serve": (
+        "show search, verification and identification in a browser",
+        _serve_options,
+        _serve,
     ),
     "export": (
         "write the embedding of a run as ONNX or StableHLO",

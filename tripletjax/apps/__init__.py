@@ -1,7 +1,7 @@
-"""What people do with an embedder: search, verify, identify, export.
+"""What people do with an embedder: search, verify, identify, serve, export.
 
 Every application takes a run directory, or any function from images to vectors. Needs
-extras: ``pip install "tripletjax[train,search]"``, and ``export`` to export.
+extras: ``pip install "tripletjax[train,search]"``, and ``serve`` or ``export``.
 """
 
 import importlib
@@ -21,6 +21,7 @@ __all__ = [
     "pairs",
     "search",
     "search_report",
+    "serve",
     "verify",
     "verify_report",
 ]

@@ -27,11 +27,16 @@ def opened(file: Path) -> Image.Image:
 
 def thumbnail(file: Path) -> np.ndarray:
     """A small image on a white square; an empty one if it is no longer there."""
-    sheet = Image.new("RGB", (SIDE, SIDE), "white")
     try:
-        image = open_image(file).convert("RGB")
+        return shrunk(open_image(file))
     except OSError:
-        return np.asarray(sheet)
+        return np.full((SIDE, SIDE, 3), 255, np.uint8)
+
+
+def shrunk(image: Image.Image) -> np.ndarray:
+    """An image on a white square, uint8 ``[SIDE, SIDE, 3]``."""
+    sheet = Image.new("RGB", (SIDE, SIDE), "white")
+    image = image.convert("RGB")
     image.thumbnail((SIDE, SIDE))
     if max(image.size) < SIDE:
         scale = SIDE // max(image.size)

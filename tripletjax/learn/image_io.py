@@ -229,7 +229,8 @@ def flat(
     if is_wide(image):
         values = np.asarray(image, np.float64)
         top = white_of(peak(image)) if white is None else white
-        return Image.fromarray(np.uint8(np.rint(np.clip(values / top, 0, 1) * 255)))
+        bright = np.rint(np.clip(values / top, 0, 1) * 255)
+        return Image.fromarray(bright.astype(np.uint8))
     if has_alpha(image):
         image = image.convert("RGBA")
         behind = Image.new("RGBA", image.size, background)
