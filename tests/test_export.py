@@ -34,6 +34,7 @@ def untrained(name, shape=SHAPE, **options):
                 per_class=2,
                 mining="all",
                 class_sampling="uniform",
+                relevance="classes",
                 rotation_classes=1,
                 batch_all_fraction=0.0,
             ),
