@@ -97,6 +97,22 @@ CALLS = {
     "verification.k_fold_accuracy": lambda: tj.verification.k_fold_accuracy(
         distances()[0], SAME, folds=3
     ),
+    "verification.bootstrap": lambda: tj.verification.bootstrap(
+        key(), distances()[0], Y, distances()[1], np.stack([Y, Y + 1], 1), replicates=4
+    ),
+    "retrieval.nearest_classes": lambda: tj.retrieval.nearest_classes(X, R, RY, k=2),
+    "retrieval.evaluate_identification": lambda: tj.retrieval.evaluate_identification(
+        X, Y + 3, fpirs=(0.5,), **GALLERY
+    ),
+    "retrieval.similarity_precision": lambda: tj.retrieval.similarity_precision(
+        X, np.arange(24).reshape(8, 3)
+    ),
+    "retrieval.score_at_top_k": lambda: tj.retrieval.score_at_top_k(
+        X, np.arange(24).reshape(8, 3), k=9, groups=Y % 2
+    ),
+    "relevance_triplets": lambda: tj.relevance_triplets(
+        key(), jnp.exp(-distances()), Y, size=9, cap=0.9, gap=0.1
+    ),
     "collapse.report": lambda: tj.collapse.report(X),
 }
 DRAW_MASK = DRAW.random((24, 30)) < 0.7
@@ -146,7 +162,8 @@ def test_runs_and_gives_the_same(name):
         jax.numpy_dtype_promotion("standard"),
     ):
         expected = jax.tree.leaves(CALLS[name]())
-    if "random" in name or "weighted" in name:
+    drawn = ("random", "weighted", "bootstrap", "relevance_triplets")
+    if any(word in name for word in drawn):
         # Other numbers are drawn in 64 bits.
         assert [x.shape for x in got] == [x.shape for x in expected]
         return
