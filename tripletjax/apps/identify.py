@@ -146,26 +146,42 @@ def identify(
         ValueError: if a probe is all that there is in the gallery.
     """
     own = [None] * len(vectors) if own is None else own
-    found: list[Identity] = []
-    for x, path in zip(vectors, own):
-        known = gallery if path is None else gallery.without(path)
+    found: dict[int, Identity] = {}
+    others = [i for i, path in enumerate(own) if path is None]
+    if others:
+        near = gallery.nearest(vectors[others], 2)
+        for i, distances, labels in zip(others, *near):
+            found[i] = _identity(gallery, vectors[i], distances, labels, threshold)
+    for i, path in enumerate(own):
+        if path is None:
+            continue
+        known = gallery.without(path)
         if not known.paths:
             raise ValueError("the gallery holds the probe alone.")
-        (distances,), (labels,) = known.nearest(x[None], 2)
-        of_class = np.flatnonzero(known.labels == labels[0])
-        apart = np.linalg.norm(known.vectors[of_class] - x, axis=1)
-        second = len(labels) > 1 and labels[1] >= 0
-        found.append(
-            Identity(
-                known.names[labels[0]] if distances[0] <= threshold else None,
-                known.names[labels[0]],
-                float(distances[0]),
-                known.paths[of_class[np.argmin(apart)]],
-                known.names[labels[1]] if second else None,
-                float(distances[1]) if second else None,
-            )
-        )
-    return found
+        (distances,), (labels,) = known.nearest(vectors[i : i + 1], 2)
+        found[i] = _identity(known, vectors[i], distances, labels, threshold)
+    return [found[i] for i in range(len(vectors))]
+
+
+def _identity(
+    gallery: Gallery,
+    x: np.ndarray,
+    distances: np.ndarray,
+    labels: np.ndarray,
+    threshold: float,
+) -> Identity:
+    """Who a probe is, by its two nearest classes."""
+    of_class = np.flatnonzero(gallery.labels == labels[0])
+    apart = np.linalg.norm(gallery.vectors[of_class] - x, axis=1)
+    second = len(labels) > 1 and labels[1] >= 0
+    return Identity(
+        gallery.names[labels[0]] if distances[0] <= threshold else None,
+        gallery.names[labels[0]],
+        float(distances[0]),
+        gallery.paths[of_class[np.argmin(apart)]],
+        gallery.names[labels[1]] if second else None,
+        float(distances[1]) if second else None,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,14 +47,14 @@ def _mined(
 def relevance_loss(
     mining: str, levels: tuple[tuple[int, ...], ...], *, margin: float = 0.2
 ) -> Loss:
-    r"""Who shares more is nearer: the mean of a mined loss at each level.
+    r"""Who shares more is nearer: a weighted mean of a mined loss at each level.
 
-    $$\frac{1}{L + 1} \sum_{l=0}^{L} \text{loss}(x, \text{levels}_l(\text{labels}),
-      (l + 1) \cdot \text{margin})$$
+    $$\sum_{l=0}^{L} 2^{-l} \, \text{loss}(x, \text{levels}_l(\text{labels}),
+      (l + 1) \cdot \text{margin}) \; / \; \sum_{l=0}^{L} 2^{-l}$$
 
     At level 0 images of one class are to be nearer than all others, by the margin; at
     level l images of classes of one group than those of other groups, by a margin that
-    grows with the level.
+    grows with the level, and with half the weight of the level below.
 
     Args:
         mining: which triplets: all, semi-hard or hard.
@@ -64,6 +64,7 @@ def relevance_loss(
     Raises:
         ValueError: if there is no such mining.
     """
+    weights = [2.0**-level for level in range(len(levels) + 1)]
     losses = [_mined(mining, (level + 1) * margin) for level in range(len(levels) + 1)]
 
     def loss(x: Array, labels: Array) -> tuple[Array, dict[str, Array]]:
@@ -71,7 +72,7 @@ def relevance_loss(
         total, told = jnp.zeros(()), {}
         for level, (one, of) in enumerate(zip(losses, of_level)):
             value, metrics = one(x, of)
-            total += value / len(losses)
+            total += weights[level] / sum(weights) * value
             told[f"active_{level}" if level else "active"] = metrics["active"]
         return total, told
 
