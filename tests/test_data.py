@@ -23,6 +23,7 @@ from tripletjax.learn import (
     splits,
     triplet_files,
 )
+from tripletjax.learn.catalogue import Catalogue
 from tripletjax.learn.image_cache import StoredImages
 
 pytestmark = pytest.mark.usefixtures("own_data_dir")
@@ -616,6 +617,42 @@ def test_encoded_images_of_the_catalogue(tmp_path):
         assert len(part)
     assert sum(map(len, (dataset.train, dataset.validation, dataset.test))) == 24
     assert dataset.skipped == ("6 records without a label",)
+
+
+class NamedPictures(EncodedPictures):
+    """A dataset whose labels are names, as those of people."""
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.Text(),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features)
+        )
+
+    def _generate_examples(self):
+        for number, record in super()._generate_examples():
+            name = ".b/o" if record["label"] else "Ada"
+            yield number, record | {"label": name}
+
+
+def test_names_are_labels_and_folders(tmp_path):
+    builder = NamedPictures(data_dir=tmp_path, file_format="array_record")
+    image_cache.prepare(builder)
+    dataset = datasets.load("tfds:named_pictures", data_dir=tmp_path)
+    assert dataset.label_names == (".b/o", "Ada")
+    assert sum(map(len, (dataset.train, dataset.validation, dataset.test))) == 30
+    found = Catalogue.open("tfds:named_pictures", tmp_path)
+    (tmp_path / "folder").mkdir()
+    found.write(tmp_path / "folder")
+    files = sorted((tmp_path / "folder").rglob("*.png"))
+    assert len(files) == 30
+    assert {file.parent.name for file in files} == {"Ada", "_.b_o"}
+    for file in files:
+        place = int(file.stem)
+        with Image.open(file) as image:
+            np.testing.assert_array_equal(image, found.picture(place))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from tripletjax.apps.calibration import (
 )
 from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.pairs import PairDistances, distances_of
+from tripletjax.learn import datasets
 
 
 def unit(images):
@@ -272,6 +274,20 @@ def test_given_pairs_in_their_folds(tmp_path):
     broken.unlink()
     with pytest.raises(FileNotFoundError, match="1 images that are not in"):
         verify.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
+
+
+def test_a_prepared_dataset_is_measured_as_a_folder(own_data_dir):
+    datasets.load("digits")
+    with verify.folder_of("elsewhere") as folder:
+        assert folder == Path("elsewhere")
+    with verify.folder_of("tfds:digits:test") as folder:
+        found = verify.evaluate(
+            EMBEDDER, folder, name="tfds:digits:test", replicates=10
+        )
+        verify_report.write(found, folder / "out")
+    assert not folder.exists()
+    assert found.report["data"] == found.calibration.data == "tfds:digits:test"
+    assert (found.report["images"], found.report["classes"]) == (899, 10)
 
 
 @pytest.mark.parametrize("sizes", [[60, 50, 1, 1], [3] * 40])

@@ -467,7 +467,7 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="FOLDER",
-        help="one folder of images per class, such as a person",
+        help="one folder of images per class, such as a person, or tfds:NAME",
     )
     parser.add_argument(
         "--pairs",
@@ -525,20 +525,24 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         return 0
 
     out = given["out"]
+    name = str(folder) if str(folder).startswith("tfds:") else None
     if out is None:
-        out = free_path(run / "verifications" / (folder.resolve().name or "data"))
+        called = name.replace(":", "-") if name else folder.resolve().name
+        out = free_path(run / "verifications" / (called or "data"))
     evaluation.check_empty(out)
-    found = verify.evaluate(
-        embedder,
-        folder,
-        far=given["far"],
-        pairs_file=given["pairs"],
-        classes_from=given["classes_from"],
-        progress=True,
-    )
-    for line in verify_report.lines(found.report):
-        print(line)
-    verify_report.write(found, out)
+    with verify.folder_of(str(folder)) as place:
+        found = verify.evaluate(
+            embedder,
+            place,
+            far=given["far"],
+            pairs_file=given["pairs"],
+            classes_from=given["classes_from"],
+            name=name,
+            progress=True,
+        )
+        for line in verify_report.lines(found.report):
+            print(line)
+        verify_report.write(found, out)
     if given["json"] is not None:
         evaluation.write_report(found.report, given["json"])
     print()

@@ -1,7 +1,9 @@
 """Are these two the same? Of two images, and measured on classes never seen."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,7 @@ def evaluate(
     far: float | None = None,
     pairs_file: str | Path | None = None,
     classes_from: str | None = None,
+    name: str | None = None,
     replicates: int = REPLICATES,
     progress: bool = False,
 ) -> Verification:
@@ -112,6 +115,7 @@ def evaluate(
         pairs_file: a ``pairs.txt`` in the format of Labeled Faces in the Wild; if not
             given, all pairs of images.
         classes_from: which of nested folders are classes, as in `datasets.load`.
+        name: what the folder is called in the report; its path if not given.
         replicates: how many draws of classes the intervals are of.
         progress: whether to show progress bars.
 
@@ -129,13 +133,14 @@ def evaluate(
     if far is not None and not 0 < far < 1:
         raise ValueError(f"far must be a share between 0 and 1, got {far}.")
     protocol = None if pairs_file is None else read_pairs(pairs_file)
-    without, notes = _not_trained_on(embedder, folder)
+    called = encoded(folder.resolve()) if name is None else name
+    without, notes = _not_trained_on(embedder, folder, name)
     needed = None if protocol is None else {*_stems(protocol.first + protocol.second)}
     found = evaluation.embed_folder(
         embedder,
         folder,
-        choose=lambda path, name: (
-            name not in without and (needed is None or _stem(path) in needed)
+        choose=lambda path, of: (
+            of not in without and (needed is None or _stem(path) in needed)
         ),
         classes_from=classes_from,
         progress=progress,
@@ -174,7 +179,7 @@ def evaluate(
     report = {
         "what": REPORT,
         "embedder": embedder.key,
-        "data": encoded(folder.resolve()),
+        "data": called,
         "pairs": "all"
         if protocol is None
         else encoded(Path(pairs_file or "").resolve()),
@@ -190,7 +195,7 @@ def evaluate(
         calibration = calibrate(
             pairs,
             embedder=embedder.key,
-            data=encoded(folder.resolve()),
+            data=called,
             far=FAR if far is None else far,
             vectors=found.x,
             names=names,
@@ -206,25 +211,37 @@ def evaluate(
     return Verification(report, calibration, pairs, found.files, _worst(pairs))
 
 
+@contextlib.contextmanager
+def folder_of(data: str) -> Iterator[Path]:
+    """A folder as it is, or one that a prepared dataset ``tfds:NAME`` is written to."""
+    if not data.startswith("tfds:"):
+        yield Path(data)
+        return
+    # Which knows the digits, too.
+    from tripletjax.learn.datasets import Catalogue
+
+    with tempfile.TemporaryDirectory() as directory:
+        Catalogue.open(data).write(Path(directory))
+        yield Path(directory)
+
+
 def _not_trained_on(
-    embedder: ImageEmbedder, folder: Path
+    embedder: ImageEmbedder, folder: Path, name: str | None
 ) -> tuple[frozenset[str], list[str]]:
     """Names of classes of a folder that a run has learnt from, if it has."""
     if not isinstance(embedder, Embedder):
         return frozenset(), []
     made = embedder.record
     learnt = made.requested.data
-    if (
-        made.requested.triplets is not None
-        or Path(learnt).resolve() != folder.resolve()
-    ):
+    same = learnt == name or Path(learnt).resolve() == folder.resolve()
+    if made.requested.triplets is not None or not same:
         return frozenset(), []
     seen = frozenset(made.seen_names)
     held_out = len(made.label_names) - len(seen)
     if held_out < 2:
         raise ValueError(
-            f"the run was trained on the classes of {folder}, where distances are "
-            "better than those of others. Give a folder of other classes, or train "
+            f"the run was trained on the classes of {name or folder}, where distances "
+            "are better than those of others. Give a folder of other classes, or train "
             "with --split classes, which holds some out."
         )
     return seen, [

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image
 
+from tripletjax.learn.catalogue import Catalogue
 from tripletjax.learn.class_folders import find_classes, printable
 from tripletjax.learn.config import CLASSES_FROM, SPLITS
 from tripletjax.learn.image_analysis import KINDS
@@ -311,70 +311,16 @@ def _from_catalogue(
     **options: Any,
 ) -> tuple[DecodedImages, np.ndarray, tuple[str, ...], tuple[str, ...]]:
     """The same of a dataset of tensorflow-datasets."""
-    _, dataset, *split = name.split(":")
-    if not dataset or len(split) > 1:
-        raise ValueError(f"data must be tfds:NAME or tfds:NAME:SPLIT, got {name!r}.")
-    # Whether it is there is known without the network, for which it would wait minutes.
-    try:
-        builder: Any = tfds.builder(
-            dataset, data_dir=data_dir, file_format="array_record"
-        )
-    except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"tensorflow-datasets has no dataset {dataset!r}.") from error
-    if not Path(builder.data_dir).exists():
-        raise FileNotFoundError(
-            f"the dataset {dataset!r} is not prepared in {builder.data_dir}. With the "
-            "network at hand and TensorFlow installed (pip install tensorflow), run\n"
-            f'    python -c "import tensorflow_datasets as tfds; tfds.builder('
-            f"'{dataset}', file_format='array_record').download_and_prepare()\""
-        )
-    features = builder.info.features
-
-    def named(name: str, kind: type) -> str | None:
-        kinds = [key for key, feature in features.items() if isinstance(feature, kind)]
-        return name if name in features else kinds[0] if kinds else None
-
-    image = named("image", tfds.features.Image)
-    label = named("label", tfds.features.ClassLabel)
-    if (
-        image is None
-        or label is None
-        or not isinstance(features[label], tfds.features.ClassLabel)
-    ):
-        raise ValueError(
-            f"the dataset {dataset!r} must have an image and a label, it has: "
-            f"{', '.join(features)}."
-        )
-    part = "+".join(split) or "+".join(builder.info.splits)
-    # Images need not be decoded for their labels.
-    skip = {image: tfds.decode.SkipDecoding()}
-    records: Any = builder.as_data_source(part, decoders=skip)
-    labels = np.array([int(record[label]) for record in records], np.int32)
-    # Records of which the label is not known have a negative one.
-    labelled = np.flatnonzero(labels >= 0).tolist()
-    source: Any = builder.as_data_source(part)
-
-    def picture(place: int) -> Image.Image:
-        x = np.asarray(source[place][image])
-        return Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x)
-
-    made_of = (
-        FORMAT,
-        size,
-        kind,
-        builder.info.full_name,
-        builder.data_dir,
-        part,
-        len(source),
-    )
+    catalogue = Catalogue.open(name, data_dir)
+    labelled = catalogue.places
+    made_of = FORMAT, size, kind, *catalogue.made_of
     key = hashlib.blake2b(str(made_of).encode(), digest_size=16).hexdigest()
     directory = cache_directory(data_dir, key)
     options |= {"source": f"{name} in {data_dir}", "size": size, "kind": kind}
-    stored = decode_and_cache(labelled, picture, directory, **options)
+    stored = decode_and_cache(labelled, catalogue.picture, directory, **options)
     skipped = [
         f"record {labelled[place]}: {why}" for place, why in stored.skipped.items()
     ]
-    if len(labelled) < len(labels):
-        skipped.append(f"{len(labels) - len(labelled)} records without a label")
-    names = tuple(features[label].names)
-    return stored, labels[labelled], names, tuple(skipped)
+    if catalogue.unlabelled:
+        skipped.append(f"{catalogue.unlabelled} records without a label")
+    return stored, catalogue.labels, catalogue.names, tuple(skipped)
