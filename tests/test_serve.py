@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import re
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -15,6 +16,10 @@ import numpy as np
 import pytest
 from browser import asked_for, open_browser
 from folders import shapes
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from test_verify import EMBEDDER
@@ -115,7 +120,10 @@ def address(own_data_dir, root, tmp_path):
     assert cli.main(["train", "--steps", "2", "--out", str(run)]) == 0
     people = shapes(tmp_path / "people", kinds=8, each=9, seed=3)
     assert cli.main(["verify", "--run", str(run), "--data", str(people)]) == 0
-    command = ["serve", "--run", run, "--index", root / "pictures", "--port", "17860"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["serve", "--run", run, "--index", root / "pictures", "--port", port]
     process = subprocess.Popen(
         [sys.executable, "-m", "tripletjax", *map(str, command)],
         stdout=subprocess.PIPE,
@@ -128,7 +136,7 @@ def address(own_data_dir, root, tmp_path):
             assert line, told
             told += line
         assert "24 images in the index" in told
-        yield "http://127.0.0.1:17860"
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         # As if it was interrupted: what was uploaded is removed.
@@ -139,7 +147,9 @@ def address(own_data_dir, root, tmp_path):
 @pytest.mark.slow
 def test_the_page_in_a_browser(address, root, tmp_path):
     browser = open_browser(tmp_path / "profile")
-    wait = WebDriverWait(browser, 60)
+    # What is drawn again meanwhile is looked for again.
+    again = (StaleElementReferenceException, ElementClickInterceptedException)
+    wait = WebDriverWait(browser, 120, ignored_exceptions=again)
     pictures = sorted((root / "pictures").rglob("*.png"))
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
@@ -155,21 +165,25 @@ def test_the_page_in_a_browser(address, root, tmp_path):
     def images(place):
         return browser.find_elements(By.CSS_SELECTOR, f"#{place} img")
 
+    def click(find):
+        wait.until(lambda b: find().click() is None)
+
     def tab(name):
         buttons = browser.find_elements(By.CSS_SELECTOR, "button[role=tab]")
-        next(one for one in buttons if one.text == name).click()
+        click(lambda: next(one for one in buttons if one.text == name))
 
     try:
         browser.get(address)
         wait.until(lambda b: len(images("some")) == 24)
         # One of the index, then one that is uploaded, then one that is broken.
-        images("some")[3].click()
+        click(lambda: images("some")[3])
         said("search-told", "The nearest to group")
         wait.until(lambda b: len(images("hits")) == 16)
         upload("search-file", pictures[0])
         said("search-told", "The nearest images of the index")
         wait.until(lambda b: "0.000" in b.find_element(By.ID, "hits").text)
-        browser.find_element(By.CSS_SELECTOR, "#search-file button[aria-label]").click()
+        clear = "#search-file button[aria-label]"
+        click(lambda: browser.find_element(By.CSS_SELECTOR, clear))
         upload("search-file", broken)
         said("search-told", "no image that can be read")
         tab("Verify")
