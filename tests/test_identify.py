@@ -1,6 +1,7 @@
 """Naming images by a gallery, or calling them unknown."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -169,6 +170,17 @@ def test_few_shot_classification_is_naming_without_a_threshold(root, index):
         np.array([numbers[n] for n in names if n in numbers]),
     )
     np.testing.assert_allclose(right, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["group0/kind0", "nobody"])
+def test_probes_that_are_all_known_or_all_unknown(index, name):
+    gallery = Gallery.of(index)
+    x = np.repeat(gallery.vectors[:1], 12, axis=0)
+    report = identify.evaluate(gallery, x, [name] * 12, 0.5)
+    assert report["known"] + report["unknown"] == 12
+    assert 0 in (report["known"], report["unknown"])
+    json.dumps(report, allow_nan=False)
+    assert [*identify_report.measured(report)]
 
 
 def test_copies_in_the_gallery_are_said(index):

@@ -195,6 +195,33 @@ def test_without_enough_pairs_there_is_no_threshold_by_default(tmp_path):
         verify.evaluate(EMBEDDER, tmp_path / "none")
 
 
+def test_copies_in_different_classes_leave_no_threshold(tmp_path):
+    folder = shapes(tmp_path / "few", kinds=3, each=2)
+    one = folder / "group0" / "kind0" / "0.png"
+    for kind in ("group1/kind1", "group0/kind2"):
+        shutil.copy(one, folder / kind / "copy.png")
+    (folder / "group0" / "kind0" / "empty.png").touch()
+    zeros = embedder_of(lambda images: np.ones((len(images), 2)), key="ones")
+    for embedder in (EMBEDDER, zeros):
+        found = verify.evaluate(embedder, folder, replicates=10)
+        verify_report.write(found, tmp_path / embedder.key / "out")
+        told = "\n".join(verify_report.lines(found.report))
+        assert "copies of others" in told
+        assert "empty.png" in told
+    # With enough pairs of them it is chosen below all distances.
+    pairs = PairDistances.of_all(np.ones((80, 2), np.float32), np.arange(80) % 8)
+    chosen = calibrate(
+        pairs,
+        embedder="ones",
+        data="nowhere",
+        far=0.01,
+        vectors=np.ones((80, 2), np.float32),
+        names=(np.arange(80) % 8).astype(str),
+    )
+    assert (chosen.threshold, chosen.tar) == (-1, 0)
+    json.dumps(chosen.summary(), allow_nan=False)
+
+
 def test_vectors_that_are_not_finite_are_named(folder):
     nan = embedder_of(lambda images: [[np.nan]] * len(images), key="nan")
     with pytest.raises(ValueError, match="not finite"):

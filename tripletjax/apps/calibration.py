@@ -188,7 +188,8 @@ def calibrate(
         same=int(metrics.positives),
         different=int(metrics.negatives),
         far=far,
-        threshold=float(metrics.thresholds[0]),
+        # Below all distances, if none is to be accepted.
+        threshold=max(float(metrics.thresholds[0]), -1.0),
         tar=float(metrics.tar_at_far[0]),
         slope=float(fitted.coef_[0, 0]),
         intercept=float(fitted.intercept_[0]),

@@ -284,7 +284,11 @@ def evaluate(
             str(rank): percent(rate) for rank, rate in zip(RANKS, metrics.rate_at_rank)
         },
         "at_fpir": [
-            {"fpir": 100 * fpir, "fnir": percent(fnir), "threshold": float(at)}
+            {
+                "fpir": 100 * fpir,
+                "fnir": percent(fnir),
+                "threshold": float(at) if np.isfinite(at) else None,
+            }
             for fpir, fnir, at in zip(fpirs, metrics.fnir_at_fpir, metrics.thresholds)
         ],
         "at_threshold": {

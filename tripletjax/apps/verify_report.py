@@ -20,8 +20,8 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     """A report to be read."""
     pairs, intervals = report["verification"], report["intervals"]
     yield f"{report['images']:,} images of {report['classes']:,} classes"
-    for note in report["notes"]:
-        yield f"- {note}"
+    for line in (*report["notes"], *report["skipped"]):
+        yield f"- {line}"
     yield ""
     yield (
         f"{pairs['positives']:,} same and {pairs['negatives']:,} different pairs, with "
@@ -104,6 +104,8 @@ def draw(found: Verification, out: Path) -> None:
         ],
     )
     threshold = told["threshold"] if chosen is None else chosen.threshold
+    # Where copies are of different classes, the most accurate may be to accept none.
+    threshold = -1.0 if threshold is None else threshold
     plots.distances(
         same,
         different,
