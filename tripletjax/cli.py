@@ -244,7 +244,7 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
         "pair is of the same class or not. The report and the pictures (ROC, distances "
         "of same and different pairs, nearest neighbours) are written to --out."
     )
-    parser.add_argument("--run", type=Path, required=True, help="a finished run")
+    _run_option(parser)
     parser.add_argument(
         "--data",
         type=Path,
@@ -259,9 +259,7 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where to write (default: a new one in RUN/evaluations/)",
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the report there, too"
-    )
+    _report_option(parser)
 
 
 def _evaluate(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
@@ -323,20 +321,9 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
         "embedded, what is gone is removed. Distances are Euclidean, of unit vectors: "
         "from 0 to 2."
     )
-    parser.add_argument("--run", type=Path, required=True, help="a finished run")
-    parser.add_argument(
-        "--index",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="the folder of images to search in, which is only read",
-    )
-    parser.add_argument(
-        "--database",
-        type=Path,
-        metavar="DIR",
-        help="where the index is kept (default: RUN/index)",
-    )
+    _run_option(parser)
+    _index_option(parser)
+    _database_option(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--query", type=Path, nargs="+", metavar="IMAGE", help="images to search by"
@@ -383,7 +370,7 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
 
 def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     try:
-        from tripletjax.apps import search, search_report
+        from tripletjax.apps import search_report
         from tripletjax.apps.embedders import embedder_of
         from tripletjax.learn.record import write_json
     except ImportError as error:
@@ -398,22 +385,10 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             parser.error(f"{file} is there; it is left as it is")
     if given["out"] is not None and not (given["query"] or given["duplicates"]):
         parser.error("--out is of no use without --query or --duplicates")
-    if given["out"] is not None and given["query"] and given["out"].suffix != ".png":
-        parser.error(f"--out must be a .png file, got {given['out']}")
-    for query in given["query"] or ():
-        if not query.is_file():
-            parser.error(f"there is no image {query}")
-    embedder = embedder_of(given["run"])
-    index = search.Index(
-        given["index"], given["database"] or given["run"] / "index", embedder
-    )
-    changes = index.update(
-        progress=True,
-        waiting=_waiting,
-    )
-    print(search_report.changes(changes))
-    for line in (*changes.notes, *changes.skipped):
-        print(f"- {line}")
+    if given["out"] is not None and given["query"]:
+        _check_new_picture(parser, given["out"])
+    _check_images(parser, given["query"] or ())
+    index, changes = _updated(given["index"], given, embedder_of(given["run"]))
     report: dict[str, Any] = {"index": search_report.of_changes(index, changes)}
     if given["approximate"] and not index.has_approximate:
         print("sharing out the vectors into cells, once")
@@ -462,7 +437,7 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", nargs="*", type=Path, metavar="IMAGE", help="two images to compare"
     )
-    parser.add_argument("--run", type=Path, required=True, help="a finished run")
+    _run_option(parser)
     parser.add_argument(
         "--data",
         type=Path,
@@ -488,9 +463,7 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where to write (default: a new one in RUN/verifications/)",
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the report there, too"
-    )
+    _report_option(parser)
 
 
 def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
@@ -565,7 +538,7 @@ def _identify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", nargs="*", type=Path, metavar="IMAGE", help="images to name"
     )
-    parser.add_argument("--run", type=Path, required=True, help="a finished run")
+    _run_option(parser)
     parser.add_argument(
         "--gallery",
         type=Path,
@@ -599,12 +572,7 @@ def _identify_options(parser: argparse.ArgumentParser) -> None:
         "--closed", action="store_true", help="nobody is unknown: always give a name"
     )
     _classes_from(parser)
-    parser.add_argument(
-        "--database",
-        type=Path,
-        metavar="DIR",
-        help="where the index of the gallery is kept (default: RUN/index)",
-    )
+    _database_option(parser)
     parser.add_argument(
         "--out", type=Path, metavar="FILE.png", help="a picture of what is found"
     )
@@ -613,7 +581,7 @@ def _identify_options(parser: argparse.ArgumentParser) -> None:
 
 def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     try:
-        from tripletjax.apps import identify, identify_report, search, search_report
+        from tripletjax.apps import identify, identify_report
         from tripletjax.apps.calibration import Calibration
         from tripletjax.apps.embedders import embedder_of, vectors_of
         from tripletjax.apps.images import opened
@@ -632,9 +600,7 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         evaluation.check_replaceable(given["json"])
     if given["within"] is not None and not given["within"] >= 0:
         parser.error(f"--within must be at least 0, got {given['within']}")
-    for image in images:
-        if not image.is_file():
-            parser.error(f"there is no image {image}")
+    _check_images(parser, images)
     embedder = embedder_of(run)
     calibration = None
     try:
@@ -642,13 +608,11 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     except FileNotFoundError as error:
         if given["within"] is None and not given["closed"]:
             parser.error(f"{error} Or give --within DISTANCE, or --closed")
-    index = search.Index(given["gallery"], given["database"] or run / "index", embedder)
-    changes = index.update(progress=True, waiting=_waiting)
-    print(search_report.changes(changes))
+    index, _ = _updated(given["gallery"], given, embedder)
     gallery = identify.Gallery.of(
         index, means=given["means"], classes_from=given["classes_from"]
     )
-    for line in (*changes.notes, *changes.skipped, *gallery.notes):
+    for line in gallery.notes:
         print(f"- {line}")
     strangers = None
     threshold = float("inf") if given["closed"] else given["within"]
@@ -691,26 +655,15 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
         "needs nothing from elsewhere. Everybody who reaches its address can see the "
         "images of the index."
     )
-    parser.add_argument("--run", type=Path, required=True, help="a finished run")
-    parser.add_argument(
-        "--index",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="the folder of images to search in, which is only read",
-    )
+    _run_option(parser)
+    _index_option(parser)
     parser.add_argument(
         "--gallery",
         type=Path,
         metavar="FOLDER",
         help="whom to identify: one folder of images per class (default: the index)",
     )
-    parser.add_argument(
-        "--database",
-        type=Path,
-        metavar="DIR",
-        help="where indexes are kept (default: RUN/index)",
-    )
+    _database_option(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="the address (default: this machine alone)"
     )
@@ -719,7 +672,7 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
 
 def _serve(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     try:
-        from tripletjax.apps import search, search_report, serve
+        from tripletjax.apps import serve
         from tripletjax.apps.calibration import Calibration
         from tripletjax.apps.embedders import embedder_of
     except ImportError as error:
@@ -731,15 +684,8 @@ def _serve(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         calibration = Calibration.read(run, embedder.key)
     except FileNotFoundError as error:
         print(f"- {error}")
-    indexes = []
-    for folder in (given["index"], given["gallery"]):
-        if folder is not None:
-            index = search.Index(folder, given["database"] or run / "index", embedder)
-            changes = index.update(progress=True, waiting=_waiting)
-            print(search_report.changes(changes))
-            for line in (*changes.notes, *changes.skipped):
-                print(f"- {line}")
-            indexes.append(index)
+    folders = [given["index"], given["gallery"]]
+    indexes = [_updated(f, given, embedder)[0] for f in folders if f is not None]
     index, *gallery = indexes
     served = serve.served(
         index, calibration=calibration, gallery_index=gallery[0] if gallery else None
@@ -753,7 +699,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
         "The file takes images of the size that the run makes of all images, as uint8, "
         "any number at a time, and is compared with the run before it is kept."
     )
-    parser.add_argument("--run", type=Path, required=True, help="a finished run")
+    _run_option(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -800,8 +746,54 @@ def _shown(path: Path) -> str:
     return os.fsencode(path).decode(errors="replace")
 
 
-def _waiting() -> None:
-    print("another process updates an index here: waiting for it")
+def _run_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, required=True, help="a finished run")
+
+
+def _index_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--index",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="the folder of images to search in, which is only read",
+    )
+
+
+def _database_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--database",
+        type=Path,
+        metavar="DIR",
+        help="where indexes are kept (default: RUN/index)",
+    )
+
+
+def _report_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the report there, too"
+    )
+
+
+def _updated(folder: Path, given: dict[str, Any], embedder: Any) -> tuple[Any, Any]:
+    """The index of a folder, brought up to date, and what has changed."""
+    from tripletjax.apps import search, search_report
+
+    index = search.Index(folder, given["database"] or given["run"] / "index", embedder)
+    changes = index.update(
+        progress=True,
+        waiting=lambda: print("another process updates an index here: waiting for it"),
+    )
+    print(search_report.changes(changes))
+    for line in (*changes.notes, *changes.skipped):
+        print(f"- {line}")
+    return index, changes
+
+
+def _check_images(parser: argparse.ArgumentParser, images: Sequence[Path]) -> None:
+    for image in images:
+        if not image.is_file():
+            parser.error(f"there is no image {image}")
 
 
 def _check_new_picture(parser: argparse.ArgumentParser, out: Path) -> None:

@@ -175,10 +175,11 @@ def calibrate(
     if not len(pairs.same):
         raise ValueError(f"{data} has no two images of one class.")
     metrics = pairs.evaluate((far,))
-    distances = np.concatenate([pairs.same, pairs.different]).astype(np.float64)
-    same = np.arange(len(distances)) < len(pairs.same)
+    distances, same = pairs.listed
     # As if there were as many same pairs as different ones.
-    fitted = LogisticRegression(class_weight="balanced").fit(distances[:, None], same)
+    fitted = LogisticRegression(class_weight="balanced").fit(
+        distances.astype(np.float64)[:, None], same
+    )
     some = np.random.default_rng(0).permutation(len(vectors))[:KEPT]
     return Calibration(
         embedder=embedder,

@@ -15,6 +15,7 @@ from tripletjax.apps.calibration import NEEDED, Calibration, TooFewPairsError
 from tripletjax.apps.images import encoded
 from tripletjax.apps.search import Index
 from tripletjax.learn.class_folders import find_classes, printable
+from tripletjax.learn.evaluation import number, percent
 
 REPORT = "tripletjax identification"
 RANKS, FPIRS = (1, 5), (0.1, 0.01, 0.001)
@@ -268,9 +269,6 @@ def evaluate(
     right = named & (nearest[:, 0] == labels)
     known = labels >= 0
 
-    def percent(share: Any) -> float | None:
-        return None if np.isnan(share) else 100 * float(share)
-
     def mean(of: np.ndarray, where: np.ndarray) -> float:
         return float(of[where].mean()) if where.any() else np.nan
 
@@ -287,12 +285,12 @@ def evaluate(
             {
                 "fpir": 100 * fpir,
                 "fnir": percent(fnir),
-                "threshold": float(at) if np.isfinite(at) else None,
+                "threshold": number(at),
             }
             for fpir, fnir, at in zip(fpirs, metrics.fnir_at_fpir, metrics.thresholds)
         ],
         "at_threshold": {
-            "threshold": threshold if np.isfinite(threshold) else None,
+            "threshold": number(threshold),
             "fpir": percent(mean(named, ~known)),
             "fnir": percent(mean(~right, known)),
         },

@@ -5,13 +5,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tripletjax.apps.calibration import Calibration
 from tripletjax.apps.identify import REPORT, Gallery, Identity, Strangers
 from tripletjax.apps.images import encoded, thumbnail
 from tripletjax.apps.search import Index
 from tripletjax.learn import plots
+from tripletjax.learn.evaluation import number
 
 # So many probes stand in a row of the picture.
 IN_ROW = 5
@@ -29,7 +28,7 @@ def of_gallery(
         "classes": len(gallery.names),
         "images": len(gallery.paths),
         "means": gallery.means,
-        "threshold": threshold if np.isfinite(threshold) else None,
+        "threshold": number(threshold),
         "others": None,
     }
     if calibration is not None and strangers is not None:

@@ -45,7 +45,6 @@ class PairDistances:
     def of_all(cls, x: np.ndarray, labels: np.ndarray) -> "PairDistances":
         """All pairs of some vectors ``[n, d]``."""
         draw, n = np.random.default_rng(0), len(labels)
-        order = np.argsort(labels, kind="stable")
         counts = np.unique(labels, return_counts=True)[1].astype(int)
         all_same = int((counts * (counts - 1) // 2).sum())
         all_different = n * (n - 1) // 2 - all_same
@@ -55,6 +54,7 @@ class PairDistances:
             both = np.stack([first, second], axis=1)
             same, different = both[alike], both[~alike]
         else:
+            order = np.argsort(labels, kind="stable")
             members = np.split(order, np.cumsum(counts)[:-1])
             same = [_pairs_within(some, all_same, draw) for some in members]
             same = np.concatenate(same)
@@ -92,13 +92,17 @@ class PairDistances:
             None,
         )
 
+    @property
+    def listed(self) -> tuple[np.ndarray, np.ndarray]:
+        """The distances of all pairs that are listed, and whether each is the same."""
+        distances = np.concatenate([self.same, self.different])
+        return distances, np.arange(len(distances)) < len(self.same)
+
     def evaluate(self, fars: Sequence[float]) -> VerificationMetrics:
         """Verification over all pairs, exactly."""
         if self.vectors is not None:
             return tj.verification.evaluate(self.vectors, self.labels, fars=fars)
-        distances = np.concatenate([self.same, self.different])
-        same = np.arange(len(distances)) < len(self.same)
-        return tj.verification.evaluate_pairs(distances, same, fars=fars)
+        return tj.verification.evaluate_pairs(*self.listed, fars=fars)
 
     def bootstrap(
         self, fars: Sequence[float], replicates: int, *, progress: bool = False

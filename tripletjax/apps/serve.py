@@ -6,6 +6,7 @@ not by paths; what is uploaded is read within limits and removed when the page e
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 import signal
@@ -57,6 +58,13 @@ class Served:
     gallery: identify.Gallery | None
     gallery_index: Index
     calibration: Calibration | None
+
+    @functools.cached_property
+    def strangers(self) -> identify.Strangers:
+        """Who is not in the gallery, compared with it once for all visitors."""
+        assert self.gallery is not None
+        assert self.calibration is not None
+        return identify.Strangers.of(self.gallery, self.calibration)
 
     def read(self, file: str | None) -> Image.Image:
         """An uploaded image.
@@ -138,9 +146,8 @@ class Served:
         if self.calibration is None:
             told += " No threshold was chosen, so that nobody is unknown."
         else:
-            strangers = identify.Strangers.of(self.gallery, self.calibration)
-            if count := len(strangers.distances):
-                share = 100 * strangers.named(threshold) / count
+            if count := len(self.strangers.distances):
+                share = 100 * self.strangers.named(threshold) / count
                 told += f" Of strangers {share:.0f} % get a name of this gallery."
         near = thumbnail(self.gallery_index.file_of(found.path))
         return told, [(near, _caption(found.distance, found.path))]

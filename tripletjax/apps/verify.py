@@ -333,8 +333,7 @@ def _folds(
     if fold is not None:
         # Of given pairs, the same ones come first.
         by = "folds of the file of pairs"
-        distances = np.concatenate([pairs.same, pairs.different])
-        same = np.arange(len(distances)) < len(pairs.same)
+        distances, same = pairs.listed
         folds = int(fold.max()) + 1
     else:
         by = "folds of classes, with as many same as different pairs"

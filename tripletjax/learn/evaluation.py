@@ -123,7 +123,7 @@ def evaluate(
         "retrieval": retrieval(found.x, found.labels),
         "verification": pairs,
         "collapse": {
-            name: _number(value)
+            name: number(value)
             for name, value in tj.collapse.report(found.x)._asdict().items()
         },
         "notes": notes,
@@ -253,12 +253,12 @@ def of_metrics(metrics: VerificationMetrics, fars: Sequence[float]) -> dict[str,
         "equal_error_rate": percent(metrics.equal_error_rate),
         "area_under_roc": percent(metrics.area_under_roc),
         "accuracy": percent(metrics.accuracy),
-        "threshold": _number(metrics.threshold),
+        "threshold": number(metrics.threshold),
         "at_far": [
             {
                 "far": 100 * far,
                 "tar": percent(tar),
-                "threshold": _number(threshold),
+                "threshold": number(threshold),
             }
             for far, tar, threshold in zip(fars, metrics.tar_at_far, metrics.thresholds)
         ],
@@ -352,10 +352,10 @@ def sizes_worth_telling(labels: np.ndarray) -> str | None:
     return "; ".join(told) or None
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     value = float(value)
     return value if math.isfinite(value) else None
 
 
 def percent(value: Any) -> float | None:
-    return _number(100 * float(value))
+    return number(100 * float(value))
