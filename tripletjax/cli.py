@@ -83,7 +83,7 @@ def _missing(
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
-    from tripletjax.learn import config, image_analysis
+    from tripletjax.learn import backbones, config, image_analysis, pretrained
 
     parser.epilog = (
         "What is not given is chosen by the data, and written to config.json."
@@ -140,9 +140,18 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
             "who is to be nearer: images of one class, or those that share more "
             "folders (default: classes)",
         ),
-        (how, "model", config.MODELS, "the network"),
+        (
+            *(how, "model", (*config.MODELS, *backbones.UNTRAINED)),
+            "the network; resnet18 and so on are torchvision's, from nothing",
+        ),
+        (
+            *(how, "backbone_training", pretrained.TRAININGS),
+            "what of --backbone is trained: a head on it, its last stages, too, or "
+            "all (default: frozen for less than 5,000 images on CPUs, or top)",
+        ),
     ):
-        group.add_argument(f"--{name}", choices=choices, help=told)
+        option = f"--{name.replace('_', '-')}" if "backbone" in name else f"--{name}"
+        group.add_argument(option, choices=choices, help=told)
     for group, name, kind, told in (
         (run, "steps", int, "how many steps to train"),
         (run, "seed", int, "of everything that is random (default: 0)"),
@@ -154,12 +163,20 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         (how, "margin", float, "of the triplet loss (default: 0.2)"),
         (how, "learning-rate", float, "at its peak"),
         (how, "dim", int, "dimensions of the embedding"),
+        (how, "hidden", int, "width of a second layer of the head on a backbone"),
+        (how, "views", int, "views of each image for a frozen backbone (default: 4)"),
         (how, "classes", int, "classes in a batch"),
         (how, "per-class", int, "images of each class in a batch"),
         (how, "triplets-per-batch", int, "given triplets in a batch"),
         (how, "embed-chunk-size", int, "images embedded at a time, to save memory"),
     ):
         group.add_argument(f"--{name}", type=kind, help=told)
+    how.add_argument(
+        "--backbone",
+        metavar="FILE.safetensors",
+        help="a pretrained network to begin with: ResNet, DINOv2, ConvNeXt or "
+        "Inception-ResNet-v1",
+    )
     how.add_argument(
         "--bfloat16", action="store_true", help="compute the network in bfloat16"
     )
@@ -705,7 +722,8 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="model.onnx, or model.stablehlo for JAX without this library",
+        help="model.onnx, model.stablehlo for JAX without this library, or "
+        "model.safetensors: the weights of a trained backbone, for --backbone",
     )
     parser.add_argument(
         "--check",
@@ -721,10 +739,14 @@ def _export(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
 
     made = export(load_embedder(given["run"]), given["out"], check=given["check"])
     height, width, channels = made.shape
-    print(
-        f"{_shown(made.file)} is written, {made.size / 1e6:.1f} MB: from images uint8 "
-        f"[n, {height}, {width}, {channels}] to vectors [n, {made.dim}]"
-    )
+    told = f"{_shown(made.file)} is written, {made.size / 1e6:.1f} MB: "
+    if made.file.suffix == ".safetensors":
+        print(f"{told}the weights of the backbone, which gives {made.dim} features")
+    else:
+        print(
+            f"{told}from images uint8 [n, {height}, {width}, {channels}] to vectors "
+            f"[n, {made.dim}]"
+        )
     for note in made.notes:
         print(f"- {note}")
     print(f"on {made.of} it differs from the run by at most {made.difference:.1g}")

@@ -1,5 +1,7 @@
 """An embedder for elsewhere: StableHLO for JAX without this library, and ONNX.
 
+Or what another run begins with: the weights of its backbone, as safetensors.
+
 What is exported takes images as they are made into, uint8 ``[n, height, width,
 channels]`` for any n, and gives their vectors ``[n, d]``: the part of the image that
 the network sees is cut and resized within, by the same integers as Pillow.
@@ -24,13 +26,16 @@ from flax import nnx
 from jax import Array
 from PIL import Image
 
-from tripletjax.learn.embedder import Embedder, as_floats, build_model
+from tripletjax.learn import backbones, pretrained
+from tripletjax.learn.embedder import BACKBONE, Embedder, as_floats, build_model
 from tripletjax.learn.image_io import View, find_files, open_image
+from tripletjax.learn.models import Standardized
+from tripletjax.learn.weights import save_weights, shapes_of
 
 # Of each file the largest difference from the run that is let through.
 TOLERANCE = 1e-4
 PLATFORMS = ("cpu", "cuda", "tpu")
-SUFFIXES = (".onnx", ".stablehlo")
+SUFFIXES = (".onnx", ".stablehlo", ".safetensors")
 # So many images are compared.
 COMPARED = 32
 # Pillow's fixed point, in two halves whose sums float32 holds exactly.
@@ -45,7 +50,7 @@ class Exported:
         file: where it is.
         size: in bytes.
         shape: height, width and channels of the images that it takes.
-        dim: of the vectors that it gives.
+        dim: of the vectors that it gives; of a backbone's, how many features.
         images: how many were compared.
         of: what they are.
         difference: the largest of any value from that of the run.
@@ -74,7 +79,9 @@ def export(
     Args:
         embedder: of a run.
         out: the file, which must not be there: ``.stablehlo`` for `jax.export`, of any
-            batch size, for CPU, CUDA and TPU; ``.onnx`` for ONNX.
+            batch size, for CPU, CUDA and TPU; ``.onnx`` for ONNX; ``.safetensors`` for
+            the weights of a backbone that was trained, without the head, under the
+            names of the file that it began with, or torchvision's.
         check: a folder with images that they are compared on. If not given, images that
             the run has learnt from, if they are still there, and else noise.
 
@@ -84,33 +91,43 @@ def export(
     Raises:
         FileExistsError: if the file is there.
         FileNotFoundError: if the folder has no image.
-        ValueError: if the suffix is none of these.
+        ValueError: if the suffix is none of these, or no backbone was trained.
         DifferenceError: if they differ by more than 1e-4; then no file is left.
         ImportError: if a package is missing.
     """
     out = Path(out)
     if out.suffix not in SUFFIXES:
-        raise ValueError(f"out must end in {' or '.join(SUFFIXES)}, got {out}.")
+        raise ValueError(f"out must end in {', '.join(SUFFIXES)}, got {out}.")
     if out.exists():
         raise FileExistsError(f"{out} is there; it is left as it is.")
+    weights = out.suffix == ".safetensors"
+    if weights:
+        _check_trained_backbone(embedder)
     notes = ()
     if embedder.record.plan.bfloat16:
         embedder = _in_float32(embedder)
         notes = ("the run computes in bfloat16, the file in float32",)
     images, of = _some_images(embedder, check)
-    expected = embedder.embed(list(images))
-    function, spec = function_of(embedder), embedder.shape
+    spec = embedder.shape
     shape = spec.height, spec.width, spec.channels
-    made = (_as_onnx if out.suffix == ".onnx" else _as_stablehlo)(function, shape)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
     try:
-        part.write_bytes(made)
-        run = _onnx if out.suffix == ".onnx" else _stablehlo
-        again = run(part.read_bytes())
+        if weights:
+            expected = _backbone_features(embedder)(images)
+            _write_weights(embedder, part)
+            again = _loaded_features(embedder, part)
+        else:
+            expected = embedder.embed(list(images))
+            function = function_of(embedder)
+            onnx = out.suffix == ".onnx"
+            part.write_bytes((_as_onnx if onnx else _as_stablehlo)(function, shape))
+            again = (_onnx if onnx else _stablehlo)(part.read_bytes())
         # Of another number of images, too.
         got = np.concatenate([again(images[:1]), again(images[1:])])
-        difference = float(np.abs(got - expected).max())
+        # Of features, as a share of the largest.
+        largest = float(np.abs(expected).max()) if weights else 1.0
+        difference = float(np.abs(got - expected).max()) / largest
         if not difference <= TOLERANCE:
             raise DifferenceError(
                 f"the file for {out} would differ from the run by {difference:.2g} on "
@@ -119,8 +136,51 @@ def export(
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
-    return Exported(
-        out, len(made), shape, expected.shape[1], len(images), of, difference, notes
+    size, dim = out.stat().st_size, expected.shape[1]
+    return Exported(out, size, shape, dim, len(images), of, difference, notes)
+
+
+def _check_trained_backbone(embedder: Embedder) -> None:
+    plan = embedder.record.plan.backbone
+    if plan is None:
+        raise ValueError(
+            "out is .safetensors, for the weights of a backbone, but the run has none."
+        )
+    if plan.frozen:
+        raise ValueError(
+            "out is .safetensors, for the weights of a backbone, but that of the run "
+            "was not trained: it is the file that the run began with."
+        )
+
+
+def _write_weights(embedder: Embedder, path: Path) -> None:
+    """The weights of a run's backbone, under the names that it began with."""
+    plan, run_dir = embedder.record.plan.backbone, embedder.run_dir
+    backbone = pretrained.backbone_of(embedder.model)
+    if plan is None or plan.digest is None or run_dir is None:
+        save_weights(backbone, path)
+        return
+    file = run_dir / BACKBONE
+    rules = backbones.FAMILIES[plan.family].rules_of(shapes_of(file))
+    save_weights(backbone, path, like=file, rules=rules)
+
+
+def _backbone_features(embedder: Embedder) -> Callable[[np.ndarray], np.ndarray]:
+    model = pretrained.features_of(embedder.model)
+    return lambda images: np.asarray(
+        dataclasses.replace(embedder, model=model).of_shape(images)
+    )
+
+
+def _loaded_features(
+    embedder: Embedder, path: Path
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The same of a file, read as another run would read it."""
+    network, _ = backbones.load(path)
+    model = Standardized(network, embedder.model.mean, embedder.model.std)
+    model.eval()
+    return lambda images: np.asarray(
+        dataclasses.replace(embedder, model=model).of_shape(images)
     )
 
 

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from tripletjax.learn.embedder import load_embedder
     from tripletjax.learn.runs import run
     from tripletjax.learn.training import fit
+    from tripletjax.learn.weights import load_weights
 
 MODULES = (
     "augment",
+    "backbones",
     "cache_folder",
     "checkpoints",
     "class_folders",
@@ -23,6 +25,7 @@ MODULES = (
     "defaults",
     "embedder",
     "evaluation",
+    "features",
     "image_analysis",
     "image_cache",
     "image_io",
@@ -32,6 +35,7 @@ MODULES = (
     "objectives",
     "plan",
     "plots",
+    "pretrained",
     "record",
     "runs",
     "sampling",
@@ -40,16 +44,18 @@ MODULES = (
     "tasks",
     "training",
     "triplet_files",
+    "weights",
 )
 # What is here for short, and where it is.
 NAMES = {
     "Config": "config",
     "fit": "training",
     "load_embedder": "embedder",
+    "load_weights": "weights",
     "run": "runs",
 }
 
-__all__ = [*MODULES, "Config", "fit", "load_embedder", "run"]
+__all__ = [*MODULES, "Config", "fit", "load_embedder", "load_weights", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,10 +2,11 @@
 
 import dataclasses
 
-from tripletjax.learn import models
+from tripletjax.learn import backbones, models
 from tripletjax.learn.augment import Augment
 from tripletjax.learn.image_analysis import KINDS
 from tripletjax.learn.image_io import Box
+from tripletjax.learn.pretrained import TRAININGS
 
 # What is held out, which of nested folders are classes, which triplets are trained on,
 # how classes are drawn, and who is more alike.
@@ -36,8 +37,14 @@ class Config:
         size: of what is seen of images, the longer side in pixels.
         box: the part of images that is seen: top, left, bottom and right, as shares of
             their height and width.
-        model: cnn, photo, resnet or multiscale.
+        model: cnn, photo, resnet or multiscale; or resnet18, resnet34 or resnet50, as
+            others have them, from nothing.
         head: of a photo network, grid or mean.
+        backbone: a safetensors file of a pretrained network to begin with, of a family
+            that `backbones` knows.
+        backbone_training: what of it is trained: frozen, top or all.
+        hidden: of a head of two layers on it, the width between; 0 for one layer.
+        views: of each image that a frozen one sees, how many features are kept.
         mirror: whether an embedding is the mean of an image's and its mirror image's.
         mining: which triplets to train on: all, semi-hard or hard.
         steps: how many steps to train.
@@ -75,6 +82,10 @@ class Config:
     box: Box | None = None
     model: str | None = None
     head: str | None = None
+    backbone: str | None = None
+    backbone_training: str | None = None
+    hidden: int | None = None
+    views: int | None = None
     mirror: bool | None = None
     mining: str = "semi-hard"
     steps: int | None = None
@@ -107,7 +118,8 @@ class Config:
             ("classes_from", (None, *CLASSES_FROM)),
             ("class_sampling", CLASS_SAMPLING),
             ("relevance", RELEVANCE),
-            ("model", (None, *MODELS)),
+            ("model", (None, *MODELS, *backbones.UNTRAINED)),
+            ("backbone_training", (None, *TRAININGS)),
             ("head", (None, *models.HEADS)),
             ("kind", (None, *KINDS)),
         ):
@@ -119,6 +131,7 @@ class Config:
         for name in (
             *("size", "steps", "dim", "stride", "embed_chunk_size"),
             *("triplets_per_batch", "log_every", "validate_every", "checkpoint_every"),
+            "views",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -130,8 +143,11 @@ class Config:
                     "box must be top, left, bottom, right with 0 <= top < bottom <= 1 "
                     f"and 0 <= left < right <= 1, got {self.box}."
                 )
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed!r}.")
+        for name in ("seed", "hidden"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value!r}.")
+        self._check_network()
         for name in ("margin", "learning_rate", "weight_decay"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
@@ -140,3 +156,17 @@ class Config:
             raise ValueError(
                 f"batch_all_fraction must be 0 to 1, got {self.batch_all_fraction!r}."
             )
+
+    def _check_network(self) -> None:
+        """Raises ValueError for options of another network than is asked for."""
+        own = self.model in backbones.UNTRAINED
+        if self.backbone is not None:
+            wrong, why = ("model", "head", "channels", "stride"), "with a backbone"
+        elif own:
+            wrong = "head", "channels", "stride", "backbone_training", "views"
+            why = f"with model {self.model}"
+        else:
+            wrong, why = ("backbone_training", "hidden", "views"), "without a backbone"
+        for name in wrong:
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name} is of no use {why}, got {value!r}.")

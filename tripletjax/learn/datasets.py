@@ -24,11 +24,11 @@ from tripletjax.learn.image_cache import (
     DecodedImages,
     Digits,
     ImageArray,
-    StoredImages,
     cache_directory,
     decode_and_cache,
     digest_of,
     files_key,
+    part_of,
     prepare,
 )
 from tripletjax.learn.image_io import ImageSpec, open_image
@@ -56,9 +56,7 @@ class Images:
         return len(self.labels)
 
     def part(self, index: Any) -> "Images":
-        if isinstance(self.images, StoredImages):
-            return Images(self.images.part(index), self.labels[index])
-        return Images(self.images[index], self.labels[index])
+        return Images(part_of(self.images, index), self.labels[index])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,16 +5,22 @@ import math
 from collections.abc import Sequence
 from typing import TypeVar
 
+import jax
 import numpy as np
 
-from tripletjax.learn import image_analysis
+from tripletjax.learn import backbones, image_analysis
 from tripletjax.learn.augment import Augment
 from tripletjax.learn.config import Config
 from tripletjax.learn.datasets import Dataset
 from tripletjax.learn.hierarchy import levels_of
 from tripletjax.learn.image_io import COLOUR_SIZE as PHOTO_SIZE
 from tripletjax.learn.image_io import WHOLE
-from tripletjax.learn.plan import ClassBatchPlan, Plan, TripletBatchPlan
+from tripletjax.learn.plan import (
+    BackbonePlan,
+    ClassBatchPlan,
+    Plan,
+    TripletBatchPlan,
+)
 from tripletjax.learn.triplet_files import TripletDataset
 
 # From here on there are many classes, which take longer to learn.
@@ -38,10 +44,42 @@ PHOTOS = Augment(
     erase=0.3,
 )
 
+# On CPUs fewer images than this are learnt from with a backbone that stays as it is.
+FEW = 5000
+# Of each image features of so many views are kept.
+VIEWS = 4
+# By what of a backbone is trained.
+STEPS = {"frozen": 1000, "top": 300, "all": 300}
+# A backbone that is trained sees about so many pixels at a time, and in a batch.
+CHUNK, BATCH = 2**20, 2**22
+
 T = TypeVar("T")
 
 
-def plan_for_classes(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]:
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a network begins with.
+
+    Attributes:
+        backbone: which network of others.
+        digest: of the file of weights, None if it begins with nothing.
+        notes: what is worth telling of the file.
+    """
+
+    backbone: backbones.Backbone
+    digest: str | None
+    notes: tuple[str, ...] = ()
+
+    def size(self, config: Config) -> int | None:
+        """Of images, in pixels; None where it begins with nothing and none is asked."""
+        if config.size is not None or self.digest is None:
+            return config.size
+        return self.backbone.of.size
+
+
+def plan_for_classes(
+    config: Config, dataset: Dataset, start: Start | None = None
+) -> tuple[Plan, list[str]]:
     """The plan of a run on images with labels, and what is worth telling of it.
 
     Raises:
@@ -55,7 +93,7 @@ def plan_for_classes(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]
     # Many classes of few drawings: turned and mirrored ones are classes of their own.
     # Photographs are mirrored at random, and stay of their class.
     turns = config.rotation_classes or 1
-    if config.rotation_classes is None and scarce and not photos:
+    if config.rotation_classes is None and scarce and not photos and start is None:
         turns = image_analysis.most_turns(images, labels)
     # A class of one image has no positive; enough others teach more.
     paired = several if turns == 1 and several > 1 else len(counts)
@@ -89,12 +127,21 @@ def plan_for_classes(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]
             f"relevance by folders: {len(dataset.label_names):,} classes in {groups}, "
             "whose images are to be nearer to each other than to all others"
         )
+    backbone = _backbone_plan(config, start, len(images))
+    if turns > 1 and backbone is not None and backbone.frozen:
+        raise ValueError(
+            "rotation_classes must be 1 with a frozen backbone, whose features cannot "
+            f"be turned; got {turns}."
+        )
+    size = 160 if many else 128
+    if start is not None and backbone is not None and not backbone.frozen:
+        pixels = (start.size(config) or PHOTO_SIZE) ** 2
+        size = min(size, max(32, BATCH // pixels))
     per_class = config.per_class or (4 if many else 8)
     batches = ClassBatchPlan(
         mining=config.mining,
         batch_all_fraction=config.batch_all_fraction,
-        classes=config.classes
-        or min(turns * paired, max(2, (160 if many else 128) // per_class)),
+        classes=config.classes or min(turns * paired, max(2, size // per_class)),
         per_class=per_class,
         class_sampling=config.class_sampling,
         relevance=config.relevance,
@@ -109,12 +156,14 @@ def plan_for_classes(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]
         many=many,
         steps=1200 if turns > 1 else 800 if many else 600,
         learning_rate=4e-3 if turns > 1 else 2e-3,
+        start=start,
+        backbone=backbone,
     )
     return plan, notes + more
 
 
 def plan_for_triplets(
-    config: Config, dataset: TripletDataset
+    config: Config, dataset: TripletDataset, start: Start | None = None
 ) -> tuple[Plan, list[str]]:
     """The plan of a run on given triplets, and what is worth telling of it."""
     photos = dataset.kind == "photos"
@@ -132,6 +181,8 @@ def plan_for_triplets(
         many=many,
         steps=800 if many else 600,
         learning_rate=2e-3,
+        start=start,
+        backbone=_backbone_plan(config, start, len(dataset.images)),
     )
     return plan, [f"images are taken for {dataset.kind}: {dataset.kind_by}", *notes]
 
@@ -146,6 +197,8 @@ def _plan(
     many: bool,
     steps: int,
     learning_rate: float,
+    start: Start | None,
+    backbone: BackbonePlan | None,
 ) -> tuple[Plan, list[str]]:
     """What both have in common; `layout` is that of photographs, None of others."""
     photos, notes = layout is not None, []
@@ -168,7 +221,20 @@ def _plan(
         )
     else:
         size = max(1, round(sides[1]))
-    model = config.model or (
+    if start is not None and backbone is not None:
+        size = max(start.size(config) or size, start.backbone.least)
+        if config.size is not None and config.size < size:
+            raise ValueError(
+                f"size must be at least {size} for {start.backbone.title}, got "
+                f"{config.size}."
+            )
+        if start.digest is not None:
+            steps, learning_rate = STEPS[backbone.training], 1e-3
+        notes += _about_backbone(start, backbone, shape, size)
+    chunk = config.embed_chunk_size or batches.size
+    if backbone is not None and not backbone.frozen and not config.embed_chunk_size:
+        chunk = min(chunk, max(8, CHUNK // size**2))
+    model = (config.model if start is None else "backbone") or (
         "photo" if photos else "resnet" if shape[-1] > 1 else "cnn"
     )
     channels = (32, 64) if longest <= 16 else (32, 64, 128)
@@ -179,8 +245,9 @@ def _plan(
         batches=batches,
         box=box,
         # Drawings have their size since they were decoded.
-        size=config.size or size if photos or config.box else longest,
+        size=config.size or (size if photos or config.box or start else longest),
         model=model,
+        backbone=backbone,
         head=config.head or ("grid" if layout and layout.aligned else "mean"),
         channels=config.channels or channels,
         stride=config.stride or (1 if longest <= 32 else 2),
@@ -194,12 +261,61 @@ def _plan(
         learning_rate=_either(config.learning_rate, learning_rate),
         weight_decay=_either(config.weight_decay, 1e-2 if photos else 1e-3),
         ema_decay=config.ema_decay,
-        embed_chunk_size=config.embed_chunk_size or batches.size,
+        embed_chunk_size=chunk,
         log_every=config.log_every,
         validate_every=config.validate_every
         or (max(100, steps // 8) if photos else 100),
         checkpoint_every=config.checkpoint_every,
     ), notes
+
+
+def _backbone_plan(config: Config, start: Start | None, n: int) -> BackbonePlan | None:
+    if start is None:
+        return None
+    training = config.backbone_training
+    if start.digest is None:
+        training = "all"
+    elif training is None:
+        few = n < FEW and jax.default_backend() == "cpu"
+        training = "frozen" if few else "top"
+    return BackbonePlan(
+        family=start.backbone.family,
+        options=start.backbone.options,
+        training=training,
+        hidden=config.hidden or 0,
+        views=(config.views or VIEWS) if training == "frozen" else 1,
+        digest=start.digest,
+        multiple=start.backbone.multiple,
+    )
+
+
+def _about_backbone(
+    start: Start,
+    backbone: BackbonePlan,
+    shape: Sequence[int],
+    size: int,
+) -> list[str]:
+    """What is worth telling of a network that others have made."""
+    title, of = start.backbone.title, start.backbone.of
+    trained = {
+        "frozen": "it stays as it is: a head is trained on its features, "
+        f"{backbone.views} views of each image",
+        "top": "its last stages are trained, at a tenth of the rate of the head",
+        "all": "all of it is trained, at a tenth of the rate of the head",
+    }[backbone.training]
+    if start.digest is None:
+        notes = [f"{title}, from nothing"]
+    else:
+        notes = [*start.notes, trained]
+    mean, std = ([round(x, 3) for x in part] for part in (of.mean, of.std))
+    notes.append(
+        f"the network sees images of {size} pixels, of mean {mean} and deviation {std}"
+    )
+    if shape[-1] == 1:
+        notes.append("images are grey: the network, of colour, sees them in three")
+    if max(shape[:2]) < size:
+        notes.append(f"images of {shape[0]} x {shape[1]} pixels are made larger for it")
+    return notes
 
 
 def _either(asked: T | None, chosen: T) -> T:

@@ -20,7 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from PIL import Image
 
-from tripletjax.learn import record
+from tripletjax.learn import backbones, pretrained, record
 from tripletjax.learn.checkpoints import Checkpoints
 from tripletjax.learn.config import MODELS
 from tripletjax.learn.image_io import (
@@ -32,10 +32,12 @@ from tripletjax.learn.image_io import (
     upright,
 )
 from tripletjax.learn.models import Standardized
+from tripletjax.learn.plan import BackbonePlan
 from tripletjax.learn.record import RunRecord
+from tripletjax.learn.weights import Loaded, digest_of_file
 
 
-def load_model(run_dir: str | Path) -> tuple[nnx.Module, RunRecord]:
+def load_model(run_dir: str | Path) -> tuple[Standardized, RunRecord]:
     """The best model of a run, and the record of the run.
 
     Raises:
@@ -49,26 +51,52 @@ def load_model(run_dir: str | Path) -> tuple[nnx.Module, RunRecord]:
     made = RunRecord.read(run_dir)
     # Of parameters that are read, none need to be drawn first.
     model = nnx.eval_shape(lambda: build_model(made))
+    backbone = made.plan.backbone
+    part = model
+    if backbone is not None:
+        part = pretrained.trained_part(model, backbone.training)
+        if backbone.frozen:
+            fill_backbone(model, made, run_dir)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        nnx.state(model),
+        nnx.state(part),
     )
     best = Checkpoints(run_dir / "best", writable=False)
     found = best.restore(like)
     best.close()
     if found is None:
         raise FileNotFoundError(f"no trained model in {run_dir}: best is empty.")
-    nnx.update(model, found[1])
+    nnx.update(part, found[1])
     model.eval()
     return model, made
 
 
+def fill_backbone(model: Standardized, made: RunRecord, run_dir: Path) -> Loaded:
+    """Loads the weights that a run began with, of which it has a copy.
+
+    Raises:
+        ValueError: if the copy is not what it was.
+    """
+    plan, file = made.plan.backbone, run_dir / BACKBONE
+    if plan is None or plan.digest is None:
+        raise ValueError(f"the run in {run_dir} began with no backbone.")
+    if digest_of_file(file) != plan.digest:
+        raise ValueError(f"{file} is damaged: it is not what the run began with.")
+    backbone = backbones.Backbone(plan.family, plan.options)
+    return backbone.fill(pretrained.backbone_of(model), file)
+
+
+# The weights that a run began with.
+BACKBONE = "backbone.safetensors"
 # Of a plan, what an embedding depends on.
 NETWORK = (
     *("box", "size", "model", "head", "channels", "stride", "dim", "mirror"),
-    "bfloat16",
+    *("bfloat16", "backbone"),
 )
+
+# So many pixels are embedded at a time.
+PIXELS = 2**20
 
 ImageInputs = ArrayLike | Sequence[np.ndarray | str | Path | Image.Image]
 
@@ -100,12 +128,14 @@ class Embedder:
         shape: what every image is made into.
         view: the part of it that the network sees, all of it if None.
         record: what the run was made with.
+        run_dir: where the run is, if it is one.
     """
 
-    model: nnx.Module
+    model: Standardized
     shape: ImageSpec
     view: View | None
     record: RunRecord
+    run_dir: Path | None = None
 
     @functools.cached_property
     def key(self) -> str:
@@ -159,7 +189,7 @@ def load_embedder(run_dir: str | Path) -> Embedder:
     """
     model, made = load_model(run_dir)
     view = made.plan.view_of(made.images.shape)
-    return Embedder(model, made.images.spec, view, made)
+    return Embedder(model, made.images.spec, view, made, Path(run_dir).resolve())
 
 
 def _to_batch(images: ImageInputs, shape: ImageSpec) -> np.ndarray:
@@ -204,6 +234,8 @@ def _picture(image: ArrayLike | str | Path | Image.Image) -> Image.Image:
 def build_model(made: RunRecord) -> Standardized:
     """The untrained model of a run."""
     plan, shape = made.plan, made.images.shape
+    if plan.backbone is not None:
+        return _on_backbone(made, plan.backbone)
     view = plan.view_of(shape)
     height, width = shape[:2] if view is None else (view.height, view.width)
     options: dict[str, dict[str, Any]] = {
@@ -221,19 +253,43 @@ def build_model(made: RunRecord) -> Standardized:
     return Standardized(model, made.images.mean, made.images.std, mirror=plan.mirror)
 
 
+def _on_backbone(made: RunRecord, plan: BackbonePlan) -> Standardized:
+    rngs = nnx.Rngs(made.plan.seed)
+    options = {"learn_statistics": True} if plan.digest is None else {}
+    dtype = jnp.bfloat16 if made.plan.bfloat16 else None
+    made_of = backbones.Backbone(plan.family, plan.options)
+    backbone: Any = made_of.build(dtype=dtype, rngs=rngs, **options)
+    mirror = made.plan.mirror
+    head = pretrained.Head(
+        backbone.features, made.plan.dim, hidden=plan.hidden, mirror=mirror, rngs=rngs
+    )
+    if plan.training != "all":
+        pretrained.freeze(backbone, plan.training)
+    model = pretrained.BackboneEmbedder(backbone, head)
+    return Standardized(model, made.images.mean, made.images.std, mirror=mirror)
+
+
 @functools.partial(jax.jit, static_argnames="graph")
 def _embed(graph: nnx.GraphDef, state: nnx.State, images: Array) -> Array:
     return nnx.merge(graph, state)(as_floats(images))
 
 
+def batch_size_for(images: ImageSource) -> int:
+    """How many images are embedded at a time, if nothing is asked for."""
+    if len(images.shape) != 4:
+        return 4096
+    return max(1, min(256, PIXELS // (images.shape[1] * images.shape[2])))
+
+
 def embed_images(
-    model: nnx.Module, images: ImageSource, *, batch_size: int = 256
+    model: nnx.Module, images: ImageSource, *, batch_size: int | None = None
 ) -> Array:
     """Embeds images ``[n, height, width, channels]``, a batch at a time.
 
     They are uint8, or floats from 0 to 1.
     """
     graph, state = nnx.split(model)
+    batch_size = batch_size or batch_size_for(images)
     embeddings = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]

@@ -95,8 +95,49 @@ class StoredImages:
         return dataclasses.replace(self, shape=shape, view=view)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class KeptFeatures:
+    """Images, of which features are given where they are indexed.
+
+    Attributes:
+        images: uint8 ``[n, height, width, channels]``.
+        features: float32 ``[n, views, f]``: of the image, of its mirror image if that
+            counts, and of others at random.
+    """
+
+    images: "np.ndarray | StoredImages"
+    features: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.features.shape
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.features[index]
+
+    def part(self, index: Any) -> "KeptFeatures":
+        """Some of them."""
+        pixels: Any = part_of(self.images, index)
+        return KeptFeatures(pixels, self.features[index])
+
+
 # uint8 ``[n, height, width, channels]``: in memory, or on disk if they do not fit.
-ImageArray = np.ndarray | StoredImages
+Pixels = np.ndarray | StoredImages
+# Or with features, which are what is then learnt from.
+ImageArray = Pixels | KeptFeatures
+
+
+def part_of(images: ImageArray, index: Any) -> ImageArray:
+    """Some images, wherever they are."""
+    return images[index] if isinstance(images, np.ndarray) else images.part(index)
+
+
+def pixels_of(images: Any) -> Any:
+    """Images themselves, where there are features of them."""
+    return images.images if isinstance(images, KeptFeatures) else images
 
 
 @dataclasses.dataclass(frozen=True)

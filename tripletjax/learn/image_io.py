@@ -189,12 +189,21 @@ class View:
     width: int
 
     @classmethod
-    def of(cls, shape: Sequence[int], box: Box, size: int) -> "View":
-        """A box of images ``height, width``, its longer side `size` pixels."""
+    def of(
+        cls, shape: Sequence[int], box: Box, size: int, *, multiple: int = 1
+    ) -> "View":
+        """A box of images ``height, width``, its longer side `size` pixels.
+
+        Sides are rounded to a multiple.
+        """
         top, left, bottom, right = box
         height, width = (bottom - top) * shape[0], (right - left) * shape[1]
         scale = size / max(height, width)
-        return cls(box, *(max(1, round(scale * side)) for side in (height, width)))
+        sides = (
+            multiple * max(1, round(scale * side / multiple))
+            for side in (height, width)
+        )
+        return cls(box, *sides)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Parts of uint8 images ``[n, height, width, channels]``."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from tripletjax.learn.augment import Augment
 from tripletjax.learn.image_io import WHOLE, Box, View
@@ -53,6 +54,33 @@ class TripletBatchPlan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BackbonePlan:
+    """A network that others have made, with a head on it.
+
+    Attributes:
+        family: of `backbones.FAMILIES`.
+        options: of the network.
+        training: what of it is trained: frozen, top or all.
+        hidden: of a head of two layers, the width between; 0 for one layer.
+        views: of each image that a frozen one sees, how many features are kept.
+        digest: of the file of weights that it began with, None if with nothing.
+        multiple: sides of images are multiples of this, in pixels.
+    """
+
+    family: str
+    options: dict[str, Any]
+    training: str
+    hidden: int
+    views: int
+    digest: str | None
+    multiple: int
+
+    @property
+    def frozen(self) -> bool:
+        return self.training == "frozen"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything that training depends on but the images themselves.
 
@@ -60,7 +88,8 @@ class Plan:
         batches: what makes a batch, and what of it is trained on.
         box: the part of images that is seen.
         size: of what is seen, the longer side in pixels.
-        model: which network, of `config.MODELS`.
+        model: which network, of `config.MODELS`, or backbone.
+        backbone: which one, None of others.
         head: of a photo network, grid or mean.
         channels: number of channels of each stage.
         stride: of the first convolution of a residual network.
@@ -84,6 +113,7 @@ class Plan:
     box: Box
     size: int
     model: str
+    backbone: BackbonePlan | None
     head: str
     channels: tuple[int, ...]
     stride: int
@@ -104,6 +134,14 @@ class Plan:
 
     def view_of(self, shape: Sequence[int]) -> View | None:
         """What the network sees of images ``height, width, channels``; None if all."""
-        if self.box == WHOLE and self.size == max(shape[:2]):
+        multiple = 1 if self.backbone is None else self.backbone.multiple
+        view = View.of(shape, self.box, self.size, multiple=multiple)
+        whole = self.box == WHOLE and self.size == max(shape[:2])
+        if whole and (view.height, view.width) == tuple(shape[:2]):
             return None
-        return View.of(shape, self.box, self.size)
+        return view
+
+    @property
+    def frozen(self) -> bool:
+        """Whether a head alone is trained, on features that are kept."""
+        return self.backbone is not None and self.backbone.frozen

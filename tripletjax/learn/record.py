@@ -9,7 +9,12 @@ from typing import Any
 from tripletjax.learn.augment import Augment
 from tripletjax.learn.config import Config
 from tripletjax.learn.image_io import ImageSpec
-from tripletjax.learn.plan import ClassBatchPlan, Plan, TripletBatchPlan
+from tripletjax.learn.plan import (
+    BackbonePlan,
+    ClassBatchPlan,
+    Plan,
+    TripletBatchPlan,
+)
 
 FILE = "config.json"
 
@@ -99,6 +104,13 @@ def _from_json(values: dict[str, Any]) -> RunRecord:
         for name in ("channels", "box"):
             if options[name] is not None:
                 options[name] = tuple(options[name])
+    if plan["backbone"] is not None:
+        backbone = dict(plan["backbone"])
+        backbone["options"] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in backbone["options"].items()
+        }
+        plan["backbone"] = BackbonePlan(**backbone)
     of_classes = "classes" in plan["batches"]
     batches = ClassBatchPlan if of_classes else TripletBatchPlan
     images: dict[str, Any] = {

@@ -18,6 +18,7 @@ A run directory holds
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,37 @@ import optax
 from flax import nnx
 from jax import Array
 
-from tripletjax.learn import plots, record, tasks, training
+from tripletjax.learn import backbones, plots, pretrained, record, tasks, training
 from tripletjax.learn.checkpoints import Checkpoints
 from tripletjax.learn.config import Config
-from tripletjax.learn.embedder import as_floats, build_model, embed_images, load_model
-from tripletjax.learn.image_cache import ImageArray, StoredImages
+from tripletjax.learn.defaults import Start
+from tripletjax.learn.embedder import (
+    BACKBONE,
+    as_floats,
+    build_model,
+    embed_images,
+    fill_backbone,
+    load_model,
+)
+from tripletjax.learn.features import AnyView, FeatureCache, views_of
+from tripletjax.learn.image_cache import (
+    ImageArray,
+    KeptFeatures,
+    StoredImages,
+    part_of,
+    pixels_of,
+)
 from tripletjax.learn.image_io import ImageSource
 from tripletjax.learn.metrics_log import MetricsLog, summary_writer
+from tripletjax.learn.models import Standardized
+from tripletjax.learn.plan import Plan
 from tripletjax.learn.record import ImageRecord, RunRecord, write_json
+from tripletjax.learn.weights import Frozen, digest_of_file
 
 # So many images tell the mean and the standard deviation of all, so many at a time.
 SAMPLE, LOOK = 4096, 256
+# A head begins with how features of so many images are spread.
+HEAD_SAMPLE = 2048
 # Images of more bytes than this are not compared as raw pixels.
 RAW = 2**28
 
@@ -45,7 +66,7 @@ RAW = 2**28
 # The largest Euclidean distance of unit vectors.
 FARTHEST = 2.0
 # Options that say where data are.
-PLACES = ("data", "triplets")
+PLACES = ("data", "triplets", "backbone")
 
 
 class RunExistsError(FileExistsError):
@@ -92,16 +113,21 @@ def run(
     longer = old is not None and config.steps not in (None, old.plan.steps)
     if old is not None and not longer and (out / "summary.json").exists():
         return json.loads((out / "summary.json").read_text())["evaluations"]
-    task = tasks.load(config, progress=progress)
+    start = _start(config, old)
+    size = config.size if start is None else start.size(config)
+    task = tasks.load(config, size=size, progress=progress)
     if old is None:
-        made, task = _begin(config, task)
+        made, task = _begin(config, task, start)
     else:
         made = _go_on(old, config, task, out)
         task = task.seen(made.plan)
     plan = made.plan
+    # What is asked for and cannot be is told before anything is written.
     batches = task.batches(plan)
+    out.mkdir(parents=True, exist_ok=True)
+    if start is not None and start.digest is not None:
+        _keep_backbone(config, start.digest, out)
     if made != old:
-        out.mkdir(parents=True, exist_ok=True)
         made.write(out)
 
     if progress:
@@ -113,16 +139,21 @@ def run(
             print(f"- {note}", flush=True)
 
     model = build_model(made)
+    if plan.backbone is not None and plan.backbone.digest is not None:
+        fill_backbone(model, made, out)
+    if plan.frozen:
+        task = _on_features(task, model, plan, progress=progress)
+        batches = task.batches(plan)
+    trained = pretrained.trained_part(model, plan.backbone and plan.backbone.training)
     log = MetricsLog(out / "metrics.jsonl")
     if tensorboard:
         log.show_in(out / "tensorboard")
     checkpoints = Checkpoints(out / "checkpoints")
     best = Checkpoints(out / "best")
-    embeddings: dict[str, tasks.Embed] = {
-        "raw pixels": _flat,
-        "untrained": functools.partial(embed_images, model),
-    }
-    if isinstance(task.images, StoredImages) or task.images.nbytes > RAW:
+    before, embed = _before(model, plan)
+    embeddings: dict[str, tasks.Embed] = {"raw pixels": _flat, before: embed}
+    pixels = pixels_of(task.images)
+    if isinstance(pixels, StoredImages) or pixels.nbytes > RAW:
         del embeddings["raw pixels"]
     evaluations = {
         line["evaluation"]: line["metrics"]
@@ -140,6 +171,12 @@ def run(
         warmup_steps=min(50, plan.steps // 10),
         decay_steps=plan.steps,
     )
+    tx = optax.adamw(schedule, weight_decay=plan.weight_decay)
+    if plan.backbone is not None and plan.backbone.digest is not None:
+        if not checkpoints.steps:
+            _fit_head(model, task)
+        if not plan.frozen:
+            tx = pretrained.slowed(schedule, plan.weight_decay)
     if not checkpoints.steps:
         reached = max((line["step"] for line in log.lines), default=0)
         if reached > plan.checkpoint_every:
@@ -154,12 +191,12 @@ def run(
         log.truncate_after(0)
     with training.Interrupts() as interrupts:
         for line in training.fit(
-            model,
-            optax.adamw(schedule, weight_decay=plan.weight_decay),
+            trained,
+            tx,
             batches,
             steps=plan.steps,
             loss=task.losses(plan),
-            augment=plan.augment,
+            augment=AnyView() if plan.frozen else plan.augment,
             seed=plan.seed,
             ema_decay=plan.ema_decay,
             embed_chunk_size=plan.embed_chunk_size,
@@ -181,7 +218,8 @@ def run(
                 log.add(line)
 
     model, _ = load_model(out)
-    embeddings["trained"] = functools.partial(embed_images, model)
+    trained = pretrained.trained_part(model, plan.backbone and plan.backbone.training)
+    embeddings["trained"] = functools.partial(embed_images, trained)
     evaluations["trained"] = task.evaluate(embeddings["trained"])
     log.truncate_after(plan.steps)
     log.add(
@@ -192,9 +230,9 @@ def run(
         }
     )
     plots.training(log.lines, out / "training.png")
-    del embeddings["untrained"]
+    del embeddings[before]
     task.draw(embeddings, out)
-    parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
+    parameters = jax.tree.leaves(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
     summary = {
         "evaluations": evaluations,
         "parameters": sum(x.size for x in parameters),
@@ -206,9 +244,96 @@ def run(
     return evaluations
 
 
-def _begin(config: Config, task: tasks.Task) -> tuple[RunRecord, tasks.Task]:
+def _start(config: Config, old: RunRecord | None) -> Start | None:
+    """What the network begins with, None if it is one of this library's own."""
+    if old is not None:
+        plan = old.plan.backbone
+        if plan is None:
+            return None
+        if config.backbone is not None and Path(config.backbone).exists():
+            _check_same(config.backbone, plan.digest)
+        return Start(backbones.Backbone(plan.family, plan.options), plan.digest)
+    if config.model in backbones.UNTRAINED:
+        options = backbones.UNTRAINED[config.model]
+        return Start(backbones.Backbone("resnet", options), None)
+    if config.backbone is None:
+        return None
+    backbone = backbones.recognise(config.backbone)
+    _, loaded = backbones.load(config.backbone)
+    told = (
+        f"{config.backbone} is {backbone.title}, {loaded.parameters:,} parameters",
+        *loaded.notes,
+    )
+    return Start(backbone, digest_of_file(config.backbone), told)
+
+
+def _check_same(file: str | Path, digest: str | None) -> None:
+    if digest_of_file(file) != digest:
+        raise ValueError(f"{file} is no longer what the run began with.")
+
+
+def _keep_backbone(config: Config, digest: str, out: Path) -> None:
+    """Copies the weights that a run begins with into its directory, once."""
+    kept = out / BACKBONE
+    if kept.exists() or config.backbone is None:
+        return
+    part = kept.with_name(f"{BACKBONE}.part")
+    shutil.copyfile(config.backbone, part)
+    _check_same(part, digest)
+    part.replace(kept)
+
+
+def _on_features(
+    task: tasks.Task, model: Standardized, plan: Plan, *, progress: bool
+) -> tasks.Task:
+    """What is learnt from with features of the backbone in place of its images."""
+    backbone = plan.backbone
+    if backbone is None:
+        raise ValueError("plan must have a backbone, got none.")
+    key = json.dumps([backbone.digest, plan.bfloat16, model.mean, model.std])
+    cache = FeatureCache(pretrained.features_of(model), key)
+    drawn = views_of(plan.mirror, plan.augment, backbone.views)
+    fixed = drawn[: 1 + plan.mirror]
+
+    def features(images: ImageArray, what: str) -> ImageArray:
+        views = drawn if what == "train" else fixed
+        return cache.of(images, views, what=f"{what} images", progress=progress)
+
+    made = task.on_features(features)
+    if progress:
+        print(f"- features are kept in {cache.directory}", flush=True)
+    return made
+
+
+def _before(model: Standardized, plan: Plan) -> tuple[str, tasks.Embed]:
+    """What there is before training, and its name."""
+    if plan.backbone is None or plan.backbone.digest is None:
+        return "untrained", functools.partial(embed_images, model)
+    alone: nnx.Module = pretrained.MeanDirection(1 + plan.mirror)
+    if not plan.frozen:
+        features = pretrained.Features(pretrained.backbone_of(model))
+        alone = Standardized(features, model.mean, model.std, mirror=plan.mirror)
+        alone.eval()
+    return "pretrained", functools.partial(embed_images, alone)
+
+
+def _fit_head(model: Standardized, task: tasks.Task) -> None:
+    """Begins a head with how features of some images are spread."""
+    images = task.images
+    some = part_of(images, np.arange(0, len(images), -(-len(images) // HEAD_SAMPLE)))
+    if isinstance(some, KeptFeatures):
+        features = some.features[:, 0]
+    else:
+        features = np.asarray(embed_images(pretrained.features_of(model), some))
+    whole: Any = model.model
+    whole.head.fit(features)
+
+
+def _begin(
+    config: Config, task: tasks.Task, start: Start | None
+) -> tuple[RunRecord, tasks.Task]:
     """The record of a run that is to begin, and its images as the network sees them."""
-    plan, notes = task.plan(config)
+    plan, notes = task.plan(config, start)
     if plan.margin >= FARTHEST:
         notes.append(
             f"warning: no triplet can satisfy a margin of {plan.margin:g}: unit "
@@ -217,7 +342,12 @@ def _begin(config: Config, task: tasks.Task) -> tuple[RunRecord, tasks.Task]:
     dataset = task.dataset
     _, height, width, channels = task.images.shape
     task = task.seen(plan)
-    mean, std = _statistics(task.images)
+    if start is None:
+        mean, std = _statistics(task.images)
+    else:
+        mean, std = (
+            np.array(x) for x in (start.backbone.of.mean, start.backbone.of.std)
+        )
     made = RunRecord(
         requested=config,
         plan=plan,
@@ -276,7 +406,7 @@ def _statistics(images: ImageArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _flat(images: ImageSource) -> Array:
-    return as_floats(images[:]).reshape(len(images), -1)
+    return as_floats(pixels_of(images)[:]).reshape(len(images), -1)
 
 
 def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:
@@ -321,8 +451,9 @@ def _normalized(config: Config) -> Config:
     changes: dict[str, Any] = {}
     if config.data != "digits" and Path(config.data).is_dir():
         changes["data"] = str(Path(config.data).resolve())
-    if config.triplets is not None:
-        changes["triplets"] = str(Path(config.triplets).resolve())
+    for name in ("triplets", "backbone"):
+        if (value := getattr(config, name)) is not None:
+            changes[name] = str(Path(value).resolve())
     # As they are read back.
     for name in ("channels", "box"):
         if (value := getattr(config, name)) is not None:

@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 from tripletjax.learn.config import CLASS_SAMPLING
-from tripletjax.learn.image_cache import StoredImages
+from tripletjax.learn.image_cache import ImageArray, KeptFeatures
 
 # So many classes of a group come together.
 TOGETHER = 4
@@ -138,7 +138,7 @@ class ImageBatches:
 
     Args:
         images: ``[n, height, width, channels]``; of a `StoredImages` only those of the
-            batch are read.
+            batch are read, of a `KeptFeatures` these are the features.
         labels: the label of each ``[n]``.
         classes: P.
         per_class: K.
@@ -154,7 +154,7 @@ class ImageBatches:
         ValueError: as `ClassBatches`, and if `rotation_classes` does not fit.
     """
 
-    images: np.ndarray | StoredImages
+    images: ImageArray
     labels: np.ndarray
     classes: int
     per_class: int
@@ -167,10 +167,17 @@ class ImageBatches:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", _as_labels(self.labels))
-        if len(self.images.shape) != 4 or len(self.labels) != len(self.images):
+        kept = isinstance(self.images, KeptFeatures)
+        of_images = kept or len(self.images.shape) == 4
+        if not of_images or len(self.labels) != len(self.images):
             raise ValueError(
                 "images must be [n, height, width, channels] and labels [n], got "
                 f"{self.images.shape} and {np.shape(self.labels)}."
+            )
+        if kept and self.rotation_classes > 1:
+            raise ValueError(
+                "rotation_classes must be 1 where features are learnt from: they "
+                f"cannot be turned; got {self.rotation_classes}."
             )
         height, width = self.images.shape[1:3]
         if self.rotation_classes not in (1, 2, 4, 8) or (
@@ -231,7 +238,7 @@ class TripletBatches:
             range.
     """
 
-    images: np.ndarray | StoredImages
+    images: ImageArray
     triplets: np.ndarray
     size: int
     seed: int = 0

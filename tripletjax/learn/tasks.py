@@ -27,8 +27,15 @@ from tripletjax.learn import (
     triplet_files,
 )
 from tripletjax.learn.config import Config
+from tripletjax.learn.defaults import Start
 from tripletjax.learn.embedder import embed_images
-from tripletjax.learn.image_cache import ImageArray, StoredImages
+from tripletjax.learn.image_cache import (
+    ImageArray,
+    KeptFeatures,
+    StoredImages,
+    part_of,
+    pixels_of,
+)
 from tripletjax.learn.image_io import ImageSource
 from tripletjax.learn.plan import ClassBatchPlan, Plan, TripletBatchPlan
 
@@ -36,6 +43,8 @@ from tripletjax.learn.plan import ClassBatchPlan, Plan, TripletBatchPlan
 GALLERY = 2048
 
 Embed = Callable[[ImageSource], Array]
+# From images, and what they are for, to what is learnt from in their place.
+OfImages = Callable[[ImageArray, str], ImageArray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +81,20 @@ class LabelTask:
         parts = "train", "validation", "test"
         return {part: len(getattr(self.dataset, part)) for part in parts}
 
-    def plan(self, config: Config) -> tuple[Plan, list[str]]:
-        return defaults.plan_for_classes(config, self.dataset)
+    def plan(self, config: Config, start: Start | None) -> tuple[Plan, list[str]]:
+        return defaults.plan_for_classes(config, self.dataset, start)
 
     def seen(self, plan: Plan) -> "LabelTask":
         """The same with images as the network sees them."""
+        return self._with(lambda images, what: _seen(images, plan))
+
+    def on_features(self, features: OfImages) -> "LabelTask":
+        """The same with features of the images, by what these are: train or others."""
+        return self._with(features)
+
+    def _with(self, of: OfImages) -> "LabelTask":
         parts = {
-            name: dataclasses.replace(part, images=_seen(part.images, plan))
+            name: dataclasses.replace(part, images=of(part.images, name))
             for name in ("train", "validation", "test")
             for part in [getattr(self.dataset, name)]
         }
@@ -176,7 +192,7 @@ class LabelTask:
         options: dict[str, Any] = {}
         if np.isin(held_out.labels, train.labels).any():
             gallery = _fixed_subsample(len(train))
-            references = embed_images(model, train.images[gallery])
+            references = embed_images(model, train.part(gallery).images)
             labels = train.labels[gallery]
             options = {"references": references, "reference_labels": labels}
         x = embed_images(model, held_out.images)
@@ -193,11 +209,10 @@ class LabelTask:
         held_out = len(self.dataset.test) > 1
         shown = self.dataset.test if held_out else self.dataset.train
         shown = shown.part(_fixed_subsample(len(shown)))
-        images = shown.images[:]
         plots.neighbors(
-            images,
+            pixels_of(shown.images)[:],
             shown.labels,
-            {name: embed(images) for name, embed in embeddings.items()},
+            {name: embed(shown.images) for name, embed in embeddings.items()},
             self.dataset.label_names,
             out / "neighbors.png",
             what="test images" if held_out else "training images",
@@ -234,12 +249,18 @@ class TripletTask:
         counts = {part: len(getattr(self.dataset, part)) for part in parts}
         return counts | {"left_out": self.dataset.left_out}
 
-    def plan(self, config: Config) -> tuple[Plan, list[str]]:
-        return defaults.plan_for_triplets(config, self.dataset)
+    def plan(self, config: Config, start: Start | None) -> tuple[Plan, list[str]]:
+        return defaults.plan_for_triplets(config, self.dataset, start)
 
     def seen(self, plan: Plan) -> "TripletTask":
         """The same with images as the network sees them."""
-        images = _seen(self.images, plan)
+        return self._with(_seen(self.images, plan))
+
+    def on_features(self, features: OfImages) -> "TripletTask":
+        """The same with features of the images."""
+        return self._with(features(self.images, "train"))
+
+    def _with(self, images: ImageArray) -> "TripletTask":
         return TripletTask(dataclasses.replace(self.dataset, images=images))
 
     def batches(self, plan: Plan) -> training.Batches:
@@ -278,7 +299,8 @@ class TripletTask:
             name: self._distances(embed, shown) for name, embed in embeddings.items()
         }
         what = "test triplets" if held_out else "training triplets"
-        plots.triplets(self.images, shown, distances, out / "triplets.png", what=what)
+        pixels = pixels_of(self.images)
+        plots.triplets(pixels, shown, distances, out / "triplets.png", what=what)
 
     def _triplet_accuracy(self, embed: Embed, triplets: np.ndarray) -> float:
         positive, negative = self._distances(embed, triplets)
@@ -287,17 +309,18 @@ class TripletTask:
     def _distances(self, embed: Embed, triplets: np.ndarray) -> np.ndarray:
         """From anchors to positives and to negatives, ``[2, t]``."""
         places, rows = np.unique(triplets, return_inverse=True)
-        a, p, n = jnp.moveaxis(embed(self.images[places])[rows.reshape(-1, 3)], 1, 0)
+        x = embed(part_of(self.images, places))
+        a, p, n = jnp.moveaxis(x[rows.reshape(-1, 3)], 1, 0)
         return np.stack([tj.euclidean.paired(a, p), tj.euclidean.paired(a, n)])
 
 
 Task = LabelTask | TripletTask
 
 
-def load(config: Config, *, progress: bool) -> Task:
-    """What a configuration asks to learn from."""
+def load(config: Config, *, size: int | None, progress: bool) -> Task:
+    """What a configuration asks to learn from, seen at a size if one is given."""
     options: dict[str, Any] = {
-        "size": config.size,
+        "size": size,
         "kind": config.kind,
         "progress": progress,
     }
@@ -318,7 +341,7 @@ def _batches_of(plan: Plan, kind: type[BatchPlan]) -> BatchPlan:
 
 def _seen(images: ImageArray, plan: Plan) -> ImageArray:
     view = plan.view_of(images.shape[1:])
-    if view is None:
+    if view is None or isinstance(images, KeptFeatures):
         return images
     return images.seen(view) if isinstance(images, StoredImages) else view(images)
 

@@ -1,0 +1,323 @@
+"""Runs that begin with a pretrained network, as the command and as functions."""
+
+import json
+import shutil
+
+import backbone_oracles as by_hand
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from folders import shapes
+from safetensors.numpy import load_file, save_file
+
+from tripletjax import cli, learn
+from tripletjax.apps.export import export
+from tripletjax.learn import backbones, features, runs
+from tripletjax.learn.embedder import load_model
+from tripletjax.learn.record import RunRecord
+from tripletjax.learn.weights import Frozen
+
+OPTIONS = {
+    "size": 32,
+    "views": 3,
+    "steps": 6,
+    "classes": 4,
+    "per_class": 2,
+    "checkpoint_every": 3,
+    "log_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return shapes(tmp_path_factory.mktemp("shapes"), kinds=6, each=8, mode="L")
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    file = tmp_path_factory.mktemp("weights") / "resnet.safetensors"
+    save_file(by_hand.small_resnet(), file)
+    return file
+
+
+def configured(folder, backbone, training, **options):
+    options = OPTIONS | {"views": OPTIONS["views"]} | options
+    if training != "frozen":
+        del options["views"]
+    return learn.Config(
+        data=str(folder),
+        backbone=str(backbone),
+        backbone_training=training,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(own_data_dir, folder, resnet, tmp_path_factory):
+    """A run of each kind."""
+    out = tmp_path_factory.mktemp("runs")
+    for training in ("frozen", "top", "all"):
+        config = configured(folder, resnet, training)
+        learn.run(config, out / training, progress=False)
+    return out
+
+
+@pytest.mark.parametrize("training", ["frozen", "top", "all"])
+def test_what_a_run_trains_and_keeps(trained, resnet, training):
+    out = trained / training
+    made = RunRecord.read(out)
+    assert made.plan.backbone.training == training
+    assert made.images.mean == pytest.approx(backbones.IMAGENET[0])
+    assert made.images.shape[2] == 1
+    told = "\n".join(made.notes)
+    _, loaded = backbones.load(resnet)
+    assert f"ResNet-like, {loaded.parameters:,} parameters" in told
+    assert "images are grey" in told
+    assert "not needed of the file: fc.bias, fc.weight" in told
+    assert (out / "backbone.safetensors").read_bytes() == resnet.read_bytes()
+    network, _ = backbones.load(resnet)
+    before = dict(nnx.to_flat_state(nnx.state(network)))
+    model, _ = load_model(out)
+    after = dict(nnx.to_flat_state(nnx.state(model.model.backbone)))
+    changed = {
+        path[0]
+        for path, value in after.items()
+        if not np.array_equal(value[...], before[path][...])
+    }
+    assert (
+        changed
+        == {
+            "frozen": set(),
+            "top": {"layer4"},
+            "all": {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"},
+        }[training]
+    )
+    evaluations = json.loads((out / "summary.json").read_text())["evaluations"]
+    assert list(evaluations) == ["raw pixels", "pretrained", "trained"]
+
+
+@pytest.mark.parametrize("training", ["frozen", "top", "all"])
+def test_resumed_is_bit_identical(trained, folder, resnet, training, tmp_path):
+    config = configured(folder, resnet, training)
+    out = tmp_path / "run"
+
+    class Killed(Exception):
+        pass
+
+    saved = runs.Checkpoints.save
+
+    def killed(self, step, state):
+        saved(self, step, state)
+        if self.directory.name == "checkpoints":
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Checkpoints, "save", killed)
+        with pytest.raises(Killed):
+            learn.run(config, out, progress=False)
+    # The file that it began with need not be there.
+    moved = learn.Config(**vars(config) | {"backbone": str(tmp_path / "gone")})
+    learn.run(moved, out, resume=True, progress=False)
+    once, again = (
+        [
+            {k: v for k, v in json.loads(line).items() if k != "time"}
+            for line in (place / "metrics.jsonl").read_text().splitlines()
+        ]
+        for place in (trained / training, out)
+    )
+    assert once == again
+    leaves = (
+        jax.tree.leaves(nnx.state(load_model(place)[0]))
+        for place in (trained / training, out)
+    )
+    for one, other in zip(*leaves):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("training", ["frozen", "top"])
+def test_such_runs_serve_as_any(trained, folder, training, tmp_path, capsys):
+    run = str(trained / training)
+    files = sorted(str(file) for file in folder.rglob("*.png"))[:2]
+    x = learn.load_embedder(run)(files)
+    np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, rtol=1e-5)
+    for arguments in (
+        ["evaluate", "--run", run, "--data", str(folder), "--out", "evaluated"],
+        ["search", "--run", run, "--index", str(folder), "--query", files[0]],
+        ["verify", "--run", run, "--data", str(folder), "--out", "verified"],
+        ["export", "--run", run, "--out", "model.stablehlo"],
+        ["export", "--run", run, "--out", "model.onnx"],
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            status = cli.main(arguments)
+        told = capsys.readouterr()
+        # What classes a run has seen are not verified, which leaves none.
+        if arguments[0] == "verify" and status:
+            assert "classes" in told.err
+        else:
+            assert status == 0, (arguments, told.err)
+
+
+def test_a_head_on_kept_features_is_the_whole_network(trained, folder):
+    """What was measured in training is what the run then does."""
+    embedder = learn.load_embedder(trained / "frozen")
+    lines = (trained / "frozen" / "metrics.jsonl").read_text().splitlines()
+    told = json.loads(lines[-1])["metrics"]
+    config = RunRecord.read(trained / "frozen").requested
+    task = runs.tasks.load(config, size=32, progress=False)
+    task = task.seen(embedder.record.plan)
+    again = task.evaluate(lambda images: runs.embed_images(embedder.model, images))
+    assert told == pytest.approx(again, abs=1e-3)
+
+
+def test_features_are_made_once(folder, resnet, trained, tmp_path, monkeypatch):
+    calls = []
+    made = features.FeatureCache._made
+
+    def counted(self, images, *rest):
+        calls.append(len(images))
+        return made(self, images, *rest)
+
+    monkeypatch.setattr(features.FeatureCache, "_made", counted)
+    config = configured(folder, resnet, "frozen", dim=8)
+    learn.run(config, tmp_path / "same", progress=False)
+    assert calls == []
+    # Of one new image, those of that one alone; another file of weights: all.
+    more = tmp_path / "more"
+    shutil.copytree(folder, more)
+    image = next(iter(sorted(more.rglob("0.png"))))
+    extra = image.with_name("extra.png")
+    pixels = 255 - np.asarray(runs.tasks.datasets.open_image(image))
+    runs.tasks.datasets.Image.fromarray(pixels).save(extra)
+    learn.run(configured(more, resnet, "frozen"), tmp_path / "more run", progress=False)
+    assert 0 < sum(calls) <= 3 * 8
+    calls.clear()
+    other = tmp_path / "other.safetensors"
+    save_file(by_hand.small_resnet(seed=1), other)
+    learn.run(configured(folder, other, "frozen"), tmp_path / "other", progress=False)
+    assert sum(calls) > 48
+
+
+def test_a_damaged_file_of_features_is_made_again(tmp_path):
+    network, _ = _saved_network(tmp_path)
+    cache = features.FeatureCache(network, "key", data_dir=tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    views = features.views_of(True, learn.augment.Augment(shift=0.1), 3)
+    first = cache.of(images, views, what="images", progress=False)
+    for file in cache.directory.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    second = cache.of(images, views, what="images", progress=False)
+    np.testing.assert_array_equal(first.features, second.features)
+    # Whichever others are with an image, and in whatever order.
+    shutil.rmtree(cache.directory)
+    some = cache.of(images[[3, 1]], views, what="images", progress=False)
+    np.testing.assert_allclose(some.features, first.features[[3, 1]], rtol=1e-5)
+    mirrored = cache.of(images[:, :, ::-1], views[:1], what="images", progress=False)
+    np.testing.assert_allclose(mirrored[:, 0], first[:, 1], rtol=1e-5)
+
+
+def _saved_network(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file(by_hand.small_resnet(), file)
+    return backbones.load(file)
+
+
+def test_a_trained_backbone_is_written_for_another_run(trained, resnet, tmp_path):
+    embedder = learn.load_embedder(trained / "all")
+    made = export(embedder, tmp_path / "again.safetensors")
+    assert made.dim == 24
+    written, before = load_file(made.file), load_file(resnet)
+    assert set(written) == set(before) - {"fc.weight", "fc.bias"}
+    assert not np.array_equal(written["conv1.weight"], before["conv1.weight"])
+    with pytest.raises(ValueError, match="was not trained"):
+        export(learn.load_embedder(trained / "frozen"), tmp_path / "no.safetensors")
+
+
+def test_from_nothing_and_on(own_data_dir, folder, tmp_path, monkeypatch):
+    small = {"blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 8), "bottleneck": False}
+    monkeypatch.setitem(backbones.UNTRAINED, "resnet18", small)
+    options = {k: v for k, v in OPTIONS.items() if k != "views"}
+    config = learn.Config(data=str(folder), model="resnet18", **options)
+    evaluations = learn.run(config, tmp_path / "first", progress=False)
+    assert "untrained" in evaluations
+    model, made = load_model(tmp_path / "first")
+    assert made.plan.backbone.digest is None
+    # Its statistics are learnt.
+    assert float(abs(model.model.backbone.bn1.mean[...]).max()) > 0
+    assert not nnx.state(model, Frozen)
+    file = tmp_path / "first.safetensors"
+    export(learn.load_embedder(tmp_path / "first"), file)
+    config = configured(folder, file, "frozen")
+    learn.run(config, tmp_path / "second", progress=False)
+    assert "ResNet-like" in "\n".join(RunRecord.read(tmp_path / "second").notes)
+
+
+def test_given_triplets_on_kept_features(own_data_dir, folder, resnet, tmp_path):
+    files = [sorted(map(str, kind.glob("*"))) for kind in sorted(folder.glob("*/*"))]
+    lines = ["anchor,positive,negative"]
+    for i, own in enumerate(files):
+        other = files[(i + 1) % len(files)]
+        lines += [f"{own[j]},{own[j + 1]},{other[j]}" for j in range(6)]
+    (tmp_path / "triplets.csv").write_text("\n".join(lines))
+    config = learn.Config(
+        triplets=str(tmp_path / "triplets.csv"),
+        backbone=str(resnet),
+        backbone_training="frozen",
+        size=32,
+        steps=3,
+        triplets_per_batch=4,
+    )
+    evaluations = learn.run(config, tmp_path / "run", progress=False)
+    assert 0 <= evaluations["trained"]["triplet_accuracy"] <= 100
+    assert (tmp_path / "run" / "triplets.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--backbone", "none.safetensors"], "none.safetensors"),
+        (["--backbone", "pickle.pth"], "is a pickle"),
+        (
+            ["--backbone", "FILE", "--model", "cnn"],
+            "model is of no use with a backbone",
+        ),
+        (["--backbone-training", "top"], "of no use without a backbone"),
+        (["--hidden", "8"], "hidden is of no use without a backbone"),
+        (["--model", "resnet18", "--views", "2"], "views is of no use with model"),
+        (["--backbone", "FILE", "--size", "16"], "size must be at least 32"),
+        (["--backbone", "FILE", "--views", "0"], "views must be at least 1"),
+        (["--backbone", "FILE", "--rotation_classes", "4"], "cannot be turned"),
+        (["--backbone", "FILE", "--backbone-training", "some"], "invalid choice"),
+    ],
+)
+def test_bad_arguments(arguments, words, own_data_dir, resnet, tmp_path, capsys):
+    (tmp_path / "pickle.pth").write_bytes(b"PK\x03\x04")
+    arguments = [str(resnet) if x == "FILE" else x for x in arguments]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        try:
+            status = cli.main(["train", *arguments, "--out", "run"])
+        except SystemExit as stopped:
+            status = stopped.code
+    told = capsys.readouterr().err
+    assert status == 2
+    assert words in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_file_than_the_run_began_with(trained, folder, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file(by_hand.small_resnet(seed=2), other)
+    shutil.copytree(trained / "frozen", tmp_path / "run")
+    config = configured(folder, other, "frozen", steps=8)
+    with pytest.raises(ValueError, match="no longer what the run began with"):
+        learn.run(config, tmp_path / "run", resume=True, progress=False)
+
+
+def test_a_damaged_copy_of_the_weights(trained, tmp_path):
+    shutil.copytree(trained / "frozen", tmp_path / "run")
+    kept = tmp_path / "run" / "backbone.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(ValueError, match="is damaged"):
+        learn.load_embedder(tmp_path / "run")

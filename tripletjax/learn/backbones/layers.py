@@ -1,0 +1,285 @@
+"""Layers as PyTorch has them, in forms that are fast on CPUs and can be exported."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+
+# Images of so many pixels or fewer are convolved as a product: XLA's convolution is some
+# 40 times slower on CPUs (jax 0.10.2, 2 x 2 pixels, benchmarks/backbone.py).
+SMALL = 9
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation, of statistics that are frozen unless they are to be learnt.
+
+    ``y = (x - mean) / sqrt(var + eps) * scale + bias``
+
+    Args:
+        channels: of what comes in, its last axis.
+        eps: added to the variance.
+        learn_statistics: whether, in training, those of the batch are used, and the
+            kept ones follow them: for networks that begin from nothing.
+    """
+
+    def __init__(
+        self, channels: int, *, eps: float = 1e-5, learn_statistics: bool = False
+    ):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.mean = nnx.BatchStat(jnp.zeros(channels))
+        self.var = nnx.BatchStat(jnp.ones(channels))
+        self.eps, self.learn_statistics = eps, learn_statistics
+        # What `train` and `eval` of Flax set.
+        self.deterministic = False
+
+    def __call__(self, x: Array) -> Array:
+        mean, var = self.mean[...], self.var[...]
+        if self.learn_statistics and not self.deterministic:
+            axes = tuple(range(x.ndim - 1))
+            exact = x.astype(jnp.float32)
+            mean = exact.mean(axes)
+            var = jnp.maximum((exact * exact).mean(axes) - mean * mean, 0)
+            n = x.size // x.shape[-1]
+            # As PyTorch: the kept variance is without bias.
+            for kept, new in ((self.mean, mean), (self.var, var * (n / max(n - 1, 1)))):
+                kept[...] = 0.9 * kept[...] + 0.1 * jax.lax.stop_gradient(new)
+        scale = self.scale[...] * jax.lax.rsqrt(var + self.eps)
+        shift = self.bias[...] - mean * scale
+        return x * scale.astype(x.dtype) + shift.astype(x.dtype)
+
+
+class Conv(nnx.Module):
+    """A convolution whose padding is the same at both ends.
+
+    Args:
+        in_channels: of what comes in.
+        out_channels: of what comes out.
+        size: of the kernel, height and width if they differ.
+        stride: how far apart its places are.
+        padding: how many zeros are added at each end, down and across if they differ.
+        bias: whether one is added.
+        dtype: what is computed in; parameters stay float32.
+        rngs: Flax random number streams, with ``params``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int | tuple[int, int],
+        stride: int = 1,
+        padding: int | tuple[int, int] = 0,
+        *,
+        bias: bool = False,
+        dtype: DTypeLike | None,
+        rngs: nnx.Rngs,
+    ):
+        height, width = (size, size) if isinstance(size, int) else size
+        down, across = (padding, padding) if isinstance(padding, int) else padding
+        init = nnx.initializers.he_normal()
+        shape = height, width, in_channels, out_channels
+        self.kernel = nnx.Param(init(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(out_channels)) if bias else None
+        self.stride, self.padding = stride, ((down, down), (across, across))
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        x, kernel = nnx.nn.dtypes.promote_dtype((x, self.kernel[...]), dtype=self.dtype)
+        padding = self.padding
+        if self.stride > 1:
+            x, kernel = _without_stride(x, kernel, self.stride, padding)
+            padding = ((0, 0), (0, 0))
+        if kernel.shape[:2] == (1, 1):
+            # As a product it takes less time on CPUs, and a third with its gradients.
+            y = x @ kernel[0, 0]
+        elif x.shape[1] * x.shape[2] <= SMALL:
+            y = _as_product(x, kernel, padding)
+        else:
+            y = jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def _as_product(x: Array, kernel: Array, padding: tuple[tuple[int, int], ...]) -> Array:
+    """A convolution as one product, for small images."""
+    (height, width), (down, across) = kernel.shape[:2], padding
+    x = padded(padded(x, 1, *down), 2, *across)
+    rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1
+    seen = [
+        x[:, top : top + rows, left : left + columns]
+        for top in range(height)
+        for left in range(width)
+    ]
+    return jnp.concatenate(seen, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _without_stride(
+    x: Array, kernel: Array, stride: int, padding: tuple[tuple[int, int], ...]
+) -> tuple[Array, Array]:
+    """Images and a kernel whose convolution without stride or padding is the same.
+
+    Every ``stride x stride`` pixels become one with all of their channels. XLA's
+    gradient of a convolution with a stride takes many times longer on CPUs.
+    """
+    if kernel.shape[:2] == (1, 1):
+        return x[:, ::stride, ::stride], kernel
+    counts = []
+    for axis, (before, after) in zip((1, 2), padding):
+        length, size = x.shape[axis], kernel.shape[axis - 1]
+        places = (length + before + after - size) // stride + 1
+        blocks = -(-size // stride)
+        wanted = places + blocks - 1
+        x = padded(x, axis, before, wanted * stride - length - before)
+        kernel = padded(kernel, axis - 1, 0, blocks * stride - size)
+        counts.append((wanted, blocks))
+    (rows, down), (columns, across) = counts
+    n, channels = x.shape[0], x.shape[-1]
+    x = x.reshape(n, rows, stride, columns, stride, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows, columns, -1)
+    kernel = kernel.reshape(down, stride, across, stride, channels, -1)
+    kernel = kernel.transpose(0, 2, 1, 3, 4, 5)
+    return x, kernel.reshape(down, across, stride * stride * channels, -1)
+
+
+def padded(
+    x: Array, axis: int, before: int, after: int, *, value: float = 0.0
+) -> Array:
+    """Adds a value at both ends of an axis, or cuts its end where `after` is below 0.
+
+    As `jnp.pad` does, which cannot be converted to ONNX for any number of images.
+    """
+    if after < 0:
+        x = jax.lax.slice_in_dim(x, 0, x.shape[axis] + after, axis=axis)
+    edge = jnp.full_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis), value)
+    parts = [edge] * before + [x] + [edge] * after
+    return jnp.concatenate(parts, axis=axis) if len(parts) > 1 else x
+
+
+class DepthwiseConv(nnx.Module):
+    """A convolution of each channel by itself, of an odd size, as large as the image.
+
+    A sum of shifted images: XLA's own takes many times longer on CPUs.
+
+    Args:
+        channels: of what comes in.
+        size: of the kernel.
+        dtype: what is computed in.
+        rngs: Flax random number streams, with ``params``.
+    """
+
+    def __init__(
+        self, channels: int, size: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs
+    ):
+        shape = size, size, 1, channels
+        self.kernel = nnx.Param(nnx.initializers.he_normal()(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        x, kernel, bias = nnx.nn.dtypes.promote_dtype(
+            (x, self.kernel[...], self.bias[...]), dtype=self.dtype
+        )
+        size, _, height, width = *kernel.shape[:2], *x.shape[1:3]
+        wide, side = x, size // 2
+        for axis in (1, 2):
+            wide = padded(wide, axis, side, side)
+        total = jnp.zeros_like(x)
+        for down in range(size):
+            for right in range(size):
+                part = wide[:, down : down + height, right : right + width]
+                total += part * kernel[down, right, 0]
+        return total + bias
+
+
+def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
+    """The maximum over windows of images ``[n, height, width, channels]``.
+
+    Of rows, then of columns, without a window of XLA's, whose gradient is slow on CPUs.
+    Padding is less than all.
+    """
+    lowest = float(jnp.finfo(x.dtype).min)
+    for axis in (1, 2):
+        x = padded(x, axis, padding, padding, value=lowest)
+        places = (x.shape[axis] - size) // stride + 1
+        parts = [
+            jax.lax.slice_in_dim(
+                x, start, start + (places - 1) * stride + 1, stride, axis=axis
+            )
+            for start in range(size)
+        ]
+        x = functools.reduce(jnp.maximum, parts)
+    return x
+
+
+def through(layers: Iterable[Any], x: Array) -> Array:
+    """What layers make of x, one after the other."""
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+class LayerScale(nnx.Module):
+    """A factor for each channel of what a block adds."""
+
+    def __init__(self, channels: int, value: float = 1e-6):
+        self.gamma = nnx.Param(jnp.full(channels, value))
+
+    def __call__(self, x: Array) -> Array:
+        return x * self.gamma[...].astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with a GELU between."""
+
+    def __init__(
+        self, width: int, hidden: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs
+    ):
+        self.fc1 = nnx.Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+def cubic_weights(
+    size: int, out: int, *, antialias: bool = False, offset: float = 0.0
+) -> np.ndarray:
+    """What each of `out` places has of `size`, as PyTorch interpolates cubically.
+
+    Args:
+        size: of what is interpolated.
+        out: of what is made of it.
+        antialias: whether, made smaller, all that a place covers counts.
+        offset: added to `out` for the scale, as DINOv2's own code does.
+
+    Returns:
+        Weights ``[out, size]``, whose rows sum to 1.
+    """
+    scale = size / (out + offset)
+    centre = (np.arange(out) + 0.5) * scale
+    spread = max(scale, 1.0) if antialias else 1.0
+    # Their two filters differ in this.
+    a = -0.5 if antialias else -0.75
+    weights = np.zeros((out, size))
+    for row, middle in enumerate(centre):
+        first = int(np.floor(middle - 2 * spread - 1))
+        places = np.arange(first, int(np.ceil(middle + 2 * spread + 1)))
+        if antialias:
+            places = places[(places >= 0) & (places < size)]
+        x = np.abs(places + 0.5 - middle) / spread
+        near = np.where(
+            x < 1,
+            ((a + 2) * x - (a + 3)) * x * x + 1,
+            np.where(x < 2, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a, 0),
+        )
+        np.add.at(weights[row], np.clip(places, 0, size - 1), near / near.sum())
+    return weights

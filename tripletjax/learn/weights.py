@@ -1,0 +1,353 @@
+"""Parameters of a network from a safetensors file, and back, without gaps or guesses.
+
+Files are of PyTorch's layout: kernels ``[out, in, ...]``. Pickles, as in ``.pth`` and
+``.pt`` files, run code when they are opened, and are refused.
+"""
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+COUNTER = "num_batches_tracked"
+# So many names of a kind are told in an error.
+TOLD = 5
+
+
+class WeightsError(ValueError):
+    """A file that is not weights, or not those of this network."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A rule's target that several arrays fill: this one is the i-th of n equal parts.
+
+    Attributes:
+        target: the path, as of any rule.
+        place: i, from 0.
+        of: n, along the target's last axis, the outputs.
+    """
+
+    target: str
+    place: int
+    of: int
+
+
+class Frozen(nnx.Variable):
+    """A parameter that is not trained."""
+
+
+# What a file is to fill.
+FILLED = nnx.Any(nnx.Param, nnx.BatchStat, Frozen)
+# What becomes of an array: the path that it fills, a part of one, or None: it is not
+# needed.
+Rules = Mapping[str, "str | Part | None"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What was made of a file.
+
+    Attributes:
+        parameters: how many numbers were filled, but statistics.
+        unused: names of arrays that a rule leaves out.
+        dtypes: of the arrays that were used, as the file has them.
+    """
+
+    parameters: int
+    unused: tuple[str, ...]
+    dtypes: tuple[str, ...]
+
+    @property
+    def notes(self) -> list[str]:
+        """What is worth telling of it."""
+        notes = []
+        # Counters of batches are of no interest.
+        if unused := [name for name in self.unused if not name.endswith(COUNTER)]:
+            notes.append(f"not needed of the file: {_several(unused)}")
+        if other := [dtype for dtype in self.dtypes if dtype != "float32"]:
+            notes.append(f"its arrays are {', '.join(other)}; they are made float32")
+        return notes
+
+
+def shapes_of(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the arrays in a safetensors file, by name.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        WeightsError: if it is no whole safetensors file.
+    """
+    with _opened(path) as file:
+        names = file.keys()
+        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+
+
+def digest_of_file(path: str | Path) -> str:
+    """A digest of what a file holds."""
+    with Path(path).open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+    return digest.hexdigest()
+
+
+def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:
+    r"""Fills a network with the arrays of a safetensors file, all or none.
+
+    Every array of the file has exactly one rule, and every parameter and statistic of
+    the network (`nnx.Param`, `nnx.BatchStat`, `Frozen`) is filled once, in its shape.
+    Kernels are turned from PyTorch's ``[out, in, ...]`` to Flax's ``[..., in, out]``.
+
+    Args:
+        model: the network, which may be abstract, as from `nnx.eval_shape`.
+        path: the file.
+        rules: by a regular expression that a whole name matches, what the array fills:
+            the path of a variable with dots between, which may hold ``\1`` for a group
+            of the expression; a `Part` of one; or None for what is not needed.
+
+    Returns:
+        `Loaded`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        WeightsError: if it is no whole safetensors file; or with all that is missing,
+            left over, claimed twice, misshapen or not finite.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from flax import nnx
+    >>> from safetensors.numpy import save_file
+    >>> from tripletjax.learn.weights import load_weights
+    >>> file = tempfile.mkdtemp() + "/fc.safetensors"
+    >>> arrays = {"fc.weight": np.ones((3, 2)), "fc.bias": np.zeros(3)}
+    >>> save_file(arrays | {"step": np.ones(1)}, file)
+    >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    >>> rules = {r"fc\.weight": "kernel", r"fc\.bias": "bias", "step": None}
+    >>> loaded = load_weights(model, file, rules)
+    >>> loaded.parameters, loaded.unused
+    (9, ('step',))
+    >>> print(model(np.ones((1, 2))))
+    [[2. 2. 2.]]
+    """
+    wanted = _variables(model)
+    faults = _Faults()
+    filled: dict[str, list[tuple[Part, np.ndarray]]] = {}
+    unused, dtypes = [], set()
+    with _opened(path) as file:
+        for name in sorted(file.keys()):
+            matches = _targets(rules, name)
+            shape = list(file.get_slice(name).get_shape())
+            if len(matches) != 1:
+                kind = "left over" if not matches else "named by several rules"
+                faults.add(kind, f"{name} {shape}")
+                continue
+            ((part, place),) = matches
+            if part is None:
+                unused.append(name)
+                continue
+            if place not in wanted:
+                faults.add("left over", f"{name} {shape}, for {place}")
+                continue
+            array = file.get_tensor(name)
+            shape = list(wanted[place].shape)
+            shape[-1:] = [shape[-1] // part.of] if shape else []
+            fitted = _fitted(array, place, shape)
+            if fitted is None:
+                faults.add(
+                    "misshapen",
+                    f"{name} {list(array.shape)}, for {place}, which is {shape} here",
+                )
+            elif not np.isfinite(fitted).all():
+                faults.add("not finite", name)
+            dtypes.add(array.dtype.name)
+            fitted = np.zeros(shape, np.float32) if fitted is None else fitted
+            filled.setdefault(place, []).append((part, fitted))
+    values = {}
+    for place, variable in wanted.items():
+        parts = sorted(filled.get(place, ()), key=lambda one: one[0].place)
+        places = [part.place for part, _ in parts]
+        if not parts:
+            faults.add("missing", f"{place} {list(variable.shape)}")
+        elif places != list(range(parts[0][0].of)):
+            doubled = len(set(places)) < len(places)
+            faults.add("filled twice" if doubled else "missing", f"parts of {place}")
+        else:
+            whole = np.concatenate([np.atleast_1d(x) for _, x in parts], axis=-1)
+            values[place] = whole.reshape(variable.shape)
+    faults.check(f"{path} does not fit {type(model).__name__}")
+    _fill(model, values)
+    return Loaded(
+        sum(
+            math.prod(variable.shape)
+            for variable in wanted.values()
+            if not isinstance(variable, nnx.BatchStat)
+        ),
+        tuple(unused),
+        tuple(sorted(dtypes)),
+    )
+
+
+def save_weights(
+    model: nnx.Module,
+    path: str | Path,
+    *,
+    like: str | Path | None = None,
+    rules: Rules | None = None,
+) -> None:
+    """Writes the parameters and statistics of a network as a safetensors file.
+
+    They have PyTorch's layout and names: those of the file that the network was loaded
+    from, or ``weight`` for kernels and scales, ``running_mean`` and ``running_var``
+    after the network's own, with the counters of batches that PyTorch's strict loading
+    wants.
+
+    Args:
+        model: the network.
+        path: the file to write.
+        like: the file that it was loaded from, if from one: what was not needed of it
+            is left out.
+        rules: as of `load_weights`, of that file.
+    """
+    values = {
+        place: np.asarray(variable[...])
+        for place, variable in _variables(model).items()
+    }
+    arrays = _named_by_torch(values) if like is None else {}
+    if like is not None:
+        with _opened(like) as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+                if name.endswith(COUNTER):
+                    arrays[name] = file.get_tensor(name)
+                for part, place in _targets(rules or {}, name):
+                    if part is not None:
+                        piece = np.split(values[place], part.of, axis=-1)[part.place]
+                        shape = file.get_slice(name).get_shape()
+                        arrays[name] = _to_torch(piece, place).reshape(shape)
+    # Arrays that are turned are not written as they look.
+    save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path)
+
+
+def _named_by_torch(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    arrays = {}
+    for place, value in values.items():
+        before, _, last = place.rpartition(".")
+        arrays[f"{before}.{TORCH_NAMES.get(last, last)}"] = _to_torch(value, place)
+        if last == "var":
+            arrays[f"{before}.{COUNTER}"] = np.zeros((), np.int64)
+    return arrays
+
+
+def _targets(rules: Rules, name: str) -> list[tuple[Part | None, str]]:
+    """What the rules that match a name fill, None for nothing, and its path."""
+    found = []
+    for rule, target in rules.items():
+        if match := re.fullmatch(rule, name):
+            part = Part(target, 0, 1) if isinstance(target, str) else target
+            found.append((part, match.expand(part.target) if part else ""))
+    return found
+
+
+# What PyTorch calls what ends the path of a variable here.
+TORCH_NAMES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
+
+def _variables(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """Parameters and statistics, by path."""
+    state = nnx.state(model, FILLED)
+    flat: Any = nnx.to_flat_state(state)
+    return {".".join(map(str, path)): variable for path, variable in flat}
+
+
+def _fill(model: nnx.Module, values: Mapping[str, np.ndarray]) -> None:
+    state = nnx.state(model, FILLED)
+    flat: Any = nnx.to_flat_state(state)
+    new = [
+        (
+            path,
+            variable.replace(
+                jnp.asarray(values[".".join(map(str, path))], variable.dtype)
+            ),
+        )
+        for path, variable in flat
+    ]
+    nnx.update(model, nnx.from_flat_state(new))
+
+
+def _fitted(array: np.ndarray, place: str, shape: Sequence[int]) -> np.ndarray | None:
+    """An array in the layout and the shape of a variable, or None if it cannot be."""
+    if not jax.dtypes.issubdtype(array.dtype, np.floating):
+        return None
+    array = array.astype(np.float32)
+    if place.endswith("kernel"):
+        array = _to_flax(array)
+    # Scales of channels may have empty axes.
+    same = [n for n in array.shape if n > 1] == [n for n in shape if n > 1]
+    return array.reshape(shape) if same else None
+
+
+def _to_flax(kernel: np.ndarray) -> np.ndarray:
+    """From ``[out, in, ...]`` to ``[..., in, out]``."""
+    axes = *range(2, kernel.ndim), 1, 0
+    return kernel.transpose(axes) if kernel.ndim > 1 else kernel
+
+
+def _to_torch(array: np.ndarray, place: str) -> np.ndarray:
+    if not place.endswith("kernel"):
+        return array
+    last = array.ndim - 1
+    return array.transpose(last, last - 1, *range(last - 1))
+
+
+class _Faults:
+    """What is wrong with a file, by kind."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, list[str]] = {}
+
+    def add(self, kind: str, what: str) -> None:
+        self.kinds.setdefault(kind, []).append(what)
+
+    def check(self, title: str) -> None:
+        if self.kinds:
+            told = (f"{kind}: {_several(of)}" for kind, of in self.kinds.items())
+            raise WeightsError(f"{title}; {'; '.join(told)}.")
+
+
+def _several(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - TOLD:,} more" if len(names) > TOLD else ""
+    return ", ".join(names[:TOLD]) + more
+
+
+def _opened(path: str | Path) -> Any:
+    path = Path(path)
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; weights are one safetensors file.")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if not start:
+        raise WeightsError(f"{path} is empty: 0 bytes.")
+    # Zip archives and pickles; after eight bytes safetensors has its header.
+    if start[8:] != b"{" and (start[:2] == b"PK" or start[0] == 0x80):
+        raise WeightsError(
+            f"{path} is a pickle of PyTorch's, which could run any code when it is "
+            "opened: it is not. Make a safetensors file of it, as docs/backbones.md "
+            "shows."
+        )
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is no whole safetensors file: {error}.") from error
