@@ -234,6 +234,28 @@ def test_a_trained_backbone_is_written_for_another_run(trained, resnet, tmp_path
         export(learn.load_embedder(trained / "frozen"), tmp_path / "no.safetensors")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vit", "convnext", "inception-resnet-v1"])
+def test_every_family_is_exported(own_data_dir, folder, family, tmp_path):
+    make = {
+        "vit": by_hand.small_vit,
+        "convnext": by_hand.small_convnext,
+        "inception-resnet-v1": by_hand.small_inception_resnet,
+    }[family]
+    file = tmp_path / "weights.safetensors"
+    save_file(make(), file)
+    size = {"vit": 40, "convnext": 40, "inception-resnet-v1": 92}[family]
+    config = configured(folder, file, "top", size=size, steps=2)
+    learn.run(config, tmp_path / "run", progress=False)
+    embedder = learn.load_embedder(tmp_path / "run")
+    for suffix in (".stablehlo", ".onnx", ".safetensors"):
+        made = export(embedder, tmp_path / f"model{suffix}", check=folder)
+        assert made.difference < 1e-4
+    if family == "vit":
+        # Sides of 40 and 32 pixels, rounded to patches of 14.
+        assert (embedder.view.height, embedder.view.width) == (28, 42)
+
+
 def test_from_nothing_and_on(own_data_dir, folder, tmp_path, monkeypatch):
     small = {"blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 8), "bottleneck": False}
     monkeypatch.setitem(backbones.UNTRAINED, "resnet18", small)
@@ -285,7 +307,7 @@ def test_given_triplets_on_kept_features(own_data_dir, folder, resnet, tmp_path)
         (["--backbone-training", "top"], "of no use without a backbone"),
         (["--hidden", "8"], "hidden is of no use without a backbone"),
         (["--model", "resnet18", "--views", "2"], "views is of no use with model"),
-        (["--backbone", "FILE", "--size", "16"], "size must be at least 32"),
+        (["--backbone", "FILE", "--size", "4"], "size must be at least 8"),
         (["--backbone", "FILE", "--views", "0"], "views must be at least 1"),
         (["--backbone", "FILE", "--rotation_classes", "4"], "cannot be turned"),
         (["--backbone", "FILE", "--backbone-training", "some"], "invalid choice"),

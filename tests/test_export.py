@@ -87,7 +87,7 @@ def test_views_are_pillows_to_the_bit(size, seen, box):
     np.testing.assert_array_equal(resampling(view, *size)(images), view(images))
 
 
-@pytest.mark.parametrize("suffix", exports.SUFFIXES)
+@pytest.mark.parametrize("suffix", exports.FUNCTIONS)
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("cnn", SHAPE), ("photo", SHAPE), ("multiscale", (20, 24, 3)), ("resnet", SHAPE)],
@@ -161,14 +161,16 @@ def test_what_differs_is_not_kept(tmp_path, monkeypatch):
 
 def test_bad_exports_are_named(tmp_path, monkeypatch):
     embedder = untrained("cnn")
-    with pytest.raises(ValueError, match=r"out must end in \.onnx or \.stablehlo"):
+    with pytest.raises(
+        ValueError, match=r"out must end in \.onnx, \.stablehlo, \.safetensors"
+    ):
         export(embedder, tmp_path / "model.pt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="there is no image in"):
         export(embedder, tmp_path / "model.onnx", check=tmp_path / "empty")
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
-    for suffix in exports.SUFFIXES:
+    for suffix in exports.FUNCTIONS:
         with pytest.raises(ImportError, match=r"tripletjax\[train,export\]"):
             export(embedder, tmp_path / f"model{suffix}")
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]

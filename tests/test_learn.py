@@ -852,7 +852,9 @@ def test_choices_by_the_data(shape, kinds, each, expected):
     assert made == expected
     assert plan.augment.flip == (shape[-1] == 3)
     assert plan.embed_chunk_size == of.size
-    assert None not in dataclasses.asdict(plan).values()
+    assert [name for name, x in dataclasses.asdict(plan).items() if x is None] == [
+        "backbone"
+    ]
     own = runs.Config(
         model="multiscale", classes=2, per_class=3, rotation_classes=1, steps=5
     )

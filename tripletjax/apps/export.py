@@ -35,7 +35,8 @@ from tripletjax.learn.weights import save_weights, shapes_of
 # Of each file the largest difference from the run that is let through.
 TOLERANCE = 1e-4
 PLATFORMS = ("cpu", "cuda", "tpu")
-SUFFIXES = (".onnx", ".stablehlo", ".safetensors")
+FUNCTIONS, WEIGHTS = (".onnx", ".stablehlo"), ".safetensors"
+SUFFIXES = (*FUNCTIONS, WEIGHTS)
 # So many images are compared.
 COMPARED = 32
 # Pillow's fixed point, in two halves whose sums float32 holds exactly.
@@ -100,7 +101,7 @@ def export(
         raise ValueError(f"out must end in {', '.join(SUFFIXES)}, got {out}.")
     if out.exists():
         raise FileExistsError(f"{out} is there; it is left as it is.")
-    weights = out.suffix == ".safetensors"
+    weights = out.suffix == WEIGHTS
     if weights:
         _check_trained_backbone(embedder)
     notes = ()
@@ -144,11 +145,11 @@ def _check_trained_backbone(embedder: Embedder) -> None:
     plan = embedder.record.plan.backbone
     if plan is None:
         raise ValueError(
-            "out is .safetensors, for the weights of a backbone, but the run has none."
+            f"out is {WEIGHTS}, for the weights of a backbone, but the run has none."
         )
-    if plan.frozen:
+    if plan.training == "frozen":
         raise ValueError(
-            "out is .safetensors, for the weights of a backbone, but that of the run "
+            f"out is {WEIGHTS}, for the weights of a backbone, but that of the run "
             "was not trained: it is the file that the run began with."
         )
 

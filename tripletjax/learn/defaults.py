@@ -128,13 +128,13 @@ def plan_for_classes(
             "whose images are to be nearer to each other than to all others"
         )
     backbone = _backbone_plan(config, start, len(images))
-    if turns > 1 and backbone is not None and backbone.frozen:
+    if turns > 1 and backbone is not None and backbone.training == "frozen":
         raise ValueError(
             "rotation_classes must be 1 with a frozen backbone, whose features cannot "
             f"be turned; got {turns}."
         )
     size = 160 if many else 128
-    if start is not None and backbone is not None and not backbone.frozen:
+    if start is not None and backbone is not None and backbone.training != "frozen":
         pixels = (start.size(config) or PHOTO_SIZE) ** 2
         size = min(size, max(32, BATCH // pixels))
     per_class = config.per_class or (4 if many else 8)
@@ -222,17 +222,23 @@ def _plan(
     else:
         size = max(1, round(sides[1]))
     if start is not None and backbone is not None:
-        size = max(start.size(config) or size, start.backbone.least)
-        if config.size is not None and config.size < size:
+        # The shorter side has to do, too.
+        least = math.ceil(start.backbone.least * sides[1] / sides[0])
+        if config.size is not None and config.size < least:
             raise ValueError(
-                f"size must be at least {size} for {start.backbone.title}, got "
+                f"size must be at least {least} for {start.backbone.title}, got "
                 f"{config.size}."
             )
+        size = max(start.size(config) or size, least)
         if start.digest is not None:
             steps, learning_rate = STEPS[backbone.training], 1e-3
         notes += _about_backbone(start, backbone, shape, size)
     chunk = config.embed_chunk_size or batches.size
-    if backbone is not None and not backbone.frozen and not config.embed_chunk_size:
+    if (
+        backbone is not None
+        and backbone.training != "frozen"
+        and not config.embed_chunk_size
+    ):
         chunk = min(chunk, max(8, CHUNK // size**2))
     model = (config.model if start is None else "backbone") or (
         "photo" if photos else "resnet" if shape[-1] > 1 else "cnn"

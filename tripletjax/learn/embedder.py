@@ -55,7 +55,7 @@ def load_model(run_dir: str | Path) -> tuple[Standardized, RunRecord]:
     part = model
     if backbone is not None:
         part = pretrained.trained_part(model, backbone.training)
-        if backbone.frozen:
+        if backbone.training == "frozen":
             fill_backbone(model, made, run_dir)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(

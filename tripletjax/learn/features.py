@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from tripletjax.learn.augment import Augment
 from tripletjax.learn.embedder import as_floats, batch_size_for, embed_images
-from tripletjax.learn.image_cache import ImageArray, KeptFeatures, digest_of
+from tripletjax.learn.image_cache import KeptFeatures, Pixels, digest_of
 
 # Another number makes them be made again.
 FORMAT = 1
@@ -83,7 +83,7 @@ class FeatureCache:
         self.network, self.directory = network, root / digest.hexdigest()
 
     def of(
-        self, images: ImageArray, views: Sequence[View], *, what: str, progress: bool
+        self, images: Pixels, views: Sequence[View], *, what: str, progress: bool
     ) -> KeptFeatures:
         """The features of images, made now where they are not kept.
 

@@ -75,10 +75,6 @@ class BackbonePlan:
     digest: str | None
     multiple: int
 
-    @property
-    def frozen(self) -> bool:
-        return self.training == "frozen"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -142,6 +138,11 @@ class Plan:
         return view
 
     @property
+    def backbone_training(self) -> str | None:
+        """What of a backbone is trained; None of another network."""
+        return None if self.backbone is None else self.backbone.training
+
+    @property
     def frozen(self) -> bool:
         """Whether a head alone is trained, on features that are kept."""
-        return self.backbone is not None and self.backbone.frozen
+        return self.backbone_training == "frozen"

@@ -144,7 +144,7 @@ def run(
     if plan.frozen:
         task = _on_features(task, model, plan, progress=progress)
         batches = task.batches(plan)
-    trained = pretrained.trained_part(model, plan.backbone and plan.backbone.training)
+    trained = pretrained.trained_part(model, plan.backbone_training)
     log = MetricsLog(out / "metrics.jsonl")
     if tensorboard:
         log.show_in(out / "tensorboard")
@@ -218,7 +218,7 @@ def run(
                 log.add(line)
 
     model, _ = load_model(out)
-    trained = pretrained.trained_part(model, plan.backbone and plan.backbone.training)
+    trained = pretrained.trained_part(model, plan.backbone_training)
     embeddings["trained"] = functools.partial(embed_images, trained)
     evaluations["trained"] = task.evaluate(embeddings["trained"])
     log.truncate_after(plan.steps)
@@ -297,7 +297,9 @@ def _on_features(
 
     def features(images: ImageArray, what: str) -> ImageArray:
         views = drawn if what == "train" else fixed
-        return cache.of(images, views, what=f"{what} images", progress=progress)
+        return cache.of(
+            pixels_of(images), views, what=f"{what} images", progress=progress
+        )
 
     made = task.on_features(features)
     if progress:

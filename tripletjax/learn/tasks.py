@@ -81,7 +81,9 @@ class LabelTask:
         parts = "train", "validation", "test"
         return {part: len(getattr(self.dataset, part)) for part in parts}
 
-    def plan(self, config: Config, start: Start | None) -> tuple[Plan, list[str]]:
+    def plan(
+        self, config: Config, start: Start | None = None
+    ) -> tuple[Plan, list[str]]:
         return defaults.plan_for_classes(config, self.dataset, start)
 
     def seen(self, plan: Plan) -> "LabelTask":
@@ -249,7 +251,9 @@ class TripletTask:
         counts = {part: len(getattr(self.dataset, part)) for part in parts}
         return counts | {"left_out": self.dataset.left_out}
 
-    def plan(self, config: Config, start: Start | None) -> tuple[Plan, list[str]]:
+    def plan(
+        self, config: Config, start: Start | None = None
+    ) -> tuple[Plan, list[str]]:
         return defaults.plan_for_triplets(config, self.dataset, start)
 
     def seen(self, plan: Plan) -> "TripletTask":

@@ -58,12 +58,21 @@ class Family:
 def _family(
     network: Callable[..., nnx.Module], module: Any, pixels: Any, size: int, least: int
 ) -> Family:
-    functions = module.options_of, module.rules_of, module.title_of
-    return Family(network, *functions, *pixels, size, least)
+    mean, std = pixels
+    return Family(
+        network=network,
+        options_of=module.options_of,
+        rules_of=module.rules_of,
+        title_of=module.title_of,
+        mean=mean,
+        std=std,
+        size=size,
+        least=least,
+    )
 
 
 FAMILIES = {
-    "resnet": _family(resnet.ResNet, resnet, IMAGENET, 224, 32),
+    "resnet": _family(resnet.ResNet, resnet, IMAGENET, 224, 8),
     "vit": _family(vit.ViT, vit, IMAGENET, 224, 1),
     "convnext": _family(convnext.ConvNeXt, convnext, IMAGENET, 224, 32),
     "inception-resnet-v1": _family(

@@ -11,9 +11,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-
-# Images of so many pixels or fewer are convolved as a product: XLA's convolution is some
-# 40 times slower on CPUs (jax 0.10.2, 2 x 2 pixels, benchmarks/backbone.py).
+# Images of so many pixels or fewer are convolved as a product: of these XLA is some
+# 40 times slower on CPUs (jax 0.10.2, 2 x 2 pixels of 512 channels).
 SMALL = 9
 
 

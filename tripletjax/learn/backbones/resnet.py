@@ -1,6 +1,6 @@
 """ResNet, as torchvision and timm have it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,12 +46,12 @@ class ResNet(nnx.Module):
         self.conv1 = Conv(3, widths[0], 7, 2, 3, **options)
         self.bn1 = BatchNorm(widths[0], learn_statistics=learn_statistics)
         options["learn_statistics"] = learn_statistics
+        kind: Callable[..., nnx.Module] = _Bottleneck if bottleneck else _Basic
         stages, incoming = [], widths[0]
         for stage, (depth, width) in enumerate(zip(blocks, widths)):
             made = []
             for block in range(depth):
                 stride = 2 if stage and not block else 1
-                kind = _Bottleneck if bottleneck else _Basic
                 made.append(kind(incoming, width, stride, **options))
                 incoming = width * (EXPANSION if bottleneck else 1)
             stages.append(nnx.List(made))

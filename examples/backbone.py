@@ -1,0 +1,97 @@
+"""Somebody else's network, in Flax NNX, trained by this library's loop.
+
+Any `nnx.Module` from images to features will do: of a package such as jimm or bonsai,
+or your own. Here it is a small stand-in that gets its weights from a safetensors file,
+by rules, as a pretrained one would.
+
+    python examples/backbone.py
+"""
+
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from safetensors.numpy import save_file
+from sklearn.datasets import load_digits
+
+import tripletjax as tj
+from tripletjax import learn
+from tripletjax.learn import sampling, training
+
+
+class TheirNetwork(nnx.Module):
+    """Stands for a network of another package: from images to 32 features."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(1, 32, (3, 3), strides=2, rngs=rngs)
+        self.norm = nnx.BatchNorm(32, use_running_average=True, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return jax.nn.relu(self.norm(self.conv(images))).mean(axis=(1, 2))
+
+
+class Embedder(nnx.Module):
+    """Their network with a head, from images to unit vectors."""
+
+    def __init__(self, network: nnx.Module, features: int, *, rngs: nnx.Rngs):
+        self.network = network
+        self.head = nnx.Linear(features, 32, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = self.head(self.network(images))
+        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def a_file_of_weights() -> Path:
+    """Stands for the file that you have, in PyTorch's names and layout."""
+    file, draw = (
+        Path(tempfile.mkdtemp()) / "theirs.safetensors",
+        np.random.default_rng(7),
+    )
+    arrays = {
+        "conv.weight": draw.normal(0, 0.3, (32, 1, 3, 3)),
+        "conv.bias": np.zeros(32),
+        "norm.weight": np.ones(32),
+        "norm.bias": np.zeros(32),
+        "norm.running_mean": np.zeros(32),
+        "norm.running_var": np.ones(32),
+        "norm.num_batches_tracked": np.array(1),
+        "classifier.weight": np.ones((10, 32)),
+    }
+    save_file(arrays, file)
+    return file
+
+
+def main() -> None:
+    network = TheirNetwork(nnx.Rngs(0))
+    loaded = learn.load_weights(
+        network,
+        a_file_of_weights(),
+        {
+            r"conv\.weight": "conv.kernel",
+            r"conv\.bias": "conv.bias",
+            r"norm\.weight": "norm.scale",
+            r"norm\.bias": "norm.bias",
+            r"norm\.running_(mean|var)": r"norm.\1",
+            r"norm\.num_batches_tracked|classifier\.weight": None,
+        },
+    )
+    print(f"{loaded.parameters:,} parameters; not needed: {', '.join(loaded.unused)}")
+
+    digits, labels = map(np.array, load_digits(return_X_y=True))
+    images = (15 * digits).astype("uint8").reshape(-1, 8, 8, 1)
+    model = Embedder(network, 32, rngs=nnx.Rngs(0))
+    batches = sampling.ImageBatches(images[:898], labels[:898], 10, 8)
+    for line in training.fit(model, optax.adam(3e-3), batches, steps=200, log_every=50):
+        print({name: round(value, 3) for name, value in line.items()})
+    x = training.embed_images(model, images[898:])
+    recall = tj.retrieval.recall_at_k(x, labels[898:], ks=(1,))
+    print(f"recall@1 of images never seen: {float(recall[0]):.3f}")
+
+
+if __name__ == "__main__":
+    main()
