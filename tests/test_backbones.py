@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from tripletjax.learn import backbones, pretrained, weights
 from tripletjax.learn.backbones.layers import BatchNorm, Conv, max_pool
+from tripletjax.learn.embedder import embed_images
 
 # A file of each family, its network by hand, and two sizes of images.
 NETWORKS = {
@@ -80,7 +81,7 @@ def test_the_gradient_is_the_slope_by_hand(tmp_path, name):
         float((forward(exact, x + s * along) @ towards).sum()) for s in (step, -step)
     ]
     slope = (ends[0] - ends[1]) / (2 * step)
-    gradient = jax.grad(loss)(x.transpose(0, 2, 3, 1).astype(np.float32))
+    gradient = jax.jit(jax.grad(loss))(x.transpose(0, 2, 3, 1).astype(np.float32))
     got = float((np.asarray(gradient, np.float64) * along.transpose(0, 2, 3, 1)).sum())
     assert got == pytest.approx(slope, rel=1e-3)
 
@@ -266,6 +267,19 @@ def test_images_that_do_not_fit_a_patch(tmp_path):
     network, _ = backbones.load(written(tmp_path, by_hand.small_vit()))
     with pytest.raises(ValueError, match="multiples of 14 pixels, got 8 x 8"):
         network(jnp.zeros((1, 8, 8, 3)))
+
+
+def test_a_model_with_a_list_is_named():
+    class Listed(nnx.Module):
+        def __init__(self):
+            self.kernel = nnx.Param(jnp.ones(3))
+            self.padding = [(1, 1)]
+
+        def __call__(self, images):
+            return images.mean(axis=(1, 2)) * self.kernel[...]
+
+    with pytest.raises(TypeError, match="static attribute that cannot be hashed"):
+        embed_images(Listed(), np.zeros((2, 4, 4, 3), np.uint8))
 
 
 def test_names_of_networks():

@@ -164,7 +164,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         (how, "learning-rate", float, "at its peak"),
         (how, "dim", int, "dimensions of the embedding"),
         (how, "hidden", int, "width of a second layer of the head on a backbone"),
-        (how, "views", int, "views of each image for a frozen backbone (default: 4)"),
+        (how, "views", int, "views of each image for a frozen backbone (default: 2)"),
         (how, "classes", int, "classes in a batch"),
         (how, "per-class", int, "images of each class in a batch"),
         (how, "triplets-per-batch", int, "given triplets in a batch"),

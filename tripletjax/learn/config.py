@@ -44,7 +44,8 @@ class Config:
             that `backbones` knows.
         backbone_training: what of it is trained: frozen, top or all.
         hidden: of a head of two layers on it, the width between; 0 for one layer.
-        views: of each image that a frozen one sees, how many features are kept.
+        views: of each image that a frozen one sees, how many features are kept: of
+            itself, of its mirror image where that counts, and the rest at random.
         mirror: whether an embedding is the mean of an image's and its mirror image's.
         mining: which triplets to train on: all, semi-hard or hard.
         steps: how many steps to train.

@@ -47,7 +47,7 @@ PHOTOS = Augment(
 # On CPUs fewer images than this are learnt from with a backbone that stays as it is.
 FEW = 5000
 # Of each image features of so many views are kept.
-VIEWS = 4
+VIEWS = 2
 # By what of a backbone is trained.
 STEPS = {"frozen": 1000, "top": 300, "all": 300}
 # A backbone that is trained sees about so many pixels at a time, and in a batch.

@@ -274,6 +274,17 @@ def _embed(graph: nnx.GraphDef, state: nnx.State, images: Array) -> Array:
     return nnx.merge(graph, state)(as_floats(images))
 
 
+def check_static(graph: nnx.GraphDef) -> None:
+    """Raises TypeError for a model that cannot be told from others when compiled."""
+    try:
+        hash(graph)
+    except TypeError as error:
+        raise TypeError(
+            f"model has a static attribute that cannot be hashed ({error}): make lists "
+            "of numbers tuples, lists of modules nnx.List."
+        ) from None
+
+
 def batch_size_for(images: ImageSource) -> int:
     """How many images are embedded at a time, if nothing is asked for."""
     if len(images.shape) != 4:
@@ -289,6 +300,7 @@ def embed_images(
     They are uint8, or floats from 0 to 1.
     """
     graph, state = nnx.split(model)
+    check_static(graph)
     batch_size = batch_size or batch_size_for(images)
     embeddings = []
     for start in range(0, len(images), batch_size):

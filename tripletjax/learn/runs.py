@@ -3,6 +3,7 @@
 A run directory holds
 
 - ``config.json``: what was asked for, and every choice that was made (`RunRecord`);
+- ``backbone.safetensors``: a copy of the weights that it began with, if any;
 - ``metrics.jsonl``: a line of numbers every few steps, validations and evaluations;
 - ``checkpoints/``: the last two states, from which a run goes on;
 - ``best/``: the model that did best in validation, and the one before;
@@ -124,11 +125,11 @@ def run(
     plan = made.plan
     # What is asked for and cannot be is told before anything is written.
     batches = task.batches(plan)
-    out.mkdir(parents=True, exist_ok=True)
+    if made != old:
+        out.mkdir(parents=True, exist_ok=True)
+        made.write(out)
     if start is not None and start.digest is not None:
         _keep_backbone(config, start.digest, out)
-    if made != old:
-        made.write(out)
 
     if progress:
         counts = (f"{n:,} {part.replace('_', ' ')}" for part, n in task.counts.items())
@@ -310,6 +311,9 @@ def _on_features(
 def _before(model: Standardized, plan: Plan) -> tuple[str, tasks.Embed]:
     """What there is before training, and its name."""
     if plan.backbone is None or plan.backbone.digest is None:
+        if plan.backbone is not None:
+            # Statistics that are kept, not those of what is embedded.
+            model.eval()
         return "untrained", functools.partial(embed_images, model)
     alone: nnx.Module = pretrained.MeanDirection(1 + plan.mirror)
     if not plan.frozen:

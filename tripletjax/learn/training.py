@@ -24,6 +24,7 @@ from jax import Array
 from tqdm import tqdm
 
 from tripletjax.learn.checkpoints import Checkpoints
+from tripletjax.learn.embedder import check_static
 from tripletjax.learn.embedder import embed_images as embed_images
 from tripletjax.learn.objectives import Loss, mined_loss
 from tripletjax.learn.steps import TrainState, train_step, train_step_in_chunks
@@ -150,6 +151,7 @@ def fit(
             checkpoint is from before.
         KeyboardInterrupt: on an interrupt.
         OSError: if a checkpoint cannot be written, or all are damaged.
+        TypeError: if `batches`, `loss` or the model are not what they must be.
         ValueError: if an option is out of range.
     """
     for name, value in (
@@ -177,6 +179,7 @@ def fit(
 
     model.train()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
+    check_static(graph)
     state = TrainState(
         params=params,
         rest=rest,
