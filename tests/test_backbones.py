@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tripletjax.learn import backbones, pretrained, weights
 from tripletjax.learn.backbones.layers import BatchNorm, Conv, max_pool
 from tripletjax.learn.embedder import embed_images
+from tripletjax.learn.models import Standardized
 
 # A file of each family, its network by hand, and two sizes of images.
 NETWORKS = {
@@ -320,6 +321,20 @@ def test_a_head_begins_with_the_directions_of_most_variance():
     expected = standard / np.linalg.norm(standard, axis=1, keepdims=True)
     # Three directions have nearly all of it: distances are kept.
     np.testing.assert_allclose(x @ x.T, expected @ expected.T, atol=0.05)
+
+
+def test_what_was_learnt_before_moves_at_a_tenth_of_the_rate():
+    backbone = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    head = pretrained.Head(4, 2, rngs=nnx.Rngs(0))
+    model = pretrained.BackboneEmbedder(backbone, head)
+    params = nnx.state(Standardized(model, (0.0,) * 3, (1.0,) * 3), nnx.Param)
+    tx = pretrained.slowed(lambda step: 0.01, 0.0)
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    moved = updates["model"]
+    for name, expected in (("head", -0.01), ("backbone", -0.001)):
+        for x in jax.tree.leaves(moved[name]):
+            np.testing.assert_allclose(x, expected, rtol=1e-4)
 
 
 def test_kept_views_are_averaged_with_the_mirror_image_alone():

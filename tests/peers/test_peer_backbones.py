@@ -13,21 +13,6 @@ torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def operators():
-    """torchvision's own operators, none of which is used: its builds for GPUs lack
-    them beside a torch for CPUs, and it is not imported without."""
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor a, Tensor b, float c) -> Tensor")
-        yield library
-    else:
-        yield None
-
-
 def torchvision_model(name):
     models = pytest.importorskip("torchvision.models")
     return getattr(models, name)()
