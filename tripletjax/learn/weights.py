@@ -334,6 +334,8 @@ def _several(names: Iterable[str]) -> str:
 
 def _opened(path: str | Path) -> Any:
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file of weights {path}.")
     if path.is_dir():
         raise WeightsError(f"{path} is a folder; weights are one safetensors file.")
     with path.open("rb") as file:
