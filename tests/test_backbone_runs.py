@@ -137,14 +137,14 @@ def test_resumed_is_bit_identical(trained, folder, resnet, training, tmp_path):
 
 @pytest.mark.parametrize("training", ["frozen", "top"])
 def test_such_runs_serve_as_any(trained, folder, training, tmp_path, capsys):
-    run = str(trained / training)
+    run, unseen = str(trained / training), shapes(tmp_path / "unseen", kinds=4, each=6)
     files = sorted(str(file) for file in folder.rglob("*.png"))[:2]
     x = learn.load_embedder(run)(files)
     np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, rtol=1e-5)
     for arguments in (
         ["evaluate", "--run", run, "--data", str(folder), "--out", "evaluated"],
         ["search", "--run", run, "--index", str(folder), "--query", files[0]],
-        ["verify", "--run", run, "--data", str(folder), "--out", "verified"],
+        ["verify", "--run", run, "--data", str(unseen), "--out", "verified"],
         ["export", "--run", run, "--out", "model.stablehlo"],
         ["export", "--run", run, "--out", "model.onnx"],
     ):
@@ -152,11 +152,7 @@ def test_such_runs_serve_as_any(trained, folder, training, tmp_path, capsys):
             patch.chdir(tmp_path)
             status = cli.main(arguments)
         told = capsys.readouterr()
-        # What classes a run has seen are not verified, which leaves none.
-        if arguments[0] == "verify" and status:
-            assert "classes" in told.err
-        else:
-            assert status == 0, (arguments, told.err)
+        assert status == 0, (arguments, told.err)
 
 
 def test_a_head_on_kept_features_is_the_whole_network(trained, folder):

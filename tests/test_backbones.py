@@ -1,5 +1,7 @@
 """Pretrained networks: the same as by hand, from files that fit and no others."""
 
+import re
+
 import backbone_oracles as by_hand
 import jax
 import jax.numpy as jnp
@@ -62,6 +64,28 @@ def test_the_same_as_by_hand(tmp_path, name):
         np.testing.assert_allclose(
             got, expected, rtol=0, atol=1e-4 * abs(expected).max()
         )
+
+
+def test_convnext_under_its_authors_names(tmp_path):
+    arrays = by_hand.small_convnext()
+    renamed = {}
+    for name, value in arrays.items():
+        for timm, theirs in (
+            (r"stem\.", "downsample_layers.0."),
+            (r"stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
+            (r"\.blocks\.", "."),
+            ("conv_dw", "dwconv"),
+            (r"mlp\.fc", "pwconv"),
+            (r"head\.norm", "norm"),
+            (r"head\.fc", "head"),
+        ):
+            name = re.sub(timm, theirs, name)
+        renamed[name] = value
+    x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    one, other = (
+        backbones.load(written(tmp_path, of))[0](x) for of in (arrays, renamed)
+    )
+    np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit", "convnext"])

@@ -51,12 +51,9 @@ def load_model(run_dir: str | Path) -> tuple[Standardized, RunRecord]:
     made = RunRecord.read(run_dir)
     # Of parameters that are read, none need to be drawn first.
     model = nnx.eval_shape(lambda: build_model(made))
-    backbone = made.plan.backbone
-    part = model
-    if backbone is not None:
-        part = pretrained.trained_part(model, backbone.training)
-        if backbone.training == "frozen":
-            fill_backbone(model, made, run_dir)
+    part = pretrained.trained_part(model, made.plan.backbone_training)
+    if made.plan.frozen:
+        fill_backbone(model, made, run_dir)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),

@@ -143,6 +143,11 @@ class Plan:
         return None if self.backbone is None else self.backbone.training
 
     @property
+    def pretrained(self) -> bool:
+        """Whether it begins with what another network has learnt."""
+        return self.backbone is not None and self.backbone.digest is not None
+
+    @property
     def frozen(self) -> bool:
         """Whether a head alone is trained, on features that are kept."""
         return self.backbone_training == "frozen"

@@ -140,7 +140,7 @@ def run(
             print(f"- {note}", flush=True)
 
     model = build_model(made)
-    if plan.backbone is not None and plan.backbone.digest is not None:
+    if plan.pretrained:
         fill_backbone(model, made, out)
     if plan.frozen:
         task = _on_features(task, model, plan, progress=progress)
@@ -173,7 +173,7 @@ def run(
         decay_steps=plan.steps,
     )
     tx = optax.adamw(schedule, weight_decay=plan.weight_decay)
-    if plan.backbone is not None and plan.backbone.digest is not None:
+    if plan.pretrained:
         if not checkpoints.steps:
             _fit_head(model, task)
         if not plan.frozen:
@@ -310,7 +310,7 @@ def _on_features(
 
 def _before(model: Standardized, plan: Plan) -> tuple[str, tasks.Embed]:
     """What there is before training, and its name."""
-    if plan.backbone is None or plan.backbone.digest is None:
+    if not plan.pretrained:
         if plan.backbone is not None:
             # Statistics that are kept, not those of what is embedded.
             model.eval()

@@ -7,7 +7,13 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from tripletjax.learn.backbones.layers import Conv, DepthwiseConv, LayerScale, Mlp
+from tripletjax.learn.backbones.layers import (
+    Conv,
+    DepthwiseConv,
+    LayerScale,
+    Mlp,
+    through,
+)
 from tripletjax.learn.weights import Rules
 
 
@@ -54,8 +60,7 @@ class ConvNeXt(nnx.Module):
     def __call__(self, images: Array) -> Array:
         """Features ``[n, features]`` of images ``[n, height, width, 3]``."""
         x = self.stem_norm(self.stem(images))
-        for stage in self.stages:
-            x = stage(x)
+        x = through(self.stages, x)
         return self.norm(x.mean(axis=(1, 2)))
 
 
@@ -81,9 +86,7 @@ class _Stage(nnx.Module):
     def __call__(self, x: Array) -> Array:
         if self.halves:
             x = self.conv(self.norm(x))
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return through(self.blocks, x)
 
 
 class _Block(nnx.Module):
@@ -98,132 +101,103 @@ class _Block(nnx.Module):
         return x + self.scale(self.mlp(self.norm(self.depthwise(x))))
 
 
-def _rules(names: Mapping[str, tuple[str, str]], unused: Sequence[str]) -> Rules:
-    """Of weight and bias of layers, by a pattern of a layer's name."""
-    rules: dict[str, str | None] = {}
-    for theirs, (ours, kind) in names.items():
+def _ends(stem: str, stem_norm: str, norm: str, classifier: str) -> Rules:
+    """Rules of what stands before and after the stages, by patterns of the names."""
+    layers = {
+        stem: ("stem", "kernel"),
+        stem_norm: ("stem_norm", "scale"),
+        norm: ("norm", "scale"),
+    }
+    return _both(layers) | {rf"{classifier}\..*": None}
+
+
+def _stages(
+    halving: str,
+    block: str,
+    names: Sequence[str],
+    *,
+    stage: str = r"\1",
+    place: str = r"\2",
+) -> Rules:
+    """Rules of the stages, by patterns of the names.
+
+    Args:
+        halving: of what halves the image before a stage.
+        block: of a block.
+        names: in a block, of its depthwise convolution, its normalisation, its two
+            linear layers, and its factors.
+        stage: the number of the stage, as far as known, or the group that has it.
+        place: likewise, of the block.
+    """
+    inside = f"stages.{stage}.blocks.{place}"
+    depthwise, norm, first, second, factors = (rf"{block}\.{name}" for name in names)
+    layers = {
+        rf"{halving}\.0": (f"stages.{stage}.norm", "scale"),
+        rf"{halving}\.1": (f"stages.{stage}.conv", "kernel"),
+        depthwise: (f"{inside}.depthwise", "kernel"),
+        norm: (f"{inside}.norm", "scale"),
+        first: (f"{inside}.mlp.fc1", "kernel"),
+        second: (f"{inside}.mlp.fc2", "kernel"),
+    }
+    return _both(layers) | {factors: f"{inside}.scale.gamma"}
+
+
+def _both(layers: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """Rules of the weight and the bias of layers."""
+    rules = {}
+    for theirs, (ours, kind) in layers.items():
         rules[rf"{theirs}\.weight"] = f"{ours}.{kind}"
         rules[rf"{theirs}\.bias"] = f"{ours}.bias"
-    return rules | dict.fromkeys(unused)
+    return rules
 
 
-# Stages have even numbers in torchvision's names, with what halves between them.
-_TORCHVISION_STAGES = {1: 0, 3: 1, 5: 2, 7: 3}
+_TORCHVISION_BLOCK = r"block\.0", r"block\.2", r"block\.3", r"block\.5", "layer_scale"
+# Stages have odd numbers, with what halves between them; before the first is the stem,
+# whose rules come last.
 BY_TORCHVISION: Rules = {
-    **_rules(
-        {
-            r"features\.0\.0": ("stem", "kernel"),
-            r"features\.0\.1": ("stem_norm", "scale"),
-            r"classifier\.0": ("norm", "scale"),
-        },
-        [r"classifier\.2\..*"],
-    ),
-    **{
-        theirs: ours
-        for number, stage in _TORCHVISION_STAGES.items()
-        for theirs, ours in {
-            **_rules(
-                {
-                    rf"features\.{number}\.(\d+)\.block\.{place}": (
-                        rf"stages.{stage}.blocks.\1.{layer}",
-                        kind,
-                    )
-                    for place, (layer, kind) in {
-                        0: ("depthwise", "kernel"),
-                        2: ("norm", "scale"),
-                        3: ("mlp.fc1", "kernel"),
-                        5: ("mlp.fc2", "kernel"),
-                    }.items()
-                },
-                [],
-            ),
-            rf"features\.{number}\.(\d+)\.layer_scale": (
-                rf"stages.{stage}.blocks.\1.scale.gamma"
-            ),
-            **_rules(
-                {
-                    rf"features\.{number - 1}\.0": (f"stages.{stage}.norm", "scale"),
-                    rf"features\.{number - 1}\.1": (f"stages.{stage}.conv", "kernel"),
-                }
-                if stage
-                else {},
-                [],
-            ),
-        }.items()
-    },
-}
-_BLOCK = r"stages\.(\d+)\.blocks\.(\d+)"
+    rule: target
+    for stage in range(4)
+    for rule, target in _stages(
+        rf"features\.{2 * stage}",
+        rf"features\.{2 * stage + 1}\.(\d+)",
+        _TORCHVISION_BLOCK,
+        stage=str(stage),
+        place=r"\1",
+    ).items()
+} | dict(
+    _ends(r"features\.0\.0", r"features\.0\.1", r"classifier\.0", r"classifier\.2")
+)
 BY_TIMM: Rules = {
-    **_rules(
-        {
-            r"stem\.0": ("stem", "kernel"),
-            r"stem\.1": ("stem_norm", "scale"),
-            r"stages\.(\d+)\.downsample\.0": (r"stages.\1.norm", "scale"),
-            r"stages\.(\d+)\.downsample\.1": (r"stages.\1.conv", "kernel"),
-            rf"{_BLOCK}\.conv_dw": (r"stages.\1.blocks.\2.depthwise", "kernel"),
-            rf"{_BLOCK}\.norm": (r"stages.\1.blocks.\2.norm", "scale"),
-            rf"{_BLOCK}\.mlp\.(fc\d)": (r"stages.\1.blocks.\2.mlp.\3", "kernel"),
-            r"head\.norm": ("norm", "scale"),
-        },
-        [r"head\.fc\..*"],
+    **_ends(r"stem\.0", r"stem\.1", r"head\.norm", r"head\.fc"),
+    **_stages(
+        r"stages\.(\d+)\.downsample",
+        r"stages\.(\d+)\.blocks\.(\d+)",
+        ("conv_dw", "norm", r"mlp\.fc1", r"mlp\.fc2", "gamma"),
     ),
-    rf"{_BLOCK}\.gamma": r"stages.\1.blocks.\2.scale.gamma",
 }
 _ROOT = r"(?:convnext\.)?"
 _STAGE = rf"{_ROOT}encoder\.stages\.(\d+)"
 BY_TRANSFORMERS: Rules = {
-    **_rules(
-        {
-            rf"{_ROOT}embeddings\.patch_embeddings": ("stem", "kernel"),
-            rf"{_ROOT}embeddings\.layernorm": ("stem_norm", "scale"),
-            rf"{_STAGE}\.downsampling_layer\.0": (r"stages.\1.norm", "scale"),
-            rf"{_STAGE}\.downsampling_layer\.1": (r"stages.\1.conv", "kernel"),
-            **{
-                rf"{_STAGE}\.layers\.(\d+)\.{theirs}": (
-                    rf"stages.\1.blocks.\2.{ours}",
-                    kind,
-                )
-                for theirs, ours, kind in (
-                    ("dwconv", "depthwise", "kernel"),
-                    ("layernorm", "norm", "scale"),
-                    ("pwconv1", r"mlp.fc1", "kernel"),
-                    ("pwconv2", r"mlp.fc2", "kernel"),
-                )
-            },
-            rf"{_ROOT}layernorm": ("norm", "scale"),
-        },
-        [r"classifier\..*"],
+    **_ends(
+        rf"{_ROOT}embeddings\.patch_embeddings",
+        rf"{_ROOT}embeddings\.layernorm",
+        rf"{_ROOT}layernorm",
+        "classifier",
     ),
-    rf"{_STAGE}\.layers\.(\d+)\.layer_scale_parameter": (
-        r"stages.\1.blocks.\2.scale.gamma"
+    **_stages(
+        rf"{_STAGE}\.downsampling_layer",
+        rf"{_STAGE}\.layers\.(\d+)",
+        ("dwconv", "layernorm", "pwconv1", "pwconv2", "layer_scale_parameter"),
     ),
 }
-# Their first downsampling is the stem.
-_AFTER = r"downsample_layers\.([1-9])"
 BY_AUTHORS: Rules = {
-    **_rules(
-        {
-            r"downsample_layers\.0\.0": ("stem", "kernel"),
-            r"downsample_layers\.0\.1": ("stem_norm", "scale"),
-            rf"{_AFTER}\.0": (r"stages.\1.norm", "scale"),
-            rf"{_AFTER}\.1": (r"stages.\1.conv", "kernel"),
-            **{
-                rf"stages\.(\d+)\.(\d+)\.{theirs}": (
-                    rf"stages.\1.blocks.\2.{ours}",
-                    kind,
-                )
-                for theirs, ours, kind in (
-                    ("dwconv", "depthwise", "kernel"),
-                    ("norm", "norm", "scale"),
-                    ("pwconv1", "mlp.fc1", "kernel"),
-                    ("pwconv2", "mlp.fc2", "kernel"),
-                )
-            },
-            "norm": ("norm", "scale"),
-        },
-        [r"head\..*"],
+    **_ends(r"downsample_layers\.0\.0", r"downsample_layers\.0\.1", "norm", "head"),
+    **_stages(
+        # Their first is the stem.
+        r"downsample_layers\.([1-9])",
+        r"stages\.(\d+)\.(\d+)",
+        ("dwconv", "norm", "pwconv1", "pwconv2", "gamma"),
     ),
-    r"stages\.(\d+)\.(\d+)\.gamma": r"stages.\1.blocks.\2.scale.gamma",
 }
 # Of each naming, the stem's kernel and the depthwise kernel of a block.
 NAMINGS: tuple[tuple[str, str, Rules], ...] = (

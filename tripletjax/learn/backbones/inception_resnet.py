@@ -86,14 +86,11 @@ class InceptionResNetV1(nnx.Module):
         x = self.conv2d_2b(self.conv2d_2a(self.conv2d_1a(images)))
         x = self.conv2d_3b(max_pool(x, 3, 2))
         x = self.conv2d_4b(self.conv2d_4a(x))
-        for block in self.repeat_1:
-            x = block(x)
+        x = through(self.repeat_1, x)
         x = self.mixed_6a(x)
-        for block in self.repeat_2:
-            x = block(x)
+        x = through(self.repeat_2, x)
         x = self.mixed_7a(x)
-        for block in self.repeat_3:
-            x = block(x)
+        x = through(self.repeat_3, x)
         x = self.block8(x).mean(axis=(1, 2))
         return self.last_bn(self.last_linear(x))
 

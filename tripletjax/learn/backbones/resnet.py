@@ -68,8 +68,7 @@ class ResNet(nnx.Module):
         x = jax.nn.relu(self.bn1(self.conv1(images)))
         x = max_pool(x, 3, 2, 1)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                x = block(x)
+            x = through(stage, x)
         return x.mean(axis=(1, 2))
 
 

@@ -10,7 +10,13 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from tripletjax.learn.backbones.layers import Conv, LayerScale, Mlp, cubic_weights
+from tripletjax.learn.backbones.layers import (
+    Conv,
+    LayerScale,
+    Mlp,
+    cubic_weights,
+    through,
+)
 from tripletjax.learn.weights import Part, Rules
 
 # Of every head.
@@ -99,8 +105,7 @@ class ViT(nnx.Module):
             first = jnp.concatenate([first, self.register_tokens[...]], axis=1)
         first = jnp.broadcast_to(first.astype(x.dtype), (n, *first.shape[1:]))
         x = jnp.concatenate([first, x], axis=1)
-        for block in self.blocks:
-            x = block(x)
+        x = through(self.blocks, x)
         return self.norm(x[:, 0])
 
     def _positions(self, rows: int, columns: int) -> Array:
