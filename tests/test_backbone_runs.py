@@ -195,6 +195,14 @@ def test_features_are_made_once(folder, resnet, trained, tmp_path, monkeypatch):
     assert sum(calls) > 48
 
 
+def test_the_mirror_image_is_a_view_that_is_told(trained, folder, resnet, tmp_path):
+    config = configured(folder, resnet, "frozen", mirror=True, views=1)
+    learn.run(config, tmp_path / "run", progress=False)
+    made = RunRecord.read(tmp_path / "run")
+    assert made.plan.backbone.views == 2
+    assert "on its features, 2 of each image" in "\n".join(made.notes)
+
+
 def test_a_damaged_file_of_features_is_made_again(tmp_path):
     network, _ = _saved_network(tmp_path)
     cache = features.FeatureCache(network, "key", data_dir=tmp_path)

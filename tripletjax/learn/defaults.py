@@ -202,6 +202,7 @@ def _plan(
 ) -> tuple[Plan, list[str]]:
     """What both have in common; `layout` is that of photographs, None of others."""
     photos, notes = layout is not None, []
+    mirror = _either(config.mirror, photos and augment.flip)
     longest = max(shape[:2])
     box = config.box or (layout.box if layout else WHOLE)
     top, left, bottom, right = box
@@ -230,6 +231,10 @@ def _plan(
                 f"{config.size}."
             )
         size = max(start.size(config) or size, least)
+        if backbone.training == "frozen":
+            # An image's own, and its mirror image's where that counts.
+            views = max(backbone.views, 1 + mirror)
+            backbone = dataclasses.replace(backbone, views=views)
         if start.digest is not None:
             steps, learning_rate = STEPS[backbone.training], 1e-3
         notes += _about_backbone(start, backbone, shape, size)
@@ -258,7 +263,7 @@ def _plan(
         channels=config.channels or channels,
         stride=config.stride or (1 if longest <= 32 else 2),
         dim=config.dim or (128 if photos or many else 64),
-        mirror=_either(config.mirror, photos and augment.flip),
+        mirror=mirror,
         bfloat16=config.bfloat16,
         augment=augment,
         margin=config.margin,
@@ -305,7 +310,7 @@ def _about_backbone(
     title, of = start.backbone.title, start.backbone.of
     trained = {
         "frozen": "it stays as it is: a head is trained on its features, "
-        f"{backbone.views} views of each image",
+        f"{backbone.views} of each image",
         "top": "its last stages are trained, at a tenth of the rate of the head",
         "all": "all of it is trained, at a tenth of the rate of the head",
     }[backbone.training]
