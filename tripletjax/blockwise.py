@@ -31,7 +31,8 @@ from tripletjax._api import as_integer, jitted
 from tripletjax._engine.derivatives import terms_per_anchor, total_terms
 from tripletjax._engine.spec import LossSpec, Mining
 from tripletjax._engine.terms import hard_triplets, semi_hard_triplets
-from tripletjax._pairwise.batch import AxisName, Batch, as_batch, for_each_batch
+from tripletjax._pairwise.batch import Batch, as_batch, for_each_batch
+from tripletjax._pairwise.mesh import AxisName, gather_terms
 from tripletjax._pairwise.tiles import BLOCK_SIZE
 from tripletjax.distances import Metric, euclidean
 from tripletjax.losses import (
@@ -492,7 +493,7 @@ def _loss(
             )
         terms = terms_per_anchor(spec, batch, margin)
         if axis_name is not None:
-            terms = TripletTerms(*(_gathered(x, axis_name) for x in terms))
+            terms = gather_terms(terms, axis_name)
         return reduced(terms, reduce_fn)
 
     return for_each_batch(lead, one, (batch, margin))
@@ -509,11 +510,3 @@ def _varying(batch: Batch, margin: Array) -> tuple[Batch, Array]:
         references = references + zero
     batch = batch._replace(anchors=batch.anchors + zero, references=references)
     return batch, margin + zero
-
-
-def _gathered(x: Array, axis_name: AxisName) -> Array:
-    """All devices' parts of an array, in order, the same on every device."""
-    n = len(x)
-    parts = jnp.zeros((n * lax.axis_size(axis_name),), x.dtype) + jnp.zeros_like(x[0])
-    start = lax.axis_index(axis_name) * n
-    return lax.psum(lax.dynamic_update_slice(parts, x, (start,)), axis_name)

@@ -1,6 +1,5 @@
 """A batch of vectors, and who matches whom among them, checked and made ready."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,10 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from tripletjax._pairwise.mesh import AxisName, check_split, gather_rows
 from tripletjax.distances import Metric, as_vectors
 from tripletjax.pairs import PairMasks, Pairs
-
-AxisName = str | tuple[str, ...]
 
 
 class Batch(NamedTuple):
@@ -85,6 +83,8 @@ def as_batch(
     if references is not None:
         named.append(("references", references))
     x, *rest = as_vectors(*named, rank=2)
+    if axis_name is not None:
+        check_split(x, axis_name)
     y = rest[0] if rest else None
     lead, (n, d) = x.shape[:-2], x.shape[-2:]
     if y is not None and (y.shape[-1] != d or y.shape[:-2] != lead):
@@ -132,11 +132,9 @@ def as_batch(
                     positions += lax.axis_index(axis_name) * n
             told = told._replace(reference_labels=told.labels, positions=positions)
     if axis_name is not None:
-        gather = functools.partial(
-            lax.all_gather, axis_name=axis_name, axis=len(lead), tiled=True
-        )
         y, reference_labels, reference_where = jax.tree.map(
-            gather, (y, told.reference_labels, told.reference_where)
+            lambda x: gather_rows(x, axis_name, len(lead)),
+            (y, told.reference_labels, told.reference_where),
         )
         told = told._replace(
             reference_labels=reference_labels, reference_where=reference_where
