@@ -29,6 +29,10 @@ def key():
     return jax.random.key(0)
 
 
+def remembered():
+    return tj.memory.push(tj.memory.create(9, 6), X, Y, where=Y > 1)
+
+
 def distances(x=X, y=None):
     return tj.euclidean(x, y)
 
@@ -114,6 +118,9 @@ CALLS = {
         key(), jnp.exp(-distances()), Y, size=9, cap=0.9, gap=0.1
     ),
     "collapse.report": lambda: tj.collapse.report(X),
+    "memory.create": lambda: tj.memory.create(9, 6),
+    "memory.push": lambda: remembered(),
+    "memory.references": lambda: tj.memory.references(remembered(), X, Y),
 }
 DRAW_MASK = DRAW.random((24, 30)) < 0.7
 
@@ -174,7 +181,7 @@ def test_runs_and_gives_the_same(name):
 def test_no_public_function_is_left_out():
     modules = {"": tj} | {
         f"{name}.": getattr(tj, name)
-        for name in ("blockwise", "retrieval", "verification", "collapse")
+        for name in ("blockwise", "memory", "retrieval", "verification", "collapse")
     }
     types = {"Metric", "selectively_contrastive"}
     called = {name.split()[0] for name in CALLS}

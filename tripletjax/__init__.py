@@ -19,6 +19,7 @@ transformations:
 - `tripletjax.mining`: which triplets. Indices chosen from a distance matrix.
 - `tripletjax.losses`: what it costs. Triplet losses and their reductions.
 - `tripletjax.blockwise`: the same straight from embeddings, without a matrix.
+- `tripletjax.memory`: references from earlier batches.
 - `tripletjax.retrieval`: is it any good. Neighbours and ranking metrics.
 - `tripletjax.verification`: is it any good, same or different. ROC, TAR@FAR, EER.
 - `tripletjax.collapse`: has training collapsed. Spread and effective rank.
@@ -32,6 +33,7 @@ from tripletjax import (
     collapse,
     distances,
     losses,
+    memory,
     mining,
     pairs,
     retrieval,
@@ -106,6 +108,7 @@ __all__ = [
     "manhattan",
     "mean_active",
     "mean_valid",
+    "memory",
     "mining",
     "pair_masks",
     "pairs",

@@ -29,6 +29,10 @@ R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+# Public functions, and what each of them jits.
+UNJITTED: dict[Callable, Any] = {}
+
+
 def own_promotion(function: Callable[P, R]) -> Callable[P, R]:
     """Traces a function under JAX's default promotion, whatever the caller has set.
 
@@ -55,8 +59,7 @@ def jitted(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a function jitted, mesh-agnostic and strict about its arguments.
 
-    What it returns has `lower` of `jax.jit`. Within other jitted functions, `unjitted`
-    calls the function itself.
+    Within other jitted functions, `unjitted` calls the function itself.
 
     Args:
         callables: options that are static and must be callable.
@@ -84,7 +87,7 @@ def jitted(
         names = tuple(parameters)
         if wrong := {*statics, *nonnegative, *optional} - set(names):
             raise TypeError(f"{function.__name__} has no {', '.join(sorted(wrong))}.")
-        convert = {name: converters.get(name, _as_arrays) for name in names}
+        convert = {name: converters.get(name, as_arrays) for name in names}
         convert |= dict.fromkeys(nonnegative, _as_nonnegative)
         nullable = {n for n, p in parameters.items() if p.default is None} | {*optional}
         unjitted = own_promotion(function)
@@ -121,8 +124,9 @@ def jitted(
                 *ready[:n], *args[len(names) :], **dict(zip(kwargs, ready[n:]))
             )
 
-        of: Any = call
-        of.lower, of.unjitted = run.lower, unjitted
+        # Attributes of its own would be copied to whatever JAX wraps around it, and
+        # `lower` there would lower this.
+        UNJITTED[call] = unjitted
         return call
 
     return decorate
@@ -130,8 +134,7 @@ def jitted(
 
 def unjitted(function: F) -> F:
     """A `jitted` function itself, for calls within other jitted functions."""
-    of: Any = function
-    return of.unjitted
+    return UNJITTED[function]
 
 
 def as_integer(name: str, value: Any) -> int:
@@ -158,10 +161,11 @@ def _as_flag(name: str, value: Any) -> bool:
 
 def _as_nonnegative(name: str, value: Any) -> Any:
     _check_nonnegative(name, value)
-    return _as_arrays(name, value)
+    return as_arrays(name, value)
 
 
-def _as_arrays(name: str, tree: Any) -> Any:
+def as_arrays(name: str, tree: Any) -> Any:
+    """An argument, or each part of it, as arrays; arrays of JAX stay as they are."""
     if isinstance(tree, jax.Array) or _is_record(tree):
         return tree
     is_list = lambda node: type(node) in (list, tuple)  # noqa: E731

@@ -33,6 +33,7 @@ from tripletjax._engine.spec import LossSpec, Mining
 from tripletjax._engine.terms import hard_triplets, semi_hard_triplets
 from tripletjax._pairwise.batch import Batch, as_batch, for_each_batch
 from tripletjax._pairwise.mesh import AxisName, gather_terms
+from tripletjax._pairwise.over_mesh import over_mesh
 from tripletjax._pairwise.tiles import BLOCK_SIZE
 from tripletjax.distances import Metric, euclidean
 from tripletjax.losses import (
@@ -50,6 +51,14 @@ from tripletjax.mining import CountedTriplets, Triplets
 from tripletjax.pairs import PairMasks
 
 
+def _of_anchors(result: Any, n: int, options: dict[str, Any]) -> Any:
+    """The same; of terms per anchor, those that are not of padding."""
+    if options.get("reduce_fn", mean_valid) is not None:
+        return result
+    return TripletTerms(*(x[:n] for x in result))
+
+
+@over_mesh(together=_of_anchors)
 @jitted(
     callables=("metric", "reduce_fn"),
     static=("hinge", "axis_name", "block_size"),
@@ -133,6 +142,7 @@ def batch_all_loss(
     )
 
 
+@over_mesh(together=_of_anchors)
 @jitted(
     callables=("metric", "reduce_fn"),
     static=("hinge", "axis_name", "block_size"),
@@ -217,6 +227,7 @@ def batch_hard_loss(
     )
 
 
+@over_mesh(together=_of_anchors)
 @jitted(
     callables=("metric", "reduce_fn"),
     flags=("fallback",),
@@ -304,6 +315,32 @@ def batch_semi_hard_loss(
     )
 
 
+def _from_first_row(triplets: Triplets, first: Array) -> Triplets:
+    """A device's triplets, with anchors counted along those of all."""
+    triplets = triplets._replace(anchor=triplets.anchor + first)
+    if isinstance(triplets, CountedTriplets):
+        triplets.count = triplets.count[None]
+    return triplets
+
+
+def _without_padding(triplets: Triplets, n: int, options: dict[str, Any]) -> Triplets:
+    return Triplets(*(x[:n] for x in triplets))
+
+
+def _compacted(
+    triplets: CountedTriplets, n: int, options: dict[str, Any]
+) -> CountedTriplets:
+    """Of the devices' triplets, in their order, as many as there is room for."""
+    size = options["size"]
+    (slots,) = jnp.nonzero(triplets.valid, size=size, fill_value=len(triplets.valid))
+    anchor, positive, negative = (
+        x.at[slots].get(mode="fill", fill_value=0) for x in triplets[:3]
+    )
+    count = jnp.sum(triplets.count)
+    return CountedTriplets(anchor, positive, negative, jnp.arange(size) < count, count)
+
+
+@over_mesh(of_device=_from_first_row, together=_without_padding)
 @jitted(
     callables=("metric",),
     static=("axis_name", "block_size"),
@@ -366,6 +403,7 @@ def batch_hard_triplets(
     return for_each_batch(lead, functools.partial(hard_triplets, spec), batch)
 
 
+@over_mesh(of_device=_from_first_row, together=_compacted)
 @jitted(
     callables=("metric",),
     flags=("fallback",),

@@ -203,3 +203,45 @@ def test_near_duplicates_lose_their_digits_there():
     assert abs(float(theirs) / exact - 1) > 1e-3
     ours = tj.euclidean.paired(jnp.asarray(x[0]), jnp.asarray(x[1]))
     np.testing.assert_allclose(ours, exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [20, 16, 64])
+def test_cross_batch_memory(size):
+    """Queue, loss and gradient; anchors see the queue with the batch in it."""
+    theirs = losses.CrossBatchMemory(
+        losses.TripletMarginLoss(
+            margin=0.4,
+            distance=distances.LpDistance(**PLAIN),
+            reducer=reducers.AvgNonZeroReducer(),
+        ),
+        embedding_size=4,
+        memory_size=size,
+    )
+    memory = tj.memory.create(size, 4)
+    random = np.random.default_rng(0)
+    for _ in range(7):
+        x = random.normal(size=(8, 4)).astype(np.float32)
+        labels = random.integers(0, 4, 8)
+        of_torch = torch.tensor(x, requires_grad=True)
+        value = theirs(of_torch, torch.tensor(labels))
+        value.backward()
+        slots = (memory.position + np.arange(8)) % size
+        memory = tj.memory.push(memory, x, labels.astype(np.int32))
+        ours = jax.value_and_grad(
+            lambda x, labels=labels, memory=memory, slots=slots: (
+                tj.blockwise.batch_all_loss(
+                    x,
+                    labels,
+                    margin=0.4,
+                    references=memory.embeddings,
+                    reference_labels=memory.labels,
+                    reference_where=memory.valid,
+                    positions=slots,
+                )
+            )
+        )(x)
+        np.testing.assert_allclose(ours[0], value.item(), rtol=1e-5)
+        np.testing.assert_allclose(ours[1], of_torch.grad, atol=1e-6)
+        np.testing.assert_array_equal(memory.embeddings, theirs.embedding_memory)
+        np.testing.assert_array_equal(memory.labels, theirs.label_memory)
+        assert memory.position == theirs.queue_idx

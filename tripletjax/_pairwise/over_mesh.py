@@ -1,0 +1,175 @@
+"""Functions that split their work over the devices of a mesh, called from outside it.
+
+Inside `jax.shard_map` a function with `axis_name` treats its own device's rows as
+anchors. This does the mapping, where the caller has only said how arrays are laid out.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from tripletjax._api import UNJITTED, as_arrays, own_promotion
+from tripletjax._pairwise.mesh import AxisName
+from tripletjax.pairs import PairMasks
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What has a row for each anchor, and what for each reference.
+ANCHOR_ROWS = "embeddings", "labels", "positions", "where"
+REFERENCE_ROWS = "references", "reference_labels", "reference_where"
+ARRAYS = (*ANCHOR_ROWS, *REFERENCE_ROWS, "margin")
+
+# From a device's result and the place of its first row to what the devices' results
+# are then concatenated of; and from that, the number of rows and the options to the
+# result.
+OfDevice = Callable[[Any, Array], Any]
+Together = Callable[[Any, int, dict[str, Any]], Any]
+
+
+def over_mesh(
+    *, of_device: OfDevice | None = None, together: Together | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Splits the work of a function with `axis_name` over a mesh, wherever it can.
+
+    Inside shard_map it is called as it is. Outside, it is mapped over `axis_name` if
+    there is a mesh with these axes, and over the axes along which the rows of the
+    embeddings lie if these are Explicit.
+
+    Args:
+        of_device, together: how results of the devices are put together; if not given,
+            all have the same.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        of: Any = function
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = dict(zip(ANCHOR_ROWS, args)) | kwargs
+            if len(args) > 2 or (found := _mesh_of(given)) is None:
+                return function(*args, **kwargs)
+            mesh, axis_name = found
+            given["axis_name"] = axis_name
+            arrays = {name: given.pop(name) for name in ARRAYS if name in given}
+            arrays = {
+                name: jax.tree.map(jnp.asarray, as_arrays(name, x))
+                for name, x in arrays.items()
+                if x is not None
+            }
+            return mapped(arrays, mesh=mesh, options=tuple(sorted(given.items())))
+
+        @functools.partial(jax.jit, static_argnames=("mesh", "options"))
+        @own_promotion
+        def mapped(arrays: dict[str, Any], *, mesh: Any, options: tuple) -> Any:
+            given = dict(options)
+            axis_name = given["axis_name"]
+            split, same = PartitionSpec(axis_name), PartitionSpec()
+            n = len(arrays["embeddings"])
+            devices = math.prod(mesh.shape[name] for name in _names(axis_name))
+            arrays = _divisible(arrays, devices)
+            specs = {
+                name: jax.tree.map(
+                    lambda _, s=same if name == "margin" else split: s, x
+                )
+                for name, x in arrays.items()
+            }
+            explicit = AxisType.Explicit in mesh.axis_types
+
+            def laid_out(x: Array, spec: PartitionSpec) -> Array:
+                if not explicit:
+                    return x
+                return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+            arrays = jax.tree.map(laid_out, arrays, specs)
+
+            def local(arrays: dict[str, Any]) -> Any:
+                out = of(**arrays, **given)
+                if of_device is None:
+                    return out
+                first = lax.axis_index(axis_name) * len(arrays["embeddings"])
+                return of_device(out, first)
+
+            out = jax.shard_map(
+                local,
+                mesh=mesh,
+                in_specs=(specs,),
+                out_specs=same if of_device is None else split,
+            )(arrays)
+            if together is None:
+                return out
+            out = together(jax.tree.map(lambda x: laid_out(x, same), out), n, given)
+            # As the embeddings are, where they have as many rows.
+            alike = lambda x: jnp.shape(x)[:1] == (n,) and n % devices == 0  # noqa: E731
+            return jax.tree.map(lambda x: laid_out(x, split) if alike(x) else x, out)
+
+        UNJITTED[call] = UNJITTED[function]
+        return call
+
+    return decorate
+
+
+def _mesh_of(given: dict[str, Any]) -> tuple[Any, AxisName] | None:
+    """The mesh and its axes that a call is to be mapped over, if it is."""
+    x: Any = given.get("embeddings")
+    axis_name = given.get("axis_name")
+    if axis_name is not None:
+        with contextlib.suppress(NameError):
+            lax.axis_size(axis_name)
+            return None
+        mesh: Any = jax.sharding.get_abstract_mesh()
+        if mesh.empty and not isinstance(x, jax.core.Tracer):
+            mesh = getattr(getattr(x, "sharding", None), "mesh", mesh)
+        known = {*_names(axis_name)} <= {*mesh.axis_names}
+        return (mesh, axis_name) if known and jnp.ndim(x) == 2 else None
+    if not isinstance(x, jax.Array) or x.ndim != 2:
+        return None
+    if isinstance(getattr(x, "sharding", None), jax.sharding.SingleDeviceSharding):
+        # The most common case, without the cost of a type.
+        return None
+    sharding = jax.typeof(x).sharding
+    axes = sharding.spec[0] if sharding.spec else None
+    if not axes or {*sharding.mesh.axis_types} != {AxisType.Explicit}:
+        return None
+    return sharding.mesh, axes
+
+
+def _names(axis_name: AxisName) -> tuple[str, ...]:
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def _divisible(arrays: dict[str, Any], devices: int) -> dict[str, Any]:
+    """The same with padding, so that every device gets as many rows."""
+    arrays = dict(arrays)
+    for rows, where in ((ANCHOR_ROWS, "where"), (REFERENCE_ROWS, "reference_where")):
+        if rows[0] not in arrays:
+            continue
+        n = len(arrays[rows[0]])
+        for name in rows:
+            for x in jax.tree.leaves(arrays.get(name)):
+                if x.ndim < 1 or len(x) != n:
+                    raise ValueError(
+                        f"{name} must have one row for each of the {n} {rows[0]}, got "
+                        f"shape {x.shape}."
+                    )
+        missing = -n % devices
+        if not missing:
+            continue
+        if isinstance(arrays["labels"], PairMasks):
+            raise ValueError(
+                f"the {n} {rows[0]} cannot be split over {devices} devices where "
+                f"labels are PairMasks: pad them and the masks, with {where}."
+            )
+        arrays.setdefault(where, jnp.ones(n, bool))
+        for name in rows:
+            if name in arrays:
+                x = arrays[name]
+                arrays[name] = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+    return arrays
