@@ -591,6 +591,71 @@ def test_a_model_has_learnt_when_training_is_left_early():
     assert_same_model(model, expected)
 
 
+def counted_loss(x, labels, **pairs):
+    """A loss whose metrics tell what it was given."""
+    value = tj.blockwise.batch_all_loss(x, labels, margin=0.3, **pairs)
+    return value, {"kept": pairs["reference_where"].sum() - len(x)}
+
+
+def test_a_batch_is_compared_with_those_before():
+    options = {"loss": counted_loss, "log_every": 1, "memory": 100, "memory_warmup": 2}
+    _, lines = trained(6, **options)
+    assert [line["kept"] for line in lines] == [0, 0, 0, 40, 80, 100]
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_what_is_kept_is_embedded_before_the_step(momentum):
+    """By the parameters as they were, or by their average."""
+    seen, loss = [], tj.blockwise.batch_all_loss
+
+    def spying(x, labels, **pairs):
+        jax.debug.callback(lambda *arrays: seen.append(arrays), x, pairs["references"])
+        return loss(x, labels, margin=0.3, **pairs)
+
+    options = {"tx": SGD, "memory": 40, "memory_momentum": momentum, "loss": spying}
+    trained(2, **options)
+    jax.effects_barrier()
+    (first, _), (second, references) = seen
+    np.testing.assert_allclose(references[:40], second, atol=1e-6)
+    # At the first step the average is what the parameters are.
+    np.testing.assert_allclose(references[40:], first, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_a_memory_goes_on_where_it_was(tmp_path, momentum):
+    options = {"memory": 100, "memory_momentum": momentum, "log_every": 1}
+    whole, lines = trained(6, **options)
+    kept = Checkpoints(tmp_path / "kept")
+    trained(4, checkpoints=kept, **options)
+    resumed, rest = trained(6, checkpoints=kept, **options)
+    assert rest[0]["resumed"]
+    assert rest[1:] == lines[4:]
+    assert_same_model(resumed, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_a_memory_in_chunks(momentum):
+    options = {"memory": 100, "memory_momentum": momentum, "tx": SGD, "log_every": 1}
+    _, lines = trained(5, **options)
+    _, in_chunks = trained(5, embed_chunk_size=16, **options)
+    for one, other in zip(lines, in_chunks):
+        np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"memory": -1}, "memory must be at least 0"),
+        ({"memory": 9, "memory_momentum": 1.0}, "memory_momentum must be at least 0"),
+        ({"memory_warmup": 9}, "of no use without"),
+    ],
+)
+def test_wrong_memories(options, words):
+    with pytest.raises(ValueError, match=words):
+        trained(2, **options)
+
+
 def test_floats_from_0_to_1_stay_as_they_are():
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
     model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))

@@ -27,6 +27,9 @@ OF_CLASSES = (
         "per_class",
     ),
     "rotation_classes",
+    "memory",
+    "memory_warmup",
+    "memory_momentum",
 )
 OF_TRIPLETS = ("triplets_per_batch",)
 
@@ -167,6 +170,18 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         (how, "views", int, "views of each image for a frozen backbone (default: 2)"),
         (how, "classes", int, "classes in a batch"),
         (how, "per-class", int, "images of each class in a batch"),
+        (
+            *(how, "memory", int),
+            "embeddings of earlier batches that a batch is compared with, too",
+        ),
+        (
+            *(how, "memory-warmup", float),
+            "share of the steps before the first is kept (default: 0.1)",
+        ),
+        (
+            *(how, "memory-momentum", float),
+            "embed what is kept by a slow copy of the network, such as 0.999",
+        ),
         (how, "triplets-per-batch", int, "given triplets in a batch"),
         (how, "embed-chunk-size", int, "images embedded at a time, to save memory"),
     ):

@@ -59,6 +59,10 @@ class Config:
         relevance: who is more alike: images of one class, or those that share more
             folders, as in `objectives.relevance_loss`.
         rotation_classes: as in `sampling.ImageBatches`.
+        memory: how many embeddings of earlier batches a batch is compared with, too.
+        memory_warmup: share of the steps before the first of them is kept.
+        memory_momentum: how much of its average a step keeps of a second network that
+            embeds what is kept, such as 0.999; that of the batch if not given.
         triplets_per_batch: how many of the given triplets there are in a batch.
         learning_rate: at its peak.
         weight_decay: of AdamW.
@@ -98,6 +102,9 @@ class Config:
     class_sampling: str = "uniform"
     relevance: str = "classes"
     rotation_classes: int | None = None
+    memory: int = 0
+    memory_warmup: float = 0.1
+    memory_momentum: float | None = None
     triplets_per_batch: int | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
@@ -144,7 +151,7 @@ class Config:
                     "box must be top, left, bottom, right with 0 <= top < bottom <= 1 "
                     f"and 0 <= left < right <= 1, got {self.box}."
                 )
-        for name in ("seed", "hidden"):
+        for name in ("seed", "hidden", "memory"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} must be at least 0, got {value!r}.")
@@ -153,10 +160,17 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be finite and >= 0, got {value!r}.")
-        if not 0 <= self.batch_all_fraction <= 1:
+        for name in ("batch_all_fraction", "memory_warmup"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be 0 to 1, got {value!r}.")
+        if self.memory_momentum is not None and not 0 <= self.memory_momentum < 1:
             raise ValueError(
-                f"batch_all_fraction must be 0 to 1, got {self.batch_all_fraction!r}."
+                "memory_momentum must be at least 0 and below 1, got "
+                f"{self.memory_momentum!r}."
             )
+        if self.memory_momentum is not None and not self.memory:
+            raise ValueError("memory_momentum is of no use without a memory.")
 
     def _check_network(self) -> None:
         """Raises ValueError for options of another network than is asked for."""

@@ -146,7 +146,18 @@ def plan_for_classes(
         class_sampling=config.class_sampling,
         relevance=config.relevance,
         rotation_classes=turns,
+        memory=config.memory,
+        memory_warmup=config.memory_warmup if config.memory else 0.0,
+        memory_momentum=config.memory_momentum,
     )
+    if config.memory:
+        kept = "the network itself"
+        if config.memory_momentum is not None:
+            kept = f"a slow copy of the network (momentum {config.memory_momentum:g})"
+        notes.append(
+            f"batches are also compared with the last {config.memory:,} embeddings of "
+            f"{kept}, kept after {100 * config.memory_warmup:g} % of the steps"
+        )
     plan, more = _plan(
         config,
         images.shape[1:],

@@ -16,8 +16,10 @@ MINING: dict[str, tuple[Callable, Callable]] = {
 }
 
 # From embeddings ``[n, d]`` and labels ``[n]`` to a scalar, or a scalar and metrics by
-# name.
-Loss = Callable[[Array, Array], Array | tuple[Array, dict[str, Array]]]
+# name. With a memory it is also given what `tj.memory.references` makes, by keyword.
+Loss = Callable[..., Array | tuple[Array, dict[str, Array]]]
+
+LABELS = "labels", "reference_labels"
 
 
 @functools.lru_cache
@@ -34,9 +36,7 @@ def mined_loss(mining: str = "semi-hard", *, margin: float = 0.2) -> Loss:
     return _mined(mining, margin)
 
 
-def _mined(
-    mining: str, margin: float
-) -> Callable[[Array, Array], tuple[Array, dict[str, Array]]]:
+def _mined(mining: str, margin: float) -> Callable[..., tuple[Array, dict[str, Array]]]:
     if mining not in MINING:
         raise ValueError(f"mining must be one of {', '.join(MINING)}, got {mining!r}.")
     loss_of, mean = MINING[mining]
@@ -67,11 +67,14 @@ def relevance_loss(
     weights = [2.0**-level for level in range(len(levels) + 1)]
     losses = [_mined(mining, (level + 1) * margin) for level in range(len(levels) + 1)]
 
-    def loss(x: Array, labels: Array) -> tuple[Array, dict[str, Array]]:
-        of_level = [labels, *(jnp.array(groups)[labels] for groups in levels)]
+    def loss(x: Array, labels: Array, **pairs: Array) -> tuple[Array, dict[str, Array]]:
         total, told = jnp.zeros(()), {}
-        for level, (one, of) in enumerate(zip(losses, of_level)):
-            value, metrics = one(x, of)
+        for level, one in enumerate(losses):
+            of = dict(pairs, labels=labels)
+            if level:
+                groups = jnp.array(levels[level - 1])
+                of |= {k: groups[of[k]] for k in LABELS if k in of}
+            value, metrics = one(x, **of)
             total += weights[level] / sum(weights) * value
             told[f"active_{level}" if level else "active"] = metrics["active"]
         return total, told

@@ -21,6 +21,9 @@ class ClassBatchPlan:
         class_sampling: of classes, as in `sampling.ClassBatches`.
         relevance: who is more alike, as in `Config`.
         rotation_classes: as in `sampling.ImageBatches`.
+        memory: how many embeddings of earlier batches there are to compare with.
+        memory_warmup: share of the steps before the first is kept.
+        memory_momentum: of the network that embeds what is kept, as in `training.fit`.
     """
 
     mining: str
@@ -30,6 +33,9 @@ class ClassBatchPlan:
     class_sampling: str
     relevance: str
     rotation_classes: int
+    memory: int = 0
+    memory_warmup: float = 0.0
+    memory_momentum: float | None = None
 
     @property
     def size(self) -> int:

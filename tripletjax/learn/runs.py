@@ -52,7 +52,7 @@ from tripletjax.learn.image_cache import (
 from tripletjax.learn.image_io import ImageSource
 from tripletjax.learn.metrics_log import MetricsLog, summary_writer
 from tripletjax.learn.models import Standardized
-from tripletjax.learn.plan import Plan
+from tripletjax.learn.plan import ClassBatchPlan, Plan
 from tripletjax.learn.record import ImageRecord, RunRecord, write_json
 from tripletjax.learn.weights import Frozen, digest_of_file
 
@@ -200,6 +200,7 @@ def run(
             augment=AnyView() if plan.frozen else plan.augment,
             seed=plan.seed,
             ema_decay=plan.ema_decay,
+            **_memory_of(plan),
             embed_chunk_size=plan.embed_chunk_size,
             log_every=plan.log_every,
             validate=task.validate,
@@ -243,6 +244,18 @@ def run(
     for opened in (checkpoints, best, log):
         opened.close()
     return evaluations
+
+
+def _memory_of(plan: Plan) -> dict[str, Any]:
+    """Options of `training.fit`, of a run with a memory."""
+    of = plan.batches
+    if not isinstance(of, ClassBatchPlan) or not of.memory:
+        return {}
+    return {
+        "memory": of.memory,
+        "memory_warmup": int(of.memory_warmup * plan.steps),
+        "memory_momentum": of.memory_momentum,
+    }
 
 
 def _start(config: Config, old: RunRecord | None) -> Start | None:

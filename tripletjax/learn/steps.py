@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
+import tripletjax as tj
 from tripletjax.learn.embedder import as_floats
 from tripletjax.learn.objectives import Loss
+from tripletjax.memory import Memory
 
 
 class TrainState(NamedTuple):
@@ -24,6 +27,9 @@ class TrainState(NamedTuple):
         average: an exponential average of the parameters, or None.
         finite: whether all losses and gradients have been finite.
         best: the best validation so far.
+        memory: embeddings of earlier batches, or None.
+        slow: an average of the parameters that the memory's embeddings are made with,
+            or None for those of the batch themselves.
     """
 
     params: nnx.State
@@ -32,11 +38,15 @@ class TrainState(NamedTuple):
     average: nnx.State | None
     finite: Array
     best: Array
+    memory: Memory | None = None
+    slow: nnx.State | None = None
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graph", "tx", "loss", "augment", "ema_decay"),
+    static_argnames=(
+        *("graph", "tx", "loss", "augment", "ema_decay", "memory_momentum"),
+    ),
     donate_argnames="state",
 )
 def train_step(
@@ -44,27 +54,51 @@ def train_step(
     images: Array,
     labels: Array,
     key: Array,
+    remember: ArrayLike = True,
     *,
     graph: nnx.GraphDef,
     tx: optax.GradientTransformation,
     loss: Loss,
     augment: Callable[[Array, Array], Array] | None,
     ema_decay: float,
+    memory_momentum: float = 0.0,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step of training, and its metrics."""
+    """One step of training, and its metrics.
+
+    Whether the memory, if there is one, is to keep the batch, `remember` says.
+    """
     images = _augmented(images, key, augment=augment)
 
-    def loss_of(params: nnx.State) -> tuple[Array, tuple[nnx.State, dict[str, Array]]]:
+    def loss_of(params: nnx.State) -> tuple[Array, tuple]:
         x, rest = _train_embed(params, state.rest, images, graph=graph)
-        value, metrics = _measured(x, labels, loss)
-        return value, (rest, metrics)
+        value, metrics = _measured(x, labels, state.memory, loss)
+        return value, (x, rest, metrics)
 
-    (value, (rest, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+    (value, (x, rest, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
         state.params
     )
-    state = state._replace(rest=rest)
-    state = _next_state(state, value, gradients, tx=tx, ema_decay=ema_decay)
+    if state.slow is not None:
+        x, _ = _train_embed(state.slow, state.rest, images, graph=graph)
+    state = state._replace(rest=rest, memory=_pushed(state.memory, x, labels, remember))
+    state = _next_state(
+        state,
+        value,
+        gradients,
+        tx=tx,
+        ema_decay=ema_decay,
+        memory_momentum=memory_momentum,
+    )
     return state, {"loss": value} | metrics
+
+
+@jax.jit
+def _pushed(
+    memory: Memory | None, x: Array, labels: Array, remember: ArrayLike
+) -> Memory | None:
+    if memory is None:
+        return None
+    where = jnp.broadcast_to(remember, labels.shape)
+    return tj.memory.push(memory, x, labels, where=where)
 
 
 def train_step_in_chunks(
@@ -72,12 +106,14 @@ def train_step_in_chunks(
     images: Array,
     labels: Array,
     key: Array,
+    remember: ArrayLike = True,
     *,
     graph: nnx.GraphDef,
     tx: optax.GradientTransformation,
     loss: Loss,
     augment: Callable[[Array, Array], Array] | None,
     ema_decay: float,
+    memory_momentum: float = 0.0,
     embed_chunk_size: int,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The same step, embedding so many images at a time.
@@ -93,14 +129,28 @@ def train_step_in_chunks(
         x, rest = _train_embed(state.params, rests[-1], some, graph=graph)
         parts.append(x)
         rests.append(rest)
-    value, metrics, along_x = _loss_gradient(jnp.concatenate(parts), labels, loss=loss)
+    x = jnp.concatenate(parts)
+    value, metrics, along_x = _loss_gradient(x, labels, state.memory, loss=loss)
     gradients = jax.tree.map(jnp.zeros_like, state.params)
     for some, rest, along in zip(chunks, rests, jnp.split(along_x, ends)):
         gradients = _add_gradient(
             gradients, state.params, rest, some, along, graph=graph
         )
-    state = state._replace(rest=rests[-1])
-    state = _next_state_jitted(state, value, gradients, tx=tx, ema_decay=ema_decay)
+    if state.slow is not None:
+        slow = [
+            _train_embed(state.slow, rest, some, graph=graph)[0]
+            for some, rest in zip(chunks, rests)
+        ]
+        x = jnp.concatenate(slow)
+    memory = _pushed(state.memory, x, labels, remember)
+    state = _next_state_jitted(
+        state._replace(rest=rests[-1], memory=memory),
+        value,
+        gradients,
+        tx=tx,
+        ema_decay=ema_decay,
+        memory_momentum=memory_momentum,
+    )
     return state, {"loss": value} | metrics
 
 
@@ -141,17 +191,20 @@ def _add_gradient(
 
 @functools.partial(jax.jit, static_argnames="loss")
 def _loss_gradient(
-    x: Array, labels: Array, *, loss: Loss
+    x: Array, labels: Array, memory: Memory | None, *, loss: Loss
 ) -> tuple[Array, dict[str, Array], Array]:
     (value, metrics), along_x = jax.value_and_grad(_measured, has_aux=True)(
-        x, labels, loss
+        x, labels, memory, loss
     )
     return value, metrics, along_x
 
 
-def _measured(x: Array, labels: Array, loss: Loss) -> tuple[Array, dict[str, Array]]:
+def _measured(
+    x: Array, labels: Array, memory: Memory | None, loss: Loss
+) -> tuple[Array, dict[str, Array]]:
     """The loss of a batch, and its metrics."""
-    value = loss(x, labels)
+    pairs = {} if memory is None else tj.memory.references(memory, x, labels)
+    value = loss(x, labels, **pairs)
     value, metrics = value if isinstance(value, tuple) else (value, {})
     # The root of the mean squared distance of two of them.
     spread = jnp.sqrt(2 * jnp.sum(jnp.var(x, axis=0, ddof=1)))
@@ -166,12 +219,16 @@ def _next_state(
     *,
     tx: optax.GradientTransformation,
     ema_decay: float,
+    memory_momentum: float,
 ) -> TrainState:
     updates, optimizer = tx.update(gradients, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     averaged: Any = state.average
     if averaged is not None:
         averaged: Any = optax.incremental_update(params, averaged, 1 - ema_decay)
+    slow: Any = state.slow
+    if slow is not None:
+        slow: Any = optax.incremental_update(params, slow, 1 - memory_momentum)
     finite = state.finite
     for x in jax.tree.leaves((value, gradients)):
         finite &= jnp.isfinite(x).all()
@@ -180,9 +237,12 @@ def _next_state(
         optimizer=optimizer,
         average=averaged,
         finite=finite,
+        slow=slow,
     )
 
 
 _next_state_jitted = jax.jit(
-    _next_state, static_argnames=("tx", "ema_decay"), donate_argnames="state"
+    _next_state,
+    static_argnames=("tx", "ema_decay", "memory_momentum"),
+    donate_argnames="state",
 )

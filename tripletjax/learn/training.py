@@ -23,8 +23,9 @@ from flax import nnx
 from jax import Array
 from tqdm import tqdm
 
+import tripletjax as tj
 from tripletjax.learn.checkpoints import Checkpoints
-from tripletjax.learn.embedder import check_static
+from tripletjax.learn.embedder import as_floats, check_static
 from tripletjax.learn.embedder import embed_images as embed_images
 from tripletjax.learn.objectives import Loss, mined_loss
 from tripletjax.learn.steps import TrainState, train_step, train_step_in_chunks
@@ -94,6 +95,9 @@ def fit(
     augment: Callable[[Array, Array], Array] | None = None,
     seed: int = 0,
     ema_decay: float = 0.0,
+    memory: int = 0,
+    memory_warmup: int = 0,
+    memory_momentum: float | None = None,
     embed_chunk_size: int | None = None,
     log_every: int = 10,
     validate: Callable[[nnx.Module], dict[str, float]] | None = None,
@@ -125,6 +129,12 @@ def fit(
         seed: of the augmentation.
         ema_decay: how much of the averaged parameters a step keeps, such as 0.99; the
             average is then what is validated and what the model has at the end.
+        memory: how many embeddings of earlier batches the loss also compares the batch
+            with; it is then given what `tripletjax.memory.references` makes.
+        memory_warmup: how many steps there are before the first batch is kept, while
+            the network changes much.
+        memory_momentum: how much of its average a step keeps, such as 0.999, of a
+            second network that embeds what is kept; that of the batch if not given.
         embed_chunk_size: how many images to embed at a time, to bound the memory;
             the loss is always of the whole batch.
         log_every: how many steps there are between two lines.
@@ -167,6 +177,15 @@ def fit(
         raise ValueError(
             f"ema_decay must be at least 0 and below 1, got {ema_decay!r}."
         )
+    for name, value in (("memory", memory), ("memory_warmup", memory_warmup)):
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value!r}.")
+    if memory_momentum is not None and not 0 <= memory_momentum < 1:
+        raise ValueError(
+            f"memory_momentum must be at least 0 and below 1, got {memory_momentum!r}."
+        )
+    if not memory and (memory_warmup or memory_momentum is not None):
+        raise ValueError("memory_warmup and memory_momentum are of no use without it.")
     if not hasattr(batches, "__getitem__"):
         raise TypeError(f"batches must have batches[step], got {batches!r}.")
     losses = loss if isinstance(loss, list | tuple) else [(0, loss or mined_loss())]
@@ -188,6 +207,16 @@ def fit(
         finite=jnp.array(True),
         best=jnp.array(-jnp.inf, jnp.float32),
     )
+    if memory:
+        images, labels = batches[0]
+        x = jax.eval_shape(
+            lambda images: nnx.merge(graph, params, rest)(as_floats(images)), images
+        )
+        kept = tj.memory.create(
+            memory, x.shape[1], label_dtype=jnp.asarray(labels).dtype
+        )
+        slow = None if memory_momentum is None else params
+        state = state._replace(memory=kept, slow=slow)
     # The model's own arrays are not given away.
     state, start = jax.tree.map(jnp.copy, state), 0
     if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
@@ -200,7 +229,13 @@ def fit(
         model.eval()
 
     key = jax.random.key(seed)
-    options = {"graph": graph, "tx": tx, "augment": augment, "ema_decay": ema_decay}
+    options: dict[str, Any] = {
+        "graph": graph,
+        "tx": tx,
+        "augment": augment,
+        "ema_decay": ema_decay,
+        "memory_momentum": memory_momentum or 0.0,
+    }
     bar = tqdm(
         _prefetched(batches, start, steps),
         desc="training",
@@ -217,7 +252,8 @@ def fit(
     with watched, _when_left(update_model):
         for step, (images, labels) in enumerate(bar, start=start):
             now = [of for first, of in losses if first <= step][-1]
-            batch = images, labels, jax.random.fold_in(key, step)
+            remember = step >= memory_warmup
+            batch = images, labels, jax.random.fold_in(key, step), remember
             if embed_chunk_size is None or embed_chunk_size >= len(images):
                 state, metrics = train_step(state, *batch, loss=now, **options)
             else:
