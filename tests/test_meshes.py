@@ -1,6 +1,7 @@
 """One number on every mesh: none, Auto, Explicit, and inside shard_map."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -134,3 +135,251 @@ def test_inside_shard_map(loss):
     np.testing.assert_allclose(total, expected_total, atol=1e-6)
     means = [tj.mean_active(summed), tj.mean_valid(summed)]
     assert np.isclose(means, expected, rtol=1e-5).any()
+
+
+BLOCKWISE = {
+    "all": tj.blockwise.batch_all_loss,
+    "hard": tj.blockwise.batch_hard_loss,
+    "semi-hard": tj.blockwise.batch_semi_hard_loss,
+    "semi-hard without fallback": functools.partial(
+        tj.blockwise.batch_semi_hard_loss, fallback=False
+    ),
+}
+SHAPES = {(1,): ("data",), (2,): ("data",), (8,): ("data",), (4, 2): ("data", "model")}
+ROWS = PartitionSpec("data")
+
+
+def by_axis_name(function, kind, shape):
+    """Called from outside shard_map, with the axis to split the work over."""
+    one = functools.partial(function, axis_name="data")
+    return one, mesh(kind, shape, SHAPES[shape])
+
+
+def by_layout(function, kind, shape):
+    """Called with arrays that are laid out over the axis."""
+    return function, mesh(kind, shape, SHAPES[shape])
+
+
+def by_shard_map(function, kind, shape):
+    on = mesh(kind, shape, SHAPES[shape])
+    one = functools.partial(function, axis_name="data")
+
+    mapped = jax.shard_map(
+        lambda x, labels, real: one(x, labels, where=real),
+        mesh=on,
+        in_specs=(ROWS,) * 3,
+        out_specs=PartitionSpec(),
+    )
+    return lambda x, labels, where: mapped(x, labels, where), on
+
+
+WAYS = [
+    (by_axis_name, AxisType.Auto),
+    (by_axis_name, AxisType.Explicit),
+    (by_layout, AxisType.Explicit),
+    (by_layout, AxisType.Auto),
+    (by_shard_map, AxisType.Auto),
+    (by_shard_map, AxisType.Explicit),
+]
+QUICK_WAYS = [("hard", (4, 2), *WAYS[0]), ("all", (8,), *WAYS[2])]
+every_way = pytest.mark.parametrize(
+    "case",
+    unless_slow(
+        [
+            (name, shape, *way)
+            for name in BLOCKWISE
+            for shape in SHAPES
+            for way in WAYS
+            # What one loss has shown need not be shown of every loss.
+            if name == "hard" or (max(shape) > 2 and way in WAYS[::2])
+        ],
+        QUICK_WAYS,
+    ),
+    ids=lambda case: f"{case[0]}, {case[1]}, {case[2].__name__}, {case[3]}",
+)
+
+
+@every_way
+def test_blockwise_losses(case):
+    """Also where a device has no real anchor at all."""
+    name, shape, way, kind = case
+    x, labels = (np.asarray(a) for a in batch(40))
+    real = np.arange(40) > 12
+    loss = functools.partial(BLOCKWISE[name], margin=0.3)
+    expected = jax.value_and_grad(lambda x: loss(x, labels, where=real))(x)
+    run, on = way(loss, kind, shape)
+    with jax.set_mesh(on):
+        put = jax.device_put((x, labels, real), NamedSharding(on, ROWS))
+        got = jax.jit(jax.value_and_grad(lambda x, y, w: run(x, y, where=w)))(*put)
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(got[1], expected[1], atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_what_does_not_divide(kind):
+    """Rows that cannot be shared out evenly, of anchors and of references."""
+    x, labels = (np.asarray(a) for a in batch(37))
+    gallery, others = (np.asarray(a) for a in batch(19, seed=1))
+    options = {"references": gallery, "reference_labels": others}
+    calls = {
+        "hard": lambda **o: tj.blockwise.batch_hard_triplets(x, labels, **o),
+        "hard, gallery": lambda **o: tj.blockwise.batch_hard_triplets(
+            x, labels, **options, **o
+        ),
+        "semi-hard": lambda **o: tj.blockwise.batch_semi_hard_triplets(
+            x, labels, size=300, **o
+        ),
+        "left out": lambda **o: tj.blockwise.batch_semi_hard_triplets(
+            x, labels, size=30, **o
+        ),
+        "terms": lambda **o: tj.blockwise.batch_hard_loss(
+            x, labels, reduce_fn=None, **options, **o
+        ),
+        "own reduction": lambda **o: tj.blockwise.batch_hard_loss(
+            x, labels, reduce_fn=lambda terms: (terms.total**2).sum(), **o
+        ),
+        "retrieval": lambda **o: tj.retrieval.evaluate(x, labels, **options, **o),
+        "each query": lambda **o: tj.retrieval.evaluate(x, labels, reduce_fn=None, **o),
+        "recall": lambda **o: tj.retrieval.recall_at_k(x, labels, **o),
+    }
+    for name, call in calls.items():
+        with jax.set_mesh(mesh(kind)):
+            got = call(axis_name="data")
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, err_msg=name)
+        jax.tree.map(close, got, call())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("classes", [9, 2])
+def test_metrics(kind, classes):
+    """As they lie, and inside shard_map; few and many of a class."""
+    x, labels = (np.asarray(a) for a in batch(40))
+    labels, real = labels % classes, np.arange(40) > 7
+    evaluate = tj.retrieval.evaluate
+    verify = functools.partial(tj.verification.evaluate, size=800)
+    expected = (
+        evaluate(x, labels, where=real),
+        verify(x, labels, where=real),
+    )
+    on = mesh(kind)
+    spread = jax.shard_map(
+        lambda x, y, w: (
+            evaluate(x, y, where=w, axis_name="data"),
+            verify(x, y, where=w, axis_name="data"),
+        ),
+        mesh=on,
+        in_specs=(ROWS,) * 3,
+        out_specs=PartitionSpec(),
+    )
+    plain = lambda x, y, w: (evaluate(x, y, where=w), verify(x, y, where=w))  # noqa: E731
+    with jax.set_mesh(on):
+        put = jax.device_put((x, labels, real), NamedSharding(on, ROWS))
+        for run in (plain, spread):
+            got = jax.jit(run)(*put)
+            close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+            jax.tree.map(close, got, expected)
+
+
+COLLECTIVES = re.compile(
+    r"= (.*?) (all-gather|all-to-all|reduce-scatter|all-reduce|collective-permute)"
+    r"(?:-start)?\("
+)
+
+
+@pytest.mark.parametrize("name", unless_slow(BLOCKWISE, ["hard"]))
+def test_communication(name):
+    """Once forward and once back, of embeddings, and a few numbers."""
+    on = mesh(AxisType.Explicit)
+    rows = NamedSharding(on, ROWS)
+    x = jax.ShapeDtypeStruct((2048, 64), jnp.float32, sharding=rows)
+    labels = jax.ShapeDtypeStruct((2048,), jnp.int32, sharding=rows)
+    with jax.set_mesh(on):
+        step = jax.jit(jax.value_and_grad(BLOCKWISE[name]))
+        text = step.lower(x, labels).compile().as_text()
+        exported = {
+            platform: jax.export.export(step, platforms=[platform])(x, labels)
+            for platform in ("cuda", "tpu")
+        }
+    found = [(kind, shape) for shape, kind in COLLECTIVES.findall(text)]
+    of_vectors = sorted(kind for kind, shape in found if "64]" in shape)
+    assert of_vectors == ["all-gather", "all-to-all"]
+    assert sorted(kind for kind, shape in found if "64]" not in shape) == [
+        "all-gather",  # labels
+        "all-reduce",  # total and count
+    ]
+    for program in exported.values():
+        text = program.mlir_module()
+        assert len(re.findall(r"stablehlo.reduce_scatter", text)) == 1
+        assert "stablehlo.all_to_all" not in text
+
+
+def test_misuse_is_told():
+    x, labels = (np.asarray(a) for a in batch(N))
+    loss = functools.partial(tj.blockwise.batch_hard_loss, axis_name="data")
+    with pytest.raises(ValueError, match="no such mesh axis is mapped over here"):
+        loss(x, labels)
+    same = jax.shard_map(
+        loss,
+        mesh=mesh(AxisType.Auto),
+        in_specs=(PartitionSpec(),) * 2,
+        out_specs=PartitionSpec(),
+    )
+    with pytest.raises(ValueError, match="are the same on every device along data"):
+        same(x, labels)
+    with (
+        jax.set_mesh(mesh(AxisType.Auto)),
+        pytest.raises(ValueError, match="labels must have one row for each of the 32"),
+    ):
+        loss(x, labels[:-1])
+    masks = tj.pair_masks(labels[:-1])
+    with (
+        jax.set_mesh(mesh(AxisType.Auto)),
+        pytest.raises(ValueError, match="cannot be split over 8 devices"),
+    ):
+        loss(x[:-1], masks)
+
+
+def test_masks_over_a_mesh():
+    x, labels = batch(N)
+    masks = tj.pair_masks(labels)
+    with jax.set_mesh(mesh(AxisType.Auto)):
+        got = tj.blockwise.batch_hard_loss(x, masks, axis_name="data")
+    np.testing.assert_allclose(got, tj.blockwise.batch_hard_loss(x, masks), rtol=1e-5)
+
+
+def test_averaging_where_nothing_is_checked():
+    """Without check_vma gradients taken inside count every device: pmean undoes it."""
+    x, labels = batch(N)
+    weight = jnp.eye(x.shape[1])
+    loss = tj.blockwise.batch_hard_loss
+    expected = jax.grad(lambda w: loss(x @ w, labels))(weight)
+    for check_vma in (True, False):
+
+        def inside(w, x, labels):
+            of = lambda w: loss(x @ w, labels, axis_name="data")  # noqa: E731
+            return jax.lax.pmean(jax.grad(of)(w), "data")
+
+        got = jax.shard_map(
+            inside,
+            mesh=mesh(AxisType.Auto),
+            in_specs=(PartitionSpec(), ROWS, ROWS),
+            out_specs=PartitionSpec(),
+            check_vma=check_vma,
+        )(weight, x, labels)
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_a_loss_has_no_name_of_jax():
+    """What JAX wraps around a loss would be given it, and lower the loss itself."""
+    x, labels = batch(N)
+    for loss, first in (
+        (tj.blockwise.batch_all_loss, x),
+        (tj.batch_all_loss, tj.euclidean(x)),
+    ):
+        lowered = jax.jit(jax.value_and_grad(loss)).lower(first, labels)
+        assert [leaf.shape for leaf in jax.tree.leaves(lowered.out_info)] == [
+            (),
+            first.shape,
+        ]

@@ -37,6 +37,7 @@ from jax.typing import ArrayLike
 from tripletjax._api import as_integer, jitted
 from tripletjax._pairwise.batch import Batch, single_batch
 from tripletjax._pairwise.class_index import ClassIndex
+from tripletjax._pairwise.mesh import AxisName, check_split, gather_terms
 from tripletjax._pairwise.tiles import Tiles
 from tripletjax._thresholds import as_rates, between
 from tripletjax.distances import Metric, euclidean
@@ -98,6 +99,7 @@ def evaluate(
     reference_labels: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
     size: int | None = None,
 ) -> VerificationMetrics:
     """Verification over all pairs, blockwise: exact, without their distances in memory.
@@ -112,6 +114,9 @@ def evaluate(
         reference_labels: integers ``[m]``.
         where: bool ``[n]``, False for padding.
         reference_where: bool ``[m]``, likewise.
+        axis_name: inside ``jax.shard_map``, the mesh axes over which embeddings and
+            references are split: all devices get the result of all, and each does all
+            of the work.
         size: how many positive pairs there is room for. Counted if not given, which
             takes labels that are not traced.
 
@@ -156,11 +161,12 @@ def evaluate(
         reference_labels=reference_labels,
         where=where,
         reference_where=reference_where,
+        axis_name=axis_name,
         size=as_integer("size", size),
     )
 
 
-@jitted(callables=("metric",), sizes=("size",), static=("fars",))
+@jitted(callables=("metric",), sizes=("size",), static=("fars", "axis_name"))
 def _evaluate(
     embeddings: ArrayLike,
     labels: ArrayLike,
@@ -171,19 +177,24 @@ def _evaluate(
     reference_labels: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
     size: int,
 ) -> VerificationMetrics:
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}.")
-    batch = single_batch(
-        metric,
-        embeddings,
-        labels,
-        references=references,
-        reference_labels=reference_labels,
-        where=where,
-        reference_where=reference_where,
-    )
+    given: Any = {
+        "embeddings": embeddings,
+        "labels": labels,
+        "references": references,
+        "reference_labels": reference_labels,
+        "where": where,
+        "reference_where": reference_where,
+    }
+    if axis_name is not None:
+        given = jax.tree.map(jnp.asarray, given)
+        check_split(given["embeddings"], axis_name)
+        given = gather_terms(given, axis_name)
+    batch = single_batch(metric, **given)
     n, m = len(batch.anchors), len(batch.reference_side[0])
     pairs = n * (n - 1) // 2 if batch.square else n * m
     if pairs > jnp.iinfo(jax.dtypes.canonicalize_dtype(int)).max:

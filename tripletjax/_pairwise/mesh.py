@@ -82,6 +82,8 @@ def gather_terms(terms: Any, axis_name: AxisName) -> Any:
     """
 
     def gather(x: Array) -> Array:
+        if x.dtype == bool:
+            return gather(x.astype(jnp.int32)) > 0
         n = len(x)
         shape = (n * lax.axis_size(axis_name), *x.shape[1:])
         parts = jnp.zeros(shape, x.dtype) + jnp.zeros_like(x[:1])

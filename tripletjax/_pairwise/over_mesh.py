@@ -35,7 +35,10 @@ Together = Callable[[Any, int, dict[str, Any]], Any]
 
 
 def over_mesh(
-    *, of_device: OfDevice | None = None, together: Together | None = None
+    *,
+    of_device: OfDevice | None = None,
+    together: Together | None = None,
+    suits: Callable[[dict[str, Any]], bool] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Splits the work of a function with `axis_name` over a mesh, wherever it can.
 
@@ -46,6 +49,8 @@ def over_mesh(
     Args:
         of_device, together: how results of the devices are put together; if not given,
             all have the same.
+        suits: of the arguments, whether work on Explicit axes is split. If not given,
+            it always is.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -54,7 +59,7 @@ def over_mesh(
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             given = dict(zip(ANCHOR_ROWS, args)) | kwargs
-            if len(args) > 2 or (found := _mesh_of(given)) is None:
+            if len(args) > 2 or (found := _mesh_of(given, suits)) is None:
                 return function(*args, **kwargs)
             mesh, axis_name = found
             given["axis_name"] = axis_name
@@ -116,7 +121,9 @@ def over_mesh(
     return decorate
 
 
-def _mesh_of(given: dict[str, Any]) -> tuple[Any, AxisName] | None:
+def _mesh_of(
+    given: dict[str, Any], suits: Callable[[dict[str, Any]], bool] | None
+) -> tuple[Any, AxisName] | None:
     """The mesh and its axes that a call is to be mapped over, if it is."""
     x: Any = given.get("embeddings")
     axis_name = given.get("axis_name")
@@ -137,6 +144,8 @@ def _mesh_of(given: dict[str, Any]) -> tuple[Any, AxisName] | None:
     sharding = jax.typeof(x).sharding
     axes = sharding.spec[0] if sharding.spec else None
     if not axes or {*sharding.mesh.axis_types} != {AxisType.Explicit}:
+        return None
+    if suits is not None and not suits(given):
         return None
     return sharding.mesh, axes
 

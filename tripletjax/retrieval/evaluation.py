@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -11,6 +11,8 @@ from jax.typing import ArrayLike
 from tripletjax._api import as_integer, jitted, own_promotion
 from tripletjax._pairwise.batch import single_batch
 from tripletjax._pairwise.class_index import ClassIndex
+from tripletjax._pairwise.mesh import AxisName, gather_terms
+from tripletjax._pairwise.over_mesh import over_mesh
 from tripletjax.distances import Metric, euclidean
 from tripletjax.pairs import PairMasks
 from tripletjax.retrieval.rankings import (
@@ -111,6 +113,7 @@ def evaluate(
     where: ArrayLike | None = None,
     reference_where: ArrayLike | None = None,
     metric: Metric = euclidean,
+    axis_name: AxisName | None = None,
     reduce_fn: Reduction | None = mean_of_queries,
 ) -> RetrievalMetrics:
     r"""How well the nearest references share the label of the query.
@@ -138,6 +141,9 @@ def evaluate(
             ranks, as where those of the same person and camera are ignored.
         metric: how far two vectors are apart. Where it is made of inner products, so
             is the order of references.
+        axis_name: the mesh axes over which queries and references are split, as in
+            `tripletjax.blockwise`; not with `PairMasks` or `reference_where` of each
+            query.
         reduce_fn: how queries are averaged: `mean_of_queries`, `mean_of_classes`, or
             None for the metrics ``[n]`` of every query, 0 for those without a relevant
             reference, which `queries` says.
@@ -180,6 +186,7 @@ def evaluate(
         where=where,
         reference_where=reference_where,
         metric=metric,
+        axis_name=axis_name,
         reduce_fn=reduce_fn,
         first_alone=False,
     )
@@ -196,6 +203,7 @@ def recall_at_k(
     where: ArrayLike | None = None,
     reference_where: ArrayLike | None = None,
     metric: Metric = euclidean,
+    axis_name: AxisName | None = None,
 ) -> Array:
     r"""The share of queries with a relevant reference among the first k.
 
@@ -204,7 +212,7 @@ def recall_at_k(
 
     Args:
         embeddings, labels, ks, references, reference_labels, positions, where,
-            reference_where, metric: as in `evaluate`.
+            reference_where, metric, axis_name: as in `evaluate`.
 
     Returns:
         ``[len(ks)]``.
@@ -232,15 +240,30 @@ def recall_at_k(
         where=where,
         reference_where=reference_where,
         metric=metric,
+        axis_name=axis_name,
         reduce_fn=mean_of_queries,
         first_alone=True,
     ).recall_at_k
 
 
+def _by_labels(given: dict[str, Any]) -> bool:
+    each = given.get("reference_where")
+    masked = isinstance(given["labels"], PairMasks)
+    return not masked and (each is None or jnp.ndim(each) < 2)
+
+
+def _of_queries(metrics: Any, n: int, options: dict[str, Any]) -> Any:
+    """The same; of metrics per query, those that are not of padding."""
+    if options["reduce_fn"] is not None:
+        return metrics
+    return RetrievalMetrics(*(x[:n] for x in metrics))
+
+
+@over_mesh(together=_of_queries, suits=_by_labels)
 @jitted(
     callables=("metric", "reduce_fn"),
     flags=("first_alone",),
-    static=("ks",),
+    static=("ks", "axis_name"),
     optional=("reduce_fn",),
 )
 def _evaluate(
@@ -254,6 +277,7 @@ def _evaluate(
     where: ArrayLike | None = None,
     reference_where: ArrayLike | None = None,
     metric: Metric,
+    axis_name: AxisName | None = None,
     reduce_fn: Reduction | None,
     first_alone: bool,
 ) -> RetrievalMetrics:
@@ -263,6 +287,11 @@ def _evaluate(
     m = shape[-2] if len(shape) > 1 else 0
     each, reference_where = per_query(reference_where, n, m)
     masked = isinstance(labels, PairMasks)
+    if axis_name is not None and (masked or each is not None):
+        raise ValueError(
+            "axis_name does not go with labels that are PairMasks, nor with "
+            "reference_where of each query."
+        )
     batch = single_batch(
         metric,
         embeddings,
@@ -272,7 +301,9 @@ def _evaluate(
         positions=positions,
         where=where,
         reference_where=reference_where,
+        axis_name=axis_name,
     )
+    m = len(batch.reference_side[0])
     if masked and reduce_fn is mean_of_classes:
         raise ValueError("reduce_fn: mean_of_classes takes labels, got PairMasks.")
     query_labels = jnp.zeros(n, int) if masked else batch.labels
@@ -320,6 +351,8 @@ def _evaluate(
         return jnp.where(found[column], x, 0)
 
     metrics = RetrievalMetrics._make((*map(known, values), found))
+    if axis_name is not None:
+        metrics, query_labels = gather_terms((metrics, query_labels), axis_name)
     return metrics if reduce_fn is None else reduce_fn(metrics, query_labels)
 
 

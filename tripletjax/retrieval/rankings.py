@@ -152,6 +152,11 @@ class Rankings(NamedTuple):
 
         return ReferenceTiles(*map(cut, (index, y - self.offset, halves, labels, real)))
 
+    def full(self, shape: tuple[int, ...], value: Any) -> Array:
+        """As `jnp.full`, but varying over a mesh as queries do, for loops to carry."""
+        value = jnp.asarray(value)
+        return jnp.full(shape, value) + self.batch.zeros().astype(value.dtype)
+
     def rows(self, x: Array, start: Array) -> Array:
         return lax.dynamic_slice_in_dim(x, start, self.blocks.size)
 
@@ -167,7 +172,7 @@ class Rankings(NamedTuple):
                 for old, new in zip(out, function(start))
             ]
 
-        none = [jnp.zeros((n, *like.shape[1:]), like.dtype) for like in likes]
+        none = [self.full((n, *like.shape[1:]), 0).astype(like.dtype) for like in likes]
         return lax.fori_loop(0, self.blocks.count, step, none)
 
     def against(
@@ -249,7 +254,7 @@ class Rankings(NamedTuple):
                 return jnp.where(closer, keys, least), jnp.where(closer, index, place)
 
             shape = self.blocks.size, columns
-            none = jnp.full(shape, last, kind), jnp.full(shape, m)
+            none = self.full(shape, jnp.array(last, kind)), self.full(shape, m)
             least, place = lax.fori_loop(
                 begin[0] // columns, -(-end // columns), visit, none
             )
@@ -267,7 +272,7 @@ class Rankings(NamedTuple):
                 keys = jnp.where(tile.relevant, last, tile.keys)
                 return before + (keys < jnp.where(lower, limit + 1, limit)), None
 
-            before = jnp.zeros((self.blocks.size, columns), int)
+            before = self.full((self.blocks.size, columns), 0)
             before, _ = self.scan(start, tiles, visit, before)
             return [jnp.sum(before, axis=1) + 1]
 
@@ -325,7 +330,7 @@ class Rankings(NamedTuple):
             rank = jnp.where(found, before + 1, nowhere)
             return lax.dynamic_update_slice_in_dim(ranks, rank, first, axis=1)
 
-        ranks = _in_groups(most, rank, jnp.full((rows, MAX_COUNTED), nowhere))
+        ranks = _in_groups(most, rank, self.full((rows, MAX_COUNTED), nowhere))
         relevant = lax.dynamic_slice_in_dim(classes.positives, start, rows)
         among = _as_runs(ranks)
 
@@ -337,7 +342,8 @@ class Rankings(NamedTuple):
             new = within, precision * within, precision
             return tuple(old + jnp.sum(x, axis=1) for old, x in zip(sums, new))
 
-        sums = lax.fori_loop(0, -(-most // GROUP), add, (jnp.zeros(rows),) * 3)
+        none = (self.full((rows,), 0.0),) * 3
+        sums = lax.fori_loop(0, -(-most // GROUP), add, none)
         divisor = jnp.maximum(relevant, 1)
         return jnp.min(ranks, axis=1), *(x / divisor for x in sums)
 
@@ -403,7 +409,7 @@ def _count_below(runs: Array, limit: Callable[[Array], Array]) -> Array:
         return below, None
 
     places = jnp.arange(len(runs))
-    none = jnp.zeros(jax.eval_shape(limit, places[0]).shape, int)
+    none = jnp.zeros_like(limit(places[0]), int)
     return lax.scan(step, none, (places, runs))[0]
 
 
