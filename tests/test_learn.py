@@ -30,6 +30,7 @@ from tripletjax.learn import (
     image_analysis,
     models,
     objectives,
+    placement,
     plots,
     record,
     runs,
@@ -589,6 +590,60 @@ def test_a_model_has_learnt_when_training_is_left_early():
             break
     assert line == lines[-1]
     assert_same_model(model, expected)
+
+
+def over(count):
+    return placement.mesh_of(str(count))
+
+
+@pytest.mark.parametrize(
+    "options",
+    unless_slow(
+        [
+            {"memory": 100, "memory_momentum": 0.9},
+            {},
+            {"embed_chunk_size": 16, "memory": 100, "ema_decay": 0.9},
+        ],
+        [{"memory": 100, "memory_momentum": 0.9}],
+    ),
+    ids=str,
+)
+def test_a_mesh_changes_nothing(options):
+    options = {"tx": SGD, "log_every": 1} | options
+    model, lines = trained(5, **options)
+    split, others = trained(5, mesh=over(4), **options)
+    for one, other in zip(lines, others, strict=True):
+        np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-4)
+        np.testing.assert_allclose(other["spread"], one["spread"], rtol=1e-4)
+    for one, other in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, split))):
+        np.testing.assert_allclose(other, one, atol=1e-5)
+        assert other.sharding.num_devices == 1
+
+
+@pytest.mark.slow
+def test_goes_on_with_other_devices(tmp_path):
+    """What four devices saved, one and eight go on with."""
+    options = {"tx": SGD, "log_every": 1, "memory": 50}
+    _, lines = trained(6, **options)
+    first = Checkpoints(tmp_path / "first")
+    trained(3, mesh=over(4), checkpoints=first, **options)
+    first.close()
+    for count in (1, 8):
+        again = tmp_path / str(count)
+        shutil.copytree(tmp_path / "first", again)
+        kept = Checkpoints(again)
+        _, rest = trained(6, mesh=over(count), checkpoints=kept, **options)
+        assert rest[0] == {"step": 3, "resumed": True, "damaged": []}
+        for one, other in zip(lines[3:], rest[1:], strict=True):
+            np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-4)
+
+
+def test_wrong_devices():
+    with pytest.raises(ValueError, match=r"split over 3 devices.*40 rows"):
+        trained(2, mesh=over(3))
+    for devices, words in (("9", "there are 8"), ("some", "all or a number")):
+        with pytest.raises(ValueError, match=words):
+            placement.mesh_of(devices)
 
 
 def counted_loss(x, labels, **pairs):

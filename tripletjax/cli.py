@@ -115,6 +115,12 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on with the run in --out, if any"
     )
     run.add_argument(
+        "--devices",
+        metavar="N",
+        help="how many devices to split every batch over: all, or a number (default: "
+        "1); a run can go on with another number",
+    )
+    run.add_argument(
         "--tensorboard",
         action="store_true",
         help="write what TensorBoard reads, too (needs tensorboardX)",
@@ -198,11 +204,18 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
-    from tripletjax.learn import augment, defaults, image_analysis, record, runs
+    from tripletjax.learn import (
+        augment,
+        defaults,
+        image_analysis,
+        placement,
+        record,
+        runs,
+    )
     from tripletjax.learn.checkpoints import free_path
 
     out, resume = given.pop("out"), given.pop("resume")
-    tensorboard = given.pop("tensorboard")
+    tensorboard, devices = given.pop("tensorboard"), given.pop("devices")
     options = {name: value for name, value in given.items() if value is not None}
     before = {}
     if resume and out is not None and (out / record.FILE).exists():
@@ -229,7 +242,11 @@ def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         out = free_path(Path("runs") / (Path(named).resolve().stem or "run"))
     try:
         evaluations = runs.run(
-            runs.Config(**before | options), out, resume=resume, tensorboard=tensorboard
+            runs.Config(**before | options),
+            out,
+            resume=resume,
+            tensorboard=tensorboard,
+            mesh=placement.mesh_of(devices),
         )
     except KeyboardInterrupt as error:
         print(

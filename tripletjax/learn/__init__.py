@@ -33,6 +33,7 @@ MODULES = (
     "metrics_log",
     "models",
     "objectives",
+    "placement",
     "plan",
     "plots",
     "pretrained",

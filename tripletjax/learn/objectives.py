@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import tripletjax as tj
+from tripletjax.blockwise import AxisName
 
 # How triplets are mined and their costs averaged.
 MINING: dict[str, tuple[Callable, Callable]] = {
@@ -23,29 +24,44 @@ LABELS = "labels", "reference_labels"
 
 
 @functools.lru_cache
-def mined_loss(mining: str = "semi-hard", *, margin: float = 0.2) -> Loss:
+def mined_loss(
+    mining: str = "semi-hard",
+    *,
+    margin: float = 0.2,
+    axis_name: AxisName | None = None,
+) -> Loss:
     """A triplet loss within the batch, with the share of active triplets as a metric.
 
     Args:
         mining: which triplets: all, semi-hard or hard.
         margin: in Euclidean distance.
+        axis_name: the mesh axes over which the work is split, as in
+            `tripletjax.blockwise`.
 
     Raises:
         ValueError: if there is no such mining.
     """
-    return _mined(mining, margin)
+    return _mined(mining, margin, axis_name)
 
 
-def _mined(mining: str, margin: float) -> Callable[..., tuple[Array, dict[str, Array]]]:
+def _mined(
+    mining: str, margin: float, axis_name: AxisName | None
+) -> Callable[..., tuple[Array, dict[str, Array]]]:
     if mining not in MINING:
         raise ValueError(f"mining must be one of {', '.join(MINING)}, got {mining!r}.")
     loss_of, mean = MINING[mining]
-    return functools.partial(loss_of, margin=margin, reduce_fn=_with_active(mean))
+    return functools.partial(
+        loss_of, margin=margin, reduce_fn=_with_active(mean), axis_name=axis_name
+    )
 
 
 @functools.lru_cache
 def relevance_loss(
-    mining: str, levels: tuple[tuple[int, ...], ...], *, margin: float = 0.2
+    mining: str,
+    levels: tuple[tuple[int, ...], ...],
+    *,
+    margin: float = 0.2,
+    axis_name: AxisName | None = None,
 ) -> Loss:
     r"""Who shares more is nearer: a weighted mean of a mined loss at each level.
 
@@ -60,12 +76,16 @@ def relevance_loss(
         mining: which triplets: all, semi-hard or hard.
         levels: for each level from the finest, the group of each label.
         margin: of the classes themselves, in Euclidean distance.
+        axis_name: as in `mined_loss`.
 
     Raises:
         ValueError: if there is no such mining.
     """
     weights = [2.0**-level for level in range(len(levels) + 1)]
-    losses = [_mined(mining, (level + 1) * margin) for level in range(len(levels) + 1)]
+    losses = [
+        _mined(mining, (level + 1) * margin, axis_name)
+        for level in range(len(levels) + 1)
+    ]
 
     def loss(x: Array, labels: Array, **pairs: Array) -> tuple[Array, dict[str, Array]]:
         total, told = jnp.zeros(()), {}

@@ -28,6 +28,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from tripletjax.learn import backbones, plots, pretrained, record, tasks, training
 from tripletjax.learn.checkpoints import Checkpoints
@@ -52,6 +53,7 @@ from tripletjax.learn.image_cache import (
 from tripletjax.learn.image_io import ImageSource
 from tripletjax.learn.metrics_log import MetricsLog, summary_writer
 from tripletjax.learn.models import Standardized
+from tripletjax.learn.placement import Placement
 from tripletjax.learn.plan import ClassBatchPlan, Plan
 from tripletjax.learn.record import ImageRecord, RunRecord, write_json
 from tripletjax.learn.weights import Frozen, digest_of_file
@@ -80,6 +82,7 @@ def run(
     *,
     resume: bool = False,
     tensorboard: bool = False,
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Trains an embedding and writes its run directory.
@@ -90,6 +93,7 @@ def run(
         resume: whether to go on with the run that is there, if there is one; with more
             steps, it is lengthened.
         tensorboard: whether to write what TensorBoard reads, too; needs tensorboardX.
+        mesh: devices to train on, as in `training.fit`; a run goes on with any.
         progress: whether to show progress bars.
 
     Returns:
@@ -136,7 +140,10 @@ def run(
         print(
             f"{task.description} ({', '.join(counts)}); the run is in {out}", flush=True
         )
-        for note in made.notes:
+        told = (
+            [] if mesh is None else [f"every batch is split over {mesh.size} devices"]
+        )
+        for note in (*made.notes, *told):
             print(f"- {note}", flush=True)
 
     model = build_model(made)
@@ -196,7 +203,8 @@ def run(
             tx,
             batches,
             steps=plan.steps,
-            loss=task.losses(plan),
+            loss=task.losses(plan, Placement(mesh).axis_name),
+            mesh=mesh,
             augment=AnyView() if plan.frozen else plan.augment,
             seed=plan.seed,
             ema_decay=plan.ema_decay,

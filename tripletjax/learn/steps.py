@@ -115,24 +115,27 @@ def train_step_in_chunks(
     ema_decay: float,
     memory_momentum: float = 0.0,
     embed_chunk_size: int,
+    devices: int = 1,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The same step, embedding so many images at a time.
 
     Activations are made again on the way back, and not kept. The loop is Python's: XLA
-    runs convolutions in its own loops many times slower on CPUs.
+    runs convolutions in its own loops many times slower on CPUs. Of a batch that is
+    split over devices, a chunk has as many images of each.
     """
     images = _augmented(images, key, augment=augment)
-    ends = list(range(embed_chunk_size, len(images), embed_chunk_size))
-    chunks = jnp.split(images, ends)
+    each, own = max(1, embed_chunk_size // devices), len(images) // devices
+    ends = tuple(range(each, own, each))
+    chunks = _split(images, ends, devices)
     parts, rests = [], [state.rest]
     for some in chunks:
         x, rest = _train_embed(state.params, rests[-1], some, graph=graph)
         parts.append(x)
         rests.append(rest)
-    x = jnp.concatenate(parts)
+    x = _joined(parts, devices)
     value, metrics, along_x = _loss_gradient(x, labels, state.memory, loss=loss)
     gradients = jax.tree.map(jnp.zeros_like, state.params)
-    for some, rest, along in zip(chunks, rests, jnp.split(along_x, ends)):
+    for some, rest, along in zip(chunks, rests, _split(along_x, ends, devices)):
         gradients = _add_gradient(
             gradients, state.params, rest, some, along, graph=graph
         )
@@ -141,7 +144,7 @@ def train_step_in_chunks(
             _train_embed(state.slow, rest, some, graph=graph)[0]
             for some, rest in zip(chunks, rests)
         ]
-        x = jnp.concatenate(slow)
+        x = _joined(slow, devices)
     memory = _pushed(state.memory, x, labels, remember)
     state = _next_state_jitted(
         state._replace(rest=rests[-1], memory=memory),
@@ -152,6 +155,20 @@ def train_step_in_chunks(
         memory_momentum=memory_momentum,
     )
     return state, {"loss": value} | metrics
+
+
+@functools.partial(jax.jit, static_argnames=("ends", "devices"))
+def _split(x: Array, ends: tuple[int, ...], devices: int) -> list[Array]:
+    """Chunks of a batch, that end at some rows of every device."""
+    parts = jnp.split(x.reshape(devices, -1, *x.shape[1:]), ends, axis=1)
+    return [part.reshape(-1, *x.shape[1:]) for part in parts]
+
+
+@functools.partial(jax.jit, static_argnames="devices")
+def _joined(parts: list[Array], devices: int) -> Array:
+    """The batch that was split."""
+    whole = [part.reshape(devices, -1, *part.shape[1:]) for part in parts]
+    return jnp.concatenate(whole, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
 @functools.partial(jax.jit, static_argnames="augment")

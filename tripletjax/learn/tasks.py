@@ -16,6 +16,7 @@ from flax import nnx
 from jax import Array
 
 import tripletjax as tj
+from tripletjax.blockwise import AxisName
 from tripletjax.learn import (
     datasets,
     defaults,
@@ -133,15 +134,18 @@ class LabelTask:
             groups=levels[0] if len(levels) else None,
         )
 
-    def losses(self, plan: Plan) -> list[tuple[int, objectives.Loss]]:
+    def losses(
+        self, plan: Plan, axis_name: AxisName | None = None
+    ) -> list[tuple[int, objectives.Loss]]:
         """Losses, and the steps from which they hold."""
+        options: dict[str, Any] = {"margin": plan.margin, "axis_name": axis_name}
         of = _batches_of(plan, ClassBatchPlan)
         levels = tuple(map(tuple, self._levels(of).tolist()))
 
         def loss(mining: str) -> objectives.Loss:
             if not levels:
-                return objectives.mined_loss(mining, margin=plan.margin)
-            return objectives.relevance_loss(mining, levels, margin=plan.margin)
+                return objectives.mined_loss(mining, **options)
+            return objectives.relevance_loss(mining, levels, **options)
 
         warm = int(of.batch_all_fraction * plan.steps)
         if of.mining != "hard" or warm == 0:
@@ -273,7 +277,9 @@ class TripletTask:
             self.images, self.dataset.train, of.triplets_per_batch, plan.seed
         )
 
-    def losses(self, plan: Plan) -> list[tuple[int, objectives.Loss]]:
+    def losses(
+        self, plan: Plan, axis_name: AxisName | None = None
+    ) -> list[tuple[int, objectives.Loss]]:
         return [(0, objectives.given_loss(margin=plan.margin))]
 
     def evaluate(self, embed: Embed) -> dict[str, float]:

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 import tripletjax as tj
@@ -28,6 +29,7 @@ from tripletjax.learn.checkpoints import Checkpoints
 from tripletjax.learn.embedder import as_floats, check_static
 from tripletjax.learn.embedder import embed_images as embed_images
 from tripletjax.learn.objectives import Loss, mined_loss
+from tripletjax.learn.placement import Placement
 from tripletjax.learn.steps import TrainState, train_step, train_step_in_chunks
 
 # Embeddings that are so close together, in multiples of their length, have collapsed.
@@ -99,6 +101,7 @@ def fit(
     memory_warmup: int = 0,
     memory_momentum: float | None = None,
     embed_chunk_size: int | None = None,
+    mesh: Mesh | None = None,
     log_every: int = 10,
     validate: Callable[[nnx.Module], dict[str, float]] | None = None,
     validate_every: int | None = None,
@@ -137,6 +140,9 @@ def fit(
             second network that embeds what is kept; that of the batch if not given.
         embed_chunk_size: how many images to embed at a time, to bound the memory;
             the loss is always of the whole batch.
+        mesh: devices to split every batch over; the parameters are on all of them. The
+            loss is still of the whole batch, and its work is split where it is made
+            with the mesh's `axis_name`, as `mined_loss` can be and the default is.
         log_every: how many steps there are between two lines.
         validate: metrics of a model, made every `validate_every` steps and at the end.
         validate_every: see there; only at the end if not given.
@@ -188,7 +194,10 @@ def fit(
         raise ValueError("memory_warmup and memory_momentum are of no use without it.")
     if not hasattr(batches, "__getitem__"):
         raise TypeError(f"batches must have batches[step], got {batches!r}.")
-    losses = loss if isinstance(loss, list | tuple) else [(0, loss or mined_loss())]
+    on = Placement(mesh)
+    if loss is None:
+        loss = mined_loss(axis_name=on.axis_name)
+    losses = loss if isinstance(loss, list | tuple) else [(0, loss)]
     if not all(callable(of) for _, of in losses):
         raise TypeError(
             f"loss must be a function, or such as mined_loss, got {loss!r}."
@@ -218,14 +227,14 @@ def fit(
         slow = None if memory_momentum is None else params
         state = state._replace(memory=kept, slow=slow)
     # The model's own arrays are not given away.
-    state, start = jax.tree.map(jnp.copy, state), 0
+    state, start = on.everywhere(jax.tree.map(jnp.copy, state)), 0
     if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
         start, state, damaged = found
         yield {"step": start, "resumed": True, "damaged": damaged}
 
     def update_model() -> None:
         params = state.params if state.average is None else state.average
-        nnx.update(model, *jax.tree.map(jnp.copy, (params, state.rest)))
+        nnx.update(model, *on.here((params, state.rest)))
         model.eval()
 
     key = jax.random.key(seed)
@@ -253,17 +262,20 @@ def fit(
         for step, (images, labels) in enumerate(bar, start=start):
             now = [of for first, of in losses if first <= step][-1]
             remember = step >= memory_warmup
+            images, labels = on.split(images), on.split(labels)
             batch = images, labels, jax.random.fold_in(key, step), remember
-            if embed_chunk_size is None or embed_chunk_size >= len(images):
-                state, metrics = train_step(state, *batch, loss=now, **options)
-            else:
-                state, metrics = train_step_in_chunks(
-                    state,
-                    *batch,
-                    loss=now,
-                    embed_chunk_size=embed_chunk_size,
-                    **options,
-                )
+            with on.context():
+                if embed_chunk_size is None or embed_chunk_size >= len(images):
+                    state, metrics = train_step(state, *batch, loss=now, **options)
+                else:
+                    state, metrics = train_step_in_chunks(
+                        state,
+                        *batch,
+                        loss=now,
+                        embed_chunk_size=embed_chunk_size,
+                        devices=on.count,
+                        **options,
+                    )
             done, last = step + 1, step + 1 == steps
             if done % log_every == 0 or last:
                 line = {name: float(value) for name, value in metrics.items()}
