@@ -1,6 +1,7 @@
 """What loss and gradient of a global batch need on each device of a mesh.
 
     python benchmarks/mesh.py
+    python benchmarks/mesh.py --ring
     python benchmarks/mesh.py --devices 8 --n 16384 --loss hard
 
 Nothing is run: programs are compiled for so many simulated devices, and asked for the
@@ -14,7 +15,7 @@ import re
 
 DEVICES, SIZES = (8, 32, 256), (16_384, 131_072, 1_048_576)
 LOSSES = "hard", "semi-hard", "all"
-COLLECTIVES = "all-gather", "all-to-all", "reduce-scatter", "all-reduce"
+COLLECTIVES = "all-gather", "all-to-all", "all-reduce", "collective-permute"
 
 
 def main() -> None:
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, nargs="+", default=SIZES, help="embeddings")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--loss", choices=LOSSES, nargs="+", default=LOSSES)
+    parser.add_argument("--ring", action="store_true", help="a part at a time")
     arguments = parser.parse_args()
 
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -37,13 +39,17 @@ def main() -> None:
         for n in arguments.n:
             for devices in arguments.devices:
                 own = n // devices * arguments.dim * 4 / 2**20
-                memory, counts = compiled(loss, n, arguments.dim, devices)
+                memory, counts = compiled(
+                    loss, n, arguments.dim, devices, ring=arguments.ring
+                )
                 told = " | ".join(str(counts[name]) for name in COLLECTIVES)
                 row = f"{loss} | {n:,} | {devices} | {own:.1f} | {memory:.1f} | {told}"
                 print(f"| {row} |", flush=True)
 
 
-def compiled(loss: str, n: int, dim: int, devices: int) -> tuple[float, dict[str, int]]:
+def compiled(
+    loss: str, n: int, dim: int, devices: int, *, ring: bool
+) -> tuple[float, dict[str, int]]:
     """Temporary memory in MiB, and how many collectives of each kind there are."""
     import jax
     import jax.numpy as jnp
@@ -62,7 +68,8 @@ def compiled(loss: str, n: int, dim: int, devices: int) -> tuple[float, dict[str
     labels = jax.ShapeDtypeStruct((n,), jnp.int32, sharding=rows)
     of = getattr(tj.blockwise, f"batch_{loss.replace('-', '_')}_loss")
     with jax.set_mesh(mesh):
-        program = jax.jit(jax.value_and_grad(of)).lower(x, labels).compile()
+        step = jax.value_and_grad(lambda x, labels: of(x, labels, ring=ring))
+        program = jax.jit(step).lower(x, labels).compile()
     text = program.as_text()
     counts = {
         name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES

@@ -41,9 +41,10 @@ def test_gradients_of_large_parts():
 
 
 @pytest.mark.parametrize(
-    ("count", "devices", "names"), [(2, 2, ("hard", "all")), (4, 1, ("semi_hard",))]
+    ("count", "devices", "names", "ring"),
+    [(2, 2, ("hard", "all"), False), (4, 1, ("semi_hard",), True)],
 )
-def test_losses_over_processes(count, devices, names):
+def test_losses_over_processes(count, devices, names, ring):
     told = processes.run(
         """
         import numpy as np
@@ -62,7 +63,8 @@ def test_losses_over_processes(count, devices, names):
             put = lambda a: jax.make_array_from_process_local_data(rows, a[part])
             for name in names:
                 loss = getattr(tj.blockwise, f"batch_{name}_loss")
-                of = lambda x, y, w: loss(x, y, where=w, margin=0.3, axis_name="data")
+                options = {"margin": 0.3, "axis_name": "data", "ring": ring}
+                of = lambda x, y, w: loss(x, y, where=w, **options)
                 with jax.set_mesh(mesh):
                     step = jax.jit(jax.value_and_grad(of))
                     got = step(put(x), put(labels), put(where))
@@ -77,6 +79,6 @@ def test_losses_over_processes(count, devices, names):
         """,
         processes=count,
         devices=devices,
-        given=f"names = {names}",
+        given=f"names, ring = {names}, {ring}",
     )
     assert told == [["right"]] * count

@@ -28,7 +28,14 @@ from tripletjax._engine.slopes import costs_and_slopes, vjp_half_squares, with_s
 from tripletjax._engine.spec import Gradients, LossSpec, Mining
 from tripletjax._pairwise.batch import Batch
 from tripletjax._pairwise.class_index import ClassIndex
-from tripletjax._pairwise.slices import PANEL, Blocks, add_rows, materialize, rows_at
+from tripletjax._pairwise.slices import (
+    PANEL,
+    Blocks,
+    Index,
+    add_rows,
+    materialize,
+    rows_at,
+)
 from tripletjax._pairwise.tiles import Tile, Tiles
 from tripletjax.losses import TripletCost, TripletTerms, costs_of
 
@@ -82,7 +89,7 @@ def mined_by_tiles(spec: LossSpec, tiles: Tiles, classes: ClassIndex) -> Triplet
         return TripletRows(positives, negative, found & beyond, count)
 
     alone = jnp.any(found & ~beyond, axis=0)
-    negative = jnp.where(beyond, negative, farthest_negatives(tiles, alone))
+    negative = jnp.where(beyond, negative, farthest_negatives(tiles, alone)[1])
     return TripletRows(positives, negative, found, count)
 
 
@@ -136,7 +143,7 @@ def _explicit_triplet_terms(
     return TripletTerms(totals, actives, valid), grads
 
 
-class _AllSums(NamedTuple):
+class AllSums(NamedTuple):
     """What is added up over tiles for all triplets.
 
     Attributes:
@@ -151,6 +158,12 @@ class _AllSums(NamedTuple):
     by_positive: Array
     by_margin: Array
 
+    @classmethod
+    def zero(cls, batch: Batch) -> "AllSums":
+        n = len(batch.anchors)
+        zeros = batch.zeros((n,))
+        return cls(zeros, zeros, batch.zeros((MAX_TILE_POSITIVES, n)), batch.zeros())
+
 
 def _all_by_tiles(
     spec: LossSpec,
@@ -160,10 +173,50 @@ def _all_by_tiles(
     weights: Array | None,
     gradient: bool,
 ) -> tuple[TripletTerms, Gradients | None]:
-    batch, products, cost = tiles.batch, spec.metric.inner_products, spec.cost
+    batch, products = tiles.batch, spec.metric.inner_products
     positives, squares, found = positives_of(spec.metric, batch, classes)
     d_ap, slopes = with_slope(products.distance, squares)
-    of_both = isinstance(cost, TripletCost)
+    none = AllSums.zero(batch), Gradients.zero(batch) if gradient else None
+    sums, grads = add_all_negatives(
+        spec, tiles, margin, d_ap, found, classes.max_positives, weights, none
+    )
+    if grads is not None:
+        grads = grads._replace(margin=by_margin_of(spec, sums))
+        by_square = jnp.where(found, sums.by_positive * slopes, 0)
+        grads = _vjp_positives(batch, grads, positives, by_square, classes)
+    valid = classes.count_triplets(0, len(batch.anchors), sums.total)
+    return TripletTerms(sums.total, sums.active, valid), grads
+
+
+def by_margin_of(spec: LossSpec, sums: AllSums) -> Array:
+    """The derivative by the margin."""
+    if isinstance(spec.cost, TripletCost):
+        return sums.by_margin
+    # Of a gap, it is that of the positive's distance.
+    return jnp.sum(sums.by_positive)
+
+
+def add_all_negatives(
+    spec: LossSpec,
+    tiles: Tiles,
+    margin: Array,
+    d_ap: Array,
+    found: Array,
+    count: Index,
+    weights: Array | None,
+    state: tuple[AllSums, Gradients | None],
+) -> tuple[AllSums, Gradients | None]:
+    """Adds the triplets of given positives with all negatives of tiles.
+
+    Args:
+        spec, tiles, margin, weights: as elsewhere.
+        d_ap: distances of the positives ``[MAX_TILE_POSITIVES, n]``.
+        found: which of them there are.
+        count: how many rows of them are in use.
+        state: sums, and gradients by negatives and their anchors if wanted.
+    """
+    batch, products, cost = tiles.batch, spec.metric.inner_products, spec.cost
+    gradient, of_both = state[1] is not None, isinstance(cost, TripletCost)
     # Elsewhere the gap of what is not a triplet is minus infinity.
     gap_ap = d_ap if of_both else jnp.where(found, d_ap, -jnp.inf)
 
@@ -184,7 +237,7 @@ def _all_by_tiles(
         ]
         costs, active, by_ap, by_an, by_all = zip(*each)
         total = add_rows(sums.total, start, sum_in_one_loop(add_up(costs), axis))
-        if not of_both and cost.counts:
+        if not isinstance(cost, TripletCost) and cost.counts:
             rows = packed_counts([x > 0 for x in by_ap], axis)
             active = jnp.sum(rows, 0)
         else:
@@ -220,7 +273,7 @@ def _all_by_tiles(
             return state
 
         sums, by_negative = in_threes(
-            classes.max_positives,
+            count,
             tile.along(gap_ap) + tile.along(found),
             all_directions,
             (sums, jnp.zeros_like(d_an) if gradient else None),
@@ -240,19 +293,7 @@ def _all_by_tiles(
                 grads = grads.add_to_references(tile.column, theirs)
         return sums, grads
 
-    n = len(batch.anchors)
-    zeros = batch.zeros((n,))
-    sums = _AllSums(zeros, zeros, batch.zeros((MAX_TILE_POSITIVES, n)), batch.zeros())
-    grads = Gradients.zero(batch) if gradient else None
-    sums, grads = tiles.scan(visit, (sums, grads))
-    if grads is not None:
-        # Of a gap, the margin's derivative is that of the positive's distance.
-        by_margin = sums.by_margin if of_both else jnp.sum(sums.by_positive)
-        grads = grads._replace(margin=by_margin)
-        by_square = jnp.where(found, sums.by_positive * slopes, 0)
-        grads = _vjp_positives(batch, grads, positives, by_square, classes)
-    valid = classes.count_triplets(0, n, sums.total)
-    return TripletTerms(sums.total, sums.active, valid), grads
+    return tiles.scan(visit, state)
 
 
 def _vjp_positives(

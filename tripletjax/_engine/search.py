@@ -113,8 +113,12 @@ def nearest_negatives(
     return tiles.scan(visit, (zeros + jnp.inf, zeros.astype(jnp.int32)))
 
 
-def farthest_negatives(tiles: Tiles, wanted: Array) -> Array:
-    """The farthest negative ``[n]`` of the anchors that want one, some at a time."""
+def farthest_negatives(tiles: Tiles, wanted: Array) -> tuple[Array, Array]:
+    """The farthest negatives of the anchors that want one, some at a time.
+
+    Returns:
+        Half the squared differences and indices, ``[n]``.
+    """
     batch = tiles.batch
     y, labels, _ = batch.reference_side
     n, m = len(wanted), len(y)
@@ -122,8 +126,8 @@ def farthest_negatives(tiles: Tiles, wanted: Array) -> Array:
     order = jnp.flatnonzero(wanted, size=n, fill_value=0)
     theirs, offset = tiles.reference_halves, tiles.offset
 
-    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        done, farthest = state
+    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        done, values, farthest = state
         row = order[jnp.minimum(done, n - size) + jnp.arange(size)]
         positions = batch.pairs.positions
         if positions is not None:
@@ -133,12 +137,14 @@ def farthest_negatives(tiles: Tiles, wanted: Array) -> Array:
         squares = tiles.halves[row][:, None] + theirs - products
         squares = jnp.where(masks.negative & (theirs < jnp.inf), -squares, jnp.inf)
         squares = materialize(squares)
-        _, column = min_and_index_of_all(squares, 1)
-        return done + size, farthest.at[row].set(column)
+        value, column = min_and_index_of_all(squares, 1)
+        values = values.at[row].set(-value)
+        return done + size, values, farthest.at[row].set(column)
 
     count = jnp.sum(wanted)
-    none = jnp.zeros_like(count), jnp.zeros_like(order)
-    return lax.while_loop(lambda state: state[0] < count, step, none)[1]
+    none = jnp.zeros_like(count), batch.zeros((n,)) - jnp.inf, jnp.zeros_like(order)
+    _, *found = lax.while_loop(lambda state: state[0] < count, step, none)
+    return found[0], found[1]
 
 
 def in_threes(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from jax import Array
 
 from tripletjax._pairwise.batch import Batch
+from tripletjax._pairwise.mesh import AxisName
 from tripletjax._pairwise.slices import Index, add_rows
 from tripletjax._pairwise.tiles import BLOCK_SIZE
 from tripletjax.distances import Metric
@@ -31,6 +32,7 @@ class LossSpec:
         cost: of a triplet.
         fallback: whether a pair without a semi-hard negative takes the farthest.
         block_size: how many vectors a tile has a side.
+        ring: the mesh axes along which references go round, if they do.
     """
 
     mining: Mining
@@ -38,6 +40,7 @@ class LossSpec:
     cost: Cost = RELU
     fallback: bool = True
     block_size: int = BLOCK_SIZE
+    ring: AxisName | None = None
 
 
 class Gradients(NamedTuple):

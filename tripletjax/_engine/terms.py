@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from tripletjax._engine.by_panels import mined_panel, sums_by_panels
+from tripletjax._engine.by_ring import sums_by_ring
 from tripletjax._engine.by_tiles import mined_by_tiles, sums_by_tiles
 from tripletjax._engine.panels import Panels
 from tripletjax._engine.search import MAX_TILE_POSITIVES
@@ -32,6 +33,8 @@ def terms_and_gradients(
     gradient: bool,
 ) -> tuple[TripletTerms, Gradients | None]:
     """The terms per anchor, and the gradient of their total weighted per anchor."""
+    if spec.ring is not None:
+        return sums_by_ring(spec, batch, margin, weights, spec.ring, gradient)
     if spec.metric.products is None or not batch.has_classes:
         return sums_by_panels(spec, batch, margin, weights, gradient)
     classes = ClassIndex.of(batch)
