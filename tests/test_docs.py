@@ -44,7 +44,9 @@ def test_what_pages_name_exists(page):
 
 @pytest.mark.parametrize(
     "name",
-    unless_slow(["quickstart", "compose", "train", "deep_ranking"], ["quickstart"]),
+    unless_slow(
+        ["quickstart", "compose", "train", "deep_ranking", "mesh"], ["quickstart"]
+    ),
 )
 def test_examples_run(name):
     done = subprocess.run(

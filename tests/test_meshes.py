@@ -334,6 +334,11 @@ def test_misuse_is_told():
         pytest.raises(ValueError, match="labels must have one row for each of the 32"),
     ):
         loss(x, labels[:-1])
+    with (
+        jax.set_mesh(mesh(AxisType.Auto)),
+        pytest.raises(ValueError, match="margin must be finite and not negative"),
+    ):
+        loss(x, labels, margin=-1.0)
     masks = tj.pair_masks(labels[:-1])
     with (
         jax.set_mesh(mesh(AxisType.Auto)),

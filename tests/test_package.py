@@ -41,6 +41,7 @@ ROOMS = (
     ("losses", "relevance"),
     ("_engine",),
     ("blockwise",),
+    ("memory",),
     ("learn",),
     ("apps",),
     ("cli",),

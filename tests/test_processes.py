@@ -1,7 +1,12 @@
 """Meshes over several processes give what one device gives."""
 
+import os
+import subprocess
+import sys
+
 import processes
 import pytest
+from processes import TESTS
 
 pytestmark = pytest.mark.slow
 
@@ -82,3 +87,34 @@ def test_losses_over_processes(count, devices, names, ring):
         given=f"names, ring = {names}, {ring}",
     )
     assert told == [["right"]] * count
+
+
+def test_the_example_on_processes():
+    """Two processes print what one does with as many devices."""
+    example = TESTS.parent / "examples" / "mesh.py"
+    command = [sys.executable, "-W", "error", example, "--steps", "100"]
+    over = ["--coordinator", f"127.0.0.1:{processes.free_port()}", "--processes", "2"]
+    begun = [
+        subprocess.Popen(
+            [*command, *options],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": count},
+        )
+        for options, count in (
+            ([], "2"),
+            ([*over, "--process", "0"], "1"),
+            ([*over, "--process", "1"], "1"),
+        )
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in begun]
+    finally:
+        for process in begun:
+            process.kill()
+    alone, first, second = (
+        [line for line in out.splitlines() if "Gloo" not in line] for out in outputs
+    )
+    assert alone[-1].startswith("2 devices, MAP@R")
+    assert first == alone
+    assert not second

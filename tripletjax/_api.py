@@ -160,7 +160,7 @@ def _as_flag(name: str, value: Any) -> bool:
 
 
 def _as_nonnegative(name: str, value: Any) -> Any:
-    _check_nonnegative(name, value)
+    check_nonnegative(name, value)
     return as_arrays(name, value)
 
 
@@ -209,7 +209,8 @@ def _array(name: str, leaf: Any) -> Any:
     return leaf
 
 
-def _check_nonnegative(name: str, value: Any) -> None:
+def check_nonnegative(name: str, value: Any) -> None:
+    """Raises for what is known to be no finite number of at least 0."""
     if isinstance(value, jax.core.Tracer):
         return
     number = np.asarray(value)

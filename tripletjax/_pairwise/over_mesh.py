@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tripletjax._api import UNJITTED, as_arrays, own_promotion
+from tripletjax._api import UNJITTED, as_arrays, check_nonnegative, own_promotion
 from tripletjax._pairwise.mesh import AxisName
 from tripletjax.pairs import PairMasks
 
@@ -64,6 +64,8 @@ def over_mesh(
             mesh, axis_name = found
             given["axis_name"] = axis_name
             arrays = {name: given.pop(name) for name in ARRAYS if name in given}
+            if "margin" in arrays:
+                check_nonnegative("margin", arrays["margin"])
             arrays = {
                 name: jax.tree.map(jnp.asarray, as_arrays(name, x))
                 for name, x in arrays.items()
