@@ -186,7 +186,8 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         ),
         (
             *(how, "memory-momentum", float),
-            "embed what is kept by a slow copy of the network, such as 0.999",
+            "how slowly a copy of the network follows it, which embeds what is kept; "
+            "0: the network itself (default: 0.99)",
         ),
         (how, "triplets-per-batch", int, "given triplets in a batch"),
         (how, "embed-chunk-size", int, "images embedded at a time, to save memory"),

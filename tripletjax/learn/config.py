@@ -62,7 +62,7 @@ class Config:
         memory: how many embeddings of earlier batches a batch is compared with, too.
         memory_warmup: share of the steps before the first of them is kept.
         memory_momentum: how much of its average a step keeps of a second network that
-            embeds what is kept, such as 0.999; that of the batch if not given.
+            embeds what is kept, such as 0.99; 0 for the network itself.
         triplets_per_batch: how many of the given triplets there are in a batch.
         learning_rate: at its peak.
         weight_decay: of AdamW.

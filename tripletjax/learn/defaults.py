@@ -48,6 +48,8 @@ PHOTOS = Augment(
 FEW = 5000
 # Of each image features of so many views are kept.
 VIEWS = 2
+# How slowly a copy of the network follows it that embeds what a memory keeps.
+MEMORY_MOMENTUM = 0.99
 # By what of a backbone is trained.
 STEPS = {"frozen": 1000, "top": 300, "all": 300}
 # A backbone that is trained sees about so many pixels at a time, and in a batch.
@@ -138,6 +140,8 @@ def plan_for_classes(
         pixels = (start.size(config) or PHOTO_SIZE) ** 2
         size = min(size, max(32, BATCH // pixels))
     per_class = config.per_class or (4 if many else 8)
+    # What the network itself made of earlier batches is soon out of date.
+    momentum = _either(config.memory_momentum, MEMORY_MOMENTUM) or None
     batches = ClassBatchPlan(
         mining=config.mining,
         batch_all_fraction=config.batch_all_fraction,
@@ -148,12 +152,12 @@ def plan_for_classes(
         rotation_classes=turns,
         memory=config.memory,
         memory_warmup=config.memory_warmup if config.memory else 0.0,
-        memory_momentum=config.memory_momentum,
+        memory_momentum=momentum if config.memory else None,
     )
     if config.memory:
         kept = "the network itself"
-        if config.memory_momentum is not None:
-            kept = f"a slow copy of the network (momentum {config.memory_momentum:g})"
+        if momentum is not None:
+            kept = f"a slow copy of the network (momentum {momentum:g})"
         notes.append(
             f"batches are also compared with the last {config.memory:,} embeddings of "
             f"{kept}, kept after {100 * config.memory_warmup:g} % of the steps"
