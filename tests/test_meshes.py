@@ -329,6 +329,19 @@ def test_misuse_is_told():
     )
     with pytest.raises(ValueError, match="are the same on every device along data"):
         same(x, labels)
+    gallery = jax.shard_map(
+        lambda x, y, r: loss(x, y, references=r, reference_labels=y),
+        mesh=mesh(AxisType.Auto),
+        in_specs=(ROWS, ROWS, PartitionSpec()),
+        out_specs=PartitionSpec(),
+    )
+    with pytest.raises(ValueError, match="references are the same on every device"):
+        gallery(x, labels, x[:4])
+    with (
+        jax.set_mesh(mesh(AxisType.Auto)),
+        pytest.raises(ValueError, match=r"embeddings must be \[n, d\] for axis_name"),
+    ):
+        loss(x[None], labels)
     with (
         jax.set_mesh(mesh(AxisType.Auto)),
         pytest.raises(ValueError, match="labels must have one row for each of the 32"),

@@ -87,7 +87,8 @@ def as_batch(
         named.append(("references", references))
     x, *rest = as_vectors(*named, rank=2)
     if axis_name is not None:
-        check_split(x, axis_name)
+        for (what, _), vectors in zip(named, (x, *rest)):
+            check_split(vectors, axis_name, what=what)
     y = rest[0] if rest else None
     lead, (n, d) = x.shape[:-2], x.shape[-2:]
     if y is not None and (y.shape[-1] != d or y.shape[:-2] != lead):

@@ -10,13 +10,16 @@ from jax import Array, lax
 AxisName = str | tuple[str, ...]
 
 
-def check_split(x: Array, axis_name: AxisName) -> None:
+def names_of(axis_name: AxisName) -> tuple[str, ...]:
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def check_split(x: Array, axis_name: AxisName, *, what: str = "embeddings") -> None:
     """Checks that every device along some mesh axes has its own rows.
 
     Raises:
         ValueError: if there are no such axes here, or all devices have the same.
     """
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
     try:
         place = lax.axis_index(axis_name)
     except NameError:
@@ -25,9 +28,9 @@ def check_split(x: Array, axis_name: AxisName) -> None:
             "call it inside jax.shard_map, or under jax.set_mesh with a mesh that has "
             "the axis."
         ) from None
-    if missing := (_varying_axes(place) - _varying_axes(x)) & {*names}:
+    if missing := (_varying_axes(place) - _varying_axes(x)) & {*names_of(axis_name)}:
         raise ValueError(
-            f"axis_name is {axis_name!r}, but embeddings are the same on every device "
+            f"axis_name is {axis_name!r}, but {what} are the same on every device "
             f"along {', '.join(sorted(missing))}: in_specs must split their rows over "
             "it."
         )

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tripletjax._api import UNJITTED, as_arrays, check_nonnegative, own_promotion
-from tripletjax._pairwise.mesh import AxisName
+from tripletjax._pairwise.mesh import AxisName, names_of
 from tripletjax.pairs import PairMasks
 
 P = ParamSpec("P")
@@ -80,7 +80,7 @@ def over_mesh(
             axis_name = given["axis_name"]
             split, same = PartitionSpec(axis_name), PartitionSpec()
             n = len(arrays["embeddings"])
-            devices = math.prod(mesh.shape[name] for name in _names(axis_name))
+            devices = math.prod(mesh.shape[name] for name in names_of(axis_name))
             arrays = _divisible(arrays, devices)
             specs = {
                 name: jax.tree.map(
@@ -136,8 +136,14 @@ def _mesh_of(
         mesh: Any = jax.sharding.get_abstract_mesh()
         if mesh.empty and not isinstance(x, jax.core.Tracer):
             mesh = getattr(getattr(x, "sharding", None), "mesh", mesh)
-        known = {*_names(axis_name)} <= {*mesh.axis_names}
-        return (mesh, axis_name) if known and jnp.ndim(x) == 2 else None
+        if not {*names_of(axis_name)} <= {*mesh.axis_names}:
+            return None
+        if jnp.ndim(x) != 2:
+            raise ValueError(
+                "embeddings must be [n, d] for axis_name outside jax.shard_map, got "
+                f"shape {jnp.shape(x)}."
+            )
+        return mesh, axis_name
     if not isinstance(x, jax.Array) or x.ndim != 2:
         return None
     if isinstance(getattr(x, "sharding", None), jax.sharding.SingleDeviceSharding):
@@ -150,10 +156,6 @@ def _mesh_of(
     if suits is not None and not suits(given):
         return None
     return sharding.mesh, axes
-
-
-def _names(axis_name: AxisName) -> tuple[str, ...]:
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
 
 def _divisible(arrays: dict[str, Any], devices: int) -> dict[str, Any]:
