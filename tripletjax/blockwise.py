@@ -337,7 +337,7 @@ def _from_first_row(triplets: Triplets, first: Array) -> Triplets:
     """A device's triplets, with anchors counted along those of all."""
     triplets = triplets._replace(anchor=triplets.anchor + first)
     if isinstance(triplets, CountedTriplets):
-        triplets.count = triplets.count[None]
+        return triplets._replace(count=triplets.count[None])
     return triplets
 
 

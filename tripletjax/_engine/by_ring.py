@@ -19,7 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tripletjax._engine.by_tiles import AllSums, add_all_negatives, by_margin_of
+from tripletjax._engine.by_tiles import (
+    AllSums,
+    add_all_negatives,
+    by_margin_of,
+    costs_of_squares,
+)
 from tripletjax._engine.search import (
     MAX_TILE_POSITIVES,
     farthest_negatives,
@@ -30,9 +35,10 @@ from tripletjax._engine.spec import Gradients, LossSpec, Mining
 from tripletjax._pairwise.batch import Batch
 from tripletjax._pairwise.class_index import ClassIndex
 from tripletjax._pairwise.mesh import AxisName
-from tripletjax._pairwise.slices import PANEL, Blocks, Index, rows_at
+from tripletjax._pairwise.slices import PANEL, Blocks, Index, add_rows, rows_at
 from tripletjax._pairwise.tiles import Tiles
-from tripletjax.losses import TripletTerms, costs_of
+from tripletjax.distances import common_offset
+from tripletjax.losses import TripletTerms
 
 # From a part, its first reference, what goes with it and what stays, to the latter two.
 Visit = Callable[[Batch, Array, Any, Any], tuple[Any, Any]]
@@ -46,12 +52,18 @@ class Ring(NamedTuple):
         batch: own vectors, with labels and `where` of all references.
         classes: the positives of own anchors, by their places among all references.
         axis_name: of the mesh axes that the ring goes along.
+        margin: of the loss.
+        weights: of own anchors in the gradient ``[n]``, all 1 if None.
+        offset: what the references of all devices have in common ``[d]``.
     """
 
     spec: LossSpec
     batch: Batch
     classes: ClassIndex
     axis_name: AxisName
+    margin: Array
+    weights: Array | None
+    offset: Array
 
     @property
     def references(self) -> Array:
@@ -102,18 +114,16 @@ class Ring(NamedTuple):
     def positives(self, first: Index) -> tuple[Array, Array]:
         """Some positives ``[MAX_TILE_POSITIVES, n]``, and which of them there are."""
         place = first + jnp.arange(MAX_TILE_POSITIVES)
-        n = len(self.batch.anchors)
-        return jax.vmap(lambda r: self.classes.positive(r, 0, n))(place)
+        return jax.vmap(lambda r: self.classes.positive(r, 0, self.n))(place)
 
     def squares(self, index: Array, count: Index) -> Array:
         """Half the squared differences to references ``[k, n]``."""
 
         def visit(part: Batch, first: Array, moving: Any, squares: Array) -> tuple:
             def block(k: Array, start: Array, fresh: Array, squares: Array) -> Array:
-                size = len(fresh)
-                a, b, _, here = _pair(part, first, index, k, start, size)
+                a, b, _, here = _pair(part, first, index, k, start, len(fresh))
                 new = self.spec.metric.inner_products.half_square(a, b)
-                old = lax.dynamic_slice(squares, (k, start), (1, size))
+                old = lax.dynamic_slice(squares, (k, start), (1, len(fresh)))
                 new = jnp.where(here, new.astype(old.dtype), old)
                 return lax.dynamic_update_slice(squares, new, (k, start))
 
@@ -134,8 +144,7 @@ class Ring(NamedTuple):
                     a, b, at, here = _pair(part, first, index, k, start, size)
                     slope = lax.dynamic_slice(slopes, (k, start), (1, size))[0]
                     rows = jnp.where(here & fresh, slope, 0)[:, None] * (a - b)
-                    old = rows_at(ours, start, size)
-                    ours = lax.dynamic_update_slice_in_dim(ours, old + rows, start, 0)
+                    ours = add_rows(ours, start, rows)
                     moving = moving.at[at].add(-rows)
                 return moving, ours
 
@@ -145,50 +154,54 @@ class Ring(NamedTuple):
         theirs, ours = self.round(visit, grads.anchors, grads.references)
         return grads._replace(anchors=ours, references=theirs)
 
-    def nearest(self, bounds: Array | None, count: Index) -> tuple[Array, Array]:
-        """Half squares and places ``[k, n]`` of nearest negatives beyond bounds."""
-        zeros = self.batch.zeros((1 if bounds is None else len(bounds), self.n))
+    def least(
+        self, find: Callable[[Tiles], tuple[Array, Array]], shape: tuple[int, ...]
+    ) -> tuple[Array, Array]:
+        """The least of what is found in each part, and the first of its places.
+
+        Infinity, and 0, where nothing is found.
+        """
+        order = self.classes.order
 
         def visit(part: Batch, first: Array, moving: Any, state: tuple) -> tuple:
-            value, index = nearest_negatives(self.tiles(part), bounds, count)
-            index += first
+            value, index = find(self.tiles(part))
+            index = index.astype(order.dtype) + first
             old, where = state
-            nearer = (value < old) | ((value == old) & (index < where))
-            new = jnp.where(nearer, value, old), jnp.where(nearer, index, where)
-            return moving, new
+            less = (value < old) | ((value == old) & (index < where))
+            return moving, (jnp.where(less, value, old), jnp.where(less, index, where))
 
-        last = len(self.classes.order) + zeros.astype(jnp.int32)
-        _, (value, index) = self.round(visit, (zeros + jnp.inf, last))
+        zeros = self.batch.zeros(shape)
+        none = zeros + jnp.inf, zeros.astype(order.dtype) + len(order)
+        _, (value, index) = self.round(visit, none)
         return value, jnp.where(value < jnp.inf, index, 0)
+
+    def nearest(self, bounds: Array | None, count: Index) -> tuple[Array, Array]:
+        """Half squares and places ``[k, n]`` of nearest negatives beyond bounds."""
+        k = 1 if bounds is None else len(bounds)
+        return self.least(
+            lambda tiles: nearest_negatives(tiles, bounds, count), (k, self.n)
+        )
 
     def farthest(self, wanted: Array) -> Array:
         """The places ``[n]`` of farthest negatives of the anchors that want one."""
 
-        def visit(part: Batch, first: Array, moving: Any, state: tuple) -> tuple:
-            value, index = farthest_negatives(self.tiles(part), wanted)
-            index += first
-            old, where = state
-            farther = (value > old) | ((value == old) & (index < where))
-            new = jnp.where(farther, value, old), jnp.where(farther, index, where)
-            return moving, new
-
-        zeros = self.batch.zeros((self.n,))
-        last = (len(self.classes.order) + zeros).astype(self.classes.order.dtype)
-
-        def go_round() -> Array:
-            _, (value, index) = self.round(visit, (zeros - jnp.inf, last))
-            return jnp.where(value > -jnp.inf, index, 0)
+        def find(tiles: Tiles) -> tuple[Array, Array]:
+            value, index = farthest_negatives(tiles, wanted)
+            return -value, index
 
         # All go, or none does.
         asked = lax.psum(jnp.any(wanted).astype(jnp.int32), self.axis_name) > 0
-        return lax.cond(asked, go_round, lambda: jnp.zeros_like(last))
+        none = self.batch.zeros((self.n,)).astype(self.classes.order.dtype)
+        return lax.cond(asked, lambda: self.least(find, (self.n,))[1], lambda: none)
 
     @property
     def n(self) -> int:
         return len(self.batch.anchors)
 
     def tiles(self, part: Batch) -> Tiles:
-        return Tiles.of(self.spec.metric, part, self.spec.block_size)
+        return Tiles.of(
+            self.spec.metric, part, self.spec.block_size, offset=self.offset
+        )
 
 
 def sums_by_ring(
@@ -203,18 +216,19 @@ def sums_by_ring(
 
     That of references is of the terms of all devices.
     """
-    ring = Ring(spec, batch, ClassIndex.of(batch), axis_name)
+    offset = common_offset(batch.reference_side[0], axis_name)
+    ring = Ring(spec, batch, ClassIndex.of(batch), axis_name, margin, weights, offset)
     most = lax.pmax(ring.classes.max_positives, axis_name)
     terms = TripletTerms(*[batch.zeros((ring.n,))] * 3)
     grads = Gradients.zero(batch) if gradient else None
     if spec.mining is Mining.HARD:
-        return _hard(ring, most, margin, weights, grads)
+        return _hard(ring, most, (terms, grads))
     add = _add_all if spec.mining is Mining.ALL else _add_semi_hard
 
     def some(chunk: Array, state: tuple) -> tuple:
         first = chunk * MAX_TILE_POSITIVES
         count = jnp.minimum(most - first, MAX_TILE_POSITIVES)
-        return add(ring, first, count, margin, weights, state)
+        return add(ring, first, count, state)
 
     terms, grads = lax.fori_loop(
         0, -(-most // MAX_TILE_POSITIVES), some, (terms, grads)
@@ -227,11 +241,7 @@ def sums_by_ring(
 
 
 def _hard(
-    ring: Ring,
-    most: Array,
-    margin: Array,
-    weights: Array | None,
-    grads: Gradients | None,
+    ring: Ring, most: Array, state: tuple
 ) -> tuple[TripletTerms, Gradients | None]:
     def farther(chunk: Array, best: tuple) -> tuple:
         first = chunk * MAX_TILE_POSITIVES
@@ -249,27 +259,17 @@ def _hard(
     squares, positive = lax.fori_loop(0, -(-most // MAX_TILE_POSITIVES), farther, none)
     valid = ~(squares < 0) & (ring.classes.negatives > 0)
     _, negative = ring.nearest(None, 1)
-    terms = TripletTerms(*[ring.batch.zeros((ring.n,))] * 3)
     squares = jnp.maximum(squares, 0), ring.squares(negative, 1)
-    indices = positive, negative.astype(positive.dtype)
-    return _add_triplets(
-        ring, indices, squares, valid, 1, margin, weights, (terms, grads)
-    )
+    return _add_triplets(ring, (positive, negative), squares, valid, 1, state)
 
 
 def _add_semi_hard(
-    ring: Ring,
-    first: Array,
-    count: Array,
-    margin: Array,
-    weights: Array | None,
-    state: tuple,
+    ring: Ring, first: Array, count: Array, state: tuple
 ) -> tuple[TripletTerms, Gradients | None]:
     positive, found = ring.positives(first)
     found &= ring.classes.negatives > 0
     squares = ring.squares(positive, count)
     nearest, negative = ring.nearest(squares, count)
-    negative = negative.astype(positive.dtype)
     # A NaN is nearer than nothing; its pair stays, for the loss to show it.
     beyond = (nearest < jnp.inf) | jnp.isnan(squares)
     if ring.spec.fallback:
@@ -278,8 +278,7 @@ def _add_semi_hard(
     else:
         found &= beyond
     both = squares, ring.squares(negative, count)
-    indices = positive, negative
-    return _add_triplets(ring, indices, both, found, count, margin, weights, state)
+    return _add_triplets(ring, (positive, negative), both, found, count, state)
 
 
 def _add_triplets(
@@ -288,23 +287,15 @@ def _add_triplets(
     squares: tuple[Array, Array],
     valid: Array,
     count: Index,
-    margin: Array,
-    weights: Array | None,
     state: tuple,
 ) -> tuple[TripletTerms, Gradients | None]:
     """Adds the terms and gradients of triplets ``[k, n]``."""
     terms, grads = state
-    products = ring.spec.metric.inner_products
-
-    def cost(squares: tuple[Array, Array], margin: Array) -> Array:
-        d_ap, d_an = map(products.distance, squares)
-        return costs_of(d_ap, d_an, valid, margin, ring.spec.cost)
-
-    costs, pull = jax.vjp(cost, squares, margin)
+    costs, pull = costs_of_squares(ring.spec, squares, valid, ring.margin)
     new = costs, (costs > 0).astype(costs.dtype), valid.astype(costs.dtype)
     terms = TripletTerms(*(old + jnp.sum(x, axis=0) for old, x in zip(terms, new)))
     if grads is not None:
-        weight = jnp.ones_like(costs) if weights is None else weights
+        weight = jnp.ones_like(costs) if ring.weights is None else ring.weights
         slopes, by_margin = pull(jnp.broadcast_to(weight, costs.shape))
         grads = grads._replace(margin=grads.margin + by_margin)
         grads = ring.pull(grads, [*zip(indices, slopes)], count)
@@ -312,12 +303,7 @@ def _add_triplets(
 
 
 def _add_all(
-    ring: Ring,
-    first: Array,
-    count: Array,
-    margin: Array,
-    weights: Array | None,
-    state: tuple,
+    ring: Ring, first: Array, count: Array, state: tuple
 ) -> tuple[TripletTerms, Gradients | None]:
     terms, grads = state
     positive, found = ring.positives(first)
@@ -332,11 +318,11 @@ def _add_all(
         sums, own = add_all_negatives(
             ring.spec,
             ring.tiles(part),
-            margin,
+            ring.margin,
             d_ap,
             found,
             count,
-            weights,
+            ring.weights,
             (sums, own),
         )
         if own is None:

@@ -9,7 +9,7 @@ alone. Of all triplets,
     by d_an   = -sum_ap c'(...)     added up per pair of a tile, pulled back at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -115,12 +115,8 @@ def _explicit_triplet_terms(
         valid &= blocks.fresh(block)
         a = rows_at(batch.anchors, start, blocks.size)
 
-        def cost(squares: tuple[Array, Array], margin: Array) -> Array:
-            d_ap, d_an = map(products.distance, squares)
-            return costs_of(d_ap, d_an, valid, margin, spec.cost)
-
         squares = products.half_square(a, y[p]), products.half_square(a, y[n])
-        costs, pull = jax.vjp(cost, squares, margin)
+        costs, pull = costs_of_squares(spec, squares, valid, margin)
         totals = add_rows(totals, start, costs)
         actives = add_rows(actives, start, (costs > 0).astype(costs.dtype))
         if gradient:
@@ -141,6 +137,18 @@ def _explicit_triplet_terms(
     )
     valid = jnp.sum(triplets.valid, axis=0, dtype=totals.dtype)
     return TripletTerms(totals, actives, valid), grads
+
+
+def costs_of_squares(
+    spec: LossSpec, squares: tuple[Array, Array], valid: Array, margin: Array
+) -> tuple[Array, Callable[[Array], tuple]]:
+    """Costs of triplets, of half their squared differences, and their pullback."""
+
+    def cost(squares: tuple[Array, Array], margin: Array) -> Array:
+        d_ap, d_an = map(spec.metric.inner_products.distance, squares)
+        return costs_of(d_ap, d_an, valid, margin, spec.cost)
+
+    return jax.vjp(cost, squares, margin)
 
 
 class AllSums(NamedTuple):

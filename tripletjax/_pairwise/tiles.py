@@ -98,10 +98,19 @@ class Tiles(NamedTuple):
     columns: Blocks
 
     @classmethod
-    def of(cls, metric: Metric, batch: Batch, size: int = BLOCK_SIZE) -> "Tiles":
+    def of(
+        cls,
+        metric: Metric,
+        batch: Batch,
+        size: int = BLOCK_SIZE,
+        *,
+        offset: Array | None = None,
+    ) -> "Tiles":
+        """All pairs; of references that are part of others, with the offset of all."""
         x, products = batch.anchors, metric.products
         y, _, real = batch.reference_side
-        offset = common_offset(y) if products else jnp.zeros_like(y[0])
+        if offset is None:
+            offset = common_offset(y) if products else jnp.zeros_like(y[0])
 
         def halves(x: Array, where: Array | None) -> Array:
             halves = products.halves(x, offset) if products else jnp.zeros_like(x[:, 0])

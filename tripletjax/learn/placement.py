@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
 
 from tripletjax.blockwise import AxisName
 
@@ -46,7 +45,7 @@ class Placement:
             return tree
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
-    def split(self, batch: ArrayLike) -> Any:
+    def split(self, batch: Any) -> Any:
         """A batch, each device with its own rows.
 
         Raises:
@@ -54,7 +53,7 @@ class Placement:
         """
         if self.mesh is None:
             return batch
-        n = len(jnp.shape(batch)) and jnp.shape(batch)[0]
+        n = len(batch)
         if n % self.count:
             raise ValueError(
                 f"batches must split over {self.count} devices of the mesh, got one of "

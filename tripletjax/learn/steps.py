@@ -44,9 +44,7 @@ class TrainState(NamedTuple):
 
 @functools.partial(
     jax.jit,
-    static_argnames=(
-        *("graph", "tx", "loss", "augment", "ema_decay", "memory_momentum"),
-    ),
+    static_argnames=["graph", "tx", "loss", "augment", "ema_decay", "memory_momentum"],
     donate_argnames="state",
 )
 def train_step(
