@@ -1,11 +1,18 @@
 """Meshes over several processes give what one device gives."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import folders
+import numpy as np
 import processes
 import pytest
+from PIL import Image
 from processes import TESTS
 
 pytestmark = pytest.mark.slow
@@ -118,3 +125,231 @@ def test_the_example_on_processes():
     assert alone[-1].startswith("2 devices, MAP@R")
     assert first == alone
     assert not second
+
+
+def command(*options, devices=1, **environment):
+    """A begun ``tripletjax train``, whose output is in one pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tripletjax", "train", *map(str, options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        | environment,
+    )
+
+
+def ended(*begun, seconds=200):
+    """Exit status and output of each."""
+    try:
+        outputs = [one.communicate(timeout=seconds)[0] for one in begun]
+    finally:
+        for one in begun:
+            one.kill()
+    return [(one.returncode, out) for one, out in zip(begun, outputs)]
+
+
+def lines_of(run, of="loss"):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[of] for line in lines if of in line}
+
+
+def assert_same_curve(one, other, of="loss"):
+    """The same numbers at the same steps, up to rounding."""
+    one, other = lines_of(one, of), lines_of(other, of)
+    assert one
+    assert one.keys() == other.keys()
+    for step in one:
+        np.testing.assert_allclose(one[step], other[step], rtol=2e-3)
+
+
+# Of all triplets none is chosen, which rounding might choose otherwise.
+CALM = ("--mining", "all", "--steps", 30)
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "options"),
+    [
+        (2, 1, ["--memory", 100, "--embed-chunk-size", 30]),
+        (2, 2, ["--classes", 10, "--per-class", 4]),
+        (4, 1, []),
+    ],
+)
+def test_training_over_processes(tmp_path, count, devices, options):
+    """The curve is that of one process with as many devices."""
+    alone, several = tmp_path / "alone", tmp_path / "several"
+    over = {"devices": count * devices}
+    one = command("--out", alone, "--devices", "all", *CALM, *options, **over)
+    (status, told) = ended(one)[0]
+    assert status == 0, told
+    given = ("--out", several, "--processes", count, *CALM, *options)
+    ((status, told),) = ended(command(*given, devices=devices))
+    assert status == 0, told
+    assert f"split over {count * devices} devices of {count} processes" in told
+    assert told.count("Everything is in") == 1
+    assert_same_curve(alone, several)
+    one, other = (
+        json.loads((out / "summary.json").read_text()) for out in (alone, several)
+    )
+    assert one["counts"] == other["counts"]
+    for name, metrics in one["evaluations"].items():
+        for metric, value in metrics.items():
+            assert abs(other["evaluations"][name][metric] - value) < 2
+    assert sorted(x.name for x in alone.iterdir()) == sorted(
+        x.name for x in several.iterdir()
+    )
+
+
+def test_given_triplets_over_processes(tmp_path):
+    random = np.random.default_rng(0)
+    names = [f"{kind}{number}.png" for kind in "ab" for number in range(8)]
+    for name in names:
+        pixels = random.integers(0, 255, (16, 16)) // (1 + (name[0] == "a"))
+        Image.fromarray(np.uint8(pixels)).save(tmp_path / name)
+    rows = [f"a{i},a{j},b{k}" for i, j, k in random.integers(0, 8, (60, 3)) if i != j]
+    text = "\n".join(",".join(f"{x}.png" for x in row.split(",")) for row in rows)
+    (tmp_path / "triplets.csv").write_text(f"anchor,positive,negative\n{text}\n")
+    given = ["--triplets", tmp_path / "triplets.csv", "--steps", 20]
+    given += ["--triplets-per-batch", 12, "--out"]
+    for out, more in (("alone", []), ("several", ["--processes", 2])):
+        ((status, told),) = ended(command(*given, tmp_path / out, *more))
+        assert status == 0, told
+    assert_same_curve(tmp_path / "alone", tmp_path / "several")
+
+
+def process_of(begun, index):
+    """The number of one of the processes that a command has begun."""
+    children = Path(f"/proc/{begun.pid}/task/{begun.pid}/children").read_text().split()
+    for child in children:
+        given = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+        if given[given.index(b"--process") + 1] == str(index).encode():
+            return int(child)
+    raise AssertionError(children)
+
+
+def begun_until(run, step, *options):
+    """A command that trains in two processes, and has reached a step."""
+    begun = command("--out", run, "--processes", 2, *options)
+    until = time.monotonic() + 150
+    while time.monotonic() < until and begun.poll() is None:
+        if (run / "metrics.jsonl").exists() and step in lines_of(run):
+            return begun
+        time.sleep(0.2)
+    ((status, told),) = ended(begun)
+    raise AssertionError((status, told))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize(
+    ("number", "which", "words"),
+    [
+        (signal.SIGKILL, 0, "process 0 of 2 was ended by SIGKILL"),
+        (signal.SIGKILL, 1, "process 1 of 2 was"),
+        (signal.SIGSTOP, 0, "process 0 of 2 has not been heard of for 20 s"),
+        (signal.SIGSTOP, 1, "process 1 of 2 has not been heard of for 20 s"),
+    ],
+)
+def test_a_lost_process_ends_the_others(tmp_path, number, which, words):
+    begun = begun_until(tmp_path / "run", 10, "--steps", 5000)
+    children = [process_of(begun, index) for index in (0, 1)]
+    os.kill(children[which], number)
+    since = time.monotonic()
+    ((status, told),) = ended(begun)
+    assert time.monotonic() - since < 60
+    assert status == 2
+    assert words in told
+    assert "To go on, run the same" in told
+    assert "Traceback" not in told
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_run_goes_on_with_other_processes(tmp_path):
+    """Stopped in two, killed in one, finished in four: the curve is unbroken."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    given = ("--mining", "all", "--steps", 300)
+    begun = begun_until(run, 10, *given)
+    begun.send_signal(signal.SIGINT)
+    ((status, told),) = ended(begun)
+    assert status == 130, told
+    assert told.count("stopped after step") == 1
+    step = max(lines_of(run))
+    assert step < 300
+    assert f"stopped after step {step}" in told
+    begun = begun_until(run, step + 100, *given, "--resume")
+    os.kill(process_of(begun, 1), signal.SIGKILL)
+    ((status, told),) = ended(begun)
+    assert status == 2, told
+    for out, count in ((run, 4), (whole, 2)):
+        more = ["--resume"] if out is run else []
+        of = ("--out", out, "--processes", count, *given)
+        ((status, told),) = ended(command(*of, *more))
+        assert status == 0, told
+    one, other = lines_of(run), lines_of(whole)
+    assert one.keys() == other.keys()
+    early = [s for s in one if s <= step]
+    np.testing.assert_allclose(
+        [one[s] for s in early], [other[s] for s in early], rtol=2e-3
+    )
+    # Rounding has grown by then.
+    assert abs(one[300] - other[300]) < 0.03
+
+
+def test_processes_of_a_cluster(tmp_path):
+    """What Slurm and Open MPI tell their processes is enough."""
+    job = str(os.getpid())
+    for name, common, index in (
+        (
+            "slurm",
+            {
+                "SLURM_JOB_ID": job,
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": "2",
+            },
+            ("SLURM_PROCID", "SLURM_LOCALID"),
+        ),
+        (
+            "mpi",
+            {
+                "OMPI_MCA_orte_hnp_uri": f"{4096 * int(job)}.0;tcp://127.0.0.1:1",
+                "OMPI_COMM_WORLD_SIZE": "2",
+            },
+            ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ),
+    ):
+        out = tmp_path / name
+        given = ("--out", out, "--processes", "cluster", "--steps", 10)
+        of = [dict.fromkeys(index, str(i)) for i in (0, 1)]
+        told = ended(*(command(*given, **common, **one) for one in of))
+        assert [status for status, _ in told] == [0, 0], told
+        assert "Everything is in" in told[0][1]
+        assert "Everything is in" not in told[1][1]
+        assert list(lines_of(out)) == [10]
+
+
+def test_what_is_wrong_is_told_once(tmp_path):
+    given = ("--out", tmp_path / "run", "--processes", 2)
+    for options, words in (
+        (["--data", tmp_path / "none"], "none"),
+        (["--classes", 3, "--per-class", 3], "multiple of the 2 devices"),
+    ):
+        ((status, told),) = ended(command(*given, *options), seconds=60)
+        assert status == 2, told
+        assert words in told
+        assert "Traceback" not in told
+        assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_different_data(tmp_path):
+    """The others are not trained with what the first does not have."""
+    at = f"127.0.0.1:{processes.free_port()}"
+    begun = []
+    for index in (0, 1):
+        folder = folders.shapes(tmp_path / str(index), seed=index)
+        given = ("--data", folder, "--out", tmp_path / "run", "--processes", 2)
+        begun.append(command(*given, "--coordinator", at, "--process", index))
+    first, second = ended(*begun, seconds=90)
+    assert second[0] == first[0] == 2
+    assert "is not the same here and in the first process" in second[1]
+    assert "process 1 of 2 ended: ValueError" in first[1]

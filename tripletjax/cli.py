@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +33,9 @@ OF_CLASSES = (
     "memory_momentum",
 )
 OF_TRIPLETS = ("triplets_per_batch",)
+# Errors that a line tells all about.
+FAULTS = ValueError, OSError, ImportError, FloatingPointError
+AGAIN = "To go on, run the same with the run's --out and --resume"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     call, command = given.pop("call"), given.pop("parser")
     del given["command"]
     try:
-        return call(command, given)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        return call(command, given | {"argv": argv})
+    except FAULTS as error:
         print(f"{command.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -120,6 +124,23 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         help="how many devices to split every batch over: all, or a number (default: "
         "1); a run can go on with another number",
     )
+    run.add_argument(
+        "--processes",
+        metavar="N",
+        help="train in N processes on this machine, each with devices of its own; in "
+        "those of a cluster that JAX knows (Slurm, Open MPI, Kubernetes, TPU pods): "
+        "cluster; with --coordinator and --process, on any machines",
+    )
+    run.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 is, the same in every process; the port must be free",
+    )
+    run.add_argument(
+        "--process", type=int, metavar="K", help="which of N this one is, from 0"
+    )
+    # Begun by --processes N, whose end it does not outlive.
+    run.add_argument("--launched", action="store_true", help=argparse.SUPPRESS)
     run.add_argument(
         "--tensorboard",
         action="store_true",
@@ -205,18 +226,65 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
-    from tripletjax.learn import (
-        augment,
-        defaults,
-        image_analysis,
-        placement,
-        record,
-        runs,
+    """Trains in this process, alone or as one of several, or begins several."""
+    from tripletjax.learn import processes
+
+    argv, asked, coordinator, index, launched = (
+        given.pop(name)
+        for name in ("argv", "processes", "coordinator", "process", "launched")
     )
+    if asked is None:
+        if coordinator is not None or index is not None:
+            parser.error("--coordinator and --process need --processes")
+        return _train_here(parser, given)
+    count = int(asked) if asked.isdecimal() else None
+    if asked != "cluster" and not count:
+        parser.error(f"--processes must be a number or cluster, got {asked}")
+    if given["devices"] not in (None, "all"):
+        parser.error("--devices: all those of all processes are trained on")
+    given["devices"] = "all"
+    if (coordinator is None) != (index is None):
+        parser.error("--coordinator and --process need each other")
+    if coordinator is not None and count is None:
+        parser.error("--coordinator needs --processes N: a cluster is asked by JAX")
+    if count is not None and index is None:
+        command = [sys.executable, "-m", "tripletjax", *argv, "--launched"]
+        status, told = processes.launch(command, count)
+        if told is not None:
+            print(f"{parser.prog}: {told}. {AGAIN}", file=sys.stderr)
+        return status
+    if index is not None and not 0 <= index < (count or 0):
+        parser.error(f"--process must be 0 to {count} - 1, got {index}")
+    if launched:
+        processes.end_with_parent()
+
+    def lost(told: str) -> NoReturn:
+        processes.end(f"{parser.prog}: {told}. {AGAIN}")
+
+    try:
+        with processes.joined(
+            coordinator=coordinator,
+            count=count,
+            index=index,
+            devices=[index] if launched and index is not None else None,
+            on_loss=lost,
+        ):
+            return _train_here(parser, given)
+    except FAULTS as error:
+        processes.end(f"{parser.prog}: {error}")
+    except (SystemExit, Exception) as error:
+        told = isinstance(error, SystemExit)
+        processes.end("" if told else traceback.format_exc())
+
+
+def _asked_of(
+    parser: argparse.ArgumentParser, given: dict[str, Any]
+) -> tuple[Any, Path]:
+    """What is to be trained, and in which run directory."""
+    from tripletjax.learn import augment, config, defaults, image_analysis, record
     from tripletjax.learn.checkpoints import free_path
 
     out, resume = given.pop("out"), given.pop("resume")
-    tensorboard, devices = given.pop("tensorboard"), given.pop("devices")
     options = {name: value for name, value in given.items() if value is not None}
     before = {}
     if resume and out is not None and (out / record.FILE).exists():
@@ -241,21 +309,31 @@ def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     if out is None:
         named = options.get("triplets") or options.get("data", "digits")
         out = free_path(Path("runs") / (Path(named).resolve().stem or "run"))
+    return config.Config(**before | options), out
+
+
+def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
+    """Trains in this process."""
+    from tripletjax.learn import placement, runs
+
+    resume, tensorboard = given["resume"], given.pop("tensorboard")
+    on = placement.Placement(placement.mesh_of(given.pop("devices")))
+    config, out = on.of_first(lambda: _asked_of(parser, given))
     try:
         evaluations = runs.run(
-            runs.Config(**before | options),
-            out,
-            resume=resume,
-            tensorboard=tensorboard,
-            mesh=placement.mesh_of(devices),
+            config, out, resume=resume, tensorboard=tensorboard, mesh=on.mesh
         )
     except KeyboardInterrupt as error:
-        print(
-            f"\n{parser.prog}: {str(error) or 'stopped'}. To go on, run the same with "
-            f"--out {out} --resume",
-            file=sys.stderr,
-        )
+        if on.first:
+            print(
+                f"\n{parser.prog}: {str(error) or 'stopped'}. To go on, run the same "
+                f"with --out {out} --resume",
+                file=sys.stderr,
+            )
         return 130
+    if not on.first:
+        return 0
+    of_triplets = config.triplets is not None
     columns = {
         "map_at_r": "MAP@R",
         "r_precision": "R-precision",

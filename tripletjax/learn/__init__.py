@@ -37,6 +37,7 @@ MODULES = (
     "plan",
     "plots",
     "pretrained",
+    "processes",
     "record",
     "runs",
     "sampling",
@@ -45,6 +46,7 @@ MODULES = (
     "tasks",
     "training",
     "triplet_files",
+    "watchdog",
     "weights",
 )
 # What is here for short, and where it is.

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 State = TypeVar("State")
@@ -24,7 +25,9 @@ class Checkpoints:
     """The newest states of a directory, by step, kept by Orbax.
 
     Each is written beside the others and then renamed, so that a killed process leaves
-    whole ones behind, and is read back before an older one goes. Digests of its files,
+    whole ones behind, and is read back before an older one goes. Several processes use
+    one directory together, call all of this together, and have states of arrays that
+    are on all of their devices; the first of them writes. Digests of files,
     in ``DIRECTORY.digests.json``, tell a damaged one from one that cannot be read.
 
     Args:
@@ -88,10 +91,11 @@ class Checkpoints:
                 f"{_brief(error)}. The one before is still there."
             ) from error
         digests = {str(kept): self._digests().get(str(kept)) for kept in self.steps}
-        digests[str(step)] = _file_digests(self.directory / str(step))
-        part = self._digests_file.with_name(self._digests_file.name + ".part")
-        part.write_text(json.dumps(digests))
-        part.replace(self._digests_file)
+        if jax.process_index() == 0:
+            digests[str(step)] = _file_digests(self.directory / str(step))
+            part = self._digests_file.with_name(self._digests_file.name + ".part")
+            part.write_text(json.dumps(digests))
+            part.replace(self._digests_file)
 
     def restore(self, like: State) -> tuple[int, State, list[str]] | None:
         """The newest whole state.
@@ -124,9 +128,12 @@ class Checkpoints:
                     ) from error
                 if self.writable:
                     path = self.directory / str(step)
-                    path.rename(
-                        free_path(self.directory.parent / f"{path.name}-damaged")
-                    )
+                    # All have seen what is damaged before it goes.
+                    _meet(f"{path} is damaged")
+                    if jax.process_index() == 0:
+                        aside = self.directory.parent / f"{path.name}-damaged"
+                        path.rename(free_path(aside))
+                    _meet(f"{path} is moved aside")
                     self._orbax.reload()
                 damaged.append(f"the checkpoint of step {step} is damaged: {reason}")
         if damaged:
@@ -176,6 +183,12 @@ class Checkpoints:
             for old, x in zip(jax.tree.leaves(like), loaded)
         ]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _meet(where: str) -> None:
+    """Waits for the other processes, if there are any."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
 
 
 def _file_digests(directory: Path) -> dict[str, str]:

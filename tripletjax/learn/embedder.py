@@ -32,13 +32,20 @@ from tripletjax.learn.image_io import (
     upright,
 )
 from tripletjax.learn.models import Standardized
+from tripletjax.learn.placement import ONE_DEVICE, Placement
 from tripletjax.learn.plan import BackbonePlan
 from tripletjax.learn.record import RunRecord
 from tripletjax.learn.weights import Loaded, digest_of_file
 
 
-def load_model(run_dir: str | Path) -> tuple[Standardized, RunRecord]:
-    """The best model of a run, and the record of the run.
+def load_model(
+    run_dir: str | Path, on: Placement = ONE_DEVICE
+) -> tuple[Standardized, RunRecord]:
+    """The best model of a run, on one device, and the record of the run.
+
+    Args:
+        run_dir: a run directory.
+        on: how the processes that load it together are placed, if there are several.
 
     Raises:
         FileNotFoundError: if there is none yet.
@@ -54,9 +61,8 @@ def load_model(run_dir: str | Path) -> tuple[Standardized, RunRecord]:
     part = pretrained.trained_part(model, made.plan.backbone_training)
     if made.plan.frozen:
         fill_backbone(model, made, run_dir)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on.sharding),
         nnx.state(part),
     )
     best = Checkpoints(run_dir / "best", writable=False)
@@ -64,7 +70,7 @@ def load_model(run_dir: str | Path) -> tuple[Standardized, RunRecord]:
     best.close()
     if found is None:
         raise FileNotFoundError(f"no trained model in {run_dir}: best is empty.")
-    nnx.update(part, found[1])
+    nnx.update(part, on.here(found[1]))
     model.eval()
     return model, made
 

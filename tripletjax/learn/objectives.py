@@ -103,17 +103,20 @@ def relevance_loss(
 
 
 @functools.lru_cache
-def given_loss(*, margin: float = 0.2) -> Loss:
+def given_loss(*, margin: float = 0.2, parts: int = 1) -> Loss:
     """The mean loss of the triplets of a `sampling.TripletBatches`.
 
     Args:
         margin: in Euclidean distance.
+        parts: of how many such batches this is made, as of several processes.
     """
     reduce_fn = _with_active(tj.mean_valid)
 
     def loss(x: Array, places: Array) -> tuple[Array, dict[str, Array]]:
+        triplets = x.reshape(parts, 3, -1, x.shape[-1])
+        anchors, positives, negatives = jnp.moveaxis(triplets, 1, 0)
         return tj.triplet_margin_loss(
-            *jnp.split(x, 3), margin=margin, reduce_fn=reduce_fn
+            anchors, positives, negatives, margin=margin, reduce_fn=reduce_fn
         )
 
     return loss

@@ -1,17 +1,29 @@
 """Where training has its arrays: on one device, or over a mesh of them."""
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 from tripletjax.blockwise import AxisName
+from tripletjax.learn import processes
 
 Tree = TypeVar("Tree")
+Made = TypeVar("Made")
 
 
 class Placement:
@@ -23,6 +35,11 @@ class Placement:
     Attributes:
         axis_name: of the axes, None on one device.
         count: how many devices there are.
+        processes: how many processes these are of.
+        process: which of them this is.
+
+    Raises:
+        ValueError: if devices of some processes are missing.
     """
 
     def __init__(self, mesh: Mesh | None):
@@ -32,6 +49,40 @@ class Placement:
         self.count = 1
         if self.mesh is not None:
             self.axis_name, self.count = self.mesh.axis_names, self.mesh.size
+        devices = [] if self.mesh is None else self.mesh.devices.flat
+        of = {device.process_index for device in devices}
+        self.processes, self.process = max(1, len(of)), 0
+        if self.processes > 1:
+            self.process = jax.process_index()
+            if self.processes != jax.process_count():
+                raise ValueError(
+                    f"mesh has devices of {self.processes} of {jax.process_count()} "
+                    "processes: it must have some of all, or of one."
+                )
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and tells."""
+        return self.process == 0
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """Which part of every batch this process makes, of how many."""
+        return self.process, self.processes
+
+    def of_first(self, make: Callable[[], Made]) -> Made:
+        """What the first process makes, in all of them; the others wait for it."""
+        return make() if self.processes == 1 else processes.of_first(make)
+
+    def in_turn(self, make: Callable[[], Made]) -> Made:
+        """What every process makes for itself, the others after the first."""
+        made: list[Made] = []
+        self.of_first(lambda: made.append(make()))
+        return made[0] if made else make()
+
+    def any_of(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return flag if self.processes == 1 else processes.any_of(flag)
 
     def context(self) -> AbstractContextManager:
         """Within which functions of arrays over the mesh are called."""
@@ -39,36 +90,81 @@ class Placement:
             contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
         )
 
+    @property
+    def sharding(self) -> Sharding:
+        """Of arrays that are everywhere."""
+        if self.mesh is None:
+            return SingleDeviceSharding(jax.local_devices()[0])
+        return NamedSharding(self.mesh, PartitionSpec())
+
     def everywhere(self, tree: Tree) -> Tree:
-        """Arrays on every device."""
+        """Arrays of the first process, on every device."""
         if self.mesh is None:
             return tree
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        if self.processes > 1:
+            tree = _of_first(tree)
+        return jax.device_put(tree, self.sharding)
 
     def split(self, batch: Any) -> Any:
-        """A batch, each device with its own rows.
+        """A batch, each device with its own rows; of several processes, of each part.
 
         Raises:
             ValueError: if the devices would have different numbers of rows.
         """
         if self.mesh is None:
             return batch
-        n = len(batch)
+        n = len(batch) * self.processes
         if n % self.count:
             raise ValueError(
                 f"batches must split over {self.count} devices of the mesh, got one of "
                 f"{n} rows."
             )
         rows = PartitionSpec(self.axis_name)
-        return jax.device_put(batch, NamedSharding(self.mesh, rows))
+        sharding = NamedSharding(self.mesh, rows)
+        if self.processes == 1:
+            return jax.device_put(batch, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(batch))
+
+    def paced(self, tree: Tree) -> Tree:
+        """Arrays that are made on the way, waited for where that is needed.
+
+        XLA (jaxlib 0.10 to 0.12) has at most 32 programs under way on a CPU device.
+        Where one process simulates several devices, later programs can take all of
+        these places on one, while an earlier one waits there for a place and on another
+        for its like: forever.
+        """
+        simulated = self.mesh is not None and self.mesh.local_mesh.size > 1
+        if simulated and self.mesh.devices.flat[0].platform == "cpu":
+            jax.block_until_ready(tree)
+        return tree
 
     def here(self, tree: Tree) -> Tree:
-        """Copies of arrays that are everywhere, on this process's first device."""
+        """Arrays that are everywhere, on this process's first device."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
-        def copy(x: Array) -> Array:
-            return jnp.copy(x if self.mesh is None else x.addressable_data(0))
 
-        return jax.tree.map(copy, tree)
+ONE_DEVICE = Placement(None)
+
+
+def _of_first(tree: Tree) -> Tree:
+    """Arrays of the first process, in all of them."""
+
+    def plain(x: Array) -> Array:
+        return jax.random.key_data(x) if _is_key(x) else x
+
+    def like(x: np.ndarray, old: Array) -> Any:
+        if not _is_key(old):
+            return x
+        return jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(old))
+
+    plains = multihost_utils.broadcast_one_to_all(jax.tree.map(plain, tree))
+    return jax.tree.map(like, plains, tree)
+
+
+def _is_key(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def mesh_of(devices: str | None) -> Mesh | None:

@@ -93,7 +93,10 @@ def run(
         resume: whether to go on with the run that is there, if there is one; with more
             steps, it is lengthened.
         tensorboard: whether to write what TensorBoard reads, too; needs tensorboardX.
-        mesh: devices to train on, as in `training.fit`; a run goes on with any.
+        mesh: devices to train on, as in `training.fit`; a run goes on with any. Of
+            several processes (`processes.joined`), which all call this, all read the
+            data, and the first one alone reads and writes the run directory; but all
+            read the weights there that a run begins with.
         progress: whether to show progress bars.
 
     Returns:
@@ -112,67 +115,72 @@ def run(
     """
     if tensorboard:
         summary_writer()
+    on = Placement(mesh)
+    progress = progress and on.first
     out = Path(out).resolve()
     config = _normalized(config)
-    old = _old_run(out, config, resume)
-    longer = old is not None and config.steps not in (None, old.plan.steps)
-    if old is not None and not longer and (out / "summary.json").exists():
-        return json.loads((out / "summary.json").read_text())["evaluations"]
+    old, finished = on.of_first(lambda: _found(out, config, resume))
+    if finished is not None:
+        return finished
     start = _start(config, old)
-    size = config.size if start is None else start.size(config)
-    task = tasks.load(config, size=size, progress=progress)
-    if old is None:
-        made, task = _begin(config, task, start)
-    else:
-        made = _go_on(old, config, task, out)
-        task = task.seen(made.plan)
+    made, task = _planned(config, old, start, out, on, progress)
     plan = made.plan
     # What is asked for and cannot be is told before anything is written.
-    batches = task.batches(plan)
-    if made != old:
-        out.mkdir(parents=True, exist_ok=True)
-        made.write(out)
-    if start is not None and start.digest is not None:
-        _keep_backbone(config, start.digest, out)
+    batches = task.batches(plan, on)
 
+    def write() -> None:
+        if made != old:
+            out.mkdir(parents=True, exist_ok=True)
+            made.write(out)
+        if start is not None and start.digest is not None:
+            _keep_backbone(config, start.digest, out)
+
+    on.of_first(write)
+    if not (out / record.FILE).exists():
+        raise FileNotFoundError(
+            f"{out} is not the run directory of the first process: all processes must "
+            "have it, on a file system that they share."
+        )
     if progress:
         counts = (f"{n:,} {part.replace('_', ' ')}" for part, n in task.counts.items())
         print(
             f"{task.description} ({', '.join(counts)}); the run is in {out}", flush=True
         )
-        told = (
-            [] if mesh is None else [f"every batch is split over {mesh.size} devices"]
-        )
-        for note in (*made.notes, *told):
+        for note in (*made.notes, *_told_of(on)):
             print(f"- {note}", flush=True)
 
     model = build_model(made)
     if plan.pretrained:
         fill_backbone(model, made, out)
     if plan.frozen:
-        task = _on_features(task, model, plan, progress=progress)
-        batches = task.batches(plan)
+        images = task
+        task = on.in_turn(lambda: _on_features(images, model, plan, progress=progress))
+        batches = task.batches(plan, on)
     trained = pretrained.trained_part(model, plan.backbone_training)
-    log = MetricsLog(out / "metrics.jsonl")
-    if tensorboard:
-        log.show_in(out / "tensorboard")
-    checkpoints = Checkpoints(out / "checkpoints")
-    best = Checkpoints(out / "best")
+    log = _Log(out, tensorboard) if on.first else None
+    checkpoints, best = Checkpoints(out / "checkpoints"), Checkpoints(out / "best")
+    begins = not checkpoints.steps
     before, embed = _before(model, plan)
     embeddings: dict[str, tasks.Embed] = {"raw pixels": _flat, before: embed}
     pixels = pixels_of(task.images)
     if isinstance(pixels, StoredImages) or pixels.nbytes > RAW:
         del embeddings["raw pixels"]
-    evaluations = {
-        line["evaluation"]: line["metrics"]
-        for line in log.lines
-        if "evaluation" in line and line["step"] == 0
-    }
-    for name, embed in embeddings.items():
-        if name not in evaluations:
-            evaluations[name] = task.evaluate(embed)
-            log.add({"step": 0, "evaluation": name, "metrics": evaluations[name]})
+    evaluations: dict[str, Any] = {}
 
+    def begin() -> None:
+        if log is None:
+            return
+        evaluations.update(log.evaluations())
+        for name, embed in embeddings.items():
+            if name not in evaluations:
+                evaluations[name] = task.evaluate(embed)
+                log.evaluated(0, name, evaluations[name])
+        if begins:
+            if plan.pretrained:
+                _fit_head(model, task)
+            log.begin_again(plan, progress=progress)
+
+    on.of_first(begin)
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=plan.learning_rate,
@@ -180,30 +188,15 @@ def run(
         decay_steps=plan.steps,
     )
     tx = optax.adamw(schedule, weight_decay=plan.weight_decay)
-    if plan.pretrained:
-        if not checkpoints.steps:
-            _fit_head(model, task)
-        if not plan.frozen:
-            tx = pretrained.slowed(schedule, plan.weight_decay)
-    if not checkpoints.steps:
-        reached = max((line["step"] for line in log.lines), default=0)
-        if reached > plan.checkpoint_every:
-            raise ValueError(
-                f"the run in {out} has reached step {reached} but has no checkpoint "
-                "left to go on from: bring it back (damaged ones lie beside "
-                f"{checkpoints.directory.name}/), or begin in another directory."
-            )
-        if reached and progress:
-            print(f"- no checkpoint yet at step {reached}: it begins again", flush=True)
-        # It was killed before its first state.
-        log.truncate_after(0)
+    if plan.pretrained and not plan.frozen:
+        tx = pretrained.slowed(schedule, plan.weight_decay)
     with training.Interrupts() as interrupts:
         for line in training.fit(
             trained,
             tx,
             batches,
             steps=plan.steps,
-            loss=task.losses(plan, Placement(mesh).axis_name),
+            loss=task.losses(plan, on),
             mesh=mesh,
             augment=AnyView() if plan.frozen else plan.augment,
             seed=plan.seed,
@@ -220,38 +213,123 @@ def run(
             interrupts=interrupts,
             progress=progress,
         ):
-            if "resumed" in line:
-                log.truncate_after(line["step"])
-                for damage in line["damaged"]:
-                    print(f"{damage}; going on from step {line['step']}.", flush=True)
-            else:
-                log.add(line)
+            if log is not None:
+                log.add_line(line)
 
-    model, _ = load_model(out)
-    trained = pretrained.trained_part(model, plan.backbone_training)
-    embeddings["trained"] = functools.partial(embed_images, trained)
-    evaluations["trained"] = task.evaluate(embeddings["trained"])
-    log.truncate_after(plan.steps)
-    log.add(
-        {
-            "step": plan.steps,
-            "evaluation": "trained",
-            "metrics": evaluations["trained"],
+    model, _ = load_model(out, on)
+
+    def finish() -> dict[str, Any]:
+        if log is None:
+            return {}
+        trained = pretrained.trained_part(model, plan.backbone_training)
+        embeddings["trained"] = functools.partial(embed_images, trained)
+        evaluations["trained"] = task.evaluate(embeddings["trained"])
+        log.truncate_after(plan.steps)
+        log.evaluated(plan.steps, "trained", evaluations["trained"])
+        plots.training(log.lines, out / "training.png")
+        del embeddings[before]
+        task.draw(embeddings, out)
+        parameters = jax.tree.leaves(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
+        summary = {
+            "evaluations": evaluations,
+            "parameters": sum(x.size for x in parameters),
+            "counts": task.counts | {"skipped": len(task.dataset.skipped)},
         }
-    )
-    plots.training(log.lines, out / "training.png")
-    del embeddings[before]
-    task.draw(embeddings, out)
-    parameters = jax.tree.leaves(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
-    summary = {
-        "evaluations": evaluations,
-        "parameters": sum(x.size for x in parameters),
-        "counts": task.counts | {"skipped": len(task.dataset.skipped)},
-    }
-    write_json(out / "summary.json", summary)
-    for opened in (checkpoints, best, log):
+        write_json(out / "summary.json", summary)
+        log.close()
+        return evaluations
+
+    evaluations = on.of_first(finish)
+    for opened in (checkpoints, best):
         opened.close()
     return evaluations
+
+
+def _planned(
+    config: Config,
+    old: RunRecord | None,
+    start: Start | None,
+    out: Path,
+    on: Placement,
+    progress: bool,
+) -> tuple[RunRecord, tasks.Task]:
+    """The record of the run, and its images as the network sees them."""
+    size = config.size if start is None else start.size(config)
+    # What the first process makes of data to read them faster, others find.
+    task = on.in_turn(lambda: tasks.load(config, size=size, progress=progress))
+    if old is None:
+        plan, notes = on.of_first(lambda: task.plan(config, start))
+        seen = task.seen(plan)
+        made = on.of_first(lambda: _begin(config, task, seen, plan, notes, start))
+    else:
+        made = on.of_first(lambda: _go_on(old, config, task, out))
+        seen = task.seen(made.plan)
+    if task.dataset.key != made.data_key:
+        raise ValueError(
+            f"{task.dataset.name!r} is not the same here and in the first process."
+        )
+    return made, seen
+
+
+class _Log(MetricsLog):
+    """The numbers of a run, as it begins, goes on and ends."""
+
+    def __init__(self, out: Path, tensorboard: bool):
+        super().__init__(out / "metrics.jsonl")
+        if tensorboard:
+            self.show_in(out / "tensorboard")
+
+    def evaluations(self) -> dict[str, Any]:
+        """Those from before training, by name."""
+        return {
+            line["evaluation"]: line["metrics"]
+            for line in self.lines
+            if "evaluation" in line and line["step"] == 0
+        }
+
+    def evaluated(self, step: int, name: str, metrics: dict[str, float]) -> None:
+        self.add({"step": step, "evaluation": name, "metrics": metrics})
+
+    def begin_again(self, plan: Plan, *, progress: bool) -> None:
+        """Forgets what there was before the first state."""
+        reached = max((line["step"] for line in self.lines), default=0)
+        if reached > plan.checkpoint_every:
+            raise ValueError(
+                f"the run in {self.path.parent} has reached step {reached} but has no "
+                "checkpoint left to go on from: bring it back (damaged ones lie beside "
+                "checkpoints/), or begin in another directory."
+            )
+        if reached and progress:
+            print(f"- no checkpoint yet at step {reached}: it begins again", flush=True)
+        # It was killed before its first state.
+        self.truncate_after(0)
+
+    def add_line(self, line: dict[str, Any]) -> None:
+        """A line of `training.fit`."""
+        if "resumed" not in line:
+            self.add(line)
+            return
+        self.truncate_after(line["step"])
+        for damage in line["damaged"]:
+            print(f"{damage}; going on from step {line['step']}.", flush=True)
+
+
+def _found(
+    out: Path, config: Config, resume: bool
+) -> tuple[RunRecord | None, dict[str, Any] | None]:
+    """The record of the run that is to go on, and its evaluations if it is finished."""
+    old = _old_run(out, config, resume)
+    longer = old is not None and config.steps not in (None, old.plan.steps)
+    if old is not None and not longer and (out / "summary.json").exists():
+        return old, json.loads((out / "summary.json").read_text())["evaluations"]
+    return old, None
+
+
+def _told_of(on: Placement) -> list[str]:
+    if on.mesh is None:
+        return []
+    of = f" of {on.processes} processes" if on.processes > 1 else ""
+    return [f"every batch is split over {on.count} devices{of}"]
 
 
 def _memory_of(plan: Plan) -> dict[str, Any]:
@@ -357,25 +435,32 @@ def _fit_head(model: Standardized, task: tasks.Task) -> None:
 
 
 def _begin(
-    config: Config, task: tasks.Task, start: Start | None
-) -> tuple[RunRecord, tasks.Task]:
-    """The record of a run that is to begin, and its images as the network sees them."""
-    plan, notes = task.plan(config, start)
+    config: Config,
+    task: tasks.Task,
+    seen: tasks.Task,
+    plan: Plan,
+    notes: list[str],
+    start: Start | None,
+) -> RunRecord:
+    """The record of a run that is to begin, with its images as the network sees them.
+
+    These are those of `seen`; those of `task` are as they were read.
+    """
     if plan.margin >= FARTHEST:
-        notes.append(
+        notes = [
+            *notes,
             f"warning: no triplet can satisfy a margin of {plan.margin:g}: unit "
-            f"vectors are at most {FARTHEST:g} apart"
-        )
+            f"vectors are at most {FARTHEST:g} apart",
+        ]
     dataset = task.dataset
     _, height, width, channels = task.images.shape
-    task = task.seen(plan)
     if start is None:
-        mean, std = _statistics(task.images)
+        mean, std = _statistics(seen.images)
     else:
         mean, std = (
             np.array(x) for x in (start.backbone.of.mean, start.backbone.of.std)
         )
-    made = RunRecord(
+    return RunRecord(
         requested=config,
         plan=plan,
         images=ImageRecord(
@@ -391,7 +476,6 @@ def _begin(
         skipped=dataset.skipped,
         notes=(*dataset.notes, *notes),
     )
-    return made, task
 
 
 def _go_on(old: RunRecord, config: Config, task: tasks.Task, out: Path) -> RunRecord:

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 import tripletjax as tj
 from tripletjax.learn.embedder import as_floats
 from tripletjax.learn.objectives import Loss
+from tripletjax.learn.placement import ONE_DEVICE, Placement
 from tripletjax.memory import Memory
 
 
@@ -113,7 +114,7 @@ def train_step_in_chunks(
     ema_decay: float,
     memory_momentum: float = 0.0,
     embed_chunk_size: int,
-    devices: int = 1,
+    on: Placement = ONE_DEVICE,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The same step, embedding so many images at a time.
 
@@ -122,13 +123,14 @@ def train_step_in_chunks(
     split over devices, a chunk has as many images of each.
     """
     images = _augmented(images, key, augment=augment)
+    devices = on.count
     each, own = max(1, embed_chunk_size // devices), len(images) // devices
     ends = tuple(range(each, own, each))
     chunks = _split(images, ends, devices)
     parts, rests = [], [state.rest]
     for some in chunks:
         x, rest = _train_embed(state.params, rests[-1], some, graph=graph)
-        parts.append(x)
+        parts.append(on.paced(x))
         rests.append(rest)
     x = _joined(parts, devices)
     value, metrics, along_x = _loss_gradient(x, labels, state.memory, loss=loss)
@@ -137,9 +139,10 @@ def train_step_in_chunks(
         gradients = _add_gradient(
             gradients, state.params, rest, some, along, graph=graph
         )
+        on.paced(gradients)
     if state.slow is not None:
         slow = [
-            _train_embed(state.slow, rest, some, graph=graph)[0]
+            on.paced(_train_embed(state.slow, rest, some, graph=graph)[0])
             for some, rest in zip(chunks, rests)
         ]
         x = _joined(slow, devices)

@@ -16,7 +16,6 @@ from flax import nnx
 from jax import Array
 
 import tripletjax as tj
-from tripletjax.blockwise import AxisName
 from tripletjax.learn import (
     datasets,
     defaults,
@@ -38,6 +37,7 @@ from tripletjax.learn.image_cache import (
     pixels_of,
 )
 from tripletjax.learn.image_io import ImageSource
+from tripletjax.learn.placement import ONE_DEVICE, Placement
 from tripletjax.learn.plan import ClassBatchPlan, Plan, TripletBatchPlan
 
 # Validation and pictures have at most so many images, of all.
@@ -120,8 +120,10 @@ class LabelTask:
         levels = hierarchy.levels_of([self.label_names[label] for label in labels])
         return hierarchy.with_turns(levels, of.rotation_classes)
 
-    def batches(self, plan: Plan) -> training.Batches:
+    def batches(self, plan: Plan, on: Placement = ONE_DEVICE) -> training.Batches:
+        """Batches, of which this process has its part."""
         of = _batches_of(plan, ClassBatchPlan)
+        _check_splits(on, "classes * per_class", of.classes * of.per_class)
         train, levels = self._trained(of), self._levels(of)
         return sampling.ImageBatches(
             train.images,
@@ -131,14 +133,15 @@ class LabelTask:
             plan.seed,
             of.rotation_classes,
             of.class_sampling,
+            on.shard,
             groups=levels[0] if len(levels) else None,
         )
 
     def losses(
-        self, plan: Plan, axis_name: AxisName | None = None
+        self, plan: Plan, on: Placement = ONE_DEVICE
     ) -> list[tuple[int, objectives.Loss]]:
         """Losses, and the steps from which they hold."""
-        options: dict[str, Any] = {"margin": plan.margin, "axis_name": axis_name}
+        options: dict[str, Any] = {"margin": plan.margin, "axis_name": on.axis_name}
         of = _batches_of(plan, ClassBatchPlan)
         levels = tuple(map(tuple, self._levels(of).tolist()))
 
@@ -271,16 +274,18 @@ class TripletTask:
     def _with(self, images: ImageArray) -> "TripletTask":
         return TripletTask(dataclasses.replace(self.dataset, images=images))
 
-    def batches(self, plan: Plan) -> training.Batches:
+    def batches(self, plan: Plan, on: Placement = ONE_DEVICE) -> training.Batches:
+        """Batches, of which this process has its part."""
         of = _batches_of(plan, TripletBatchPlan)
+        _check_splits(on, "triplets_per_batch", of.triplets_per_batch)
         return sampling.TripletBatches(
-            self.images, self.dataset.train, of.triplets_per_batch, plan.seed
+            self.images, self.dataset.train, of.triplets_per_batch, plan.seed, on.shard
         )
 
     def losses(
-        self, plan: Plan, axis_name: AxisName | None = None
+        self, plan: Plan, on: Placement = ONE_DEVICE
     ) -> list[tuple[int, objectives.Loss]]:
-        return [(0, objectives.given_loss(margin=plan.margin))]
+        return [(0, objectives.given_loss(margin=plan.margin, parts=on.processes))]
 
     def evaluate(self, embed: Embed) -> dict[str, float]:
         """The share of test triplets whose positive is nearer than the negative.
@@ -347,6 +352,14 @@ def _batches_of(plan: Plan, kind: type[BatchPlan]) -> BatchPlan:
     if not isinstance(plan.batches, kind):
         raise TypeError(f"plan must have a {kind.__name__}, got {plan.batches!r}.")
     return plan.batches
+
+
+def _check_splits(on: Placement, name: str, size: int) -> None:
+    if size % on.count:
+        raise ValueError(
+            f"{name} must be a multiple of the {on.count} devices that batches are "
+            f"split over, got {size}."
+        )
 
 
 def _seen(images: ImageArray, plan: Plan) -> ImageArray:

@@ -8,6 +8,7 @@ embeddings = training.embed_images(model, images)
 """
 
 import contextlib
+import functools
 import signal
 import threading
 import warnings
@@ -119,7 +120,8 @@ def fit(
 
     The loop goes on from the newest of its checkpoints, and gives what it would have
     given had it never stopped, bit by bit. On an interrupt (Ctrl-C, SIGTERM) it
-    finishes the step, saves the state and raises KeyboardInterrupt.
+    finishes the step, saves the state and raises KeyboardInterrupt; of several
+    processes all do if one is asked to, after the next line.
 
     Args:
         model: from float images from 0 to 1 to embeddings ``[n, d]``.
@@ -142,7 +144,9 @@ def fit(
             the loss is always of the whole batch.
         mesh: devices to split every batch over; the parameters are on all of them. The
             loss is still of the whole batch, and its work is split where it is made
-            with the mesh's `axis_name`, as `mined_loss` can be and the default is.
+            with the mesh's `axis_name`, as `mined_loss` can be and the default is. Of
+            devices of several processes, ``batches[step]`` is this process's part, as
+            with a `shard` in `sampling`; the first process alone validates.
         log_every: how many steps there are between two lines.
         validate: metrics of a model, made every `validate_every` steps and at the end.
         validate_every: see there; only at the end if not given.
@@ -234,7 +238,7 @@ def fit(
 
     def update_model() -> None:
         params = state.params if state.average is None else state.average
-        nnx.update(model, *on.here((params, state.rest)))
+        nnx.update(model, *jax.tree.map(jnp.copy, on.here((params, state.rest))))
         model.eval()
 
     key = jax.random.key(seed)
@@ -273,15 +277,16 @@ def fit(
                         *batch,
                         loss=now,
                         embed_chunk_size=embed_chunk_size,
-                        devices=on.count,
+                        on=on,
                         **options,
                     )
+            on.paced(metrics)
             done, last = step + 1, step + 1 == steps
             if done % log_every == 0 or last:
                 line = {name: float(value) for name, value in metrics.items()}
                 _check_finite(state, done)
                 length = line.pop("length")
-                if line["spread"] < COLLAPSED * length and not warned:
+                if line["spread"] < COLLAPSED * length and on.first and not warned:
                     warned = True
                     warnings.warn(
                         f"collapsed at step {done}: the embeddings of a batch are "
@@ -298,7 +303,7 @@ def fit(
             if validate and (last or (validate_every and done % validate_every == 0)):
                 _check_finite(state, done)
                 update_model()
-                values = validate(model)
+                values = on.of_first(functools.partial(validate, model))
                 model.train()
                 # Of equals the last, which was trained the longest; without a number,
                 # the last of all.
@@ -306,10 +311,13 @@ def fit(
                 if not value < state.best:
                     state = state._replace(best=jnp.maximum(state.best, value))
                     if best_checkpoints is not None:
-                        best_checkpoints.save(done, nnx.state(model))
+                        best_checkpoints.save(done, on.everywhere(nnx.state(model)))
                 with outside():
                     yield {"step": done, "validation": values}
+            # Processes agree where they wait for each other anyway.
             stop = interrupts.asked
+            if on.processes > 1:
+                stop = done % log_every == 0 and on.any_of(stop)
             if checkpoints is not None and (
                 done % checkpoint_every == 0 or last or stop
             ):

@@ -1,0 +1,219 @@
+"""Several processes that train together: how they begin, agree, and end.
+
+Each has devices of its own, on this machine or on others. JAX connects them
+(`jax.distributed`), and the first of them alone writes.
+"""
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tripletjax.learn.watchdog import Watchdog
+
+Made = TypeVar("Made")
+Tree = TypeVar("Tree")
+
+# In seconds: after a process has failed, others have so long to end by themselves; and
+# this often it is looked whether one has.
+GRACE, POLL = 10.0, 0.1
+
+
+class OtherProcessError(RuntimeError):
+    """The first process cannot go on; it says itself why."""
+
+
+def of_first(make: Callable[[], Made]) -> Made:
+    """What the first process makes, in every process; the others wait for it.
+
+    Raises:
+        OtherProcessError: in the others, if the first one raises an error.
+    """
+    if jax.process_count() == 1:
+        return make()
+    if jax.process_index() == 0:
+        try:
+            made = make()
+        except Exception as error:
+            _sent(pickle.dumps((False, f"{type(error).__name__}: {error}")))
+            raise
+        _sent(pickle.dumps((True, made)))
+        return made
+    good, made = pickle.loads(_sent(None))
+    if not good:
+        raise OtherProcessError(f"process 0 ended: {made}")
+    return made
+
+
+def _sent(message: bytes | None) -> bytes:
+    """What the first process sends to all."""
+    sizes = np.array(divmod(len(message or b""), 2**30), np.int32)
+    high, low = multihost_utils.broadcast_one_to_all(sizes).tolist()
+    data = np.zeros(high * 2**30 + low, np.uint8)
+    if message is not None:
+        data[:] = np.frombuffer(message, np.uint8)
+    return multihost_utils.broadcast_one_to_all(data).tobytes()
+
+
+def any_of(flag: bool) -> bool:
+    """Whether any process says so."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+@contextlib.contextmanager
+def joined(
+    *,
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    devices: Sequence[int] | None = None,
+    on_loss: Callable[[str], Any] | None = None,
+) -> Iterator[None]:
+    """Within it this process is one of several; if another is lost, it ends.
+
+    Args:
+        coordinator: address and port on which the first process can be reached.
+        count: how many processes there are.
+        index: which of them this is. If these three are not given, JAX finds them out
+            where it knows the cluster: Slurm, Open MPI, Kubernetes, TPU pods.
+        devices: which of the machine's accelerators are this process's own.
+        on_loss: what ends this process, told what happened, in a thread of its own;
+            `end` if not given.
+
+    Raises:
+        ValueError: if there is no such cluster.
+        Exception: what is raised within; the others are told, and end. JAX may then
+            wait for them in vain at the end of this process: leave it by `end`.
+    """
+    # What stops a run is agreed on here (`any_of`), for all signals.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(coordinator, count, index, local_device_ids=devices)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"JAX finds no cluster of processes here ({error}): it knows Slurm, Open "
+            "MPI, Kubernetes and TPU pods. Otherwise say how many there are, which "
+            "this is, and where the first one is."
+        ) from error
+    host = None if coordinator is None else coordinator.rpartition(":")[0]
+    watchdog = Watchdog(
+        jax.process_index(), jax.process_count(), on_loss=on_loss or end
+    )
+    watchdog.start(host, of_first)
+    try:
+        yield
+    except KeyboardInterrupt:
+        # All have agreed on it, or this one is to end at once.
+        watchdog.close("was stopped")
+        raise
+    except BaseException as error:
+        # Of an exchange that failed because another was lost, that one tells more.
+        time.sleep(1.0)
+        watchdog.close(f"ended: {type(error).__name__}: {error}")
+        raise
+    watchdog.close()
+
+
+def end(message: str) -> NoReturn:
+    """Ends the process at once: others may wait for it forever, and it for them."""
+    sys.stdout.flush()
+    if message:
+        # A progress bar may stand in the line.
+        print(f"\n{message}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def end_with_parent() -> None:
+    """Ends the process when the other end of its standard input is closed."""
+
+    def watch() -> None:
+        # Not by sys.stdin, which the end of the process would wait for.
+        while os.read(0, 1):
+            pass
+        os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def launch(command: Sequence[str], count: int) -> tuple[int, str | None]:
+    """Runs a command in several processes on this machine.
+
+    Interrupts are handed on to all of them; a second one ends them.
+
+    Args:
+        command: to which ``--coordinator`` and ``--process`` are added.
+        count: how many processes.
+
+    Returns:
+        The exit status: 0 if all have ended well, else that of the first that has not;
+        and what happened to that one, if a signal ended it.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    children: list[subprocess.Popen[bytes]] = []
+    asked = 0
+
+    def hand_on(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked += 1
+        for child in children:
+            child.send_signal(number if asked == 1 else signal.SIGKILL)
+
+    before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for index in range(count):
+            of_one = ["--coordinator", coordinator, "--process", str(index)]
+            # In sessions of their own: a Ctrl-C reaches them once, from here.
+            child = subprocess.Popen(
+                [*command, *of_one],
+                stdin=subprocess.PIPE,
+                stdout=None if index == 0 else subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            children.append(child)
+        status, told = _waited_for(children)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return (130, None) if asked > 1 else (status, told)
+
+
+def _waited_for(children: Sequence[subprocess.Popen]) -> tuple[int, str | None]:
+    """The status of the first that failed, and what happened to it."""
+    failed: tuple[int, int] | None = None
+    until = float("inf")
+    while any(child.poll() is None for child in children) and time.monotonic() < until:
+        for index, child in enumerate(children):
+            if failed is None and child.poll():
+                failed, until = (index, child.returncode), time.monotonic() + GRACE
+        time.sleep(POLL)
+    for index, child in enumerate(children):
+        if failed is None and child.poll():
+            failed = index, child.returncode
+    if failed is None:
+        return 0, None
+    index, status = failed
+    if status > 0:
+        return status, None
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    return 2, f"process {index} of {len(children)} was ended by {name}"
