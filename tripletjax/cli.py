@@ -258,8 +258,12 @@ def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     if launched:
         processes.end_with_parent()
 
-    def lost(told: str) -> NoReturn:
-        processes.end(f"{parser.prog}: {told}. {AGAIN}")
+    # What all of them know, the first one says.
+    quiet = launched and index != 0
+
+    def lost(told: str, by_itself: bool) -> NoReturn:
+        said = quiet and by_itself
+        processes.end("" if said else f"{parser.prog}: {told}. {AGAIN}")
 
     try:
         with processes.joined(
@@ -270,8 +274,8 @@ def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             on_loss=lost,
         ):
             return _train_here(parser, given)
-    except FAULTS as error:
-        processes.end(f"{parser.prog}: {error}")
+    except (*FAULTS, processes.OtherProcessError) as error:
+        processes.end("" if quiet else f"{parser.prog}: {error}")
     except (SystemExit, Exception) as error:
         told = isinstance(error, SystemExit)
         processes.end("" if told else traceback.format_exc())

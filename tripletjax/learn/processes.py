@@ -80,7 +80,7 @@ def joined(
     count: int | None = None,
     index: int | None = None,
     devices: Sequence[int] | None = None,
-    on_loss: Callable[[str], Any] | None = None,
+    on_loss: Callable[[str, bool], Any] | None = None,
 ) -> Iterator[None]:
     """Within it this process is one of several; if another is lost, it ends.
 
@@ -90,8 +90,9 @@ def joined(
         index: which of them this is. If these three are not given, JAX finds them out
             where it knows the cluster: Slurm, Open MPI, Kubernetes, TPU pods.
         devices: which of the machine's accelerators are this process's own.
-        on_loss: what ends this process, told what happened, in a thread of its own;
-            `end` if not given.
+        on_loss: what ends this process, in a thread of its own, called with what
+            happened to another, and whether that one ended by itself; if not given, it
+            says so and ends.
 
     Raises:
         ValueError: if there is no such cluster.
@@ -110,7 +111,7 @@ def joined(
         ) from error
     host = None if coordinator is None else coordinator.rpartition(":")[0]
     watchdog = Watchdog(
-        jax.process_index(), jax.process_count(), on_loss=on_loss or end
+        jax.process_index(), jax.process_count(), on_loss=on_loss or _end_too
     )
     watchdog.start(host, of_first)
     try:
@@ -134,6 +135,10 @@ def end(message: str) -> NoReturn:
         # A progress bar may stand in the line.
         print(f"\n{message}", file=sys.stderr, flush=True)
     os._exit(2)
+
+
+def _end_too(told: str, by_itself: bool) -> NoReturn:
+    end(told)
 
 
 def end_with_parent() -> None:

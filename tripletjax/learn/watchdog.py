@@ -26,7 +26,8 @@ class Watchdog:
     Args:
         index: which process this is.
         count: how many there are.
-        on_loss: what ends the process; it is told what happened.
+        on_loss: what ends this process, called with what happened to another, and
+            whether that one has ended by itself, and so has said why.
         patience: how many seconds a process may be silent.
     """
 
@@ -35,13 +36,12 @@ class Watchdog:
         index: int,
         count: int,
         *,
-        on_loss: Callable[[str], Any],
+        on_loss: Callable[[str, bool], Any],
         patience: float = PATIENCE,
     ):
         self.index, self.count = index, count
         self.on_loss, self.patience = on_loss, patience
         self._lines: dict[int, socket.socket] = {}
-        self._left: set[int] = set()
         self._closing = False
         self._lock = threading.Lock()
 
@@ -73,7 +73,7 @@ class Watchdog:
         """Leaves the others, with a reason if it is not the end of the work."""
         self._closing = True
         for other in list(self._lines):
-            self._send(other, {"left": self.index, "reason": reason})
+            self._send(other, _left(self.index, reason, True))
         for line in self._lines.values():
             with contextlib.suppress(OSError):
                 line.shutdown(socket.SHUT_WR)
@@ -133,11 +133,11 @@ class Watchdog:
                 continue
             told = json.loads(line)
             if told["reason"] is not None:
-                self._lost(told["left"], told["reason"])
+                self._lost(told["left"], told["reason"], told["by_itself"])
             if told["left"] == other:
                 return
 
-    def _lost(self, which: int, how: str) -> None:
+    def _lost(self, which: int, how: str, by_itself: bool = False) -> None:
         if self._closing:
             return
         told = f"process {which} of {self.count} {how}"
@@ -145,8 +145,12 @@ class Watchdog:
             self._closing = True
             for other in self._lines:
                 if other != which:
-                    self._send(other, {"left": which, "reason": how})
-        self.on_loss(told)
+                    self._send(other, _left(which, how, by_itself))
+        self.on_loss(told, by_itself)
+
+
+def _left(which: int, reason: str | None, by_itself: bool) -> dict[str, Any]:
+    return {"left": which, "reason": reason, "by_itself": by_itself}
 
 
 def _read_line(line: socket.socket) -> bytes:
