@@ -5,6 +5,7 @@ an interrupt.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -322,7 +323,14 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
 
     resume, tensorboard = given["resume"], given.pop("tensorboard")
     on = placement.Placement(placement.mesh_of(given.pop("devices")))
+    # Data may be elsewhere on another machine; all else is what the first is given.
+    places = {name: given[name] for name in runs.PLACES if given[name] is not None}
+    options = {k: v for k, v in given.items() if k not in (*runs.PLACES, "out")}
+    if (first := on.of_first(lambda: options)) != options:
+        differ = [name for name in options if options[name] != first.get(name)]
+        parser.error(f"process 0 is given other options than this: {', '.join(differ)}")
     config, out = on.of_first(lambda: _asked_of(parser, given))
+    config = dataclasses.replace(config, **places)
     try:
         evaluations = runs.run(
             config, out, resume=resume, tensorboard=tensorboard, mesh=on.mesh

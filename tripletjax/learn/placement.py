@@ -133,8 +133,10 @@ class Placement:
         these places on one, while an earlier one waits there for a place and on another
         for its like: forever.
         """
-        simulated = self.mesh is not None and self.mesh.local_mesh.size > 1
-        if simulated and self.mesh.devices.flat[0].platform == "cpu":
+        if self.mesh is None:
+            return tree
+        here = self.mesh.local_devices
+        if len(here) > 1 and here[0].platform == "cpu":
             jax.block_until_ready(tree)
         return tree
 
