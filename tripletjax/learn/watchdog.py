@@ -42,6 +42,7 @@ class Watchdog:
         self.index, self.count = index, count
         self.on_loss, self.patience = on_loss, patience
         self._lines: dict[int, socket.socket] = {}
+        self._threads: list[threading.Thread] = []
         self._closing = False
         self._lock = threading.Lock()
 
@@ -65,9 +66,13 @@ class Watchdog:
                 "the two stop, JAX alone will notice.",
                 file=sys.stderr,
             )
-        for other in self._lines:
-            threading.Thread(target=self._listen, args=(other,), daemon=True).start()
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._listen, args=(other,), daemon=True)
+            for other in self._lines
+        ]
+        self._threads.append(threading.Thread(target=self._beat, daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     def close(self, reason: str | None = None) -> None:
         """Leaves the others, with a reason if it is not the end of the work."""
@@ -92,10 +97,13 @@ class Watchdog:
             while len(self._lines) < self.count - 1:
                 line, _ = listener.accept()
                 line.settimeout(self.patience)
-                with contextlib.suppress(OSError, ValueError):
+                try:
                     told = json.loads(_read_line(line))
-                    if told["token"] == token:
-                        self._lines[told["index"]] = line
+                    if told["token"] != token:
+                        raise ValueError("A stranger.")
+                    self._lines[told["index"]] = line
+                except (OSError, ValueError, KeyError, TypeError):
+                    line.close()
 
     def _connect(self, where: dict[str, Any]) -> bool:
         for host in where["hosts"]:
@@ -120,22 +128,23 @@ class Watchdog:
             self._lines[other].sendall(data)
 
     def _listen(self, other: int) -> None:
-        while True:
-            try:
-                line = _read_line(self._lines[other])
-            except TimeoutError:
-                self._lost(other, f"has not been heard of for {self.patience:g} s")
-                return
-            except OSError:
-                self._lost(other, "was lost: its connection is closed")
-                return
-            if not line:
-                continue
-            told = json.loads(line)
-            if told["reason"] is not None:
-                self._lost(told["left"], told["reason"], told["by_itself"])
-            if told["left"] == other:
-                return
+        with self._lines[other] as line:
+            while True:
+                try:
+                    message = _read_line(line)
+                except TimeoutError:
+                    self._lost(other, f"has not been heard of for {self.patience:g} s")
+                    return
+                except OSError:
+                    self._lost(other, "was lost: its connection is closed")
+                    return
+                if not message:
+                    continue
+                told = json.loads(message)
+                if told["reason"] is not None:
+                    self._lost(told["left"], told["reason"], told["by_itself"])
+                if told["left"] == other:
+                    return
 
     def _lost(self, which: int, how: str, by_itself: bool = False) -> None:
         if self._closing:
