@@ -45,7 +45,8 @@ def test_what_pages_name_exists(page):
 @pytest.mark.parametrize(
     "name",
     unless_slow(
-        ["quickstart", "compose", "train", "deep_ranking", "memory", "mesh"], ["quickstart"]
+        ["quickstart", "compose", "train", "deep_ranking", "memory", "mesh"],
+        ["quickstart"],
     ),
 )
 def test_examples_run(name):

@@ -166,7 +166,7 @@ def references(
     *,
     where: ArrayLike | None = None,
     axis_name: AxisName | None = None,
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """A batch followed by a memory, as what its anchors are compared with.
 
     They are options of every blockwise loss and miner, of retrieval and verification;

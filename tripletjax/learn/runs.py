@@ -117,7 +117,7 @@ def run(
         summary_writer()
     on = Placement(mesh)
     progress = progress and on.first
-    out = Path(out).resolve()
+    out = on.of_first(lambda given=out: Path(given).resolve())
     config = _normalized(config)
     old, finished = on.of_first(lambda: _found(out, config, resume))
     if finished is not None:
