@@ -247,7 +247,6 @@ def begun_until(run, step, *options):
         (signal.SIGKILL, 0, "process 0 of 2 was ended by SIGKILL"),
         (signal.SIGKILL, 1, "process 1 of 2 was"),
         (signal.SIGSTOP, 0, "process 0 of 2 has not been heard of for 20 s"),
-        (signal.SIGSTOP, 1, "process 1 of 2 has not been heard of for 20 s"),
     ],
 )
 def test_a_lost_process_ends_the_others(tmp_path, number, which, words):

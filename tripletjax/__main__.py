@@ -2,7 +2,11 @@
 
 import sys
 
-from tripletjax.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from tripletjax.cli import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:
+        # While modules are imported.
+        sys.exit(130)

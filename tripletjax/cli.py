@@ -249,13 +249,20 @@ def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     if coordinator is not None and count is None:
         parser.error("--coordinator needs --processes N: a cluster is asked by JAX")
     if count is not None and index is None:
-        command = [sys.executable, "-m", "tripletjax", *argv, "--launched"]
+        # Modules are found where they are here.
+        safe = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
+        command = [sys.executable, *safe, "-m", "tripletjax", *argv, "--launched"]
         status, told = processes.launch(command, count)
         if told is not None:
             print(f"{parser.prog}: {told}. {AGAIN}", file=sys.stderr)
         return status
     if index is not None and not 0 <= index < (count or 0):
         parser.error(f"--process must be 0 to {count} - 1, got {index}")
+    if coordinator is not None:
+        try:
+            processes.check_coordinator(coordinator, first=index == 0)
+        except ValueError as error:
+            parser.error(f"--coordinator {error}")
     if launched:
         processes.end_with_parent()
 
@@ -277,9 +284,12 @@ def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             return _train_here(parser, given)
     except (*FAULTS, processes.OtherProcessError) as error:
         processes.end("" if quiet else f"{parser.prog}: {error}")
-    except (SystemExit, Exception) as error:
-        told = isinstance(error, SystemExit)
-        processes.end("" if told else traceback.format_exc())
+    except KeyboardInterrupt:
+        processes.end("", 130)
+    except SystemExit:
+        processes.end("")
+    except Exception:
+        processes.end(traceback.format_exc())
 
 
 def _asked_of(
@@ -319,7 +329,7 @@ def _asked_of(
 
 def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     """Trains in this process."""
-    from tripletjax.learn import placement, runs
+    from tripletjax.learn import placement, runs, training
 
     resume, tensorboard = given["resume"], given.pop("tensorboard")
     on = placement.Placement(placement.mesh_of(given.pop("devices")))
@@ -342,6 +352,8 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
                 f"with --out {out} --resume",
                 file=sys.stderr,
             )
+        if on.processes > 1 and not isinstance(error, training.Stopped):
+            raise
         return 130
     if not on.first:
         return 0

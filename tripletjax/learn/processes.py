@@ -117,24 +117,40 @@ def joined(
     try:
         yield
     except KeyboardInterrupt:
-        # All have agreed on it, or this one is to end at once.
         watchdog.close("was stopped")
         raise
+    except OtherProcessError:
+        # The others hear of it from the first one, too.
+        watchdog.close()
+        raise
     except BaseException as error:
-        # Of an exchange that failed because another was lost, that one tells more.
-        time.sleep(1.0)
+        # Of an exchange that failed because another was lost, the watchdog tells more;
+        # and of what all fail in, the first one.
+        time.sleep(1.0 if jax.process_index() == 0 else 3.0)
         watchdog.close(f"ended: {type(error).__name__}: {error}")
         raise
     watchdog.close()
 
 
-def end(message: str) -> NoReturn:
+def check_coordinator(coordinator: str, *, first: bool) -> None:
+    """Raises ValueError if it is no address, or the first process cannot have it."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"must be HOST:PORT, got {coordinator}")
+    if first:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise ValueError(f"has a port that cannot be had here: {error}") from None
+
+
+def end(message: str, status: int = 2) -> NoReturn:
     """Ends the process at once: others may wait for it forever, and it for them."""
     sys.stdout.flush()
     if message:
         # A progress bar may stand in the line.
         print(f"\n{message}", file=sys.stderr, flush=True)
-    os._exit(2)
+    os._exit(status)
 
 
 def _end_too(told: str, by_itself: bool) -> NoReturn:
@@ -164,7 +180,7 @@ def launch(command: Sequence[str], count: int) -> tuple[int, str | None]:
 
     Returns:
         The exit status: 0 if all have ended well, else that of the first that has not;
-        and what happened to that one, if a signal ended it.
+        and what happened to that one, if none of them could tell.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -178,7 +194,7 @@ def launch(command: Sequence[str], count: int) -> tuple[int, str | None]:
         for child in children:
             child.send_signal(number if asked == 1 else signal.SIGKILL)
 
-    before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
     try:
         for index in range(count):
             of_one = ["--coordinator", coordinator, "--process", str(index)]
@@ -190,6 +206,8 @@ def launch(command: Sequence[str], count: int) -> tuple[int, str | None]:
                 start_new_session=True,
             )
             children.append(child)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, hand_on)
         status, told = _waited_for(children)
     finally:
         for child in children:
@@ -197,7 +215,7 @@ def launch(command: Sequence[str], count: int) -> tuple[int, str | None]:
             child.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
-    return (130, None) if asked > 1 else (status, told)
+    return (130, None) if asked and status else (status, told)
 
 
 def _waited_for(children: Sequence[subprocess.Popen]) -> tuple[int, str | None]:
@@ -215,8 +233,9 @@ def _waited_for(children: Sequence[subprocess.Popen]) -> tuple[int, str | None]:
     if failed is None:
         return 0, None
     index, status = failed
-    if status > 0:
-        return status, None
+    # Who ends by itself says why.
+    if status > 0 or (children[0].poll() or 0) > 0:
+        return max(status, 2), None
     try:
         name = signal.Signals(-status).name
     except ValueError:

@@ -50,6 +50,10 @@ class CollapseWarning(UserWarning):
     """All embeddings have become nearly the same."""
 
 
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop, and has, with its state saved, in all processes."""
+
+
 class Interrupts:
     """Notes that the process was asked to stop; a second time stops it at once.
 
@@ -169,7 +173,7 @@ def fit(
     Raises:
         FloatingPointError: if the loss or a gradient becomes infinite or NaN; the last
             checkpoint is from before.
-        KeyboardInterrupt: on an interrupt.
+        KeyboardInterrupt: on an interrupt; a `Stopped` if it could finish the step.
         OSError: if a checkpoint cannot be written, or all are damaged.
         TypeError: if `batches`, `loss` or the model are not what they must be.
         ValueError: if an option is out of range.
@@ -325,7 +329,7 @@ def fit(
                 checkpoints.save(done, state)
             if stop and not last:
                 update_model()
-                raise KeyboardInterrupt(f"stopped after step {done}")
+                raise Stopped(f"stopped after step {done}")
     update_model()
 
 
