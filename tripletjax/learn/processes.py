@@ -23,7 +23,6 @@ from jax.experimental import multihost_utils
 from tripletjax.learn.watchdog import Watchdog
 
 Made = TypeVar("Made")
-Tree = TypeVar("Tree")
 
 # In seconds: after a process has failed, others have so long to end by themselves; and
 # this often it is looked whether one has.
