@@ -5,6 +5,7 @@ import queue
 import socket
 import threading
 
+import processes
 import pytest
 
 from tripletjax.learn import watchdog
@@ -126,8 +127,7 @@ def test_strangers_are_not_let_in():
 
 @pytest.mark.usefixtures("quick")
 def test_an_address_that_cannot_be_reached_is_told(capsys):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = processes.free_port()
     dog = watchdog.Watchdog(1, 2, on_loss=lambda *told: None)
     dog.start(None, lambda make: {"hosts": ["127.0.0.1"], "port": port, "token": ""})
     assert (

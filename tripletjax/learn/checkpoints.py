@@ -6,10 +6,12 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
@@ -27,7 +29,7 @@ class Checkpoints:
     Each is written beside the others and then renamed, so that a killed process leaves
     whole ones behind, and is read back before an older one goes. Several processes use
     one directory together, call all of this together, and have states of arrays that
-    are on all of their devices; the first of them writes. Digests of files,
+    are on all of their devices; each writes a part, once. Digests of files,
     in ``DIRECTORY.digests.json``, tell a damaged one from one that cannot be read.
 
     Args:
@@ -73,7 +75,7 @@ class Checkpoints:
         """
         if step in self.steps:
             return
-        state = _plain(state)
+        state = plain(state)
         try:
             metadata = {"digest": _digest(state), "kind": _kind(state)}
             self._orbax.save(step, state, custom_metadata=metadata)
@@ -167,22 +169,16 @@ class Checkpoints:
 
     def _load(self, step: int, like: State) -> State:
         metadata = self._orbax.checkpointables_metadata(step).custom_metadata
-        plain = _plain(like)
-        if metadata["kind"] != _kind(plain):
+        arrays = plain(like)
+        if metadata["kind"] != _kind(arrays):
             raise StateMismatchError(
                 f"the checkpoint of step {step} in {self.directory} is of another "
                 "model or optimizer."
             )
-        loaded = self._orbax.load(step, plain)
+        loaded = self._orbax.load(step, arrays)
         if metadata["digest"] != _digest(loaded):
             raise ValueError("its content is not what was written.")
-        leaves = [
-            jax.random.wrap_key_data(x, impl=jax.random.key_impl(old))
-            if _is_key(old)
-            else x
-            for old, x in zip(jax.tree.leaves(like), loaded)
-        ]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+        return from_plain(loaded, like)
 
 
 def _meet(where: str) -> None:
@@ -207,9 +203,20 @@ def _file_digests(directory: Path) -> dict[str, str]:
     return digests
 
 
-def _plain(state: Any) -> list[Any]:
+def plain(state: Any) -> list[Any]:
     """The arrays of a state; keys as the numbers that they are made of."""
     return [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(state)]
+
+
+def from_plain(arrays: Sequence[Any], like: State) -> State:
+    """The state whose arrays these are."""
+    leaves = [
+        jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(old))
+        if _is_key(old)
+        else x
+        for old, x in zip(jax.tree.leaves(like), arrays)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _kind(arrays: list[Any]) -> str:

@@ -6,9 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import (
     AxisType,
@@ -21,6 +19,7 @@ from jax.sharding import (
 
 from tripletjax.blockwise import AxisName
 from tripletjax.learn import processes
+from tripletjax.learn.checkpoints import from_plain, plain
 
 Tree = TypeVar("Tree")
 Made = TypeVar("Made")
@@ -102,7 +101,8 @@ class Placement:
         if self.mesh is None:
             return tree
         if self.processes > 1:
-            tree = _of_first(tree)
+            arrays = multihost_utils.broadcast_one_to_all(plain(tree))
+            tree = from_plain(arrays, tree)
         return jax.device_put(tree, self.sharding)
 
     def split(self, batch: Any) -> Any:
@@ -148,25 +148,6 @@ class Placement:
 
 
 ONE_DEVICE = Placement(None)
-
-
-def _of_first(tree: Tree) -> Tree:
-    """Arrays of the first process, in all of them."""
-
-    def plain(x: Array) -> Array:
-        return jax.random.key_data(x) if _is_key(x) else x
-
-    def like(x: np.ndarray, old: Array) -> Any:
-        if not _is_key(old):
-            return x
-        return jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(old))
-
-    plains = multihost_utils.broadcast_one_to_all(jax.tree.map(plain, tree))
-    return jax.tree.map(like, plains, tree)
-
-
-def _is_key(x: Array) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def mesh_of(devices: str | None) -> Mesh | None:

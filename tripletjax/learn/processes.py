@@ -1,7 +1,8 @@
 """Several processes that train together: how they begin, agree, and end.
 
 Each has devices of its own, on this machine or on others. JAX connects them
-(`jax.distributed`), and the first of them alone writes.
+(`jax.distributed`). The first of them tells, and writes all but checkpoints, of which
+each writes a part.
 """
 
 import contextlib
@@ -219,21 +220,20 @@ def launch(command: Sequence[str], count: int) -> tuple[int, str | None]:
 
 def _waited_for(children: Sequence[subprocess.Popen]) -> tuple[int, str | None]:
     """The status of the first that failed, and what happened to it."""
-    failed: tuple[int, int] | None = None
-    until = float("inf")
-    while any(child.poll() is None for child in children) and time.monotonic() < until:
-        for index, child in enumerate(children):
-            if failed is None and child.poll():
-                failed, until = (index, child.returncode), time.monotonic() + GRACE
+    failed, until = None, float("inf")
+    while True:
+        ends = [child.poll() for child in children]
+        if failed is None and any(ends):
+            failed = next((i, end) for i, end in enumerate(ends) if end)
+            until = time.monotonic() + GRACE
+        if None not in ends or time.monotonic() > until:
+            break
         time.sleep(POLL)
-    for index, child in enumerate(children):
-        if failed is None and child.poll():
-            failed = index, child.returncode
     if failed is None:
         return 0, None
     index, status = failed
     # Who ends by itself says why.
-    if status > 0 or (children[0].poll() or 0) > 0:
+    if status > 0 or (ends[0] or 0) > 0:
         return max(status, 2), None
     try:
         name = signal.Signals(-status).name

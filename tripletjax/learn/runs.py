@@ -95,8 +95,8 @@ def run(
         tensorboard: whether to write what TensorBoard reads, too; needs tensorboardX.
         mesh: devices to train on, as in `training.fit`; a run goes on with any. Of
             several processes (`processes.joined`), which all call this, all read the
-            data, and the first one alone reads and writes the run directory; but all
-            read the weights there that a run begins with.
+            data and share the run directory; the first one alone writes there, but for
+            checkpoints, of which each writes a part.
         progress: whether to show progress bars.
 
     Returns:

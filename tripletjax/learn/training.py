@@ -150,7 +150,8 @@ def fit(
             loss is still of the whole batch, and its work is split where it is made
             with the mesh's `axis_name`, as `mined_loss` can be and the default is. Of
             devices of several processes, ``batches[step]`` is this process's part, as
-            with a `shard` in `sampling`; the first process alone validates.
+            with a `shard` in `sampling`; the first process alone validates, and all
+            share the directories of checkpoints.
         log_every: how many steps there are between two lines.
         validate: metrics of a model, made every `validate_every` steps and at the end.
         validate_every: see there; only at the end if not given.
