@@ -78,7 +78,8 @@ class CountedTriplets(Triplets):
             stops at 2**31 - 1.
     """
 
-    count: Array  # pyrefly: ignore[bad-override-mutable-attribute]: as above
+    # As above: in place of the method.
+    count: Array  # pyrefly: ignore[bad-override, bad-override-mutable-attribute]
 
     def __new__(
         cls, anchor: Any, positive: Any, negative: Any, valid: Any, count: Any
