@@ -39,6 +39,8 @@ METRICS = {
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
 one_loss = pytest.mark.parametrize("name", unless_slow(LOSSES, ["batch hard"]))
+# What does not depend on which semi-hard triplets there are.
+every_mining = pytest.mark.parametrize("name", [*LOSSES][:3])
 KINDS = "square", "padded", "references", "everything"
 # Classes of every size that is treated in its own way.
 LABELS = {
@@ -366,7 +368,7 @@ def test_near_duplicates_keep_their_digits(name, loss, role, others):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("labels", LABELS)
-@every_loss
+@every_mining
 def test_far_from_the_origin(loss, labels):
     labels, x = LABELS[labels], vectors()
     run = jax.value_and_grad(lambda x: loss(x, labels, margin=0.4))
@@ -376,7 +378,7 @@ def test_far_from_the_origin(loss, labels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("labels", ["few", "many"])
-@every_loss
+@every_mining
 def test_leading_dimensions_and_vmap(loss, labels):
     labels = LABELS[labels]
     x = vectors(120).reshape(3, 40, 6)
@@ -401,7 +403,7 @@ def test_leading_dimensions_and_vmap(loss, labels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("labels", ["few", "many"])
-@every_loss
+@every_mining
 def test_forward_mode_and_second_order(loss, matrix, labels):
     labels, x = LABELS[labels][:12], vectors(12, 3)
     options = {"margin": 0.5, "hinge": jax.nn.softplus}
@@ -421,7 +423,7 @@ def test_forward_mode_of_terms_is_a_clear_error(loss):
 
 
 @pytest.mark.slow
-@every_loss
+@every_mining
 def test_scan_and_remat(loss):
     labels = LABELS["few"]
 
@@ -436,7 +438,7 @@ def test_scan_and_remat(loss):
 
 
 @pytest.mark.slow
-@every_loss
+@every_mining
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_low_precision(loss, dtype):
     low = vectors().astype(dtype)

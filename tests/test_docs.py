@@ -1,20 +1,25 @@
 """The README and the examples do what they say."""
 
 import doctest
+import inspect
+import pydoc
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_origin
 
 import pytest
 from problems import unless_slow
 
 import tripletjax as tj
+from tripletjax import learn
 
 ROOT = Path(__file__).parent.parent
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *DOCS.glob("reference/*.md")]
 every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
 
@@ -36,10 +41,52 @@ def test_what_pages_name_exists(page):
     for link in re.findall(r"\]\(([^)]+)\)", text):
         file, _, heading = link.partition("#")
         target = page.parent / file if file else page
+        if file.startswith("gallery_built"):  # which sphinx-build checks
+            continue
         assert target.exists(), link
         titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if heading else []
         slugs = [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
         assert not heading or heading in slugs, link
+
+
+def test_the_reference_has_what_is_public_and_nothing_else():
+    listed = set()
+    for page in DOCS.glob("reference/*.md"):
+        module = ""
+        for line in page.read_text().splitlines():
+            if line.startswith(".. currentmodule:: "):
+                module = line.split()[-1]
+            elif re.fullmatch(r"   [\w.]+", line):
+                listed.add(f"{module}.{line.strip()}")
+    there = {name: pydoc.locate(name) for name in listed}
+    assert not [name for name, one in there.items() if one is None or not one.__doc__]
+    public = {f"tripletjax.{name}" for name in tj.__all__}
+    for name in ("blockwise", "memory", "retrieval", "verification", "collapse"):
+        module = getattr(tj, name)
+        names = getattr(module, "__all__", None) or [
+            name
+            for name, value in vars(module).items()
+            if value.__class__.__module__ == "builtins"
+            and getattr(value, "__module__", "") == module.__name__
+            and not name.startswith("_")
+        ]
+        public |= {f"tripletjax.{module.__name__.split('.')[1]}.{n}" for n in names}
+    public |= {f"tripletjax.learn.{name}" for name in learn.NAMES}
+    found = {name: pydoc.locate(name) for name in public}
+    apart = {n for n, o in found.items() if inspect.ismodule(o) or get_origin(o)}
+    assert not sorted(public - apart - listed)
+    chosen = ("tripletjax.learn.", "tripletjax.apps.")
+    assert not sorted(n for n in listed - public if not n.startswith(chosen))
+
+
+def test_the_bibliography_has_every_source():
+    cited = {
+        number
+        for file in (ROOT / "tripletjax").rglob("*.py")
+        for number in re.findall(r"arXiv:(\d+\.\d+)", file.read_text())
+    }
+    entries = re.findall(r"eprint = \{(.*?)\}", (DOCS / "references.bib").read_text())
+    assert cited <= set(entries)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import LOSSES, batch, unless_slow
+from problems import BUILT_IN, LOSSES, batch, unless_slow
 
 import tripletjax as tj
 from tripletjax._engine import by_ring
 
-every_loss = pytest.mark.parametrize("name", unless_slow(LOSSES, ["batch hard"]))
+every_loss = pytest.mark.parametrize("name", unless_slow(BUILT_IN, ["batch hard"]))
 N = 32
 
 

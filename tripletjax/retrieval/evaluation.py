@@ -211,8 +211,8 @@ def recall_at_k(
     reference of each query.
 
     Args:
-        embeddings, labels, ks, references, reference_labels, positions, where,
-            reference_where, metric, axis_name: as in `evaluate`.
+        embeddings, labels, ks, references, reference_labels: as in `evaluate`.
+        positions, where, reference_where, metric, axis_name: likewise.
 
     Returns:
         ``[len(ks)]``.

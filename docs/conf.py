@@ -1,0 +1,132 @@
+"""How the site is built: `sphinx-build -W docs site`, without a network."""
+
+import inspect
+import re
+from importlib.metadata import version as version_of
+
+import latex2mathml.converter
+import matplotlib
+from docutils import nodes
+from sphinx.util.nodes import make_refnode
+
+matplotlib.use("agg")
+
+project = "tripletjax"
+author = "The tripletjax authors"
+copyright = "2026, the tripletjax authors"
+version = release = version_of("tripletjax")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
+    "sphinxcontrib.bibtex",
+    "sphinxcontrib.programoutput",
+]
+exclude_patterns = ["_templates", "gallery", "gallery_built/*.ipynb"]
+templates_path = ["_templates"]
+html_theme = "furo"
+html_title = f"tripletjax {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+copybutton_only_copy_prompt_lines = True
+
+bibtex_bibfiles = ["references.bib"]
+bibtex_default_style = "plain"
+
+autosummary_generate = True
+autosummary_ignore_module_all = False
+autodoc_typehints = "none"  # docstrings say types with shapes
+autodoc_preserve_defaults = True
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+napoleon_custom_sections = ["References"]
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+napoleon_preprocess_types = False
+# Docstrings name functions in single backquotes.
+default_role = "py:obj"
+
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "gallery_built",
+    "filename_pattern": r"\.py$",
+    "abort_on_example_error": True,
+    "matplotlib_animations": (True, "jshtml"),
+    "remove_config_comments": True,
+    "download_all_examples": False,
+    "show_memory": False,
+    "write_computation_times": False,  # whose page loads scripts from elsewhere
+    "within_subsection_order": "FileNameSortKey",
+    "reset_modules": ("matplotlib",),
+    "min_reported_time": 5,
+}
+
+
+def write_math_in_docstrings(app, what, name, object, options, lines):
+    """`$$...$$` and `$...$` of docstrings become directives and roles."""
+    text = "\n".join(lines)
+
+    def block(match):
+        indent = match[1]
+        formula = inspect.cleandoc(match[2]).replace("\n", f"\n{indent}   ")
+        return f"{indent}.. math::\n\n{indent}   {formula}\n"
+
+    text = re.sub(r"(?ms)^([ ]*)\$\$(.*?)\$\$", block, text)
+    text = re.sub(r"(?<!\$)\$([^$\n]+)\$(?!\$)", r":math:`\1`", text)
+    text = re.sub(
+        r"arXiv:(\d{4}\.\d{5})", r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", text
+    )
+    lines[:] = text.split("\n")
+
+
+def leave_out_fields(app, what, name, object, skip, options):
+    """Fields stand under Attributes already, with their shapes."""
+    return skip or type(object).__name__ in ("_tuplegetter", "member_descriptor")
+
+
+def find_elsewhere(app, env, node, text):
+    """Docstrings name what is public as users do, without the module of the page."""
+    target = node.get("reftarget", "").removeprefix("tj.").partition("(")[0]
+    objects = env.domains["py"].objects
+    for prefix in ("", "learn.", "learn.training.", "apps."):
+        if found := objects.get(f"tripletjax.{prefix}{target}"):
+            return make_refnode(
+                app.builder, node["refdoc"], found.docname, found.node_id, text
+            )
+    return None
+
+
+def math_inline(self, node):
+    self.body.append(latex2mathml.converter.convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def math_block(self, node):
+    formula = latex2mathml.converter.convert(node.astext(), display="block")
+    self.body.append(f'<div class="math">{formula}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app):
+    # Browsers draw MathML themselves: no script from another host.
+    app.add_html_math_renderer(
+        "mathml",
+        inline_renderers=(math_inline, None),
+        block_renderers=(math_block, None),
+    )
+    app.connect("autodoc-process-docstring", write_math_in_docstrings)
+    app.connect("autodoc-skip-member", leave_out_fields)
+    app.connect("missing-reference", find_elsewhere)
+
+
+html_math_renderer = "mathml"

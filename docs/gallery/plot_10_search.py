@@ -1,0 +1,57 @@
+"""
+Search: a contact sheet
+=======================
+
+`retrieval.nearest_neighbors` finds the nearest of any number of references, block by
+block. Queries are of writers whom the references do not have. A frame is green where
+the digit is right, and red and dashed where it is not.
+"""
+
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+import tripletjax as tj
+
+pixels, digits = load_digits(return_X_y=True)
+half = len(digits) // 2
+x = LinearDiscriminantAnalysis().fit(pixels[:half], digits[:half]).transform(pixels)
+x = jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), jnp.float32)
+
+# %%
+# One query for each of six digits, of which some five of the eight nearest are right.
+# have a right one, which says more than queries that are easy.
+
+distances, neighbors = tj.retrieval.nearest_neighbors(x[half:], x[:half], 8)
+right = digits[:half][np.asarray(neighbors)] == digits[half:, None]
+worst = [
+    min(
+        np.flatnonzero((digits[half:] == digit) & right.any(1)),
+        key=lambda i: sum(right[i]),
+    )
+    for digit in (1, 3, 5, 7, 8, 9)
+]
+
+figure, axes = plt.subplots(len(worst), 9, figsize=(8, 5.8), layout="constrained")
+for line, query in zip(axes, worst):
+    shown = [half + query, *np.asarray(neighbors[query])]
+    for place, (panel, row) in enumerate(zip(line, shown)):
+        panel.imshow(pixels[row].reshape(8, 8), cmap="gray_r")
+        panel.set_xticks([])
+        panel.set_yticks([])
+        if place:
+            good = right[query, place - 1]
+            panel.spines[:].set(
+                color="C2" if good else "C3",
+                linestyle="-" if good else "--",
+                linewidth=2,
+            )
+            panel.set_xlabel(f"{distances[query, place - 1]:.2f}", fontsize=8)
+    line[0].set_ylabel(f"{digits[half + query]}", rotation=0, labelpad=12)
+figure.suptitle("Difficult queries and their nearest, with distances")
+plt.show()
+
+# %%
+# `tripletjax search` keeps an index of a folder, and draws such sheets of its images.
