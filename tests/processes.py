@@ -7,6 +7,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from programs import quickly
+
 TESTS = Path(__file__).parent
 
 START = """
@@ -32,11 +34,14 @@ def run(
     devices: int = 1,
     seconds: float = 300,
     given: str = "",
+    as_users_compile: bool = False,
 ):
     """What each of some processes prints that run a program after JAX's start."""
     start = START.format(devices=devices, port=free_port(), processes=processes)
     code = f"{start}{given}\n{textwrap.dedent(program)}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS)}
+    if not as_users_compile:
+        environment |= quickly()
     begun = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(i)],

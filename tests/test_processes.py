@@ -14,6 +14,7 @@ import processes
 import pytest
 from PIL import Image
 from processes import TESTS
+from programs import quickly
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +49,7 @@ def test_gradients_of_large_parts():
         print("right")
         """,
         processes=2,
+        as_users_compile=True,
     )
     assert told == [["right"]] * 2
 
@@ -106,7 +108,9 @@ def test_the_example_on_processes():
             [*command, *options],
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": count},
+            env=os.environ
+            | quickly()
+            | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": count},
         )
         for options, count in (
             ([], "2"),
@@ -135,6 +139,7 @@ def command(*options, devices=1, **environment):
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ
+        | quickly()
         | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         | environment,
     )
@@ -168,16 +173,10 @@ def assert_same_curve(one, other, of="loss"):
 CALM = ("--mining", "all", "--steps", 30)
 
 
-@pytest.mark.parametrize(
-    ("count", "devices", "options"),
-    [
-        (2, 1, ["--memory", 100, "--embed-chunk-size", 30]),
-        (2, 2, ["--classes", 10, "--per-class", 4]),
-        (4, 1, []),
-    ],
-)
-def test_training_over_processes(tmp_path, count, devices, options):
+def test_training_over_processes(tmp_path):
     """The curve is that of one process with as many devices."""
+    count = devices = 2
+    options = ["--memory", 100, "--embed-chunk-size", 30]
     alone, several = tmp_path / "alone", tmp_path / "several"
     over = {"devices": count * devices}
     one = command("--out", alone, "--devices", "all", *CALM, *options, **over)
