@@ -52,7 +52,7 @@ readings = {
 }
 
 # %%
-# No two rows are the same.
+# No two rows are the same. The second is a variant of the first.
 
 colors = {1: "C0", 2: "C2", 3: "C4"}
 figure, axes = plt.subplots(len(readings), 1, figsize=(9, 8), layout="constrained")

@@ -36,8 +36,9 @@ def step(points):
 points = jax.random.normal(jax.random.key(0), (60, 2))
 frames = []
 for _ in range(180):
-    frames.append((points, *step(points)[1:]))
-    points = step(points)[0]
+    moved, value, active = step(points)
+    frames.append((points, value, active))
+    points = moved
 
 # %%
 # The triplets themselves are mined again for the picture.

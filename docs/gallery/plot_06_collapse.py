@@ -42,29 +42,50 @@ def watched(terms):
 
 
 # %%
-# Five ways through the same 300 steps. `selectively_contrastive` drops what a triplet
-# with a hard negative pulls together, and pushes its negative alone; the soft margin
-# has no point where it costs nothing; a warm start begins with batch-all.
+# Five ways through the same 300 steps. The soft margin has no point where it costs
+# nothing. `selectively_contrastive` takes nearest positives and negatives, and where
+# the negative is nearer pushes it and pulls nothing. A warm start begins with
+# batch-all.
 
-hard = functools.partial(tj.batch_hard_loss, margin=margin, reduce_fn=watched)
-everything = functools.partial(tj.batch_all_loss, margin=margin, reduce_fn=watched)
+
+def hard(x, labels, hinge=jax.nn.relu):
+    return tj.batch_hard_loss(
+        tj.euclidean(x), labels, margin=margin, hinge=hinge, reduce_fn=watched
+    )
+
+
+def soft(x, labels):
+    return hard(x, labels, jax.nn.softplus)
+
+
+def selective(x, labels):
+    distances = tj.cosine(x)
+    triplets = tj.batch_easy_hard_triplets(
+        distances, labels, negative=tj.mining.hardest_negative
+    )
+    return tj.triplet_loss(
+        distances, triplets, hinge=tj.selectively_contrastive(), reduce_fn=watched
+    )
+
+
+def everything(x, labels):
+    return tj.batch_all_loss(tj.euclidean(x), labels, margin=margin, reduce_fn=watched)
+
+
+# By name, the loss of the first 100 steps and of the others.
 ways = {
-    "batch-hard": lambda step: hard,
-    "selectively contrastive": lambda step: functools.partial(
-        hard, hinge=tj.selectively_contrastive()
-    ),
-    "soft margin": lambda step: functools.partial(hard, hinge=jax.nn.softplus),
-    "batch-all": lambda step: everything,
-    "batch-all for 100 steps, then hard": lambda step: (
-        everything if step < 100 else hard
-    ),
+    "batch-hard": (hard, hard),
+    "soft margin": (soft, soft),
+    "selectively contrastive": (selective, selective),
+    "batch-all": (everything, everything),
+    "batch-all for 100 steps, then hard": (everything, hard),
 }
 
 
 @functools.partial(jax.jit, static_argnames="loss")
 def descend(params, speed, rows, *, loss):
     def loss_of(params):
-        return loss(tj.euclidean(network(params, pixels[rows])), digits[rows])
+        return loss(network(params, pixels[rows]), digits[rows])
 
     (value, active), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
     speed = jax.tree.map(lambda v, g: 0.9 * v - 0.1 * g, speed, gradient)
@@ -73,12 +94,12 @@ def descend(params, speed, rows, *, loss):
 
 
 figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-for name, way in ways.items():
-    random, losses = np.random.default_rng(0), {}
+for name, (early, late) in ways.items():
+    random = np.random.default_rng(0)
     params, spread, shares = start(jax.random.key(0)), [], []
     speed = jax.tree.map(jnp.zeros_like, params)
     for number in range(300):
-        loss = losses.setdefault(number < 100, way(number))
+        loss = early if number < 100 else late
         rows = random.integers(0, half, 128)
         params, speed, value, active = descend(params, speed, rows, loss=loss)
         if number % 5 == 0:
@@ -99,9 +120,9 @@ plt.show()
 
 # %%
 # Batch-hard lies near one point for most of its steps, and a soft margin does not help.
-# It may find out again, as embeddings that are close together still are in some order,
-# and the steps until then are lost.
+# It may escape, because even embeddings close together have an order, but the steps
+# until then are lost.
 #
-# What to watch: `active.sum() / valid.sum()` near 1 with a loss at the margin, and
-# `tj.collapse.report`, whose mean distance falls towards 0. `learn.fit` logs both, and
-# warns.
+# What to watch: `active.sum() / valid.sum()` near 1 with a loss at the margin, and the
+# mean distance of `tj.collapse.report`, which falls towards 0. `learn.fit` logs the
+# share of active triplets and the spread of each batch, and warns.

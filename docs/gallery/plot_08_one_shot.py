@@ -96,13 +96,13 @@ for name, x in views.items():
     axes.fill_between((1, 2, 4), low, high, alpha=0.2)
 axes.set_xticks((1, 2, 4))
 axes.set_xlabel("examples of each letter")
-axes.set_ylabel("named right of 20, in %")
+axes.set_ylabel("named right, of 20 letters, in %")
 axes.set_title("Letters of scripts never seen (median and 90 % of draws)")
 axes.legend()
 plt.show()
 
 # %%
-# Some letters, each with its example and the queries that it names.
+# Some of the letters.
 
 sheet = np.concatenate([bent[names == c][:10, :, :, 0] for c in range(6)])
 figure, axes = plt.subplots(6, 10, figsize=(6, 3.8), layout="constrained")

@@ -21,8 +21,8 @@ x = LinearDiscriminantAnalysis().fit(pixels[:half], digits[:half]).transform(pix
 x = jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), jnp.float32)
 
 # %%
-# One query for each of six digits, of which some five of the eight nearest are right.
-# have a right one, which says more than queries that are easy.
+# For each of six digits the most difficult query that has any right one among its eight
+# nearest.
 
 distances, neighbors = tj.retrieval.nearest_neighbors(x[half:], x[:half], 8)
 right = digits[:half][np.asarray(neighbors)] == digits[half:, None]
