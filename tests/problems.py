@@ -115,9 +115,9 @@ LOSSES |= {
 }
 
 
-# Those of miners are made of the same parts, and differ from one another in one.
 BUILT_IN = [name for name in LOSSES if not name.startswith("mined: ")]
-QUICK = [*BUILT_IN, "mined: all", "mined: easy positive, semi-hard negative"]
+# Of those of miners, the ones that no built-in loss is made of.
+DISTINCT = [*BUILT_IN, "mined: all", "mined: easy positive, semi-hard negative"]
 # Losses with hinges: what a triplet costs does not depend on how it was found, so that
 # those of miners need one.
 WITH_HINGES = [
@@ -125,7 +125,7 @@ WITH_HINGES = [
     for name in LOSSES
     for hinge in HINGES
     if name in BUILT_IN or hinge == "hinge"
-    for quick in [name in QUICK and (hinge == "hinge" or name == "batch all")]
+    for quick in [name in DISTINCT and (hinge == "hinge" or name == "batch all")]
 ]
 
 

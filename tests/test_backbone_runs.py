@@ -239,17 +239,13 @@ def test_a_trained_backbone_is_written_for_another_run(trained, resnet, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["vit", "convnext", "inception-resnet-v1"])
+@pytest.mark.parametrize("family", ["vit", "convnext"])
 def test_every_family_is_exported(own_data_dir, folder, family, tmp_path):
-    make = {
-        "vit": by_hand.small_vit,
-        "convnext": by_hand.small_convnext,
-        "inception-resnet-v1": by_hand.small_inception_resnet,
-    }[family]
+    """Inception-ResNet has what ResNet has, and takes minutes."""
+    make = {"vit": by_hand.small_vit, "convnext": by_hand.small_convnext}[family]
     file = tmp_path / "weights.safetensors"
     save_file(make(), file)
-    size = {"vit": 40, "convnext": 40, "inception-resnet-v1": 92}[family]
-    config = configured(folder, file, "top", size=size, steps=2)
+    config = configured(folder, file, "top", size=40, steps=2)
     learn.run(config, tmp_path / "run", progress=False)
     embedder = learn.load_embedder(tmp_path / "run")
     for suffix in (".stablehlo", ".onnx", ".safetensors"):

@@ -219,7 +219,7 @@ def test_any_hinge_and_reduction(loss, matrix, hinge, reduce_fn):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
-@every_loss
+@every_mining
 def test_any_metric(loss, matrix, metric):
     metric, x = METRICS[metric], vectors()
     for labels in LABELS.values():
@@ -310,7 +310,7 @@ def test_triplets_that_do_not_fit_are_counted():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block_size", [7, 1000])
-@every_loss
+@every_mining
 def test_block_size_changes_nothing(loss, block_size):
     run = lambda **options: jax.value_and_grad(  # noqa: E731
         lambda x: loss(x, LABELS["uneven"], margin=0.4, **options)
@@ -450,7 +450,7 @@ def test_low_precision(loss, dtype):
 
 
 @pytest.mark.slow
-@every_loss
+@every_mining
 @pytest.mark.parametrize("labels", ["few", "many"])
 def test_double_precision(loss, labels):
     single = loss(vectors(), LABELS[labels], margin=0.3)
@@ -479,7 +479,7 @@ def test_no_triplet_costs_nothing(loss, labels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("labels", ["few", "many"])
-@every_loss
+@every_mining
 def test_padding_may_hold_anything(loss, labels):
     labels, x = LABELS[labels], vectors()
     where = np.random.default_rng(0).random(40) < 0.7
@@ -501,7 +501,7 @@ def test_a_nan_is_not_hidden(loss, labels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", ["euclidean", "manhattan"])
-@every_loss
+@every_mining
 def test_pair_masks_stand_for_labels(loss, metric):
     labels, metric = LABELS["few"], METRICS[metric]
     run = lambda labels, **options: jax.value_and_grad(  # noqa: E731
@@ -537,7 +537,7 @@ def mesh(kind):
     ("reduce_fn", "check_vma"),
     [("default", True), ("default", False), ("terms", True), ("own", True)],
 )
-@every_loss
+@every_mining
 def test_a_batch_split_over_devices(loss, reduce_fn, check_vma):
     x = vectors()
     where = jnp.arange(40) % 7 > 0

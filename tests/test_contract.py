@@ -10,9 +10,9 @@ import pytest
 from jax.test_util import check_grads
 from problems import (
     BUILT_IN,
+    DISTINCT,
     HINGES,
     LOSSES,
-    QUICK,
     WITH_HINGES,
     batch,
     unless_slow,
@@ -23,7 +23,7 @@ import tripletjax as tj
 slow = pytest.mark.slow
 FORMS = "batch_all_loss", "batch_hard_loss", "batch_semi_hard_loss"
 
-every_loss = pytest.mark.parametrize("name", unless_slow(LOSSES, QUICK))
+every_loss = pytest.mark.parametrize("name", DISTINCT)
 every_hinge = pytest.mark.parametrize(("name", "hinge"), WITH_HINGES)
 
 
@@ -37,7 +37,7 @@ def of_embeddings(loss, labels, **options):
     return lambda x: loss(tj.euclidean(x), labels, **options)
 
 
-@pytest.mark.parametrize("name", unless_slow(LOSSES, ["batch all", "batch hard"]))
+@pytest.mark.parametrize("name", unless_slow(DISTINCT, ["batch all", "batch hard"]))
 def test_jit_is_eager(loss):
     x, labels = batch()
     d = tj.euclidean(x)
@@ -47,7 +47,7 @@ def test_jit_is_eager(loss):
         np.testing.assert_allclose(loss(d, labels, margin=0.3), eager, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", unless_slow(LOSSES, ["batch all", "semi-hard"]))
+@pytest.mark.parametrize("name", unless_slow(DISTINCT, ["batch all", "semi-hard"]))
 def test_vmap_is_a_loop(loss):
     d = jnp.stack([tj.euclidean(batch(seed=seed)[0]) for seed in range(3)])
     # Different numbers of positives, so that inner loops end at different times.
@@ -238,7 +238,7 @@ def test_one_trace_for_repeated_calls(loss):
     ("name", "hinge"),
     [
         pytest.param(name, hinge, marks=[] if quick else slow)
-        for name in LOSSES
+        for name in DISTINCT
         for hinge in HINGES
         if name in BUILT_IN or hinge == "hinge"
         for quick in [name in ("batch all", "semi-hard") and hinge == "hinge"]
@@ -268,7 +268,7 @@ def test_gradients_are_those_of_finite_differences(loss, hinge):
         )
 
 
-@pytest.mark.parametrize("name", unless_slow(LOSSES, ["batch all", "batch hard"]))
+@pytest.mark.parametrize("name", unless_slow(DISTINCT, ["batch all", "batch hard"]))
 def test_second_derivatives(loss):
     with jax.enable_x64(True):
         x, labels = batch(n=6, dim=3, classes=2, seed=1)
