@@ -92,7 +92,7 @@ def test_the_bibliography_has_every_source():
 @pytest.mark.parametrize(
     "name",
     unless_slow(
-        ["quickstart", "compose", "train", "deep_ranking", "memory", "mesh"],
+        ["quickstart", "compose", "train", "deep_ranking", "memory"],
         ["quickstart"],
     ),
 )

@@ -142,9 +142,6 @@ BLOCKWISE = {
     "all": tj.blockwise.batch_all_loss,
     "hard": tj.blockwise.batch_hard_loss,
     "semi-hard": tj.blockwise.batch_semi_hard_loss,
-    "semi-hard without fallback": functools.partial(
-        tj.blockwise.batch_semi_hard_loss, fallback=False
-    ),
 }
 SHAPES = {(1,): ("data",), (2,): ("data",), (8,): ("data",), (4, 2): ("data", "model")}
 ROWS = PartitionSpec("data")
