@@ -129,6 +129,17 @@ WITH_HINGES = [
 ]
 
 
+def public_names(module):
+    """What a module lists, or what is its own and has no underscore."""
+    return getattr(module, "__all__", None) or [
+        name
+        for name, value in vars(module).items()
+        if callable(value)
+        and getattr(value, "__module__", "") == module.__name__
+        and not name.startswith("_")
+    ]
+
+
 def batch(n=12, dim=5, classes=3, seed=0):
     """Unit-norm embeddings with labels, every class present more than once."""
     random = np.random.default_rng(seed)

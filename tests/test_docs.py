@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_origin
 
 import pytest
-from problems import unless_slow
+from problems import public_names, unless_slow
 
 import tripletjax as tj
 from tripletjax import learn
@@ -62,15 +62,7 @@ def test_the_reference_has_what_is_public_and_nothing_else():
     assert not [name for name, one in there.items() if one is None or not one.__doc__]
     public = {f"tripletjax.{name}" for name in tj.__all__}
     for name in ("blockwise", "memory", "retrieval", "verification", "collapse"):
-        module = getattr(tj, name)
-        names = getattr(module, "__all__", None) or [
-            name
-            for name, value in vars(module).items()
-            if value.__class__.__module__ == "builtins"
-            and getattr(value, "__module__", "") == module.__name__
-            and not name.startswith("_")
-        ]
-        public |= {f"tripletjax.{module.__name__.split('.')[1]}.{n}" for n in names}
+        public |= {f"tripletjax.{name}.{n}" for n in public_names(getattr(tj, name))}
     public |= {f"tripletjax.learn.{name}" for name in learn.NAMES}
     found = {name: pydoc.locate(name) for name in public}
     apart = {n for n, o in found.items() if inspect.ismodule(o) or get_origin(o)}

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import public_names
 
 import tripletjax as tj
 
@@ -186,16 +187,9 @@ def test_no_public_function_is_left_out():
     types = {"Metric", "selectively_contrastive"}
     called = {name.split()[0] for name in CALLS}
     for prefix, module in modules.items():
-        names = getattr(module, "__all__", None) or [
-            name
-            for name, value in vars(module).items()
-            if getattr(value, "__module__", "") == module.__name__
-            and name[0].islower()
-            and callable(value)
-        ]
         missing = [
             prefix + name
-            for name in names
+            for name in public_names(module)
             if callable(getattr(module, name))
             and (name[0].islower() or name in types)
             and prefix + name not in called

@@ -3,8 +3,9 @@ Collapse, and how to leave it
 =============================
 
 Batch-hard from a cold start may pull everything into one point: there the hardest
-positive and the hardest negative are equally far away, the loss is the margin, and it
-stays so. This happens in silence, unless the spread of the embeddings is watched.
+positive and the hardest negative are equally far away, and the loss is the margin, for
+long or for good. This happens in silence, unless the spread of the embeddings is
+watched.
 """
 
 import functools
