@@ -4,7 +4,15 @@ import contextlib
 import os
 
 import jax
+import jaxlib
+import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+# Versions of XLA with its older code for loops beside the newer: it is compiled in half
+# the time. Later ones have no such flag, and end a process that gives it.
+_HAS_OLDER = jaxlib.version.__version_info__ < (0, 11)
+# Options of one program, for what the older code does wrong.
+NEWER_LOOPS = {"xla_cpu_use_fusion_emitters": True} if _HAS_OLDER else {}
 
 # Whether programs are optimised, and where they are kept, in all tests that do not ask
 # for others.
@@ -19,6 +27,10 @@ def compile_quickly(directory):
     """
     global _usual
     _usual = bool(os.environ.get("TRIPLETJAX_TESTS_OPTIMIZED")), directory
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", _flags())
+        # XLA reads its flags once, here; what tests start does not inherit them.
+        jax.jit(lambda: 0)()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     _compile(*_usual)
 
@@ -43,6 +55,12 @@ def _compile(optimized, directory):
     compilation_cache.reset_cache()
 
 
+def _flags() -> str:
+    older = _HAS_OLDER and not _usual[0]
+    given = os.environ.get("XLA_FLAGS", "")
+    return given + " --xla_cpu_use_fusion_emitters=false" * older
+
+
 def quickly() -> dict[str, str]:
     """The same for other processes, as variables of their environment."""
     optimized, directory = _usual
@@ -50,4 +68,5 @@ def quickly() -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(directory),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimized)),
+        "XLA_FLAGS": _flags(),
     }

@@ -547,28 +547,24 @@ def test_a_batch_split_over_devices(loss, reduce_fn, check_vma):
         "own": {"reduce_fn": lambda terms: (terms.total**2).sum() / 1000},
     }[reduce_fn]
 
-    def scalar(value):
+    def run(x, scale, labels, where, **options):
+        value = loss(x * scale, labels, where=where, **options)
         return value.total.sum() / 100 if reduce_fn == "terms" else value
 
-    def split(x, scale, labels, where):
-        return scalar(loss(x * scale, labels, where=where, axis_name="data", **options))
-
-    run = jax.shard_map(
-        split,
+    split = jax.shard_map(
+        functools.partial(run, axis_name="data", **options),
         mesh=mesh(AxisType.Auto),
         in_specs=(P("data"), P(), P("data"), P("data")),
         out_specs=P(),
         check_vma=check_vma,
     )
+    got, expected = (
+        jax.jit(jax.value_and_grad(function, (0, 1)))
+        for function in (split, functools.partial(run, **options))
+    )
     for labels in map(jnp.asarray, LABELS.values()):
-        got = jax.value_and_grad(run, (0, 1))(x, 1.5, labels, where)
-        expected = jax.value_and_grad(
-            lambda x, scale, y=labels: scalar(
-                loss(x * scale, y, where=where, **options)
-            ),
-            (0, 1),
-        )(x, 1.5)
-        check(got, expected, atol=1e-4)
+        arguments = x, 1.5, labels, where
+        check(got(*arguments), expected(*arguments), atol=1e-4)
 
 
 @one_loss

@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import os
 import pydoc
 import re
 import subprocess
@@ -11,6 +12,7 @@ from typing import get_origin
 
 import pytest
 from problems import public_names, unless_slow
+from programs import quickly
 
 import tripletjax as tj
 from tripletjax import learn
@@ -93,6 +95,7 @@ def test_examples_run(name):
         [sys.executable, "-W", "error", ROOT / "examples" / f"{name}.py"],
         capture_output=True,
         text=True,
+        env=os.environ | quickly(),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from programs import NEWER_LOOPS
 
 from tripletjax.learn import backbones
 from tripletjax.learn.weights import shapes_of
@@ -68,7 +69,13 @@ DINO = {
     "patch_size": 14,
 }
 DEPTHS, WIDTHS = [1, 1, 2, 1], [16, 32, 48, 64]
-TIMM_DINO = {"img_size": 70, "dynamic_img_size": True, "depth": 3}
+TIMM_DINO = {
+    "img_size": 70,
+    "dynamic_img_size": True,
+    "depth": 3,
+    "embed_dim": 128,
+    "num_heads": 2,
+}
 
 
 def facenet_model():
@@ -151,7 +158,7 @@ PEERS = {
         PATCHES,
     ),
     "timm dinov2 with registers": (
-        lambda: timm_model("vit_base_patch14_reg4_dinov2", **TIMM_DINO | {"depth": 1}),
+        lambda: timm_model("vit_base_patch14_reg4_dinov2", **TIMM_DINO),
         timm_features,
         "vit",
         PATCHES,
@@ -207,7 +214,7 @@ def test_embeddings_and_gradients(name, tmp_path):
         )
         assert relative(got, theirs.numpy()) < 1e-4
 
-        if name in WHOLE:
+        if name in WHOLE or (height, width) != sizes[0]:
             continue
         # Where a ReLU or a maximum is nearly tied, its slope turns on the last digit
         # of float32, in either library: in float64 none is.
@@ -221,7 +228,9 @@ def test_embeddings_and_gradients(name, tmp_path):
             def loss(x, graph=graph, values=values, along=along):
                 return jnp.sum(ours(nnx.merge(graph, values), x) * along)
 
-            gradient = jax.jit(jax.grad(loss))(jnp.asarray(x.transpose(0, 2, 3, 1)))
+            # XLA's older loops give a wrong one of Inception-ResNet in float64.
+            gradient_of = jax.jit(jax.grad(loss), compiler_options=NEWER_LOOPS)
+            gradient = gradient_of(jnp.asarray(x.transpose(0, 2, 3, 1)))
             expected = inputs.grad.numpy().transpose(0, 2, 3, 1)
             assert relative(gradient, expected) < 1e-5
 
@@ -241,7 +250,7 @@ def test_positions_as_dinov2_itself_interpolates_them(tmp_path):
     # The original's file is told from timm's by its token for masked patches.
     model = drawn(timm_model("vit_small_patch14_dinov2", **TIMM_DINO))
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    state["mask_token"] = torch.zeros(1, 384)
+    state["mask_token"] = torch.zeros(1, 128)
     file = tmp_path / "weights.safetensors"
     safetensors.save_file(state, file)
     assert backbones.recognise(file).options["positions"] == "cubic-offset"

@@ -10,14 +10,17 @@ import numpy as np
 from jax.typing import ArrayLike
 from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.ft2font import FT2Font
+from matplotlib.patches import Rectangle
 
 import tripletjax as tj
 from tripletjax.learn.image_io import ImageSource
 
 # Blue and orange, which nearly everybody can tell apart.
 RIGHT, WRONG, QUERY, BEYOND = "#0072b2", "#d55e00", "#444444", "#cccccc"
+# How high a picture with text below is, as a multiple of one without.
+TOLD = 1.3
 
 
 def training(lines: Sequence[dict], path: str | Path) -> None:
@@ -99,7 +102,7 @@ def neighbors(
     first = next(iter(ranked))
 
     figure = Figure(
-        figsize=((k + 1) * 0.7 * len(ranked) + 0.8, 0.75 * len(chosen) + 1),
+        figsize=((k + 1) * 0.7 * len(ranked) + 0.8, 0.68 * len(chosen) + 0.9),
         layout="constrained",
     )
     told = (
@@ -111,37 +114,19 @@ def neighbors(
     # A letter of this size is about 0.085 inches wide.
     told = textwrap.fill(told, int(figure.get_figwidth() / 0.085))
     figure.suptitle(told, fontsize=11)
-    for column, (part, (name, neighbor)) in enumerate(
-        zip(_columns(figure, len(ranked)), ranked.items())
-    ):
-        part.suptitle(f"{name}: query, then its {k} nearest", fontsize=10)
-        grid = part.subplots(len(chosen), k + 1, squeeze=False)
-        for row, query in zip(grid, chosen):
+    titles = [f"{name}: query, then its {k} nearest" for name in ranked]
+    axes, starts = _table(figure, titles, k + 1, len(chosen))
+    for start, neighbor in zip(starts, ranked.values()):
+        for row, query in enumerate(chosen):
             others = np.sum(labels == labels[query]) - 1
             for rank, place in enumerate((query, *neighbor[query])):
-                axes = row[rank]
-                axes.imshow(_shown(images[place]), cmap="gray", vmin=0, vmax=255)
-                axes.set(xticks=[], yticks=[])
                 same = labels[place] == labels[query]
                 wrong = WRONG if rank <= others else BEYOND
                 color = QUERY if rank == 0 else RIGHT if same else wrong
-                for spine in axes.spines.values():
-                    spine.set(color=color, linewidth=2.5)
-            if column == 0:
-                name = _short(label_names[labels[query]])
-                fonts = _fonts(name)
-                if fonts is None:
-                    # No installed font can show it, but as its numbers.
-                    name = _short(name.encode("ascii", "backslashreplace").decode())
-                row[0].set_ylabel(
-                    name,
-                    parse_math=False,
-                    fontfamily=fonts or ["DejaVu Sans"],
-                    rotation=0,
-                    ha="right",
-                    va="center",
-                    fontsize=8,
-                )
+                _framed(axes, start + rank, row, _shown(images[place]), color)
+    for row, query in enumerate(chosen):
+        name = _written(label_names[labels[query]])
+        axes.text(0, row + 0.5, **name, ha="right", va="center", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -181,28 +166,25 @@ def triplets(
         "anchor, nearer, farther; the positive is blue, the negative orange",
         fontsize=10,
     )
-    parts = _columns(figure, len(distances))
-    for part, (name, (positive, negative)) in zip(parts, distances.items()):
-        right = np.mean(positive < negative)
-        part.suptitle(f"{name}: {right:.1%} in order", fontsize=10)
-        grid = part.subplots(len(chosen), 3, squeeze=False)
-        for row, place in zip(grid, chosen):
+    titles = [
+        f"{name}: {np.mean(positive < negative):.1%} in order"
+        for name, (positive, negative) in distances.items()
+    ]
+    axes, starts = _table(figure, titles, 3, len(chosen) * TOLD)
+    for start, (positive, negative) in zip(starts, distances.values()):
+        for row, place in enumerate(chosen):
             anchor, *pair = triplets[place]
             others = [
                 (positive[place], pair[0], RIGHT),
                 (negative[place], pair[1], WRONG),
             ]
             others.sort(key=lambda other: other[0])
-            for axes, (distance, image, color) in zip(
-                row, [(None, anchor, QUERY), *others]
+            for column, (distance, image, color) in enumerate(
+                [(None, anchor, QUERY), *others]
             ):
                 picture = _shown(np.asarray(images[image]))
-                axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
-                axes.set(xticks=[], yticks=[])
-                for spine in axes.spines.values():
-                    spine.set(color=color, linewidth=2.5)
-                if distance is not None:
-                    axes.set_title(f"{distance:.2f}", fontsize=8, pad=2)
+                told = "" if distance is None else f"{distance:.2f}"
+                _framed(axes, start + column, row * TOLD, picture, color, text=told)
     figure.savefig(path, dpi=120)
 
 
@@ -336,20 +318,12 @@ def pairs_sheet(
     figure.suptitle(textwrap.fill(title, max(30, 22 * most)), fontsize=10)
     parts = np.atleast_1d(np.asarray(figure.subfigures(len(groups), 1)))
     for part, (name, pairs) in zip(parts, groups):
-        if name:
-            part.suptitle(name, fontsize=9)
-        grid = part.subplots(1, most, squeeze=False)[0]
-        for axes in grid[len(pairs) :]:
-            axes.set_axis_off()
-        for axes, (first, second, text, right) in zip(grid, pairs):
+        axes, _ = _table(part, [name], most, 0.65)
+        for column, (first, second, text, right) in enumerate(pairs):
             gap = np.full((len(first), 6, 3), 255, np.uint8)
-            axes.imshow(np.concatenate([first, gap, second], axis=1))
-            axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():
-                spine.set(color=RIGHT if right else WRONG, linewidth=2.5)
-                spine.set_linestyle("-" if right else "--")
-            text = "\n".join(_short(line, 30) for line in text.splitlines())
-            axes.set_xlabel(_shown_text(text), fontsize=7, parse_math=False)
+            both = np.concatenate([first, gap, second], axis=1)
+            color, dashed = (RIGHT, False) if right else (WRONG, True)
+            _framed(axes, column, 0, both, color, text=text, pair=True, dashed=dashed)
     figure.savefig(path, dpi=120)
 
 
@@ -373,34 +347,75 @@ def contact_sheet(
         figsize=(1.15 * most + 0.4, 1.55 * len(rows) + 0.6), layout="constrained"
     )
     figure.suptitle(textwrap.fill(title, max(24, 13 * most)), fontsize=10)
-    grid = figure.subplots(len(rows), most, squeeze=False)
-    for line, (name, images, told) in zip(grid, rows):
-        for axes in line[len(images) :]:
-            axes.set_axis_off()
+    axes, _ = _table(figure, [""], most, len(rows) * TOLD)
+    for row, (name, images, told) in enumerate(rows):
         known = [(name, None), *told]
-        for rank, (axes, image, (text, right)) in enumerate(zip(line, images, known)):
-            axes.imshow(image, cmap="gray", vmin=0, vmax=255)
-            axes.set(xticks=[], yticks=[])
+        for rank, (image, (text, right)) in enumerate(zip(images, known)):
             color = BEYOND if right is None else RIGHT if right else WRONG
-            for spine in axes.spines.values():
-                spine.set(color=QUERY if rank == 0 else color, linewidth=2.5)
-                spine.set_linestyle("--" if right is False else "-")
-            lines = [_short(line) for line in text.splitlines()]
-            text = _shown_text("\n".join(lines))
-            axes.set_xlabel(text, fontsize=7, parse_math=False)
+            if rank == 0:
+                color = QUERY
+            dashed = right is False
+            _framed(axes, rank, row * TOLD, image, color, text=text, dashed=dashed)
     figure.savefig(path, dpi=120)
 
 
-def _shown_text(text: str) -> str:
-    """Text as numbers where no installed font can show it."""
-    if _fonts(text) is not None:
-        return text
-    return text.encode("ascii", "backslashreplace").decode()
+def _table(
+    part: FigureBase, titles: Sequence[str], columns: int, height: float
+) -> tuple[Axes, list[float]]:
+    """Room for tables of pictures of one unit each, and where each of them begins.
+
+    One pair of axes for all: those of every picture would take seconds.
+    """
+    starts = [number * (columns + 0.5) for number in range(len(titles))]
+    axes = part.subplots()
+    axes.set(xlim=(0, starts[-1] + columns), ylim=(height, 0), aspect="equal")
+    axes.set_axis_off()
+    axes.autoscale(False)
+    for start, title in zip(starts, titles):
+        axes.text(
+            start + columns / 2, -0.05, title, ha="center", va="bottom", fontsize=10
+        )
+    return axes, starts
 
 
-def _columns(figure: Figure, count: int) -> list[Any]:
-    """Parts of a figure, side by side."""
-    return list(np.atleast_1d(np.asarray(figure.subfigures(1, count))))
+def _framed(
+    axes: Axes,
+    left: float,
+    top: float,
+    image: np.ndarray,
+    color: str,
+    *,
+    text: str = "",
+    pair: bool = False,
+    dashed: bool = False,
+) -> None:
+    """A picture, or a pair side by side, with a frame, in a unit, and text below it."""
+    height, width = image.shape[:2]
+    scale = min(0.9 / width, (0.45 if pair else 0.9) / height)
+    width, height = width * scale, height * scale
+    left += (1 - width) / 2
+    # With text, pictures begin on one line with those beside them.
+    top += 0.05 if text else (1 - height) / 2
+    extent = (left, left + width, top + height, top)
+    axes.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=255)
+    frame = Rectangle((left, top), width, height, fill=False, edgecolor=color)
+    frame.set(linewidth=2.5, linestyle="--" if dashed else "-")
+    axes.add_patch(frame)
+    if text:
+        middle, below = left + width / 2, top + height + 0.05
+        text = _written(text, 30 if pair else 16)
+        axes.text(middle, below, **text, ha="center", va="top", fontsize=7)
+
+
+def _written(text: str, most: int = 16) -> dict[str, Any]:
+    """Short lines of text, as `Axes.text` writes them as they are."""
+    lines = [_short(line, most) for line in text.splitlines()]
+    fonts = _fonts("".join(lines))
+    if fonts is None:
+        # No installed font can show it, but as its numbers.
+        lines = [line.encode("ascii", "backslashreplace").decode() for line in lines]
+        lines, fonts = [_short(line, most) for line in lines], ["DejaVu Sans"]
+    return {"s": "\n".join(lines), "fontfamily": fonts, "parse_math": False}
 
 
 def _finish(axes: Axes, title: str, path: str | Path) -> None:
