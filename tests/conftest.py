@@ -1,7 +1,13 @@
 """Eight devices on the CPU, so that meshes can be tested anywhere."""
 
 import gc
+import os
 from pathlib import Path
+
+# Tests run side by side, and threads of OpenBLAS and OpenMP that find no core free
+# wait for one another. Processes of the tests inherit this.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
 
 import jax
 import pytest

@@ -42,7 +42,7 @@ def as_users_compile():
     What was compiled before is forgotten: JAX would go on with it.
     """
     jax.clear_caches()
-    _compile(True, None)
+    _compile(True, _usual[1])
     try:
         yield
     finally:

@@ -202,19 +202,15 @@ def test_any_hinge_and_reduction(loss, matrix, hinge, reduce_fn):
     def scalar(value):
         return jnp.sum(value.total * weights) / 100 if reduce_fn is None else value
 
+    def got(x, margin, labels):
+        return scalar(loss(x, labels, margin=margin, **options))
+
+    def expected(x, margin, labels):
+        return scalar(matrix(tj.euclidean(x), labels, margin=margin, **options))
+
+    got, expected = (jax.jit(jax.value_and_grad(f, (0, 1))) for f in (got, expected))
     for labels in LABELS.values():
-
-        def got(x, margin, labels=labels):
-            return scalar(loss(x, labels, margin=margin, **options))
-
-        def expected(x, margin, labels=labels):
-            return scalar(matrix(tj.euclidean(x), labels, margin=margin, **options))
-
-        check(
-            jax.value_and_grad(got, (0, 1))(x, 0.3),
-            jax.value_and_grad(expected, (0, 1))(x, 0.3),
-            atol=1e-3,
-        )
+        check(got(x, 0.3, labels), expected(x, 0.3, labels), atol=1e-3)
 
 
 @pytest.mark.slow
@@ -222,22 +218,21 @@ def test_any_hinge_and_reduction(loss, matrix, hinge, reduce_fn):
 @every_mining
 def test_any_metric(loss, matrix, metric):
     metric, x = METRICS[metric], vectors()
+    run, expected = (
+        jax.jit(jax.value_and_grad(f))
+        for f in (
+            lambda x, labels: loss(x, labels, metric=metric, margin=0.25),
+            lambda x, labels: matrix(metric(x), labels, margin=0.25),
+        )
+    )
     for labels in LABELS.values():
-        run = jax.value_and_grad(
-            lambda x, y=labels: loss(x, y, metric=metric, margin=0.25)
-        )
-        check(
-            run(x),
-            jax.value_and_grad(lambda x, y=labels: matrix(metric(x), y, margin=0.25))(
-                x
-            ),
-        )
+        check(run(x, labels), expected(x, labels))
         if metric is METRICS["custom"]:
             continue  # The norm of zero has no gradient.
-        value, gradient = run(jnp.ones((40, 6)))
+        value, gradient = run(jnp.ones((40, 6)), labels)
         assert value in (0.0, 0.25)
         assert jnp.isfinite(gradient).all()
-        value, gradient = run(x.at[3:9].set(x[0]).at[9:12].set(0))
+        value, gradient = run(x.at[3:9].set(x[0]).at[9:12].set(0), labels)
         assert jnp.isfinite(value)
         assert jnp.isfinite(gradient).all()
 
