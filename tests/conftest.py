@@ -12,7 +12,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import jax
 import pytest
 from hypothesis import settings
-from programs import as_users_compile, compile_quickly
+from programs import compile_quickly, repeatable
 
 # Must come before anything asks JAX for its devices.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -44,7 +44,7 @@ def pytest_runtest_teardown():
 
 @pytest.fixture
 def exact():
-    with as_users_compile():
+    with repeatable():
         yield
 
 

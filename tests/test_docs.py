@@ -105,7 +105,7 @@ def test_examples_run(name):
 def test_the_default_training_keeps_its_promise(tmp_path):
     """MAP@R of 96 % or more, on average; measured at 98.1."""
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "digits.py", "--seeds", "3"],
+        [sys.executable, ROOT / "benchmarks" / "digits.py", "--seeds", "2"],
         capture_output=True,
         text=True,
         check=True,

@@ -20,7 +20,7 @@ from flax import nnx
 from folders import shapes
 from PIL import Image
 from problems import unless_slow
-from programs import as_users_compile
+from programs import repeatable
 
 import tripletjax as tj
 from tripletjax import learn
@@ -67,7 +67,7 @@ def finished(own_data_dir, tmp_path_factory):
 def finished_exactly(own_data_dir, tmp_path_factory):
     """The same run to the last bit, for others to be compared with."""
     out = tmp_path_factory.mktemp("runs") / "exact"
-    with as_users_compile():
+    with repeatable():
         runs.run(small(), out, progress=False)
     return out
 

@@ -403,8 +403,8 @@ def _framed(
     axes.add_patch(frame)
     if text:
         middle, below = left + width / 2, top + height + 0.05
-        text = _written(text, 30 if pair else 16)
-        axes.text(middle, below, **text, ha="center", va="top", fontsize=7)
+        written = _written(text, 30 if pair else 16)
+        axes.text(middle, below, **written, ha="center", va="top", fontsize=7)
 
 
 def _written(text: str, most: int = 16) -> dict[str, Any]:
