@@ -33,6 +33,7 @@ from tripletjax.learn import (
     objectives,
     placement,
     plots,
+    preparation,
     record,
     runs,
     sampling,
@@ -915,7 +916,7 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
 def test_nothing_is_overwritten(finished):
     out, _ = finished
     before = (out / "metrics.jsonl").read_text()
-    with pytest.raises(runs.RunExistsError, match="not an empty directory"):
+    with pytest.raises(preparation.RunExistsError, match="not an empty directory"):
         runs.run(small(), out)
     assert (out / "metrics.jsonl").read_text() == before
 
@@ -1094,7 +1095,7 @@ def test_a_run_is_not_gone_on_with_by_accident(finished, tmp_path):
     with pytest.raises(ValueError, match="another configuration: seed was 0, got 1"):
         runs.run(small(seed=1), out, resume=True)
     (tmp_path / "notes.txt").write_text("precious")
-    with pytest.raises(runs.RunExistsError, match="not the directory of a run"):
+    with pytest.raises(preparation.RunExistsError, match="not the directory of a run"):
         runs.run(small(), tmp_path, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -329,13 +329,14 @@ def _asked_of(
 
 def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     """Trains in this process."""
-    from tripletjax.learn import placement, runs, training
+    from tripletjax.learn import placement, preparation, runs, training
 
     resume, tensorboard = given["resume"], given.pop("tensorboard")
     on = placement.Placement(placement.mesh_of(given.pop("devices")))
     # Data may be elsewhere on another machine; all else is what the first is given.
-    places = {name: given[name] for name in runs.PLACES if given[name] is not None}
-    options = {k: v for k, v in given.items() if k not in (*runs.PLACES, "out")}
+    where = preparation.PLACES
+    places = {name: given[name] for name in where if given[name] is not None}
+    options = {k: v for k, v in given.items() if k not in (*where, "out")}
     if (first := on.of_first(lambda: options)) != options:
         differ = [name for name in options if options[name] != first.get(name)]
         parser.error(f"process 0 is given other options than this: {', '.join(differ)}")

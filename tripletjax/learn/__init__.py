@@ -36,6 +36,7 @@ MODULES = (
     "placement",
     "plan",
     "plots",
+    "preparation",
     "pretrained",
     "processes",
     "record",
