@@ -229,7 +229,7 @@ def test_of_several_frames_the_first_is_seen_and_that_is_said(tmp_path):
     place = folder / "group0" / "kind0" / "moving.gif"
     frames[0].save(place, save_all=True, append_images=frames[1:])
     dataset = datasets.load(str(folder), data_dir=tmp_path / "kept")
-    assert "1 image has several frames: the first is seen" in dataset.notes
+    assert "1 image has several frames: the first is seen" in dataset.decoding.notes
     first = image_io.open_image(place).convert("L")
     assert abs(np.asarray(first, int) - np.asarray(frames[0], int)).max() < 3
     # The second frame is cut off.
@@ -326,8 +326,8 @@ def test_grey_of_more_than_8_bits_has_one_white(tmp_path, most, white):
             file = tmp_path / "pictures" / kind / f"{number}.png"
             Image.fromarray(pixels).save(file)
     dataset = datasets.load(str(tmp_path / "pictures"), data_dir=tmp_path / "kept")
-    assert dataset.white == white
-    assert f"in images of more than 8 bits {white} is white" in dataset.notes
+    assert dataset.decoding.white == white
+    assert f"in images of more than 8 bits {white} is white" in dataset.decoding.notes
     parts = dataset.train, dataset.validation, dataset.test
     tops = np.concatenate([part.images[:, 0, 1, 0] for part in parts])
     low, high = (round(255 * value / white) for value in (most // 2, most))
@@ -344,8 +344,8 @@ def test_white_icons_are_seen_on_black(tmp_path):
             file = tmp_path / "icons" / str(kind) / f"{number}.png"
             Image.fromarray(pixels).save(file)
     dataset = datasets.load(str(tmp_path / "icons"), data_dir=tmp_path / "kept")
-    assert dataset.background == "black"
-    assert "black shows through transparency" in dataset.notes
+    assert dataset.decoding.background == "black"
+    assert "black shows through transparency" in dataset.decoding.notes
     assert (np.ptp(dataset.train.images, axis=(1, 2, 3)) > 200).all()
     assert dataset.skipped == ()
 
@@ -359,7 +359,9 @@ def test_blank_and_contradictory_images_are_named(tmp_path):
         "group0/kind0/blank.png: blank: all of its pixels are the same",
         "2 copies of an image: it is in group0/kind0, group1/kind1",
     )
-    assert any("2 images that are in several classes" in n for n in dataset.notes)
+    assert any(
+        "2 images that are in several classes" in n for n in dataset.decoding.notes
+    )
     assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 17
     for file in folder.rglob("*.*"):
         Image.new("L", (24, 20), 77).save(file)
@@ -378,7 +380,7 @@ def test_training_runs_within_the_data_are_left_out(tmp_path):
     assert dataset.label_names == ("group0/kind0", "group1/kind1")
     assert dataset.skipped == ()
     told = "directories of training runs are left out: runs/pictures"
-    assert told in dataset.notes
+    assert told in dataset.decoding.notes
 
 
 @pytest.mark.parametrize(
@@ -399,9 +401,9 @@ def test_which_folders_are_classes(tmp_path, files, names, why):
             Image.fromarray(np.uint8(pixels)).save(f"{path}{copy}.png")
     dataset = datasets.load(str(tmp_path / "pictures"), data_dir=tmp_path / "kept")
     assert dataset.label_names == names
-    assert (why is None) == (len(dataset.notes) == 1)
+    assert (why is None) == (len(dataset.decoding.notes) == 1)
     if why is not None:
-        assert why in dataset.notes[0]
+        assert why in dataset.decoding.notes[0]
     for level in ("top", "leaf"):
         dataset = datasets.load(
             str(tmp_path / "pictures"), classes_from=level, data_dir=tmp_path / "kept"

@@ -42,6 +42,7 @@ from tripletjax.learn import (
 )
 from tripletjax.learn.checkpoints import Checkpoints
 from tripletjax.learn.embedder import as_floats
+from tripletjax.learn.image_cache import Decoding
 from tripletjax.learn.metrics_log import MetricsLog
 from tripletjax.learn.objectives import mined_loss
 from tripletjax.learn.record import RunRecord
@@ -957,7 +958,9 @@ def with_images(shape, kinds, each):
     none = train.part(slice(0))
     names = tuple(map(str, range(kinds)))
     kind = "photos" if shape[-1] == 3 else "characters"
-    return datasets.Dataset("some", train, none, none, names, key="", kind=kind)
+    return datasets.Dataset(
+        "some", train, none, none, names, key="", decoding=Decoding(kind)
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from tripletjax.learn.image_cache import (
     FORMAT,
     IN_MEMORY,
     DecodedImages,
+    Decoding,
     Digits,
     ImageArray,
     cache_directory,
@@ -71,11 +72,7 @@ class Dataset:
         label_names: what each label stands for.
         key: a digest of all of it.
         skipped: files that could not be read, and why.
-        kind: what the images are, photos or characters.
-        kind_by: how that was decided.
-        white: the value that is white in images of more than 8 bits.
-        background: what shows through transparency.
-        notes: what else was decided or found.
+        decoding: what was decided of the pictures.
     """
 
     name: str
@@ -85,11 +82,7 @@ class Dataset:
     label_names: tuple[str, ...]
     key: str
     skipped: tuple[str, ...] = ()
-    kind: str = "characters"
-    kind_by: str = "they are handwritten digits"
-    white: float = 65535
-    background: str = "white"
-    notes: tuple[str, ...] = ()
+    decoding: Decoding = dataclasses.field(default_factory=Decoding)
 
 
 def load(
@@ -167,18 +160,10 @@ def load(
         )
     images = Images(stored.images, labels[stored.kept])
     images, stored, names, skipped = _checked(images, stored, names, skipped)
-    held_out = HELD_OUT[stored.kind]
+    held_out = HELD_OUT[stored.decoding.kind]
     places = held_out_images(images.labels, stored.digests, split, held_out)
     digests = np.array(stored.digests)
-    dataset = _dataset(name, images, digests, places, names, skipped)
-    return dataclasses.replace(
-        dataset,
-        kind=stored.kind,
-        kind_by=stored.kind_by,
-        white=stored.white,
-        background=stored.background,
-        notes=stored.notes,
-    )
+    return _dataset(name, images, digests, places, names, stored.decoding, skipped)
 
 
 def _digits(data_dir: str | Path | None, split: str, size: int | None) -> Dataset:
@@ -205,7 +190,8 @@ def _digits(data_dir: str | Path | None, split: str, size: int | None) -> Datase
         train, validation = share_out_images(labels, digests[:half], [VALIDATION])
         places = train, validation, np.arange(half, len(images))
     names = builder.info.features["label"].names
-    return _dataset("digits", images, digests, places, names)
+    decoding = Decoding(kind_by="they are handwritten digits")
+    return _dataset("digits", images, digests, places, names, decoding)
 
 
 def _dataset(
@@ -214,6 +200,7 @@ def _dataset(
     digests: np.ndarray,
     places: Sequence[np.ndarray],
     label_names: Sequence[str],
+    decoding: Decoding,
     skipped: Sequence[str] = (),
 ) -> Dataset:
     train, validation, test = (images.part(part) for part in places)
@@ -229,9 +216,8 @@ def _dataset(
         digest.update(" ".join(digests[part]).encode())
         digest.update(images.labels[part].tobytes())
     key = digest.hexdigest()
-    return Dataset(
-        name, train, validation, test, tuple(label_names), key, tuple(skipped)
-    )
+    parts = train, validation, test
+    return Dataset(name, *parts, tuple(label_names), key, tuple(skipped), decoding)
 
 
 def _from_folder(
@@ -250,7 +236,7 @@ def _from_folder(
     directory = cache_directory(data_dir, files_key(files, relative, size, kind))
     options |= {"source": str(folder), "size": size, "kind": kind}
     stored = decode_and_cache(files, open_image, directory, **options)
-    stored = dataclasses.replace(stored, notes=(*found.notes, *stored.notes))
+    stored = _noted(stored, (*found.notes, *stored.decoding.notes))
     names = sorted({folders[place] for place in stored.kept})
     if len(names) < 2:
         raise ValueError(
@@ -267,6 +253,12 @@ def _from_folder(
     ]
     names, skipped = (tuple(map(printable, some)) for some in (names, skipped))
     return stored, np.array(labels, np.int32), names, skipped
+
+
+def _noted(stored: DecodedImages, notes: tuple[str, ...]) -> DecodedImages:
+    """The same with other notes."""
+    decoding = dataclasses.replace(stored.decoding, notes=notes)
+    return dataclasses.replace(stored, decoding=decoding)
 
 
 def _checked(
@@ -289,14 +281,13 @@ def _checked(
         raise ValueError(f"every image is in several classes: {told[0]}.")
     kept = np.flatnonzero(keep)
     stored = dataclasses.replace(
-        stored,
-        digests=[stored.digests[place] for place in kept],
-        notes=(
-            *stored.notes,
-            f"{len(keep) - len(kept):,} images that are in several classes are left "
-            "out, and named in config.json",
-        ),
+        stored, digests=[stored.digests[place] for place in kept]
     )
+    note = (
+        f"{len(keep) - len(kept):,} images that are in several classes are left "
+        "out, and named in config.json"
+    )
+    stored = _noted(stored, (*stored.decoding.notes, note))
     return images.part(kept), stored, names, (*skipped, *told)
 
 

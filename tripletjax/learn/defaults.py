@@ -13,6 +13,7 @@ from tripletjax.learn.augment import Augment
 from tripletjax.learn.config import Config
 from tripletjax.learn.datasets import Dataset
 from tripletjax.learn.hierarchy import levels_of
+from tripletjax.learn.image_cache import Decoding
 from tripletjax.learn.image_io import COLOUR_SIZE as PHOTO_SIZE
 from tripletjax.learn.image_io import WHOLE
 from tripletjax.learn.plan import (
@@ -89,7 +90,7 @@ def plan_for_classes(
     """
     images, labels = dataset.train.images, dataset.train.labels
     _, counts = np.unique(labels, return_counts=True)
-    photos = dataset.kind == "photos"
+    photos = dataset.decoding.kind == "photos"
     several = int((counts > 1).sum())
     scarce = np.median(counts) < SCARCE and len(counts) >= MANY
     # Many classes of few drawings: turned and mirrored ones are classes of their own.
@@ -109,7 +110,7 @@ def plan_for_classes(
             "rotation_classes is 8, which makes mirror images classes of their own, "
             "but augment mirrors images at random: one excludes the other."
         )
-    notes = [f"images are taken for {dataset.kind}: {dataset.kind_by}"]
+    notes = [_told_of(dataset.decoding)]
     if turns > 1:
         notes.append(f"{turns - 1} turned copies of each class are its own classes")
     if paired < len(counts):
@@ -181,7 +182,7 @@ def plan_for_triplets(
     config: Config, dataset: TripletDataset, start: Start | None = None
 ) -> tuple[Plan, list[str]]:
     """The plan of a run on given triplets, and what is worth telling of it."""
-    photos = dataset.kind == "photos"
+    photos = dataset.decoding.kind == "photos"
     many = len(dataset.images) >= 8 * MANY
     plan, notes = _plan(
         config,
@@ -199,7 +200,11 @@ def plan_for_triplets(
         start=start,
         backbone=_backbone_plan(config, start, len(dataset.images)),
     )
-    return plan, [f"images are taken for {dataset.kind}: {dataset.kind_by}", *notes]
+    return plan, [_told_of(dataset.decoding), *notes]
+
+
+def _told_of(decoding: Decoding) -> str:
+    return f"images are taken for {decoding.kind}: {decoding.kind_by}"
 
 
 def _plan(

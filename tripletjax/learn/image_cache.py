@@ -141,6 +141,25 @@ def pixels_of(images: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What was decided of pictures to make images of them.
+
+    Attributes:
+        kind: what they are, photos or characters.
+        kind_by: how that was decided.
+        white: the value that is white in those of more than 8 bits.
+        background: what shows through their transparency.
+        notes: what else was decided or found.
+    """
+
+    kind: str = "characters"
+    kind_by: str = ""
+    white: float = 65535
+    background: str = "white"
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodedImages:
     """What became of some pictures.
 
@@ -149,22 +168,14 @@ class DecodedImages:
         digests: of each image, as hexadecimal numbers.
         kept: which pictures these are.
         skipped: why the others could not be read, by number.
-        kind: what they are, photos or characters.
-        kind_by: how that was decided.
-        white: the value that is white in those of more than 8 bits.
-        background: what shows through their transparency.
-        notes: what else is worth telling of them.
+        decoding: what was decided of them.
     """
 
     images: ImageArray
     digests: list[str]
     kept: list[int]
     skipped: dict[int, str]
-    kind: str
-    kind_by: str
-    white: float
-    background: str
-    notes: tuple[str, ...]
+    decoding: Decoding
 
 
 def files_key(
@@ -248,11 +259,13 @@ def decode_and_cache(
         digests,
         [place for place in range(len(pictures)) if place not in skipped],
         skipped,
-        summary["kind"],
-        summary["kind_by"],
-        summary["white"],
-        summary["background"],
-        (*summary["notes"], *tidied),
+        Decoding(
+            summary["kind"],
+            summary["kind_by"],
+            summary["white"],
+            summary["background"],
+            (*summary["notes"], *tidied),
+        ),
     )
 
 

@@ -173,8 +173,8 @@ def _begin(
         plan=plan,
         images=ImageRecord(
             shape=(height, width, channels),
-            white=dataset.white,
-            background=dataset.background,
+            white=dataset.decoding.white,
+            background=dataset.decoding.background,
             mean=tuple(mean.tolist()),
             std=tuple(np.maximum(std, 1e-3).tolist()),
         ),
@@ -182,7 +182,7 @@ def _begin(
         label_names=task.label_names,
         seen_names=task.seen_names,
         skipped=dataset.skipped,
-        notes=(*dataset.notes, *notes),
+        notes=(*dataset.decoding.notes, *notes),
     )
 
 

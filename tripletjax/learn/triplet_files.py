@@ -9,6 +9,7 @@ import numpy as np
 
 from tripletjax.learn.image_cache import (
     IN_MEMORY,
+    Decoding,
     ImageArray,
     cache_directory,
     decode_and_cache,
@@ -31,11 +32,7 @@ class TripletDataset:
         key: a digest of all of it.
         skipped: files that could not be read, and why.
         left_out: how many triplets have such a file.
-        kind: what the images are, photos or characters.
-        kind_by: how that was decided.
-        white: the value that is white in images of more than 8 bits.
-        background: what shows through transparency.
-        notes: what else was decided or found.
+        decoding: what was decided of the pictures.
     """
 
     name: str
@@ -46,11 +43,7 @@ class TripletDataset:
     key: str
     skipped: tuple[str, ...] = ()
     left_out: int = 0
-    kind: str = "characters"
-    kind_by: str = ""
-    white: float = 65535
-    background: str = "white"
-    notes: tuple[str, ...] = ()
+    decoding: Decoding = dataclasses.field(default_factory=Decoding)
 
 
 def load_triplets(
@@ -120,11 +113,7 @@ def load_triplets(
         digest.hexdigest(),
         tuple(skipped),
         len(rows) - len(whole),
-        stored.kind,
-        stored.kind_by,
-        stored.white,
-        stored.background,
-        stored.notes,
+        stored.decoding,
     )
 
 
