@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import re
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from browser import asked_for, open_browser
 from folders import shapes
+from processes import free_port
 from selenium.common.exceptions import (
     ElementClickInterceptedException,
     StaleElementReferenceException,
@@ -120,9 +120,7 @@ def address(own_data_dir, root, tmp_path):
     assert cli.main(["train", "--steps", "2", "--out", str(run)]) == 0
     people = shapes(tmp_path / "people", kinds=8, each=9, seed=3)
     assert cli.main(["verify", "--run", str(run), "--data", str(people)]) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["serve", "--run", run, "--index", root / "pictures", "--port", port]
     process = subprocess.Popen(
         [sys.executable, "-m", "tripletjax", *map(str, command)],

@@ -9,7 +9,6 @@ moment, and the next update goes on. Search is exact.
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import io
 import math
 import os
@@ -25,6 +24,7 @@ from lancedb.index import IvfFlat
 from tqdm import tqdm
 
 from tripletjax.apps.images import decoded, encoded
+from tripletjax.learn.digests import digest_of
 from tripletjax.learn.embedder import ImageEmbedder
 from tripletjax.learn.image_io import find_files, open_image, read_ahead
 
@@ -98,8 +98,7 @@ class Index:
             raise FileNotFoundError(f"there is no folder {folder}.")
         self.database.mkdir(parents=True, exist_ok=True)
         self._lance = lancedb.connect(self.database)
-        name = hashlib.blake2b(os.fsencode(self.folder), digest_size=8).hexdigest()
-        self._name = f"folder-{name}"
+        self._name = f"folder-{digest_of([os.fsencode(self.folder)])}"
         self._table: Any = None
         if self._name in self._tables():
             self._table = self._lance.open_table(self._name)
@@ -369,7 +368,7 @@ class Index:
     def _read(self, file: Path, known: set[str]) -> tuple[str, Any]:
         """The content's digest, and what the embedder takes unless it is known."""
         content = file.read_bytes()
-        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        digest = digest_of([content])
         if digest in known:
             return digest, None
         return digest, self.embedder.prepare(open_image(io.BytesIO(content)))

@@ -23,6 +23,7 @@ MODULES = (
     "config",
     "datasets",
     "defaults",
+    "digests",
     "embedder",
     "evaluation",
     "features",

@@ -1,6 +1,5 @@
 """States of a run on disk, of which the last good one is always found again."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
+
+from tripletjax.learn.digests import digest_of, digest_of_file
 
 State = TypeVar("State")
 
@@ -197,9 +198,7 @@ def _file_digests(directory: Path) -> dict[str, str]:
     for place, _, names in os.walk(directory, onerror=fail):
         for name in names:
             path = Path(place) / name
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "blake2b").hexdigest()
-            digests[str(path.relative_to(directory))] = digest
+            digests[str(path.relative_to(directory))] = digest_of_file(path)
     return digests
 
 
@@ -222,7 +221,7 @@ def from_plain(arrays: Sequence[Any], like: State) -> State:
 def _kind(arrays: list[Any]) -> str:
     """A digest of shapes and dtypes."""
     kinds = [f"{np.shape(x)}{jax.dtypes.canonicalize_dtype(x.dtype)}" for x in arrays]
-    return hashlib.blake2b(" ".join(kinds).encode(), digest_size=16).hexdigest()
+    return digest_of([" ".join(kinds)])
 
 
 def _is_key(x: Any) -> bool:
@@ -230,12 +229,14 @@ def _is_key(x: Any) -> bool:
 
 
 def _digest(arrays: list[Any]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for x in arrays:
-        x = np.asarray(x)
-        digest.update(f"{x.shape}{x.dtype}".encode())
-        digest.update(np.ascontiguousarray(x).view(np.uint8).data)
-    return digest.hexdigest()
+    return digest_of(
+        part
+        for x in map(np.asarray, arrays)
+        for part in (
+            f"{x.shape}{x.dtype}",
+            np.ascontiguousarray(x).view(np.uint8).data,
+        )
+    )
 
 
 def _brief(error: Exception) -> str:

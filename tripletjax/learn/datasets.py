@@ -6,7 +6,6 @@ back, into memory if they fit.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from PIL import Image
 from tripletjax.learn.catalogue import Catalogue
 from tripletjax.learn.class_folders import find_classes, printable
 from tripletjax.learn.config import CLASSES_FROM, SPLITS
+from tripletjax.learn.digests import digest_of, digest_of_image
 from tripletjax.learn.image_analysis import KINDS
 from tripletjax.learn.image_cache import (
     FORMAT,
@@ -27,7 +27,6 @@ from tripletjax.learn.image_cache import (
     ImageArray,
     cache_directory,
     decode_and_cache,
-    digest_of,
     files_key,
     part_of,
     prepare,
@@ -181,7 +180,7 @@ def _digits(data_dir: str | Path | None, split: str, size: int | None) -> Datase
         ),
         labels=np.array([record["label"] for record in records], np.int32),
     )
-    digests = np.array([digest_of(image) for image in images.images])
+    digests = np.array([digest_of_image(image) for image in images.images])
     if split == "classes":
         places = held_out_images(images.labels, digests, split)
     else:
@@ -210,12 +209,16 @@ def _dataset(
             f"{name} has {kinds} class{'' if kinds == 1 else 'es'} to train on; at "
             "least 2 are needed."
         )
-    digest = hashlib.blake2b(digest_size=16)
-    for part in places:
-        digest.update(str((len(part), *images.images.shape[1:])).encode())
-        digest.update(" ".join(digests[part]).encode())
-        digest.update(images.labels[part].tobytes())
-    key = digest.hexdigest()
+    shape = images.images.shape[1:]
+    key = digest_of(
+        text
+        for part in places
+        for text in (
+            str((len(part), *shape)),
+            " ".join(digests[part]),
+            images.labels[part].tobytes(),
+        )
+    )
     parts = train, validation, test
     return Dataset(name, *parts, tuple(label_names), key, tuple(skipped), decoding)
 
@@ -303,8 +306,7 @@ def _from_catalogue(
     catalogue = Catalogue.open(name, data_dir)
     labelled = catalogue.places
     made_of = FORMAT, size, kind, *catalogue.made_of
-    key = hashlib.blake2b(str(made_of).encode(), digest_size=16).hexdigest()
-    directory = cache_directory(data_dir, key)
+    directory = cache_directory(data_dir, digest_of([str(made_of)]))
     options |= {"source": f"{name} in {data_dir}", "size": size, "kind": kind}
     stored = decode_and_cache(labelled, catalogue.picture, directory, **options)
     skipped = [

@@ -5,7 +5,7 @@ It needs neither the data that it was trained on nor what reads data or draws.
 
 import dataclasses
 import functools
-import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +23,7 @@ from PIL import Image
 from tripletjax.learn import backbones, pretrained, record
 from tripletjax.learn.checkpoints import Checkpoints
 from tripletjax.learn.config import MODELS
+from tripletjax.learn.digests import digest_of, digest_of_file
 from tripletjax.learn.image_io import (
     ImageSource,
     ImageSpec,
@@ -35,7 +36,7 @@ from tripletjax.learn.models import Standardized
 from tripletjax.learn.placement import ONE_DEVICE, Placement
 from tripletjax.learn.plan import BackbonePlan
 from tripletjax.learn.record import RunRecord
-from tripletjax.learn.weights import Loaded, digest_of_file
+from tripletjax.learn.weights import Loaded
 
 
 def load_model(
@@ -146,10 +147,9 @@ class Embedder:
         plan = dataclasses.asdict(self.record.plan)
         made = {name: plan[name] for name in NETWORK}
         images = dataclasses.asdict(self.record.images)
-        digest = hashlib.blake2b(json.dumps([made, images]).encode(), digest_size=16)
-        for x in jax.tree.leaves(nnx.state(self.model)):
-            digest.update(np.ascontiguousarray(x).tobytes())
-        return f"run {digest.hexdigest()}"
+        leaves = jax.tree.leaves(nnx.state(self.model))
+        arrays = (np.ascontiguousarray(x).tobytes() for x in leaves)
+        return f"run {digest_of(itertools.chain([json.dumps([made, images])], arrays))}"
 
     def __call__(self, images: ImageInputs) -> Array:
         """Unit vectors ``[n, d]`` of images of any kind."""

@@ -23,8 +23,8 @@ from tqdm import tqdm
 import tripletjax as tj
 from tripletjax.learn import image_io, plots
 from tripletjax.learn.class_folders import find_classes, printable
+from tripletjax.learn.digests import digest_of_image
 from tripletjax.learn.embedder import ImageEmbedder, load_embedder
-from tripletjax.learn.image_cache import digest_of
 from tripletjax.learn.record import write_json
 from tripletjax.verification import VerificationMetrics
 
@@ -185,7 +185,7 @@ def embed_folder(
                     continue
                 kept.append(place)
                 whole.append(image)
-                digests.append(digest_of(np.asarray(image)))
+                digests.append(digest_of_image(np.asarray(image)))
                 if place in shown:
                     images[len(kept) - 1] = image
             if whole:

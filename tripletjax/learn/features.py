@@ -8,7 +8,6 @@ them.
 
 import dataclasses
 import functools
-import hashlib
 import os
 import uuid
 from collections.abc import Sequence
@@ -25,8 +24,9 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from tripletjax.learn.augment import Augment
+from tripletjax.learn.digests import digest_of, digest_of_image
 from tripletjax.learn.embedder import as_floats, batch_size_for, embed_images
-from tripletjax.learn.image_cache import KeptFeatures, Pixels, digest_of
+from tripletjax.learn.image_cache import KeptFeatures, Pixels
 
 # Another number makes them be made again.
 FORMAT = 1
@@ -79,8 +79,7 @@ class FeatureCache:
         self, network: nnx.Module, key: str, *, data_dir: str | Path | None = None
     ):
         root = Path(data_dir or tfds.core.constants.DATA_DIR) / "tripletjax-features"
-        digest = hashlib.blake2b(f"{FORMAT} {key}".encode(), digest_size=16)
-        self.network, self.directory = network, root / digest.hexdigest()
+        self.network, self.directory = network, root / digest_of([f"{FORMAT} {key}"])
 
     def of(
         self, images: Pixels, views: Sequence[View], *, what: str, progress: bool
@@ -99,15 +98,12 @@ class FeatureCache:
         size = max(1, PIXELS // int(np.prod(shape[:2])))
         digests = []
         for start in range(0, n, size):
-            digests += [digest_of(image) for image in images[start : start + size]]
+            digests += [
+                digest_of_image(image) for image in images[start : start + size]
+            ]
         made = []
         for view in views:
-            folder = (
-                self.directory
-                / hashlib.blake2b(
-                    f"{view} {tuple(shape)}".encode(), digest_size=8
-                ).hexdigest()
-            )
+            folder = self.directory / digest_of([f"{view} {tuple(shape)}"])
             kept = _read(folder)
             missing: dict[str, int] = {}
             for place, digest in enumerate(digests):

@@ -6,7 +6,6 @@ That needs no TensorFlow. The files lie in its usual place, ``~/tensorflow_datas
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -21,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tripletjax.learn import cache_folder
+from tripletjax.learn.digests import digest_of, digest_of_file, digest_of_image
 from tripletjax.learn.image_analysis import kind_of, tone_share
 from tripletjax.learn.image_io import (
     FRAMES,
@@ -183,19 +183,18 @@ def files_key(
 ) -> str:
     """A digest of what files hold, and of their names."""
 
-    def content(file: Path) -> bytes:
+    def content(file: Path) -> str:
         try:
-            with file.open("rb") as opened:
-                return hashlib.file_digest(opened, "blake2b").digest()
+            return digest_of_file(file)
         except OSError:
             # It is named when it is to be decoded.
-            return b"none"
+            return "none"
 
-    digest = hashlib.blake2b(str((FORMAT, size, kind)).encode(), digest_size=16)
+    parts: list[str | bytes] = [str((FORMAT, size, kind))]
     with ThreadPoolExecutor() as pool:
         for name, one in zip(names, pool.map(content, files)):
-            digest.update(os.fsencode(name) + b"\0" + one)
-    return digest.hexdigest()
+            parts += [os.fsencode(name), b"\0", one]
+    return digest_of(parts)
 
 
 def cache_directory(data_dir: str | Path | None, key: str) -> Path:
@@ -267,10 +266,6 @@ def decode_and_cache(
             (*summary["notes"], *tidied),
         ),
     )
-
-
-def digest_of(image: np.ndarray) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).hexdigest()
 
 
 class ImageCacheBuilder(tfds.core.GeneratorBasedBuilder):
@@ -378,7 +373,7 @@ class ImageCacheBuilder(tfds.core.GeneratorBasedBuilder):
             disable=not self.progress,
         )
         for row, (image, moving) in enumerate(bar):
-            digests.append(digest_of(image))
+            digests.append(digest_of_image(image))
             animated += moving
             yield row, {"image": image}
         if not digests:

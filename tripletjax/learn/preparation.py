@@ -11,12 +11,12 @@ import numpy as np
 from tripletjax.learn import backbones, record, tasks
 from tripletjax.learn.config import Config
 from tripletjax.learn.defaults import Start
+from tripletjax.learn.digests import digest_of_file
 from tripletjax.learn.embedder import BACKBONE
 from tripletjax.learn.image_cache import ImageArray
 from tripletjax.learn.placement import Placement
 from tripletjax.learn.plan import Plan
 from tripletjax.learn.record import ImageRecord, RunRecord
-from tripletjax.learn.weights import digest_of_file
 
 # So many images tell the mean and the standard deviation of all, so many at a time.
 SAMPLE, LOOK = 4096, 256

@@ -2,11 +2,11 @@
 
 import csv
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
+from tripletjax.learn.digests import digest_of
 from tripletjax.learn.image_cache import (
     IN_MEMORY,
     Decoding,
@@ -100,9 +100,7 @@ def load_triplets(
     train, test, validation = (
         triplets[np.isin(triplets[:, 0], np.array(part, int))] for part in parts
     )
-    digest = hashlib.blake2b(" ".join(stored.digests).encode(), digest_size=16)
-    digest.update(f"{stored.images.shape}".encode())
-    digest.update(triplets.tobytes())
+    of = " ".join(stored.digests), f"{stored.images.shape}", triplets.tobytes()
     skipped = [f"{names[place]}: {why}" for place, why in stored.skipped.items()]
     return TripletDataset(
         str(file),
@@ -110,7 +108,7 @@ def load_triplets(
         train,
         validation,
         test,
-        digest.hexdigest(),
+        digest_of(of),
         tuple(skipped),
         len(rows) - len(whole),
         stored.decoding,

@@ -5,7 +5,6 @@ Files are of PyTorch's layout: kernels ``[out, in, ...]``. Pickles, as in ``.pth
 """
 
 import dataclasses
-import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,13 +89,6 @@ def shapes_of(path: str | Path) -> dict[str, tuple[int, ...]]:
     with _opened(path) as file:
         names = file.keys()
         return {name: tuple(file.get_slice(name).get_shape()) for name in names}
-
-
-def digest_of_file(path: str | Path) -> str:
-    """A digest of what a file holds."""
-    with Path(path).open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-    return digest.hexdigest()
 
 
 def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:
