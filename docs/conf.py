@@ -2,7 +2,9 @@
 
 import inspect
 import re
+import sys
 from importlib.metadata import version as version_of
+from pathlib import Path
 
 import latex2mathml.converter
 import matplotlib
@@ -10,6 +12,7 @@ from docutils import nodes
 from sphinx.util.nodes import make_refnode
 
 matplotlib.use("agg")
+sys.path.insert(0, str(Path(__file__).parent))
 
 project = "tripletjax"
 author = "The tripletjax authors"
@@ -61,7 +64,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery_built",
     "filename_pattern": r"\.py$",
     "abort_on_example_error": True,
-    "matplotlib_animations": (True, "jshtml"),
+    "image_scrapers": ("animations.as_gif", "matplotlib"),
     "remove_config_comments": True,
     "download_all_examples": False,
     "show_memory": False,
