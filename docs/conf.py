@@ -9,6 +9,7 @@ from pathlib import Path
 import latex2mathml.converter
 import matplotlib
 from docutils import nodes
+from sphinx.util.inspect import stringify_signature
 from sphinx.util.nodes import make_refnode
 
 matplotlib.use("agg")
@@ -97,6 +98,17 @@ def leave_out_fields(app, what, name, object, skip, options):
     return skip or type(object).__name__ in ("_tuplegetter", "member_descriptor")
 
 
+def write_signatures_of_modules(
+    app, what, name, object, options, signature, return_annotation
+):
+    """Flax's modules are made by a function of any arguments."""
+    if signature != "(*args, **kwargs)" or not inspect.isclass(object):
+        return None
+    _, *rest = inspect.signature(object.__init__).parameters.values()
+    made = inspect.Signature(rest)
+    return stringify_signature(made, show_annotation=False), None
+
+
 def find_elsewhere(app, env, node, text):
     """Docstrings name what is public as users do, without the module of the page."""
     target = node.get("reftarget", "").removeprefix("tj.").partition("(")[0]
@@ -128,6 +140,7 @@ def setup(app):
         block_renderers=(math_block, None),
     )
     app.connect("autodoc-process-docstring", write_math_in_docstrings)
+    app.connect("autodoc-process-signature", write_signatures_of_modules)
     app.connect("autodoc-skip-member", leave_out_fields)
     app.connect("missing-reference", find_elsewhere)
 
