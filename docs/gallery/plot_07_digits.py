@@ -60,7 +60,7 @@ for panel, (name, x) in zip(axes, views.items()):
     metrics = tj.retrieval.evaluate(x, digits[half:])
     dots = panel.scatter(*np.asarray(x).T, c=digits[half:], cmap="tab10", s=8)
     panel.set_title(
-        f"{name}: MAP@R {100 * metrics.map_at_r:.0f} %, "
+        f"{name}\nMAP@R {100 * metrics.map_at_r:.0f} %, "
         f"nearest right {100 * metrics.precision_at_1:.0f} %"
     )
     panel.set_xticks([])
