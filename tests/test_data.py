@@ -206,13 +206,13 @@ def test_what_nobody_needs_is_removed(tmp_path):
         # A living process uses the other.
         assert old in entries()
         assert len(entries()) == 2
-        assert not any("removed" in note for note in one.notes)
-        assert "decoded images are kept in" in one.notes[-1]
+        assert not any("removed" in note for note in one.decoding.notes)
+        assert "decoded images are kept in" in one.decoding.notes[-1]
         other.stdin.close()
     two = datasets.load(str(folder), data_dir=cache)
     assert old not in entries()
     assert len(entries()) == 1
-    assert any("removed an earlier copy of these images" in n for n in two.notes)
+    assert any("removed an earlier copy of these images" in n for n in two.decoding.notes)
     # Another folder of the same images shares what is kept.
     copy = shutil.copytree(folder, tmp_path / "copy")
     datasets.load(str(copy), data_dir=cache)
