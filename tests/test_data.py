@@ -212,7 +212,9 @@ def test_what_nobody_needs_is_removed(tmp_path):
     two = datasets.load(str(folder), data_dir=cache)
     assert old not in entries()
     assert len(entries()) == 1
-    assert any("removed an earlier copy of these images" in n for n in two.decoding.notes)
+    assert any(
+        "removed an earlier copy of these images" in n for n in two.decoding.notes
+    )
     # Another folder of the same images shares what is kept.
     copy = shutil.copytree(folder, tmp_path / "copy")
     datasets.load(str(copy), data_dir=cache)
