@@ -1,6 +1,7 @@
 """Blockwise losses are those of the matrix: same numbers, gradients and indices."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from problems import LOSSES as MATRIX_LOSSES
 import tripletjax as tj
 from tripletjax import blockwise
 from tripletjax._engine.search import MAX_TILE_POSITIVES
+from tripletjax._pairwise import cuts
+from tripletjax._pairwise.slices import Blocks
 from tripletjax.losses import RELU, SOFTPLUS, GapCost, as_cost, needs_sums_alone
 
 BLOCKWISE = {
@@ -513,14 +516,79 @@ def test_pair_masks_stand_for_labels(loss, metric):
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_matrix():
+@pytest.mark.parametrize(("cut", "most"), [(cuts.CPU, 64), (cuts.ACCELERATOR, 256)])
+@every_loss
+def test_memory_does_not_grow_with_the_matrix(loss, cut, most, monkeypatch):
+    monkeypatch.setattr(cuts, "CPU", cut)
     n = 65_536
     x = jax.ShapeDtypeStruct((n, 128), jnp.float32)
     labels = jax.ShapeDtypeStruct((n,), jnp.int32)
-    for _, loss, *_ in LOSSES.values():
-        compiled = jax.jit(jax.value_and_grad(loss)).lower(x, labels).compile()
-        # The matrix alone would be 16 GiB.
-        assert compiled.memory_analysis().temp_size_in_bytes <= 64 * 2**20
+    # Nothing else is traced with these options, and remembered.
+    with_cut = functools.partial(loss, block_size=cut.tile)
+    compiled = jax.jit(jax.value_and_grad(with_cut)).lower(x, labels).compile()
+    # The matrix alone would be 16 GiB.
+    assert compiled.memory_analysis().temp_size_in_bytes <= most * 2**20
+
+
+QUICK = ("batch all", "hinge"), ("semi-hard", "soft margin")
+
+
+@pytest.mark.parametrize(
+    ("name", "hinge"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow])
+        for case in itertools.product(LOSSES, HINGES)
+    ],
+)
+def test_the_forms_of_accelerators(name, hinge, loss, matrix, monkeypatch):
+    """Plain reductions, in panels and tiles, do what those for CPUs do."""
+    monkeypatch.setattr(cuts, "CPU", cuts.ACCELERATOR._replace(tile=64, panel=320))
+    x, hinge = vectors(), HINGES[hinge][0]
+    for kind in ("square", "everything"):
+        for labels in LABELS.values():
+            options, shared, y = options_of(kind, labels)
+
+            def expected(x, margin, labels=labels, shared=shared, y=y):
+                distances = tj.euclidean(x, y)
+                return matrix(distances, labels, margin=margin, hinge=hinge, **shared)
+
+            def got(x, margin, labels=labels, options=options):
+                # Nothing else is traced with this size, and remembered.
+                options = options | {"hinge": hinge, "block_size": 15}
+                return loss(x, labels, margin=margin, **options)
+
+            check(
+                jax.value_and_grad(got, (0, 1))(x, 0.5),
+                jax.value_and_grad(expected, (0, 1))(x, 0.5),
+            )
+
+
+@pytest.mark.parametrize("name", unless_slow(LOSSES, ["batch hard"]))
+def test_each_platform_has_its_own_blocks(loss):
+    """Whatever the machine that a program is made on."""
+    x = jax.ShapeDtypeStruct((5000, 8), jnp.float32)
+    labels = jax.ShapeDtypeStruct((5000,), jnp.int32)
+    traced = jax.jit(jax.value_and_grad(loss)).trace(x, labels)
+    # Of ten blocks of 500 and three of 1667, rounded up.
+    sizes = {"cpu": 512, "cuda": 1792, "rocm": 1792, "tpu": 1792}
+    for platform, own in sizes.items():
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        for size in set(sizes.values()):
+            assert (f"tensor<{size}x{size}xf32>" in text) == (size == own)
+
+
+def test_blocks_that_cover_evenly():
+    for n, most, size in [
+        (40, 16, 16),
+        (600, 512, 384),
+        (5000, 2048, 1792),
+        (5000, 5000, 5000),
+        (3, 9, 3),
+    ]:
+        blocks = Blocks.even(n, most)
+        assert blocks == (n, size)
+        fresh = sum(int(blocks.fresh(i).sum()) for i in range(blocks.count))
+        assert fresh == n
 
 
 def mesh(kind):

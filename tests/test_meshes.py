@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import BUILT_IN, LOSSES, batch, unless_slow
 
 import tripletjax as tj
-from tripletjax._engine import by_ring
+from tripletjax._pairwise import cuts
 
 every_loss = pytest.mark.parametrize("name", unless_slow(BUILT_IN, ["batch hard"]))
 N = 32
@@ -437,8 +437,6 @@ RINGS = list(ring_cases())
 def test_a_ring(case, monkeypatch):
     """References that are never together give what they give together."""
     name, classes, options = case
-    # Blocks of four anchors, the last of which overlaps the one before.
-    monkeypatch.setattr(by_ring, "PANEL", 4 * 7)
     x = np.random.default_rng(0).normal(size=(40, 7)).astype(np.float32)
     labels = np.random.default_rng(2).integers(0, classes, 40)
     real = np.arange(40) % 11 > 0
@@ -448,6 +446,8 @@ def test_a_ring(case, monkeypatch):
         return sum(map(jnp.sum, value)) if isinstance(value, tj.TripletTerms) else value
 
     expected = jax.value_and_grad(loss, (0, 1))(x, 0.3)
+    # Blocks of four anchors, the last of which overlaps the one before.
+    monkeypatch.setattr(cuts, "CPU", cuts.CPU._replace(panel=4 * 7))
     with jax.set_mesh(mesh(AxisType.Auto)):
         over = functools.partial(loss, axis_name="data", ring=True)
         got = jax.jit(jax.value_and_grad(over, (0, 1)))(x, 0.3)

@@ -35,7 +35,6 @@ from tripletjax._engine.terms import hard_triplets, semi_hard_triplets
 from tripletjax._pairwise.batch import Batch, as_batch, for_each_batch
 from tripletjax._pairwise.mesh import AxisName, gather_terms
 from tripletjax._pairwise.over_mesh import over_mesh
-from tripletjax._pairwise.tiles import BLOCK_SIZE
 from tripletjax.distances import Metric, euclidean
 from tripletjax.losses import (
     Hinge,
@@ -505,11 +504,10 @@ def _spec(
     block_size: int | None,
 ) -> LossSpec:
     cost = as_cost(hinge)
-    if block_size is None:
-        block_size = BLOCK_SIZE
-    block_size = as_integer("block_size", block_size)
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}.")
+    if block_size is not None:
+        block_size = as_integer("block_size", block_size)
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}.")
     return LossSpec(mining, metric, cost, fallback, block_size)
 
 

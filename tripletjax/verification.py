@@ -37,6 +37,7 @@ from jax.typing import ArrayLike
 from tripletjax._api import as_integer, jitted
 from tripletjax._pairwise.batch import Batch, single_batch
 from tripletjax._pairwise.class_index import ClassIndex
+from tripletjax._pairwise.cuts import by_platform
 from tripletjax._pairwise.mesh import AxisName, check_split, gather_terms
 from tripletjax._pairwise.tiles import Tiles
 from tripletjax._thresholds import as_rates, between
@@ -207,8 +208,13 @@ def _evaluate(
     known = (positives <= size) & ~jnp.any(jnp.isnan(distances))
     positives = jnp.where(known, positives, 0)
     distances = jnp.sort(distances)
-    tiles = Tiles.of(metric, batch)
-    below, up_to, negatives = _negatives_within(tiles, distances)
+
+    def over_negatives(visit: Callable[..., Any], state: Any) -> Any:
+        return by_platform(
+            lambda cut: Tiles.of(metric, batch, cut).distances(visit, state), batch.size
+        )
+
+    below, up_to, negatives = _negatives_within(over_negatives, distances)
     curve = _Curve.of(distances, positives, below, up_to, negatives)
 
     def following(thresholds: Array) -> Array:
@@ -221,7 +227,7 @@ def _evaluate(
 
         none = jnp.full_like(thresholds, jnp.inf)
         return jnp.minimum(
-            tiles.distances(visit, none), _following(distances, thresholds)
+            over_negatives(visit, none), _following(distances, thresholds)
         )
 
     return _metrics(curve, fars, following)
@@ -250,7 +256,9 @@ def _positives(metric: Metric, batch: Batch, size: int) -> tuple[Array, Array]:
     return lax.map(distance, jnp.arange(size), batch_size=block), ends[-1]
 
 
-def _negatives_within(tiles: Tiles, thresholds: Array) -> tuple[Array, Array, Array]:
+def _negatives_within(
+    over_negatives: Callable[..., Any], thresholds: Array
+) -> tuple[Array, Array, Array]:
     """How many negatives are below sorted thresholds, how many at most them, and all.
 
     All are -1 if a distance is NaN.
@@ -265,7 +273,7 @@ def _negatives_within(tiles: Tiles, thresholds: Array) -> tuple[Array, Array, Ar
         return below, up_to, broken
 
     zeros = jnp.zeros(len(thresholds) + 1, int)
-    below, up_to, broken = tiles.distances(visit, (zeros, zeros, jnp.array(False)))
+    below, up_to, broken = over_negatives(visit, (zeros, zeros, jnp.array(False)))
     below, up_to = jnp.cumsum(below), jnp.cumsum(up_to)
     below, up_to, every = below[:-1], up_to[:-1], below[-1]
     return (

@@ -20,9 +20,16 @@ from tripletjax._engine.spec import Gradients, LossSpec, Mining
 from tripletjax._matrices import take
 from tripletjax._pairwise.batch import Batch
 from tripletjax._pairwise.class_index import ClassIndex
-from tripletjax._pairwise.slices import RUN, add_rows, for_each_run, rows_at
+from tripletjax._pairwise.cuts import Cut
+from tripletjax._pairwise.slices import (
+    RUN,
+    Blocks,
+    add_rows,
+    for_each_run,
+    rows_at,
+    sum_over_columns,
+)
 from tripletjax.losses import (
-    Cost,
     TripletCost,
     TripletTerms,
     batch_all_sums,
@@ -51,7 +58,7 @@ def sums_by_panels(
     classes: ClassIndex | None = None,
 ) -> tuple[TripletTerms, Gradients | None]:
     """The terms, and the gradient of their total weighted per anchor."""
-    panels = Panels.of(spec.metric, batch)
+    panels = Panels.of(spec.metric, batch, spec.cut)
 
     def step(block: Array, state: tuple) -> tuple:
         terms, grads = state
@@ -81,7 +88,7 @@ def _panel_cost(
     masks = panel.masks
     if spec.mining is Mining.ALL:
         if classes is not None:
-            every = functools.partial(_all_in_panel, spec.cost, panel, classes)
+            every = functools.partial(_all_in_panel, spec, panel, classes)
             return every, masks.positive
 
         def every(distances: Array, margin: Array) -> TripletTerms:
@@ -145,13 +152,13 @@ def _filled(x: Array, real: Array) -> Array:
 
 
 def _all_in_panel(
-    cost: Cost, panel: Panel, classes: ClassIndex, distances: Array, margin: Array
+    spec: LossSpec, panel: Panel, classes: ClassIndex, distances: Array, margin: Array
 ) -> tuple[TripletTerms, Callable[[Array], tuple]]:
     """All triplets of a panel, and what their gradient is made of.
 
-    What a positive needs is summed up over the negatives, and the other way round, both
-    as sums of a few arrays at a time: reductions are several times slower.
+    What a positive needs is summed up over the negatives, and the other way round.
     """
+    cost, cut = spec.cost, spec.cut
     row, masks = jnp.arange(len(distances))[:, None], panel.masks
     d_an = _filled(distances, masks.negative)
     # Slopes of 0 and 1 need not be computed, but counted.
@@ -173,22 +180,16 @@ def _all_in_panel(
         index, found = classes.positives_slice(first, size, panel.start, len(row))
         d_ap = jnp.where(found, take(distances, index), -jnp.inf if counted else 0)
 
-        def of_positives(_: Array, runs: list[Array], sums: tuple) -> tuple:
-            for d in runs[0]:
-                total, active, by_ap, _, by_all = costs(d_ap, d[:, None], found)
-                new = (by_ap,) if counted else (by_ap, total, active, by_all)
-                sums = tuple(old + x for old, x in zip(sums, new))
-            return sums
+        def of_positives(d_an: Array) -> tuple[Array, ...]:
+            total, active, by_ap, _, by_all = costs(d_ap, d_an, found)
+            return (by_ap,) if counted else (by_ap, total, active, by_all)
 
-        def of_negatives(_: Array, runs: list[Array], by_negative: Array) -> Array:
-            for d, real in zip(*runs):
-                by_negative += costs(d[:, None], d_an, real[:, None])[3]
-            return by_negative
+        def of_negatives(d_ap: Array, found: Array) -> tuple[Array]:
+            return (costs(d_ap, d_an, found)[3],)
 
-        none = (jnp.zeros_like(d_ap, dtype),) * (1 if counted else 4)
-        by_ap, *others = for_each_run([d_an], of_positives, none)
-        by_negative = for_each_run([d_ap, found], of_negatives, by_negative)
-        by_ap = by_ap.astype(distances.dtype)
+        by_ap, *others = sum_over_columns([d_an], of_positives, cut)
+        (new,) = sum_over_columns([d_ap, found], of_negatives, cut)
+        by_negative, by_ap = by_negative + new, by_ap.astype(distances.dtype)
         if counted:
             # By how much each falls short of the row's farthest, as below.
             total = jnp.where(found, by_ap * (d_ap - farthest), 0)
@@ -232,13 +233,15 @@ def _semi_hard_in_panel(
     row, masks = jnp.arange(len(panel.a))[:, None], panel.masks
     real = masks.negative & (panel.distances < jnp.inf)
     d_an = _filled(panel.distances, real)
-    _, farthest = min_and_index_of_all(jnp.where(real, -panel.distances, 1), 1)
+    _, farthest = min_and_index_of_all(
+        jnp.where(real, -panel.distances, 1), 1, plain=spec.cut.plain
+    )
     possible = panel.real & (rows_at(classes.negatives, panel.start, len(row)) > 0)
 
     def choose(first: Array, size: int, chosen: Array) -> Array:
         positive, found = classes.positives_slice(first, size, panel.start, len(row))
         d_ap = take(panel.distances, positive)
-        nearest, negative = _nearest_beyond(d_an, d_ap)
+        nearest, negative = _nearest_beyond(d_an, d_ap, spec.cut)
         beyond = nearest < jnp.inf
         # The pair of a NaN stays, for the loss to show it.
         found &= possible[:, None] & (beyond | spec.fallback | jnp.isnan(d_ap))
@@ -291,7 +294,7 @@ def _semi_hard_in_panel(
     return cost, pairs
 
 
-def _nearest_beyond(d_an: Array, d_ap: Array) -> tuple[Array, Array]:
+def _nearest_beyond(d_an: Array, d_ap: Array, cut: Cut) -> tuple[Array, Array]:
     """For every ``d_ap[a, p]`` the least ``d_an[a, n]`` above it, and its first n.
 
     Distances are not negative, and no `d_an` is NaN. All are compared with all: sorting
@@ -302,6 +305,20 @@ def _nearest_beyond(d_an: Array, d_ap: Array) -> tuple[Array, Array]:
     bits = jnp.dtype(f"uint{8 * d_an.dtype.itemsize}")
     ours, theirs = (lax.bitcast_convert_type(x, bits) for x in (d_ap, d_an))
     ours += 1
+    none = jnp.full_like(ours, jnp.iinfo(bits).max), jnp.zeros_like(ours, jnp.int32)
+    if cut.plain:
+        blocks = Blocks.of(theirs.shape[1], cut.columns_at_once(ours.size))
+
+        def visit_some(block: Array, state: tuple) -> tuple[Array, Array]:
+            least, index = state
+            start = blocks.start(block)
+            some = lax.dynamic_slice_in_dim(theirs, start, blocks.size, axis=1)
+            above = some[:, None] - ours[..., None]
+            new, at = min_and_index_of_all(above, 2, plain=True)
+            return jnp.minimum(least, new), jnp.where(new < least, start + at, index)
+
+        least, index = lax.fori_loop(0, blocks.count, visit_some, none)
+        return _if_above(least + ours, d_ap), index
 
     def visit(step: Array, runs: list[Array], state: tuple) -> tuple[Array, Array]:
         old, where = state
@@ -310,14 +327,17 @@ def _nearest_beyond(d_an: Array, d_ap: Array) -> tuple[Array, Array]:
             least = jnp.minimum(least, x[:, None] - ours)
         return least, jnp.where(least < old, step, where)
 
-    none = jnp.full_like(ours, jnp.iinfo(bits).max), jnp.zeros_like(ours, jnp.int32)
     least, run = for_each_run([theirs], visit, none)
     row = jnp.arange(len(ours))[:, None, None]
     members = theirs[row, run[..., None] * RUN + jnp.arange(RUN)]
     within = jnp.argmax(members == (least + ours)[..., None], axis=-1)
-    nearest = lax.bitcast_convert_type(least + ours, d_an.dtype)
-    # If there is none above, this is one that is not.
-    return jnp.where(nearest > d_ap, nearest, jnp.inf), run * RUN + within
+    return _if_above(least + ours, d_ap), run * RUN + within
+
+
+def _if_above(bits: Array, d_ap: Array) -> Array:
+    """The distances of which these are the bits, infinite where they are not above."""
+    nearest = lax.bitcast_convert_type(bits, d_ap.dtype)
+    return jnp.where(nearest > d_ap, nearest, jnp.inf)
 
 
 def mined_panel(spec: LossSpec, panel: Panel) -> Triplets:

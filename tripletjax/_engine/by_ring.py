@@ -35,7 +35,7 @@ from tripletjax._engine.spec import Gradients, LossSpec, Mining
 from tripletjax._pairwise.batch import Batch
 from tripletjax._pairwise.class_index import ClassIndex
 from tripletjax._pairwise.mesh import AxisName
-from tripletjax._pairwise.slices import PANEL, Blocks, Index, add_rows, rows_at
+from tripletjax._pairwise.slices import Blocks, Index, add_rows, rows_at
 from tripletjax._pairwise.tiles import Tiles
 from tripletjax.distances import common_offset
 from tripletjax.losses import TripletTerms
@@ -127,7 +127,7 @@ class Ring(NamedTuple):
                 new = jnp.where(here, new.astype(old.dtype), old)
                 return lax.dynamic_update_slice(squares, new, (k, start))
 
-            return moving, _for_each_block(part, count, block, squares)
+            return moving, self.for_each_block(part, count, block, squares)
 
         return self.round(visit, self.batch.zeros(index.shape))[1]
 
@@ -148,11 +148,28 @@ class Ring(NamedTuple):
                     moving = moving.at[at].add(-rows)
                 return moving, ours
 
-            return _for_each_block(part, count, block, (moving, ours))
+            return self.for_each_block(part, count, block, (moving, ours))
 
         assert grads.references is not None
         theirs, ours = self.round(visit, grads.anchors, grads.references)
         return grads._replace(anchors=ours, references=theirs)
+
+    def for_each_block(
+        self, part: Batch, count: Index, visit: Callable[..., Any], state: Any
+    ) -> Any:
+        """``visit(k, start, fresh, state)`` for blocks of anchors, all k below a count.
+
+        Which of a block's anchors no earlier one had, `fresh` says.
+        """
+        n, d = part.anchors.shape
+        blocks = Blocks.of(n, self.spec.cut.panel // d)
+
+        def step(step: Array, state: Any) -> Any:
+            k, block = jnp.divmod(step, blocks.count)
+            start = blocks.start(block)
+            return visit(k.astype(start.dtype), start, blocks.fresh(block), state)
+
+        return lax.fori_loop(0, count * blocks.count, step, state)
 
     def least(
         self, find: Callable[[Tiles], tuple[Array, Array]], shape: tuple[int, ...]
@@ -199,9 +216,7 @@ class Ring(NamedTuple):
         return len(self.batch.anchors)
 
     def tiles(self, part: Batch) -> Tiles:
-        return Tiles.of(
-            self.spec.metric, part, self.spec.block_size, offset=self.offset
-        )
+        return Tiles.of(self.spec.metric, part, self.spec.cut, offset=self.offset)
 
 
 def sums_by_ring(
@@ -341,24 +356,6 @@ def _add_all(
         by_square = jnp.where(found, sums.by_positive * slopes, 0)
         grads = ring.pull(grads, [(positive, by_square)], count)
     return terms, grads
-
-
-def _for_each_block(
-    part: Batch, count: Index, visit: Callable[..., Any], state: Any
-) -> Any:
-    """``visit(k, start, fresh, state)`` for blocks of anchors and all k below a count.
-
-    Which of a block's anchors no earlier one had, `fresh` says.
-    """
-    n, d = part.anchors.shape
-    blocks = Blocks.of(n, PANEL // d)
-
-    def step(step: Array, state: Any) -> Any:
-        k, block = jnp.divmod(step, blocks.count)
-        start = blocks.start(block)
-        return visit(k.astype(start.dtype), start, blocks.fresh(block), state)
-
-    return lax.fori_loop(0, count * blocks.count, step, state)
 
 
 def _pair(

@@ -28,8 +28,8 @@ from tripletjax._engine.slopes import costs_and_slopes, vjp_half_squares, with_s
 from tripletjax._engine.spec import Gradients, LossSpec, Mining
 from tripletjax._pairwise.batch import Batch
 from tripletjax._pairwise.class_index import ClassIndex
+from tripletjax._pairwise.cuts import Cut
 from tripletjax._pairwise.slices import (
-    PANEL,
     Blocks,
     Index,
     add_rows,
@@ -65,7 +65,7 @@ def sums_by_tiles(
     gradient: bool,
 ) -> tuple[TripletTerms, Gradients | None]:
     """The terms, and the gradient of their total weighted per anchor."""
-    tiles = Tiles.of(spec.metric, batch, spec.block_size)
+    tiles = Tiles.of(spec.metric, batch, spec.cut)
     if spec.mining is Mining.ALL:
         return _all_by_tiles(spec, tiles, margin, classes, weights, gradient)
     triplets = mined_by_tiles(spec, tiles, classes)
@@ -74,7 +74,9 @@ def sums_by_tiles(
 
 def mined_by_tiles(spec: LossSpec, tiles: Tiles, classes: ClassIndex) -> TripletRows:
     """The hardest triplet of every anchor, or one for each of its positives."""
-    positives, squares, found = positives_of(spec.metric, tiles.batch, classes)
+    positives, squares, found = positives_of(
+        spec.metric, tiles.batch, classes, spec.cut
+    )
     found &= classes.negatives > 0
     if spec.mining is Mining.HARD:
         hardest = jnp.argmax(jnp.where(found, squares, -1), axis=0)[None]
@@ -104,7 +106,7 @@ def _explicit_triplet_terms(
     """The sums of given triplets, whose distances are taken from differences."""
     n, d = batch.anchors.shape
     y = batch.reference_side[0]
-    blocks = Blocks.of(n, PANEL // d)
+    blocks = Blocks.of(n, spec.cut.panel // d)
     products = spec.metric.inner_products
 
     def step(step: Array, state: tuple) -> tuple:
@@ -182,7 +184,7 @@ def _all_by_tiles(
     gradient: bool,
 ) -> tuple[TripletTerms, Gradients | None]:
     batch, products = tiles.batch, spec.metric.inner_products
-    positives, squares, found = positives_of(spec.metric, batch, classes)
+    positives, squares, found = positives_of(spec.metric, batch, classes, spec.cut)
     d_ap, slopes = with_slope(products.distance, squares)
     none = AllSums.zero(batch), Gradients.zero(batch) if gradient else None
     sums, grads = add_all_negatives(
@@ -191,7 +193,7 @@ def _all_by_tiles(
     if grads is not None:
         grads = grads._replace(margin=by_margin_of(spec, sums))
         by_square = jnp.where(found, sums.by_positive * slopes, 0)
-        grads = _vjp_positives(batch, grads, positives, by_square, classes)
+        grads = _vjp_positives(batch, grads, positives, by_square, classes, spec.cut)
     valid = classes.count_triplets(0, len(batch.anchors), sums.total)
     return TripletTerms(sums.total, sums.active, valid), grads
 
@@ -305,12 +307,17 @@ def add_all_negatives(
 
 
 def _vjp_positives(
-    batch: Batch, grads: Gradients, positives: Array, slopes: Array, classes: ClassIndex
+    batch: Batch,
+    grads: Gradients,
+    positives: Array,
+    slopes: Array,
+    classes: ClassIndex,
+    cut: Cut,
 ) -> Gradients:
     """Adds the gradients by vectors of half squares ``[k, n]`` of positives."""
     n, d = batch.anchors.shape
     y = batch.reference_side[0]
-    blocks = Blocks.of(n, PANEL // d)
+    blocks = Blocks.of(n, cut.panel // d)
 
     def step(step: Array, grads: Gradients) -> Gradients:
         r, block = jnp.divmod(step, blocks.count)

@@ -15,7 +15,8 @@ from tripletjax._engine.slopes import vjp_half_squares, with_slope
 from tripletjax._engine.spec import Gradients
 from tripletjax._matrices import for_each_true_column
 from tripletjax._pairwise.batch import Batch
-from tripletjax._pairwise.slices import PANEL, Blocks, products_with, rows_at
+from tripletjax._pairwise.cuts import Cut
+from tripletjax._pairwise.slices import Blocks, products_with, rows_at
 from tripletjax._pairwise.tiles import CANCELLATION_SHARE
 from tripletjax.distances import Metric, common_offset
 from tripletjax.pairs import PairMasks, keep_pairs, match_labels
@@ -74,7 +75,7 @@ class ProductPanel(NamedTuple):
         offset = panels.offset
         assert offset is not None
         a = self.a - offset
-        blocks = Blocks.of(len(y), PANEL // y.shape[1])
+        blocks = Blocks.of(len(y), panels.cut.panel // y.shape[1])
 
         def step(block: Array, grads: Gradients) -> Gradients:
             start = blocks.start(block)
@@ -121,6 +122,7 @@ class Panels(NamedTuple):
     Attributes:
         metric: how far two vectors are apart.
         batch: the batch.
+        cut: how the work is cut up.
         blocks: the blocks.
         offset: what the references have in common, if the metric is made of products.
         halves: of the references, likewise.
@@ -128,18 +130,19 @@ class Panels(NamedTuple):
 
     metric: Metric
     batch: Batch
+    cut: Cut
     blocks: Blocks
     offset: Array | None
     halves: Array | None
 
     @classmethod
-    def of(cls, metric: Metric, batch: Batch) -> "Panels":
+    def of(cls, metric: Metric, batch: Batch, cut: Cut) -> "Panels":
         y, products = batch.reference_side[0], metric.products
-        blocks = Blocks.of(len(batch.anchors), PANEL // len(y))
+        blocks = Blocks.of(len(batch.anchors), cut.panel // len(y))
         if products is None:
-            return cls(metric, batch, blocks, None, None)
+            return cls(metric, batch, cut, blocks, None, None)
         offset = common_offset(y)
-        return cls(metric, batch, blocks, offset, products.halves(y, offset))
+        return cls(metric, batch, cut, blocks, offset, products.halves(y, offset))
 
     def panel(self, block: Array) -> Panel:
         metric, batch, blocks = self.metric, self.batch, self.blocks
@@ -170,7 +173,8 @@ class Panels(NamedTuple):
         assert self.offset is not None
         assert self.halves is not None
         scale = metric.products.halves(a, self.offset)[:, None] + self.halves
-        squares = scale - products_with(a - self.offset, y, self.offset)
+        products = products_with(a - self.offset, y, self.offset, self.cut.panel)
+        squares = scale - products
         squares = jnp.where(squares < 0, 0, squares)
         distances, slopes = with_slope(metric.products.distance, squares)
         near = squares < CANCELLATION_SHARE * scale

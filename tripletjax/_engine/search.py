@@ -10,14 +10,15 @@ where h is half the squared difference, which orders vectors as the distance doe
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from tripletjax._engine.reductions import min_and_index, min_and_index_of_all
 from tripletjax._pairwise.batch import Batch
 from tripletjax._pairwise.class_index import ClassIndex
+from tripletjax._pairwise.cuts import Cut
 from tripletjax._pairwise.slices import (
-    PANEL,
     Blocks,
     Index,
     materialize,
@@ -34,7 +35,7 @@ MAX_TILE_POSITIVES = 16
 
 
 def positives_of(
-    metric: Metric, batch: Batch, classes: ClassIndex
+    metric: Metric, batch: Batch, classes: ClassIndex, cut: Cut
 ) -> tuple[Array, Array, Array]:
     """Every anchor's positives, half their squared difference, and which there are.
 
@@ -42,7 +43,7 @@ def positives_of(
     """
     n, d = batch.anchors.shape
     y = batch.reference_side[0]
-    blocks = Blocks.of(n, PANEL // d)
+    blocks = Blocks.of(n, cut.panel // d)
 
     def step(step: Array, state: tuple[Array, Array, Array]) -> tuple:
         r, block = jnp.divmod(step, blocks.count)
@@ -83,7 +84,7 @@ def nearest_negatives(
         ) -> tuple:
             start, first = (tile.row, tile.column)[:: 1 if axis else -1]
             if limits is None:
-                found = [min_and_index_of_all(squares, axis)]
+                found = [min_and_index_of_all(squares, axis, plain=tiles.cut.plain)]
             else:
                 found = [
                     min_and_index(squares, jnp.expand_dims(limit, axis), axis)
@@ -119,10 +120,10 @@ def farthest_negatives(tiles: Tiles, wanted: Array) -> tuple[Array, Array]:
     Returns:
         Half the squared differences and indices, ``[n]``.
     """
-    batch = tiles.batch
+    batch, cut = tiles.batch, tiles.cut
     y, labels, _ = batch.reference_side
     n, m = len(wanted), len(y)
-    size = Blocks.of(n, PANEL // 8 // m).size
+    size = Blocks.of(n, cut.panel // 8 // m).size
     order = jnp.flatnonzero(wanted, size=n, fill_value=0)
     theirs, offset = tiles.reference_halves, tiles.offset
 
@@ -133,17 +134,18 @@ def farthest_negatives(tiles: Tiles, wanted: Array) -> tuple[Array, Array]:
         if positions is not None:
             positions = positions[row]
         masks = match_labels(batch.labels[row], labels, positions)
-        products = products_with(batch.anchors[row] - offset, y, offset)
+        products = products_with(batch.anchors[row] - offset, y, offset, cut.panel)
         squares = tiles.halves[row][:, None] + theirs - products
         squares = jnp.where(masks.negative & (theirs < jnp.inf), -squares, jnp.inf)
         squares = materialize(squares)
-        value, column = min_and_index_of_all(squares, 1)
+        value, column = min_and_index_of_all(squares, 1, plain=cut.plain)
         values = values.at[row].set(-value)
         return done + size, values, farthest.at[row].set(column)
 
     count = jnp.sum(wanted)
     none = jnp.zeros_like(count), batch.zeros((n,)) - jnp.inf, jnp.zeros_like(order)
-    _, *found = lax.while_loop(lambda state: state[0] < count, step, none)
+    with jax.named_scope("farthest"):
+        _, *found = lax.while_loop(lambda state: state[0] < count, step, none)
     return found[0], found[1]
 
 
@@ -162,7 +164,8 @@ def in_threes(
             state = visit(start + some * i, [x[:some] for x in rows], state)
             return [jnp.roll(x, -some, axis=0) for x in rows], state
 
-        return lax.fori_loop(0, (end - start) // some, step, state)
+        with jax.named_scope(f"by_{some}"):
+            return lax.fori_loop(0, (end - start) // some, step, state)
 
     threes = count // 3 * 3
     loop = steps(3, 0, threes, (rows, state))

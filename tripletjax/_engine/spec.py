@@ -2,16 +2,19 @@
 
 import dataclasses
 import enum
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 from jax import Array
 
 from tripletjax._pairwise.batch import Batch
+from tripletjax._pairwise.cuts import CPU, Cut, by_platform
 from tripletjax._pairwise.mesh import AxisName
 from tripletjax._pairwise.slices import Index, add_rows
-from tripletjax._pairwise.tiles import BLOCK_SIZE
 from tripletjax.distances import Metric
 from tripletjax.losses import RELU, Cost
+
+T = TypeVar("T")
 
 
 class Mining(enum.Enum):
@@ -31,7 +34,8 @@ class LossSpec:
         metric: how far two vectors are apart.
         cost: of a triplet.
         fallback: whether a pair without a semi-hard negative takes the farthest.
-        block_size: how many vectors a tile has a side.
+        cut: how the work is cut up.
+        block_size: how many vectors a tile has a side, if not as the cut says.
         ring: the mesh axes along which references go round, if they do.
     """
 
@@ -39,8 +43,18 @@ class LossSpec:
     metric: Metric
     cost: Cost = RELU
     fallback: bool = True
-    block_size: int = BLOCK_SIZE
+    block_size: int | None = None
+    cut: Cut = CPU
     ring: AxisName | None = None
+
+    def by_platform(self, compute: Callable[["LossSpec"], T], n: int) -> T:
+        """What is computed of n vectors, with the cut that is best where it runs."""
+
+        def with_cut(cut: Cut) -> T:
+            tile = self.block_size or cut.tile
+            return compute(dataclasses.replace(self, cut=cut._replace(tile=tile)))
+
+        return by_platform(with_cut, n)
 
 
 class Gradients(NamedTuple):

@@ -33,26 +33,34 @@ def terms_and_gradients(
     gradient: bool,
 ) -> tuple[TripletTerms, Gradients | None]:
     """The terms per anchor, and the gradient of their total weighted per anchor."""
-    if spec.ring is not None:
-        return sums_by_ring(spec, batch, margin, weights, spec.ring, gradient)
-    if spec.metric.products is None or not batch.has_classes:
-        return sums_by_panels(spec, batch, margin, weights, gradient)
-    classes = ClassIndex.of(batch)
-    return lax.cond(
-        classes.max_positives <= MAX_TILE_POSITIVES,
-        lambda: sums_by_tiles(spec, batch, margin, classes, weights, gradient),
-        lambda: sums_by_panels(spec, batch, margin, weights, gradient, classes),
-    )
+
+    def terms(spec: LossSpec) -> tuple[TripletTerms, Gradients | None]:
+        if spec.ring is not None:
+            return sums_by_ring(spec, batch, margin, weights, spec.ring, gradient)
+        if spec.metric.products is None or not batch.has_classes:
+            return sums_by_panels(spec, batch, margin, weights, gradient)
+        classes = ClassIndex.of(batch)
+        return lax.cond(
+            classes.max_positives <= MAX_TILE_POSITIVES,
+            lambda: sums_by_tiles(spec, batch, margin, classes, weights, gradient),
+            lambda: sums_by_panels(spec, batch, margin, weights, gradient, classes),
+        )
+
+    return spec.by_platform(terms, batch.size)
 
 
 def hard_triplets(spec: LossSpec, batch: Batch) -> Triplets:
     """The triplets ``[n]`` of batch-hard mining."""
+    return spec.by_platform(lambda spec: _hard(spec, batch), batch.size)
+
+
+def _hard(spec: LossSpec, batch: Batch) -> Triplets:
     if spec.metric.products is None or not batch.has_classes:
         return _hard_by_panels(spec, batch)
     classes = ClassIndex.of(batch)
 
     def by_tiles() -> Triplets:
-        tiles = Tiles.of(spec.metric, batch, spec.block_size)
+        tiles = Tiles.of(spec.metric, batch, spec.cut)
         mined = mined_by_tiles(spec, tiles, classes)
         positive, negative, valid = (x[0] for x in mined[:3])
         # Indices are 64 bits long under jax_enable_x64.
@@ -67,7 +75,7 @@ def hard_triplets(spec: LossSpec, batch: Batch) -> Triplets:
 
 
 def _hard_by_panels(spec: LossSpec, batch: Batch) -> Triplets:
-    panels, n = Panels.of(spec.metric, batch), len(batch.anchors)
+    panels, n = Panels.of(spec.metric, batch, spec.cut), len(batch.anchors)
 
     def step(block: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
         panel = panels.panel(block)
@@ -90,7 +98,11 @@ def _hard_by_panels(spec: LossSpec, batch: Batch) -> Triplets:
 
 def semi_hard_triplets(spec: LossSpec, batch: Batch, size: int) -> CountedTriplets:
     """The triplets of semi-hard mining, compacted in order of anchor and positive."""
-    panels = Panels.of(spec.metric, batch)
+    return spec.by_platform(lambda spec: _semi_hard(spec, batch, size), batch.size)
+
+
+def _semi_hard(spec: LossSpec, batch: Batch, size: int) -> CountedTriplets:
+    panels = Panels.of(spec.metric, batch, spec.cut)
 
     def step(block: Array, state: tuple) -> tuple:
         count, *found = state

@@ -39,6 +39,11 @@ class Batch(NamedTuple):
         return self.references, self.pairs.reference_labels, self.pairs.reference_where
 
     @property
+    def size(self) -> int:
+        """Of anchors or of references, how many there are of more."""
+        return max(len(self.anchors), len(self.reference_side[0]))
+
+    @property
     def has_classes(self) -> bool:
         """Whether pairs are told by labels, which can be sorted, and not by masks."""
         return not isinstance(self.pairs.labels, PairMasks)

@@ -7,11 +7,12 @@ with the benchmark that shows whether it is still needed; found with XLA of jax 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-# How many numbers a panel of the distance matrix has, and a block of vectors.
-PANEL = 2**19
+from tripletjax._pairwise.cuts import Cut
+
 # How many columns of an array one loop over another array is compared with.
 RUN = 32
 
@@ -49,6 +50,12 @@ class Blocks(NamedTuple):
     def of(cls, n: int, size: int) -> "Blocks":
         return cls(n, max(1, min(size, n)))
 
+    @classmethod
+    def even(cls, n: int, most: int) -> "Blocks":
+        """As few blocks of at most a size as cover n rows, with little overlap."""
+        size = -(-n // -(-n // most))
+        return cls.of(n, min(most, size + -size % 128))
+
     @property
     def count(self) -> int:  # pyrefly: ignore[bad-override]: no tuple is counted
         return -(-self.n // self.size)
@@ -61,9 +68,12 @@ class Blocks(NamedTuple):
         return self.start(block) + jnp.arange(self.size) >= block * self.size
 
 
-def products_with(a: Array, y: Array, offset: Array) -> Array:
-    """The products ``[rows, m]`` of some vectors with all others less an offset."""
-    blocks = Blocks.of(len(y), PANEL // y.shape[1])
+def products_with(a: Array, y: Array, offset: Array, panel: int) -> Array:
+    """The products ``[rows, m]`` of some vectors with all others less an offset.
+
+    Of the others, as many numbers at a time as `panel` says.
+    """
+    blocks = Blocks.of(len(y), panel // y.shape[1])
 
     def step(block: Array, products: Array) -> Array:
         start = blocks.start(block)
@@ -94,6 +104,43 @@ def fetch_ahead(
         return cut(i + 1), visit(i, part, state)
 
     return lax.fori_loop(0, count, step, (cut(0), state))[1]
+
+
+def sum_over_columns(
+    columns: list[Array], visit: Callable[..., tuple[Array, ...]], cut: Cut
+) -> tuple[Array, ...]:
+    """The sums of ``visit(*column)`` over columns ``[rows, 1]`` of ``[rows, m]``.
+
+    By plain reductions or, as those are several times slower on CPUs, `for_each_run`.
+    """
+
+    def of_column(*column: Array) -> tuple[Array, ...]:
+        return visit(*(x[:, None] for x in column))
+
+    none = tuple(map(jnp.zeros_like, of_column(*(x[:, 0] for x in columns))))
+    if not cut.plain:
+
+        def add(_: Array, runs: list[Array], sums: tuple[Array, ...]) -> tuple:
+            for column in zip(*runs):
+                sums = tuple(map(jnp.add, sums, of_column(*column)))
+            return sums
+
+        return for_each_run(columns, add, none)
+
+    blocks = Blocks.of(columns[0].shape[1], cut.columns_at_once(none[0].size))
+
+    def add_some(block: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        start, fresh = blocks.start(block), blocks.fresh(block)
+        some = [
+            lax.dynamic_slice_in_dim(x, start, blocks.size, axis=1) for x in columns
+        ]
+        parts = jax.vmap(of_column, in_axes=1, out_axes=-1)(*some)
+        return tuple(
+            old + jnp.sum(jnp.where(fresh, x, 0), axis=-1, dtype=x.dtype)
+            for old, x in zip(sums, parts)
+        )
+
+    return lax.fori_loop(0, blocks.count, add_some, none)
 
 
 def for_each_run(columns: list[Array], visit: Callable, state: Any) -> Any:

@@ -16,13 +16,11 @@ from jax import Array, lax
 
 from tripletjax._matrices import for_each_true_column
 from tripletjax._pairwise.batch import Batch
+from tripletjax._pairwise.cuts import Cut
 from tripletjax._pairwise.slices import Blocks, fetch_ahead, rows_at
 from tripletjax.distances import Metric, common_offset
 from tripletjax.pairs import match_labels
 
-# Of a tile's side: the products are efficient from here on, and a tile still fits into
-# a cache.
-BLOCK_SIZE = 512
 # Half squared distances below this share of the vectors' halves are taken directly.
 CANCELLATION_SHARE = 0.01
 
@@ -82,6 +80,7 @@ class Tiles(NamedTuple):
     Attributes:
         metric: the metric.
         batch: the batch.
+        cut: how the work is cut up.
         offset: what the vectors have in common ``[d]``.
         halves: of anchors ``[n]``; infinite if they are padding.
         reference_halves: of references ``[m]``, likewise.
@@ -91,6 +90,7 @@ class Tiles(NamedTuple):
 
     metric: Metric
     batch: Batch
+    cut: Cut
     offset: Array
     halves: Array
     reference_halves: Array
@@ -102,7 +102,7 @@ class Tiles(NamedTuple):
         cls,
         metric: Metric,
         batch: Batch,
-        size: int = BLOCK_SIZE,
+        cut: Cut,
         *,
         offset: Array | None = None,
     ) -> "Tiles":
@@ -118,8 +118,8 @@ class Tiles(NamedTuple):
 
         ours = halves(x, batch.pairs.where)
         theirs = ours if batch.square else halves(y, real)
-        blocks = Blocks.of(len(x), size), Blocks.of(len(y), size)
-        return cls(metric, batch, offset, ours, theirs, *blocks)
+        blocks = Blocks.even(len(x), cut.tile), Blocks.even(len(y), cut.tile)
+        return cls(metric, batch, cut, offset, ours, theirs, *blocks)
 
     def scan(self, visit: Callable[[Any, Tile], Any], state: Any) -> Any:
         """Visits all tiles; if the matrix is symmetric, of unordered pairs."""
