@@ -18,6 +18,9 @@ from tripletjax.learn.embedder import load_model
 from tripletjax.learn.record import RunRecord
 from tripletjax.learn.weights import Frozen
 
+# Each of them begins with a run of its own.
+pytestmark = pytest.mark.slow
+
 OPTIONS = {
     "size": 32,
     "views": 3,
@@ -238,7 +241,6 @@ def test_a_trained_backbone_is_written_for_another_run(trained, resnet, tmp_path
         export(learn.load_embedder(trained / "frozen"), tmp_path / "no.safetensors")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "convnext"])
 def test_every_family_is_exported(own_data_dir, folder, family, tmp_path):
     """Inception-ResNet has what ResNet has, and takes minutes."""

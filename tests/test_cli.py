@@ -177,6 +177,7 @@ def test_without_a_name_runs_have_those_of_their_data(
     assert (tmp_path / "runs" / "unseen-2" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_an_evaluation_tells_what_the_core_does(trained, unseen, tmp_path, capsys):
     out, file = tmp_path / "report", tmp_path / "more" / "report.json"
     command = ["evaluate", "--run", str(trained), "--data", str(unseen)]
@@ -253,6 +254,7 @@ def test_histograms_count_every_pair_from_both_sides():
         assert np.abs(np.cumsum(counts - expected)).max() <= 1
 
 
+@pytest.mark.slow
 def test_verification_and_naming(trained, tmp_path, capsys):
     """As their users type it: a threshold first, then two images, then names."""
     people = shapes(tmp_path / "people", kinds=8, each=9)

@@ -87,7 +87,7 @@ def test_views_are_pillows_to_the_bit(size, seen, box):
     np.testing.assert_array_equal(resampling(view, *size)(images), view(images))
 
 
-@pytest.mark.parametrize("suffix", exports.FUNCTIONS)
+@pytest.mark.parametrize("suffix", unless_slow(exports.FUNCTIONS, [".stablehlo"]))
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("cnn", SHAPE), ("photo", SHAPE), ("multiscale", (20, 24, 3)), ("resnet", SHAPE)],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from folders import shapes
+from problems import unless_slow
 
 import tripletjax as tj
 from tripletjax.learn import hierarchy, objectives, runs, sampling
@@ -28,7 +29,7 @@ def test_levels_are_the_folders_that_are_shared():
     assert turned[1].tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 3, 4, 4, 5]
 
 
-@pytest.mark.parametrize("mining", objectives.MINING)
+@pytest.mark.parametrize("mining", unless_slow(objectives.MINING, ["hard"]))
 def test_the_loss_is_a_mean_of_those_of_the_levels(mining):
     x = jax.random.normal(jax.random.key(0), (24, 5))
     x /= jnp.linalg.norm(x, axis=1, keepdims=True)
@@ -75,6 +76,7 @@ def test_classes_of_a_group_come_together():
             sampling.ClassBatches(labels, 12, 2, **options)
 
 
+@pytest.mark.slow
 def test_a_run_by_folders(own_data_dir, tmp_path):
     folder = shapes(tmp_path / "pictures", kinds=6, each=6)
     small = {"channels": (8,), "dim": 8, "steps": 3, "log_every": 1}

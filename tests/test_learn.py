@@ -203,6 +203,7 @@ def test_the_largest_has_the_gradient_of_the_maximum():
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimize", [True, False])
 @pytest.mark.parametrize("kind", ["cnn", "photo"])
 def test_gradients_are_finite_however_it_is_compiled(kind, optimize):
@@ -293,6 +294,7 @@ def test_halving_is_pooling_by_windows(shape):
     np.testing.assert_array_equal(*pull_back(along), *window_pull_back(along))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stride", "side"), [(1, 4), (2, 2)])
 def test_the_first_stride_of_the_residual_network(stride, side):
     model = models.EmbeddingResNet(
@@ -461,7 +463,8 @@ def assert_nearly_same_model(one, two):
     )
 
 
-@pytest.mark.parametrize("mining", unless_slow(objectives.MINING, ["hard"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("mining", objectives.MINING)
 def test_every_mining_trains(mining):
     start = objectives.mined_loss("all")
     _, lines = trained(loss=[(0, start), (10, objectives.mined_loss(mining))])
@@ -544,7 +547,8 @@ class WithStatistics(nnx.Module):
         return self.last(self.drop(x))
 
 
-@pytest.mark.parametrize("chunk", unless_slow([None, 8], [None]))
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [None, 8])
 def test_models_with_statistics_and_dropout_go_on_where_they_stopped(tmp_path, chunk):
     def train(steps, directory=None):
         model = WithStatistics()
@@ -609,16 +613,14 @@ ALL = mined_loss("all")
 ALL_OVER_MESH = mined_loss("all", axis_name="data")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    unless_slow(
-        [
-            {"memory": 100, "memory_momentum": 0.9},
-            {},
-            {"embed_chunk_size": 16, "memory": 100, "ema_decay": 0.9},
-        ],
-        [{"memory": 100, "memory_momentum": 0.9}],
-    ),
+    [
+        {"memory": 100, "memory_momentum": 0.9},
+        {},
+        {"embed_chunk_size": 16, "memory": 100, "ema_decay": 0.9},
+    ],
     ids=str,
 )
 def test_a_mesh_changes_nothing(options):
@@ -672,6 +674,7 @@ def test_a_batch_is_compared_with_those_before():
     assert [line["kept"] for line in lines] == [0, 0, 0, 40, 80, 100]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_what_is_kept_is_embedded_before_the_step(momentum):
     """By the parameters as they were, or by their average."""
@@ -690,6 +693,7 @@ def test_what_is_kept_is_embedded_before_the_step(momentum):
     np.testing.assert_allclose(references[40:], first, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_a_memory_goes_on_where_it_was(tmp_path, momentum):
     options = {"memory": 100, "memory_momentum": momentum, "log_every": 1}

@@ -303,6 +303,7 @@ def test_given_pairs_in_their_folds(tmp_path):
         verify.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
 
 
+@pytest.mark.slow
 def test_a_prepared_dataset_is_measured_as_a_folder(own_data_dir):
     datasets.load("digits")
     with verify.folder_of("elsewhere") as folder:
