@@ -289,10 +289,85 @@ def test_metrics(kind, classes):
             jax.tree.map(close, got, expected)
 
 
+@pytest.mark.parametrize("references", unless_slow([False, True], [False]))
+def test_devices_share_the_pairs_of_a_verification(references, monkeypatch):
+    # Five blocks of eight: ten pairs of blocks or, of two kinds of vectors, 25.
+    monkeypatch.setattr(cuts, "CPU", cuts.CPU._replace(tile=8))
+    monkeypatch.setattr(cuts, "ACCELERATOR", cuts.CPU)
+    x, labels = (np.asarray(a) for a in batch(40))
+    given = {"embeddings": x, "labels": labels, "where": np.arange(40) % 7 > 0}
+    if references:
+        given |= {"references": x[::-1] + 1, "reference_labels": labels}
+    verify = functools.partial(tj.verification.evaluate, size=400, fars=(0.1, 0.02))
+    whole = jax.jit(lambda given: verify(**given))
+    shared = jax.jit(
+        jax.shard_map(
+            lambda given: verify(**given, axis_name="data"),
+            mesh=mesh(AxisType.Auto),
+            in_specs=ROWS,
+            out_specs=PartitionSpec(),
+        )
+    )
+
+    def rounds(function):
+        return set(re.findall(r"length=(\d+)", str(jax.make_jaxpr(function)(given))))
+
+    every, share = ("25", "4") if references else ("10", "2")
+    assert every in rounds(whole)
+    assert every not in rounds(shared)
+    assert share in rounds(shared)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, shared(given), whole(given))
+    given["embeddings"] = np.where(np.arange(40)[:, None] == 30, np.nan, x)
+    assert jnp.isnan(shared(given).area_under_roc)
+
+
 COLLECTIVES = re.compile(
     r"= (.*?) (all-gather|all-to-all|reduce-scatter|all-reduce|collective-permute)"
     r"(?:-start)?\("
 )
+
+
+def operations(jaxpr):
+    """Of the products; of branches, those of the least."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            ((over,), _), _ = eqn.params["dimension_numbers"]
+            count += 2 * eqn.outvars[0].aval.size * eqn.invars[0].aval.shape[over]
+        inner = [
+            operations(getattr(part, "jaxpr", part))
+            for value in eqn.params.values()
+            for part in (value if isinstance(value, tuple) else (value,))
+            if hasattr(getattr(part, "jaxpr", part), "eqns")
+        ]
+        if inner:
+            least = eqn.primitive.name == "cond"
+            count += (min if least else sum)(inner) * eqn.params.get("length", 1)
+    return count
+
+
+@pytest.mark.parametrize("name", unless_slow(BLOCKWISE, ["hard"]))
+def test_each_device_does_its_share(name):
+    n, d = 8192, 16
+    x = jax.ShapeDtypeStruct((n, d), jnp.float32)
+    labels = jax.ShapeDtypeStruct((n,), jnp.int32)
+    loss, counts = BLOCKWISE[name], {}
+    for devices in (1, 2, 4, 8):
+        split = jax.shard_map(
+            functools.partial(loss, axis_name="data"),
+            mesh=mesh(AxisType.Auto, (devices,)),
+            in_specs=ROWS,
+            out_specs=PartitionSpec(),
+        )
+        step = jax.make_jaxpr(jax.value_and_grad(split))(x, labels)
+        counts[devices] = operations(step.jaxpr)
+    # Distances; of all triplets, gradients by both of a pair, too. Farthest negatives
+    # are looked for in a loop whose rounds are not known, and counted once.
+    products = 3 if name == "all" else 1
+    for devices, count in counts.items():
+        expected = products * 2 * n**2 * d / devices
+        assert expected <= count < 1.02 * expected
 
 
 @pytest.mark.parametrize("name", unless_slow(BLOCKWISE, ["hard"]))

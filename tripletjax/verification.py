@@ -37,8 +37,8 @@ from jax.typing import ArrayLike
 from tripletjax._api import as_integer, jitted
 from tripletjax._pairwise.batch import Batch, single_batch
 from tripletjax._pairwise.class_index import ClassIndex
-from tripletjax._pairwise.cuts import by_platform
-from tripletjax._pairwise.mesh import AxisName, check_split, gather_terms
+from tripletjax._pairwise.cuts import Cut, by_platform
+from tripletjax._pairwise.mesh import AxisName, check_split, gather_terms, vary
 from tripletjax._pairwise.tiles import Tiles
 from tripletjax._thresholds import as_rates, between
 from tripletjax.distances import Metric, euclidean
@@ -116,8 +116,8 @@ def evaluate(
         where: bool ``[n]``, False for padding.
         reference_where: bool ``[m]``, likewise.
         axis_name: inside ``jax.shard_map``, the mesh axes over which embeddings and
-            references are split: all devices get the result of all, and each does all
-            of the work.
+            references are split: each device goes over its share of the pairs, and all
+            get the result of all.
         size: how many positive pairs there is room for. Counted if not given, which
             takes labels that are not traced.
 
@@ -209,10 +209,19 @@ def _evaluate(
     positives = jnp.where(known, positives, 0)
     distances = jnp.sort(distances)
 
-    def over_negatives(visit: Callable[..., Any], state: Any) -> Any:
-        return by_platform(
-            lambda cut: Tiles.of(metric, batch, cut).distances(visit, state), batch.size
-        )
+    def over_negatives(
+        visit: Callable[..., Any], state: Any, of_all: Callable[..., Any]
+    ) -> Any:
+        """Those of all devices put together, where each has a share."""
+
+        def of_device(cut: Cut) -> Any:
+            tiles = Tiles.of(metric, batch, cut, axis_name=axis_name)
+            return tiles.distances(visit, state)
+
+        if axis_name is None:
+            return by_platform(of_device, batch.size)
+        state = jax.tree.map(lambda x: vary(x, axis_name), state)
+        return of_all(by_platform(of_device, batch.size), axis_name)
 
     below, up_to, negatives = _negatives_within(over_negatives, distances)
     curve = _Curve.of(distances, positives, below, up_to, negatives)
@@ -227,7 +236,7 @@ def _evaluate(
 
         none = jnp.full_like(thresholds, jnp.inf)
         return jnp.minimum(
-            over_negatives(visit, none), _following(distances, thresholds)
+            over_negatives(visit, none, lax.pmin), _following(distances, thresholds)
         )
 
     return _metrics(curve, fars, following)
@@ -266,20 +275,20 @@ def _negatives_within(
 
     def visit(state: tuple[Array, ...], d: Array, negative: Array) -> tuple:
         below, up_to, broken = state
-        broken |= jnp.any(negative & jnp.isnan(d))
+        broken += jnp.any(negative & jnp.isnan(d))
         d, one = d.ravel(), negative.ravel().astype(below.dtype)
         below = below.at[jnp.searchsorted(thresholds, d, side="right")].add(one)
         up_to = up_to.at[jnp.searchsorted(thresholds, d, side="left")].add(one)
         return below, up_to, broken
 
     zeros = jnp.zeros(len(thresholds) + 1, int)
-    below, up_to, broken = over_negatives(visit, (zeros, zeros, jnp.array(False)))
+    below, up_to, broken = over_negatives(visit, (zeros, zeros, zeros[0]), lax.psum)
     below, up_to = jnp.cumsum(below), jnp.cumsum(up_to)
     below, up_to, every = below[:-1], up_to[:-1], below[-1]
     return (
-        jnp.where(broken, -1, below),
-        jnp.where(broken, -1, up_to),
-        jnp.where(broken, -1, every),
+        jnp.where(broken > 0, -1, below),
+        jnp.where(broken > 0, -1, up_to),
+        jnp.where(broken > 0, -1, every),
     )
 
 

@@ -45,6 +45,12 @@ def _varying_axes(x: Array) -> frozenset[str]:
     return frozenset() if told is None else told.varying
 
 
+def vary(x: Array, axis_name: AxisName) -> Array:
+    """The same, but not known to be so on all devices: for a loop to carry."""
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    return lax.pcast(x, names, to="varying")
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def gather_rows(x: Array, axis_name: AxisName, axis: int) -> Array:
     """All devices' parts of an array, in order of the devices, on each of them.

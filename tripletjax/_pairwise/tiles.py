@@ -17,6 +17,7 @@ from jax import Array, lax
 from tripletjax._matrices import for_each_true_column
 from tripletjax._pairwise.batch import Batch
 from tripletjax._pairwise.cuts import Cut
+from tripletjax._pairwise.mesh import AxisName
 from tripletjax._pairwise.slices import Blocks, fetch_ahead, rows_at
 from tripletjax.distances import Metric, common_offset
 from tripletjax.pairs import match_labels
@@ -86,6 +87,8 @@ class Tiles(NamedTuple):
         reference_halves: of references ``[m]``, likewise.
         rows: blocks of anchors.
         columns: blocks of references.
+        axis_name: mesh axes whose devices, each with the whole batch, share the tiles;
+            a state is then of those of its device. None if all are each one's own.
     """
 
     metric: Metric
@@ -96,6 +99,7 @@ class Tiles(NamedTuple):
     reference_halves: Array
     rows: Blocks
     columns: Blocks
+    axis_name: AxisName | None = None
 
     @classmethod
     def of(
@@ -105,6 +109,7 @@ class Tiles(NamedTuple):
         cut: Cut,
         *,
         offset: Array | None = None,
+        axis_name: AxisName | None = None,
     ) -> "Tiles":
         """All pairs; of references that are part of others, with the offset of all."""
         x, products = batch.anchors, metric.products
@@ -119,7 +124,7 @@ class Tiles(NamedTuple):
         ours = halves(x, batch.pairs.where)
         theirs = ours if batch.square else halves(y, real)
         blocks = Blocks.even(len(x), cut.tile), Blocks.even(len(y), cut.tile)
-        return cls(metric, batch, cut, offset, ours, theirs, *blocks)
+        return cls(metric, batch, cut, offset, ours, theirs, *blocks, axis_name)
 
     def scan(self, visit: Callable[[Any, Tile], Any], state: Any) -> Any:
         """Visits all tiles; if the matrix is symmetric, of unordered pairs."""
@@ -143,15 +148,24 @@ class Tiles(NamedTuple):
 
     def _scan(self, visit: Callable, state: Any, blocks: Any, mirrored: bool) -> Any:
         rows, columns = (jnp.asarray(indices, jnp.int32) for indices in blocks)
+        devices, me = 1, 0
+        if self.axis_name is not None:
+            devices, me = lax.axis_size(self.axis_name), lax.axis_index(self.axis_name)
 
         def cut(i: Array | int) -> TileInputs:
-            i = jnp.minimum(i, len(rows) - 1)
-            return self.parts(rows[i], columns[i])
+            place = i * devices + me
+            i = jnp.minimum(place, len(rows) - 1)
+            parts = self.parts(rows[i], columns[i])
+            if devices == 1:
+                return parts
+            # One that has no tile left looks at what does not count.
+            halves = jnp.where(place < len(rows), parts.halves, jnp.inf)
+            return parts._replace(halves=halves)
 
         def step(_: Array, parts: TileInputs, state: Any) -> Any:
             return visit(state, parts, mirrored)
 
-        return fetch_ahead(len(rows), cut, step, state)
+        return fetch_ahead(-(-len(rows) // devices), cut, step, state)
 
     def parts(self, i: Array, j: Array) -> TileInputs:
         batch, positions = self.batch, self.batch.pairs.positions
