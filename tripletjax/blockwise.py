@@ -101,8 +101,9 @@ def batch_all_loss(
         axis_name: inside ``jax.shard_map``, the mesh axes over which the batch is
             split: every device mines against the references of all, and all get the
             same result. `positions` count along the references of all.
-        block_size: how many vectors are compared with how many at a time. The result
-            does not depend on it.
+        block_size: how many vectors are compared with how many at a time; if not
+            given, 512 on CPUs and 2,048 on accelerators. The result does not depend on
+            it.
         ring: with `axis_name`, whether the devices' references go round a ring, a part
             at a time, and are never together: O(n d / devices) memory in place of
             O(n d), in more steps. Of metrics made of products, and labels.
@@ -192,8 +193,9 @@ def batch_hard_loss(
         axis_name: inside ``jax.shard_map``, the mesh axes over which the batch is
             split: every device mines against the references of all, and all get the
             same result. `positions` count along the references of all.
-        block_size: how many vectors are compared with how many at a time. The result
-            does not depend on it.
+        block_size: how many vectors are compared with how many at a time; if not
+            given, 512 on CPUs and 2,048 on accelerators. The result does not depend on
+            it.
         ring: with `axis_name`, whether the devices' references go round a ring, a part
             at a time, and are never together: O(n d / devices) memory in place of
             O(n d), in more steps. Of metrics made of products, and labels.
@@ -285,8 +287,9 @@ def batch_semi_hard_loss(
         axis_name: inside ``jax.shard_map``, the mesh axes over which the batch is
             split: every device mines against the references of all, and all get the
             same result. `positions` count along the references of all.
-        block_size: how many vectors are compared with how many at a time. The result
-            does not depend on it.
+        block_size: how many vectors are compared with how many at a time; if not
+            given, 512 on CPUs and 2,048 on accelerators. The result does not depend on
+            it.
         ring: with `axis_name`, whether the devices' references go round a ring, a part
             at a time, and are never together: O(n d / devices) memory in place of
             O(n d), in more steps. Of metrics made of products, and labels.
