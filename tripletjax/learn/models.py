@@ -516,7 +516,7 @@ def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
     """
     grey = images.mean(axis=-1)
     for axis in (1, 2):
-        grey = edge_padded(grey, axis, 1, 1)
+        grey = padded(grey, axis, 1, 1, value=None)
     right = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
     down = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
     angles = 2 * jnp.pi * jnp.arange(orientations) / orientations
@@ -526,9 +526,9 @@ def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
     edges = halved(edges, jnp.mean)
     energy = (edges * edges).mean(axis=-1)
     for axis in (1, 2):
-        padded, n = edge_padded(energy, axis, 4, 4), energy.shape[axis]
+        wide, n = padded(energy, axis, 4, 4, value=None), energy.shape[axis]
         shifted = [
-            jax.lax.slice_in_dim(padded, place, place + n, axis=axis)
+            jax.lax.slice_in_dim(wide, place, place + n, axis=axis)
             for place in range(9)
         ]
         energy = functools.reduce(jnp.add, shifted)
@@ -536,20 +536,27 @@ def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
     return jnp.sqrt(edges * around + 1e-4) - 0.5
 
 
-def edge_padded(x: Array, axis: int, before: int, after: int) -> Array:
-    """Repeats the first and the last along an axis.
+def padded(
+    x: Array, axis: int, before: int, after: int, *, value: float | None = 0.0
+) -> Array:
+    """Adds a value at both ends of an axis; what is there already, if it is None.
 
-    As `jnp.pad` does, whose form is not understood by what converts to ONNX.
+    As `jnp.pad` does, whose form is not understood by what converts to ONNX. Cuts the
+    end where `after` is below 0.
     """
-    first = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
-    last = jax.lax.slice_in_dim(x, x.shape[axis] - 1, x.shape[axis], axis=axis)
-    return jnp.concatenate([first] * before + [x] + [last] * after, axis=axis)
+    if after < 0:
+        x = jax.lax.slice_in_dim(x, 0, x.shape[axis] + after, axis=axis)
+    ends = [(0, before), (x.shape[axis] - 1, after)]
+    first, last = ([jax.lax.slice_in_dim(x, i, i + 1, axis=axis)] * n for i, n in ends)
+    if value is not None:
+        first, last = ([jnp.full_like(e, value) for e in end] for end in (first, last))
+    return jnp.concatenate([*first, x, *last], axis=axis)
 
 
 def _even(x: Array) -> Array:
     """Images ``[n, height, width, channels]`` whose odd sides are padded."""
     for axis in (1, 2):
-        x = edge_padded(x, axis, 0, x.shape[axis] % 2)
+        x = padded(x, axis, 0, x.shape[axis] % 2, value=None)
     return x
 
 

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from tripletjax._api import jitted
 from tripletjax._pairwise.batch import single_batch
 from tripletjax.distances import Metric, as_vectors, euclidean
+from tripletjax.pairs import per_item
 from tripletjax.retrieval.rankings import Rankings, masks_of, per_query, with_masks
 
 
@@ -84,13 +85,16 @@ def _nearest_neighbors(
             f"k must be from 1 to {choices}, all references{but}; got {k}."
         )
     each, reference_where = per_query(reference_where, n, m)
+    if positions is None:
+        positions = jnp.full(n, -1)
+    positions = per_item("positions", positions, n, "queries", jnp.integer)
     batch = single_batch(
         metric,
         queries,
         jnp.zeros(n, int),
         references=references,
         reference_labels=jnp.zeros(m, int),
-        positions=_positions(positions, n),
+        positions=positions,
         reference_where=reference_where,
     )
     if each is not None:
@@ -100,20 +104,6 @@ def _nearest_neighbors(
     distances, indices = rankings.fill(neighbors)
     broken = ~jnp.isfinite(batch.anchors).all(axis=-1, keepdims=True)
     return jnp.where(broken, jnp.nan, distances), jnp.where(broken, -1, indices)
-
-
-def _positions(positions: ArrayLike | None, n: int) -> Array:
-    if positions is None:
-        return jnp.full(n, -1)
-    positions = jnp.asarray(positions)
-    if not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise TypeError(f"positions must be integers, got dtype {positions.dtype}.")
-    if positions.shape != (n,):
-        raise ValueError(
-            f"positions must have one entry for each of the {n} queries, got shape "
-            f"{positions.shape}."
-        )
-    return positions
 
 
 def check_vectors(**named: Array) -> None:

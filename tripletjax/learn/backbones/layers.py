@@ -11,6 +11,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from tripletjax.learn.models import padded
+
 # Images of so many pixels or fewer are convolved as a product: of these XLA is some
 # 40 times slower on CPUs (jax 0.10.2, 2 x 2 pixels of 512 channels).
 SMALL = 9
@@ -185,20 +187,6 @@ def _without_stride(
     kernel = kernel.reshape(down, stride, across, stride, channels, -1)
     kernel = kernel.transpose(0, 2, 1, 3, 4, 5)
     return x, kernel.reshape(down, across, stride * stride * channels, -1)
-
-
-def padded(
-    x: Array, axis: int, before: int, after: int, *, value: float = 0.0
-) -> Array:
-    """Adds a value at both ends of an axis, or cuts its end where `after` is below 0.
-
-    As `jnp.pad` does, which cannot be converted to ONNX for any number of images.
-    """
-    if after < 0:
-        x = jax.lax.slice_in_dim(x, 0, x.shape[axis] + after, axis=axis)
-    edge = jnp.full_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis), value)
-    parts = [edge] * before + [x] + [edge] * after
-    return jnp.concatenate(parts, axis=axis) if len(parts) > 1 else x
 
 
 class DepthwiseConv(nnx.Module):
