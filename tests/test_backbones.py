@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from problems import unless_slow
 from safetensors.numpy import load_file, save_file
 
 from tripletjax.learn import backbones, pretrained, weights
@@ -43,7 +44,7 @@ def written(tmp_path, arrays, name="weights.safetensors"):
     return file
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", unless_slow(NETWORKS, ["resnet", "vit"]))
 def test_the_same_as_by_hand(tmp_path, name):
     make, forward, sizes = NETWORKS[name]
     arrays = make()

@@ -25,7 +25,17 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *DOCS.glob("reference/*
 every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
 
-@every_page
+# They take longer than all others together.
+LONG = "meshes", "composing", "training", "verification", "evaluation"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=[pytest.mark.slow] * (page.stem in LONG))
+        for page in PAGES
+    ],
+)
 def test_code_of_pages(page):
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     result = doctest.testfile(str(page), module_relative=False, optionflags=flags)

@@ -263,7 +263,7 @@ def test_augmentation_is_off_by_default_and_checked():
     "shape", unless_slow([(8, 8, 1), (17, 33, 3), (1, 1, 1)], [(17, 33, 3)])
 )
 @pytest.mark.parametrize("dtype", unless_slow([None, jnp.bfloat16], [None]))
-@pytest.mark.parametrize("kind", learn.config.MODELS)
+@pytest.mark.parametrize("kind", unless_slow(learn.config.MODELS, ["cnn", "photo"]))
 def test_any_image_size_gives_unit_vectors(kind, dtype, shape):
     options = {"size": shape[:2]} if kind == "photo" else {}
     model = learn.config.MODELS[kind](
@@ -306,6 +306,7 @@ def test_the_first_stride_of_the_residual_network(stride, side):
     assert x.shape == (1, side, side, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "count"), [("cnn", 73_440), ("resnet", 704_736), ("multiscale", 381_856)]
 )
@@ -505,7 +506,8 @@ def test_a_loss_without_metrics_and_what_is_no_loss():
         trained(1, batches=iter([digits_batches()[0]]))
 
 
-@pytest.mark.parametrize("chunk", unless_slow([8, 13], [13]))
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [8, 13])
 def test_chunks_have_the_loss_of_the_whole_batch(chunk):
     one, whole = trained(2, tx=SGD, log_every=1)
     two, chunks = trained(2, tx=SGD, log_every=1, embed_chunk_size=chunk)
@@ -515,6 +517,7 @@ def test_chunks_have_the_loss_of_the_whole_batch(chunk):
     assert_nearly_same_model(one, two)
 
 
+@pytest.mark.slow
 def test_the_average_of_parameters():
     tx = SGD
     paths = [trained(steps, tx=tx)[0] for steps in (1, 2)]
@@ -668,6 +671,7 @@ def counted_loss(x, labels, **pairs):
     return value, {"kept": pairs["reference_where"].sum() - len(x)}
 
 
+@pytest.mark.slow
 def test_a_batch_is_compared_with_those_before():
     options = {"loss": counted_loss, "log_every": 1, "memory": 100, "memory_warmup": 2}
     _, lines = trained(6, **options)

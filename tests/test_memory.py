@@ -61,7 +61,7 @@ def test_keeps_the_last(size, batches):
         np.testing.assert_array_equal(np.roll(memory.labels, -position), kept[-size:])
 
 
-@every_loss
+@pytest.mark.parametrize("loss", unless_slow(LOSSES.values(), [LOSSES["hard"]]))
 def test_is_what_is_recomputed(loss):
     """With masks of everything at hand, written down without a memory."""
     x, labels = draw(8)
