@@ -168,11 +168,20 @@ def test_in_scan_and_under_vmap():
     np.testing.assert_array_equal(got.embeddings[1, :5], xs[1])
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (AxisType.Auto, (4,)),
+        (AxisType.Explicit, (4,)),
+        pytest.param(AxisType.Auto, (4, 2), marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, (4, 2), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("loss", unless_slow(LOSSES.values(), [LOSSES["hard"]]))
-def test_split_over_devices(loss, kind):
+def test_split_over_devices(loss, kind, shape):
     """Each device has a memory of its own part; the losses are of all of them."""
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    names = ("data", "model")[: len(shape)]
+    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
     batches = [draw(8, seed) for seed in range(4)]
     rows = NamedSharding(mesh, P("data"))
 

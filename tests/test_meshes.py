@@ -258,9 +258,11 @@ def test_what_does_not_divide(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("classes", "shape"), [(9, (8,)), (2, (8,)), (9, (2,)), (2, (4, 2))]
+)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("classes", [9, 2])
-def test_metrics(kind, classes):
+def test_metrics(kind, classes, shape):
     """As they lie, and inside shard_map; few and many of a class."""
     x, labels = (np.asarray(a) for a in batch(40))
     labels, real = labels % classes, np.arange(40) > 7
@@ -270,7 +272,7 @@ def test_metrics(kind, classes):
         evaluate(x, labels, where=real),
         verify(x, labels, where=real),
     )
-    on = mesh(kind)
+    on = mesh(kind, shape, ("data", "model")[: len(shape)])
     spread = jax.shard_map(
         lambda x, y, w: (
             evaluate(x, y, where=w, axis_name="data"),
