@@ -42,10 +42,6 @@ def main() -> None:
     arguments = parser.parse_args()
 
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # Without these libtpu looks for the machine's TPUs.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     import jax
     import jax.numpy as jnp
 
@@ -96,17 +92,27 @@ def compiler(topology: str):
     """From a function and what it is called with to its program for one chip."""
     import jax
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    where = NamedSharding(Mesh(np.array(chips[:1]), "x"), PartitionSpec())
+    one = Mesh(np.array(chips(topology)[:1]), "x")
+    where = NamedSharding(one, PartitionSpec())
 
     def compiled(function, *shapes):
         step = jax.jit(function, in_shardings=where, out_shardings=where)
         return step.lower(*shapes).compile()
 
     return compiled
+
+
+def chips(topology: str) -> list:
+    """Those of a TPU that is not here, to compile for."""
+    from jax.experimental import topologies
+
+    # Without these libtpu looks for the machine's TPUs.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
 def cost(text: str, blocks: int) -> tuple[int, int]:

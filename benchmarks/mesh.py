@@ -3,9 +3,11 @@
     python benchmarks/mesh.py
     python benchmarks/mesh.py --ring
     python benchmarks/mesh.py --devices 8 --n 16384 --loss hard
+    python benchmarks/mesh.py --devices 256 --topology v5e:16x16    # pip install libtpu
 
-Nothing is run: programs are compiled for so many simulated devices, and asked for the
-memory that they need and the collectives that they have. Temporary memory is beside the
+Nothing is run: programs are compiled for so many simulated devices, or chips of a TPU
+that is not here, and asked for the memory that they need and the collectives that they
+have, in loops counted once. Temporary memory is beside the
 device's own part of embeddings and gradient.
 """
 
@@ -13,9 +15,12 @@ import argparse
 import os
 import re
 
+from accelerators import chips
+
 DEVICES, SIZES = (8, 32, 256), (16_384, 131_072, 1_048_576)
 LOSSES = "hard", "semi-hard", "all"
-COLLECTIVES = "all-gather", "all-to-all", "all-reduce", "collective-permute"
+COLLECTIVES = "all-gather", "all-to-all", "reduce-scatter", "all-reduce"
+COLLECTIVES = *COLLECTIVES, "collective-permute"
 
 
 def main() -> None:
@@ -25,12 +30,17 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--loss", choices=LOSSES, nargs="+", default=LOSSES)
     parser.add_argument("--ring", action="store_true", help="a part at a time")
+    parser.add_argument("--topology", help="of a TPU, such as v5e:16x16")
     arguments = parser.parse_args()
 
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
-    jax.config.update("jax_num_cpu_devices", max(arguments.devices))
+    if arguments.topology:
+        every = chips(arguments.topology)
+    else:
+        jax.config.update("jax_num_cpu_devices", max(arguments.devices))
+        every = jax.devices()
     print(
         f"| loss | n | devices | own part, MiB | temporary, MiB | "
         f"{' | '.join(COLLECTIVES)} |\n|{'---|' * (5 + len(COLLECTIVES))}"
@@ -40,7 +50,7 @@ def main() -> None:
             for devices in arguments.devices:
                 own = n // devices * arguments.dim * 4 / 2**20
                 memory, counts = compiled(
-                    loss, n, arguments.dim, devices, ring=arguments.ring
+                    loss, n, arguments.dim, every[:devices], ring=arguments.ring
                 )
                 told = " | ".join(str(counts[name]) for name in COLLECTIVES)
                 row = f"{loss} | {n:,} | {devices} | {own:.1f} | {memory:.1f} | {told}"
@@ -48,7 +58,7 @@ def main() -> None:
 
 
 def compiled(
-    loss: str, n: int, dim: int, devices: int, *, ring: bool
+    loss: str, n: int, dim: int, devices: list, *, ring: bool
 ) -> tuple[float, dict[str, int]]:
     """Temporary memory in MiB, and how many collectives of each kind there are."""
     import jax
@@ -58,10 +68,7 @@ def compiled(
     import tripletjax as tj
 
     mesh = jax.make_mesh(
-        (devices,),
-        ("data",),
-        axis_types=(AxisType.Explicit,),
-        devices=jax.devices()[:devices],
+        (len(devices),), ("data",), axis_types=(AxisType.Explicit,), devices=devices
     )
     rows = NamedSharding(mesh, PartitionSpec("data"))
     x = jax.ShapeDtypeStruct((n, dim), jnp.float32, sharding=rows)
