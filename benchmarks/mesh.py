@@ -7,8 +7,8 @@
 
 Nothing is run: programs are compiled for so many simulated devices, or chips of a TPU
 that is not here, and asked for the memory that they need and the collectives that they
-have, in loops counted once. Temporary memory is beside the
-device's own part of embeddings and gradient.
+have, in loops counted once. Temporary memory is beside the device's own part of
+embeddings and gradient.
 """
 
 import argparse
@@ -19,8 +19,13 @@ from accelerators import chips
 
 DEVICES, SIZES = (8, 32, 256), (16_384, 131_072, 1_048_576)
 LOSSES = "hard", "semi-hard", "all"
-COLLECTIVES = "all-gather", "all-to-all", "reduce-scatter", "all-reduce"
-COLLECTIVES = *COLLECTIVES, "collective-permute"
+COLLECTIVES = (
+    "all-gather",
+    "all-to-all",
+    "reduce-scatter",
+    "all-reduce",
+    "collective-permute",
+)
 
 
 def main() -> None:

@@ -24,6 +24,8 @@ LARGE = np.minimum(np.arange(24), 3)
 GALLERY = {"references": R, "reference_labels": RY}
 PADDED = {"where": Y > 0, "reference_where": RY > 1, "positions": np.arange(24)}
 SAME = Y == 0
+# Of so many, what is for CPUs and what is for accelerators differs: both are traced.
+MANY = np.float32(np.random.default_rng(1).normal(size=(600, 6))), np.arange(600) // 4
 
 
 def key():
@@ -143,6 +145,9 @@ for name in ("batch_all_loss", "batch_hard_loss", "batch_semi_hard_loss"):
     CALLS[f"blockwise.{name} by the metric"] = functools.partial(
         gradient, blockwise, Y, metric=tj.manhattan
     )
+    CALLS[f"blockwise.{name} many"] = functools.partial(
+        jax.value_and_grad(blockwise), *MANY
+    )
 
 
 def banded(band):
@@ -158,6 +163,7 @@ for name, options in (
     miner = getattr(tj.blockwise, name)
     CALLS[f"blockwise.{name}"] = functools.partial(miner, X, Y, **options)
     CALLS[f"blockwise.{name} large"] = functools.partial(miner, X, LARGE, **options)
+    CALLS[f"blockwise.{name} many"] = functools.partial(miner, *MANY, **options)
 
 
 @pytest.mark.slow

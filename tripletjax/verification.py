@@ -38,7 +38,7 @@ from tripletjax._api import as_integer, jitted
 from tripletjax._pairwise.batch import Batch, single_batch
 from tripletjax._pairwise.class_index import ClassIndex
 from tripletjax._pairwise.cuts import Cut, by_platform
-from tripletjax._pairwise.mesh import AxisName, check_split, gather_terms, vary
+from tripletjax._pairwise.mesh import AxisName, check_split, gather_terms
 from tripletjax._pairwise.tiles import Tiles
 from tripletjax._thresholds import as_rates, between
 from tripletjax.distances import Metric, euclidean
@@ -218,10 +218,8 @@ def _evaluate(
             tiles = Tiles.of(metric, batch, cut, axis_name=axis_name)
             return tiles.distances(visit, state)
 
-        if axis_name is None:
-            return by_platform(of_device, batch.size)
-        state = jax.tree.map(lambda x: vary(x, axis_name), state)
-        return of_all(by_platform(of_device, batch.size), axis_name)
+        found = by_platform(of_device, batch.size)
+        return found if axis_name is None else of_all(found, axis_name)
 
     below, up_to, negatives = _negatives_within(over_negatives, distances)
     curve = _Curve.of(distances, positives, below, up_to, negatives)

@@ -33,13 +33,15 @@ def terms_and_gradients(
     gradient: bool,
 ) -> tuple[TripletTerms, Gradients | None]:
     """The terms per anchor, and the gradient of their total weighted per anchor."""
+    ring, classes = spec.ring, None
+    if ring is None and spec.metric.products is not None and batch.has_classes:
+        classes = ClassIndex.of(batch)
 
     def terms(spec: LossSpec) -> tuple[TripletTerms, Gradients | None]:
-        if spec.ring is not None:
-            return sums_by_ring(spec, batch, margin, weights, spec.ring, gradient)
-        if spec.metric.products is None or not batch.has_classes:
+        if ring is not None:
+            return sums_by_ring(spec, batch, margin, weights, ring, gradient)
+        if classes is None:
             return sums_by_panels(spec, batch, margin, weights, gradient)
-        classes = ClassIndex.of(batch)
         return lax.cond(
             classes.max_positives <= MAX_TILE_POSITIVES,
             lambda: sums_by_tiles(spec, batch, margin, classes, weights, gradient),
@@ -51,15 +53,11 @@ def terms_and_gradients(
 
 def hard_triplets(spec: LossSpec, batch: Batch) -> Triplets:
     """The triplets ``[n]`` of batch-hard mining."""
-    return spec.by_platform(lambda spec: _hard(spec, batch), batch.size)
-
-
-def _hard(spec: LossSpec, batch: Batch) -> Triplets:
     if spec.metric.products is None or not batch.has_classes:
-        return _hard_by_panels(spec, batch)
+        return spec.by_platform(lambda spec: _hard_by_panels(spec, batch), batch.size)
     classes = ClassIndex.of(batch)
 
-    def by_tiles() -> Triplets:
+    def by_tiles(spec: LossSpec) -> Triplets:
         tiles = Tiles.of(spec.metric, batch, spec.cut)
         mined = mined_by_tiles(spec, tiles, classes)
         positive, negative, valid = (x[0] for x in mined[:3])
@@ -67,11 +65,14 @@ def _hard(spec: LossSpec, batch: Batch) -> Triplets:
         positive, negative = positive.astype(int), negative.astype(int)
         return Triplets(jnp.arange(len(valid)), positive, negative, valid)
 
-    return lax.cond(
-        classes.max_positives <= MAX_TILE_POSITIVES,
-        by_tiles,
-        lambda: _hard_by_panels(spec, batch),
-    )
+    def either(spec: LossSpec) -> Triplets:
+        return lax.cond(
+            classes.max_positives <= MAX_TILE_POSITIVES,
+            lambda: by_tiles(spec),
+            lambda: _hard_by_panels(spec, batch),
+        )
+
+    return spec.by_platform(either, batch.size)
 
 
 def _hard_by_panels(spec: LossSpec, batch: Batch) -> Triplets:

@@ -45,10 +45,10 @@ def _varying_axes(x: Array) -> frozenset[str]:
     return frozenset() if told is None else told.varying
 
 
-def vary(x: Array, axis_name: AxisName) -> Array:
-    """The same, but not known to be so on all devices: for a loop to carry."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    return lax.pcast(x, names, to="varying")
+def vary(state: Any, axis_name: AxisName) -> Any:
+    """The same arrays, not known to be so on all devices: for a loop to carry."""
+    names = names_of(axis_name)
+    return jax.tree.map(lambda x: lax.pcast(x, names, to="varying"), state)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))

@@ -17,7 +17,7 @@ from jax import Array, lax
 from tripletjax._matrices import for_each_true_column
 from tripletjax._pairwise.batch import Batch
 from tripletjax._pairwise.cuts import Cut
-from tripletjax._pairwise.mesh import AxisName
+from tripletjax._pairwise.mesh import AxisName, vary
 from tripletjax._pairwise.slices import Blocks, fetch_ahead, rows_at
 from tripletjax.distances import Metric, common_offset
 from tripletjax.pairs import match_labels
@@ -137,6 +137,8 @@ class Tiles(NamedTuple):
     def scan_parts(
         self, visit: Callable[[Any, TileInputs, bool], Any], state: Any
     ) -> Any:
+        if self.axis_name is not None:
+            state = vary(state, self.axis_name)
         if not self.batch.square:
             counts = self.rows.count, self.columns.count
             return self._scan(visit, state, np.indices(counts).reshape(2, -1), False)
