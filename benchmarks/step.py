@@ -26,6 +26,7 @@ from flax import nnx
 from PIL import Image
 
 from tripletjax.learn import (
+    convolution,
     defaults,
     image_cache,
     models,
@@ -191,7 +192,7 @@ def compare_with_pytorch(repeats: int) -> None:
         tx, x = optax.adamw(1e-3), jax.random.uniform(jax.random.key(0), shape)
         state = tx.init(params)
 
-        @jax.jit
+        @convolution.jit
         def step(params, state):
             def loss(params):
                 return jnp.sum(nnx.merge(graph, params, rest, copy=True)(x) ** 3)

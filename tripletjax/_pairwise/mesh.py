@@ -51,6 +51,16 @@ def vary(state: Any, axis_name: AxisName) -> Any:
     return jax.tree.map(lambda x: lax.pcast(x, names, to="varying"), state)
 
 
+def vary_alike(*arrays: Array) -> list[Array]:
+    """The same arrays, along whose mesh axes any of them is not the same everywhere.
+
+    What comes back to one that was the same on all devices is added up over them.
+    """
+    axes = frozenset().union(*map(_varying_axes, arrays))
+    missing = [tuple(sorted(axes - _varying_axes(x))) for x in arrays]
+    return [vary(x, names) if names else x for x, names in zip(arrays, missing)]
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def gather_rows(x: Array, axis_name: AxisName, axis: int) -> Array:
     """All devices' parts of an array, in order of the devices, on each of them.

@@ -21,6 +21,7 @@ MODULES = (
     "checkpoints",
     "class_folders",
     "config",
+    "convolution",
     "datasets",
     "defaults",
     "digests",

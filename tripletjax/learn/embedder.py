@@ -23,6 +23,7 @@ from PIL import Image
 from tripletjax.learn import backbones, pretrained, record
 from tripletjax.learn.checkpoints import Checkpoints
 from tripletjax.learn.config import MODELS
+from tripletjax.learn.convolution import jit
 from tripletjax.learn.digests import digest_of, digest_of_file
 from tripletjax.learn.image_io import (
     ImageSource,
@@ -272,7 +273,7 @@ def _on_backbone(made: RunRecord, plan: BackbonePlan) -> Standardized:
     return Standardized(model, made.images.mean, made.images.std, mirror=mirror)
 
 
-@functools.partial(jax.jit, static_argnames="graph")
+@functools.partial(jit, static_argnames="graph")
 def _embed(graph: nnx.GraphDef, state: nnx.State, images: Array) -> Array:
     return nnx.merge(graph, state)(as_floats(images))
 

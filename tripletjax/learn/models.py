@@ -10,6 +10,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from tripletjax.learn.convolution import convolution, padded
+
 # What a network makes of the last feature map.
 HEADS = ("grid", "mean")
 # Of edges, of which `EmbeddingPhotoNet` makes all else.
@@ -327,9 +329,7 @@ class _Residual(nnx.Module):
         self.second = _Layer(out_channels, out_channels, active=False, **options)
         changes = stride > 1 or in_channels != out_channels
         self.shortcut = (
-            nnx.Conv(
-                in_channels, out_channels, (1, 1), stride, use_bias=False, **options
-            )
+            _conv(in_channels, out_channels, (1, 1), stride, **options)
             if changes
             else None
         )
@@ -351,14 +351,8 @@ class _Layer(nnx.Module):
         dtype: DTypeLike | None,
         rngs: nnx.Rngs,
     ):
-        self.convolution = nnx.Conv(
-            in_channels,
-            out_channels,
-            size,
-            stride,
-            use_bias=False,
-            dtype=dtype,
-            rngs=rngs,
+        self.convolution = _conv(
+            in_channels, out_channels, size, stride, dtype=dtype, rngs=rngs
         )
         self.norm = GroupNorm(out_channels)
         self.active = active
@@ -366,6 +360,30 @@ class _Layer(nnx.Module):
     def __call__(self, x: Array) -> Array:
         x = self.norm(self.convolution(x))
         return jax.nn.relu(x) if self.active else x
+
+
+def _conv(
+    in_channels: int,
+    out_channels: int,
+    size: tuple[int, int],
+    stride: int,
+    *,
+    dtype: DTypeLike | None,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    def convolved(x, kernel, strides, padding, **_):
+        return convolution(x, kernel, strides[0], padding)
+
+    return nnx.Conv(
+        in_channels,
+        out_channels,
+        size,
+        stride,
+        use_bias=False,
+        conv_general_dilated=convolved,
+        dtype=dtype,
+        rngs=rngs,
+    )
 
 
 class Standardized(nnx.Module):
@@ -471,17 +489,7 @@ class _StandardizedConv(nnx.Module):
         x, kernel, bias = nnx.nn.dtypes.promote_dtype(
             (x, kernel, self.bias[...]), dtype=self.dtype
         )
-        if kernel.shape[:2] == (1, 1):
-            # As a product, a third of the time on CPUs with its gradients.
-            return x @ kernel[0, 0] + bias
-        y = jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (1, 1),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return y + bias
+        return convolution(x, kernel, padding="SAME") + bias
 
 
 class _StandardizedBlock(nnx.Module):
@@ -534,23 +542,6 @@ def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
         energy = functools.reduce(jnp.add, shifted)
     around = jax.lax.rsqrt(energy[..., None] / 81 + 1e-3)
     return jnp.sqrt(edges * around + 1e-4) - 0.5
-
-
-def padded(
-    x: Array, axis: int, before: int, after: int, *, value: float | None = 0.0
-) -> Array:
-    """Adds a value at both ends of an axis; what is there already, if it is None.
-
-    As `jnp.pad` does, whose form is not understood by what converts to ONNX. Cuts the
-    end where `after` is below 0.
-    """
-    if after < 0:
-        x = jax.lax.slice_in_dim(x, 0, x.shape[axis] + after, axis=axis)
-    ends = [(0, before), (x.shape[axis] - 1, after)]
-    first, last = ([jax.lax.slice_in_dim(x, i, i + 1, axis=axis)] * n for i, n in ends)
-    if value is not None:
-        first, last = ([jnp.full_like(e, value) for e in end] for end in (first, last))
-    return jnp.concatenate([*first, x, *last], axis=axis)
 
 
 def _even(x: Array) -> Array:

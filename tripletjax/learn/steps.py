@@ -12,6 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 import tripletjax as tj
+from tripletjax.learn.convolution import jit
 from tripletjax.learn.embedder import as_floats
 from tripletjax.learn.objectives import Loss
 from tripletjax.learn.placement import ONE_DEVICE, Placement
@@ -44,7 +45,7 @@ class TrainState(NamedTuple):
 
 
 @functools.partial(
-    jax.jit,
+    jit,
     static_argnames=["graph", "tx", "loss", "augment", "ema_decay", "memory_momentum"],
     donate_argnames="state",
 )
@@ -129,7 +130,7 @@ def train_step_in_chunks(
     chunks = _split(images, ends, devices)
     parts, rests = [], [state.rest]
     for some in chunks:
-        x, rest = _train_embed(state.params, rests[-1], some, graph=graph)
+        x, rest = _train_embed_jitted(state.params, rests[-1], some, graph=graph)
         parts.append(on.paced(x))
         rests.append(rest)
     x = _joined(parts, devices)
@@ -142,7 +143,7 @@ def train_step_in_chunks(
         on.paced(gradients)
     if state.slow is not None:
         slow = [
-            on.paced(_train_embed(state.slow, rest, some, graph=graph)[0])
+            on.paced(_train_embed_jitted(state.slow, rest, some, graph=graph)[0])
             for some, rest in zip(chunks, rests)
         ]
         x = _joined(slow, devices)
@@ -180,7 +181,6 @@ def _augmented(
     return images if augment is None else augment(key, images)
 
 
-@functools.partial(jax.jit, static_argnames="graph")
 def _train_embed(
     params: nnx.State, rest: nnx.State, images: Array, *, graph: nnx.GraphDef
 ) -> tuple[Array, nnx.State]:
@@ -190,7 +190,10 @@ def _train_embed(
     return x, nnx.state(model, nnx.Not(nnx.Param))
 
 
-@functools.partial(jax.jit, static_argnames="graph", donate_argnames="gradients")
+_train_embed_jitted = jit(_train_embed, static_argnames="graph")
+
+
+@functools.partial(jit, static_argnames="graph", donate_argnames="gradients")
 def _add_gradient(
     gradients: nnx.State,
     params: nnx.State,

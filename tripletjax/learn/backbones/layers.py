@@ -11,11 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from tripletjax.learn.models import padded
-
-# Images of so many pixels or fewer are convolved as a product: of these XLA is some
-# 40 times slower on CPUs (jax 0.10.2, 2 x 2 pixels of 512 channels).
-SMALL = 9
+from tripletjax.learn.convolution import convolution, padded
 
 
 class BatchNorm(nnx.Module):
@@ -94,99 +90,8 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         x, kernel = nnx.nn.dtypes.promote_dtype((x, self.kernel[...]), dtype=self.dtype)
-        patches = max(kernel.shape[:2]) <= self.stride
-        if self.stride == 1:
-            y = _convolved(x, kernel, self.padding)
-        elif patches or x.shape[1] * x.shape[2] <= SMALL * self.stride**2:
-            y = _convolved(*_without_stride(x, kernel, self.stride, self.padding))
-        else:
-            y = _strided(x, kernel, self.stride, self.padding)
+        y = convolution(x, kernel, self.stride, self.padding)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
-
-
-Padding = tuple[tuple[int, int], tuple[int, int]]
-FORM = ("NHWC", "HWIO", "NHWC")
-
-
-def _convolved(x: Array, kernel: Array, padding: Padding = ((0, 0), (0, 0))) -> Array:
-    if kernel.shape[:2] == (1, 1):
-        # As a product it takes less time on CPUs, and a third with its gradients.
-        return x @ kernel[0, 0]
-    if x.shape[1] * x.shape[2] <= SMALL:
-        return _as_product(x, kernel, padding)
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), padding, dimension_numbers=FORM
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _strided(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """A convolution with a stride, whose gradient is that of one without.
-
-    XLA's own gradient takes many times longer on CPUs.
-    """
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=FORM
-    )
-
-
-def _strided_forward(
-    x: Array, kernel: Array, stride: int, padding: Padding
-) -> tuple[Array, tuple[Array, Array]]:
-    return _strided(x, kernel, stride, padding), (x, kernel)
-
-
-def _strided_back(
-    stride: int, padding: Padding, kept: tuple[Array, Array], along: Array
-) -> tuple[Array, Array]:
-    _, pull_back = jax.vjp(
-        lambda x, kernel: _convolved(*_without_stride(x, kernel, stride, padding)),
-        *kept,
-    )
-    return pull_back(along)
-
-
-_strided.defvjp(_strided_forward, _strided_back)
-
-
-def _as_product(x: Array, kernel: Array, padding: Padding) -> Array:
-    """A convolution as one product, for small images."""
-    (height, width), (down, across) = kernel.shape[:2], padding
-    x = padded(padded(x, 1, *down), 2, *across)
-    rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1
-    seen = [
-        x[:, top : top + rows, left : left + columns]
-        for top in range(height)
-        for left in range(width)
-    ]
-    return jnp.concatenate(seen, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
-
-
-def _without_stride(
-    x: Array, kernel: Array, stride: int, padding: Padding
-) -> tuple[Array, Array]:
-    """Images and a kernel whose convolution without stride or padding is the same.
-
-    Every ``stride x stride`` pixels become one with all of their channels.
-    """
-    if kernel.shape[:2] == (1, 1):
-        return x[:, ::stride, ::stride], kernel
-    counts = []
-    for axis, (before, after) in zip((1, 2), padding):
-        length, size = x.shape[axis], kernel.shape[axis - 1]
-        places = (length + before + after - size) // stride + 1
-        blocks = -(-size // stride)
-        wanted = places + blocks - 1
-        x = padded(x, axis, before, wanted * stride - length - before)
-        kernel = padded(kernel, axis - 1, 0, blocks * stride - size)
-        counts.append((wanted, blocks))
-    (rows, down), (columns, across) = counts
-    n, channels = x.shape[0], x.shape[-1]
-    x = x.reshape(n, rows, stride, columns, stride, channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows, columns, -1)
-    kernel = kernel.reshape(down, stride, across, stride, channels, -1)
-    kernel = kernel.transpose(0, 2, 1, 3, 4, 5)
-    return x, kernel.reshape(down, across, stride * stride * channels, -1)
 
 
 class DepthwiseConv(nnx.Module):

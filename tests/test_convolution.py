@@ -1,0 +1,138 @@
+"""Convolutions and their gradients, against XLA's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tripletjax.learn import convolution as module
+from tripletjax.learn.convolution import convolution
+
+SAME = "SAME"
+
+
+def by_xla(x, kernel, stride=1, padding=SAME):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def with_gradients(function, x, kernel, *how):
+    def both(x, kernel):
+        y, back = jax.vjp(lambda x, kernel: function(x, kernel, *how), x, kernel)
+        # Not the same for any two of them.
+        return y, *back(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+    return jax.jit(both)(x, kernel)
+
+
+def images_and_kernel(shape, size, *, dtype=np.float32):
+    random = np.random.default_rng(0)
+    arrays = random.normal(size=shape), random.normal(size=(*size, shape[-1], 4))
+    return [jnp.asarray(array, dtype) for array in arrays]
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "stride", "padding"),
+    [
+        # Images of 70 x 70 go one at a time, of 40 x 40 two; 7 in one part or in 7.
+        ((3, 70, 70, 2), (3, 3), 1, SAME),
+        ((6, 40, 40, 2), (3, 3), 1, SAME),
+        ((7, 40, 40, 2), (3, 3), 1, SAME),
+        ((7, 8, 5, 3), (3, 3), 1, SAME),
+        ((1, 8, 5, 3), (5, 5), 1, SAME),
+        ((2, 8, 9, 3), (1, 7), 1, ((0, 0), (3, 3))),
+        ((2, 8, 9, 3), (7, 1), 1, ((3, 3), (0, 0))),
+        ((2, 8, 9, 3), (2, 4), 1, "VALID"),
+        ((2, 8, 9, 3), (3, 3), 1, ((1, 2), (0, 4))),
+        ((2, 8, 9, 3), (1, 1), 1, ((1, 2), (0, 4))),
+        ((2, 8, 9, 3), (1, 1), 1, SAME),
+        ((2, 3, 3, 3), (3, 3), 1, SAME),
+        ((2, 9, 12, 3), (3, 3), 2, SAME),
+        ((2, 9, 12, 3), (5, 5), 2, ((2, 2), (1, 3))),
+        ((2, 9, 12, 3), (1, 1), 2, SAME),
+        ((2, 9, 12, 3), (1, 1), 2, ((1, 0), (0, 2))),
+        ((2, 9, 12, 3), (2, 2), 2, "VALID"),
+        ((2, 5, 6, 3), (3, 3), 3, SAME),
+    ],
+)
+def test_values_and_gradients(shape, size, stride, padding):
+    arrays = images_and_kernel(shape, size)
+    expected = with_gradients(by_xla, *arrays, stride, padding)
+    got = with_gradients(convolution, *arrays, stride, padding)
+    for one, other in zip(got, expected, strict=True):
+        scale = np.abs(other).max()
+        np.testing.assert_allclose(one / scale, other / scale, atol=3e-6)
+
+
+def test_low_precision_adds_up_in_float32():
+    arrays = images_and_kernel((8, 40, 40, 2), (3, 3), dtype=jnp.bfloat16)
+
+    def gradient(function, x, kernel):
+        y, back = jax.vjp(lambda kernel: function(x, kernel, 1, SAME), kernel)
+        return back(jnp.ones_like(y))[0]
+
+    got = gradient(convolution, *arrays)
+    assert got.dtype == jnp.bfloat16
+    exact = gradient(by_xla, *(array.astype(jnp.float32) for array in arrays))
+    error = np.abs(got.astype(jnp.float32) - exact).max() / np.abs(exact).max()
+    # The last rounding's alone: in bfloat16 a sum of 12,800 terms is off by far more.
+    assert error < 2**-8
+
+
+def test_only_cpus_have_another_gradient():
+    x, kernel = images_and_kernel((8, 40, 40, 2), (3, 3))
+    gradient = jax.jit(jax.grad(lambda kernel: convolution(x, kernel, 1, SAME).sum()))
+    for platform, loops in (("cpu", True), ("cuda", False), ("tpu", False)):
+        lowered = gradient.trace(kernel).lower(lowering_platforms=(platform,))
+        assert ("stablehlo.while" in lowered.as_text()) == loops, platform
+
+
+@pytest.mark.parametrize("way", ["shard_map", "unchecked", "auto"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_batch_split_over_devices(way, stride):
+    x, kernel = images_and_kernel((16, 40, 40, 2), (3, 3))
+
+    def gradients(x, kernel):
+        return jax.grad(
+            lambda x, kernel: (convolution(x, kernel, stride, SAME) ** 2).sum(), (0, 1)
+        )(x, kernel)
+
+    expected = jax.jit(gradients)(x, kernel)
+    mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,))
+    split = jax.device_put(x, jax.NamedSharding(mesh, P("data")))
+    whole = jax.device_put(kernel, jax.NamedSharding(mesh, P()))
+    function = gradients
+    if way != "auto":
+
+        def of_part(x, kernel):
+            along_x, along_kernel = gradients(x, kernel)
+            if way == "unchecked":
+                along_kernel = jax.lax.psum(along_kernel, "data")
+            return along_x, along_kernel
+
+        function = jax.shard_map(
+            of_part,
+            mesh=mesh,
+            in_specs=(P("data"), P()),
+            out_specs=(P("data"), P()),
+            check_vma=way == "shard_map",
+        )
+    for one, other in zip(jax.jit(function)(split, whole), expected, strict=True):
+        scale = np.abs(other).max()
+        np.testing.assert_allclose(one / scale, other / scale, atol=3e-6)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_programs_without_ynnpack(known, monkeypatch):
+    if not known:
+        monkeypatch.setattr(module, "KNOWN_UNTIL", (0, 1))
+    scaled = module.jit(lambda x, *, by: by * x, static_argnames="by")
+    np.testing.assert_array_equal(scaled(jnp.arange(3), by=2), [0, 2, 4])
+    # Of another version it is `jax.jit`'s own.
+    assert known != hasattr(scaled, "lower")
