@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from tripletjax.learn import convolution as module
+from tripletjax.learn import models
 from tripletjax.learn.convolution import convolution
 
 SAME = "SAME"
@@ -126,6 +128,38 @@ def test_a_batch_split_over_devices(way, stride):
     for one, other in zip(jax.jit(function)(split, whole), expected, strict=True):
         scale = np.abs(other).max()
         np.testing.assert_allclose(one / scale, other / scale, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.EmbeddingCNN(4, channels=(8, 8), in_channels=3, rngs=nnx.Rngs(0)),
+        models.EmbeddingResNet(4, channels=(8, 16), blocks=1, rngs=nnx.Rngs(0)),
+        models.EmbeddingPhotoNet(
+            4, size=(16, 18), channels=(8, 8), in_channels=3, rngs=nnx.Rngs(0)
+        ),
+        models.MultiScaleCNN(4, channels=(8, 8), shallow=8, rngs=nnx.Rngs(0)),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_networks_on_explicit_meshes(model):
+    graph, params = nnx.split(model)
+    x, _ = images_and_kernel((8, 16, 18, 3), (1, 1))
+
+    def summed(params, x):
+        return (nnx.merge(graph, params)(x)[:, 0] ** 3).sum()
+
+    expected = jax.jit(jax.grad(summed))(params, x)
+    mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, P()), jax.device_put(x, P("data"))
+        got = jax.jit(jax.grad(summed))(*placed)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest),
+        got,
+        expected,
+    )
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from tripletjax._pairwise.mesh import vary_alike
 
@@ -121,6 +122,9 @@ def _convolved_back(
         along_x = jax.vjp(convolved, x)[1](along)
         return *along_x, _gradient_of_kernel(x, kernel, along, stride, padding)
 
+    if lies_along(kept[0]):
+        # Products of parts of the batch would have to say how they are put together.
+        return by_xla(*kept, along)
     return jax.lax.platform_dependent(*kept, along, cpu=on_cpus, default=by_xla)
 
 
@@ -213,12 +217,26 @@ def _without_stride(
         kernel = padded(kernel, axis - 1, 0, blocks * stride - size)
         counts.append((wanted, blocks))
     (rows, down), (columns, across) = counts
-    n, channels = x.shape[0], x.shape[-1]
-    x = x.reshape(n, rows, stride, columns, stride, channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows, columns, -1)
+    channels = x.shape[-1]
+    x = cut(x, rows, stride, columns, stride, channels)
+    x = cut(x.transpose(0, 1, 3, 2, 4, 5), rows, columns, stride * stride * channels)
     kernel = kernel.reshape(down, stride, across, stride, channels, -1)
     kernel = kernel.transpose(0, 2, 1, 3, 4, 5)
     return x, kernel.reshape(down, across, stride * stride * channels, -1)
+
+
+def lies_along(x: Array) -> bool:
+    """Whether its type says that x is split over axes of an Explicit mesh."""
+    return any(axes is not None for axes in jax.typeof(x).sharding.spec)
+
+
+def cut(x: Array, *sizes: int) -> Array:
+    """Images ``[n, ...]`` as ``[n, *sizes]``, split over devices as they were."""
+    shape = x.shape[0], *sizes
+    if not lies_along(x):
+        return x.reshape(shape)
+    split = PartitionSpec(jax.typeof(x).sharding.spec[0], *[None] * len(sizes))
+    return jax.lax.reshape(x, shape, out_sharding=split)
 
 
 def padded(

@@ -1,6 +1,7 @@
 """Embedding networks in Flax NNX."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from tripletjax.learn.convolution import convolution, padded
+from tripletjax.learn.convolution import convolution, cut, padded
 
 # What a network makes of the last feature map.
 HEADS = ("grid", "mean")
@@ -203,7 +204,7 @@ class EmbeddingPhotoNet(nnx.Module):
                 x = jax.nn.relu(layer(x))
         x = self.norm(x)
         if self.grid:
-            x = x.reshape(x.shape[0], -1)
+            x = cut(x, math.prod(x.shape[1:]))
         else:
             x = jnp.concatenate([x.mean(axis=(1, 2)), largest(x, (1, 2))], axis=-1)
         return unit_norm(self.head(x))
@@ -259,10 +260,10 @@ class MultiScaleCNN(nnx.Module):
         for path, side in zip(self.paths, (64, 32)):
             # Coarse images of one size, whatever the size of the images.
             x = path(_resized(images, side))
-            n, height, _, channels = x.shape
+            _, height, _, channels = x.shape
             # The mean of each of 4 x 4 places.
-            x = x.reshape(n, 4, height // 4, 4, height // 4, channels).mean((2, 4))
-            parts.append(unit_norm(x.reshape(n, -1)))
+            x = cut(x, 4, height // 4, 4, height // 4, channels).mean((2, 4))
+            parts.append(unit_norm(cut(x, 16 * channels)))
         return unit_norm(self.head(jnp.concatenate(parts, axis=-1)))
 
 
@@ -554,10 +555,10 @@ def _even(x: Array) -> Array:
 def space_to_depth(x: Array) -> Array:
     """Every 2 x 2 pixels as one with four times the channels; odd sides are padded."""
     x = _even(x)
-    n, height, width, channels = x.shape
+    _, height, width, channels = x.shape
     height, width = height // 2, width // 2
-    x = x.reshape(n, height, 2, width, 2, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(n, height, width, 4 * channels)
+    x = cut(x, height, 2, width, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    return cut(x, height, width, 4 * channels)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -587,8 +588,8 @@ def halved(x: Array, of: Callable[..., Array] = largest) -> Array:
     XLA's gradient of pooling by windows takes 7 times longer on CPUs.
     """
     x = _even(x)
-    n, height, width, channels = x.shape
-    return of(x.reshape(n, height // 2, 2, width // 2, 2, channels), (2, 4))
+    _, height, width, channels = x.shape
+    return of(cut(x, height // 2, 2, width // 2, 2, channels), (2, 4))
 
 
 def unit_norm(x: Array) -> Array:
