@@ -162,6 +162,13 @@ def test_networks_on_explicit_meshes(model):
     )
 
 
+@pytest.mark.parametrize("kind", [models.EmbeddingCNN, models.EmbeddingResNet])
+def test_networks_of_one_kind_are_compiled_once(kind):
+    one, other = (nnx.graphdef(kind(4, rngs=nnx.Rngs(seed))) for seed in range(2))
+    assert one == other
+    assert hash(one) == hash(other)
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_programs_without_ynnpack(known, monkeypatch):
     if not known:

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -372,19 +373,23 @@ def _conv(
     dtype: DTypeLike | None,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    def convolved(x, kernel, strides, padding, **_):
-        return convolution(x, kernel, strides[0], padding)
-
     return nnx.Conv(
         in_channels,
         out_channels,
         size,
         stride,
         use_bias=False,
-        conv_general_dilated=convolved,
+        conv_general_dilated=_convolved,
         dtype=dtype,
         rngs=rngs,
     )
+
+
+def _convolved(
+    x: Array, kernel: Array, strides: Sequence[int], padding: Any, **_: Any
+) -> Array:
+    """As Flax calls it. One function of all layers: networks are told apart by it."""
+    return convolution(x, kernel, strides[0], padding)
 
 
 class Standardized(nnx.Module):
