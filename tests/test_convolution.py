@@ -39,6 +39,14 @@ def images_and_kernel(shape, size, *, dtype=np.float32):
     return [jnp.asarray(array, dtype) for array in arrays]
 
 
+def test_space_to_depth_keeps_every_pixel():
+    x = jnp.arange(2 * 4 * 6 * 2.0).reshape(2, 4, 6, 2)
+    y = module.space_to_depth(x, 2)
+    assert y.shape == (2, 2, 3, 8)
+    np.testing.assert_array_equal(y[1, 0, 1], x[1, :2, 2:4].ravel())
+    np.testing.assert_array_equal(y[0, 1, 0], x[0, 2:, :2].ravel())
+
+
 @pytest.mark.parametrize(
     ("shape", "size", "stride", "padding"),
     [

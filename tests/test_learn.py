@@ -164,14 +164,6 @@ def test_group_norm_is_that_of_flax():
         models.GroupNorm(12)
 
 
-def test_space_to_depth_keeps_every_pixel():
-    x = jnp.arange(2 * 3 * 4 * 2.0).reshape(2, 3, 4, 2)
-    y = models.space_to_depth(x)
-    assert y.shape == (2, 2, 2, 8)
-    np.testing.assert_array_equal(y[1, 0, 1], x[1, :2, 2:].ravel())
-    np.testing.assert_array_equal(y[0, 1, 0, :4], x[0, 2, :2].ravel())
-
-
 def test_a_photo_network_says_what_it_takes():
     with pytest.raises(ValueError, match="head must be one of grid, mean, got 'flat'"):
         models.EmbeddingPhotoNet(head="flat", rngs=nnx.Rngs(0))

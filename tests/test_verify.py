@@ -210,11 +210,14 @@ def test_copies_in_different_classes_leave_no_threshold(tmp_path):
         assert "empty.png" in told
     # With enough pairs of them it is chosen below all distances.
     pairs = PairDistances.of_all(np.ones((80, 2), np.float32), np.arange(80) % 8)
+    metrics = pairs.evaluate((0.01,))
     chosen = calibrate(
         pairs,
         embedder="ones",
         data="nowhere",
         far=0.01,
+        threshold=float(metrics.thresholds[0]),
+        tar=float(metrics.tar_at_far[0]),
         vectors=np.ones((80, 2), np.float32),
         names=(np.arange(80) % 8).astype(str),
     )
@@ -352,6 +355,8 @@ def test_no_pairs_have_no_distances():
             embedder="e",
             data="nowhere",
             far=0.01,
+            threshold=0.0,
+            tar=0.0,
             vectors=np.zeros((2, 2), np.float32),
             names=np.array(["a", "b"]),
         )

@@ -48,9 +48,9 @@ def search_rows(sorted_rows: Array, values: Array, *, side: str) -> Array:
 
 def ordered_bits(x: Array) -> Array:
     """Integers in the order of floats, which XLA sorts several times faster on CPUs."""
-    kind = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
-    bits = jax.lax.bitcast_convert_type(x + 0.0, kind)
-    last = jnp.iinfo(kind).max
+    dtype = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+    bits = jax.lax.bitcast_convert_type(x + 0.0, dtype)
+    last = jnp.iinfo(dtype).max
     # A NaN, which may have a sign, comes after all numbers and before what is no float.
     return jnp.where(jnp.isnan(x), last - 1, jnp.where(bits < 0, bits ^ last, bits))
 

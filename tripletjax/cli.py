@@ -334,14 +334,14 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     resume, tensorboard = given["resume"], given.pop("tensorboard")
     on = placement.Placement(placement.mesh_of(given.pop("devices")))
     # Data may be elsewhere on another machine; all else is what the first is given.
-    where = preparation.PLACES
-    places = {name: given[name] for name in where if given[name] is not None}
+    where = preparation.LOCATIONS
+    locations = {name: given[name] for name in where if given[name] is not None}
     options = {k: v for k, v in given.items() if k not in (*where, "out")}
     if (first := on.of_first(lambda: options)) != options:
         differ = [name for name in options if options[name] != first.get(name)]
         parser.error(f"process 0 is given other options than this: {', '.join(differ)}")
     config, out = on.of_first(lambda: _asked_of(parser, given))
-    config = dataclasses.replace(config, **places)
+    config = dataclasses.replace(config, **locations)
     try:
         evaluations = runs.run(
             config, out, resume=resume, tensorboard=tensorboard, mesh=on.mesh
@@ -656,10 +656,10 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         called = name.replace(":", "-") if name else folder.resolve().name
         out = free_path(run / "verifications" / (called or "data"))
     evaluation.check_empty(out)
-    with verify.folder_of(str(folder)) as place:
+    with verify.folder_of(str(folder)) as path:
         found = verify.evaluate(
             embedder,
-            place,
+            path,
             far=given["far"],
             pairs_file=given["pairs"],
             classes_from=given["classes_from"],

@@ -124,7 +124,7 @@ class Metric:
     def against(self, x: Array, y: Array, itself: Array) -> Array:
         """The distances ``[n, m]`` of checked vectors ``[n, d]`` and ``[m, d]``.
 
-        Zero, and not differentiated, at the place `itself` ``[n]`` of each x among y.
+        Zero, and not differentiated, at the index `itself` ``[n]`` of each x among y.
         """
         matrix = self._functions[1]
         if matrix is None:
@@ -198,10 +198,10 @@ def _every_pair(
         distance = paired(a, jnp.where(itself, a + 1, b))
         return jnp.where(itself, 0, distance)
 
-    def row(place_and_a: tuple[Array, Array]) -> Array:
-        place, a = place_and_a
+    def row(index_and_a: tuple[Array, Array]) -> Array:
+        index, a = index_and_a
         return jax.vmap(compare, in_axes=(0, None, 0))(
-            jnp.arange(len(y)) == place, a, y
+            jnp.arange(len(y)) == index, a, y
         )
 
     rows = max(1, min(len(x), 2**20 // y.size))

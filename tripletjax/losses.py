@@ -467,11 +467,11 @@ def triplet_loss(
             f"triplets have shape {shape}, which does not begin with the batch "
             f"dimensions of distances, whose shape is {distances.shape}."
         )
-    kinds = (*[("integers", jnp.integer)] * 3, ("boolean", jnp.bool_))
-    for name, field, (kind, dtype) in zip(triplets._fields, triplets, kinds):
+    expected = (*[("integers", jnp.integer)] * 3, ("boolean", jnp.bool_))
+    for name, field, (word, dtype) in zip(triplets._fields, triplets, expected):
         if not jnp.issubdtype(jnp.result_type(field), dtype):
             raise TypeError(
-                f"triplets.{name} must be {kind}, got dtype {jnp.result_type(field)}."
+                f"triplets.{name} must be {word}, got dtype {jnp.result_type(field)}."
             )
 
     # Indices out of range would be clipped, wrapped or dropped: they give NaN instead.

@@ -84,11 +84,11 @@ def create(
     for name, value in (("size", size), ("dim", dim)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    for name, value, kind, told in (
+    for name, value, wanted, told in (
         ("dtype", dtype, jnp.floating, "a floating dtype"),
         ("label_dtype", label_dtype, jnp.integer, "an integer dtype"),
     ):
-        if not jnp.issubdtype(jnp.dtype(value), kind):
+        if not jnp.issubdtype(jnp.dtype(value), wanted):
             raise TypeError(f"{name} must be {told}, got {value!r}.")
     return Memory(
         jnp.zeros((size, dim), dtype),
@@ -140,11 +140,11 @@ def push(
     x, labels, where = _checked(memory, embeddings, labels, where)
     size, n = len(memory.valid), len(x)
     written = jnp.ones(n, bool) if where is None else where
-    place = jnp.cumsum(written, dtype=jnp.int32) - 1
-    count = place[-1] + 1
+    rank = jnp.cumsum(written, dtype=jnp.int32) - 1
+    count = rank[-1] + 1
     # Of what would be written twice, the last is.
-    written &= place >= count - size
-    slot = jnp.where(written, (memory.position + place) % size, size)
+    written &= rank >= count - size
+    slot = jnp.where(written, (memory.position + rank) % size, size)
 
     def put(old: Array, new: Array) -> Array:
         new = lax.stop_gradient(new).astype(old.dtype)

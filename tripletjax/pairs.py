@@ -58,8 +58,8 @@ def pair_masks(
             dtype: ``[n]``, or ``[..., n, k]`` where a label is a row of k numbers.
         reference_labels: the same for m references. If not given, the anchors are
             their own references (m = n).
-        positions: integers ``[..., n]``: the place of each anchor among the
-            references, so that it is never paired with itself; a place outside 0 to
+        positions: integers ``[..., n]``: the index of each anchor among the
+            references, so that it is never paired with itself; an index outside 0 to
             m - 1 (such as -1) means that it is not among them. If not given, the
             diagonal without `reference_labels`, and nowhere with them.
         where: bool ``[..., n]``, True for real anchors and False for padding.
@@ -265,11 +265,11 @@ def _labels_of(
 
 
 def _of_items(
-    name: str, values: ArrayLike | None, what: str, shape: tuple[int, ...], kind: Any
+    name: str, values: ArrayLike | None, what: str, shape: tuple[int, ...], dtype: Any
 ) -> Array | None:
     if values is None:
         return None
-    return _broadcast(name, per_item(name, values, shape[-1], what, kind), shape)
+    return _broadcast(name, per_item(name, values, shape[-1], what, dtype), shape)
 
 
 def _of_pairs(
@@ -343,9 +343,9 @@ def keep_pairs(
     return masks
 
 
-def per_item(name: str, values: ArrayLike, size: int, what: str, kind: Any) -> Array:
-    values = jnp.asarray(values) if kind is jnp.integer else as_boolean(name, values)
-    if not jnp.issubdtype(values.dtype, kind):
+def per_item(name: str, values: ArrayLike, size: int, what: str, dtype: Any) -> Array:
+    values = jnp.asarray(values) if dtype is jnp.integer else as_boolean(name, values)
+    if not jnp.issubdtype(values.dtype, dtype):
         raise TypeError(f"{name} must be integers, got dtype {values.dtype}.")
     if values.ndim < 1 or values.shape[-1] != size:
         raise ValueError(

@@ -252,10 +252,10 @@ def _positives(metric: Metric, batch: Batch, size: int) -> tuple[Array, Array]:
     def distance(slot: Array) -> Array:
         anchor = jnp.searchsorted(ends, slot, side="right")
         anchor = jnp.minimum(anchor, len(ends) - 1)
-        place = classes.start[anchor] + slot - (ends - counts)[anchor]
+        at = classes.start[anchor] + slot - (ends - counts)[anchor]
         if batch.square:
-            place += before[anchor] + 1
-        index = classes.order[jnp.clip(place, 0, len(y) - 1)]
+            at += before[anchor] + 1
+        index = classes.order[jnp.clip(at, 0, len(y) - 1)]
         distance = metric.between(x[anchor], y[index])
         return jnp.where(slot < ends[-1], distance, jnp.inf)
 
@@ -657,7 +657,7 @@ def _bootstrap(
     order = jnp.argsort(ours)
     ours, us = ours[order], us[order]
     broken = jnp.isnan(ours).any() | jnp.isnan(theirs).any()
-    # The place of every negative among the positives, and of the last equal positive,
+    # The rank of every negative among the positives, and of the last equal positive,
     # are found once; what a replicate counts is sums of its weights.
     slots = [jnp.searchsorted(ours, theirs, side=side) for side in ("right", "left")]
     first, last = (jnp.searchsorted(ours, ours, side=s) for s in ("left", "right"))
@@ -744,8 +744,8 @@ class _Curve(NamedTuple):
 
 def _following(distances: Array, thresholds: Array) -> Array:
     """The least of sorted distances that is over each threshold, or infinity."""
-    place = jnp.searchsorted(distances, thresholds, side="right")
-    return jnp.append(distances, jnp.inf)[place]
+    index = jnp.searchsorted(distances, thresholds, side="right")
+    return jnp.append(distances, jnp.inf)[index]
 
 
 def _exactly(

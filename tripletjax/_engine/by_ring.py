@@ -50,7 +50,7 @@ class Ring(NamedTuple):
     Attributes:
         spec: what to sum up.
         batch: own vectors, with labels and `where` of all references.
-        classes: the positives of own anchors, by their places among all references.
+        classes: the positives of own anchors, by their indices among all references.
         axis_name: of the mesh axes that the ring goes along.
         margin: of the loss.
         weights: of own anchors in the gradient ``[n]``, all 1 if None.
@@ -113,8 +113,8 @@ class Ring(NamedTuple):
 
     def positives(self, first: Index) -> tuple[Array, Array]:
         """Some positives ``[MAX_TILE_POSITIVES, n]``, and which of them there are."""
-        place = first + jnp.arange(MAX_TILE_POSITIVES)
-        return jax.vmap(lambda r: self.classes.positive(r, 0, self.n))(place)
+        index = first + jnp.arange(MAX_TILE_POSITIVES)
+        return jax.vmap(lambda r: self.classes.positive(r, 0, self.n))(index)
 
     def squares(self, index: Array, count: Index) -> Array:
         """Half the squared differences to references ``[k, n]``."""
@@ -174,7 +174,7 @@ class Ring(NamedTuple):
     def least(
         self, find: Callable[[Tiles], tuple[Array, Array]], shape: tuple[int, ...]
     ) -> tuple[Array, Array]:
-        """The least of what is found in each part, and the first of its places.
+        """The least of what is found in each part, and the first of its indices.
 
         Infinity, and 0, where nothing is found.
         """
@@ -193,14 +193,14 @@ class Ring(NamedTuple):
         return value, jnp.where(value < jnp.inf, index, 0)
 
     def nearest(self, bounds: Array | None, count: Index) -> tuple[Array, Array]:
-        """Half squares and places ``[k, n]`` of nearest negatives beyond bounds."""
+        """Half squares and indices ``[k, n]`` of nearest negatives beyond bounds."""
         k = 1 if bounds is None else len(bounds)
         return self.least(
             lambda tiles: nearest_negatives(tiles, bounds, count), (k, self.n)
         )
 
     def farthest(self, wanted: Array) -> Array:
-        """The places ``[n]`` of farthest negatives of the anchors that want one."""
+        """The indices ``[n]`` of farthest negatives of the anchors that want one."""
 
         def find(tiles: Tiles) -> tuple[Array, Array]:
             value, index = farthest_negatives(tiles, wanted)

@@ -260,9 +260,9 @@ def add_all_negatives(
         if weights is not None:
             weight = rows_at(weights, start, rows.shape[1])
             by_an = by_an * jnp.expand_dims(weight, axis)
-        place = (lax.convert_element_type(r, start.dtype), start)
-        new = lax.dynamic_slice(sums.by_positive, place, rows.shape) + rows * weight
-        by_positive = lax.dynamic_update_slice(sums.by_positive, new, place)
+        corner = (lax.convert_element_type(r, start.dtype), start)
+        new = lax.dynamic_slice(sums.by_positive, corner, rows.shape) + rows * weight
+        by_positive = lax.dynamic_update_slice(sums.by_positive, new, corner)
         sums = sums._replace(by_positive=by_positive)
         if of_both:
             by_margin = jnp.sum(sum_in_one_loop(add_up(by_all), axis) * weight)

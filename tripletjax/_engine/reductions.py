@@ -44,20 +44,20 @@ def packed_counts(masks: list[Array], axis: int) -> Array:
 
 
 def min_and_index(x: Array, limit: Array, axis: int) -> tuple[Array, Array]:
-    """Minima beyond a limit along an axis, and their first places.
+    """Minima beyond a limit along an axis, and their first indices.
 
     Plain minima are several times faster than a reduction to the index, and on TPUs
     several of one tile are made together.
     """
     value = jnp.min(jnp.where(x > limit, x, jnp.inf), axis=axis)
-    places = jnp.expand_dims(jnp.arange(x.shape[axis], dtype=x.dtype), 1 - axis)
+    indices = jnp.expand_dims(jnp.arange(x.shape[axis], dtype=x.dtype), 1 - axis)
     hit = x == jnp.expand_dims(value, axis)
-    place = jnp.min(jnp.where(hit, places, x.shape[axis] - 1), axis=axis)
-    return value, place.astype(jnp.int32)
+    index = jnp.min(jnp.where(hit, indices, x.shape[axis] - 1), axis=axis)
+    return value, index.astype(jnp.int32)
 
 
 def min_and_index_of_all(x: Array, axis: int, *, plain: bool) -> tuple[Array, Array]:
-    """Minima along an axis, and their first places."""
+    """Minima along an axis, and their first indices."""
     if plain:
         return jnp.min(x, axis), jnp.argmin(x, axis).astype(jnp.int32)
     # Minima of runs of 32, and then a look into the run that has it.

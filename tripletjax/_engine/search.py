@@ -92,11 +92,11 @@ def nearest_negatives(
                 ]
             new = [jnp.stack(x) for x in zip(*found)]
             new[1] += first
-            place = (lax.convert_element_type(k, start.dtype), start)
-            old = [lax.dynamic_slice(x, place, new[0].shape) for x in state]
+            corner = (lax.convert_element_type(k, start.dtype), start)
+            old = [lax.dynamic_slice(x, corner, new[0].shape) for x in state]
             better = (new[0] < old[0]) | ((new[0] == old[0]) & (new[1] < old[1]))
             return tuple(
-                lax.dynamic_update_slice(x, jnp.where(better, one, other), place)
+                lax.dynamic_update_slice(x, jnp.where(better, one, other), corner)
                 for x, one, other in zip(state, new, old)
             )
 

@@ -16,7 +16,7 @@ class ClassIndex(NamedTuple):
     Attributes:
         order: references sorted by label ``[m]``, those that are padding last.
         start: where an anchor's class begins in it ``[n]``.
-        rank: the anchor's own place in its class, or m ``[n]``.
+        rank: the anchor's own rank in its class, or m ``[n]``.
         positives: how many positives an anchor has ``[n]``; none if it is padding.
         negatives: how many negatives ``[n]``.
         max_positives: the most positives of any anchor.
@@ -45,13 +45,13 @@ class ClassIndex(NamedTuple):
             # Padding, whose labels are not in order, does not take part in a search.
             last = jnp.iinfo(ordered.dtype).max
             ordered = jnp.where(index < size, ordered, last)
-        places = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
+        inverse = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
         if batch.square:
             # Every anchor is in there, and need not be searched for.
             first = (ordered != jnp.roll(ordered, 1)) | (index == 0) | (index == size)
             last = jnp.roll(first, -1)
-            start = lax.cummax(jnp.where(first, index, 0))[places]
-            end = lax.cummin(jnp.where(last, index + 1, m), reverse=True)[places]
+            start = lax.cummax(jnp.where(first, index, 0))[inverse]
+            end = lax.cummin(jnp.where(last, index + 1, m), reverse=True)[inverse]
         else:
             start = jnp.searchsorted(ordered, labels, side="left")
             end = jnp.searchsorted(ordered, labels, side="right")
@@ -64,12 +64,12 @@ class ClassIndex(NamedTuple):
             itself = matches = jnp.zeros_like(labels, bool)
             rank = jnp.full_like(start, m)
         else:
-            place = jnp.clip(positions, 0, m - 1)
-            itself = place == positions
+            own = jnp.clip(positions, 0, m - 1)
+            itself = own == positions
             if real is not None:
-                itself &= real[place]
-            matches = itself & (references[place] == labels)
-            rank = jnp.where(matches, places[place] - start, m)
+                itself &= real[own]
+            matches = itself & (references[own] == labels)
+            rank = jnp.where(matches, inverse[own] - start, m)
         positives = alike - matches
         negatives = size - alike - (itself & ~matches)
         if where is not None:
@@ -82,8 +82,8 @@ class ClassIndex(NamedTuple):
         first, rank, count = (
             rows_at(x, start, size) for x in (self.start, self.rank, self.positives)
         )
-        place = jnp.minimum(first + r + (r >= rank), len(self.order) - 1)
-        return self.order[place], r < count
+        slot = jnp.minimum(first + r + (r >= rank), len(self.order) - 1)
+        return self.order[slot], r < count
 
     def count_triplets(self, start: Index, size: int, like: Array) -> Array:
         """How many triplets a block of anchors has, as numbers of an array's dtype."""
@@ -97,6 +97,6 @@ class ClassIndex(NamedTuple):
         self, first: Index, count: int, start: Index, size: int
     ) -> tuple[Array, Array]:
         """The positives from the first on ``[size, count]`` of a block of anchors."""
-        place = first + jnp.arange(count)
-        index, found = jax.vmap(lambda r: self.positive(r, start, size))(place)
+        ranks = first + jnp.arange(count)
+        index, found = jax.vmap(lambda r: self.positive(r, start, size))(ranks)
         return index.T, found.T

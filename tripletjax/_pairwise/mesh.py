@@ -21,14 +21,14 @@ def check_split(x: Array, axis_name: AxisName, *, what: str = "embeddings") -> N
         ValueError: if there are no such axes here, or all devices have the same.
     """
     try:
-        place = lax.axis_index(axis_name)
+        index = lax.axis_index(axis_name)
     except NameError:
         raise ValueError(
             f"axis_name is {axis_name!r}, but no such mesh axis is mapped over here: "
             "call it inside jax.shard_map, or under jax.set_mesh with a mesh that has "
             "the axis."
         ) from None
-    if missing := (_varying_axes(place) - _varying_axes(x)) & {*names_of(axis_name)}:
+    if missing := (_varying_axes(index) - _varying_axes(x)) & {*names_of(axis_name)}:
         raise ValueError(
             f"axis_name is {axis_name!r}, but {what} are the same on every device "
             f"along {', '.join(sorted(missing))}: in_specs must split their rows over "

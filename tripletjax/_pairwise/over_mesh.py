@@ -27,7 +27,7 @@ ANCHOR_ROWS = "embeddings", "labels", "positions", "where"
 REFERENCE_ROWS = "references", "reference_labels", "reference_where"
 ARRAYS = (*ANCHOR_ROWS, *REFERENCE_ROWS, "margin")
 
-# From a device's result and the place of its first row to what the devices' results
+# From a device's result and the index of its first row to what the devices' results
 # are then concatenated of; and from that, the number of rows and the options to the
 # result.
 OfDevice = Callable[[Any, Array], Any]

@@ -155,13 +155,13 @@ class Tiles(NamedTuple):
             devices, me = lax.axis_size(self.axis_name), lax.axis_index(self.axis_name)
 
         def cut(i: Array | int) -> TileInputs:
-            place = i * devices + me
-            i = jnp.minimum(place, len(rows) - 1)
+            index = i * devices + me
+            i = jnp.minimum(index, len(rows) - 1)
             parts = self.parts(rows[i], columns[i])
             if devices == 1:
                 return parts
             # One that has no tile left looks at what does not count.
-            halves = jnp.where(place < len(rows), parts.halves, jnp.inf)
+            halves = jnp.where(index < len(rows), parts.halves, jnp.inf)
             return parts._replace(halves=halves)
 
         def step(_: Array, parts: TileInputs, state: Any) -> Any:

@@ -154,16 +154,20 @@ def calibrate(
     embedder: str,
     data: str,
     far: float,
+    threshold: float,
+    tar: float,
     vectors: np.ndarray,
     names: np.ndarray,
 ) -> Calibration:
-    """A threshold at a false accept rate.
+    """A threshold at a false accept rate, with a chance for every distance.
 
     Args:
         pairs: distances of pairs of classes that were not trained on.
         embedder: the key of the embedding.
         data: what the pairs are of.
         far: the false accept rate, a share.
+        threshold: the distance at that rate, as `tripletjax.verification` measures it.
+        tar: the true accept rate there, likewise.
         vectors: of the images ``[n, d]``.
         names: of their classes ``[n]``.
 
@@ -174,7 +178,6 @@ def calibrate(
     check_enough(pairs.all_different, far)
     if not len(pairs.same):
         raise ValueError(f"{data} has no two images of one class.")
-    metrics = pairs.evaluate((far,))
     distances, same = pairs.listed
     # As if there were as many same pairs as different ones.
     fitted = LogisticRegression(class_weight="balanced").fit(
@@ -186,12 +189,12 @@ def calibrate(
         data=data,
         images=len(vectors),
         classes=len(np.unique(names)),
-        same=int(metrics.positives),
-        different=int(metrics.negatives),
+        same=pairs.all_same,
+        different=pairs.all_different,
         far=far,
         # Below all distances, if none is to be accepted.
-        threshold=max(float(metrics.thresholds[0]), -1.0),
-        tar=float(metrics.tar_at_far[0]),
+        threshold=max(threshold, -1.0),
+        tar=tar,
         slope=float(fitted.coef_[0, 0]),
         intercept=float(fitted.intercept_[0]),
         vectors=vectors[np.sort(some)],

@@ -257,13 +257,13 @@ def _weights(size: int, start: float, end: float, out: int) -> np.ndarray | None
     scale = (end - start) / out
     spread = max(scale, 1.0)
     weights = np.zeros((out, size))
-    for place in range(out):
-        centre = start + (place + 0.5) * scale
+    for index in range(out):
+        centre = start + (index + 0.5) * scale
         first = max(int(centre - 3 * spread + 0.5), 0)
         last = min(int(centre + 3 * spread + 0.5), size)
         x = (np.arange(first, last) - centre + 0.5) / spread
         near = np.where(np.abs(x) <= 3, np.sinc(x) * np.sinc(x / 3), 0)
-        weights[place, first:last] = near / near.sum()
+        weights[index, first:last] = near / near.sum()
     fixed = weights * HALF**2
     return np.trunc(fixed + np.where(fixed < 0, -0.5, 0.5)).astype(np.int64)
 

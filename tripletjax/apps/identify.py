@@ -60,14 +60,14 @@ class Gallery:
             for path, name in zip(found.paths, found.classes)
         }
         paths, x = index.vectors()
-        places = [place for place, path in enumerate(paths) if path in classes]
-        if not places:
+        rows = [row for row, path in enumerate(paths) if path in classes]
+        if not rows:
             raise ValueError(f"{index.folder} has no images that can be read.")
         names, labels = np.unique(
-            [classes[paths[place]] for place in places], return_inverse=True
+            [classes[paths[row]] for row in rows], return_inverse=True
         )
-        paths = tuple(paths[place] for place in places)
-        return cls(x[places], labels, tuple(map(str, names)), paths, means, found.notes)
+        paths = tuple(paths[row] for row in rows)
+        return cls(x[rows], labels, tuple(map(str, names)), paths, means, found.notes)
 
     def without(self, path: str) -> "Gallery":
         """The same without an image, and its class if it has no other."""

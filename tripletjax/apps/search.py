@@ -379,7 +379,7 @@ class Index:
         vectors: dict[str, np.ndarray],
         stamps: dict[str, str],
     ) -> None:
-        """Puts images in, or in the place of those of the same paths."""
+        """Puts images in, or replaces those of the same paths."""
         if not digests:
             return
         x = np.stack([vectors[digest] for digest in digests.values()])

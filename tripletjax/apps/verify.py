@@ -154,10 +154,10 @@ def evaluate(
             notes += _same_names(embedder, found.names)
         notes += [*filter(None, [evaluation.sizes_worth_telling(found.labels)])]
     else:
-        places, same, fold, broken = _places(protocol, folder, found)
+        indices, same, fold, broken = _indices_of_pairs(protocol, folder, found)
         if broken:
             notes.append(f"{broken:,} pairs are left out, of images that are skipped")
-        pairs = PairDistances.of_given(found.x, found.labels, places, same)
+        pairs = PairDistances.of_given(found.x, found.labels, indices, same)
         fold = np.concatenate([fold[same], fold[~same]])
     if not len(pairs.same) or not len(pairs.different):
         kind = "the same class" if not len(pairs.same) else "different classes"
@@ -175,7 +175,9 @@ def evaluate(
             )
 
     fars = tuple(f for f in evaluation.FARS if f * pairs.all_different >= 1)
-    measured = evaluation.of_metrics(pairs.evaluate(fars or (1.0,)), fars)
+    chosen_far = FAR if far is None else far
+    # All pairs are gone over once, for the report and for the threshold.
+    metrics = pairs.evaluate((*fars, chosen_far))
     report = {
         "what": REPORT,
         "embedder": embedder.key,
@@ -185,7 +187,7 @@ def evaluate(
         else encoded(Path(pairs_file or "").resolve()),
         "images": len(found.labels),
         "classes": len(found.names),
-        "verification": measured,
+        "verification": evaluation.of_metrics(metrics, fars),
         "intervals": _intervals(pairs, fars, replicates, progress),
         "k_fold": _folds(pairs, found, fold),
     }
@@ -196,7 +198,9 @@ def evaluate(
             pairs,
             embedder=embedder.key,
             data=called,
-            far=FAR if far is None else far,
+            far=chosen_far,
+            threshold=float(metrics.thresholds[-1]),
+            tar=float(metrics.tar_at_far[-1]),
             vectors=found.x,
             names=names,
         )
@@ -262,23 +266,25 @@ def _same_names(embedder: ImageEmbedder, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _places(
+def _indices_of_pairs(
     protocol: Any, folder: Path, found: evaluation.Embedded
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Numbers of the images of given pairs, by their paths without suffixes."""
     root = folder.resolve()
     paths = [file.relative_to(root).as_posix() for file in found.files]
-    place = {_stem(path): number for number, path in enumerate(paths)}
+    index_of = {_stem(path): number for number, path in enumerate(paths)}
     broken = {_stem(line.partition(": ")[0]) for line in found.skipped}
     pairs = [*zip(_stems(protocol.first), _stems(protocol.second))]
-    missing = sorted({p for both in pairs for p in both} - place.keys() - broken)
+    missing = sorted({p for both in pairs for p in both} - index_of.keys() - broken)
     if missing:
         raise FileNotFoundError(
             f"the file of pairs names {len(missing):,} images that are not in "
             f"{folder}, such as {missing[0]}."
         )
-    there = np.array([all(path in place for path in both) for both in pairs])
-    numbers = [[place[path] for path in both] for both, ok in zip(pairs, there) if ok]
+    there = np.array([all(path in index_of for path in both) for both in pairs])
+    numbers = [
+        [index_of[path] for path in both] for both, ok in zip(pairs, there) if ok
+    ]
     return (
         np.array(numbers, int).reshape(-1, 2),
         protocol.same[there],
@@ -387,11 +393,11 @@ def _worst(pairs: PairDistances) -> tuple:
         images: np.ndarray, distances: np.ndarray, order: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         seen, kept = set(), []
-        for place in order.tolist():
-            who = tuple(sorted(pairs.labels[images[place]].tolist()))
+        for index in order.tolist():
+            who = tuple(sorted(pairs.labels[images[index]].tolist()))
             if who not in seen:
                 seen.add(who)
-                kept.append(place)
+                kept.append(index)
             if len(kept) == WORST:
                 break
         return images[kept], distances[kept]

@@ -103,12 +103,12 @@ def random_erase(key: Array, images: Array, share: float) -> Array:
     n, height, width, _ = images.shape
     draws = jax.random.uniform(key, (5, n, 1, 1, 1))
     inside = draws[4] < share
-    for side, (place, extent) in zip(
+    for side, (fraction, extent) in zip(
         (jnp.arange(height)[:, None, None], jnp.arange(width)[:, None]),
         (draws[:2], draws[2:4]),
     ):
         length = (0.1 + 0.3 * extent) * len(side.ravel())
-        start = place * (len(side.ravel()) - length)
+        start = fraction * (len(side.ravel()) - length)
         inside &= (side >= start) & (side < start + length)
     return jnp.where(inside, 0.5, images)
 

@@ -15,7 +15,7 @@ class Catalogue:
     """The images of a prepared dataset that have a label.
 
     Attributes:
-        places: of these records among all.
+        indices: of these records among all.
         labels: int32, of the same length.
         names: what each label stands for.
         unlabelled: how many other records there are.
@@ -25,7 +25,7 @@ class Catalogue:
         encoded: all records, with images as they are stored.
     """
 
-    places: list[int]
+    indices: list[int]
     labels: np.ndarray
     names: tuple[str, ...]
     unlabelled: int
@@ -91,37 +91,37 @@ class Catalogue:
             found, labels = np.unique(told, return_inverse=True)
             labels, names = labels.astype(np.int32), tuple(map(str, found))
         # Records of which the label is not known have a negative one.
-        places = np.flatnonzero(labels >= 0)
+        indices = np.flatnonzero(labels >= 0)
         return cls(
-            places.tolist(),
-            labels[places],
+            indices.tolist(),
+            labels[indices],
             names,
-            len(labels) - len(places),
+            len(labels) - len(indices),
             (builder.info.full_name, builder.data_dir, part, len(records)),
             image,
             builder.as_data_source(part),
             records,
         )
 
-    def picture(self, place: int) -> Image.Image:
+    def picture(self, index: int) -> Image.Image:
         """An image, decoded."""
-        x = np.asarray(self.decoded[place][self.image])
+        x = np.asarray(self.decoded[index][self.image])
         return Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x)
 
     def write(self, folder: Path) -> None:
         """Writes the images as they are stored, in one folder per class."""
-        for place, label in zip(self.places, self.labels.tolist()):
-            stored = self.encoded[place][self.image]
+        for index, label in zip(self.indices, self.labels.tolist()):
+            stored = self.encoded[index][self.image]
             name = self.names[label].replace(os.sep, "_")
             # What begins with a dot is hidden.
             name = f"_{name}" if name.startswith(".") else name
-            file = folder / name / f"{place:08d}.png"
+            file = folder / name / f"{index:08d}.png"
             file.parent.mkdir(exist_ok=True)
             if isinstance(stored, bytes):
                 # What an image is, its content tells.
                 file.write_bytes(stored)
             else:
-                self.picture(place).save(file)
+                self.picture(index).save(file)
 
 
 def _named(features: Any, name: str, kind: type) -> str | None:

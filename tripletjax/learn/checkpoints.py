@@ -195,9 +195,9 @@ def _file_digests(directory: Path) -> dict[str, str]:
         raise error
 
     digests = {}
-    for place, _, names in os.walk(directory, onerror=fail):
+    for folder, _, names in os.walk(directory, onerror=fail):
         for name in names:
-            path = Path(place) / name
+            path = Path(folder) / name
             digests[str(path.relative_to(directory))] = digest_of_file(path)
     return digests
 

@@ -36,10 +36,10 @@ class ClassFolders:
     loose: list[Path]
     notes: tuple[str, ...]
 
-    def part(self, places: Sequence[int]) -> "ClassFolders":
+    def part(self, indices: Sequence[int]) -> "ClassFolders":
         """Some of the files, and what is said of all."""
         files, paths, classes = (
-            [values[place] for place in places]
+            [values[index] for index in indices]
             for values in (self.files, self.paths, self.classes)
         )
         return dataclasses.replace(self, files=files, paths=paths, classes=classes)

@@ -58,7 +58,7 @@ def convolution(
     Args:
         x: images ``[n, height, width, channels]``.
         kernel: ``[height, width, channels, channels of what comes out]``, of x's dtype.
-        stride: how far apart the places are, down and across.
+        stride: how far apart the outputs are, down and across.
         padding: how many zeros there are before and after, down and across; or as
             `jax.lax.conv_general_dilated` names it, such as ``"SAME"``.
 
@@ -149,9 +149,9 @@ def _gradient_of_kernel(
     x, along = (a.reshape(at_once, n // at_once, *a.shape[1:]) for a in (x, along))
     left, end = padding[1][0], x.shape[3]
 
-    def product(place: Array | int) -> Array:
+    def product(index: Array | int) -> Array:
         images, back = (
-            jax.lax.dynamic_index_in_dim(a, place, 1, keepdims=False)
+            jax.lax.dynamic_index_in_dim(a, index, 1, keepdims=False)
             for a in (x, along)
         )
         if stride == 1:
@@ -177,7 +177,7 @@ def _gradient_of_kernel(
         )
 
     total = jax.lax.fori_loop(
-        1, n // at_once, lambda place, total: total + product(place), product(0)
+        1, n // at_once, lambda index, total: total + product(index), product(0)
     ).astype(kernel.dtype)
     if stride == 1:
         total = total.reshape(height, kernel.shape[2], width, kernel.shape[3])
@@ -207,22 +207,29 @@ def _without_stride(
     """
     if kernel.shape[:2] == (1, 1) and padding == NONE:
         return x[:, ::stride, ::stride], kernel
-    counts = []
+    blocks_of = []
     for axis, (before, after) in zip((1, 2), padding):
         length, size = x.shape[axis], kernel.shape[axis - 1]
-        places = (length + before + after - size) // stride + 1
+        outputs = (length + before + after - size) // stride + 1
         blocks = -(-size // stride)
-        wanted = places + blocks - 1
+        wanted = outputs + blocks - 1
         x = padded(x, axis, before, wanted * stride - length - before)
         kernel = padded(kernel, axis - 1, 0, blocks * stride - size)
-        counts.append((wanted, blocks))
-    (rows, down), (columns, across) = counts
+        blocks_of.append(blocks)
+    down, across = blocks_of
     channels = x.shape[-1]
-    x = cut(x, rows, stride, columns, stride, channels)
-    x = cut(x.transpose(0, 1, 3, 2, 4, 5), rows, columns, stride * stride * channels)
+    x = space_to_depth(x, stride)
     kernel = kernel.reshape(down, stride, across, stride, channels, -1)
     kernel = kernel.transpose(0, 2, 1, 3, 4, 5)
     return x, kernel.reshape(down, across, stride * stride * channels, -1)
+
+
+def space_to_depth(x: Array, size: int) -> Array:
+    """Every ``size x size`` pixels as one with all of their channels."""
+    _, height, width, channels = x.shape
+    height, width = height // size, width // size
+    x = cut(x, height, size, width, size, channels).transpose(0, 1, 3, 2, 4, 5)
+    return cut(x, height, width, size * size * channels)
 
 
 def lies_along(x: Array) -> bool:

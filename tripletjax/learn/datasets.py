@@ -160,9 +160,9 @@ def load(
     images = Images(stored.images, labels[stored.kept])
     images, stored, names, skipped = _checked(images, stored, names, skipped)
     held_out = HELD_OUT[stored.decoding.kind]
-    places = held_out_images(images.labels, stored.digests, split, held_out)
+    parts = held_out_images(images.labels, stored.digests, split, held_out)
     digests = np.array(stored.digests)
-    return _dataset(name, images, digests, places, names, stored.decoding, skipped)
+    return _dataset(name, images, digests, parts, names, stored.decoding, skipped)
 
 
 def _digits(data_dir: str | Path | None, split: str, size: int | None) -> Dataset:
@@ -172,7 +172,7 @@ def _digits(data_dir: str | Path | None, split: str, size: int | None) -> Datase
     for part in ("train", "test"):
         source = builder.as_data_source(part)
         some = source.__getitems__(range(len(source)))
-        records += sorted(some, key=lambda record: record["place"])
+        records += sorted(some, key=lambda record: record["index"])
     shape = ImageSpec.of([(8, 8)], False, size)
     images = Images(
         images=np.stack(
@@ -182,37 +182,37 @@ def _digits(data_dir: str | Path | None, split: str, size: int | None) -> Datase
     )
     digests = np.array([digest_of_image(image) for image in images.images])
     if split == "classes":
-        places = held_out_images(images.labels, digests, split)
+        parts = held_out_images(images.labels, digests, split)
     else:
         half = Digits.TRAIN
         labels = images.labels[:half]
         train, validation = share_out_images(labels, digests[:half], [VALIDATION])
-        places = train, validation, np.arange(half, len(images))
+        parts = train, validation, np.arange(half, len(images))
     names = builder.info.features["label"].names
     decoding = Decoding(kind_by="they are handwritten digits")
-    return _dataset("digits", images, digests, places, names, decoding)
+    return _dataset("digits", images, digests, parts, names, decoding)
 
 
 def _dataset(
     name: str,
     images: Images,
     digests: np.ndarray,
-    places: Sequence[np.ndarray],
+    indices: Sequence[np.ndarray],
     label_names: Sequence[str],
     decoding: Decoding,
     skipped: Sequence[str] = (),
 ) -> Dataset:
-    train, validation, test = (images.part(part) for part in places)
-    kinds = len(np.unique(train.labels))
-    if kinds < 2:
+    train, validation, test = (images.part(part) for part in indices)
+    classes = len(np.unique(train.labels))
+    if classes < 2:
         raise ValueError(
-            f"{name} has {kinds} class{'' if kinds == 1 else 'es'} to train on; at "
+            f"{name} has {classes} class{'' if classes == 1 else 'es'} to train on; at "
             "least 2 are needed."
         )
     shape = images.images.shape[1:]
     key = digest_of(
         text
-        for part in places
+        for part in indices
         for text in (
             str((len(part), *shape)),
             " ".join(digests[part]),
@@ -240,7 +240,7 @@ def _from_folder(
     options |= {"source": str(folder), "size": size, "kind": kind}
     stored = decode_and_cache(files, open_image, directory, **options)
     stored = _noted(stored, (*found.notes, *stored.decoding.notes))
-    names = sorted({folders[place] for place in stored.kept})
+    names = sorted({folders[index] for index in stored.kept})
     if len(names) < 2:
         raise ValueError(
             f"{folder} has one folder of images, {names[0]}; it must have at least 2, "
@@ -249,7 +249,7 @@ def _from_folder(
     numbers = {name: label for label, name in enumerate(names)}
     labels = [numbers.get(name, -1) for name in folders]
     skipped = [f"{file.name}: no image" for file in found.loose]
-    skipped += [f"{relative[place]}: {why}" for place, why in stored.skipped.items()]
+    skipped += [f"{relative[index]}: {why}" for index, why in stored.skipped.items()]
     skipped += [
         f"{name}: nothing in this folder can be used"
         for name in sorted(set(folders) - set(names))
@@ -269,8 +269,8 @@ def _checked(
 ) -> tuple[Images, DecodedImages, Sequence[str], Sequence[str]]:
     """Without images that are in several classes, which contradict one another."""
     classes = {}
-    for place, (digest, label) in enumerate(zip(stored.digests, images.labels)):
-        classes.setdefault(digest, {}).setdefault(int(label), []).append(place)
+    for index, (digest, label) in enumerate(zip(stored.digests, images.labels)):
+        classes.setdefault(digest, {}).setdefault(int(label), []).append(index)
     double = {digest: of for digest, of in classes.items() if len(of) > 1}
     if not double:
         return images, stored, names, skipped
@@ -284,7 +284,7 @@ def _checked(
         raise ValueError(f"every image is in several classes: {told[0]}.")
     kept = np.flatnonzero(keep)
     stored = dataclasses.replace(
-        stored, digests=[stored.digests[place] for place in kept]
+        stored, digests=[stored.digests[index] for index in kept]
     )
     note = (
         f"{len(keep) - len(kept):,} images that are in several classes are left "
@@ -304,13 +304,13 @@ def _from_catalogue(
 ) -> tuple[DecodedImages, np.ndarray, tuple[str, ...], tuple[str, ...]]:
     """The same of a dataset of tensorflow-datasets."""
     catalogue = Catalogue.open(name, data_dir)
-    labelled = catalogue.places
+    labelled = catalogue.indices
     made_of = FORMAT, size, kind, *catalogue.made_of
     directory = cache_directory(data_dir, digest_of([str(made_of)]))
     options |= {"source": f"{name} in {data_dir}", "size": size, "kind": kind}
     stored = decode_and_cache(labelled, catalogue.picture, directory, **options)
     skipped = [
-        f"record {labelled[place]}: {why}" for place, why in stored.skipped.items()
+        f"record {labelled[index]}: {why}" for index, why in stored.skipped.items()
     ]
     if catalogue.unlabelled:
         skipped.append(f"{catalogue.unlabelled} records without a label")

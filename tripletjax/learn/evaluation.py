@@ -177,22 +177,22 @@ def embed_folder(
         total=len(found.files), desc="embedding", unit="image", disable=not progress
     )
     with bar:
-        for places, made in image_io.read_ahead(found.files, read):
+        for indices, made in image_io.read_ahead(found.files, read):
             whole = []
-            for place, image in zip(places, made):
+            for index, image in zip(indices, made):
                 if isinstance(image, OSError):
-                    skipped.append(f"{printable(found.paths[place])}: {image}")
+                    skipped.append(f"{printable(found.paths[index])}: {image}")
                     continue
-                kept.append(place)
+                kept.append(index)
                 whole.append(image)
                 digests.append(digest_of_image(np.asarray(image)))
-                if place in shown:
+                if index in shown:
                     images[len(kept) - 1] = image
             if whole:
                 x.append(embedder.embed(whole))
-            bar.update(len(places))
+            bar.update(len(indices))
     names, labels = np.unique(
-        [printable(found.classes[place]) for place in kept], return_inverse=True
+        [printable(found.classes[index]) for index in kept], return_inverse=True
     )
     if len(names) < least:
         raise ValueError(
@@ -214,7 +214,7 @@ def embed_folder(
         vectors,
         labels.astype(np.int32),
         tuple(map(str, names)),
-        tuple(found.files[place] for place in kept),
+        tuple(found.files[index] for index in kept),
         rows,
         np.stack([images[row] for row in rows]) if keep else np.zeros((0, 1, 1, 1)),
         tuple(skipped),

@@ -106,9 +106,9 @@ class FeatureCache:
             folder = self.directory / digest_of([f"{view} {tuple(shape)}"])
             kept = _read(folder)
             missing: dict[str, int] = {}
-            for place, digest in enumerate(digests):
+            for index, digest in enumerate(digests):
                 if digest not in kept:
-                    missing.setdefault(digest, place)
+                    missing.setdefault(digest, index)
             with tqdm(
                 total=len(missing),
                 desc=f"features of {what}, view {len(made) + 1} of {len(views)}",

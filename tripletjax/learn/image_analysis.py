@@ -38,7 +38,7 @@ class Layout:
 
     Attributes:
         box: top, left, bottom and right, as shares of the height and the width.
-        aligned: whether images have a common layout, so that places mean something.
+        aligned: whether images have a common layout, so that positions mean something.
         why: what the box was chosen by.
     """
 
@@ -195,9 +195,9 @@ def _edges(images: np.ndarray) -> np.ndarray:
     energies = np.empty((n, CELLS, CELLS, ORIENTATIONS), np.float32)
     for start in range(0, n, AT_A_TIME):
         x = images[start : start + AT_A_TIME].mean(axis=-1, dtype=np.float32)
-        for place, along in enumerate(_oriented(x)):
+        for index, along in enumerate(_oriented(x)):
             cells = np.add.reduceat(np.add.reduceat(along, rows, 1), columns, 2)
-            energies[start : start + AT_A_TIME, ..., place] = cells
+            energies[start : start + AT_A_TIME, ..., index] = cells
     return _relative(energies)
 
 
@@ -351,6 +351,6 @@ def _summed_edges(images: np.ndarray) -> np.ndarray:
     sums = np.zeros((len(small), size[1] + 1, size[0] + 1, ORIENTATIONS), np.float32)
     for start in range(0, len(small), AT_A_TIME):
         edges = _oriented(small[start : start + AT_A_TIME])
-        for place, along in enumerate(edges):
-            sums[start : start + AT_A_TIME, 1:, 1:, place] = along.cumsum(1).cumsum(2)
+        for index, along in enumerate(edges):
+            sums[start : start + AT_A_TIME, 1:, 1:, index] = along.cumsum(1).cumsum(2)
     return sums

@@ -1,7 +1,7 @@
 """Images that tensorflow-datasets keeps on disk as array_record files.
 
-That needs no TensorFlow. The files lie in its usual place, ``~/tensorflow_datasets`` or
-``TFDS_DATA_DIR``.
+That needs no TensorFlow. The files lie in its usual folder, ``~/tensorflow_datasets``
+or ``TFDS_DATA_DIR``.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from tripletjax.learn.image_io import (
 )
 
 # Of how images are decoded; another number makes them be decoded again.
-FORMAT = 5
+FORMAT = 6
 # Images of more bytes than this stay on disk.
 IN_MEMORY = 2**31
 # So many pictures are looked at for their size and for colour.
@@ -53,14 +53,14 @@ class StoredImages:
 
     Attributes:
         source: a data source of tensorflow-datasets.
-        places: which of its records, ``[n]``.
+        indices: which of its records, ``[n]``.
         shape: ``(n, height, width, channels)`` of what is seen of them.
         stored: ``(height, width, channels)`` of what is stored.
         view: what is seen of them; all if not given.
     """
 
     source: Any
-    places: np.ndarray
+    indices: np.ndarray
     shape: tuple[int, int, int, int]
     stored: tuple[int, int, int]
     view: View | None = None
@@ -69,25 +69,25 @@ class StoredImages:
     ndim = 4
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        places = self.places[index]
-        images = np.empty((places.size, *self.shape[1:]), np.uint8)
-        for start in range(0, places.size, READ):
-            keys = places.ravel()[start : start + READ].tolist()
+        indices = self.indices[index]
+        images = np.empty((indices.size, *self.shape[1:]), np.uint8)
+        for start in range(0, indices.size, READ):
+            keys = indices.ravel()[start : start + READ].tolist()
             some = np.empty((len(keys), *self.stored), np.uint8)
             for row, record in enumerate(self.source.__getitems__(keys)):
                 some[row] = record["image"]
             seen = some if self.view is None else self.view(some)
             images[start : start + READ] = seen
-        return images.reshape(*places.shape, *self.shape[1:])
+        return images.reshape(*indices.shape, *self.shape[1:])
 
     def part(self, index: Any) -> "StoredImages":
         """Some of them, still on disk."""
-        places = self.places[index]
-        shape = len(places), *self.shape[1:]
-        return dataclasses.replace(self, places=places, shape=shape)
+        indices = self.indices[index]
+        shape = len(indices), *self.shape[1:]
+        return dataclasses.replace(self, indices=indices, shape=shape)
 
     def seen(self, view: View) -> "StoredImages":
         """What is seen of them, still on disk."""
@@ -241,7 +241,7 @@ def decode_and_cache(
     )
     prepare(builder)
     summary = json.loads(builder.info.metadata["summary"])
-    skipped = {int(place): why for place, why in summary["skipped"].items()}
+    skipped = {int(index): why for index, why in summary["skipped"].items()}
     digests = summary["digests"]
     n = len(digests)
     images = StoredImages(
@@ -256,7 +256,7 @@ def decode_and_cache(
     return DecodedImages(
         images,
         digests,
-        [place for place in range(len(pictures)) if place not in skipped],
+        [index for index in range(len(pictures)) if index not in skipped],
         skipped,
         Decoding(
             summary["kind"],
@@ -305,19 +305,19 @@ class ImageCacheBuilder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self) -> Iterator[tuple[int, dict]]:
         skipped, digests, animated = {}, [], 0
 
-        def tried(function: Callable, places: Sequence[int]) -> Iterator[Any]:
-            def one(place: int) -> Any:
+        def tried(function: Callable, indices: Sequence[int]) -> Iterator[Any]:
+            def one(index: int) -> Any:
                 try:
-                    return function(self.open_picture(self.pictures[place]))
+                    return function(self.open_picture(self.pictures[index]))
                 except OSError as error:
                     return error
 
             with ThreadPoolExecutor() as pool:
-                for start in range(0, len(places), READ):
-                    some = places[start : start + READ]
-                    for place, result in zip(some, pool.map(one, some)):
+                for start in range(0, len(indices), READ):
+                    some = indices[start : start + READ]
+                    for index, result in zip(some, pool.map(one, some)):
                         if isinstance(result, OSError):
-                            skipped[place] = str(result)
+                            skipped[index] = str(result)
                         else:
                             yield result
 
@@ -343,7 +343,7 @@ class ImageCacheBuilder(tfds.core.GeneratorBasedBuilder):
         notes, white = [], WHITES[-1]
         if any(value is not None for value in wide):
             # One rule for all of them, so that their brightness can be compared.
-            every = [place for place in range(n) if place not in skipped]
+            every = [index for index in range(n) if index not in skipped]
             peaks = tried(lambda one: peak(one) if is_wide(one) else 0.0, every)
             white = white_of(max(peaks))
             notes.append(f"in images of more than 8 bits {white:g} is white")
@@ -364,7 +364,7 @@ class ImageCacheBuilder(tfds.core.GeneratorBasedBuilder):
             check_not_blank(pixels)
             return pixels, image.info.get(FRAMES, 1) > 1
 
-        left = [place for place in range(n) if place not in skipped]
+        left = [index for index in range(n) if index not in skipped]
         bar = tqdm(
             tried(fitted, left),
             desc="decoding images",
@@ -403,7 +403,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     file, so that a random split would show the test writers while training.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     TRAIN = 898
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -412,7 +412,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
                 "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
                 "label": tfds.features.ClassLabel(num_classes=10),
                 # Records are stored in no particular order.
-                "place": np.int64,
+                "index": np.int64,
             }
         )
         return tfds.core.DatasetInfo(
@@ -440,8 +440,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, images: np.ndarray, labels: np.ndarray
     ) -> Iterator[tuple[int, dict]]:
-        for place, (image, label) in enumerate(zip(images, labels)):
-            yield place, {"image": image, "label": int(label), "place": place}
+        for index, (image, label) in enumerate(zip(images, labels)):
+            yield index, {"image": image, "label": int(label), "index": index}
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> None:

@@ -214,12 +214,12 @@ class View:
         if seen.shape == images.shape and box == (0, 0, width, height):
             return images
 
-        def see(place: int) -> None:
-            image = images[place]
+        def see(index: int) -> None:
+            image = images[index]
             part = Image.fromarray(image[..., 0] if channels == 1 else image).resize(
                 (self.width, self.height), Image.Resampling.LANCZOS, box
             )
-            seen[place] = np.asarray(part).reshape(seen.shape[1:])
+            seen[index] = np.asarray(part).reshape(seen.shape[1:])
 
         with ThreadPoolExecutor() as pool:
             # The list raises what went wrong.

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from tripletjax.learn.convolution import convolution, cut, padded
+from tripletjax.learn.convolution import convolution, cut, padded, space_to_depth
 
 # What a network makes of the last feature map.
 HEADS = ("grid", "mean")
@@ -95,9 +95,9 @@ class EmbeddingResNet(nnx.Module):
         size = 2 * stride + 1
         self.stem = _Layer(in_channels, channels[0], (size, size), stride, **options)
         layers, width = [], channels[0]
-        for place, out in enumerate(channels):
+        for index, out in enumerate(channels):
             for block in range(blocks):
-                halves = place > 0 and block == 0
+                halves = index > 0 and block == 0
                 layers.append(_Residual(width, out, 1 + halves, **options))
                 width = out
         self.blocks = nnx.List(layers)
@@ -123,7 +123,7 @@ class EmbeddingPhotoNet(nnx.Module):
 
     What is learnt from is `oriented_edges` of the images, beside their means over 2 x 2
     pixels. A convolution is followed by stages of residual blocks of two 3 x 3
-    convolutions. Between stages every 2 x 2 places become one with four times the
+    convolutions. Between stages every 2 x 2 positions become one with four times the
     channels, which a 1 x 1 convolution reduces: three times as fast on CPUs as a
     convolution of stride 2. Kernels are standardised, and no activation is normalised
     but before the head.
@@ -131,9 +131,9 @@ class EmbeddingPhotoNet(nnx.Module):
     Args:
         dim: number of dimensions of the embedding.
         size: height and width of the images, in pixels.
-        head: ``"grid"``: a linear layer over all places of the last feature map, for
+        head: ``"grid"``: a linear layer over all positions of the last feature map, for
             images of one layout, such as faces, where it matters where something is;
-            ``"mean"``: over mean and maximum of all places.
+            ``"mean"``: over mean and maximum of all positions.
         channels: number of channels of the first convolution and of each stage.
         blocks: how many blocks a stage has.
         in_channels: number of channels of the images.
@@ -170,16 +170,16 @@ class EmbeddingPhotoNet(nnx.Module):
         stem_in = ORIENTATIONS + in_channels
         self.stem = _StandardizedConv(stem_in, channels[0], 3, **options)
         stages, width = [], channels[0]
-        places = [-(-side // 2) for side in size]
+        sides = [-(-side // 2) for side in size]
         for out in channels[1:]:
-            places = [-(-side // 2) for side in places]
+            sides = [-(-side // 2) for side in sides]
             layers = [_StandardizedConv(4 * width, out, 1, **options)]
             layers += [_StandardizedBlock(out, **options) for _ in range(blocks)]
             stages.append(nnx.List(layers))
             width = out
         self.stages = nnx.List(stages)
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        features = places[0] * places[1] if self.grid else 2
+        features = sides[0] * sides[1] if self.grid else 2
         self.head = nnx.Linear(features * width, dim, **options)
 
     def __call__(self, images: Array) -> Array:
@@ -200,7 +200,7 @@ class EmbeddingPhotoNet(nnx.Module):
         x = jnp.concatenate([oriented_edges(images), small], axis=-1)
         x = jax.nn.relu(self.stem(x))
         for stage in self.stages:
-            x = space_to_depth(x)
+            x = space_to_depth(_even(x), 2)
             for layer in stage:
                 x = jax.nn.relu(layer(x))
         x = self.norm(x)
@@ -262,7 +262,7 @@ class MultiScaleCNN(nnx.Module):
             # Coarse images of one size, whatever the size of the images.
             x = path(_resized(images, side))
             _, height, _, channels = x.shape
-            # The mean of each of 4 x 4 places.
+            # The mean of each of 4 x 4 positions.
             x = cut(x, 4, height // 4, 4, height // 4, channels).mean((2, 4))
             parts.append(unit_norm(cut(x, 16 * channels)))
         return unit_norm(self.head(jnp.concatenate(parts, axis=-1)))
@@ -278,7 +278,7 @@ def _resized(images: Array, side: int) -> Array:
 
 
 def _interpolation(n: int, side: int) -> np.ndarray:
-    """What each of `side` places has of n, over all that it covers."""
+    """What each of `side` cells has of n, over all that it covers."""
     scale = n / side
     centre = (np.arange(side) + 0.5) * scale - 0.5
     near = 1 - np.abs(np.arange(n) - centre[:, None]) / max(scale, 1)
@@ -308,8 +308,8 @@ class _Stages(nnx.Module):
         self.stages = nnx.List(stages)
 
     def __call__(self, x: Array) -> Array:
-        for place, stage in enumerate(self.stages):
-            if place:
+        for index, stage in enumerate(self.stages):
+            if index:
                 x = halved(x)
             for layer in stage:
                 x = layer(x)
@@ -515,8 +515,8 @@ def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
     """How strong edges of each orientation are, relative to those around.
 
     ``e = max(0, dx cos(t) + dy sin(t))``, averaged over every 2 x 2 pixels, divided by
-    the root mean square of the energies in 9 x 9 such places; of that the square root,
-    about 0. Neither brightness nor contrast changes it much, here or there.
+    the root mean square of the energies in 9 x 9 such positions; of that the square
+    root, about 0. Neither brightness nor contrast changes it much, here or there.
 
     Args:
         images: floats ``[n, height, width, channels]``; the channels' mean counts.
@@ -542,8 +542,8 @@ def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
     for axis in (1, 2):
         wide, n = padded(energy, axis, 4, 4, value=None), energy.shape[axis]
         shifted = [
-            jax.lax.slice_in_dim(wide, place, place + n, axis=axis)
-            for place in range(9)
+            jax.lax.slice_in_dim(wide, index, index + n, axis=axis)
+            for index in range(9)
         ]
         energy = functools.reduce(jnp.add, shifted)
     around = jax.lax.rsqrt(energy[..., None] / 81 + 1e-3)
@@ -557,22 +557,13 @@ def _even(x: Array) -> Array:
     return x
 
 
-def space_to_depth(x: Array) -> Array:
-    """Every 2 x 2 pixels as one with four times the channels; odd sides are padded."""
-    x = _even(x)
-    _, height, width, channels = x.shape
-    height, width = height // 2, width // 2
-    x = cut(x, height, 2, width, 2, channels).transpose(0, 1, 3, 2, 4, 5)
-    return cut(x, height, width, 4 * channels)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def largest(x: Array, axis: tuple[int, ...]) -> Array:
     """The maximum over some axes, with a gradient that is never 0 / 0.
 
-    That of `jnp.max` is shared by the places that equal the maximum. XLA may compute
+    That of `jnp.max` is shared by the positions that equal the maximum. XLA may compute
     its argument twice, and round it once this way and once that: then none does. Here
-    places within a few roundings share it.
+    positions within a few roundings share it.
     """
     return jnp.max(x, axis=axis)
 

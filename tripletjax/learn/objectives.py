@@ -112,7 +112,7 @@ def given_loss(*, margin: float = 0.2, parts: int = 1) -> Loss:
     """
     reduce_fn = _with_active(tj.mean_valid)
 
-    def loss(x: Array, places: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(x: Array, indices: Array) -> tuple[Array, dict[str, Array]]:
         of_parts = x.reshape(parts, 3, -1, x.shape[-1])
         triplets = jnp.moveaxis(of_parts, 1, 0).reshape(3, -1, x.shape[-1])
         return tj.triplet_margin_loss(*triplets, margin=margin, reduce_fn=reduce_fn)

@@ -86,16 +86,16 @@ def neighbors(
         k: how many neighbours to show.
         queries: how many queries to show.
     """
-    places = np.arange(len(images))
+    indices = np.arange(len(images))
     ranked = {
-        name: np.asarray(tj.retrieval.nearest_neighbors(x, x, k, positions=places)[1])
+        name: np.asarray(tj.retrieval.nearest_neighbors(x, x, k, positions=indices)[1])
         for name, x in embeddings.items()
     }
     right = (labels[next(iter(ranked.values()))] == labels[:, None]).mean(axis=1)
     classes, counts = np.unique(labels, return_counts=True)
     several = classes[counts > 1]
     hardest = [
-        min(places[labels == c], key=right.__getitem__)
+        min(indices[labels == c], key=right.__getitem__)
         for c in (several if len(several) else classes)
     ]
     chosen = sorted(hardest, key=right.__getitem__)[:queries]
@@ -119,11 +119,11 @@ def neighbors(
     for start, neighbor in zip(starts, ranked.values()):
         for row, query in enumerate(chosen):
             others = np.sum(labels == labels[query]) - 1
-            for rank, place in enumerate((query, *neighbor[query])):
-                same = labels[place] == labels[query]
+            for rank, index in enumerate((query, *neighbor[query])):
+                same = labels[index] == labels[query]
                 wrong = WRONG if rank <= others else BEYOND
                 color = QUERY if rank == 0 else RIGHT if same else wrong
-                _framed(axes, start + rank, row, _shown(images[place]), color)
+                _framed(axes, start + rank, row, _shown(images[index]), color)
     for row, query in enumerate(chosen):
         name = _written(label_names[labels[query]])
         axes.text(0, row + 0.5, **name, ha="right", va="center", fontsize=8)
@@ -172,11 +172,11 @@ def triplets(
     ]
     axes, starts = _table(figure, titles, 3, len(chosen) * TOLD)
     for start, (positive, negative) in zip(starts, distances.values()):
-        for row, place in enumerate(chosen):
-            anchor, *pair = triplets[place]
+        for row, index in enumerate(chosen):
+            anchor, *pair = triplets[index]
             others = [
-                (positive[place], pair[0], RIGHT),
-                (negative[place], pair[1], WRONG),
+                (positive[index], pair[0], RIGHT),
+                (negative[index], pair[1], WRONG),
             ]
             others.sort(key=lambda other: other[0])
             for column, (distance, image, color) in enumerate(

@@ -23,7 +23,7 @@ SAMPLE, LOOK = 4096, 256
 # The largest Euclidean distance of unit vectors.
 FARTHEST = 2.0
 # Options that say where data are.
-PLACES = ("data", "triplets", "backbone")
+LOCATIONS = ("data", "triplets", "backbone")
 
 
 class RunExistsError(FileExistsError):
@@ -78,7 +78,7 @@ def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:
     for field in dataclasses.fields(Config):
         was, now = (getattr(x, field.name) for x in (old.requested, config))
         # Data may have moved: what they hold is compared when they are read.
-        moved = field.name in PLACES and None not in (was, now)
+        moved = field.name in LOCATIONS and None not in (was, now)
         if was != now and field.name != "steps" and not moved:
             changed.append(f"{field.name} was {was!r}, got {now!r}")
     if changed:
@@ -195,8 +195,8 @@ def _go_on(old: RunRecord, config: Config, task: tasks.Task, out: Path) -> RunRe
         raise ValueError(
             f"{task.dataset.name!r} is no longer what the run in {out} was made with."
         )
-    places = {name: getattr(config, name) for name in PLACES}
-    requested = dataclasses.replace(old.requested, **places)
+    locations = {name: getattr(config, name) for name in LOCATIONS}
+    requested = dataclasses.replace(old.requested, **locations)
     steps = config.steps or old.plan.steps
     if steps == old.plan.steps:
         return dataclasses.replace(old, requested=requested)
@@ -215,9 +215,9 @@ def _go_on(old: RunRecord, config: Config, task: tasks.Task, out: Path) -> RunRe
 def _statistics(images: ImageArray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each channel, of images from 0 to 1."""
     sums, n = np.zeros((2, images.shape[-1])), 0
-    places = np.arange(0, len(images), -(-len(images) // SAMPLE))
-    for start in range(0, len(places), LOOK):
-        x = images[places[start : start + LOOK]] / 255
+    indices = np.arange(0, len(images), -(-len(images) // SAMPLE))
+    for start in range(0, len(indices), LOOK):
+        x = images[indices[start : start + LOOK]] / 255
         sums += [x.sum(axis=(0, 1, 2)), (x * x).sum(axis=(0, 1, 2))]
         n += x[..., 0].size
     mean, square = sums / n

@@ -135,8 +135,8 @@ def freeze(backbone: nnx.Module, training: str) -> None:
     top: tuple[str, ...] = getattr(backbone, "top", ()) if training == "top" else ()
     for path, module in nnx.iter_modules(backbone):
         for name, value in list(vars(module).items()):
-            place = ".".join(map(str, (*path, name)))
-            is_top = any(f"{place}.".startswith(f"{one}.") for one in top)
+            full_name = ".".join(map(str, (*path, name)))
+            is_top = any(f"{full_name}.".startswith(f"{one}.") for one in top)
             if type(value) is nnx.Param and not is_top:
                 setattr(module, name, Frozen(value[...]))
 

@@ -120,7 +120,7 @@ class ClassBatches:
     def _classes(self, step: int) -> np.ndarray:
         if self.class_sampling == "frequency":
             draw = np.random.default_rng((self.seed, 0, step))
-            counts = np.array([len(places) for places in self.members])
+            counts = np.array([len(indices) for indices in self.members])
             share = counts / counts.sum()
             return draw.choice(len(counts), self.classes, replace=False, p=share)
         batches = len(self.members) // self.classes
@@ -163,7 +163,7 @@ class ImageBatches:
     class_sampling: str = "uniform"
     shard: tuple[int, int] = (0, 1)
     groups: np.ndarray | None = None
-    places: ClassBatches = dataclasses.field(init=False, repr=False)
+    class_batches: ClassBatches = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", _as_labels(self.labels))
@@ -189,11 +189,11 @@ class ImageBatches:
                 f"{width} pixels."
             )
         _, labels = np.unique(self.labels, return_inverse=True)
-        kinds = labels.max() + 1
+        count = labels.max() + 1
         labels = np.concatenate(
-            [labels + kinds * turn for turn in range(self.rotation_classes)]
+            [labels + count * turn for turn in range(self.rotation_classes)]
         )
-        places = ClassBatches(
+        class_batches = ClassBatches(
             labels,
             self.classes,
             self.per_class,
@@ -202,19 +202,19 @@ class ImageBatches:
             self.shard,
             self.groups,
         )
-        object.__setattr__(self, "places", places)
+        object.__setattr__(self, "class_batches", class_batches)
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        chosen = self.places[step]
-        turn, place = np.divmod(chosen, len(self.labels))
-        images = np.array(self.images[place])
+        chosen = self.class_batches[step]
+        turn, index = np.divmod(chosen, len(self.labels))
+        images = np.array(self.images[index])
         quarters = 2 * turn if self.rotation_classes == 2 else turn % 4
         for each in range(1, 4):
             rows = quarters == each
             if rows.any():
                 images[rows] = np.rot90(images[rows], each, axes=(1, 2))
         images[turn >= 4] = images[turn >= 4][:, :, ::-1]
-        return images, self.places.labels[chosen].astype(np.int32)
+        return images, self.class_batches.labels[chosen].astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -275,8 +275,8 @@ class TripletBatches:
         order = np.random.default_rng((self.seed, 0, a_pass))
         chosen = order.permutation(len(self.triplets))
         chosen = chosen[batch * self.size : (batch + 1) * self.size]
-        places = self.triplets[_sharded(chosen, self.shard)].T.ravel()
-        return self.images[places], places.astype(np.int32)
+        indices = self.triplets[_sharded(chosen, self.shard)].T.ravel()
+        return self.images[indices], indices.astype(np.int32)
 
 
 def _as_labels(labels: np.ndarray) -> np.ndarray:

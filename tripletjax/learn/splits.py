@@ -22,7 +22,7 @@ def held_out_images(
         return train, validation, test
     # Units are whole classes, and of one class alone nothing can be told.
     members = _members(labels, digests)
-    members.sort(key=lambda places: digests[places[0]])
+    members.sort(key=lambda indices: digests[indices[0]])
     parts = share_out(members, counts_of(len(members), shares, least=2))
     train, test, validation = (np.sort(np.array(part, int)) for part in parts)
     if len(np.unique(labels[train])) < 2:
@@ -39,7 +39,7 @@ def _members(
 ) -> list[list[int]]:
     """The images of each class, in an order that neither names nor files decide."""
     members = [np.flatnonzero(labels == c).tolist() for c in np.unique(labels)]
-    return [sorted(places, key=lambda place: digests[place]) for places in members]
+    return [sorted(indices, key=lambda index: digests[index]) for indices in members]
 
 
 def share_out_images(
@@ -51,12 +51,12 @@ def share_out_images(
     is less than half an image, so many of the classes give one; those of two keep both.
     """
     by_class = []
-    for places in _members(labels, digests):
-        copies = itertools.groupby(places, key=lambda place: digests[place])
+    for indices in _members(labels, digests):
+        copies = itertools.groupby(indices, key=lambda index: digests[index])
         units = [list(same) for _, same in copies]
         counts = counts_of(len(units), shares)
         # Their first digits are in order; the last ones are as good as random.
-        luck = int(digests[places[0]][-8:], 16) / 16**8
+        luck = int(digests[indices[0]][-8:], 16) / 16**8
         for part, share in enumerate(shares):
             if counts[part] == 0 and len(units) > 2:
                 counts[part] = int(0 <= luck < share * len(units))
@@ -77,4 +77,4 @@ def share_out(units: Sequence[list[int]], counts: Sequence[int]) -> list[list[in
         parts.append(units[start : start + count])
         start += count
     parts.insert(0, units[start:])
-    return [[place for unit in part for place in unit] for part in parts]
+    return [[index for unit in part for index in unit] for part in parts]

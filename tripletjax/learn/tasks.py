@@ -323,8 +323,8 @@ class TripletTask:
 
     def _distances(self, embed: Embed, triplets: np.ndarray) -> np.ndarray:
         """From anchors to positives and to negatives, ``[2, t]``."""
-        places, rows = np.unique(triplets, return_inverse=True)
-        x = embed(part_of(self.images, places))
+        indices, rows = np.unique(triplets, return_inverse=True)
+        x = embed(part_of(self.images, indices))
         a, p, n = jnp.moveaxis(x[rows.reshape(-1, 3)], 1, 0)
         return np.stack([tj.euclidean.paired(a, p), tj.euclidean.paired(a, n)])
 
@@ -375,5 +375,5 @@ def _drop_nan(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _fixed_subsample(n: int) -> np.ndarray:
-    """At most so many places as are looked at while training, always the same."""
+    """At most so many indices as are looked at while training, always the same."""
     return np.sort(np.random.default_rng(0).permutation(n)[:GALLERY])

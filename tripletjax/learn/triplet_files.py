@@ -89,11 +89,11 @@ def load_triplets(
         in_memory=in_memory,
         progress=progress,
     )
-    place = {names[kept]: row for row, kept in enumerate(stored.kept)}
-    whole = [row for row in rows if all(name in place for name in row)]
+    row_of = {names[kept]: row for row, kept in enumerate(stored.kept)}
+    whole = [row for row in rows if all(name in row_of for name in row)]
     if not whole:
         raise ValueError(f"{file} has no triplet of which all images can be read.")
-    triplets = np.array([[place[name] for name in row] for row in whole], np.int32)
+    triplets = np.array([[row_of[name] for name in row] for row in whole], np.int32)
     anchors = np.unique(triplets[:, 0]).tolist()
     anchors = [[a] for a in sorted(anchors, key=lambda a: (stored.digests[a], a))]
     parts = share_out(anchors, counts_of(len(anchors), [TEST, VALIDATION]))
@@ -101,7 +101,7 @@ def load_triplets(
         triplets[np.isin(triplets[:, 0], np.array(part, int))] for part in parts
     )
     of = " ".join(stored.digests), f"{stored.images.shape}", triplets.tobytes()
-    skipped = [f"{names[place]}: {why}" for place, why in stored.skipped.items()]
+    skipped = [f"{names[index]}: {why}" for index, why in stored.skipped.items()]
     return TripletDataset(
         str(file),
         stored.images,

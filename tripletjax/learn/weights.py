@@ -33,12 +33,12 @@ class Part:
 
     Attributes:
         target: the path, as of any rule.
-        place: i, from 0.
+        index: i, from 0.
         of: n, along the target's last axis, the outputs.
     """
 
     target: str
-    place: int
+    index: int
     of: int
 
 
@@ -141,39 +141,39 @@ def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:
                 kind = "left over" if not matches else "named by several rules"
                 faults.add(kind, f"{name} {shape}")
                 continue
-            ((part, place),) = matches
+            ((part, target),) = matches
             if part is None:
                 unused.append(name)
                 continue
-            if place not in wanted:
-                faults.add("left over", f"{name} {shape}, for {place}")
+            if target not in wanted:
+                faults.add("left over", f"{name} {shape}, for {target}")
                 continue
             array = file.get_tensor(name)
-            shape = list(wanted[place].shape)
+            shape = list(wanted[target].shape)
             shape[-1:] = [shape[-1] // part.of] if shape else []
-            fitted = _fitted(array, place, shape)
+            fitted = _fitted(array, target, shape)
             if fitted is None:
                 faults.add(
                     "misshapen",
-                    f"{name} {list(array.shape)}, for {place}, which is {shape} here",
+                    f"{name} {list(array.shape)}, for {target}, which is {shape} here",
                 )
             elif not np.isfinite(fitted).all():
                 faults.add("not finite", name)
             dtypes.add(array.dtype.name)
             fitted = np.zeros(shape, np.float32) if fitted is None else fitted
-            filled.setdefault(place, []).append((part, fitted))
+            filled.setdefault(target, []).append((part, fitted))
     values = {}
-    for place, variable in wanted.items():
-        parts = sorted(filled.get(place, ()), key=lambda one: one[0].place)
-        places = [part.place for part, _ in parts]
+    for target, variable in wanted.items():
+        parts = sorted(filled.get(target, ()), key=lambda one: one[0].index)
+        indices = [part.index for part, _ in parts]
         if not parts:
-            faults.add("missing", f"{place} {list(variable.shape)}")
-        elif places != list(range(parts[0][0].of)):
-            doubled = len(set(places)) < len(places)
-            faults.add("filled twice" if doubled else "missing", f"parts of {place}")
+            faults.add("missing", f"{target} {list(variable.shape)}")
+        elif indices != list(range(parts[0][0].of)):
+            doubled = len(set(indices)) < len(indices)
+            faults.add("filled twice" if doubled else "missing", f"parts of {target}")
         else:
             whole = np.concatenate([np.atleast_1d(x) for _, x in parts], axis=-1)
-            values[place] = whole.reshape(variable.shape)
+            values[target] = whole.reshape(variable.shape)
     faults.check(f"{path} does not fit {type(model).__name__}")
     _fill(model, values)
     return Loaded(
@@ -209,8 +209,8 @@ def save_weights(
         rules: as of `load_weights`, of that file.
     """
     values = {
-        place: np.asarray(variable[...])
-        for place, variable in _variables(model).items()
+        target: np.asarray(variable[...])
+        for target, variable in _variables(model).items()
     }
     arrays = _named_by_torch(values) if like is None else {}
     if like is not None:
@@ -218,20 +218,20 @@ def save_weights(
             for name in file.keys():  # noqa: SIM118 (it is no dictionary)
                 if name.endswith(COUNTER):
                     arrays[name] = file.get_tensor(name)
-                for part, place in _targets(rules or {}, name):
+                for part, target in _targets(rules or {}, name):
                     if part is not None:
-                        piece = np.split(values[place], part.of, axis=-1)[part.place]
+                        piece = np.split(values[target], part.of, axis=-1)[part.index]
                         shape = file.get_slice(name).get_shape()
-                        arrays[name] = _to_torch(piece, place).reshape(shape)
+                        arrays[name] = _to_torch(piece, target).reshape(shape)
     # Arrays that are turned are not written as they look.
     save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path)
 
 
 def _named_by_torch(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     arrays = {}
-    for place, value in values.items():
-        before, _, last = place.rpartition(".")
-        arrays[f"{before}.{TORCH_NAMES.get(last, last)}"] = _to_torch(value, place)
+    for target, value in values.items():
+        before, _, last = target.rpartition(".")
+        arrays[f"{before}.{TORCH_NAMES.get(last, last)}"] = _to_torch(value, target)
         if last == "var":
             arrays[f"{before}.{COUNTER}"] = np.zeros((), np.int64)
     return arrays
@@ -278,12 +278,12 @@ def _fill(model: nnx.Module, values: Mapping[str, np.ndarray]) -> None:
     nnx.update(model, nnx.from_flat_state(new))
 
 
-def _fitted(array: np.ndarray, place: str, shape: Sequence[int]) -> np.ndarray | None:
+def _fitted(array: np.ndarray, target: str, shape: Sequence[int]) -> np.ndarray | None:
     """An array in the layout and the shape of a variable, or None if it cannot be."""
     if not jax.dtypes.issubdtype(array.dtype, np.floating):
         return None
     array = array.astype(np.float32)
-    if place.endswith("kernel"):
+    if target.endswith("kernel"):
         array = _to_flax(array)
     # Scales of channels may have empty axes.
     same = [n for n in array.shape if n > 1] == [n for n in shape if n > 1]
@@ -296,8 +296,8 @@ def _to_flax(kernel: np.ndarray) -> np.ndarray:
     return kernel.transpose(axes) if kernel.ndim > 1 else kernel
 
 
-def _to_torch(array: np.ndarray, place: str) -> np.ndarray:
-    if not place.endswith("kernel"):
+def _to_torch(array: np.ndarray, target: str) -> np.ndarray:
+    if not target.endswith("kernel"):
         return array
     last = array.ndim - 1
     return array.transpose(last, last - 1, *range(last - 1))

@@ -33,8 +33,8 @@ class RetrievalMetrics(NamedTuple):
         precision_at_1: the share of queries whose nearest reference is relevant.
         r_precision: the share of relevant references among the first R, where R is how
             many the query has.
-        map_at_r: the precision at each relevant place among the first R, over R.
-        mean_average_precision: the precision at each relevant place, over R.
+        map_at_r: the precision at each relevant rank among the first R, over R.
+        mean_average_precision: the precision at each relevant rank, over R.
         mean_reciprocal_rank: one over the rank of the first relevant reference.
         queries: the number of queries that have a relevant reference.
     """
@@ -134,7 +134,7 @@ def evaluate(
         ks: at which ranks to report recall.
         references: vectors ``[m, d]`` to rank. If not given, all other queries.
         reference_labels: integers ``[m]``, with `references`.
-        positions: integers ``[n]``, the place of each query among the references, or
+        positions: integers ``[n]``, the index of each query among the references, or
             -1; nowhere if `references` are given without it.
         where: bool ``[n]``, False for padding.
         reference_where: bool ``[m]``, likewise; or ``[n, m]``, which of them each query
@@ -319,10 +319,11 @@ def _evaluate(
     else:
         classes = ClassIndex.of(batch)
         found = classes.positives > 0
-        places = jnp.arange(n) if batch.square else batch.pairs.positions
+        positions = jnp.arange(n) if batch.square else batch.pairs.positions
         itself = False
-        if places is not None:
-            itself = (places >= 0) & (places < m) & broken[jnp.clip(places, 0, m - 1)]
+        if positions is not None:
+            inside = (positions >= 0) & (positions < m)
+            itself = inside & broken[jnp.clip(positions, 0, m - 1)]
         touched = jnp.sum(broken) - itself > 0
     touched |= ~jnp.isfinite(batch.anchors).all(axis=-1)
     rankings = Rankings.of(metric, batch)

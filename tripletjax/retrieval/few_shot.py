@@ -70,8 +70,8 @@ def few_shot_accuracy(
             f"{y.shape} and {x.shape}."
         )
 
-    def each(name: str, values: Any, of: Array, what: str, kind: type) -> Array:
-        values = per_item(name, values, of.shape[-2], what, kind)
+    def each(name: str, values: Any, of: Array, what: str, dtype: type) -> Array:
+        values = per_item(name, values, of.shape[-2], what, dtype)
         if values.ndim > of.ndim - 1:
             raise ValueError(
                 f"{name} has shape {values.shape}, but {what} have {of.shape[:-1]}."

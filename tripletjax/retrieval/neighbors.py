@@ -32,7 +32,7 @@ def nearest_neighbors(
         k: how many neighbours.
         metric: how far two vectors are apart. Where it is made of inner products,
             these choose the neighbours, and differences put them in order.
-        positions: integers ``[n]``, the place of each query among the references, so
+        positions: integers ``[n]``, the index of each query among the references, so
             that it is not its own neighbour; -1 for nowhere.
         reference_where: bool ``[m]``, False for padding; or ``[n, m]``, which of them
             each query may have.

@@ -57,7 +57,7 @@ class RankedTile(NamedTuple):
     """Some queries against some references.
 
     Attributes:
-        index: the place of each of these references.
+        index: the index of each of these references.
         keys: integers in the order of distances ``[rows, columns]``; what is no
             reference of a query comes after everything else.
         relevant: bool, likewise.
@@ -72,7 +72,7 @@ class ReferenceTiles(NamedTuple):
     """References in tiles ``[tiles, columns, ...]``, the last of which is filled up.
 
     Attributes:
-        index: their places.
+        index: their indices.
         vectors: less the offset.
         halves: of products.
         labels: integers.
@@ -127,7 +127,7 @@ class Rankings(NamedTuple):
 
     @property
     def positions(self) -> Array:
-        """The places of queries among the references, -1 if they are not."""
+        """The indices of queries among the references, -1 if they are not."""
         assert self.batch.pairs.positions is not None
         return self.batch.pairs.positions
 
@@ -178,9 +178,9 @@ class Rankings(NamedTuple):
     def against(
         self, start: Array, itself: Array
     ) -> Callable[[Array, ReferenceTiles], RankedTile]:
-        """From a place and one tile there to the queries from a start on against it.
+        """From an index and one tile there to the queries from a start on against it.
 
-        A query is never its own reference; `itself` are their places in tiles.
+        A query is never its own reference; `itself` are their indices in tiles.
         """
         products = self.metric.products
         a = self.rows(self.batch.anchors, start)
@@ -231,8 +231,8 @@ class Rankings(NamedTuple):
         """The rank of the first relevant reference of queries in order of class."""
         columns, classes = tiles.index.shape[1], self.classes
         assert classes is not None
-        kind = ordered_bits(tiles.halves[0, 0]).dtype
-        last = jnp.iinfo(kind).max
+        dtype = ordered_bits(tiles.halves[0, 0]).dtype
+        last = jnp.iinfo(dtype).max
 
         def nearest(start: Array) -> tuple[Array, Array]:
             """The nearest relevant reference, which only some tiles can have."""
@@ -247,28 +247,28 @@ class Rankings(NamedTuple):
 
             # The nearest in each column of tiles, the first of several.
             def visit(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-                least, place = state
+                least, found = state
                 part = jax.tree.map(lambda x: x[i], by_class)
                 index, keys, relevant = tile(i * columns, part)
                 closer = relevant & (keys < least)
-                return jnp.where(closer, keys, least), jnp.where(closer, index, place)
+                return jnp.where(closer, keys, least), jnp.where(closer, index, found)
 
             shape = self.blocks.size, columns
-            none = self.full(shape, jnp.array(last, kind)), self.full(shape, m)
-            least, place = lax.fori_loop(
+            none = self.full(shape, jnp.array(last, dtype)), self.full(shape, m)
+            least, found = lax.fori_loop(
                 begin[0] // columns, -(-end // columns), visit, none
             )
             nearest = jnp.min(least, axis=1, keepdims=True)
-            place = jnp.where(least == nearest, place, m)
-            return nearest, jnp.min(place, axis=1, keepdims=True)
+            found = jnp.where(least == nearest, found, m)
+            return nearest, jnp.min(found, axis=1, keepdims=True)
 
         def rank(start: Array) -> list[Array]:
-            limit, place = nearest(start)
+            limit, found = nearest(start)
 
             def visit(before: Array, tile: RankedTile) -> tuple[Array, None]:
-                # Of equally far ones those of a lower index come before. That places
+                # Of equally far ones those of a lower index come before. That indices
                 # follow one another is said so that the loop is vectorised.
-                lower = jnp.arange(columns) < place - tile.index[0]
+                lower = jnp.arange(columns) < found - tile.index[0]
                 keys = jnp.where(tile.relevant, last, tile.keys)
                 return before + (keys < jnp.where(lower, limit + 1, limit)), None
 
@@ -382,10 +382,10 @@ def _as_floats(keys: Array) -> Array:
     come just before.
     """
     last = jnp.iinfo(keys.dtype).max
-    kind = jnp.float64 if keys.dtype == jnp.int64 else jnp.float32
+    dtype = jnp.float64 if keys.dtype == jnp.int64 else jnp.float32
     bits = jnp.where(keys < 0, keys ^ last, keys)
-    most = jnp.finfo(kind).max
-    floats = jnp.clip(lax.bitcast_convert_type(bits, kind), -most, most)
+    most = jnp.finfo(dtype).max
+    floats = jnp.clip(lax.bitcast_convert_type(bits, dtype), -most, most)
     floats = jnp.where(jnp.isnan(floats), most, floats)
     return jnp.where(keys == last, jnp.inf, floats)
 
@@ -402,15 +402,15 @@ def _count_below(runs: Array, limit: Callable[[Array], Array]) -> Array:
     """
 
     def step(below: Array, run: tuple[Array, Array]) -> tuple[Array, None]:
-        place, x = run
-        limits = limit(place)
+        index, x = run
+        limits = limit(index)
         for column in range(RUN):
             below += (x[:, column, None] < limits).astype(below.dtype)
         return below, None
 
-    places = jnp.arange(len(runs))
-    none = jnp.zeros_like(limit(places[0]), int)
-    return lax.scan(step, none, (places, runs))[0]
+    indices = jnp.arange(len(runs))
+    none = jnp.zeros_like(limit(indices[0]), int)
+    return lax.scan(step, none, (indices, runs))[0]
 
 
 def _in_groups(

@@ -40,7 +40,7 @@ def similarity_precision(
 
     Args:
         embeddings: vectors ``[n, d]``.
-        triplets: integers ``[t, 3]``, the places of each query, of an image that is
+        triplets: integers ``[t, 3]``, the indices of each query, of an image that is
             more relevant to it, and of one that is less.
         metric: how far two vectors are apart.
         where: bool ``[t]``, False for padding.
@@ -84,7 +84,7 @@ def score_at_top_k(
     """How many triplets are in order, less those that are not, of what is found early.
 
     A triplet counts if its positive or its negative is among the k images that are
-    nearest to its query, of equally near ones those of lower places.
+    nearest to its query, of equally near ones those of lower indices.
 
     Args:
         embeddings: vectors ``[n, d]``.
@@ -121,16 +121,16 @@ def score_at_top_k(
     if groups is None:
         groups = jnp.zeros(n, int)
     groups = per_item("groups", groups, n, "embeddings", jnp.integer)
-    places = jnp.arange(n)
+    indices = jnp.arange(n)
 
     def early(triplet: Array) -> tuple[Array, Array, Array]:
         query, *both = triplet
         distances = metric.paired(jnp.broadcast_to(x[query], x.shape), x)
-        ranked = (groups == groups[query]) & (places != query)
+        ranked = (groups == groups[query]) & (indices != query)
 
         def rank(one: Array) -> Array:
             before = distances < distances[one]
-            before |= (distances == distances[one]) & (places < one)
+            before |= (distances == distances[one]) & (indices < one)
             return jnp.sum(before & ranked)
 
         inside = [(rank(one) < k) & ranked[one] for one in both]

@@ -117,7 +117,7 @@ def _stages(
     names: Sequence[str],
     *,
     stage: str = r"\1",
-    place: str = r"\2",
+    index: str = r"\2",
 ) -> Rules:
     """Rules of the stages, by patterns of the names.
 
@@ -127,9 +127,9 @@ def _stages(
         names: in a block, of its depthwise convolution, its normalisation, its two
             linear layers, and its factors.
         stage: the number of the stage, as far as known, or the group that has it.
-        place: likewise, of the block.
+        index: likewise, of the block.
     """
-    inside = f"stages.{stage}.blocks.{place}"
+    inside = f"stages.{stage}.blocks.{index}"
     depthwise, norm, first, second, factors = (rf"{block}\.{name}" for name in names)
     layers = {
         rf"{halving}\.0": (f"stages.{stage}.norm", "scale"),
@@ -145,8 +145,8 @@ def _stages(
 def _both(layers: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """Rules of the weight and the bias of layers."""
     rules = {}
-    for theirs, (ours, kind) in layers.items():
-        rules[rf"{theirs}\.weight"] = f"{ours}.{kind}"
+    for theirs, (ours, weight) in layers.items():
+        rules[rf"{theirs}\.weight"] = f"{ours}.{weight}"
         rules[rf"{theirs}\.bias"] = f"{ours}.bias"
     return rules
 
@@ -162,7 +162,7 @@ BY_TORCHVISION: Rules = {
         rf"features\.{2 * stage + 1}\.(\d+)",
         _TORCHVISION_BLOCK,
         stage=str(stage),
-        place=r"\1",
+        index=r"\1",
     ).items()
 } | dict(
     _ends(r"features\.0\.0", r"features\.0\.1", r"classifier\.0", r"classifier\.2")

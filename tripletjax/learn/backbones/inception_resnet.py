@@ -192,12 +192,12 @@ class _Mixed(nnx.Module):
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         branches = [_Conv(*shape, **options) for (shape,) in singles]
         branches += [_path(path, **options) for path in paths]
-        for place, branch in enumerate(branches):
-            setattr(self, f"branch{place}", branch)
+        for index, branch in enumerate(branches):
+            setattr(self, f"branch{index}", branch)
         self.branches = len(branches)
 
     def __call__(self, x: Array) -> Array:
-        branches = [getattr(self, f"branch{place}") for place in range(self.branches)]
+        branches = [getattr(self, f"branch{index}") for index in range(self.branches)]
         parts = [
             through(branch, x) if isinstance(branch, nnx.List) else branch(x)
             for branch in branches

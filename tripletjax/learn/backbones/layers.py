@@ -60,7 +60,7 @@ class Conv(nnx.Module):
         in_channels: of what comes in.
         out_channels: of what comes out.
         size: of the kernel, height and width if they differ.
-        stride: how far apart its places are.
+        stride: how far apart its outputs are.
         padding: how many zeros are added at each end, down and across if they differ.
         bias: whether one is added.
         dtype: what is computed in; parameters stay float32.
@@ -139,10 +139,10 @@ def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
     lowest = float(jnp.finfo(x.dtype).min)
     for axis in (1, 2):
         x = padded(x, axis, padding, padding, value=lowest)
-        places = (x.shape[axis] - size) // stride + 1
+        outputs = (x.shape[axis] - size) // stride + 1
         parts = [
             jax.lax.slice_in_dim(
-                x, start, start + (places - 1) * stride + 1, stride, axis=axis
+                x, start, start + (outputs - 1) * stride + 1, stride, axis=axis
             )
             for start in range(size)
         ]
@@ -183,12 +183,12 @@ class Mlp(nnx.Module):
 def cubic_weights(
     size: int, out: int, *, antialias: bool = False, offset: float = 0.0
 ) -> np.ndarray:
-    """What each of `out` places has of `size`, as PyTorch interpolates cubically.
+    """What each of `out` pixels has of `size`, as PyTorch interpolates cubically.
 
     Args:
         size: of what is interpolated.
         out: of what is made of it.
-        antialias: whether, made smaller, all that a place covers counts.
+        antialias: whether, made smaller, all that a pixel covers counts.
         offset: added to `out` for the scale, as DINOv2's own code does.
 
     Returns:
@@ -202,14 +202,14 @@ def cubic_weights(
     weights = np.zeros((out, size))
     for row, middle in enumerate(centre):
         first = int(np.floor(middle - 2 * spread - 1))
-        places = np.arange(first, int(np.ceil(middle + 2 * spread + 1)))
+        pixels = np.arange(first, int(np.ceil(middle + 2 * spread + 1)))
         if antialias:
-            places = places[(places >= 0) & (places < size)]
-        x = np.abs(places + 0.5 - middle) / spread
+            pixels = pixels[(pixels >= 0) & (pixels < size)]
+        x = np.abs(pixels + 0.5 - middle) / spread
         near = np.where(
             x < 1,
             ((a + 2) * x - (a + 3)) * x * x + 1,
             np.where(x < 2, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a, 0),
         )
-        np.add.at(weights[row], np.clip(places, 0, size - 1), near / near.sum())
+        np.add.at(weights[row], np.clip(pixels, 0, size - 1), near / near.sum())
     return weights

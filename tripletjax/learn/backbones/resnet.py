@@ -46,13 +46,13 @@ class ResNet(nnx.Module):
         self.conv1 = Conv(3, widths[0], 7, 2, 3, **options)
         self.bn1 = BatchNorm(widths[0], learn_statistics=learn_statistics)
         options["learn_statistics"] = learn_statistics
-        kind: Callable[..., nnx.Module] = _Bottleneck if bottleneck else _Basic
+        block_type: Callable[..., nnx.Module] = _Bottleneck if bottleneck else _Basic
         stages, incoming = [], widths[0]
         for stage, (depth, width) in enumerate(zip(blocks, widths)):
             made = []
             for block in range(depth):
                 stride = 2 if stage and not block else 1
-                made.append(kind(incoming, width, stride, **options))
+                made.append(block_type(incoming, width, stride, **options))
                 incoming = width * (EXPANSION if bottleneck else 1)
             stages.append(nnx.List(made))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages

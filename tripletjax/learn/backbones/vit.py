@@ -85,7 +85,7 @@ class ViT(nnx.Module):
         """Paths of the last stages: a quarter of the blocks."""
         depth = len(self.blocks)
         first = depth - max(1, depth // 4)
-        return (*(f"blocks.{place}" for place in range(first, depth)), "norm")
+        return (*(f"blocks.{index}" for index in range(first, depth)), "norm")
 
     def __call__(self, images: Array) -> Array:
         """Features ``[n, features]`` of images ``[n, height, width, 3]``."""
@@ -185,9 +185,9 @@ NAMED_BY_TRANSFORMERS: Rules = {
     # Before version 5 query, key, value and dense, now q_proj to o_proj.
     **{
         rf"{_LAYER}\.attention\.{name}\.{theirs}": Part(
-            rf"blocks.\1.qkv.{ours}", place, 3
+            rf"blocks.\1.qkv.{ours}", index, 3
         )
-        for place, name in enumerate(
+        for index, name in enumerate(
             rf"(?:attention\.{name}|{name[0]}_proj)"
             for name in ("query", "key", "value")
         )
