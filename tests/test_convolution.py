@@ -39,6 +39,17 @@ def images_and_kernel(shape, size, *, dtype=np.float32):
     return [jnp.asarray(array, dtype) for array in arrays]
 
 
+@pytest.mark.parametrize("shape", [(3, 3, 4, 8), (1, 7, 2, 5), (5, 5, 1, 6)])
+def test_kernels_are_drawn_as_jax_draws_them(shape):
+    key = jax.random.key(0)
+    for ours, jaxs in (
+        (module.HE_NORMAL, jax.nn.initializers.he_normal()),
+        (module.LECUN_NORMAL, jax.nn.initializers.lecun_normal()),
+    ):
+        np.testing.assert_array_equal(ours(key, shape), jaxs(key, shape))
+        assert ours(key, shape, jnp.bfloat16).dtype == jnp.bfloat16
+
+
 def test_space_to_depth_keeps_every_pixel():
     x = jnp.arange(2 * 4 * 6 * 2.0).reshape(2, 4, 6, 2)
     y = module.space_to_depth(x, 2)

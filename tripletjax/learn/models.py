@@ -12,7 +12,14 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from tripletjax.learn.convolution import convolution, cut, padded, space_to_depth
+from tripletjax.learn.convolution import (
+    HE_NORMAL,
+    LECUN_NORMAL,
+    convolution,
+    cut,
+    padded,
+    space_to_depth,
+)
 
 # What a network makes of the last feature map.
 HEADS = ("grid", "mean")
@@ -379,6 +386,7 @@ def _conv(
         size,
         stride,
         use_bias=False,
+        kernel_init=LECUN_NORMAL,
         conv_general_dilated=_convolved,
         dtype=dtype,
         rngs=rngs,
@@ -479,8 +487,7 @@ class _StandardizedConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         shape = size, size, in_channels, out_channels
-        init = nnx.initializers.he_normal()
-        self.kernel = nnx.Param(init(rngs.params(), shape))
+        self.kernel = nnx.Param(HE_NORMAL(rngs.params(), shape))
         self.gain = nnx.Param(jnp.ones(out_channels))
         self.bias = nnx.Param(jnp.zeros(out_channels))
         self.dtype = dtype

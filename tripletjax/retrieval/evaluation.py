@@ -338,11 +338,15 @@ def _evaluate(
         metrics = [jnp.zeros(n)] * 3
     else:
         counted = rankings._replace(classes=classes)
-        first, *metrics = lax.cond(
-            jnp.max(classes.positives) <= MAX_COUNTED,
-            lambda: rankings.fill(functools.partial(counted.by_counting, tiles)),
-            lambda: rankings.fill(by_sorting),
-        )
+        by_counting = functools.partial(counted.by_counting, tiles)
+        if m <= MAX_COUNTED:
+            first, *metrics = rankings.fill(by_counting)
+        else:
+            first, *metrics = lax.cond(
+                jnp.max(classes.positives) <= MAX_COUNTED,
+                lambda: rankings.fill(by_counting),
+                lambda: rankings.fill(by_sorting),
+            )
     recall = first[:, None] <= jnp.asarray(ks)
     values = [recall, first == 1, *metrics, 1 / first]
 

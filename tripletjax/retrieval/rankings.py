@@ -1,6 +1,5 @@
 """The references of every query in order, some queries and a tile of them at a time."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,8 +19,8 @@ from tripletjax.pairs import PairMasks, Pairs, as_boolean, keep_pairs, match_lab
 # which come in tiles of so many references.
 MOST_ROWS, PANEL, COLUMNS = 512, 2**25, 2048
 # Up to so many relevant references of a query, counting who comes before each takes
-# less time than sorting all; so many at a time, the last in steps.
-MAX_COUNTED, GROUP, STEP = 512, 128, 24
+# less time than sorting all; so many at a time, and of the last so many.
+MAX_COUNTED, GROUP, REST = 512, 128, 16
 
 
 def per_query(
@@ -162,18 +161,20 @@ class Rankings(NamedTuple):
 
     def fill(self, function: Callable[[Array], Sequence[Array]]) -> list[Array]:
         """What a function of the first of some queries says of each, for all."""
-        n = self.blocks.n
-        likes = jax.eval_shape(function, jnp.int32(0))
+        blocks = self.blocks
 
-        def step(block: Array, out: list[Array]) -> list[Array]:
-            start = self.blocks.start(block)
-            return [
-                lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
-                for old, new in zip(out, function(start))
-            ]
+        def step(_: None, block: Array) -> tuple[None, list[Array]]:
+            return None, list(function(blocks.start(block)))
 
-        none = [self.full((n, *like.shape[1:]), 0).astype(like.dtype) for like in likes]
-        return lax.fori_loop(0, self.blocks.count, step, none)
+        _, parts = lax.scan(step, None, jnp.arange(blocks.count))
+        # The last block may have rows of the one before.
+        whole = (blocks.count - 1) * blocks.size
+
+        def joined(x: Array) -> Array:
+            first = x[:-1].reshape(whole, *x.shape[2:])
+            return jnp.concatenate([first, x[-1, whole - blocks.n :]])
+
+        return list(map(joined, parts))
 
     def against(
         self, start: Array, itself: Array
@@ -330,7 +331,9 @@ class Rankings(NamedTuple):
             rank = jnp.where(found, before + 1, nowhere)
             return lax.dynamic_update_slice_in_dim(ranks, rank, first, axis=1)
 
-        ranks = _in_groups(most, rank, self.full((rows, MAX_COUNTED), nowhere))
+        # No class is larger than all references.
+        width = min(MAX_COUNTED, runs * RUN + -(runs * RUN) % GROUP)
+        ranks = _in_groups(most, rank, self.full((rows, width), nowhere))
         relevant = lax.dynamic_slice_in_dim(classes.positives, start, rows)
         among = _as_runs(ranks)
 
@@ -414,17 +417,23 @@ def _count_below(runs: Array, limit: Callable[[Array], Array]) -> Array:
 
 
 def _in_groups(
-    count: Array, visit: Callable[[Array | int, int, Any], Any], state: Any
-) -> Any:
-    """``visit(first, size, state)`` until all of a count have had their turn.
+    count: Array, visit: Callable[[Array | int, int, Array], Array], state: Array
+) -> Array:
+    """``visit(first, size, state)`` until all columns up to a count had their turn.
 
-    Comparing with many at a time costs less for each; the last group has a size that
-    wastes little.
+    Comparing with many at a time costs less for each; the last are fewer at a time, so
+    that little is wasted. Every size is a program of its own, which takes a second to
+    compile: there are two, and one where no more than `GROUP` can be counted.
     """
-    whole = count // GROUP
-    state = lax.fori_loop(0, whole, lambda i, s: visit(i * GROUP, GROUP, s), state)
-    first = whole * GROUP
-    sizes = (0, *range(GROUP % STEP, GROUP + 1, STEP))
-    rest = [functools.partial(visit, first, size) for size in sizes[1:]]
-    which = jnp.searchsorted(jnp.array(sizes), count - first)
-    return lax.switch(which, [lambda state: state, *rest], state)
+    first: Array | int = 0
+    if state.shape[1] > GROUP:
+        first = count // GROUP * GROUP
+        state = lax.fori_loop(
+            0, count // GROUP, lambda i, s: visit(i * GROUP, GROUP, s), state
+        )
+    return lax.fori_loop(
+        0,
+        -(-(count - first) // REST),
+        lambda i, s: visit(first + i * REST, REST, s),
+        state,
+    )

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from tripletjax.learn.convolution import convolution, padded
+from tripletjax.learn.convolution import HE_NORMAL, convolution, padded
 
 
 class BatchNorm(nnx.Module):
@@ -81,9 +81,8 @@ class Conv(nnx.Module):
     ):
         height, width = (size, size) if isinstance(size, int) else size
         down, across = (padding, padding) if isinstance(padding, int) else padding
-        init = nnx.initializers.he_normal()
         shape = height, width, in_channels, out_channels
-        self.kernel = nnx.Param(init(rngs.params(), shape))
+        self.kernel = nnx.Param(HE_NORMAL(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(out_channels)) if bias else None
         self.stride, self.padding = stride, ((down, down), (across, across))
         self.dtype = dtype
@@ -110,7 +109,7 @@ class DepthwiseConv(nnx.Module):
         self, channels: int, size: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs
     ):
         shape = size, size, 1, channels
-        self.kernel = nnx.Param(nnx.initializers.he_normal()(rngs.params(), shape))
+        self.kernel = nnx.Param(HE_NORMAL(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(channels))
         self.dtype = dtype
 
