@@ -24,6 +24,7 @@ from tripletjax._pairwise.cuts import Cut
 from tripletjax._pairwise.slices import (
     RUN,
     Blocks,
+    Index,
     add_rows,
     for_each_run,
     rows_at,
@@ -123,26 +124,27 @@ def _with_pull(terms: Callable[[Array, Array], TripletTerms]) -> PanelCost:
 
 
 def for_each_chunk(
-    count: Array,
-    visit: Callable[[Array, int, Any], Any],
-    state: Any,
-    *,
-    rest: int = REMAINDER_CHUNK,
+    classes: ClassIndex, visit: Callable[[Index, int, Any], Any], state: Any
 ) -> Any:
-    """``visit(first, size, state)`` until all of a count have had their turn.
+    """``visit(first, size, state)`` for some positives of every anchor, until all were.
 
-    Sizes are `CHUNK`, and what is left then in steps of `rest`.
+    Sizes are `CHUNK`, and what is left then in steps of `REMAINDER_CHUNK`. Nothing is
+    compiled for `CHUNK` where no class can be so large.
     """
+    count, start = classes.max_positives, 0
     # What is left of a class of 500 costs less in one large step.
-    large = (count + CHUNK // 2) // CHUNK
-    state = lax.fori_loop(
-        0, large, lambda i, state: visit(i * CHUNK, CHUNK, state), state
-    )
-    start = large * CHUNK
-    small = -(-jnp.maximum(count - start, 0) // rest)
-    return lax.fori_loop(
-        0, small, lambda i, state: visit(start + i * rest, rest, state), state
-    )
+    if len(classes.order) >= CHUNK // 2:
+        large = (count + CHUNK // 2) // CHUNK
+        state = lax.fori_loop(
+            0, large, lambda i, state: visit(i * CHUNK, CHUNK, state), state
+        )
+        start = large * CHUNK
+
+    def step(i: Array, state: Any) -> Any:
+        return visit(start + i * REMAINDER_CHUNK, REMAINDER_CHUNK, state)
+
+    small = -(-jnp.maximum(count - start, 0) // REMAINDER_CHUNK)
+    return lax.fori_loop(0, small, step, state)
 
 
 def _filled(x: Array, real: Array) -> Array:
@@ -175,7 +177,7 @@ def _all_in_panel(
         d_ap, d_an, found = jnp.broadcast_arrays(d_ap, d_an, found)
         return costs_and_slopes(cost, d_ap, d_an, found, margin)
 
-    def some_positives(first: Array, size: int, state: tuple) -> tuple:
+    def some_positives(first: Index, size: int, state: tuple) -> tuple:
         sums, by_distance, by_negative = state
         index, found = classes.positives_slice(first, size, panel.start, len(row))
         d_ap = jnp.where(found, take(distances, index), -jnp.inf if counted else 0)
@@ -210,7 +212,7 @@ def _all_in_panel(
     none = jnp.zeros_like(distances[:, 0])
     state = (none,) * 3, jnp.zeros_like(distances), jnp.zeros_like(d_an, dtype)
     (total, active, by_margin), by_distance, by_negative = for_each_chunk(
-        classes.max_positives, some_positives, state
+        classes, some_positives, state
     )
     by_negative = by_negative[:, : distances.shape[1]]
     by_negative = by_negative.astype(distances.dtype)
@@ -238,7 +240,7 @@ def _semi_hard_in_panel(
     )
     possible = panel.real & (rows_at(classes.negatives, panel.start, len(row)) > 0)
 
-    def choose(first: Array, size: int, chosen: Array) -> Array:
+    def choose(first: Index, size: int, chosen: Array) -> Array:
         positive, found = classes.positives_slice(first, size, panel.start, len(row))
         d_ap = take(panel.distances, positive)
         nearest, negative = _nearest_beyond(d_an, d_ap, spec.cut)
@@ -250,21 +252,21 @@ def _semi_hard_in_panel(
 
     # The negative of every pair, -1 if it has none.
     none = jnp.zeros_like(masks.positive, row.dtype) - 1
-    chosen = for_each_chunk(classes.max_positives, choose, none)
+    chosen = for_each_chunk(classes, choose, none)
 
-    def some(first: Array, size: int) -> tuple[list[Array], Array]:
+    def some(first: Index, size: int) -> tuple[list[Array], Array]:
         positive, found = classes.positives_slice(first, size, panel.start, len(row))
         negative = take(chosen, positive)
         return [positive, jnp.maximum(negative, 0)], found & (negative >= 0)
 
-    def add_pairs(first: Array, size: int, pairs: Array) -> Array:
+    def add_pairs(first: Index, size: int, pairs: Array) -> Array:
         (_, negative), found = some(first, size)
         return pairs.at[row, negative].max(found)
 
-    pairs = for_each_chunk(classes.max_positives, add_pairs, chosen >= 0)
+    pairs = for_each_chunk(classes, add_pairs, chosen >= 0)
 
     def cost(distances: Array, margin: Array) -> tuple:
-        def add(first: Array, size: int, state: tuple) -> tuple:
+        def add(first: Index, size: int, state: tuple) -> tuple:
             terms, by_distance, by_margin = state
             indices, valid = some(first, size)
 
@@ -282,9 +284,7 @@ def _semi_hard_in_panel(
 
         none = jnp.zeros_like(distances[:, 0])
         state = TripletTerms(*[none] * 3), jnp.zeros_like(distances), none
-        terms, by_distance, by_margin = for_each_chunk(
-            classes.max_positives, add, state
-        )
+        terms, by_distance, by_margin = for_each_chunk(classes, add, state)
 
         def pull(weights: Array) -> tuple[Array, Array]:
             return by_distance * weights[:, None], jnp.sum(by_margin * weights)
