@@ -1,6 +1,7 @@
 """Eight devices on the CPU, so that meshes can be tested anywhere."""
 
 import gc
+import itertools
 import os
 from pathlib import Path
 
@@ -21,11 +22,29 @@ settings.register_profile("tripletjax", deadline=None, print_blob=True)
 settings.load_profile("tripletjax")
 
 
+# Fixtures that train or build what many tests of a module look at.
+SHARED = "finished", "finished_exactly", "trained", "whole", "served", "found"
+
+
 def pytest_configure(config):
     compile_quickly(str(config.cache.mkdir("jax")))
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of one such fixture run in one process, so that it is made once."""
+    for item in items:
+        names = [name for name in SHARED if name in getattr(item, "fixturenames", ())]
+        if names:
+            group = f"{item.module.__name__}-{names[0]}"
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 MAPS, MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+
+
+# Counting them takes a while: it is done after every so many tests.
+MAPS_EVERY = 10
+_tests = itertools.count(1)
 
 
 def pytest_runtest_teardown():
@@ -33,11 +52,9 @@ def pytest_runtest_teardown():
 
     XLA maps memory for every program, and crashes where Linux refuses.
     """
-    if not MAPS.exists():
+    if next(_tests) % MAPS_EVERY or not MAPS.exists():
         return
-    with MAPS.open("rb") as maps:
-        count = sum(1 for _ in maps)
-    if count > int(MOST_MAPS.read_text()) // 2:
+    if MAPS.read_bytes().count(b"\n") > int(MOST_MAPS.read_text()) // 2:
         jax.clear_caches()
         gc.collect()
 

@@ -67,6 +67,7 @@ def test_the_same_as_by_hand(tmp_path, name):
         )
 
 
+@pytest.mark.slow
 def test_convnext_under_its_authors_names(tmp_path):
     arrays = by_hand.small_convnext()
     renamed = {}
@@ -89,7 +90,7 @@ def test_convnext_under_its_authors_names(tmp_path):
     np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["resnet", "vit", "convnext"])
+@pytest.mark.parametrize("name", unless_slow(["resnet", "vit", "convnext"], ["resnet"]))
 def test_the_gradient_is_the_slope_by_hand(tmp_path, name):
     make, forward, sizes = NETWORKS[name]
     arrays = make()
@@ -114,7 +115,7 @@ def test_the_gradient_is_the_slope_by_hand(tmp_path, name):
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (7, 7), (1, 7), (14, 14)])
-@pytest.mark.parametrize("shape", [(3, 3), (14, 20), (17, 31)])
+@pytest.mark.parametrize("shape", unless_slow([(3, 3), (14, 20), (17, 31)], [(3, 3)]))
 def test_convolutions(shape, size, stride):
     padding = tuple(side // 2 for side in size)
     layer = Conv(3, 4, size, stride, padding, bias=True, dtype=None, rngs=nnx.Rngs(0))
@@ -262,7 +263,7 @@ def test_half_precision_is_cast_and_told(tmp_path):
     assert loaded.notes[0] == "not needed of the file: fc.bias, fc.weight"
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", unless_slow(NETWORKS, ["resnet", "vit"]))
 def test_written_as_it_was_read(tmp_path, name):
     arrays = NETWORKS[name][0]()
     file = written(tmp_path, arrays)

@@ -99,7 +99,7 @@ def check(got, expected, atol=2e-5):
 
 
 @pytest.mark.parametrize("kind", unless_slow(KINDS, ["everything"]))
-@every_loss
+@pytest.mark.parametrize("name", unless_slow(LOSSES, list(LOSSES)[:3]))
 def test_value_and_gradient(loss, matrix, kind):
     for labels in LABELS.values():
         x = vectors()
@@ -533,7 +533,7 @@ def test_memory_does_not_grow_with_the_matrix(loss, cut, most, monkeypatch):
     ("name", "hinge"),
     [
         ("batch all", "hinge"),
-        ("semi-hard", "soft margin"),
+        pytest.param("semi-hard", "soft margin", marks=pytest.mark.slow),
         # Which costs there are matters to sums over all triplets alone.
         pytest.param("batch all", "soft margin", marks=pytest.mark.slow),
         pytest.param("batch all", "selectively contrastive", marks=pytest.mark.slow),
@@ -631,6 +631,7 @@ def test_a_batch_split_over_devices(loss, reduce_fn, check_vma):
         check(got(*arguments), expected(*arguments), atol=1e-4)
 
 
+@pytest.mark.slow
 @one_loss
 def test_explicit_mesh(loss):
     labels, x = jnp.asarray(LABELS["few"]), vectors()
@@ -641,6 +642,7 @@ def test_explicit_mesh(loss):
     check(got, expected)
 
 
+@pytest.mark.slow
 @one_loss
 def test_split_over_devices(loss):
     labels, x = jnp.asarray(LABELS["few"]), vectors()

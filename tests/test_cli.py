@@ -230,6 +230,7 @@ def test_what_an_evaluation_skips_and_finds_is_named(trained, unseen, tmp_path):
         evaluation.evaluate(trained, folder / "group0")
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_a_few_images(trained, tmp_path):
     """Their nine different pairs show no false accept rate of 10 %."""
     report = evaluation.evaluate(
@@ -322,6 +323,7 @@ def test_verification_and_naming(trained, tmp_path, capsys):
     assert (report["known"], report["unknown"]) == (12, 4)
 
 
+@pytest.mark.slow
 def test_a_threshold_is_not_of_classes_that_were_trained_on(trained, tmp_path):
     people = shapes(tmp_path / "people", kinds=8, each=9)
     embedder = learn.load_embedder(trained)
@@ -361,6 +363,7 @@ def test_interrupts_exit_130(monkeypatch, capsys, tmp_path):
     assert cli.main(["evaluate", *arguments]) == 130
 
 
+@pytest.mark.slow
 def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
     queries = sorted((unseen / "group1" / "kind1").iterdir())[:2]
     sheet, file = tmp_path / "more" / "hits.png", tmp_path / "hits.json"

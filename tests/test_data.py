@@ -179,6 +179,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_what_nobody_needs_is_removed(tmp_path):
     folder, cache = shapes(tmp_path / "pictures"), tmp_path / "kept"
 

@@ -90,7 +90,15 @@ def test_views_are_pillows_to_the_bit(size, seen, box):
 @pytest.mark.parametrize("suffix", unless_slow(exports.FUNCTIONS, [".stablehlo"]))
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("cnn", SHAPE), ("photo", SHAPE), ("multiscale", (20, 24, 3)), ("resnet", SHAPE)],
+    unless_slow(
+        [
+            ("cnn", SHAPE),
+            ("photo", SHAPE),
+            ("multiscale", (20, 24, 3)),
+            ("resnet", SHAPE),
+        ],
+        [("photo", SHAPE)],
+    ),
 )
 def test_every_network_is_exported(name, shape, suffix, tmp_path):
     embedder = untrained(name, shape)
@@ -106,6 +114,7 @@ def test_every_network_is_exported(name, shape, suffix, tmp_path):
         export(embedder, out, check=people)
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_is_exported_in_float32(tmp_path):
     people = shapes(tmp_path / "people", kinds=2, each=2)
     low, full = untrained("cnn", bfloat16=True), untrained("cnn")

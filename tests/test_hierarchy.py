@@ -103,6 +103,7 @@ def test_a_run_by_folders(own_data_dir, tmp_path):
         Config(relevance="some")
 
 
+@pytest.mark.slow
 def test_the_order_of_groups_is_learnt():
     """Vectors as parameters: classes and their groups are put in order."""
     labels, levels = jnp.arange(24) % 8, ((0, 0, 1, 1, 2, 2, 3, 3),)

@@ -107,6 +107,7 @@ def test_an_image_of_the_gallery_is_not_taken_for_itself(index):
     assert always.name == always.nearest
 
 
+@pytest.mark.slow
 def test_strangers_tell_the_rate_at_this_gallery(index, calibration):
     gallery = Gallery.of(index)
     strangers = Strangers.of(gallery, calibration)

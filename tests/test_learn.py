@@ -586,6 +586,7 @@ def test_ten_lines_for_own_images_and_model():
     assert training.embed_images(model, images).shape == (40, 8)
 
 
+@pytest.mark.slow
 def test_a_model_has_learnt_when_training_is_left_early():
     expected, lines = trained(4, log_every=2)
     model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))

@@ -171,7 +171,7 @@ def test_in_scan_and_under_vmap():
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [
-        (AxisType.Auto, (4,)),
+        pytest.param(AxisType.Auto, (4,), marks=pytest.mark.slow),
         (AxisType.Explicit, (4,)),
         pytest.param(AxisType.Auto, (4, 2), marks=pytest.mark.slow),
         pytest.param(AxisType.Explicit, (4, 2), marks=pytest.mark.slow),

@@ -407,7 +407,7 @@ def test_killed_at_any_moment_the_next_update_completes_it(tmp_path, monkeypatch
     for number in range(3000):
         content(folder / f"{number % 7}" / f"{number}.png", number, size=(4, 4))
     command = [sys.executable, "-c", UPDATE, str(folder), str(tmp_path / "db")]
-    for kill in range(20):
+    for kill in range(10):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "begins\n"
         time.sleep(draw.random() * 1.2)

@@ -216,6 +216,7 @@ def test_a_far_that_few_negatives_cannot_show_is_nan(jit):
     assert jnp.isfinite(got.equal_error_rate)
 
 
+@pytest.mark.slow
 def test_more_pairs_than_a_tile_holds():
     x = np.float32(np.random.default_rng(0).normal(size=(1100, 4)))
     labels = np.arange(1100) // 5
@@ -250,6 +251,7 @@ def test_near_duplicates_keep_their_order():
     np.testing.assert_allclose(got.threshold, 1.5e-4, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_inside_jit_and_split_over_devices():
     x, labels = np.random.default_rng(0).normal(size=(64, 3)), np.arange(64) // 4
     expected = verification.evaluate(x, labels)

@@ -195,6 +195,7 @@ def test_without_enough_pairs_there_is_no_threshold_by_default(tmp_path):
         verify.evaluate(EMBEDDER, tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_copies_in_different_classes_leave_no_threshold(tmp_path):
     folder = shapes(tmp_path / "few", kinds=3, each=2)
     one = folder / "group0" / "kind0" / "0.png"

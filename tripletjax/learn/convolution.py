@@ -168,8 +168,9 @@ def _gradient_of_kernel(
     at_once = max(size for size in range(1, at_once + 1) if n % size == 0)
     x, along = (a.reshape(at_once, n // at_once, *a.shape[1:]) for a in (x, along))
     left, end = padding[1][0], x.shape[3]
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
 
-    def product(index: Array | int) -> Array:
+    def product(index: Array) -> Array:
         images, back = (
             jax.lax.dynamic_index_in_dim(a, index, 1, keepdims=False)
             for a in (x, along)
@@ -193,15 +194,19 @@ def _gradient_of_kernel(
         return jnp.matmul(
             seen.reshape(-1, seen.shape[-1]).T,
             back.reshape(-1, back.shape[-1]),
-            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+            preferred_element_type=dtype,
         )
 
+    first, last = kernel.shape[2:]
+    shape = kernel.size // last, last
+    if stride == 1:
+        shape = height * first, width * last
+    none, *_ = vary_alike(jnp.zeros(shape, dtype), x, along)
     total = jax.lax.fori_loop(
-        1, n // at_once, lambda index, total: total + product(index), product(0)
+        0, n // at_once, lambda index, total: total + product(index), none
     ).astype(kernel.dtype)
     if stride == 1:
-        total = total.reshape(height, kernel.shape[2], width, kernel.shape[3])
-        total = total.transpose(0, 2, 1, 3)
+        total = total.reshape(height, first, width, last).transpose(0, 2, 1, 3)
     return total.reshape(kernel.shape)
 
 
