@@ -27,6 +27,7 @@ from jax import Array
 from PIL import Image
 
 from tripletjax.learn import backbones, pretrained
+from tripletjax.learn.backbones.layers import whole_depthwise
 from tripletjax.learn.embedder import BACKBONE, Embedder, as_floats, build_model
 from tripletjax.learn.image_io import View, find_files, open_image
 from tripletjax.learn.models import Standardized
@@ -283,7 +284,7 @@ def _stablehlo(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
 
 def _as_onnx(function: Callable, shape: tuple[int, int, int]) -> bytes:
     (n,) = jax.export.symbolic_shape("n")
-    with _quiet():
+    with _quiet(), whole_depthwise():
         # What it cannot import is for other networks.
         jax2onnx = _need("jax2onnx")
         made: Any = jax2onnx.to_onnx(

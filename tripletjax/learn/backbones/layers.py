@@ -1,7 +1,9 @@
 """Layers as PyTorch has them, in forms that are fast on CPUs and can be exported."""
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -93,6 +95,22 @@ class Conv(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
+_whole = contextvars.ContextVar("whole", default=False)
+
+
+@contextlib.contextmanager
+def whole_depthwise() -> Iterator[None]:
+    """What is traced within has depthwise convolutions as one operation each.
+
+    For formats that have it: 49 shifted images would be hundreds of theirs.
+    """
+    token = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
 class DepthwiseConv(nnx.Module):
     """A convolution of each channel by itself, of an odd size, as large as the image.
 
@@ -117,6 +135,13 @@ class DepthwiseConv(nnx.Module):
         x, kernel, bias = nnx.nn.dtypes.promote_dtype(
             (x, self.kernel[...], self.bias[...]), dtype=self.dtype
         )
+        if _whole.get():
+            y = jax.lax.conv_general_dilated(
+                *(x, kernel, (1, 1), "SAME"),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=x.shape[-1],
+            )
+            return y + bias
         size, _, height, width = *kernel.shape[:2], *x.shape[1:3]
         wide, side = x, size // 2
         for axis in (1, 2):
