@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from problems import unless_slow
 
 import tripletjax as tj
 from tripletjax import collapse
@@ -25,7 +26,7 @@ def expected(x, distance=oracles.euclidean):
     )
 
 
-@pytest.mark.parametrize("n", [2, 30, 700])
+@pytest.mark.parametrize("n", unless_slow([2, 30, 700], [2, 30]))
 def test_report(n):
     x = np.random.default_rng(0).normal(size=(n, 5)) * [1, 2, 0.1, 1, 0] + 1
     got = collapse.report(np.float32(x))

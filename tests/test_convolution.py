@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from problems import unless_slow
 
 from tripletjax.learn import convolution as module
 from tripletjax.learn import models
@@ -149,20 +150,18 @@ def test_a_batch_split_over_devices(way, stride):
         np.testing.assert_allclose(one / scale, other / scale, atol=3e-6)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        models.EmbeddingCNN(4, channels=(8, 8), in_channels=3, rngs=nnx.Rngs(0)),
-        models.EmbeddingResNet(4, channels=(8, 16), blocks=1, rngs=nnx.Rngs(0)),
-        models.EmbeddingPhotoNet(
-            4, size=(16, 18), channels=(8, 8), in_channels=3, rngs=nnx.Rngs(0)
-        ),
-        models.MultiScaleCNN(4, channels=(8, 8), shallow=8, rngs=nnx.Rngs(0)),
-    ],
-    ids=lambda model: type(model).__name__,
-)
-def test_networks_on_explicit_meshes(model):
-    graph, params = nnx.split(model)
+NETWORKS = {
+    "EmbeddingCNN": {"channels": (8, 8)},
+    "EmbeddingResNet": {"channels": (8, 16), "blocks": 1},
+    "EmbeddingPhotoNet": {"channels": (8, 8), "size": (16, 18)},
+    "MultiScaleCNN": {"channels": (8, 8), "shallow": 8},
+}
+
+
+@pytest.mark.parametrize("name", unless_slow(NETWORKS, ["EmbeddingCNN"]))
+def test_networks_on_explicit_meshes(name):
+    network, options = getattr(models, name), NETWORKS[name] | {"in_channels": 3}
+    graph, params = nnx.split(network(4, **options, rngs=nnx.Rngs(0)))
     x, _ = images_and_kernel((8, 16, 18, 3), (1, 1))
 
     def summed(params, x):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from problems import unless_slow
 from sklearn import metrics as sk
 
 import tripletjax as tj
@@ -107,7 +108,7 @@ METRICS = {
 }
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", unless_slow(METRICS, ["euclidean", "manhattan"]))
 @pytest.mark.parametrize("kind", ["square", "padded", "references"])
 def test_all_pairs(kind, metric):
     random = np.random.default_rng(0)
@@ -412,6 +413,7 @@ def test_a_replicate_is_the_pairs_of_its_draw(seed, tied):
         assert (metrics.positives, metrics.negatives) == (alike.sum(), (~alike).sum())
 
 
+@pytest.mark.slow
 def test_replicates_spread_as_new_people_do():
     """Pairs resampled one by one would tell too little where people differ."""
     random = np.random.default_rng(0)
