@@ -22,21 +22,8 @@ settings.register_profile("tripletjax", deadline=None, print_blob=True)
 settings.load_profile("tripletjax")
 
 
-# Fixtures that train or build what many tests of a module look at.
-SHARED = "finished", "finished_exactly", "trained", "whole", "served", "found"
-
-
 def pytest_configure(config):
     compile_quickly(str(config.cache.mkdir("jax")))
-
-
-def pytest_collection_modifyitems(items):
-    """Tests of one such fixture run in one process, so that it is made once."""
-    for item in items:
-        names = [name for name in SHARED if name in getattr(item, "fixturenames", ())]
-        if names:
-            group = f"{item.module.__name__}-{names[0]}"
-            item.add_marker(pytest.mark.xdist_group(group))
 
 
 MAPS, MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")

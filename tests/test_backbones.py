@@ -113,7 +113,7 @@ def test_the_gradient_is_the_slope_by_hand(tmp_path, name):
     assert got == pytest.approx(slope, rel=1e-3)
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("stride", unless_slow([1, 2, 3], [2]))
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (7, 7), (1, 7), (14, 14)])
 @pytest.mark.parametrize("shape", unless_slow([(3, 3), (14, 20), (17, 31)], [(3, 3)]))
 def test_convolutions(shape, size, stride):

@@ -39,7 +39,9 @@ METRICS = {
     "manhattan": tj.manhattan,
     "custom": tj.Metric(paired=lambda a, b: jnp.linalg.norm(a - b)),
 }
-every_loss = pytest.mark.parametrize("name", LOSSES)
+every_loss = pytest.mark.parametrize(
+    "name", unless_slow(LOSSES, ["batch all", "batch hard", "semi-hard"])
+)
 one_loss = pytest.mark.parametrize("name", unless_slow(LOSSES, ["batch hard"]))
 # What does not depend on which semi-hard triplets there are.
 every_mining = pytest.mark.parametrize("name", [*LOSSES][:3])
@@ -99,7 +101,7 @@ def check(got, expected, atol=2e-5):
 
 
 @pytest.mark.parametrize("kind", unless_slow(KINDS, ["everything"]))
-@pytest.mark.parametrize("name", unless_slow(LOSSES, list(LOSSES)[:3]))
+@every_loss
 def test_value_and_gradient(loss, matrix, kind):
     for labels in LABELS.values():
         x = vectors()
@@ -532,7 +534,7 @@ def test_memory_does_not_grow_with_the_matrix(loss, cut, most, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "hinge"),
     [
-        ("batch all", "hinge"),
+        pytest.param("batch all", "hinge", marks=pytest.mark.slow),
         pytest.param("semi-hard", "soft margin", marks=pytest.mark.slow),
         # Which costs there are matters to sums over all triplets alone.
         pytest.param("batch all", "soft margin", marks=pytest.mark.slow),

@@ -213,6 +213,7 @@ def test_an_evaluation_tells_what_the_core_does(trained, unseen, tmp_path, capsy
     )
 
 
+@pytest.mark.slow
 def test_what_an_evaluation_skips_and_finds_is_named(trained, unseen, tmp_path):
     folder = shapes(tmp_path / "more", kinds=2, each=3)
     (folder / "group0" / "kind0" / "broken.png").write_bytes(b"\x89PNG none")

@@ -13,6 +13,7 @@ from problems import (
     DISTINCT,
     HINGES,
     LOSSES,
+    QUICK,
     WITH_HINGES,
     batch,
     unless_slow,
@@ -23,7 +24,7 @@ import tripletjax as tj
 slow = pytest.mark.slow
 FORMS = "batch_all_loss", "batch_hard_loss", "batch_semi_hard_loss"
 
-every_loss = pytest.mark.parametrize("name", DISTINCT)
+every_loss = pytest.mark.parametrize("name", unless_slow(DISTINCT, QUICK))
 every_hinge = pytest.mark.parametrize(("name", "hinge"), WITH_HINGES)
 
 

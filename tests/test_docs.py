@@ -26,7 +26,10 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in P
 
 
 # They take longer than all others together.
-LONG = "meshes", "composing", "training", "verification", "evaluation"
+LONG = (
+    *("meshes", "composing", "training", "verification", "evaluation"),
+    *("pairs", "large-batches", "collapse"),
+)
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,9 @@ def test_views_are_pillows_to_the_bit(size, seen, box):
     np.testing.assert_array_equal(resampling(view, *size)(images), view(images))
 
 
-@pytest.mark.parametrize("suffix", unless_slow(exports.FUNCTIONS, [".stablehlo"]))
-@pytest.mark.parametrize(
-    "name", unless_slow(["cnn", "photo", "multiscale", "resnet"], ["photo"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", exports.FUNCTIONS)
+@pytest.mark.parametrize("name", ["cnn", "photo", "multiscale", "resnet"])
 def test_every_network_is_exported(name, suffix, tmp_path):
     shape = (20, 24, 3) if name == "multiscale" else SHAPE
     embedder = untrained(name, shape)

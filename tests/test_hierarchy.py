@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from folders import shapes
-from problems import unless_slow
 
 import tripletjax as tj
 from tripletjax.learn import hierarchy, objectives, runs, sampling
@@ -29,7 +28,8 @@ def test_levels_are_the_folders_that_are_shared():
     assert turned[1].tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 3, 4, 4, 5]
 
 
-@pytest.mark.parametrize("mining", unless_slow(objectives.MINING, ["hard"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("mining", objectives.MINING)
 def test_the_loss_is_a_mean_of_those_of_the_levels(mining):
     x = jax.random.normal(jax.random.key(0), (24, 5))
     x /= jnp.linalg.norm(x, axis=1, keepdims=True)

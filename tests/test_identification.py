@@ -79,6 +79,7 @@ def test_class_means_are_references():
     np.testing.assert_allclose(found.distances, [[0.35]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_identification_composes():
     x, labels, y, theirs, *_ = problem(0, False)
     function = functools.partial(

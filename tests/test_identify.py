@@ -136,6 +136,7 @@ def test_strangers_tell_the_rate_at_this_gallery(index, calibration):
     assert tied.named(tied.threshold_at(0.7)) == 20
 
 
+@pytest.mark.slow
 def test_the_known_are_no_strangers(index, calibration):
     gallery = Gallery.of(index)
     names = calibration.names.copy()

@@ -465,6 +465,7 @@ def test_every_mining_trains(mining):
     assert all(0 <= line["active"] <= 1 and line["spread"] > 0.05 for line in lines)
 
 
+@pytest.mark.slow
 def test_losses_follow_one_another():
     every, hard = (objectives.mined_loss(mining) for mining in ("all", "hard"))
     one, _ = trained(10, loss=every)
@@ -727,6 +728,7 @@ def test_wrong_memories(options, words):
         trained(2, **options)
 
 
+@pytest.mark.slow
 def test_floats_from_0_to_1_stay_as_they_are():
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
     model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))

@@ -168,6 +168,7 @@ def test_in_scan_and_under_vmap():
     np.testing.assert_array_equal(got.embeddings[1, :5], xs[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [
@@ -177,7 +178,7 @@ def test_in_scan_and_under_vmap():
         pytest.param(AxisType.Explicit, (4, 2), marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("loss", unless_slow(LOSSES.values(), [LOSSES["hard"]]))
+@pytest.mark.parametrize("loss", LOSSES.values())
 def test_split_over_devices(loss, kind, shape):
     """Each device has a memory of its own part; the losses are of all of them."""
     names = ("data", "model")[: len(shape)]

@@ -89,6 +89,7 @@ def test_a_choice_of_ones_own():
     np.testing.assert_array_equal(triplets.negative, [4, 4, 4, 1, 1])
 
 
+@pytest.mark.slow
 def test_counts_beyond_the_integers_stop_there():
     labels = jnp.arange(3000) % 2
     triplets = tj.all_triplets(labels, size=10)
@@ -329,6 +330,7 @@ def test_semi_hard_either_way(seed):
     np.testing.assert_array_equal(few[0][found], every[0][found])
 
 
+@pytest.mark.slow
 def test_semi_hard_of_large_classes():
     x = np.random.default_rng(0).normal(size=(134, 4))
     labels = np.arange(134) % 2
