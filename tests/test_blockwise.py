@@ -263,7 +263,7 @@ def test_the_oracle(name, loss, labels):
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("labels", unless_slow(LABELS, ["few", "many"]))
 @pytest.mark.parametrize("kind", unless_slow(KINDS, ["everything"]))
 def test_indices(labels, kind):
     labels, x = LABELS[labels], vectors()

@@ -96,7 +96,7 @@ def test_padding_changes_nothing(loss, hinge):
         np.testing.assert_allclose(padded_gradient, expected_gradient, atol=1e-6)
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("padded", unless_slow([False, True], [True]))
 @pytest.mark.parametrize(
     "references", unless_slow(["none", "as many", "others"], ["as many"])
 )

@@ -317,6 +317,8 @@ def test_a_zero_vector_has_a_finite_gradient():
 
 def test_a_run_leaves_everything_behind(finished):
     out, evaluations = finished
+    gain = evaluations["trained"]["map_at_r"] - evaluations["untrained"]["map_at_r"]
+    assert gain > 10
     assert {path.name for path in out.iterdir()} == {
         "config.json",
         "best.digests.json",
@@ -360,12 +362,7 @@ def test_a_run_leaves_everything_behind(finished):
             assert len(set(image.convert("L").tobytes())) > 20
 
 
-def test_training_helps(finished):
-    _, evaluations = finished
-    gain = evaluations["trained"]["map_at_r"] - evaluations["untrained"]["map_at_r"]
-    assert gain > 10
-
-
+@pytest.mark.slow
 def test_the_embedder_is_the_trained_model(finished):
     out, evaluations = finished
     embed = learn.load_embedder(out)
@@ -378,6 +375,7 @@ def test_the_embedder_is_the_trained_model(finished):
         learn.load_embedder(out / "checkpoints")
 
 
+@pytest.mark.slow
 def test_the_embedder_takes_images_of_any_kind(finished, tmp_path):
     embed = learn.load_embedder(finished[0])
     images = datasets.load("digits").test.images[:6]
@@ -398,6 +396,7 @@ def test_the_embedder_takes_images_of_any_kind(finished, tmp_path):
     np.testing.assert_allclose(embed(every), expected[:3], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "error", "words"),
     [
@@ -917,6 +916,7 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
     assert kept.steps == [1]
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten(finished):
     out, _ = finished
     before = (out / "metrics.jsonl").read_text()
@@ -938,6 +938,7 @@ def test_bad_configurations_are_named(options, words):
         runs.Config(**options)
 
 
+@pytest.mark.slow
 def test_an_image_of_pillow_is_turned_upright(finished, tmp_path):
     embed = learn.load_embedder(finished[0])
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 8), np.uint8))
@@ -1095,6 +1096,7 @@ def test_symmetric_classes_are_not_turned(drawn, turns):
 # Runs that are stopped.
 
 
+@pytest.mark.slow
 def test_a_run_is_not_gone_on_with_by_accident(finished, tmp_path):
     out, evaluations = finished
     assert runs.run(small(), out, resume=True) == evaluations

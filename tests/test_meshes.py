@@ -513,7 +513,8 @@ def ring_cases():
 RINGS = list(ring_cases())
 
 
-@pytest.mark.parametrize("case", unless_slow(RINGS, [RINGS[7]]))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RINGS)
 def test_a_ring(case, monkeypatch):
     """References that are never together give what they give together."""
     name, classes, options = case

@@ -7,7 +7,7 @@ import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import HINGES, LOSSES, WITH_HINGES, margins, problems
+from problems import HINGES, LOSSES, WITH_HINGES, margins, problems, unless_slow
 
 import tripletjax as tj
 
@@ -65,7 +65,7 @@ def test_batch_hard(problem):
     check_per_anchor(tj.batch_hard_triplets(distances, labels, **options), expected)
 
 
-@pytest.mark.parametrize("fallback", [False, True])
+@pytest.mark.parametrize("fallback", unless_slow([False, True], [True]))
 @pytest.mark.parametrize("negative", CHOICES)
 @pytest.mark.parametrize("positive", CHOICES)
 @settings(max_examples=15)
@@ -124,7 +124,7 @@ def test_semi_hard(fallback, problem):
     assert triplet_set(got) == {(a, p, n) for (a, p), n in expected.items()}
 
 
-@pytest.mark.parametrize("band", BANDS)
+@pytest.mark.parametrize("band", unless_slow(BANDS, ["all", "semi-hard"]))
 @settings(max_examples=40)
 @given(problem=problems(), margin=margins, short=st.booleans())
 def test_all_triplets(band, problem, margin, short):
