@@ -159,7 +159,7 @@ def test_a_reduction_of_sums(loss, matrix):
                 (lambda terms: (terms.total.sum(), terms.active), False),
             )
         ),
-        (lambda terms: jnp.max(terms.total), False),
+        pytest.param(lambda terms: jnp.max(terms.total), False, marks=pytest.mark.slow),
     ],
 )
 def test_what_a_reduction_does_with_the_terms(reduce_fn, sums):

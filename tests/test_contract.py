@@ -269,7 +269,8 @@ def test_gradients_are_those_of_finite_differences(loss, hinge):
         )
 
 
-@pytest.mark.parametrize("name", unless_slow(DISTINCT, ["batch hard"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DISTINCT)
 def test_second_derivatives(loss):
     with jax.enable_x64(True):
         x, labels = batch(n=6, dim=3, classes=2, seed=1)

@@ -570,6 +570,7 @@ def test_the_shape_is_that_of_the_median_image():
     assert image_io.ImageSpec.of([(8, 8)], False, None) == image_io.ImageSpec(8, 8, 1)
 
 
+@pytest.mark.slow
 def test_datasets_of_the_catalogue():
     expected = datasets.load("digits")
     dataset = datasets.load("tfds:digits:test")

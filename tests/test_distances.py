@@ -7,6 +7,7 @@ import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import unless_slow
 
 import tripletjax as tj
 
@@ -84,7 +85,9 @@ def test_leading_dimensions(name):
 
 
 @every_metric
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize(
+    "dtype", unless_slow([jnp.float16, jnp.bfloat16, jnp.int8], [jnp.bfloat16])
+)
 def test_low_precision_is_computed_in_float32(name, dtype):
     metric = METRICS[name][0]
     x = jnp.asarray(4 * vectors(6, 300), dtype)

@@ -123,6 +123,7 @@ def test_every_network_is_tested():
     assert {*MODELS} == {"cnn", "photo", "multiscale", "resnet"}
 
 
+@pytest.mark.slow
 def test_stablehlo_needs_jax_alone(tmp_path):
     embedder = untrained("cnn")
     out = tmp_path / "model.stablehlo"

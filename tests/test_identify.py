@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from folders import shapes
 from PIL import Image
+from problems import unless_slow
 from test_verify import EMBEDDER
 
 import tripletjax as tj
@@ -46,7 +47,7 @@ def embedded(folder):
     return files, vectors_of(EMBEDDER, [Image.open(file) for file in files]), names
 
 
-@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("means", unless_slow([False, True], [False]))
 def test_names_are_of_the_nearest_class(root, index, means):
     gallery = Gallery.of(index, means=means)
     assert gallery.names == tuple(sorted(f"group{k % 2}/kind{k}" for k in range(6)))

@@ -149,6 +149,7 @@ def test_erasing_makes_a_rectangle_grey():
         assert 2 <= columns.sum() <= 13
 
 
+@pytest.mark.slow
 def test_group_norm_is_that_of_flax():
     x = 2 + jax.random.normal(jax.random.key(0), (3, 5, 4, 16))
     flax, ours = nnx.GroupNorm(16, num_groups=8, rngs=nnx.Rngs(0)), models.GroupNorm(16)
@@ -774,6 +775,7 @@ def test_collapse_is_told():
         )
 
 
+@pytest.mark.slow
 def test_signals_between_two_lines_are_the_callers(own_data_dir, request):
     # Which a process in the background need not have.
     own = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -20,7 +20,7 @@ def vectors(seed, shape=(5, 4)):
     return [random.normal(size=shape).astype(np.float32) for _ in range(3)]
 
 
-@pytest.mark.parametrize("hinge", ["hinge", "soft margin"])
+@pytest.mark.parametrize("hinge", unless_slow(["hinge", "soft margin"], ["hinge"]))
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("metric", METRICS)
 @settings(max_examples=10)

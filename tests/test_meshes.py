@@ -63,6 +63,7 @@ def test_explicit_mesh_as_the_context():
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside_jit", [False, True])
 def test_explicit_mesh_that_is_not_set(inside_jit):
     x, labels = batch(N)
@@ -476,6 +477,7 @@ def test_averaging_where_nothing_is_checked():
         np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_loss_has_no_name_of_jax():
     """What JAX wraps around a loss would be given it, and lower the loss itself."""
     x, labels = batch(N)

@@ -154,6 +154,7 @@ def test_a_choice_of_ones_own_relative_to_the_other():
         mine(negative=lambda *of: mining.hardest_negative(*of), fallback=True)
 
 
+@pytest.mark.slow
 def test_no_cubic_memory():
     """The mask of all triplets would be 512 MiB."""
     n = 512
