@@ -59,6 +59,14 @@ def test_space_to_depth_keeps_every_pixel():
     np.testing.assert_array_equal(y[0, 1, 0], x[0, 2:, :2].ravel())
 
 
+def test_odd_sides_are_made_even_first():
+    x = jnp.arange(2 * 3 * 4 * 2.0).reshape(2, 3, 4, 2)
+    y = module.space_to_depth(models._even(x), 2)
+    assert y.shape == (2, 2, 2, 8)
+    np.testing.assert_array_equal(y[1, 0, 1], x[1, :2, 2:].ravel())
+    np.testing.assert_array_equal(y[0, 1, 0, :4], x[0, 2, :2].ravel())
+
+
 @pytest.mark.parametrize(
     ("shape", "size", "stride", "padding"),
     [
