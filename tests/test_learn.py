@@ -20,7 +20,7 @@ from flax import nnx
 from folders import shapes
 from PIL import Image
 from problems import unless_slow
-from programs import repeatable
+from programs import quickly, repeatable
 
 import tripletjax as tj
 from tripletjax import learn
@@ -861,6 +861,39 @@ def test_any_path_will_do(tmp_path, name):
     np.testing.assert_array_equal(found["x"], state["x"])
 
 
+def test_what_is_restored_needs_no_other_programs(tmp_path):
+    """Arrays are committed to a device only where those of the same state are."""
+    x = jnp.arange(10.0)
+    state = {
+        "free": x,
+        "shape": jax.ShapeDtypeStruct(
+            x.shape,
+            x.dtype,
+            sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        ),
+        "fixed": jax.device_put(x, jax.devices()[1]),
+        "key": jax.random.key(3),
+        "numpy": np.arange(3),
+    }
+    kept = Checkpoints(tmp_path / "kept")
+    kept.save(1, state | {"shape": x})
+    found = kept.restore(state)[1]
+    add = jax.jit(lambda x: x + 1)
+    add(state["free"])
+    for name in ("free", "shape"):
+        add(found[name])
+        np.testing.assert_array_equal(found[name], x)
+    assert add._cache_size() == 1
+    assert found["fixed"].sharding == state["fixed"].sharding
+    assert not found["key"].committed
+    assert found["key"] == state["key"]
+    np.testing.assert_array_equal(found["numpy"], state["numpy"])
+    # Its memory can be given away, as that of a training's state is.
+    taken = jax.jit(lambda x: x + 1, donate_argnums=0)(found["free"])
+    assert found["free"].is_deleted()
+    np.testing.assert_array_equal(taken, x + 1)
+
+
 def test_what_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
     kept, state = Checkpoints(tmp_path / "kept"), {"x": jnp.arange(10.0)}
     for step in (1, 2):
@@ -1386,7 +1419,7 @@ TRAIN = """
 import resource, sys
 from tripletjax.learn import runs
 config = runs.Config(
-    steps=240, channels=(8, 16), dim=16, per_class=4, ema_decay=0.5,
+    steps=120, channels=(8, 16), dim=16, per_class=4, ema_decay=0.5,
     checkpoint_every=7, validate_every=30,
 )
 if sys.argv[2:]:
@@ -1401,17 +1434,12 @@ except OSError as error:
 
 
 def start(out, *arguments):
-    # The first of them compiles for all.
-    compiled = {
-        "JAX_COMPILATION_CACHE_DIR": str(out.parent.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
     return subprocess.Popen(
         [sys.executable, "-c", TRAIN, str(out), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | compiled,
+        env=os.environ | quickly(exact=True),
     )
 
 
@@ -1465,7 +1493,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(whole, tmp_path):
         process = start(out)
         # Half of them while it trains, wherever it is, and half at any time.
         if kills % 2:
-            wait_for(out, draw.randrange(1, 240), process)
+            wait_for(out, draw.randrange(1, 120), process)
             time.sleep(draw.random() / 20)
         else:
             time.sleep(draw.uniform(0, 9))
@@ -1502,7 +1530,7 @@ def test_an_interrupted_run_saves_and_goes_on(whole, tmp_path, number):
 @pytest.mark.slow
 def test_a_damaged_checkpoint_falls_back_and_says_so(whole, tmp_path):
     process = start(tmp_path / "run")
-    wait_for(tmp_path / "run", 100, process)
+    wait_for(tmp_path / "run", 60, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     newest = max(Checkpoints(tmp_path / "run" / "checkpoints").steps)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from tripletjax.learn.digests import digest_of, digest_of_file
@@ -119,7 +120,9 @@ class Checkpoints:
         damaged = []
         for step in reversed(self.steps):
             try:
-                return step, self._load(step, like), damaged
+                arrays = plain(like)
+                loaded = _uncommitted(self._load(step, arrays), arrays)
+                return step, from_plain(loaded, like), damaged
             except StateMismatchError:
                 raise
             except Exception as error:
@@ -168,18 +171,34 @@ class Checkpoints:
         written = self._digests().get(str(step))
         return bool(written) and _file_digests(self.directory / str(step)) != written
 
-    def _load(self, step: int, like: State) -> State:
+    def _load(self, step: int, like: list[Any]) -> list[Any]:
         metadata = self._orbax.checkpointables_metadata(step).custom_metadata
-        arrays = plain(like)
-        if metadata["kind"] != _kind(arrays):
+        if metadata["kind"] != _kind(like):
             raise StateMismatchError(
                 f"the checkpoint of step {step} in {self.directory} is of another "
                 "model or optimizer."
             )
-        loaded = self._orbax.load(step, arrays)
+        loaded = self._orbax.load(step, like)
         if metadata["digest"] != _digest(loaded):
             raise ValueError("its content is not what was written.")
-        return from_plain(loaded, like)
+        return loaded
+
+
+def _uncommitted(loaded: list[Any], like: list[Any]) -> list[Any]:
+    """Arrays of one device as they were before they were saved: committed to none.
+
+    Programs that were compiled for such arrays are compiled again for others.
+    """
+
+    def committed(x: Any) -> bool:
+        one = isinstance(getattr(x, "sharding", None), SingleDeviceSharding)
+        return not one or getattr(x, "committed", False)
+
+    return [
+        # A copy, so that its memory is JAX's and can be given away.
+        x if committed(old) else jnp.copy(jax.device_put(np.asarray(x)))
+        for x, old in zip(loaded, like)
+    ]
 
 
 def _meet(where: str) -> None:

@@ -197,12 +197,12 @@ def _dataset(
     name: str,
     images: Images,
     digests: np.ndarray,
-    indices: Sequence[np.ndarray],
+    parts: Sequence[np.ndarray],
     label_names: Sequence[str],
     decoding: Decoding,
     skipped: Sequence[str] = (),
 ) -> Dataset:
-    train, validation, test = (images.part(part) for part in indices)
+    train, validation, test = (images.part(part) for part in parts)
     classes = len(np.unique(train.labels))
     if classes < 2:
         raise ValueError(
@@ -212,15 +212,15 @@ def _dataset(
     shape = images.images.shape[1:]
     key = digest_of(
         text
-        for part in indices
+        for part in parts
         for text in (
             str((len(part), *shape)),
             " ".join(digests[part]),
             images.labels[part].tobytes(),
         )
     )
-    parts = train, validation, test
-    return Dataset(name, *parts, tuple(label_names), key, tuple(skipped), decoding)
+    names, left_out = tuple(label_names), tuple(skipped)
+    return Dataset(name, train, validation, test, names, key, left_out, decoding)
 
 
 def _from_folder(
