@@ -864,19 +864,22 @@ def test_any_path_will_do(tmp_path, name):
 def test_what_is_restored_needs_no_other_programs(tmp_path):
     """Arrays are committed to a device only where those of the same state are."""
     x = jnp.arange(10.0)
+
+    def shape_on(device):
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
     state = {
         "free": x,
-        "shape": jax.ShapeDtypeStruct(
-            x.shape,
-            x.dtype,
-            sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-        ),
+        "half": x.astype(jnp.bfloat16),
+        "shape": shape_on(jax.devices()[0]),
+        "elsewhere": shape_on(jax.devices()[1]),
         "fixed": jax.device_put(x, jax.devices()[1]),
         "key": jax.random.key(3),
         "numpy": np.arange(3),
     }
     kept = Checkpoints(tmp_path / "kept")
-    kept.save(1, state | {"shape": x})
+    kept.save(1, state | {"shape": x, "elsewhere": x})
     found = kept.restore(state)[1]
     add = jax.jit(lambda x: x + 1)
     add(state["free"])
@@ -885,7 +888,13 @@ def test_what_is_restored_needs_no_other_programs(tmp_path):
         np.testing.assert_array_equal(found[name], x)
     assert add._cache_size() == 1
     assert found["fixed"].sharding == state["fixed"].sharding
-    assert not found["key"].committed
+    for name in ("fixed", "elsewhere"):
+        assert found[name].committed
+        assert found[name].device == jax.devices()[1]
+    for name in ("half", "key"):
+        assert not found[name].committed
+    assert found["half"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found["half"], state["half"])
     assert found["key"] == state["key"]
     np.testing.assert_array_equal(found["numpy"], state["numpy"])
     # Its memory can be given away, as that of a training's state is.

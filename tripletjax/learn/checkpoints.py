@@ -108,7 +108,7 @@ class Checkpoints:
         directory, as ``STEP-damaged``.
 
         Args:
-            like: a state with the same structure, shapes and dtypes.
+            like: a state with the same structure, shapes, dtypes and devices.
 
         Returns:
             Its step, the state, and what was damaged; None if there is none.
@@ -185,18 +185,21 @@ class Checkpoints:
 
 
 def _uncommitted(loaded: list[Any], like: list[Any]) -> list[Any]:
-    """Arrays of one device as they were before they were saved: committed to none.
+    """Arrays that were committed to no device are so again.
 
     Programs that were compiled for such arrays are compiled again for others.
     """
+    usual = jnp.zeros(()).sharding.device_set
 
-    def committed(x: Any) -> bool:
-        one = isinstance(getattr(x, "sharding", None), SingleDeviceSharding)
-        return not one or getattr(x, "committed", False)
+    def free(x: Any) -> bool:
+        sharding = getattr(x, "sharding", None)
+        if not isinstance(sharding, SingleDeviceSharding):
+            return False
+        return sharding.device_set == usual and not getattr(x, "committed", False)
 
     return [
         # A copy, so that its memory is JAX's and can be given away.
-        x if committed(old) else jnp.copy(jax.device_put(np.asarray(x)))
+        jnp.copy(jax.device_put(np.asarray(x))) if free(old) else x
         for x, old in zip(loaded, like)
     ]
 
