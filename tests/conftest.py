@@ -22,8 +22,8 @@ settings.register_profile("tripletjax", deadline=None, print_blob=True)
 settings.load_profile("tripletjax")
 
 
-def pytest_configure(config):
-    compile_quickly(str(config.cache.mkdir("jax")))
+def pytest_configure():
+    compile_quickly()
 
 
 MAPS, MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
@@ -44,6 +44,26 @@ def pytest_runtest_teardown():
     if MAPS.read_bytes().count(b"\n") > int(MOST_MAPS.read_text()) // 2:
         jax.clear_caches()
         gc.collect()
+
+
+# Networks and training broadcast as Flax and Optax do; all else is strict.
+STRICT = {
+    f"test_{name}"
+    for name in (
+        "blockwise collapse contract distances identification losses memory meshes "
+        "mining oracle_parity pairs relevance retrieval strict verification"
+    ).split()
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def strict_promotion(request):
+    """The core promotes no dtype and no rank implicitly."""
+    if request.path.stem not in STRICT:
+        yield
+        return
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
 
 
 @pytest.fixture
