@@ -391,7 +391,7 @@ MUTANTS = [
         "index = i * devices + me",
         "index = i * devices",
         "all devices go over the same tiles",
-        "tests/test_verification.py",
+        "tests/test_verification.py::test_devices_go_over_different_pairs",
     ),
     Mutant(
         "mesh-terms-place",
@@ -399,7 +399,7 @@ MUTANTS = [
         "start = lax.axis_index(axis_name) * n",
         "start = lax.axis_index(axis_name) * 0",
         "gathered terms of devices lie on one another",
-        "tests/test_verification.py",
+        "tests/test_verification.py::test_devices_go_over_different_pairs",
     ),
     Mutant(
         "mesh-terms-mean",
@@ -407,7 +407,7 @@ MUTANTS = [
         "return lax.psum(parts, axis_name)",
         "return lax.pmean(parts, axis_name)",
         "gathered terms are divided by the devices",
-        "tests/test_verification.py",
+        "tests/test_verification.py::test_devices_go_over_different_pairs",
     ),
     Mutant(
         "mesh-padding",
@@ -415,7 +415,7 @@ MUTANTS = [
         "arrays[name] = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))",
         'arrays[name] = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), "edge")',
         "rows that fill up a mesh count",
-        "tests/test_retrieval.py",
+        "tests/test_retrieval.py::test_queries_that_fill_up_a_mesh_do_not_count",
     ),
     # The engine of blockwise losses.
     Mutant(
@@ -602,7 +602,7 @@ MUTANTS = [
         "new = lax.stop_gradient(new).astype(old.dtype)",
         "new = new.astype(old.dtype)",
         "kept embeddings have a gradient",
-        "tests/test_memory.py",
+        "tests/test_memory.py::test_what_is_kept_has_no_gradient_either_way",
     ),
     Mutant(
         "memory-references-gradient",
@@ -610,7 +610,7 @@ MUTANTS = [
         "kept = lax.stop_gradient(memory.embeddings).astype(x.dtype)",
         "kept = memory.embeddings.astype(x.dtype)",
         "references of earlier batches have a gradient",
-        "tests/test_memory.py",
+        "tests/test_memory.py::test_what_is_kept_has_no_gradient_either_way",
     ),
     Mutant(
         "memory-empty-slots",
@@ -626,7 +626,10 @@ MUTANTS = [
         "positions += lax.axis_index(axis_name) * (n + size)",
         "positions += lax.axis_index(axis_name) * n",
         "on a mesh anchors with a memory are their own positives",
-        "tests/test_memory.py",
+        (
+            "tests/test_memory.py::"
+            "test_positions_count_along_the_references_of_all_devices"
+        ),
     ),
     Mutant(
         "relevance-cap",
@@ -886,7 +889,7 @@ MUTANTS = [
         "deviations + jnp.sum(squares) + apart**2 * count * new / both,",
         "deviations + jnp.sum(squares),",
         "the spread between tiles is left out",
-        "tests/test_collapse.py",
+        "tests/test_collapse.py::test_report_of_several_tiles",
     ),
     # Learning: batches.
     Mutant(
@@ -962,7 +965,7 @@ MUTANTS = [
         "weights = [2.0**-level for level in range(len(levels) + 1)]",
         "weights = [2.0**level for level in range(len(levels) + 1)]",
         "coarse levels weigh more",
-        "tests/test_hierarchy.py",
+        "tests/test_hierarchy.py::test_coarse_levels_weigh_half_of_the_level_below",
     ),
     Mutant(
         "given-parts",
@@ -970,7 +973,10 @@ MUTANTS = [
         "triplets = jnp.moveaxis(of_parts, 1, 0).reshape(3, -1, x.shape[-1])",
         "triplets = of_parts.reshape(3, -1, x.shape[-1])",
         "triplets of several processes are mixed",
-        "tests/test_hierarchy.py",
+        (
+            "tests/test_hierarchy.py::"
+            "test_triplets_of_several_processes_are_each_their_own"
+        ),
     ),
     # Learning: checkpoints.
     Mutant(
@@ -979,7 +985,12 @@ MUTANTS = [
         "for step in reversed(self.steps):",
         "for step in self.steps:",
         "the oldest state is restored",
-        "tests/test_learn.py",
+        (
+            "tests/test_learn.py::"
+            "test_damaged_checkpoints_fall_back "
+            "tests/test_learn.py::"
+            "test_any_path_will_do"
+        ),
     ),
     Mutant(
         "checkpoint-content",
@@ -987,7 +998,7 @@ MUTANTS = [
         'if metadata["digest"] != _digest(loaded):',
         "if False:",
         "a damaged state is restored",
-        "tests/test_learn.py",
+        "tests/test_learn.py::test_damaged_checkpoints_fall_back",
     ),
     Mutant(
         "checkpoint-dtype",
@@ -998,7 +1009,7 @@ MUTANTS = [
         ),
         'kinds = [f"{np.shape(x)}" for x in arrays]',
         "a state of another dtype is restored",
-        "tests/test_learn.py",
+        "tests/test_learn.py::test_states_of_another_model_are_left_alone",
     ),
     Mutant(
         "checkpoint-unreadable",
@@ -1006,7 +1017,7 @@ MUTANTS = [
         "return bool(written) and _file_digests(self.directory / str(step)) != written",
         "return bool(written)",
         "a state that cannot be read is moved aside as damaged",
-        "tests/test_learn.py",
+        "tests/test_learn.py::test_what_cannot_be_read_is_not_damaged",
     ),
     Mutant(
         "checkpoint-read-back",
@@ -1014,7 +1025,7 @@ MUTANTS = [
         "            self._load(step, state)\n",
         "            pass\n",
         "a written state is not read back",
-        "tests/test_learn.py",
+        "tests/test_learn.py::test_a_state_is_read_back_before_the_last_good_one_goes",
     ),
     # Learning: the loop.
     Mutant(
@@ -1023,7 +1034,7 @@ MUTANTS = [
         "averaged: Any = optax.incremental_update(params, averaged, 1 - ema_decay)",
         "averaged: Any = optax.incremental_update(params, averaged, ema_decay)",
         "the average keeps what it should forget",
-        "tests/test_learn.py",
+        "tests/test_training.py::test_averages_keep_what_their_decay_says",
     ),
     Mutant(
         "step-memory-momentum",
@@ -1031,7 +1042,7 @@ MUTANTS = [
         "slow: Any = optax.incremental_update(params, slow, 1 - memory_momentum)",
         "slow: Any = optax.incremental_update(params, slow, memory_momentum)",
         "the slow network follows at once",
-        "tests/test_learn.py",
+        "tests/test_training.py::test_averages_keep_what_their_decay_says",
     ),
     Mutant(
         "step-warmup",
@@ -1079,7 +1090,7 @@ MUTANTS = [
         "batch = images, labels, jax.random.fold_in(key, step), remember",
         "batch = images, labels, jax.random.fold_in(key, 0), remember",
         "every step augments alike",
-        "tests/test_learn.py",
+        "tests/test_training.py::test_every_step_augments_with_its_own_key",
     ),
     Mutant(
         "training-warmup",
@@ -1095,7 +1106,7 @@ MUTANTS = [
         "if not value < state.best:",
         "if value > state.best:",
         "of equal validations the first is kept",
-        "tests/test_learn.py",
+        "tests/test_learn.py::test_the_best_validation_is_kept",
     ),
     # Images and splits.
     Mutant(
@@ -1104,7 +1115,7 @@ MUTANTS = [
         "    6: Image.Transpose.ROTATE_270,",
         "    6: Image.Transpose.ROTATE_90,",
         "photographs stand on their head",
-        "tests/test_data.py::test_metadata_never_cost_an_image",
+        "tests/test_data.py::test_photographs_are_upright_however_the_camera_was_held",
     ),
     Mutant(
         "image-mirrored",
@@ -1112,7 +1123,7 @@ MUTANTS = [
         "    2: Image.Transpose.FLIP_LEFT_RIGHT,",
         "    2: Image.Transpose.FLIP_TOP_BOTTOM,",
         "mirrored photographs are flipped the other way",
-        "tests/test_data.py",
+        "tests/test_data.py::test_photographs_are_upright_however_the_camera_was_held",
     ),
     Mutant(
         "image-transparency",
@@ -1188,7 +1199,10 @@ MUTANTS = [
         "and len(kept) >= k",
         "and False",
         "ties at the k-th hit are cut off in any order",
-        "tests/test_search.py::test_hits_are_the_nearest_neighbors_with_ties_by_path",
+        (
+            "tests/test_search.py::"
+            "test_all_ties_are_looked_at_before_the_first_by_path_is_taken"
+        ),
     ),
     Mutant(
         "search-removed",
@@ -1268,7 +1282,7 @@ MUTANTS = [
         "of not in without and (needed is None or _stem(path) in needed)",
         "needed is None or _stem(path) in needed",
         "a threshold is chosen on classes that were trained on",
-        "tests/test_verify.py",
+        "tests/test_verify.py::test_classes_that_were_trained_on_are_left_out",
     ),
     Mutant(
         "identify-itself",
