@@ -1,12 +1,13 @@
-"""Mutation tests: each mutant is one wrong line of the library, which tests must fail.
+"""Mutation tests: each mutant changes one line of the library, and a test must fail.
 
-``.ci/run --full`` runs it; pytest does not collect it. By hand::
+``.ci/run --full`` runs this script; pytest does not collect it. By hand::
 
     python tests/mutants.py --jobs 2 --table mutants.md
     python tests/mutants.py --hinted --only far-tie loss-swap
 
-Every mutant gets its own copy of the tree. The tests most likely to fail run first; if
+Every mutant gets its own copy of the tree. The tests most likely to fail run first. If
 all of them pass, the whole quick lane runs, and with ``--lane ci`` the slow tests too.
+A mutant is killed if a test fails, or if the tests run longer than their limit.
 
 Exit status: 0 if enough mutants are killed (95 % by quick tests, all with
 ``--lane ci``), 1 if not, 2 if the list or a test run is broken.
@@ -35,6 +36,8 @@ HINTED_MINUTES, LANE_MINUTES = 15, 90
 # Exit statuses of pytest.
 PASSED, FAILED = 0, 1
 SLOW = ("-m", "slow and not full")
+# Processes of pytest, to be stopped with this one.
+RUNNING: set[subprocess.Popen] = set()
 
 
 class Mutant(NamedTuple):
@@ -1114,7 +1117,7 @@ MUTANTS = [
         "learn/image_io.py",
         "    6: Image.Transpose.ROTATE_270,",
         "    6: Image.Transpose.ROTATE_90,",
-        "photographs stand on their head",
+        "photographs are turned the wrong way",
         "tests/test_data.py::test_photographs_are_upright_however_the_camera_was_held",
     ),
     Mutant(
@@ -1265,7 +1268,7 @@ MUTANTS = [
         "apps/verify.py",
         "distance <= calibration.threshold,",
         "distance >= calibration.threshold,",
-        "far images are the same",
+        "images that are far apart are taken for the same",
         "tests/test_verify.py::test_a_threshold_decides_about_two_images",
     ),
     Mutant(
@@ -1297,7 +1300,7 @@ MUTANTS = [
         "apps/identify.py",
         "gallery.names[labels[0]] if distances[0] <= threshold else None,",
         "gallery.names[labels[0]] if distances[0] >= threshold else None,",
-        "far probes get a name",
+        "probes that are far from every class get a name",
         "tests/test_identify.py::test_names_are_of_the_nearest_class",
     ),
 ]
@@ -1459,18 +1462,23 @@ def run_all(
             pool.submit(run_one, files, mutant, options.lane, options.hinted)
             for mutant in mutants
         ]
-        for number, run in enumerate(as_completed(runs), start=1):
-            outcome = run.result()
-            outcomes[outcome.mutant.name] = outcome
-            mutant, status, killer, seconds = outcome
-            if status == "survived":
-                status = "SURVIVED"
-            print(
-                f"{number}/{len(mutants)} {mutant.name} ({mutant.path}): {status} "
-                f"{killer} {seconds:.0f} s",
-                flush=True,
-            )
+        try:
+            for number, run in enumerate(as_completed(runs), start=1):
+                outcome = run.result()
+                outcomes[outcome.mutant.name] = outcome
+                print(f"{number}/{len(mutants)} {line_of(outcome)}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in [*RUNNING]:
+                stop(process)
+            raise
     return [outcomes[mutant.name] for mutant in mutants]
+
+
+def line_of(outcome: Outcome) -> str:
+    mutant, status, killer, seconds = outcome
+    shown = "SURVIVED" if status == "survived" else f"{status} {killer}"
+    return f"{mutant.name} ({mutant.path}): {shown}, {seconds:.0f} s"
 
 
 def run_one(files: Sequence[Path], mutant: Mutant, lane: str, hinted: bool) -> Outcome:
@@ -1513,20 +1521,26 @@ def run_pytest(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # Processes that tests have started are stopped with it.
+        # A group of its own, with the processes that tests start.
         start_new_session=True,
     )
+    RUNNING.add(process)
     try:
         output, _ = process.communicate(timeout=60 * minutes)
         status = process.returncode
     except subprocess.TimeoutExpired:
-        status = None
+        stop(process)
+        (output, _), status = process.communicate(), None
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    if status is None:
-        output, _ = process.communicate()
+        RUNNING.discard(process)
+        stop(process)
     return status, "\n".join(output.splitlines()[-40:])
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Kills a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def first_failed(output: str) -> str:
