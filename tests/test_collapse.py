@@ -9,6 +9,7 @@ from problems import unless_slow
 
 import tripletjax as tj
 from tripletjax import collapse
+from tripletjax._pairwise import cuts
 
 
 def expected(x, distance=oracles.euclidean):
@@ -29,6 +30,15 @@ def expected(x, distance=oracles.euclidean):
 @pytest.mark.parametrize("n", unless_slow([2, 30, 700], [2, 30]))
 def test_report(n):
     x = np.random.default_rng(0).normal(size=(n, 5)) * [1, 2, 0.1, 1, 0] + 1
+    got = collapse.report(np.float32(x))
+    np.testing.assert_allclose(got, expected(x), rtol=1e-4)
+
+
+def test_report_of_several_tiles(monkeypatch):
+    monkeypatch.setattr(cuts, "CPU", cuts.CPU._replace(tile=16))
+    monkeypatch.setattr(cuts, "ACCELERATOR", cuts.CPU)
+    x = np.random.default_rng(0).normal(size=(37, 5)) * [1, 2, 0.1, 1, 0] + 1
+    x[:12] += 5
     got = collapse.report(np.float32(x))
     np.testing.assert_allclose(got, expected(x), rtol=1e-4)
 

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from folders import shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tripletjax.learn import (
     datasets,
@@ -315,6 +315,18 @@ def test_metadata_never_cost_an_image(tmp_path, form, exif, turned):
     assert opened.size == ((8, 12) if turned and form != "tiff" else (12, 8))
     if turned and form == "png":
         np.testing.assert_array_equal(np.asarray(opened), np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_upright_however_the_camera_was_held(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / "image.png"
+    Image.fromarray(pixels).save(file, exif=exif.tobytes())
+    with Image.open(file) as image:
+        expected = ImageOps.exif_transpose(image)
+    np.testing.assert_array_equal(image_io.open_image(file), expected)
 
 
 @pytest.mark.parametrize(("most", "white"), [(255, 255), (256, 1023), (4095, 4095)])

@@ -54,6 +54,29 @@ def test_the_loss_is_a_mean_of_those_of_the_levels(mining):
         objectives.relevance_loss("some", levels)
 
 
+def test_coarse_levels_weigh_half_of_the_level_below(monkeypatch):
+    margins = []
+
+    def loss_of(x, labels, *, margin, reduce_fn, axis_name):
+        margins.append(margin)
+        return labels.sum(), {"active": labels.max()}
+
+    monkeypatch.setitem(objectives.MINING, "hard", (loss_of, tj.mean_valid))
+    levels = (0, 0, 10, 10), (0, 0, 0, 100)
+    loss = objectives.relevance_loss("hard", levels, margin=0.125)
+    value, metrics = loss(jnp.zeros((2, 1)), jnp.array([2, 3]))
+    np.testing.assert_allclose(value, (4 * 5 + 2 * 20 + 100) / 7, rtol=1e-6)
+    assert margins == [0.125, 0.25, 0.375]
+    assert metrics == {"active": 3, "active_1": 10, "active_2": 100}
+
+
+def test_triplets_of_several_processes_are_each_their_own():
+    parts = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
+    loss, _ = objectives.given_loss(margin=0.5, parts=2)(parts.reshape(-1, 5), None)
+    each = [tj.triplet_margin_loss(*part, margin=0.5) for part in parts]
+    np.testing.assert_allclose(loss, np.mean(each), rtol=1e-6)
+
+
 def test_classes_of_a_group_come_together():
     labels, groups = np.repeat(np.arange(40), 3), np.arange(40) % 10
     batches = sampling.ClassBatches(labels, 12, 2, groups=groups)

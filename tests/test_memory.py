@@ -112,6 +112,43 @@ def test_has_no_gradient():
     assert gradient == 0
 
 
+def test_what_is_kept_has_no_gradient_either_way():
+    """Neither as it is written nor as references are made of it."""
+    x, labels = draw(3)
+    memory = tj.memory.create(4, 4)
+
+    def written(x):
+        return tj.memory.push(memory, x, labels).embeddings.sum()
+
+    def read(embeddings):
+        kept = memory._replace(embeddings=embeddings)
+        return tj.memory.references(kept, x, labels)["references"].sum()
+
+    for function, vectors in ((written, x), (read, memory.embeddings)):
+        np.testing.assert_array_equal(jax.grad(function)(vectors), 0 * vectors)
+
+
+def test_positions_count_along_the_references_of_all_devices():
+    x, labels = draw(8)
+
+    def local(x, labels):
+        memory = jax.tree.map(
+            lambda leaf: jax.lax.pcast(leaf, "data", to="varying"),
+            tj.memory.create(3, 4),
+        )
+        pairs = tj.memory.references(memory, x, labels, axis_name="data")
+        return pairs["references"], pairs["positions"]
+
+    references, positions = jax.shard_map(
+        local,
+        mesh=jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)),
+        in_specs=(P("data"), P("data")),
+        out_specs=P("data"),
+    )(x, labels)
+    assert references.shape == (20, 4)
+    np.testing.assert_array_equal(references[positions], x)
+
+
 def test_written_in_place_if_given_away():
     memory, batch = tj.memory.create(4096, 64), draw(32, dim=64)
     kept = tj.memory.push(memory, *batch)

@@ -436,6 +436,14 @@ def test_split_over_devices():
         same(recall, expected.recall_at_k)
 
 
+def test_queries_that_fill_up_a_mesh_do_not_count():
+    x, labels = clusters(n=30, classes=3)
+    expected = retrieval.recall_at_k(x, labels, ks=(1, 2))
+    with jax.set_mesh(jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))):
+        got = retrieval.recall_at_k(x, labels, ks=(1, 2), axis_name="data")
+    same(got, expected)
+
+
 def test_low_precision():
     x, labels = clusters()
     same(

@@ -63,6 +63,13 @@ def content(file, value, size=(24, 20)):
     Image.fromarray(np.uint8(pixels)).save(file)
 
 
+def folder_of_copies(folder, names):
+    """One picture under several names."""
+    for name in names:
+        content(folder / f"{name}.png", 0)
+    return folder
+
+
 def test_hits_are_the_nearest_neighbors_with_ties_by_path(folder, tmp_path):
     index, _ = opened(folder, tmp_path / "db")
     assert index.update().added == len(index) == 24
@@ -74,6 +81,18 @@ def test_hits_are_the_nearest_neighbors_with_ties_by_path(folder, tmp_path):
             assert [hit.path for hit in hits] == [paths[i] for i in near]
             np.testing.assert_allclose([hit.distance for hit in hits], d, atol=1e-6)
     assert {hit.path for hit in index.search(x[:1], 24)[0]} == {*paths}
+
+
+def test_all_ties_are_looked_at_before_the_first_by_path_is_taken(tmp_path):
+    folder = tmp_path / "pictures"
+    index, _ = opened(folder_of_copies(folder, "bcdefgh"), tmp_path / "db")
+    index.update()
+    # It comes last in the table.
+    folder_of_copies(folder, "a")
+    index.update()
+    _, x = index.vectors()
+    (hits,) = index.search(x[:1], 2)
+    assert [hit.path for hit in hits] == ["a.png", "b.png"]
 
 
 def test_what_is_searched_for_is_narrowed_down(folder, tmp_path):

@@ -16,6 +16,7 @@ from sklearn import metrics as sk
 
 import tripletjax as tj
 from tripletjax import verification
+from tripletjax._pairwise import cuts
 
 
 def pairs_of(seed, n=30, tied=False):
@@ -271,6 +272,28 @@ def test_inside_jit_and_split_over_devices():
         )
     short = jax.jit(lambda x, y: verification.evaluate(x, y, size=95))(x, labels)
     assert jnp.isnan(short.area_under_roc)
+
+
+def test_devices_go_over_different_pairs(monkeypatch):
+    # Two blocks of eight: the pairs between them are the only tile of a round.
+    monkeypatch.setattr(cuts, "CPU", cuts.CPU._replace(tile=8))
+    monkeypatch.setattr(cuts, "ACCELERATOR", cuts.CPU)
+    x = np.float32(np.random.default_rng(0).normal(size=(16, 3)))
+    labels = np.arange(16) // 4
+    verify = functools.partial(verification.evaluate, size=24, fars=(0.2,))
+    shared = jax.shard_map(
+        functools.partial(verify, axis_name="data"),
+        mesh=jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)),
+        in_specs=P("data"),
+        out_specs=P(),
+    )
+    got = jax.jit(shared)(x, labels)
+    assert (got.positives, got.negatives) == (24, 96)
+    i, j = np.triu_indices(16, k=1)
+    distances, same = np.linalg.norm(x[i] - x[j], axis=1), labels[i] == labels[j]
+    expected = verification.evaluate_pairs(distances, same, fars=(0.2,))
+    for one, other in zip(got, expected):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 def test_padded_pairs():

@@ -226,6 +226,15 @@ def test_copies_in_different_classes_leave_no_threshold(tmp_path):
     json.dumps(chosen.summary(), allow_nan=False)
 
 
+def test_classes_that_were_trained_on_are_left_out(folder, monkeypatch):
+    seen = frozenset({"group0/kind0", "group1/kind3"})
+    monkeypatch.setattr(verify, "_not_trained_on", lambda *of: (seen, ["2 left out"]))
+    found = verify.evaluate(EMBEDDER, folder, replicates=10)
+    assert (found.report["images"], found.report["classes"]) == (54, 6)
+    assert not {*found.calibration.names} & seen
+    assert "2 left out" in found.report["notes"]
+
+
 def test_vectors_that_are_not_finite_are_named(folder):
     nan = embedder_of(lambda images: [[np.nan]] * len(images), key="nan")
     with pytest.raises(ValueError, match="not finite"):

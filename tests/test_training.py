@@ -1,0 +1,65 @@
+"""One step of training at a time: averages, and the key of each step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from tripletjax.learn import steps, training
+
+
+def test_averages_keep_what_their_decay_says():
+    one = jnp.ones(2)
+    state = steps.TrainState(
+        params=one,
+        rest=None,
+        optimizer=optax.sgd(1.0).init(one),
+        average=one,
+        finite=jnp.array(True),
+        best=jnp.array(0.0),
+        slow=one,
+    )
+    new = steps._next_state(
+        state,
+        jnp.array(1.0),
+        one,
+        tx=optax.sgd(1.0),
+        ema_decay=0.75,
+        memory_momentum=0.875,
+    )
+    np.testing.assert_array_equal(new.params, [0, 0])
+    np.testing.assert_array_equal(new.average, [0.75, 0.75])
+    np.testing.assert_array_equal(new.slow, [0.875, 0.875])
+    assert new.finite
+
+
+def test_every_step_augments_with_its_own_key():
+    keys = []
+
+    def augment(key, images):
+        jax.debug.callback(
+            lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key)
+        )
+        return images
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+
+        def __call__(self, images):
+            return self.linear(images.reshape(len(images), -1))
+
+    def loss(x, labels):
+        return jnp.sum(x * x)
+
+    batches = [(np.zeros((3, 2, 2, 1), np.uint8), np.arange(3))] * 3
+    options = {"loss": loss, "augment": augment, "progress": False}
+    for seed in (0, 1):
+        list(
+            training.fit(
+                Model(), optax.sgd(0.1), batches, steps=3, seed=seed, **options
+            )
+        )
+    jax.effects_barrier()
+    assert len(keys) == len({*keys}) == 6
