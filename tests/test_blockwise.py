@@ -214,8 +214,13 @@ PAIR_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("names", unless_slow(PAIR_OPTIONS, ["all"]))
-def test_indices(names):
+@in_lanes(
+    ("names", "fallback"),
+    itertools.product(PAIR_OPTIONS, [True, False]),
+    quick=lambda *case: case == ("all", True),
+    slow=lambda names, fallback: names != "where",
+)
+def test_indices(names, fallback):
     x = vectors()
     for labels in LABELS.values():
         options = {k: gallery_of(labels)[k] for k in PAIR_OPTIONS[names]}
@@ -226,17 +231,14 @@ def test_indices(names):
         np.testing.assert_array_equal(got.valid, expected.valid)
         for indices, correct in zip(got, expected):
             np.testing.assert_array_equal(indices[got.valid], correct[got.valid])
-        for fallback in (True, False):
-            expected = tj.batch_semi_hard_triplets(
-                d, labels, fallback=fallback, **pairs
-            )
-            got = blockwise.batch_semi_hard_triplets(
-                x, labels, size=3000, fallback=fallback, **options
-            )
-            where = np.nonzero(expected.valid)
-            assert got.count == len(where[0]) == got.valid.sum()
-            for indices, correct in zip(got[:3], expected):
-                np.testing.assert_array_equal(indices[: got.count], correct[where])
+        expected = tj.batch_semi_hard_triplets(d, labels, fallback=fallback, **pairs)
+        got = blockwise.batch_semi_hard_triplets(
+            x, labels, size=3000, fallback=fallback, **options
+        )
+        where = np.nonzero(expected.valid)
+        assert got.count == len(where[0]) == got.valid.sum()
+        for indices, correct in zip(got[:3], expected):
+            np.testing.assert_array_equal(indices[: got.count], correct[where])
 
 
 def test_ties_go_to_the_lowest_index():

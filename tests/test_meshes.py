@@ -396,7 +396,7 @@ def test_each_device_does_its_share(name):
         assert expected <= count < 1.02 * expected
 
 
-@pytest.mark.parametrize("name", unless_slow(BLOCKWISE, ["hard"], slow=["all"]))
+@pytest.mark.parametrize("name", unless_slow(BLOCKWISE, [], slow=["hard", "all"]))
 def test_communication(name):
     """Once forward and once back, of embeddings, and a few numbers."""
     on = mesh(AxisType.Explicit)
