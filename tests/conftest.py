@@ -13,7 +13,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import jax
 import pytest
 from hypothesis import settings
-from programs import compile_quickly, repeatable
+from programs import cache_folder, compile_quickly, remove_old_programs, repeatable
 
 # Must come before anything asks JAX for its devices.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -22,7 +22,9 @@ settings.register_profile("tripletjax", deadline=None, print_blob=True)
 settings.load_profile("tripletjax")
 
 
-def pytest_configure():
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        remove_old_programs(cache_folder())
     compile_quickly()
 
 

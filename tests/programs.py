@@ -1,6 +1,7 @@
 """How the programs of the tests are compiled."""
 
 import contextlib
+import itertools
 import os
 from pathlib import Path
 
@@ -15,9 +16,9 @@ _HAS_OLDER = jaxlib.version.__version_info__ < (0, 11)
 # Options of one program, for what the older code does wrong.
 NEWER_LOOPS = {"xla_cpu_use_fusion_emitters": True} if _HAS_OLDER else {}
 
-# Most programs are compiled in less; reading one back takes a few milliseconds.
+# Most programs compile in less; reading one back takes a few milliseconds.
 KEPT_FROM_SECONDS = 0.05
-KEPT_BYTES = 2**31
+KEPT_BYTES = 2**30
 
 # Whether programs are optimised, and the folder that keeps them, in all tests that do
 # not ask for others.
@@ -49,8 +50,21 @@ def compile_quickly() -> None:
         # XLA reads its flags once, here. Processes that tests start do not see them.
         jax.jit(lambda: 0)()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM_SECONDS)
-    jax.config.update("jax_compilation_cache_max_size", KEPT_BYTES)
     _compile(*_usual)
+
+
+def remove_old_programs(folder: str, most_bytes: int = KEPT_BYTES) -> None:
+    """Remove the programs that were used least recently, beyond a total size.
+
+    JAX's own limit, `jax_compilation_cache_max_size`, looks at every kept file each
+    time that it writes one, which takes longer than to compile most programs.
+    """
+    kept = [(file, file.stat()) for file in Path(folder).glob("*") if file.is_file()]
+    kept.sort(key=lambda item: -max(item[1].st_atime, item[1].st_mtime))
+    sizes = itertools.accumulate(stat.st_size for _, stat in kept)
+    for (file, _), total in zip(kept, sizes):
+        if total > most_bytes:
+            file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -94,7 +108,6 @@ def quickly(*, exact: bool = False, killed: bool = False) -> dict[str, str]:
     optimized |= exact and not _HAS_OLDER
     return {
         "JAX_COMPILATION_CACHE_DIR": str(folder),
-        "JAX_COMPILATION_CACHE_MAX_SIZE": str(KEPT_BYTES),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": (
             "inf" if killed else str(KEPT_FROM_SECONDS)
         ),

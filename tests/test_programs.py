@@ -1,5 +1,7 @@
 """The tests' own cache of compiled programs hides nothing from them."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import programs
@@ -44,6 +46,15 @@ def test_the_folder_of_kept_programs(monkeypatch, tmp_path):
     assert jax.__version__ in folder
     monkeypatch.setenv("TRIPLETJAX_TESTS_CACHE", str(tmp_path / "cold"))
     assert programs.cache_folder() == str(tmp_path / "cold")
+
+
+def test_old_programs_are_removed(tmp_path):
+    for age, name in enumerate("cab"):
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (age, age))
+    programs.remove_old_programs(str(tmp_path), most_bytes=250)
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "b"}
+    programs.remove_old_programs(str(tmp_path / "none"))
 
 
 def test_a_process_that_is_killed_writes_no_program():
