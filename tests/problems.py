@@ -43,6 +43,25 @@ def unless_slow(values, quick):
     ]
 
 
+def unless_full(values, kept):
+    """Values of a parameter, all but some of which only the full lane runs."""
+    return [
+        value if value in kept else pytest.param(value, marks=pytest.mark.full)
+        for value in values
+    ]
+
+
+def by_lane(cases, *, quick=(), slow=()):
+    """Cases of several parameters, each in the quick, the slow or the full lane."""
+
+    def marks_of(case):
+        if case in quick:
+            return ()
+        return pytest.mark.slow if case in slow else pytest.mark.full
+
+    return [pytest.param(*case, marks=marks_of(case)) for case in cases]
+
+
 margins = st.integers(0, 2 * GRID).map(lambda k: k / GRID)
 
 HINGES = {

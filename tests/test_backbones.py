@@ -1,5 +1,6 @@
 """Pretrained networks: the same as by hand, from files that fit and no others."""
 
+import itertools
 import re
 
 import backbone_oracles as by_hand
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from problems import unless_slow
+from problems import by_lane, unless_slow
 from safetensors.numpy import load_file, save_file
 
 from tripletjax.learn import backbones, pretrained, weights
@@ -113,9 +114,20 @@ def test_the_gradient_is_the_slope_by_hand(tmp_path, name):
     assert got == pytest.approx(slope, rel=1e-3)
 
 
-@pytest.mark.parametrize("stride", unless_slow([1, 2, 3], [2]))
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (7, 7), (1, 7), (14, 14)])
-@pytest.mark.parametrize("shape", unless_slow([(3, 3), (14, 20), (17, 31)], [(3, 3)]))
+SIDES = [(3, 3), (14, 20), (17, 31)]
+KERNELS = [(1, 1), (2, 2), (3, 3), (7, 7), (1, 7), (14, 14)]
+STRIDES = [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "stride"),
+    by_lane(
+        itertools.product(SIDES, KERNELS, STRIDES),
+        quick=[((3, 3), size, 2) for size in KERNELS],
+        # Pairwise: every kernel once more, both other shapes, both other strides.
+        slow=[*zip(3 * SIDES[1:], KERNELS, [1, 3, 3, 1, 1, 3])],
+    ),
+)
 def test_convolutions(shape, size, stride):
     padding = tuple(side // 2 for side in size)
     layer = Conv(3, 4, size, stride, padding, bias=True, dtype=None, rngs=nnx.Rngs(0))

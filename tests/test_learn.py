@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 from folders import shapes
 from PIL import Image
-from problems import unless_slow
+from problems import by_lane, unless_full, unless_slow
 from programs import quickly, repeatable
 
 import tripletjax as tj
@@ -66,6 +66,11 @@ def finished(own_data_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def embed(finished):
+    return learn.load_embedder(finished[0])
+
+
+@pytest.fixture(scope="module")
 def finished_exactly(own_data_dir, tmp_path_factory):
     """The same run to the last bit, for others to be compared with."""
     out = tmp_path_factory.mktemp("runs") / "exact"
@@ -74,6 +79,7 @@ def finished_exactly(own_data_dir, tmp_path_factory):
     return out
 
 
+@pytest.mark.xdist_group("finished")
 @pytest.mark.slow
 def test_an_embedder_needs_nothing_that_reads_data_or_draws(finished):
     code = f"""
@@ -196,7 +202,7 @@ def test_the_largest_has_the_gradient_of_the_maximum():
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("optimize", [True, False])
 @pytest.mark.parametrize("kind", ["cnn", "photo"])
 def test_gradients_are_finite_however_it_is_compiled(kind, optimize):
@@ -252,11 +258,26 @@ def test_augmentation_is_off_by_default_and_checked():
         augment.Augment(erase=2)
 
 
+NETWORKS = [
+    (kind, dtype, shape)
+    for kind in learn.config.MODELS
+    for dtype in (None, jnp.bfloat16)
+    for shape in ((8, 8, 1), (17, 33, 3), (1, 1, 1))
+]
+QUICK_NETWORKS = [("cnn", None, (17, 33, 3)), ("photo", None, (17, 33, 3))]
+# With those, every network and every size, and every size in bfloat16.
+SLOW_NETWORKS = [
+    ("cnn", jnp.bfloat16, (8, 8, 1)),
+    ("photo", jnp.bfloat16, (1, 1, 1)),
+    ("resnet", None, (1, 1, 1)),
+    ("multiscale", jnp.bfloat16, (17, 33, 3)),
+]
+
+
 @pytest.mark.parametrize(
-    "shape", unless_slow([(8, 8, 1), (17, 33, 3), (1, 1, 1)], [(17, 33, 3)])
+    ("kind", "dtype", "shape"),
+    by_lane(NETWORKS, quick=QUICK_NETWORKS, slow=SLOW_NETWORKS),
 )
-@pytest.mark.parametrize("dtype", unless_slow([None, jnp.bfloat16], [None]))
-@pytest.mark.parametrize("kind", unless_slow(learn.config.MODELS, ["cnn", "photo"]))
 def test_any_image_size_gives_unit_vectors(kind, dtype, shape):
     options = {"size": shape[:2]} if kind == "photo" else {}
     model = learn.config.MODELS[kind](
@@ -287,24 +308,27 @@ def test_halving_is_pooling_by_windows(shape):
     np.testing.assert_array_equal(*pull_back(along), *window_pull_back(along))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("stride", "side"), [(1, 4), (2, 2)])
 def test_the_first_stride_of_the_residual_network(stride, side):
-    model = models.EmbeddingResNet(
-        channels=(8, 16, 16), stride=stride, rngs=nnx.Rngs(0)
-    )
-    x = model.stem(jnp.zeros((1, 16, 16, 3)))
-    for block in model.blocks:
-        x = block(x)
-    assert x.shape == (1, side, side, 16)
+    def stages(x):
+        model = models.EmbeddingResNet(
+            channels=(8, 16, 16), stride=stride, rngs=nnx.Rngs(0)
+        )
+        x = model.stem(x)
+        for block in model.blocks:
+            x = block(x)
+        return x
+
+    output = jax.eval_shape(stages, jnp.zeros((1, 16, 16, 3)))
+    assert output.shape == (1, side, side, 16)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "count"), [("cnn", 73_440), ("resnet", 704_736), ("multiscale", 381_856)]
 )
 def test_number_of_parameters(kind, count):
-    model = learn.config.MODELS[kind](rngs=nnx.Rngs(0))
+    network = learn.config.MODELS[kind]
+    model = nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
     assert sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
 
 
@@ -316,6 +340,7 @@ def test_a_zero_vector_has_a_finite_gradient():
 # Runs.
 
 
+@pytest.mark.xdist_group("finished")
 def test_a_run_leaves_everything_behind(finished):
     out, evaluations = finished
     gain = evaluations["trained"]["map_at_r"] - evaluations["untrained"]["map_at_r"]
@@ -363,10 +388,9 @@ def test_a_run_leaves_everything_behind(finished):
             assert len(set(image.convert("L").tobytes())) > 20
 
 
-@pytest.mark.slow
-def test_the_embedder_is_the_trained_model(finished):
+@pytest.mark.xdist_group("finished")
+def test_the_embedder_is_the_trained_model(finished, embed):
     out, evaluations = finished
-    embed = learn.load_embedder(out)
     dataset = datasets.load("digits")
     embeddings = embed(dataset.test.images[..., 0])
     np.testing.assert_array_equal(embeddings, embed(dataset.test.images))
@@ -376,9 +400,8 @@ def test_the_embedder_is_the_trained_model(finished):
         learn.load_embedder(out / "checkpoints")
 
 
-@pytest.mark.slow
-def test_the_embedder_takes_images_of_any_kind(finished, tmp_path):
-    embed = learn.load_embedder(finished[0])
+@pytest.mark.xdist_group("finished")
+def test_the_embedder_takes_images_of_any_kind(embed, tmp_path):
     images = datasets.load("digits").test.images[:6]
     expected = embed(images)
     large = np.repeat(np.repeat(images, 3, axis=1), 3, axis=2)
@@ -397,7 +420,7 @@ def test_the_embedder_takes_images_of_any_kind(finished, tmp_path):
     np.testing.assert_allclose(embed(every), expected[:3], atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("finished")
 @pytest.mark.parametrize(
     ("images", "error", "words"),
     [
@@ -411,12 +434,13 @@ def test_the_embedder_takes_images_of_any_kind(finished, tmp_path):
         (["nowhere.png"], FileNotFoundError, "nowhere.png"),
     ],
 )
-def test_the_embedder_names_what_it_cannot_take(finished, images, error, words):
+def test_the_embedder_names_what_it_cannot_take(embed, images, error, words):
     with pytest.raises(error, match=words):
-        learn.load_embedder(finished[0])(images)
+        embed(images)
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("finished exactly")
+@pytest.mark.full
 @pytest.mark.usefixtures("exact")
 def test_a_run_is_repeatable(finished_exactly, tmp_path):
     again = tmp_path / "again"
@@ -436,9 +460,9 @@ def digits_batches():
 ADAM, SGD = optax.adam(1e-2), optax.sgd(0.1)
 
 
-def trained(steps=20, **options):
-    """A small model and what its training said."""
-    model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
+def trained(steps=20, *, model=None, **options):
+    """A small model and the lines of its training."""
+    model = model or models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
     options = {"tx": ADAM, "batches": digits_batches()} | options
     return model, list(training.fit(model, steps=steps, progress=False, **options))
 
@@ -457,7 +481,7 @@ def assert_nearly_same_model(one, two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mining", objectives.MINING)
+@pytest.mark.parametrize("mining", unless_full(objectives.MINING, ["semi-hard"]))
 def test_every_mining_trains(mining):
     start = objectives.mined_loss("all")
     _, lines = trained(loss=[(0, start), (10, objectives.mined_loss(mining))])
@@ -500,7 +524,7 @@ def test_a_loss_without_metrics_and_what_is_no_loss():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [8, 13])
+@pytest.mark.parametrize("chunk", unless_full([8, 13], [13]))
 def test_chunks_have_the_loss_of_the_whole_batch(chunk):
     one, whole = trained(2, tx=SGD, log_every=1)
     two, chunks = trained(2, tx=SGD, log_every=1, embed_chunk_size=chunk)
@@ -510,7 +534,6 @@ def test_chunks_have_the_loss_of_the_whole_batch(chunk):
     assert_nearly_same_model(one, two)
 
 
-@pytest.mark.slow
 def test_the_average_of_parameters():
     tx = SGD
     paths = [trained(steps, tx=tx)[0] for steps in (1, 2)]
@@ -543,37 +566,50 @@ class WithStatistics(nnx.Module):
         return self.last(self.drop(x))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chunk", [None, 8])
-def test_models_with_statistics_and_dropout_go_on_where_they_stopped(tmp_path, chunk):
-    def train(steps, directory=None):
-        model = WithStatistics()
-        kept = None if directory is None else Checkpoints(directory)
-        lines = list(
-            training.fit(
-                model,
-                ADAM,
-                digits_batches(),
-                steps=steps,
-                embed_chunk_size=chunk,
-                checkpoints=kept,
-                log_every=5,
-                checkpoint_every=5,
-                progress=False,
-            )
-        )
-        return model, lines
+EVERY_STATE = {
+    "embed_chunk_size": 8,
+    "memory": 100,
+    "memory_momentum": 0.9,
+    "ema_decay": 0.9,
+}
 
-    whole, lines = train(15)
+
+@pytest.mark.parametrize(
+    "options",
+    unless_full(
+        [
+            EVERY_STATE,
+            {},
+            {"embed_chunk_size": 8},
+            {"memory": 100},
+            {"memory": 100, "memory_momentum": 0.9},
+        ],
+        [EVERY_STATE],
+    ),
+    ids=str,
+)
+def test_training_goes_on_where_it_stopped(tmp_path, options):
+    """To the last bit: statistics, dropout, optimizer, averages and memory."""
+
+    def train(steps, checkpoints=None):
+        options_of_fit = options | {"log_every": 1, "checkpoints": checkpoints}
+        return trained(steps, model=WithStatistics(), **options_of_fit)
+
+    whole, lines = train(6)
     assert not (whole.norm.mean[...] == 0).any()
-    train(5, tmp_path / "kept")
-    again, rest = train(15, tmp_path / "kept")
-    assert rest == [{"step": 5, "resumed": True, "damaged": []}, *lines[1:]]
-    assert_same_model(again, whole)
-    # For use, not for training.
+    train(3, Checkpoints(tmp_path / "kept"))
+    resumed, rest = train(6, Checkpoints(tmp_path / "kept"))
+    assert rest == [{"step": 3, "resumed": True, "damaged": []}, *lines[3:]]
+    assert_same_model(resumed, whole)
+
+
+def test_embeddings_are_those_of_use_and_not_of_training():
     images = datasets.load("digits").test.images[:50]
-    one, two = (training.embed_images(again, images) for _ in range(2))
+    model = WithStatistics()
+    one, two = (training.embed_images(model, images) for _ in range(2))
     np.testing.assert_array_equal(one, two)
+    model.eval()
+    np.testing.assert_allclose(one, model(as_floats(images)), rtol=1e-5, atol=1e-6)
 
 
 def test_ten_lines_for_own_images_and_model():
@@ -587,7 +623,6 @@ def test_ten_lines_for_own_images_and_model():
     assert training.embed_images(model, images).shape == (40, 8)
 
 
-@pytest.mark.slow
 def test_a_model_has_learnt_when_training_is_left_early():
     expected, lines = trained(4, log_every=2)
     model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
@@ -613,11 +648,14 @@ ALL_OVER_MESH = mined_loss("all", axis_name="data")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [
-        {"memory": 100, "memory_momentum": 0.9},
-        {},
-        {"embed_chunk_size": 16, "memory": 100, "ema_decay": 0.9},
-    ],
+    unless_full(
+        [
+            {"embed_chunk_size": 16, "memory": 100, "ema_decay": 0.9},
+            {"memory": 100, "memory_momentum": 0.9},
+            {},
+        ],
+        [{"embed_chunk_size": 16, "memory": 100, "ema_decay": 0.9}],
+    ),
     ids=str,
 )
 def test_a_mesh_changes_nothing(options):
@@ -633,22 +671,18 @@ def test_a_mesh_changes_nothing(options):
 
 
 @pytest.mark.slow
-def test_goes_on_with_other_devices(tmp_path):
-    """What four devices saved, one and eight go on with."""
+@pytest.mark.parametrize("count", unless_full([1, 8], [8]))
+def test_goes_on_with_other_devices(tmp_path, count):
+    """Training that four devices began continues on fewer and on more."""
     options = {"tx": SGD, "log_every": 1, "memory": 50}
     _, lines = trained(6, loss=ALL, **options)
     options["loss"] = ALL_OVER_MESH
-    first = Checkpoints(tmp_path / "first")
-    trained(3, mesh=over(4), checkpoints=first, **options)
-    first.close()
-    for count in (1, 8):
-        again = tmp_path / str(count)
-        shutil.copytree(tmp_path / "first", again)
-        kept = Checkpoints(again)
-        _, rest = trained(6, mesh=over(count), checkpoints=kept, **options)
-        assert rest[0] == {"step": 3, "resumed": True, "damaged": []}
-        for one, other in zip(lines[3:], rest[1:], strict=True):
-            np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-3)
+    kept = Checkpoints(tmp_path / "kept")
+    trained(3, mesh=over(4), checkpoints=kept, **options)
+    _, rest = trained(6, mesh=over(count), checkpoints=kept, **options)
+    assert rest[0] == {"step": 3, "resumed": True, "damaged": []}
+    for one, other in zip(lines[3:], rest[1:], strict=True):
+        np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-3)
 
 
 def test_wrong_devices():
@@ -665,15 +699,13 @@ def counted_loss(x, labels, **pairs):
     return value, {"kept": pairs["reference_where"].sum() - len(x)}
 
 
-@pytest.mark.slow
 def test_a_batch_is_compared_with_those_before():
     options = {"loss": counted_loss, "log_every": 1, "memory": 100, "memory_warmup": 2}
     _, lines = trained(6, **options)
     assert [line["kept"] for line in lines] == [0, 0, 0, 40, 80, 100]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize("momentum", unless_slow([None, 0.9], [None]))
 def test_what_is_kept_is_embedded_before_the_step(momentum):
     """By the parameters as they were, or by their average."""
     seen, loss = [], tj.blockwise.batch_all_loss
@@ -692,20 +724,7 @@ def test_what_is_kept_is_embedded_before_the_step(momentum):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("momentum", [None, 0.9])
-def test_a_memory_goes_on_where_it_was(tmp_path, momentum):
-    options = {"memory": 100, "memory_momentum": momentum, "log_every": 1}
-    whole, lines = trained(6, **options)
-    kept = Checkpoints(tmp_path / "kept")
-    trained(4, checkpoints=kept, **options)
-    resumed, rest = trained(6, checkpoints=kept, **options)
-    assert rest[0]["resumed"]
-    assert rest[1:] == lines[4:]
-    assert_same_model(resumed, whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize("momentum", unless_full([None, 0.9], [0.9]))
 def test_a_memory_in_chunks(momentum):
     options = {"memory": 100, "memory_momentum": momentum, "tx": SGD, "log_every": 1}
     options["loss"] = ALL
@@ -728,7 +747,6 @@ def test_wrong_memories(options, words):
         trained(2, **options)
 
 
-@pytest.mark.slow
 def test_floats_from_0_to_1_stay_as_they_are():
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
     model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
@@ -757,7 +775,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_last_checkpoint(tmp_path):
     assert kept.steps == [5, 10]
 
 
-@pytest.mark.slow
 def test_collapse_is_told():
     class Collapsing(nnx.Module):
         def __init__(self):
@@ -775,7 +792,6 @@ def test_collapse_is_told():
         )
 
 
-@pytest.mark.slow
 def test_signals_between_two_lines_are_the_callers(own_data_dir, request):
     # Which a process in the background need not have.
     own = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -960,7 +976,7 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
     assert kept.steps == [1]
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("finished")
 def test_nothing_is_overwritten(finished):
     out, _ = finished
     before = (out / "metrics.jsonl").read_text()
@@ -982,9 +998,8 @@ def test_bad_configurations_are_named(options, words):
         runs.Config(**options)
 
 
-@pytest.mark.slow
-def test_an_image_of_pillow_is_turned_upright(finished, tmp_path):
-    embed = learn.load_embedder(finished[0])
+@pytest.mark.xdist_group("finished")
+def test_an_image_of_pillow_is_turned_upright(embed, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 8), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -1140,7 +1155,7 @@ def test_symmetric_classes_are_not_turned(drawn, turns):
 # Runs that are stopped.
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("finished")
 def test_a_run_is_not_gone_on_with_by_accident(finished, tmp_path):
     out, evaluations = finished
     assert runs.run(small(), out, resume=True) == evaluations
@@ -1152,6 +1167,7 @@ def test_a_run_is_not_gone_on_with_by_accident(finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.xdist_group("finished exactly")
 @pytest.mark.slow
 @pytest.mark.usefixtures("exact")
 def test_a_run_killed_before_its_first_state_begins_again(
@@ -1219,10 +1235,9 @@ def test_queries_have_somebody_to_find(tmp_path, monkeypatch):
     assert sorted(shown[2:]) == ["a", "b", "c"]
 
 
-@pytest.mark.slow
-def test_a_margin_that_cannot_be_reached_is_named(tmp_path, own_data_dir):
-    runs.run(small(margin=5.0, steps=1), tmp_path / "run", progress=False)
-    notes = RunRecord.read(tmp_path / "run").notes
+def test_a_margin_that_cannot_be_reached_is_named():
+    task = tasks.LabelTask(with_images((8, 8, 1), 10, 8))
+    _, notes = task.plan(runs.Config(margin=5.0))
     assert any("no triplet can satisfy a margin of 5" in note for note in notes)
 
 
@@ -1289,7 +1304,9 @@ def test_a_run_on_a_folder_with_broken_images(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds_and_each", [(2, 2), (3, 8), (2, 1)])
+@pytest.mark.parametrize(
+    "kinds_and_each", unless_full([(2, 2), (3, 8), (2, 1)], [(2, 1)])
+)
 def test_a_tiny_folder_is_trained_on(tmp_path, kinds_and_each):
     kinds, each = kinds_and_each
     folder = shapes(tmp_path / "pictures", kinds=kinds, each=each)
@@ -1495,20 +1512,25 @@ def whole(own_data_dir, tmp_path_factory):
     return out
 
 
+@pytest.mark.xdist_group("whole")
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(whole, tmp_path):
-    draw, out, kills = random.Random(0), tmp_path / "run", 0
-    while kills < 8:
+@pytest.mark.parametrize(
+    ("seed", "kills"), [(0, 3), pytest.param(1, 5, marks=pytest.mark.full)]
+)
+def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
+    whole, tmp_path, seed, kills
+):
+    draw, out = random.Random(seed), tmp_path / "run"
+    for kill in range(kills):
         process = start(out)
-        # Half of them while it trains, wherever it is, and half at any time.
-        if kills % 2:
+        # Most of them while it trains, wherever it is, and the others at any time.
+        if kill % 3 == 1:
+            time.sleep(draw.uniform(0, 9))
+        else:
             wait_for(out, draw.randrange(1, 120), process)
             time.sleep(draw.random() / 20)
-        else:
-            time.sleep(draw.uniform(0, 9))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        kills += 1
         if (out / "summary.json").exists():
             assert_same_run(out, whole)
             shutil.rmtree(out)
@@ -1517,8 +1539,11 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(whole, tmp_path):
     assert_same_run(out, whole)
 
 
+@pytest.mark.xdist_group("whole")
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", unless_full([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM])
+)
 def test_an_interrupted_run_saves_and_goes_on(whole, tmp_path, number):
     process = start(tmp_path / "run")
     wait_for(tmp_path / "run", 50, process)
@@ -1536,7 +1561,8 @@ def test_an_interrupted_run_saves_and_goes_on(whole, tmp_path, number):
     assert_same_model(*(runs.load_model(out)[0] for out in (tmp_path / "run", whole)))
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("whole")
+@pytest.mark.full
 def test_a_damaged_checkpoint_falls_back_and_says_so(whole, tmp_path):
     process = start(tmp_path / "run")
     wait_for(tmp_path / "run", 60, process)
@@ -1551,8 +1577,8 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(whole, tmp_path):
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.slow
-def test_a_full_disk_is_told(whole, tmp_path):
+@pytest.mark.full
+def test_a_full_disk_is_told(tmp_path):
     # No file may become larger than this.
     code, _, error = finish(tmp_path / "run", "20000")
     assert code == 1
