@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from problems import by_lane, unless_slow
+from problems import by_lane
 from safetensors.numpy import load_file, save_file
 
 from tripletjax.learn import backbones, pretrained, weights
@@ -45,7 +45,16 @@ def written(tmp_path, arrays, name="weights.safetensors"):
     return file
 
 
-@pytest.mark.parametrize("name", unless_slow(NETWORKS, ["resnet", "vit"]))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet",
+        "vit",
+        pytest.param("resnet, bottlenecks", marks=pytest.mark.slow),
+        pytest.param("convnext", marks=pytest.mark.slow),
+        pytest.param("inception-resnet-v1", marks=pytest.mark.full),
+    ],
+)
 def test_the_same_as_by_hand(tmp_path, name):
     make, forward, sizes = NETWORKS[name]
     arrays = make()
@@ -68,7 +77,6 @@ def test_the_same_as_by_hand(tmp_path, name):
         )
 
 
-@pytest.mark.slow
 def test_convnext_under_its_authors_names(tmp_path):
     arrays = by_hand.small_convnext()
     renamed = {}
@@ -84,14 +92,20 @@ def test_convnext_under_its_authors_names(tmp_path):
         ):
             name = re.sub(timm, theirs, name)
         renamed[name] = value
-    x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     one, other = (
-        backbones.load(written(tmp_path, of))[0](x) for of in (arrays, renamed)
+        nnx.state(backbones.load(written(tmp_path, of))[0]) for of in (arrays, renamed)
     )
-    np.testing.assert_array_equal(one, other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("name", unless_slow(["resnet", "vit", "convnext"], ["resnet"]))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet",
+        pytest.param("vit", marks=pytest.mark.slow),
+        pytest.param("convnext", marks=pytest.mark.full),
+    ],
+)
 def test_the_gradient_is_the_slope_by_hand(tmp_path, name):
     make, forward, sizes = NETWORKS[name]
     arrays = make()
@@ -275,7 +289,7 @@ def test_half_precision_is_cast_and_told(tmp_path):
     assert loaded.notes[0] == "not needed of the file: fc.bias, fc.weight"
 
 
-@pytest.mark.parametrize("name", unless_slow(NETWORKS, ["resnet", "vit"]))
+@pytest.mark.parametrize("name", NETWORKS)
 def test_written_as_it_was_read(tmp_path, name):
     arrays = NETWORKS[name][0]()
     file = written(tmp_path, arrays)

@@ -20,7 +20,6 @@ LOSSES = {
     "hard": tj.blockwise.batch_hard_loss,
     "semi-hard": tj.blockwise.batch_semi_hard_loss,
 }
-every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
 def draw(n, seed=0, dim=4):

@@ -13,6 +13,7 @@ import numpy as np
 import processes
 import pytest
 from PIL import Image
+from problems import unless_full
 from processes import TESTS
 from programs import quickly
 
@@ -174,23 +175,22 @@ def assert_same_curve(one, other, of="loss"):
 
 
 # Of all triplets none is chosen, which rounding might choose otherwise.
-CALM = ("--mining", "all", "--steps", 30)
+CALM = ("--mining", "all", "--steps", 20)
 
 
-def test_training_over_processes(tmp_path):
+@pytest.mark.parametrize("devices", unless_full([1, 2], [1]))
+def test_training_over_processes(tmp_path, devices):
     """The curve is that of one process with as many devices."""
-    count = devices = 2
-    options = ["--memory", 100, "--embed-chunk-size", 30]
     alone, several = tmp_path / "alone", tmp_path / "several"
-    over = {"devices": count * devices}
-    one = command("--out", alone, "--devices", "all", *CALM, *options, **over)
-    (status, told) = ended(one)[0]
-    assert status == 0, told
-    given = ("--out", several, "--processes", count, *CALM, *options)
-    ((status, told),) = ended(command(*given, devices=devices))
-    assert status == 0, told
-    assert f"split over {count * devices} devices of {count} processes" in told
-    assert told.count("Everything is in") == 1
+    options = [*CALM, "--memory", 100, "--embed-chunk-size", 30]
+    begun = command("--out", alone, "--devices", "all", *options, devices=2 * devices)
+    ((status, output),) = ended(begun)
+    assert status == 0, output
+    begun = command("--out", several, "--processes", 2, *options, devices=devices)
+    ((status, output),) = ended(begun)
+    assert status == 0, output
+    assert f"split over {2 * devices} devices of 2 processes" in output
+    assert output.count("Everything is in") == 1
     assert_same_curve(alone, several)
     one, other = (
         json.loads((out / "summary.json").read_text()) for out in (alone, several)
