@@ -48,12 +48,31 @@ def unless_slow(values, quick, *, slow=None):
     ]
 
 
-def in_lanes(names, cases, *, quick, slow):
-    """Parametrize a test; functions of a case say which lane begins to run it."""
+def unless_full(values, kept):
+    """Values of a parameter, all but some of which only the full lane runs."""
+    return [
+        pytest.param(value, marks=() if value in kept else pytest.mark.full)
+        for value in values
+    ]
+
+
+def in_lanes(names, cases, *, quick=(), slow=None):
+    """Parametrize a test with cases of the quick, the slow and the full lane.
+
+    `quick` and `slow` are lists of cases, or functions of a case. Without `slow`, no
+    case is left to the full lane.
+    """
+
+    def chosen(choice, case):
+        return choice(*case) if callable(choice) else case in choice
+
     return pytest.mark.parametrize(
         names,
         [
-            pytest.param(*case, marks=_marks(quick(*case), slow(*case)))
+            pytest.param(
+                *case,
+                marks=_marks(chosen(quick, case), slow is None or chosen(slow, case)),
+            )
             for case in cases
         ],
     )

@@ -1,5 +1,6 @@
 """Runs that begin with a pretrained network, as the command and as functions."""
 
+import functools
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from folders import shapes
+from problems import unless_full
 from safetensors.numpy import load_file, save_file
 
 from tripletjax import cli, learn
@@ -16,10 +18,7 @@ from tripletjax.apps.export import export
 from tripletjax.learn import backbones, features, runs
 from tripletjax.learn.embedder import load_model
 from tripletjax.learn.record import RunRecord
-from tripletjax.learn.weights import Frozen
-
-# Each of them begins with a run of its own.
-pytestmark = pytest.mark.slow
+from tripletjax.learn.weights import COUNTER, Frozen
 
 OPTIONS = {
     "size": 32,
@@ -44,6 +43,14 @@ def resnet(tmp_path_factory):
     return file
 
 
+# Parts of the network that training changes.
+CHANGED = {
+    "frozen": set(),
+    "top": {"layer4"},
+    "all": {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"},
+}
+
+
 def configured(folder, backbone, training, **options):
     options = OPTIONS | {"views": OPTIONS["views"]} | options
     if training != "frozen":
@@ -57,27 +64,46 @@ def configured(folder, backbone, training, **options):
 
 
 @pytest.fixture(scope="module")
-def trained(own_data_dir, folder, resnet, tmp_path_factory):
-    """A run of each kind."""
-    out = tmp_path_factory.mktemp("runs")
-    for training in ("frozen", "top", "all"):
-        config = configured(folder, resnet, training)
-        learn.run(config, out / training, progress=False)
-    return out
+def run_of(own_data_dir, folder, resnet, tmp_path_factory):
+    """Directory of a run with so much of the network trained, made when needed."""
+
+    @functools.cache
+    def run_of(training):
+        out = tmp_path_factory.mktemp("runs") / training
+        learn.run(configured(folder, resnet, training), out, progress=False)
+        return out
+
+    return run_of
 
 
-@pytest.mark.parametrize("training", ["frozen", "top", "all"])
-def test_what_a_run_trains_and_keeps(trained, resnet, training):
-    out = trained / training
+def in_each_group(trainings, kept):
+    """Values of `training`, each in the group of tests that need the same run."""
+    return [
+        pytest.param(
+            training,
+            marks=[
+                pytest.mark.xdist_group(f"{training} backbone"),
+                pytest.mark.slow if training in kept else pytest.mark.full,
+            ],
+        )
+        for training in trainings
+    ]
+
+
+@pytest.mark.parametrize(
+    "training", in_each_group(["frozen", "top", "all"], ["frozen", "top"])
+)
+def test_what_a_run_trains_and_keeps(run_of, resnet, training):
+    out = run_of(training)
     made = RunRecord.read(out)
     assert made.plan.backbone.training == training
     assert made.images.mean == pytest.approx(backbones.IMAGENET[0])
     assert made.images.shape[2] == 1
-    told = "\n".join(made.notes)
+    notes = "\n".join(made.notes)
     _, loaded = backbones.load(resnet)
-    assert f"ResNet-like, {loaded.parameters:,} parameters" in told
-    assert "images are grey" in told
-    assert "not needed of the file: fc.bias, fc.weight" in told
+    assert f"ResNet-like, {loaded.parameters:,} parameters" in notes
+    assert "images are grey" in notes
+    assert "not needed of the file: fc.bias, fc.weight" in notes
     assert (out / "backbone.safetensors").read_bytes() == resnet.read_bytes()
     network, _ = backbones.load(resnet)
     before = dict(nnx.to_flat_state(nnx.state(network)))
@@ -88,20 +114,13 @@ def test_what_a_run_trains_and_keeps(trained, resnet, training):
         for path, value in after.items()
         if not np.array_equal(value[...], before[path][...])
     }
-    assert (
-        changed
-        == {
-            "frozen": set(),
-            "top": {"layer4"},
-            "all": {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"},
-        }[training]
-    )
+    assert changed == CHANGED[training]
     evaluations = json.loads((out / "summary.json").read_text())["evaluations"]
     assert list(evaluations) == ["raw pixels", "pretrained", "trained"]
 
 
-@pytest.mark.parametrize("training", ["frozen", "top", "all"])
-def test_resumed_is_bit_identical(trained, folder, resnet, training, tmp_path):
+@pytest.mark.parametrize("training", in_each_group(["frozen", "top", "all"], ["top"]))
+def test_resumed_is_bit_identical(run_of, folder, resnet, training, tmp_path):
     config = configured(folder, resnet, training)
     out = tmp_path / "run"
 
@@ -127,20 +146,20 @@ def test_resumed_is_bit_identical(trained, folder, resnet, training, tmp_path):
             {k: v for k, v in json.loads(line).items() if k != "time"}
             for line in (place / "metrics.jsonl").read_text().splitlines()
         ]
-        for place in (trained / training, out)
+        for place in (run_of(training), out)
     )
     assert once == again
     leaves = (
         jax.tree.leaves(nnx.state(load_model(place)[0]))
-        for place in (trained / training, out)
+        for place in (run_of(training), out)
     )
     for one, other in zip(*leaves):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("training", ["frozen", "top"])
-def test_such_runs_serve_as_any(trained, folder, training, tmp_path, capsys):
-    run, unseen = str(trained / training), shapes(tmp_path / "unseen", kinds=4, each=6)
+@pytest.mark.parametrize("training", in_each_group(["frozen", "top"], ["frozen"]))
+def test_such_runs_serve_as_any(run_of, folder, training, tmp_path, capsys):
+    run, unseen = str(run_of(training)), shapes(tmp_path / "unseen", kinds=4, each=6)
     files = sorted(str(file) for file in folder.rglob("*.png"))[:2]
     x = learn.load_embedder(run)(files)
     np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, rtol=1e-5)
@@ -154,23 +173,28 @@ def test_such_runs_serve_as_any(trained, folder, training, tmp_path, capsys):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path)
             status = cli.main(arguments)
-        told = capsys.readouterr()
-        assert status == 0, (arguments, told.err)
+        assert status == 0, (arguments, capsys.readouterr().err)
 
 
-def test_a_head_on_kept_features_is_the_whole_network(trained, folder):
-    """What was measured in training is what the run then does."""
-    embedder = learn.load_embedder(trained / "frozen")
-    lines = (trained / "frozen" / "metrics.jsonl").read_text().splitlines()
-    told = json.loads(lines[-1])["metrics"]
-    config = RunRecord.read(trained / "frozen").requested
+@pytest.mark.xdist_group("frozen backbone")
+@pytest.mark.slow
+def test_a_head_on_kept_features_is_the_whole_network(run_of):
+    """Training measures what the run then does."""
+    run = run_of("frozen")
+    embedder = learn.load_embedder(run)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    metrics = json.loads(lines[-1])["metrics"]
+    config = RunRecord.read(run).requested
     task = runs.tasks.load(config, size=32, progress=False)
     task = task.seen(embedder.record.plan)
     again = task.evaluate(lambda images: runs.embed_images(embedder.model, images))
-    assert told == pytest.approx(again, abs=1e-3)
+    assert metrics == pytest.approx(again, abs=1e-3)
 
 
-def test_features_are_made_once(folder, resnet, trained, tmp_path, monkeypatch):
+@pytest.mark.xdist_group("frozen backbone")
+@pytest.mark.slow
+def test_features_are_made_once(folder, resnet, run_of, tmp_path, monkeypatch):
+    run_of("frozen")
     calls = []
     made = features.FeatureCache._made
 
@@ -198,7 +222,10 @@ def test_features_are_made_once(folder, resnet, trained, tmp_path, monkeypatch):
     assert sum(calls) > 48
 
 
-def test_the_mirror_image_is_a_view_that_is_told(trained, folder, resnet, tmp_path):
+@pytest.mark.full
+def test_the_mirror_image_is_a_view_that_is_told(
+    own_data_dir, folder, resnet, tmp_path
+):
     config = configured(folder, resnet, "frozen", mirror=True, views=1)
     learn.run(config, tmp_path / "run", progress=False)
     made = RunRecord.read(tmp_path / "run")
@@ -206,6 +233,7 @@ def test_the_mirror_image_is_a_view_that_is_told(trained, folder, resnet, tmp_pa
     assert "on its features, 2 of each image" in "\n".join(made.notes)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_features_is_made_again(tmp_path):
     network, _ = _saved_network(tmp_path)
     cache = features.FeatureCache(network, "key", data_dir=tmp_path)
@@ -230,18 +258,32 @@ def _saved_network(tmp_path):
     return backbones.load(file)
 
 
-def test_a_trained_backbone_is_written_for_another_run(trained, resnet, tmp_path):
-    embedder = learn.load_embedder(trained / "all")
+@pytest.mark.parametrize("training", in_each_group(["top", "all"], ["top"]))
+def test_a_trained_backbone_is_written_for_another_run(
+    run_of, resnet, training, tmp_path
+):
+    embedder = learn.load_embedder(run_of(training))
     made = export(embedder, tmp_path / "again.safetensors")
     assert made.dim == 24
     written, before = load_file(made.file), load_file(resnet)
     assert set(written) == set(before) - {"fc.weight", "fc.bias"}
-    assert not np.array_equal(written["conv1.weight"], before["conv1.weight"])
+    changed = {
+        name.partition(".")[0]
+        for name, value in written.items()
+        if not name.endswith(COUNTER) and not np.array_equal(value, before[name])
+    }
+    assert changed == CHANGED[training]
+
+
+@pytest.mark.xdist_group("frozen backbone")
+@pytest.mark.slow
+def test_a_backbone_that_was_not_trained_is_not_written(run_of, tmp_path):
     with pytest.raises(ValueError, match="was not trained"):
-        export(learn.load_embedder(trained / "frozen"), tmp_path / "no.safetensors")
+        export(learn.load_embedder(run_of("frozen")), tmp_path / "no.safetensors")
 
 
-@pytest.mark.parametrize("family", ["vit", "convnext"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", unless_full(["vit", "convnext"], ["vit"]))
 def test_every_family_is_exported(own_data_dir, folder, family, tmp_path):
     """Inception-ResNet has what ResNet has, and takes minutes."""
     make = {"vit": by_hand.small_vit, "convnext": by_hand.small_convnext}[family]
@@ -258,6 +300,7 @@ def test_every_family_is_exported(own_data_dir, folder, family, tmp_path):
         assert (embedder.view.height, embedder.view.width) == (28, 42)
 
 
+@pytest.mark.slow
 def test_from_nothing_and_on(own_data_dir, folder, tmp_path, monkeypatch):
     small = {"blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 8), "bottleneck": False}
     monkeypatch.setitem(backbones.UNTRAINED, "resnet18", small)
@@ -277,6 +320,7 @@ def test_from_nothing_and_on(own_data_dir, folder, tmp_path, monkeypatch):
     assert "ResNet-like" in "\n".join(RunRecord.read(tmp_path / "second").notes)
 
 
+@pytest.mark.full
 def test_given_triplets_on_kept_features(own_data_dir, folder, resnet, tmp_path):
     files = [sorted(map(str, kind.glob("*"))) for kind in sorted(folder.glob("*/*"))]
     lines = ["anchor,positive,negative"]
@@ -330,17 +374,21 @@ def test_bad_arguments(arguments, words, own_data_dir, resnet, tmp_path, capsys)
     assert not (tmp_path / "run").exists()
 
 
-def test_another_file_than_the_run_began_with(trained, folder, tmp_path):
+@pytest.mark.xdist_group("frozen backbone")
+@pytest.mark.slow
+def test_another_file_than_the_run_began_with(run_of, folder, tmp_path):
     other = tmp_path / "other.safetensors"
     save_file(by_hand.small_resnet(seed=2), other)
-    shutil.copytree(trained / "frozen", tmp_path / "run")
+    shutil.copytree(run_of("frozen"), tmp_path / "run")
     config = configured(folder, other, "frozen", steps=8)
     with pytest.raises(ValueError, match="no longer what the run began with"):
         learn.run(config, tmp_path / "run", resume=True, progress=False)
 
 
-def test_a_damaged_copy_of_the_weights(trained, tmp_path):
-    shutil.copytree(trained / "frozen", tmp_path / "run")
+@pytest.mark.xdist_group("frozen backbone")
+@pytest.mark.slow
+def test_a_damaged_copy_of_the_weights(run_of, tmp_path):
+    shutil.copytree(run_of("frozen"), tmp_path / "run")
     kept = tmp_path / "run" / "backbone.safetensors"
     kept.write_bytes(kept.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(ValueError, match="is damaged"):

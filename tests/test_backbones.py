@@ -1,5 +1,6 @@
 """Pretrained networks: the same as by hand, from files that fit and no others."""
 
+import itertools
 import re
 
 import backbone_oracles as by_hand
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from problems import unless_slow
+from problems import in_lanes
 from safetensors.numpy import load_file, save_file
 
 from tripletjax.learn import backbones, pretrained, weights
@@ -44,7 +45,16 @@ def written(tmp_path, arrays, name="weights.safetensors"):
     return file
 
 
-@pytest.mark.parametrize("name", unless_slow(NETWORKS, ["resnet", "vit"]))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet",
+        "vit",
+        pytest.param("resnet, bottlenecks", marks=pytest.mark.slow),
+        pytest.param("convnext", marks=pytest.mark.slow),
+        pytest.param("inception-resnet-v1", marks=pytest.mark.full),
+    ],
+)
 def test_the_same_as_by_hand(tmp_path, name):
     make, forward, sizes = NETWORKS[name]
     arrays = make()
@@ -67,7 +77,6 @@ def test_the_same_as_by_hand(tmp_path, name):
         )
 
 
-@pytest.mark.slow
 def test_convnext_under_its_authors_names(tmp_path):
     arrays = by_hand.small_convnext()
     renamed = {}
@@ -83,14 +92,20 @@ def test_convnext_under_its_authors_names(tmp_path):
         ):
             name = re.sub(timm, theirs, name)
         renamed[name] = value
-    x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     one, other = (
-        backbones.load(written(tmp_path, of))[0](x) for of in (arrays, renamed)
+        nnx.state(backbones.load(written(tmp_path, of))[0]) for of in (arrays, renamed)
     )
-    np.testing.assert_array_equal(one, other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("name", unless_slow(["resnet", "vit", "convnext"], ["resnet"]))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet",
+        pytest.param("vit", marks=pytest.mark.slow),
+        pytest.param("convnext", marks=pytest.mark.full),
+    ],
+)
 def test_the_gradient_is_the_slope_by_hand(tmp_path, name):
     make, forward, sizes = NETWORKS[name]
     arrays = make()
@@ -113,9 +128,18 @@ def test_the_gradient_is_the_slope_by_hand(tmp_path, name):
     assert got == pytest.approx(slope, rel=1e-3)
 
 
-@pytest.mark.parametrize("stride", unless_slow([1, 2, 3], [2]))
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (7, 7), (1, 7), (14, 14)])
-@pytest.mark.parametrize("shape", unless_slow([(3, 3), (14, 20), (17, 31)], [(3, 3)]))
+SIDES = [(3, 3), (14, 20), (17, 31)]
+KERNELS = [(1, 1), (2, 2), (3, 3), (7, 7), (1, 7), (14, 14)]
+STRIDES = [1, 2, 3]
+
+
+@in_lanes(
+    ("shape", "size", "stride"),
+    itertools.product(SIDES, KERNELS, STRIDES),
+    quick=[((3, 3), size, 2) for size in KERNELS],
+    # Pairwise: every kernel once more, both other shapes, both other strides.
+    slow=[*zip(3 * SIDES[1:], KERNELS, [1, 3, 3, 1, 1, 3])],
+)
 def test_convolutions(shape, size, stride):
     padding = tuple(side // 2 for side in size)
     layer = Conv(3, 4, size, stride, padding, bias=True, dtype=None, rngs=nnx.Rngs(0))
@@ -263,7 +287,7 @@ def test_half_precision_is_cast_and_told(tmp_path):
     assert loaded.notes[0] == "not needed of the file: fc.bias, fc.weight"
 
 
-@pytest.mark.parametrize("name", unless_slow(NETWORKS, ["resnet", "vit"]))
+@pytest.mark.parametrize("name", NETWORKS)
 def test_written_as_it_was_read(tmp_path, name):
     arrays = NETWORKS[name][0]()
     file = written(tmp_path, arrays)

@@ -166,17 +166,24 @@ def test_bad_arguments_are_one_line_and_exit_2(
     assert (tmp_path / "precious").read_text() == "kept"
 
 
-@pytest.mark.slow
-def test_without_a_name_runs_have_those_of_their_data(
-    own_data_dir, tmp_path, monkeypatch
-):
+def test_without_a_name_runs_have_those_of_their_data(tmp_path, monkeypatch):
+    from tripletjax.learn import runs
+
+    places = []
+
+    def interrupted(config, out, **options):
+        places.append(out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "run", interrupted)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "unseen").mkdir(parents=True)
-    folder = shapes(tmp_path / "unseen", kinds=2, each=4)
-    assert cli.main(["train", "--data", str(folder), "--steps", "1"]) == 0
-    assert (tmp_path / "runs" / "unseen-2" / "summary.json").exists()
+    Path("runs", "unseen").mkdir(parents=True)
+    for data in ("unseen", "digits"):
+        assert cli.main(["train", "--data", data]) == 130
+    assert places == [Path("runs", "unseen-2"), Path("runs", "digits")]
 
 
+@pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_an_evaluation_tells_what_the_core_does(trained, unseen, tmp_path, capsys):
     out, file = tmp_path / "report", tmp_path / "more" / "report.json"
@@ -213,6 +220,7 @@ def test_an_evaluation_tells_what_the_core_does(trained, unseen, tmp_path, capsy
     )
 
 
+@pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_what_an_evaluation_skips_and_finds_is_named(trained, unseen, tmp_path):
     folder = shapes(tmp_path / "more", kinds=2, each=3)
@@ -231,6 +239,7 @@ def test_what_an_evaluation_skips_and_finds_is_named(trained, unseen, tmp_path):
         evaluation.evaluate(trained, folder / "group0")
 
 
+@pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_an_evaluation_of_a_few_images(trained, tmp_path):
     """Their nine different pairs show no false accept rate of 10 %."""
@@ -256,6 +265,7 @@ def test_histograms_count_every_pair_from_both_sides():
         assert np.abs(np.cumsum(counts - expected)).max() <= 1
 
 
+@pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_verification_and_naming(trained, tmp_path, capsys):
     """As their users type it: a threshold first, then two images, then names."""
@@ -324,6 +334,7 @@ def test_verification_and_naming(trained, tmp_path, capsys):
     assert (report["known"], report["unknown"]) == (12, 4)
 
 
+@pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_a_threshold_is_not_of_classes_that_were_trained_on(trained, tmp_path):
     people = shapes(tmp_path / "people", kinds=8, each=9)
@@ -364,6 +375,7 @@ def test_interrupts_exit_130(monkeypatch, capsys, tmp_path):
     assert cli.main(["evaluate", *arguments]) == 130
 
 
+@pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
     queries = sorted((unseen / "group1" / "kind1").iterdir())[:2]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_origin
 
 import pytest
-from problems import public_names, unless_slow
+from problems import public_names
 from programs import quickly
 
 import tripletjax as tj
@@ -25,19 +25,19 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *DOCS.glob("reference/*
 every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
 
-# They take longer than all others together.
-LONG = (
-    *("meshes", "composing", "training", "verification", "evaluation"),
-    *("pairs", "large-batches", "collapse"),
-)
+# Pages that take longer than all others together.
+SLOW = ("training", "verification", "evaluation", "large-batches", "collapse")
+SLOWEST = ("meshes", "composing", "pairs")
+
+
+def marks_of(page):
+    if page.stem in SLOWEST:
+        return pytest.mark.full
+    return pytest.mark.slow if page.stem in SLOW else ()
 
 
 @pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, id=page.name, marks=[pytest.mark.slow] * (page.stem in LONG))
-        for page in PAGES
-    ],
+    "page", [pytest.param(page, id=page.name, marks=marks_of(page)) for page in PAGES]
 )
 def test_code_of_pages(page):
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
@@ -98,10 +98,13 @@ def test_the_bibliography_has_every_source():
 
 @pytest.mark.parametrize(
     "name",
-    unless_slow(
-        ["quickstart", "compose", "train", "deep_ranking", "memory"],
-        ["quickstart"],
-    ),
+    [
+        "quickstart",
+        pytest.param("compose", marks=pytest.mark.slow),
+        pytest.param("train", marks=pytest.mark.full),
+        pytest.param("deep_ranking", marks=pytest.mark.full),
+        pytest.param("memory", marks=pytest.mark.full),
+    ],
 )
 def test_examples_run(name, tmp_path):
     """Each as it is, but for the number of steps."""

@@ -1,6 +1,7 @@
 """Embedders for elsewhere do what the run does."""
 
 import dataclasses
+import itertools
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 from folders import shapes
 from PIL import ExifTags, Image
-from problems import unless_slow
+from problems import in_lanes
 
 from tripletjax import cli
 from tripletjax.apps import export as exports
@@ -80,9 +81,20 @@ def untrained(name, shape=SHAPE, **options):
 BOXES = [(0.0, 0.0, 1.0, 1.0), (0.1, 0.2, 0.85, 0.9), (0.0, 0.33, 1.0, 0.71)]
 
 
-@pytest.mark.parametrize("box", BOXES)
-@pytest.mark.parametrize("seen", unless_slow([(16, 16), (11, 31), (40, 9)], [(16, 16)]))
-@pytest.mark.parametrize("size", unless_slow([(24, 20), (9, 33), (60, 50)], [(24, 20)]))
+SIZES = [(24, 20), (9, 33), (60, 50)]
+SEEN = [(16, 16), (11, 31), (40, 9)]
+
+
+@in_lanes(
+    ("size", "seen", "box"),
+    itertools.product(SIZES, SEEN, BOXES),
+    quick=[(SIZES[0], SEEN[0], box) for box in BOXES],
+    # Pairwise: every other size from every other size.
+    slow=[
+        *(zip(SIZES[1:], SEEN[1:], BOXES)),
+        *(zip(SIZES[1:], SEEN[:0:-1], BOXES[1:])),
+    ],
+)
 def test_views_are_pillows_to_the_bit(size, seen, box):
     view = View(box, *seen)
     draw = np.random.default_rng(0)
@@ -92,9 +104,12 @@ def test_views_are_pillows_to_the_bit(size, seen, box):
     np.testing.assert_array_equal(resampling(view, *size)(images), view(images))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("suffix", exports.FUNCTIONS)
-@pytest.mark.parametrize("name", ["cnn", "photo", "multiscale", "resnet"])
+@in_lanes(
+    ("name", "suffix"),
+    itertools.product(MODELS, exports.FUNCTIONS),
+    # Every network, and every format for some.
+    slow=[*zip(MODELS, itertools.cycle(exports.FUNCTIONS))],
+)
 def test_every_network_is_exported(name, suffix, tmp_path):
     shape = (20, 24, 3) if name == "multiscale" else SHAPE
     embedder = untrained(name, shape)
@@ -122,10 +137,6 @@ def test_a_run_in_bfloat16_is_exported_in_float32(tmp_path):
     same = exports._in_float32(low).embed(images)
     np.testing.assert_allclose(same, full.embed(images), atol=1e-6)
     assert np.abs(same - low.embed(images)).max() > 1e-4
-
-
-def test_every_network_is_tested():
-    assert {*MODELS} == {"cnn", "photo", "multiscale", "resnet"}
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from folders import shapes
+from problems import unless_full
 
 import tripletjax as tj
 from tripletjax.learn import hierarchy, objectives, runs, sampling
@@ -29,7 +30,7 @@ def test_levels_are_the_folders_that_are_shared():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mining", objectives.MINING)
+@pytest.mark.parametrize("mining", unless_full(objectives.MINING, ["semi-hard"]))
 def test_the_loss_is_a_mean_of_those_of_the_levels(mining):
     x = jax.random.normal(jax.random.key(0), (24, 5))
     x /= jnp.linalg.norm(x, axis=1, keepdims=True)

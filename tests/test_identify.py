@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from folders import shapes
 from PIL import Image
-from problems import unless_slow
 from test_verify import EMBEDDER
 
 import tripletjax as tj
@@ -15,6 +14,9 @@ from tripletjax.apps import identify, identify_report, search, verify
 from tripletjax.apps.calibration import TooFewPairsError
 from tripletjax.apps.embedders import vectors_of
 from tripletjax.apps.identify import Gallery, Strangers
+
+# Fixtures of the module are made once, by one worker.
+pytestmark = pytest.mark.xdist_group("identification")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def embedded(folder):
     return files, vectors_of(EMBEDDER, [Image.open(file) for file in files]), names
 
 
-@pytest.mark.parametrize("means", unless_slow([False, True], [False]))
+@pytest.mark.parametrize("means", [False, True])
 def test_names_are_of_the_nearest_class(root, index, means):
     gallery = Gallery.of(index, means=means)
     assert gallery.names == tuple(sorted(f"group{k % 2}/kind{k}" for k in range(6)))
@@ -108,7 +110,6 @@ def test_an_image_of_the_gallery_is_not_taken_for_itself(index):
     assert always.name == always.nearest
 
 
-@pytest.mark.slow
 def test_strangers_tell_the_rate_at_this_gallery(index, calibration):
     gallery = Gallery.of(index)
     strangers = Strangers.of(gallery, calibration)
@@ -137,7 +138,6 @@ def test_strangers_tell_the_rate_at_this_gallery(index, calibration):
     assert tied.named(tied.threshold_at(0.7)) == 20
 
 
-@pytest.mark.slow
 def test_the_known_are_no_strangers(index, calibration):
     gallery = Gallery.of(index)
     names = calibration.names.copy()

@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 from folders import shapes
 from PIL import Image
-from problems import unless_slow
+from problems import in_lanes, unless_full, unless_slow
 from programs import quickly, repeatable
 
 import tripletjax as tj
@@ -51,7 +51,8 @@ pytestmark = pytest.mark.usefixtures("own_data_dir")
 
 
 def small(**options):
-    settings = {"steps": 20, "channels": (8, 16), "dim": 16, "per_class": 4}
+    # As many dimensions as digits have pixels, so that one evaluation is compiled.
+    settings = {"steps": 20, "channels": (8, 16), "dim": 64, "per_class": 4}
     return runs.Config(**settings | {"learning_rate": 1e-2, "ema_decay": 0.5} | options)
 
 
@@ -66,6 +67,11 @@ def finished(own_data_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def embed(finished):
+    return learn.load_embedder(finished[0])
+
+
+@pytest.fixture(scope="module")
 def finished_exactly(own_data_dir, tmp_path_factory):
     """The same run to the last bit, for others to be compared with."""
     out = tmp_path_factory.mktemp("runs") / "exact"
@@ -74,7 +80,7 @@ def finished_exactly(own_data_dir, tmp_path_factory):
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("finished")
 def test_an_embedder_needs_nothing_that_reads_data_or_draws(finished):
     code = f"""
 import sys
@@ -86,7 +92,7 @@ heavy = ("tensorflow_datasets", "grain", "matplotlib", "sklearn", "array_record"
 assert not (loaded := [name for name in heavy if name in sys.modules]), loaded
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == ("(2, 16)\n", 0), done.stderr
+    assert (done.stdout, done.returncode) == ("(2, 64)\n", 0), done.stderr
 
 
 def test_what_is_lazy_is_there():
@@ -196,7 +202,7 @@ def test_the_largest_has_the_gradient_of_the_maximum():
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("optimize", [True, False])
 @pytest.mark.parametrize("kind", ["cnn", "photo"])
 def test_gradients_are_finite_however_it_is_compiled(kind, optimize):
@@ -252,11 +258,28 @@ def test_augmentation_is_off_by_default_and_checked():
         augment.Augment(erase=2)
 
 
-@pytest.mark.parametrize(
-    "shape", unless_slow([(8, 8, 1), (17, 33, 3), (1, 1, 1)], [(17, 33, 3)])
+NETWORKS = [
+    (kind, dtype, shape)
+    for kind in learn.config.MODELS
+    for dtype in (None, jnp.bfloat16)
+    for shape in ((8, 8, 1), (17, 33, 3), (1, 1, 1))
+]
+QUICK_NETWORKS = [("cnn", None, (17, 33, 3)), ("photo", None, (17, 33, 3))]
+# With those, every network and every size, and every size in bfloat16.
+SLOW_NETWORKS = [
+    ("cnn", jnp.bfloat16, (8, 8, 1)),
+    ("photo", jnp.bfloat16, (1, 1, 1)),
+    ("resnet", None, (1, 1, 1)),
+    ("multiscale", jnp.bfloat16, (17, 33, 3)),
+]
+
+
+@in_lanes(
+    ("kind", "dtype", "shape"),
+    NETWORKS,
+    quick=QUICK_NETWORKS,
+    slow=SLOW_NETWORKS,
 )
-@pytest.mark.parametrize("dtype", unless_slow([None, jnp.bfloat16], [None]))
-@pytest.mark.parametrize("kind", unless_slow(learn.config.MODELS, ["cnn", "photo"]))
 def test_any_image_size_gives_unit_vectors(kind, dtype, shape):
     options = {"size": shape[:2]} if kind == "photo" else {}
     model = learn.config.MODELS[kind](
@@ -287,24 +310,27 @@ def test_halving_is_pooling_by_windows(shape):
     np.testing.assert_array_equal(*pull_back(along), *window_pull_back(along))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("stride", "side"), [(1, 4), (2, 2)])
 def test_the_first_stride_of_the_residual_network(stride, side):
-    model = models.EmbeddingResNet(
-        channels=(8, 16, 16), stride=stride, rngs=nnx.Rngs(0)
-    )
-    x = model.stem(jnp.zeros((1, 16, 16, 3)))
-    for block in model.blocks:
-        x = block(x)
-    assert x.shape == (1, side, side, 16)
+    def stages(x):
+        model = models.EmbeddingResNet(
+            channels=(8, 16, 16), stride=stride, rngs=nnx.Rngs(0)
+        )
+        x = model.stem(x)
+        for block in model.blocks:
+            x = block(x)
+        return x
+
+    output = jax.eval_shape(stages, jnp.zeros((1, 16, 16, 3)))
+    assert output.shape == (1, side, side, 16)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "count"), [("cnn", 73_440), ("resnet", 704_736), ("multiscale", 381_856)]
 )
 def test_number_of_parameters(kind, count):
-    model = learn.config.MODELS[kind](rngs=nnx.Rngs(0))
+    network = learn.config.MODELS[kind]
+    model = nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
     assert sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
 
 
@@ -316,6 +342,7 @@ def test_a_zero_vector_has_a_finite_gradient():
 # Runs.
 
 
+@pytest.mark.xdist_group("finished")
 def test_a_run_leaves_everything_behind(finished):
     out, evaluations = finished
     gain = evaluations["trained"]["map_at_r"] - evaluations["untrained"]["map_at_r"]
@@ -363,10 +390,9 @@ def test_a_run_leaves_everything_behind(finished):
             assert len(set(image.convert("L").tobytes())) > 20
 
 
-@pytest.mark.slow
-def test_the_embedder_is_the_trained_model(finished):
+@pytest.mark.xdist_group("finished")
+def test_the_embedder_is_the_trained_model(finished, embed):
     out, evaluations = finished
-    embed = learn.load_embedder(out)
     dataset = datasets.load("digits")
     embeddings = embed(dataset.test.images[..., 0])
     np.testing.assert_array_equal(embeddings, embed(dataset.test.images))
@@ -376,9 +402,8 @@ def test_the_embedder_is_the_trained_model(finished):
         learn.load_embedder(out / "checkpoints")
 
 
-@pytest.mark.slow
-def test_the_embedder_takes_images_of_any_kind(finished, tmp_path):
-    embed = learn.load_embedder(finished[0])
+@pytest.mark.xdist_group("finished")
+def test_the_embedder_takes_images_of_any_kind(embed, tmp_path):
     images = datasets.load("digits").test.images[:6]
     expected = embed(images)
     large = np.repeat(np.repeat(images, 3, axis=1), 3, axis=2)
@@ -397,7 +422,7 @@ def test_the_embedder_takes_images_of_any_kind(finished, tmp_path):
     np.testing.assert_allclose(embed(every), expected[:3], atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("finished")
 @pytest.mark.parametrize(
     ("images", "error", "words"),
     [
@@ -411,12 +436,13 @@ def test_the_embedder_takes_images_of_any_kind(finished, tmp_path):
         (["nowhere.png"], FileNotFoundError, "nowhere.png"),
     ],
 )
-def test_the_embedder_names_what_it_cannot_take(finished, images, error, words):
+def test_the_embedder_names_what_it_cannot_take(embed, images, error, words):
     with pytest.raises(error, match=words):
-        learn.load_embedder(finished[0])(images)
+        embed(images)
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("finished exactly")
+@pytest.mark.full
 @pytest.mark.usefixtures("exact")
 def test_a_run_is_repeatable(finished_exactly, tmp_path):
     again = tmp_path / "again"
@@ -436,9 +462,9 @@ def digits_batches():
 ADAM, SGD = optax.adam(1e-2), optax.sgd(0.1)
 
 
-def trained(steps=20, **options):
-    """A small model and what its training said."""
-    model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
+def trained(steps=20, *, model=None, **options):
+    """A small model and the lines of its training."""
+    model = model or models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
     options = {"tx": ADAM, "batches": digits_batches()} | options
     return model, list(training.fit(model, steps=steps, progress=False, **options))
 
@@ -456,7 +482,7 @@ def assert_nearly_same_model(one, two):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("mining", objectives.MINING)
 def test_every_mining_trains(mining):
     start = objectives.mined_loss("all")
@@ -482,17 +508,19 @@ def test_losses_follow_one_another():
 
 
 @pytest.mark.slow
-def test_a_loss_without_metrics_and_what_is_no_loss():
+@pytest.mark.parametrize("chunk", unless_full([None, 8], [None]))
+def test_a_loss_without_metrics(chunk):
     def loss(x, labels):
         return tj.blockwise.batch_semi_hard_loss(x, labels, margin=0.2)
 
-    mined = objectives.mined_loss("semi-hard")
-    for chunk in (None, 8):
-        options = {"tx": SGD, "log_every": 1, "embed_chunk_size": chunk}
-        model, lines = trained(3, loss=loss, **options)
-        expected, _ = trained(3, loss=mined, **options)
-        assert lines[0].keys() == {"step", "loss", "spread"}
-        assert_nearly_same_model(model, expected)
+    options = {"tx": SGD, "log_every": 1, "embed_chunk_size": chunk}
+    model, lines = trained(3, loss=loss, **options)
+    expected, _ = trained(3, loss=objectives.mined_loss("semi-hard"), **options)
+    assert lines[0].keys() == {"step", "loss", "spread"}
+    assert_nearly_same_model(model, expected)
+
+
+def test_wrong_losses_and_batches():
     with pytest.raises(TypeError, match=r"loss must be a function, .*'hard'"):
         trained(1, loss="hard")
     with pytest.raises(TypeError, match="batches must have batches"):
@@ -500,7 +528,7 @@ def test_a_loss_without_metrics_and_what_is_no_loss():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [8, 13])
+@pytest.mark.parametrize("chunk", unless_full([8, 13], [13]))
 def test_chunks_have_the_loss_of_the_whole_batch(chunk):
     one, whole = trained(2, tx=SGD, log_every=1)
     two, chunks = trained(2, tx=SGD, log_every=1, embed_chunk_size=chunk)
@@ -510,7 +538,6 @@ def test_chunks_have_the_loss_of_the_whole_batch(chunk):
     assert_nearly_same_model(one, two)
 
 
-@pytest.mark.slow
 def test_the_average_of_parameters():
     tx = SGD
     paths = [trained(steps, tx=tx)[0] for steps in (1, 2)]
@@ -543,37 +570,39 @@ class WithStatistics(nnx.Module):
         return self.last(self.drop(x))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chunk", [None, 8])
-def test_models_with_statistics_and_dropout_go_on_where_they_stopped(tmp_path, chunk):
-    def train(steps, directory=None):
-        model = WithStatistics()
-        kept = None if directory is None else Checkpoints(directory)
-        lines = list(
-            training.fit(
-                model,
-                ADAM,
-                digits_batches(),
-                steps=steps,
-                embed_chunk_size=chunk,
-                checkpoints=kept,
-                log_every=5,
-                checkpoint_every=5,
-                progress=False,
-            )
-        )
-        return model, lines
+STATES = {"memory": 100, "memory_momentum": 0.9, "ema_decay": 0.9}
 
-    whole, lines = train(15)
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        STATES,
+        pytest.param(STATES | {"embed_chunk_size": 8}, marks=pytest.mark.slow),
+        *(
+            pytest.param(options, marks=pytest.mark.full)
+            for options in (
+                {},
+                {"embed_chunk_size": 8},
+                {"memory": 100},
+                {"memory": 100, "memory_momentum": 0.9},
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_training_goes_on_where_it_stopped(tmp_path, options):
+    """To the last bit: statistics, dropout, optimizer, averages and memory."""
+
+    def train(steps, checkpoints=None):
+        options_of_fit = options | {"log_every": 1, "checkpoints": checkpoints}
+        return trained(steps, model=WithStatistics(), **options_of_fit)
+
+    whole, lines = train(6)
     assert not (whole.norm.mean[...] == 0).any()
-    train(5, tmp_path / "kept")
-    again, rest = train(15, tmp_path / "kept")
-    assert rest == [{"step": 5, "resumed": True, "damaged": []}, *lines[1:]]
-    assert_same_model(again, whole)
-    # For use, not for training.
-    images = datasets.load("digits").test.images[:50]
-    one, two = (training.embed_images(again, images) for _ in range(2))
-    np.testing.assert_array_equal(one, two)
+    train(3, Checkpoints(tmp_path / "kept"))
+    resumed, rest = train(6, Checkpoints(tmp_path / "kept"))
+    assert rest == [{"step": 3, "resumed": True, "damaged": []}, *lines[3:]]
+    assert_same_model(resumed, whole)
 
 
 def test_ten_lines_for_own_images_and_model():
@@ -584,10 +613,12 @@ def test_ten_lines_for_own_images_and_model():
     batches = sampling.ImageBatches(images, labels, classes=4, per_class=4)
     lines = list(training.fit(model, ADAM, batches, steps=60, progress=False))
     assert lines[-1]["active"] < lines[0]["active"]
-    assert training.embed_images(model, images).shape == (40, 8)
+    # The model is left as it is used: without dropout.
+    one, two = (training.embed_images(model, images) for _ in range(2))
+    assert one.shape == (40, 8)
+    np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.slow
 def test_a_model_has_learnt_when_training_is_left_early():
     expected, lines = trained(4, log_every=2)
     model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
@@ -613,11 +644,14 @@ ALL_OVER_MESH = mined_loss("all", axis_name="data")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [
-        {"memory": 100, "memory_momentum": 0.9},
-        {},
-        {"embed_chunk_size": 16, "memory": 100, "ema_decay": 0.9},
-    ],
+    unless_full(
+        [
+            {"embed_chunk_size": 16, "memory": 100, "ema_decay": 0.9},
+            {"memory": 100, "memory_momentum": 0.9},
+            {},
+        ],
+        [{"embed_chunk_size": 16, "memory": 100, "ema_decay": 0.9}],
+    ),
     ids=str,
 )
 def test_a_mesh_changes_nothing(options):
@@ -633,22 +667,18 @@ def test_a_mesh_changes_nothing(options):
 
 
 @pytest.mark.slow
-def test_goes_on_with_other_devices(tmp_path):
-    """What four devices saved, one and eight go on with."""
+@pytest.mark.parametrize("count", unless_full([1, 8], [8]))
+def test_goes_on_with_other_devices(tmp_path, count):
+    """Training that four devices began continues on fewer and on more."""
     options = {"tx": SGD, "log_every": 1, "memory": 50}
     _, lines = trained(6, loss=ALL, **options)
     options["loss"] = ALL_OVER_MESH
-    first = Checkpoints(tmp_path / "first")
-    trained(3, mesh=over(4), checkpoints=first, **options)
-    first.close()
-    for count in (1, 8):
-        again = tmp_path / str(count)
-        shutil.copytree(tmp_path / "first", again)
-        kept = Checkpoints(again)
-        _, rest = trained(6, mesh=over(count), checkpoints=kept, **options)
-        assert rest[0] == {"step": 3, "resumed": True, "damaged": []}
-        for one, other in zip(lines[3:], rest[1:], strict=True):
-            np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-3)
+    kept = Checkpoints(tmp_path / "kept")
+    trained(3, mesh=over(4), checkpoints=kept, **options)
+    _, rest = trained(6, mesh=over(count), checkpoints=kept, **options)
+    assert rest[0] == {"step": 3, "resumed": True, "damaged": []}
+    for one, other in zip(lines[3:], rest[1:], strict=True):
+        np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-3)
 
 
 def test_wrong_devices():
@@ -665,15 +695,13 @@ def counted_loss(x, labels, **pairs):
     return value, {"kept": pairs["reference_where"].sum() - len(x)}
 
 
-@pytest.mark.slow
 def test_a_batch_is_compared_with_those_before():
     options = {"loss": counted_loss, "log_every": 1, "memory": 100, "memory_warmup": 2}
     _, lines = trained(6, **options)
     assert [line["kept"] for line in lines] == [0, 0, 0, 40, 80, 100]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize("momentum", unless_slow([None, 0.9], [None]))
 def test_what_is_kept_is_embedded_before_the_step(momentum):
     """By the parameters as they were, or by their average."""
     seen, loss = [], tj.blockwise.batch_all_loss
@@ -692,20 +720,7 @@ def test_what_is_kept_is_embedded_before_the_step(momentum):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("momentum", [None, 0.9])
-def test_a_memory_goes_on_where_it_was(tmp_path, momentum):
-    options = {"memory": 100, "memory_momentum": momentum, "log_every": 1}
-    whole, lines = trained(6, **options)
-    kept = Checkpoints(tmp_path / "kept")
-    trained(4, checkpoints=kept, **options)
-    resumed, rest = trained(6, checkpoints=kept, **options)
-    assert rest[0]["resumed"]
-    assert rest[1:] == lines[4:]
-    assert_same_model(resumed, whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize("momentum", unless_full([None, 0.9], [0.9]))
 def test_a_memory_in_chunks(momentum):
     options = {"memory": 100, "memory_momentum": momentum, "tx": SGD, "log_every": 1}
     options["loss"] = ALL
@@ -728,7 +743,6 @@ def test_wrong_memories(options, words):
         trained(2, **options)
 
 
-@pytest.mark.slow
 def test_floats_from_0_to_1_stay_as_they_are():
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
     model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
@@ -757,7 +771,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_last_checkpoint(tmp_path):
     assert kept.steps == [5, 10]
 
 
-@pytest.mark.slow
 def test_collapse_is_told():
     class Collapsing(nnx.Module):
         def __init__(self):
@@ -775,7 +788,6 @@ def test_collapse_is_told():
         )
 
 
-@pytest.mark.slow
 def test_signals_between_two_lines_are_the_callers(own_data_dir, request):
     # Which a process in the background need not have.
     own = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -960,7 +972,7 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
     assert kept.steps == [1]
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("finished")
 def test_nothing_is_overwritten(finished):
     out, _ = finished
     before = (out / "metrics.jsonl").read_text()
@@ -982,9 +994,8 @@ def test_bad_configurations_are_named(options, words):
         runs.Config(**options)
 
 
-@pytest.mark.slow
-def test_an_image_of_pillow_is_turned_upright(finished, tmp_path):
-    embed = learn.load_embedder(finished[0])
+@pytest.mark.xdist_group("finished")
+def test_an_image_of_pillow_is_turned_upright(embed, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 8), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -1024,7 +1035,7 @@ def with_images(shape, kinds, each):
                 500,
                 each,
                 ("photo", 40, 4, 1, (16, 32, 64, 128)),
-                marks=pytest.mark.slow,
+                marks=pytest.mark.full,
             )
             for each in (7, 31)
         ),
@@ -1140,7 +1151,7 @@ def test_symmetric_classes_are_not_turned(drawn, turns):
 # Runs that are stopped.
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("finished")
 def test_a_run_is_not_gone_on_with_by_accident(finished, tmp_path):
     out, evaluations = finished
     assert runs.run(small(), out, resume=True) == evaluations
@@ -1152,6 +1163,7 @@ def test_a_run_is_not_gone_on_with_by_accident(finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.xdist_group("finished exactly")
 @pytest.mark.slow
 @pytest.mark.usefixtures("exact")
 def test_a_run_killed_before_its_first_state_begins_again(
@@ -1173,23 +1185,6 @@ def test_a_run_killed_before_its_first_state_begins_again(
     monkeypatch.setattr(defaults, "CHARACTERS", augment.Augment(rotation=90.0))
     runs.run(small(), out, resume=True, progress=False)
     assert_same_run(out, finished_exactly)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("exact")
-def test_a_run_whose_data_changed_is_not_gone_on_with(tmp_path, monkeypatch):
-    folder = shapes(tmp_path / "pictures", each=4)
-    config = small(data=str(folder), steps=2)
-    evaluations = runs.run(config, tmp_path / "run", progress=False)
-    (tmp_path / "run" / "summary.json").unlink()
-    monkeypatch.chdir(tmp_path)
-    elsewhere = small(data="pictures", steps=2)
-    again = runs.run(elsewhere, "run", resume=True, progress=False)
-    assert again == evaluations
-    (tmp_path / "run" / "summary.json").unlink()
-    Image.new("L", (24, 20), 77).save(folder / "group0" / "kind0" / "0.png")
-    with pytest.raises(ValueError, match="no longer what the run"):
-        runs.run(config, tmp_path / "run", resume=True, progress=False)
 
 
 def test_names_that_no_font_has_are_shown_as_numbers(tmp_path):
@@ -1219,11 +1214,10 @@ def test_queries_have_somebody_to_find(tmp_path, monkeypatch):
     assert sorted(shown[2:]) == ["a", "b", "c"]
 
 
-@pytest.mark.slow
-def test_a_margin_that_cannot_be_reached_is_named(tmp_path, own_data_dir):
-    runs.run(small(margin=5.0, steps=1), tmp_path / "run", progress=False)
-    notes = RunRecord.read(tmp_path / "run").notes
-    assert any("no triplet can satisfy a margin of 5" in note for note in notes)
+def test_a_margin_that_cannot_be_reached_is_named(tmp_path):
+    config, on = small(margin=5.0), placement.ONE_DEVICE
+    made, _ = preparation.planned(config, None, None, tmp_path / "run", on, False)
+    assert any("no triplet can satisfy a margin of 5" in note for note in made.notes)
 
 
 @pytest.mark.slow
@@ -1248,26 +1242,31 @@ def test_a_finished_run_is_lengthened(tmp_path, own_data_dir):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("exact")
-def test_a_run_goes_on_without_its_options_and_with_moved_data(tmp_path):
-    folder = shapes(tmp_path / "pictures", each=4)
-    out = tmp_path / "exp[v2]"
+def test_a_run_goes_on_without_its_options_and_with_moved_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, out = shapes(tmp_path / "pictures", each=4), tmp_path / "exp[v2]"
     config = small(data=str(folder), steps=4, checkpoint_every=2)
     evaluations = runs.run(config, out, progress=False)
-    (out / "summary.json").unlink()
-    folder.rename(tmp_path / "moved")
+    moved = folder.rename(tmp_path / "moved")
     requested = requested_of(out)
     assert requested["steps"] == 4
-    moved = runs.Config(**requested | {"data": str(tmp_path / "moved")})
-    assert moved == dataclasses.replace(config, data=str(tmp_path / "moved"))
-    assert runs.run(moved, out, resume=True, progress=False) == evaluations
+    elsewhere = runs.Config(**requested | {"data": "moved"})
+    assert elsewhere == dataclasses.replace(config, data="moved")
     (out / "summary.json").unlink()
+    assert runs.run(elsewhere, out.name, resume=True, progress=False) == evaluations
     # From now on it is found there.
     again = runs.Config(**requested_of(out))
+    assert again.data == str(moved)
+    (out / "summary.json").unlink()
     assert runs.run(again, out, resume=True, progress=False) == evaluations
     # A run that has lost its states does not begin again without a word.
     (out / "summary.json").unlink()
     shutil.rmtree(out / "checkpoints")
     with pytest.raises(ValueError, match=r"reached step 4 but has no checkpoint"):
+        runs.run(again, out, resume=True, progress=False)
+    # Nor does one go on with other images.
+    Image.new("L", (24, 20), 77).save(moved / "group0" / "kind0" / "0.png")
+    with pytest.raises(ValueError, match="no longer what the run"):
         runs.run(again, out, resume=True, progress=False)
 
 
@@ -1285,11 +1284,13 @@ def test_a_run_on_a_folder_with_broken_images(tmp_path):
     assert made.images.shape == (30, 40, 3)
     assert "gallery_recall_at_1" not in evaluations["trained"]
     embed = learn.load_embedder(tmp_path / "run")
-    assert embed([folder / "group0" / "kind0" / "0.png"]).shape == (1, 16)
+    assert embed([folder / "group0" / "kind0" / "0.png"]).shape == (1, 64)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds_and_each", [(2, 2), (3, 8), (2, 1)])
+@pytest.mark.parametrize(
+    "kinds_and_each", unless_full([(2, 2), (3, 8), (2, 1)], [(2, 1)])
+)
 def test_a_tiny_folder_is_trained_on(tmp_path, kinds_and_each):
     kinds, each = kinds_and_each
     folder = shapes(tmp_path / "pictures", kinds=kinds, each=each)
@@ -1303,7 +1304,7 @@ def test_a_tiny_folder_is_trained_on(tmp_path, kinds_and_each):
     ).shape == (1, 8)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_test_of_one_image(tmp_path):
     folder = shapes(tmp_path / "pictures", kinds=2)
     for number in range(3, 10):
@@ -1318,7 +1319,8 @@ def test_a_test_of_one_image(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_on_given_triplets(tmp_path):
+@pytest.mark.parametrize("repeated", unless_full([False, True], [False]))
+def test_a_run_on_given_triplets(tmp_path, repeated):
     folder = shapes(tmp_path / "pictures", kinds=4, each=10)
     kinds = [sorted(path.iterdir()) for path in sorted(folder.glob("*/*"))]
     draw = random.Random(0)
@@ -1339,11 +1341,12 @@ def test_a_run_on_given_triplets(tmp_path):
         < evaluations["trained"]["triplet_accuracy"]
     )
     assert (out / "triplets.png").exists()
-    assert learn.load_embedder(out)(kinds[0][:3]).shape == (3, 16)
+    assert learn.load_embedder(out)(kinds[0][:3]).shape == (3, 64)
     lines = MetricsLog(out / "metrics.jsonl").lines
     assert 0 <= lines[-2]["validation"]["triplet_accuracy"] <= 100
-    again = runs.run(config, tmp_path / "again", progress=False)
-    assert again == evaluations
+    if repeated:
+        again = runs.run(config, tmp_path / "again", progress=False)
+        assert again == evaluations
 
 
 def test_the_loss_of_given_triplets_is_the_mean_of_theirs():
@@ -1409,7 +1412,7 @@ def test_what_tensorboard_reads(tmp_path):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_for_tensorboard(tmp_path):
     out = tmp_path / "run"
     runs.run(small(steps=4), out, tensorboard=True, progress=False)
@@ -1428,7 +1431,7 @@ TRAIN = """
 import resource, sys
 from tripletjax.learn import runs
 config = runs.Config(
-    steps=120, channels=(8, 16), dim=16, per_class=4, ema_decay=0.5,
+    steps=120, channels=(8, 16), dim=64, per_class=4, ema_decay=0.5,
     checkpoint_every=7, validate_every=30,
 )
 if sys.argv[2:]:
@@ -1495,20 +1498,25 @@ def whole(own_data_dir, tmp_path_factory):
     return out
 
 
+@pytest.mark.xdist_group("whole")
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(whole, tmp_path):
-    draw, out, kills = random.Random(0), tmp_path / "run", 0
-    while kills < 8:
+@pytest.mark.parametrize(
+    ("seed", "kills"), [(0, 3), pytest.param(1, 5, marks=pytest.mark.full)]
+)
+def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
+    whole, tmp_path, seed, kills
+):
+    draw, out = random.Random(seed), tmp_path / "run"
+    for kill in range(kills):
         process = start(out)
-        # Half of them while it trains, wherever it is, and half at any time.
-        if kills % 2:
+        # Most of them while it trains, wherever it is, and the others at any time.
+        if kill % 3 == 1:
+            time.sleep(draw.uniform(0, 9))
+        else:
             wait_for(out, draw.randrange(1, 120), process)
             time.sleep(draw.random() / 20)
-        else:
-            time.sleep(draw.uniform(0, 9))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        kills += 1
         if (out / "summary.json").exists():
             assert_same_run(out, whole)
             shutil.rmtree(out)
@@ -1517,8 +1525,11 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(whole, tmp_path):
     assert_same_run(out, whole)
 
 
+@pytest.mark.xdist_group("whole")
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", unless_full([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM])
+)
 def test_an_interrupted_run_saves_and_goes_on(whole, tmp_path, number):
     process = start(tmp_path / "run")
     wait_for(tmp_path / "run", 50, process)
@@ -1536,7 +1547,8 @@ def test_an_interrupted_run_saves_and_goes_on(whole, tmp_path, number):
     assert_same_model(*(runs.load_model(out)[0] for out in (tmp_path / "run", whole)))
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("whole")
+@pytest.mark.full
 def test_a_damaged_checkpoint_falls_back_and_says_so(whole, tmp_path):
     process = start(tmp_path / "run")
     wait_for(tmp_path / "run", 60, process)
@@ -1551,8 +1563,8 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(whole, tmp_path):
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.slow
-def test_a_full_disk_is_told(whole, tmp_path):
+@pytest.mark.full
+def test_a_full_disk_is_told(tmp_path):
     # No file may become larger than this.
     code, _, error = finish(tmp_path / "run", "20000")
     assert code == 1

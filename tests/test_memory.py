@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from problems import unless_slow
+from problems import in_lanes, unless_slow
 
 import tripletjax as tj
 
@@ -20,7 +20,6 @@ LOSSES = {
     "hard": tj.blockwise.batch_hard_loss,
     "semi-hard": tj.blockwise.batch_semi_hard_loss,
 }
-every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
 def draw(n, seed=0, dim=4):
@@ -205,19 +204,18 @@ def test_in_scan_and_under_vmap():
     np.testing.assert_array_equal(got.embeddings[1, :5], xs[1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "shape"),
-    [
-        pytest.param(AxisType.Auto, (4,), marks=pytest.mark.slow),
-        (AxisType.Explicit, (4,)),
-        pytest.param(AxisType.Auto, (4, 2), marks=pytest.mark.slow),
-        pytest.param(AxisType.Explicit, (4, 2), marks=pytest.mark.slow),
+@in_lanes(
+    ("name", "kind", "shape"),
+    itertools.product(LOSSES, (AxisType.Auto, AxisType.Explicit), ((4,), (4, 2))),
+    slow=[
+        ("all", AxisType.Auto, (4,)),
+        ("hard", AxisType.Explicit, (4, 2)),
+        ("semi-hard", AxisType.Explicit, (4,)),
     ],
 )
-@pytest.mark.parametrize("loss", LOSSES.values())
-def test_split_over_devices(loss, kind, shape):
+def test_split_over_devices(name, kind, shape):
     """Each device has a memory of its own part; the losses are of all of them."""
+    loss = LOSSES[name]
     names = ("data", "model")[: len(shape)]
     mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
     batches = [draw(8, seed) for seed in range(4)]

@@ -56,7 +56,7 @@ def program(loss, hinge):
     return run
 
 
-@in_lanes(("loss", "hinge"), WITH_HINGES, quick=quick_hinge, slow=lambda *case: True)
+@in_lanes(("loss", "hinge"), WITH_HINGES, quick=quick_hinge)
 @settings(max_examples=20)
 @given(problem=problems(), margin=margins)
 def test_loss_and_gradient(loss, hinge, problem, margin):
@@ -91,16 +91,12 @@ def test_batch_hard(problem):
     ("positive", "negative", "fallback"),
     itertools.product(CHOICES, CHOICES, [False, True]),
     # Each choice of each side.
-    quick=lambda *case: (
-        case
-        in [
-            ("easy", "semi-hard", True),
-            ("hard", "hard", True),
-            ("semi-hard", "easy", True),
-            ("semi-hard", "semi-hard", True),
-        ]
-    ),
-    slow=lambda *case: True,
+    quick=[
+        ("easy", "semi-hard", True),
+        ("hard", "hard", True),
+        ("semi-hard", "easy", True),
+        ("semi-hard", "semi-hard", True),
+    ],
 )
 @settings(max_examples=15)
 @given(problem=problems())

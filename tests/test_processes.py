@@ -13,12 +13,14 @@ import numpy as np
 import processes
 import pytest
 from PIL import Image
+from problems import unless_full
 from processes import TESTS
 from programs import quickly
 
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.full
 def test_gradients_of_large_parts():
     """Between processes, reduce-scatter of jax 0.10.2 is wrong for parts of 8 MiB."""
     told = processes.run(
@@ -58,7 +60,7 @@ def test_gradients_of_large_parts():
     ("count", "devices", "kind", "names", "ring"),
     [
         (2, 2, "Auto", ("hard", "all"), False),
-        (4, 1, "Explicit", ("semi_hard",), True),
+        pytest.param(*(4, 1, "Explicit", ("semi_hard",), True), marks=pytest.mark.full),
     ],
 )
 def test_losses_over_processes(count, devices, kind, names, ring):
@@ -100,6 +102,7 @@ def test_losses_over_processes(count, devices, kind, names, ring):
     assert told == [["right"]] * count
 
 
+@pytest.mark.full
 def test_the_example_on_processes():
     """Two processes print what one does with as many devices."""
     example = TESTS.parent / "examples" / "mesh.py"
@@ -172,23 +175,22 @@ def assert_same_curve(one, other, of="loss"):
 
 
 # Of all triplets none is chosen, which rounding might choose otherwise.
-CALM = ("--mining", "all", "--steps", 30)
+CALM = ("--mining", "all", "--steps", 20)
 
 
-def test_training_over_processes(tmp_path):
+@pytest.mark.parametrize("devices", unless_full([1, 2], [1]))
+def test_training_over_processes(tmp_path, devices):
     """The curve is that of one process with as many devices."""
-    count = devices = 2
-    options = ["--memory", 100, "--embed-chunk-size", 30]
     alone, several = tmp_path / "alone", tmp_path / "several"
-    over = {"devices": count * devices}
-    one = command("--out", alone, "--devices", "all", *CALM, *options, **over)
-    (status, told) = ended(one)[0]
-    assert status == 0, told
-    given = ("--out", several, "--processes", count, *CALM, *options)
-    ((status, told),) = ended(command(*given, devices=devices))
-    assert status == 0, told
-    assert f"split over {count * devices} devices of {count} processes" in told
-    assert told.count("Everything is in") == 1
+    options = [*CALM, "--memory", 100, "--embed-chunk-size", 30]
+    begun = command("--out", alone, "--devices", "all", *options, devices=2 * devices)
+    ((status, output),) = ended(begun)
+    assert status == 0, output
+    begun = command("--out", several, "--processes", 2, *options, devices=devices)
+    ((status, output),) = ended(begun)
+    assert status == 0, output
+    assert f"split over {2 * devices} devices of 2 processes" in output
+    assert output.count("Everything is in") == 1
     assert_same_curve(alone, several)
     one, other = (
         json.loads((out / "summary.json").read_text()) for out in (alone, several)
@@ -202,6 +204,7 @@ def test_training_over_processes(tmp_path):
     )
 
 
+@pytest.mark.full
 def test_given_triplets_over_processes(tmp_path):
     random = np.random.default_rng(0)
     names = [f"{kind}{number}.png" for kind in "ab" for number in range(8)]
@@ -241,6 +244,7 @@ def begun_until(run, step, *options):
     raise AssertionError((status, told))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 @pytest.mark.parametrize(
     ("number", "which", "words"),
@@ -263,6 +267,7 @@ def test_a_lost_process_ends_the_others(tmp_path, number, which, words):
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_a_run_goes_on_with_other_processes(tmp_path):
     """Stopped in two, killed in one, finished in four: the curve is unbroken."""
@@ -296,6 +301,7 @@ def test_a_run_goes_on_with_other_processes(tmp_path):
     assert abs(one[160] - other[160]) < 0.03
 
 
+@pytest.mark.full
 def test_processes_of_a_cluster(tmp_path):
     """What Slurm and Open MPI tell their processes is enough."""
     job = str(os.getpid())
@@ -328,19 +334,28 @@ def test_processes_of_a_cluster(tmp_path):
         assert list(lines_of(out)) == [10]
 
 
-def test_what_is_wrong_is_told_once(tmp_path):
-    given = ("--out", tmp_path / "run", "--processes", 2)
-    for options, words in (
-        (["--data", tmp_path / "none"], "none"),
-        (["--classes", 3, "--per-class", 3], "multiple of the 2 devices"),
-    ):
-        ((status, told),) = ended(command(*given, *options), seconds=60)
-        assert status == 2, told
-        assert words in told
-        assert "Traceback" not in told
-        assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data", "nowhere"], "no dataset 'nowhere'"),
+        pytest.param(
+            ["--classes", 3, "--per-class", 3],
+            "multiple of the 2 devices",
+            marks=pytest.mark.full,
+        ),
+    ],
+)
+def test_wrong_options_end_all_processes_with_one_message(tmp_path, options, words):
+    run = tmp_path / "run"
+    begun = command("--out", run, "--processes", 2, *options)
+    ((status, output),) = ended(begun, seconds=60)
+    assert status == 2, output
+    assert output.count(words) == 1
+    assert "Traceback" not in output
+    assert not run.exists()
 
 
+@pytest.mark.full
 def test_processes_with_different_data(tmp_path):
     """The others are not trained with what the first does not have."""
     at = f"127.0.0.1:{processes.free_port()}"

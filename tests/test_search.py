@@ -421,12 +421,15 @@ print(search.Index(sys.argv[1], sys.argv[2], embedder).update().images)
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_the_next_update_completes_it(tmp_path, monkeypatch):
-    folder, draw = tmp_path / "pictures", random.Random(0)
+@pytest.mark.parametrize(
+    ("seed", "kills"), [(0, 3), pytest.param(1, 7, marks=pytest.mark.full)]
+)
+def test_killed_at_any_moment_the_next_update_completes_it(tmp_path, seed, kills):
+    folder, draw = tmp_path / "pictures", random.Random(seed)
     for number in range(3000):
         content(folder / f"{number % 7}" / f"{number}.png", number, size=(4, 4))
     command = [sys.executable, "-c", UPDATE, str(folder), str(tmp_path / "db")]
-    for kill in range(10):
+    for kill in range(kills):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "begins\n"
         time.sleep(draw.random() * 1.2)

@@ -24,6 +24,9 @@ from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.pairs import PairDistances, distances_of
 from tripletjax.learn import datasets
 
+# Fixtures of the module are made once, by one worker.
+pytestmark = pytest.mark.xdist_group("verification")
+
 
 def unit(images):
     """Small pixels as unit vectors, with what a file is mixed in."""
@@ -195,7 +198,6 @@ def test_without_enough_pairs_there_is_no_threshold_by_default(tmp_path):
         verify.evaluate(EMBEDDER, tmp_path / "none")
 
 
-@pytest.mark.slow
 def test_copies_in_different_classes_leave_no_threshold(tmp_path):
     folder = shapes(tmp_path / "few", kinds=3, each=2)
     one = folder / "group0" / "kind0" / "0.png"
@@ -279,7 +281,6 @@ def labeled_faces(root, people=6, each=3):
     return root / "faces", root / "pairs.txt"
 
 
-@pytest.mark.slow
 def test_given_pairs_in_their_folds(tmp_path):
     folder, file = labeled_faces(tmp_path)
     found = verify.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)

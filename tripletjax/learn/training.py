@@ -227,8 +227,10 @@ def fit(
     )
     if memory:
         images, labels = batches[0]
+        # A copy, since a model with statistics changes them.
         x = jax.eval_shape(
-            lambda images: nnx.merge(graph, params, rest)(as_floats(images)), images
+            lambda images: nnx.merge(graph, params, rest, copy=True)(as_floats(images)),
+            images,
         )
         kept = tj.memory.create(
             memory, x.shape[1], label_dtype=jnp.asarray(labels).dtype
