@@ -1511,9 +1511,9 @@ def run_pytest(
     tree: Path, arguments: Sequence[str], minutes: float
 ) -> tuple[int | None, str]:
     """Exit status of pytest in a copy, None if it was stopped, and its last lines."""
-    paths = [str(tree), os.environ.get("PYTHONPATH", "")]
+    paths = [str(tree), str(tree / "tests"), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0"]
-    command += ["-p", "no:cacheprovider", *arguments]
+    command += ["-p", "no:cacheprovider", "-p", "mutants", *arguments]
     process = subprocess.Popen(
         command,
         cwd=tree,
@@ -1535,6 +1535,18 @@ def run_pytest(
         RUNNING.discard(process)
         stop(process)
     return status, "\n".join(output.splitlines()[-40:])
+
+
+def pytest_configure() -> None:
+    """Stops Hypothesis at the first failed example; pytest calls it in each copy.
+
+    Looking for a simpler example would take up to five minutes.
+    """
+    from hypothesis import Phase, settings
+
+    phases = (Phase.explicit, Phase.reuse, Phase.generate)
+    settings.register_profile("mutants", settings.default, phases=phases)
+    settings.load_profile("mutants")
 
 
 def stop(process: subprocess.Popen) -> None:
