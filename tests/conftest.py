@@ -13,7 +13,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import jax
 import pytest
 from hypothesis import settings
-from programs import compile_quickly, repeatable
+from programs import cache_folder, compile_quickly, remove_old_programs, repeatable
 
 # Must come before anything asks JAX for its devices.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -23,7 +23,9 @@ settings.load_profile("tripletjax")
 
 
 def pytest_configure(config):
-    compile_quickly(str(config.cache.mkdir("jax")))
+    if not hasattr(config, "workerinput"):
+        remove_old_programs(cache_folder())
+    compile_quickly()
 
 
 MAPS, MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
@@ -44,6 +46,36 @@ def pytest_runtest_teardown():
     if MAPS.read_bytes().count(b"\n") > int(MOST_MAPS.read_text()) // 2:
         jax.clear_caches()
         gc.collect()
+
+
+# Networks and training broadcast as Flax and Optax do; all else is strict.
+STRICT = {
+    "test_blockwise",
+    "test_collapse",
+    "test_contract",
+    "test_distances",
+    "test_identification",
+    "test_losses",
+    "test_memory",
+    "test_meshes",
+    "test_mining",
+    "test_oracle_parity",
+    "test_pairs",
+    "test_relevance",
+    "test_retrieval",
+    "test_strict",
+    "test_verification",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def strict_promotion(request):
+    """The core promotes no dtype and no rank implicitly."""
+    if request.path.stem not in STRICT:
+        yield
+        return
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
 
 
 @pytest.fixture

@@ -13,34 +13,56 @@ import tripletjax as tj
 
 # Distances and margins on a coarse grid: sums are exact and ties are frequent.
 GRID = 8
-# Few shapes and sets of options, so that few programs are compiled; `where` makes all
+# Two shapes and sets of options, so that few programs are compiled. `where` makes all
 # the other sizes.
-PLAIN = ((1, 1), (7, 7))
-FULL = ((5, 5), (3, 7))
+PLAIN, FULL = (7, 7), (5, 7)
 
 
 @st.composite
 def problems(draw):
     """Distances, labels and pair options, as keyword arguments of a loss."""
-    n, m = draw(st.sampled_from(PLAIN + FULL))
+    n, m = draw(st.sampled_from((PLAIN, FULL)))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     classes = draw(st.integers(1, 4))
     distances = random.integers(0, draw(st.sampled_from((1, 4, 40))) + 1, (n, m)) / GRID
     labels = random.integers(0, classes, n).astype(np.int32)
-    options = {"where": random.random(n) < draw(st.sampled_from((0.7, 1.0)))}
-    if (n, m) in FULL:
+    options = {"where": random.random(n) < draw(st.sampled_from((0.2, 0.7, 1.0)))}
+    if (n, m) == FULL:
         options["reference_labels"] = random.integers(0, classes, m).astype(np.int32)
         options["positions"] = random.integers(-1, m + 1, n).astype(np.int32)
         options["reference_where"] = random.random(m) < 0.8
     return distances.astype(np.float32), labels, options
 
 
-def unless_slow(values, quick):
-    """Values of a parameter, of which all but some wait for the slow lane."""
+def unless_slow(values, quick, *, slow=None):
+    """Values of a parameter: `quick` ones have no mark, all others are `slow`.
+
+    With a list of `slow` ones, the rest is left to the full lane.
+    """
     return [
-        value if value in quick else pytest.param(value, marks=pytest.mark.slow)
+        pytest.param(
+            value,
+            marks=_marks(value in quick, slow is None or value in slow),
+        )
         for value in values
     ]
+
+
+def in_lanes(names, cases, *, quick, slow):
+    """Parametrize a test; functions of a case say which lane begins to run it."""
+    return pytest.mark.parametrize(
+        names,
+        [
+            pytest.param(*case, marks=_marks(quick(*case), slow(*case)))
+            for case in cases
+        ],
+    )
+
+
+def _marks(quick, slow):
+    if quick:
+        return ()
+    return pytest.mark.slow if slow else pytest.mark.full
 
 
 margins = st.integers(0, 2 * GRID).map(lambda k: k / GRID)
@@ -116,19 +138,106 @@ LOSSES |= {
 
 
 BUILT_IN = [name for name in LOSSES if not name.startswith("mined: ")]
-# Of those of miners, the ones that no built-in loss is made of.
+# Losses that differ in more than their name: each miner has a loss made of it.
 DISTINCT = [*BUILT_IN, "mined: all", "mined: easy positive, semi-hard negative"]
-# Of these, what quick tests are of: the others are compiled of the same parts.
+# The quick tests take losses that share few parts.
 QUICK = [name for name in DISTINCT if name in BUILT_IN[:3] or "easy" in name]
-# Losses with hinges: what a triplet costs does not depend on how it was found, so that
-# those of miners need one.
+# A hinge does not depend on the miner: losses of miners need one.
 WITH_HINGES = [
-    pytest.param(name, hinge, marks=[] if quick else [pytest.mark.slow])
+    (name, hinge)
     for name in LOSSES
     for hinge in HINGES
     if name in BUILT_IN or hinge == "hinge"
-    for quick in [name in QUICK and (hinge == "hinge" or name == "batch all")]
 ]
+
+
+def quick_hinge(name, hinge):
+    """The quick tests take every loss, and every hinge of one loss."""
+    return name in QUICK and (hinge == "hinge" or name == "batch all")
+
+
+BLOCKWISE = {
+    "batch all": tj.blockwise.batch_all_loss,
+    "batch hard": tj.blockwise.batch_hard_loss,
+    "semi-hard": tj.blockwise.batch_semi_hard_loss,
+    "semi-hard without fallback": functools.partial(
+        tj.blockwise.batch_semi_hard_loss, fallback=False
+    ),
+}
+METRICS = {
+    "euclidean": tj.euclidean,
+    "squared_euclidean": tj.squared_euclidean,
+    "cosine": tj.cosine,
+    "manhattan": tj.manhattan,
+    # The gradient of a norm is not finite at 0, so that it is left out.
+    "custom": tj.Metric(
+        paired=lambda a, b: jnp.sqrt(jnp.maximum(jnp.sum((a - b) ** 2), 1e-12))
+    ),
+}
+
+
+def of_matrix(loss):
+    """A loss of a matrix, as one of embeddings."""
+
+    def form(x, labels, *, metric=tj.euclidean, references=None, **options):
+        return loss(metric(x, references), labels, **options)
+
+    return form
+
+
+# name -> a loss of embeddings: from their distance matrix, or without it.
+FORMS = {name: of_matrix(LOSSES[name][0]) for name in LOSSES} | {
+    f"blockwise: {name}": loss for name, loss in BLOCKWISE.items()
+}
+# Class sizes that blockwise losses treat in different ways.
+LABELS = {
+    "few": np.arange(40) // 4,
+    "uneven": np.repeat(np.arange(7), [1, 2, 2, 5, 6, 10, 14]),
+    "many": np.arange(40) % 2,
+    "one large": np.where(np.arange(40) < 30, 0, np.arange(40)),
+}
+
+
+@functools.cache
+def program(form, hinge="hinge", metric="euclidean"):
+    """Value and gradients by embeddings and margin, as one jitted function.
+
+    Labels, `where` and embeddings make all the cases of one shape and dtype, so that
+    the compiler runs once for all of them.
+    """
+
+    @jax.jit
+    def run(x, labels, where, margin):
+        def value(x, margin):
+            options = {"metric": METRICS[metric], "hinge": HINGES[hinge][0]}
+            # 16 divides none of the sizes.
+            if form.startswith("blockwise"):
+                options["block_size"] = 16
+            return FORMS[form](x, labels, where=where, margin=margin, **options)
+
+        return jax.value_and_grad(value, (0, 1))(x, margin)
+
+    return run
+
+
+def run(form, x, labels, where=None, margin=0.3, **options):
+    """Value, and gradients by embeddings and margin, from the shared program."""
+    where = np.ones(len(labels), bool) if where is None else where
+    labels = np.asarray(labels, np.int32)
+    return program(form, **options)(x, labels, where, np.float32(margin))
+
+
+def oracle_of(form, x, labels, where=None, margin=0.3, *, hinge="hinge"):
+    """Value of a loss by loops, with its default reduction and Euclidean distance."""
+    _, triplets_of, reduced = LOSSES[form.removeprefix("blockwise: ")]
+    d = oracles.matrix(oracles.euclidean, np.asarray(x, float))
+    triplets = triplets_of(d, *oracles.pair_masks(labels, where=where))
+    return reduced(oracles.loss_of(d, triplets, HINGES[hinge][1], margin)[0])
+
+
+def vectors(n=40, d=6, seed=0):
+    random = np.random.default_rng(seed)
+    return jnp.asarray(random.normal(size=(n, d)), jnp.float32)
 
 
 def public_names(module):

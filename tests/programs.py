@@ -1,7 +1,9 @@
 """How the programs of the tests are compiled."""
 
 import contextlib
+import itertools
 import os
+from pathlib import Path
 
 import jax
 import jaxlib
@@ -14,25 +16,55 @@ _HAS_OLDER = jaxlib.version.__version_info__ < (0, 11)
 # Options of one program, for what the older code does wrong.
 NEWER_LOOPS = {"xla_cpu_use_fusion_emitters": True} if _HAS_OLDER else {}
 
-# Whether programs are optimised, and where they are kept, in all tests that do not ask
-# for others.
+# Most programs compile in less; reading one back takes a few milliseconds.
+KEPT_FROM_SECONDS = 0.05
+KEPT_BYTES = 2**30
+
+# Whether programs are optimised, and the folder that keeps them, in all tests that do
+# not ask for others.
 _usual: tuple[bool, str | None] = (True, None)
 
 
-def compile_quickly(directory):
-    """Compiles in half the time, and what was compiled before not at all.
+def cache_folder() -> str:
+    """Folder of the compiled programs of all checkouts, one for each version of JAX.
 
-    Most of what the tests wait for is the compiler. With TRIPLETJAX_TESTS_OPTIMIZED=1
-    all programs are as users have them.
+    `TRIPLETJAX_TESTS_CACHE` names another one: an empty folder makes a cold run.
+    """
+    if named := os.environ.get("TRIPLETJAX_TESTS_CACHE"):
+        return str(Path(named).absolute())
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    version = f"jax-{jax.__version__}-jaxlib-{jaxlib.__version__}"
+    return str(Path(caches) / "tripletjax-tests" / version)
+
+
+def compile_quickly() -> None:
+    """Compile in half the time, and keep compiled programs for the next run.
+
+    Most of the tests' time goes to the compiler. `TRIPLETJAX_TESTS_OPTIMIZED=1`
+    compiles all programs as users do.
     """
     global _usual
-    _usual = bool(os.environ.get("TRIPLETJAX_TESTS_OPTIMIZED")), directory
+    _usual = bool(os.environ.get("TRIPLETJAX_TESTS_OPTIMIZED")), cache_folder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLA_FLAGS", _flags())
-        # XLA reads its flags once, here; what tests start does not inherit them.
+        # XLA reads its flags once, here. Processes that tests start do not see them.
         jax.jit(lambda: 0)()
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM_SECONDS)
     _compile(*_usual)
+
+
+def remove_old_programs(folder: str, most_bytes: int = KEPT_BYTES) -> None:
+    """Remove the programs that were used least recently, beyond a total size.
+
+    JAX's own limit, `jax_compilation_cache_max_size`, looks at every kept file each
+    time that it writes one, which takes longer than to compile most programs.
+    """
+    kept = [(file, file.stat()) for file in Path(folder).glob("*") if file.is_file()]
+    kept.sort(key=lambda item: -max(item[1].st_atime, item[1].st_mtime))
+    sizes = itertools.accumulate(stat.st_size for _, stat in kept)
+    for (file, _), total in zip(kept, sizes):
+        if total > most_bytes:
+            file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -65,16 +97,20 @@ def _flags() -> str:
     return given + " --xla_cpu_use_fusion_emitters=false" * older
 
 
-def quickly(*, exact: bool = False) -> dict[str, str]:
-    """The same for other processes, as variables of their environment.
+def quickly(*, exact: bool = False, killed: bool = False) -> dict[str, str]:
+    """The same settings for other processes, as environment variables.
 
-    If `exact`, for those that repeat one another to the last bit, as in `repeatable`.
+    With `exact`, two processes agree to the last bit, as in `repeatable`. Processes
+    that a test kills are `killed`: they read kept programs, and write none, since half
+    of a file would stay.
     """
-    optimized, directory = _usual
+    optimized, folder = _usual
     optimized |= exact and not _HAS_OLDER
     return {
-        "JAX_COMPILATION_CACHE_DIR": str(directory),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": (
+            "inf" if killed else str(KEPT_FROM_SECONDS)
+        ),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimized)),
         "XLA_FLAGS": _flags(),
     }

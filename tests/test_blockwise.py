@@ -1,16 +1,28 @@
-"""Blockwise losses are those of the matrix: same numbers, gradients and indices."""
+"""Blockwise losses: terms, gradients and indices, without the matrix.
+
+The rules that hold for all losses are in `test_contract`.
+"""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from problems import HINGES, unless_slow
-from problems import LOSSES as MATRIX_LOSSES
+from problems import (
+    BLOCKWISE,
+    BUILT_IN,
+    HINGES,
+    LABELS,
+    LOSSES,
+    in_lanes,
+    unless_slow,
+    vectors,
+)
 
 import tripletjax as tj
 from tripletjax import blockwise
@@ -19,40 +31,11 @@ from tripletjax._pairwise import cuts
 from tripletjax._pairwise.slices import Blocks
 from tripletjax.losses import RELU, SOFTPLUS, GapCost, as_cost, needs_sums_alone
 
-BLOCKWISE = {
-    "batch all": blockwise.batch_all_loss,
-    "batch hard": blockwise.batch_hard_loss,
-    "semi-hard": blockwise.batch_semi_hard_loss,
-    "semi-hard without fallback": functools.partial(
-        blockwise.batch_semi_hard_loss, fallback=False
-    ),
-}
-# name -> (loss of a matrix, blockwise loss, oracles of its triplets and reduction)
-LOSSES = {
-    name: (MATRIX_LOSSES[name][0], loss, *MATRIX_LOSSES[name][1:])
-    for name, loss in BLOCKWISE.items()
-}
-METRICS = {
-    "euclidean": tj.euclidean,
-    "squared_euclidean": tj.squared_euclidean,
-    "cosine": tj.cosine,
-    "manhattan": tj.manhattan,
-    "custom": tj.Metric(paired=lambda a, b: jnp.linalg.norm(a - b)),
-}
-every_loss = pytest.mark.parametrize(
-    "name", unless_slow(LOSSES, ["batch all", "batch hard", "semi-hard"])
+THREE = BUILT_IN[:3]
+every_loss = pytest.mark.parametrize("name", unless_slow(BLOCKWISE, THREE))
+one_loss = pytest.mark.parametrize(
+    "name", unless_slow(BLOCKWISE, ["batch hard"], slow=THREE)
 )
-one_loss = pytest.mark.parametrize("name", unless_slow(LOSSES, ["batch hard"]))
-# What does not depend on which semi-hard triplets there are.
-every_mining = pytest.mark.parametrize("name", [*LOSSES][:3])
-KINDS = "square", "padded", "references", "everything"
-# Classes of every size that is treated in its own way.
-LABELS = {
-    "few": np.arange(40) // 4,
-    "uneven": np.repeat(np.arange(7), [1, 2, 2, 5, 6, 10, 14]),
-    "many": np.arange(40) % 2,
-    "one large": np.where(np.arange(40) < 30, 0, np.arange(40)),
-}
 
 
 @pytest.fixture
@@ -62,34 +45,22 @@ def matrix(name):
 
 @pytest.fixture
 def loss(name):
-    return LOSSES[name][1]
+    return BLOCKWISE[name]
 
 
-def vectors(n=40, d=6, seed=0):
+def gallery_of(labels, seed=0):
+    """References and all options of pairs, for 40 anchors of these labels.
+
+    Some anchors are references, in some order; some of these have another label.
+    """
     random = np.random.default_rng(seed)
-    return jnp.asarray(random.normal(size=(n, d)), jnp.float32)
-
-
-def options_of(kind, labels, seed=0):
-    """Options of a blockwise loss, and of one over a matrix, and the references."""
-    random = np.random.default_rng(seed)
-    n = len(labels)
-    if kind == "square":
-        return {}, {}, None
-    if kind == "padded":
-        where = {"where": random.random(n) < 0.8}
-        return where, where, None
-    y = vectors(53, seed=1)
-    shared = {"reference_labels": random.permutation(np.resize(labels, 53))}
-    if kind == "references":
-        return {"references": y, **shared}, shared, y
-    # Some anchors are references, in some order; some of these have another label.
-    shared |= {
-        "positions": random.integers(-1, 54, n),
-        "where": random.random(n) < 0.8,
+    return {
+        "references": vectors(53, seed=1),
+        "reference_labels": random.permutation(np.resize(labels, 53)),
+        "positions": random.integers(-1, 54, len(labels)),
+        "where": random.random(len(labels)) < 0.8,
         "reference_where": random.random(53) < 0.8,
     }
-    return {"references": y, **shared}, shared, y
 
 
 def check(got, expected, atol=2e-5):
@@ -100,28 +71,53 @@ def check(got, expected, atol=2e-5):
     )
 
 
-@pytest.mark.parametrize("kind", unless_slow(KINDS, ["everything"]))
-@every_loss
-def test_value_and_gradient(loss, matrix, kind):
-    for labels in LABELS.values():
-        x = vectors()
-        options, shared, y = options_of(kind, labels)
+@functools.cache
+def terms_program(name):
+    """Terms of a loss with references, and gradients of their weighted total."""
 
-        def expected(x, y, margin, labels=labels, shared=shared):
-            return matrix(tj.euclidean(x, y), labels, margin=margin, **shared)
-
-        def got(x, y, margin, labels=labels, options=options):
-            references = {} if y is None else {"references": y}
+    @jax.jit
+    def run(x, labels, options, margin, weights):
+        def weighted(x, references, margin):
+            pairs = options | {"references": references}
             # 16 divides none of the sizes.
-            return loss(
-                x, labels, margin=margin, block_size=16, **(options | references)
-            )
+            blocks = {"block_size": 16, "reduce_fn": None}
+            terms = BLOCKWISE[name](x, labels, margin=margin, **pairs, **blocks)
+            return terms.total @ weights, terms
 
-        arguments = (0, 1, 2) if y is not None else (0, 2)
-        check(
-            jax.value_and_grad(got, arguments)(x, y, 0.5),
-            jax.value_and_grad(expected, arguments)(x, y, 0.5),
+        gradients, terms = jax.grad(weighted, (0, 1, 2), has_aux=True)(
+            x, options["references"], margin
         )
+        return tuple(terms), gradients
+
+    return run
+
+
+def expected_terms(name, x, labels, options, margin, weights):
+    """The same by loops; gradients of Euclidean distances are unit vectors."""
+    x, y = np.asarray(x, float), np.asarray(options["references"], float)
+    pairs = {k: v for k, v in options.items() if k != "references"}
+    d = oracles.matrix(oracles.euclidean, x, y)
+    triplets = LOSSES[name][1](d, *oracles.pair_masks(labels, **pairs))
+    terms, by_distance = oracles.loss_of(d, triplets, oracles.hinge, margin, weights)
+    units = (x[:, None] - y) / d[..., None]
+    pulls = by_distance[..., None] * units
+    return terms, (pulls.sum(1), -pulls.sum(0), weights @ terms[1])
+
+
+@every_loss
+def test_terms_and_gradients_are_the_oracles(name):
+    """With references of other labels, padding, and anchors that are references."""
+    x, weights = vectors(), np.linspace(1, 2, 40, dtype=np.float32)
+    plain = {
+        "positions": np.full(40, -1),
+        "where": np.ones(40, bool),
+        "reference_where": np.ones(53, bool),
+    }
+    for labels in LABELS.values():
+        for options in (gallery_of(labels), gallery_of(labels) | plain):
+            got = terms_program(name)(x, labels, options, 0.5, weights)
+            expected = expected_terms(name, x, labels, options, 0.5, weights)
+            check(got, expected, atol=1e-3)
 
 
 @one_loss
@@ -145,22 +141,22 @@ def test_a_reduction_of_sums(loss, matrix):
     check(dot, expected_dot)
 
 
-@pytest.mark.parametrize(
+REDUCTIONS = [
+    (lambda terms: tj.mean_valid(terms), True),
+    (lambda terms: (tj.mean_active(terms), terms.valid.sum()), True),
+    (lambda terms: jnp.sum(terms.total / (1 + terms.valid)), False),
+    (lambda terms: (terms.total.sum(), terms.active), False),
+    (lambda terms: terms.total.mean() + terms.active.sum() / 7, True),
+    (jax.jit(lambda terms: (tj.mean_active(terms), terms.valid)), False),
+    (lambda terms: jnp.max(terms.total), False),
+]
+
+
+@in_lanes(
     ("reduce_fn", "sums"),
-    [
-        (lambda terms: tj.mean_valid(terms), True),
-        *(
-            pytest.param(*reduction, marks=pytest.mark.slow)
-            for reduction in (
-                (lambda terms: (tj.mean_active(terms), terms.valid.sum()), True),
-                (lambda terms: terms.total.mean() + terms.active.sum() / 7, True),
-                (jax.jit(lambda terms: (tj.mean_active(terms), terms.valid)), False),
-                (lambda terms: jnp.sum(terms.total / (1 + terms.valid)), False),
-                (lambda terms: (terms.total.sum(), terms.active), False),
-            )
-        ),
-        pytest.param(lambda terms: jnp.max(terms.total), False, marks=pytest.mark.slow),
-    ],
+    REDUCTIONS,
+    quick=lambda *case: case in REDUCTIONS[:1],
+    slow=lambda *case: case in REDUCTIONS[:4],
 )
 def test_what_a_reduction_does_with_the_terms(reduce_fn, sums):
     assert needs_sums_alone(reduce_fn, 40, jnp.float32) == sums
@@ -187,102 +183,62 @@ def test_functions_like_relu_are_relu():
         assert as_cost(other) == GapCost(other)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("hinge", "reduce_fn"),
-    [
-        (HINGES["soft margin"][0], tj.mean_valid),
-        (HINGES["selectively contrastive"][0], tj.mean_active),
-        (HINGES["selectively contrastive"][0], None),
-        (jnp.exp, None),
-    ],
-    ids=["soft", "contrastive", "contrastive terms", "exponential terms"],
+@in_lanes(
+    ("name", "hinge"),
+    [(name, hinge) for name in BLOCKWISE for hinge in ("contrastive", "exponential")],
+    quick=lambda name, hinge: False,
+    slow=lambda name, hinge: (name, hinge) == ("batch all", "exponential"),
 )
-@every_loss
-def test_any_hinge_and_reduction(loss, matrix, hinge, reduce_fn):
-    x, weights = vectors(), jnp.arange(40.0)
-    options = {"hinge": hinge, "reduce_fn": reduce_fn}
+def test_terms_of_any_hinge(loss, matrix, hinge):
+    hinge = HINGES["selectively contrastive"][0] if hinge == "contrastive" else jnp.exp
+    weights = jnp.arange(40.0) / 100
 
-    def scalar(value):
-        return jnp.sum(value.total * weights) / 100 if reduce_fn is None else value
+    def program(loss):
+        def weighted(x, margin, labels):
+            terms = loss(x, labels, margin=margin, hinge=hinge, reduce_fn=None)
+            return terms.total @ weights
 
-    def got(x, margin, labels):
-        return scalar(loss(x, labels, margin=margin, **options))
+        return jax.jit(jax.value_and_grad(weighted, (0, 1)))
 
-    def expected(x, margin, labels):
-        return scalar(matrix(tj.euclidean(x), labels, margin=margin, **options))
-
-    got, expected = (jax.jit(jax.value_and_grad(f, (0, 1))) for f in (got, expected))
+    got = program(loss)
+    expected = program(lambda x, labels, **o: matrix(tj.euclidean(x), labels, **o))
     for labels in LABELS.values():
-        check(got(x, 0.3, labels), expected(x, 0.3, labels), atol=1e-3)
+        check(got(vectors(), 0.3, labels), expected(vectors(), 0.3, labels), atol=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("metric", METRICS)
-@every_mining
-def test_any_metric(loss, matrix, metric):
-    metric, x = METRICS[metric], vectors()
-    run, expected = (
-        jax.jit(jax.value_and_grad(f))
-        for f in (
-            lambda x, labels: loss(x, labels, metric=metric, margin=0.25),
-            lambda x, labels: matrix(metric(x), labels, margin=0.25),
-        )
-    )
+PAIR_OPTIONS = {
+    "none": (),
+    "where": ("where",),
+    "references": ("references", "reference_labels"),
+    "all": gallery_of(LABELS["few"]),
+}
+
+
+@in_lanes(
+    ("names", "fallback"),
+    itertools.product(PAIR_OPTIONS, [True, False]),
+    quick=lambda *case: case == ("all", True),
+    slow=lambda names, fallback: names != "where",
+)
+def test_indices(names, fallback):
+    x = vectors()
     for labels in LABELS.values():
-        check(run(x, labels), expected(x, labels))
-        if metric is METRICS["custom"]:
-            continue  # The norm of zero has no gradient.
-        value, gradient = run(jnp.ones((40, 6)), labels)
-        assert value in (0.0, 0.25)
-        assert jnp.isfinite(gradient).all()
-        value, gradient = run(x.at[3:9].set(x[0]).at[9:12].set(0), labels)
-        assert jnp.isfinite(value)
-        assert jnp.isfinite(gradient).all()
-
-
-@pytest.mark.parametrize("labels", unless_slow(LABELS, ["one large"]))
-@one_loss
-def test_the_oracle(name, loss, labels):
-    labels, x = LABELS[labels], vectors()
-    d = oracles.matrix(oracles.euclidean, np.asarray(x))
-    triplets = LOSSES[name][2](d, *oracles.pair_masks(labels))
-    terms, by_distance = oracles.loss_of(d, triplets, oracles.hinge, 0.3)
-    got = loss(x, labels, margin=0.3, reduce_fn=None)
-    for ours, theirs in zip(got, terms):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-    mean = loss(x, labels, margin=0.3)
-    np.testing.assert_allclose(mean, LOSSES[name][3](terms), rtol=1e-5)
-    # The distances' own gradients are unit vectors.
-    units = np.asarray(x)[:, None] - np.asarray(x)
-    units /= np.where(d == 0, 1, d)[..., None]
-    expected = ((by_distance + by_distance.T)[..., None] * units).sum(1)
-    got = jax.grad(
-        lambda x: loss(x, labels, margin=0.3, reduce_fn=lambda t: t.total.sum())
-    )(x)
-    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("labels", unless_slow(LABELS, ["few", "many"]))
-@pytest.mark.parametrize("kind", unless_slow(KINDS, ["everything"]))
-def test_indices(labels, kind):
-    labels, x = LABELS[labels], vectors()
-    options, shared, y = options_of(kind, labels)
-    d = tj.euclidean(x, y)
-    expected = tj.batch_hard_triplets(d, labels, **shared)
-    got = blockwise.batch_hard_triplets(x, labels, block_size=16, **options)
-    np.testing.assert_array_equal(got.valid, expected.valid)
-    for ours, theirs in zip(got, expected):
-        np.testing.assert_array_equal(ours[got.valid], theirs[got.valid])
-    for fallback in (True, False):
-        expected = tj.batch_semi_hard_triplets(d, labels, fallback=fallback, **shared)
+        options = {k: gallery_of(labels)[k] for k in PAIR_OPTIONS[names]}
+        pairs = {k: v for k, v in options.items() if k != "references"}
+        d = tj.euclidean(x, options.get("references"))
+        expected = tj.batch_hard_triplets(d, labels, **pairs)
+        got = blockwise.batch_hard_triplets(x, labels, block_size=16, **options)
+        np.testing.assert_array_equal(got.valid, expected.valid)
+        for indices, correct in zip(got, expected):
+            np.testing.assert_array_equal(indices[got.valid], correct[got.valid])
+        expected = tj.batch_semi_hard_triplets(d, labels, fallback=fallback, **pairs)
         got = blockwise.batch_semi_hard_triplets(
             x, labels, size=3000, fallback=fallback, **options
         )
         where = np.nonzero(expected.valid)
         assert got.count == len(where[0]) == got.valid.sum()
-        for ours, theirs in zip(got[:3], expected):
-            np.testing.assert_array_equal(ours[: got.count], theirs[where])
+        for indices, correct in zip(got[:3], expected):
+            np.testing.assert_array_equal(indices[: got.count], correct[where])
 
 
 def test_ties_go_to_the_lowest_index():
@@ -307,9 +263,12 @@ def test_triplets_that_do_not_fit_are_counted():
     np.testing.assert_array_equal(got.negative, full.negative[:7])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("block_size", [7, 1000])
-@every_mining
+@in_lanes(
+    ("name", "block_size"),
+    itertools.product(THREE, [7, 1000]),
+    quick=lambda *case: False,
+    slow=lambda *case: case == ("semi-hard", 7),
+)
 def test_block_size_changes_nothing(loss, block_size):
     run = lambda **options: jax.value_and_grad(  # noqa: E731
         lambda x: loss(x, LABELS["uneven"], margin=0.4, **options)
@@ -333,85 +292,63 @@ def near_pair(distance):
     return jnp.asarray(x, jnp.float32)
 
 
-@pytest.mark.parametrize("others", unless_slow(["pairs", "one class"], ["one class"]))
-@pytest.mark.parametrize(
+@in_lanes(
     ("name", "role"),
-    # Other losses take all negatives, or choose those beyond, by products.
-    [
-        ("batch hard", "negative"),
-        *(pytest.param(name, "positive", marks=pytest.mark.slow) for name in LOSSES),
-    ],
+    # Only batch-hard chooses a negative by its own distance.
+    [("batch hard", "negative"), *((name, "positive") for name in BLOCKWISE)],
+    quick=lambda name, role: role == "negative",
+    slow=lambda name, role: name in THREE,
 )
-def test_near_duplicates_keep_their_digits(name, loss, role, others):
-    """Of the product form of this distance nothing is left."""
-    x = near_pair(1e-4)
-    exact = oracles.euclidean(*np.asarray(x[:2], float))
-    labels = np.arange(36) // 2 if others == "pairs" else np.minimum(np.arange(36), 3)
-    if role == "positive":
-        labels[:2] = 0
-    else:
-        # The nearest negative, where the positive coincides with the anchor.
-        labels[:3] = (0, 99, 0)
-        x = x.at[2].set(x[0])
-    terms = loss(x, labels, hinge=only(role), reduce_fn=None)
-    # Batch-all has the one positive with every negative.
-    assert terms.valid[0] == (34 if name == "batch all" else 1)
-    np.testing.assert_allclose(terms.total[0] / terms.valid[0], exact, rtol=1e-6)
-    gradient = jax.grad(
-        lambda x: loss(
-            x, labels, hinge=only(role), reduce_fn=lambda terms: terms.total[0]
-        )
-    )(x)
-    np.testing.assert_allclose(jnp.linalg.norm(gradient[0]), terms.valid[0], rtol=1e-5)
+def test_near_duplicates_keep_their_digits(name, loss, role):
+    """The product form of this distance has no digit left."""
+    exact = oracles.euclidean(*np.asarray(near_pair(1e-4)[:2], float))
+
+    @jax.jit
+    def gradient_and_terms(x, labels):
+        def first_total(x):
+            terms = loss(x, labels, hinge=only(role), reduce_fn=None)
+            return terms.total[0], terms
+
+        return jax.grad(first_total, has_aux=True)(x)
+
+    for labels in (np.arange(36) // 2, np.minimum(np.arange(36), 3)):
+        x = near_pair(1e-4)
+        if role == "positive":
+            labels[:2] = 0
+        else:
+            # The nearest negative, where the positive coincides with the anchor.
+            labels[:3] = (0, 99, 0)
+            x = x.at[2].set(x[0])
+        gradient, terms = gradient_and_terms(x, labels)
+        # Batch-all has the one positive with every negative.
+        count = 34 if name == "batch all" else 1
+        assert terms.valid[0] == count
+        np.testing.assert_allclose(terms.total[0] / count, exact, rtol=1e-6)
+        np.testing.assert_allclose(jnp.linalg.norm(gradient[0]), count, rtol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("labels", LABELS)
-@every_mining
-def test_far_from_the_origin(loss, labels):
-    labels, x = LABELS[labels], vectors()
-    run = jax.value_and_grad(lambda x: loss(x, labels, margin=0.4))
-    far = x + 1000
-    check(run(far), run(far - 1000), atol=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("labels", ["few", "many"])
-@every_mining
-def test_leading_dimensions_and_vmap(loss, labels):
-    labels = LABELS[labels]
-    x = vectors(120).reshape(3, 40, 6)
-    expected = jnp.stack([loss(one, labels) for one in x])
-    check(loss(x, labels), expected)
-    check(loss(x, np.broadcast_to(labels, (3, 40))), expected)
-    check(jax.vmap(lambda x: loss(x, labels))(x), expected)
-    many = jnp.stack([jnp.asarray(LABELS[k]) for k in ("few", "many", "one large")])
-    check(
-        jax.vmap(jax.value_and_grad(loss))(x, many),
-        jax.tree.map(
-            lambda *leaves: jnp.stack(leaves),
-            *[jax.value_and_grad(loss)(*pair) for pair in zip(x, many)],
-        ),
-    )
-    margins = jnp.array([0.0, 0.2, 1.0])
-    sweep = jax.vmap(lambda margin: loss(x[0], labels, margin=margin))(margins)
-    check(sweep, jnp.stack([loss(x[0], labels, margin=m) for m in margins]))
-    triplets = blockwise.batch_hard_triplets(x, labels)
-    assert triplets.positive.shape == (3, 40)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("labels", ["few", "many"])
-@every_mining
-def test_forward_mode_and_second_order(loss, matrix, labels):
-    labels, x = LABELS[labels][:12], vectors(12, 3)
+@pytest.mark.parametrize("name", unless_slow(THREE, [], slow=["batch all"]))
+def test_forward_mode_and_second_order(loss, matrix):
     options = {"margin": 0.5, "hinge": jax.nn.softplus}
-    got = lambda x: loss(x, labels, **options)  # noqa: E731
-    expected = lambda x: matrix(tj.euclidean(x), labels, **options)  # noqa: E731
-    check(jax.jvp(got, (x,), (x[::-1],)), jax.jvp(expected, (x,), (x[::-1],)))
-    check(jax.hessian(got)(x), jax.hessian(expected)(x))
-    twice = lambda f: jax.grad(lambda x: jnp.sum(jax.grad(f)(x) ** 2))  # noqa: E731
-    check(twice(got)(x), twice(expected)(x))
+
+    def program(form):
+        def derivatives(x, labels):
+            value = functools.partial(form, labels=labels)
+            squared = lambda x: jnp.sum(jax.grad(value)(x) ** 2)  # noqa: E731
+            return (
+                jax.jvp(value, (x,), (x[::-1],)),
+                jax.hessian(value)(x),
+                jax.grad(squared)(x),
+            )
+
+        return jax.jit(derivatives)
+
+    got = program(lambda x, labels: loss(x, labels, **options))
+    expected = program(lambda x, labels: matrix(tj.euclidean(x), labels, **options))
+    # The second has too many positives for tiles.
+    x = vectors(20, 3)
+    for labels in (np.arange(20) // 4, np.arange(20) // 18):
+        check(got(x, labels), expected(x, labels), atol=1e-4)
 
 
 @every_loss
@@ -421,94 +358,17 @@ def test_forward_mode_of_terms_is_a_clear_error(loss):
         jax.jvp(terms, (vectors(),), (vectors(),))
 
 
-@pytest.mark.slow
-@every_mining
-def test_scan_and_remat(loss):
-    labels = LABELS["few"]
-
-    def step(x, _):
-        value, gradient = jax.value_and_grad(
-            jax.checkpoint(lambda x: loss(x, labels, margin=0.5))
-        )(x)
-        return x - 0.05 * gradient, value
-
-    _, values = jax.lax.scan(step, vectors(), length=5)
-    assert values[-1] < values[0]
-
-
-@pytest.mark.slow
-@every_mining
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_low_precision(loss, dtype):
-    low = vectors().astype(dtype)
-    run = jax.value_and_grad(lambda x: loss(x, LABELS["few"], margin=0.3))
-    value, gradient = run(low)
-    assert value.dtype == jnp.float32
-    assert gradient.dtype == dtype
-    np.testing.assert_allclose(value, run(low.astype(jnp.float32))[0], rtol=1e-6)
-
-
-@pytest.mark.slow
-@every_mining
-@pytest.mark.parametrize("labels", ["few", "many"])
-def test_double_precision(loss, labels):
-    single = loss(vectors(), LABELS[labels], margin=0.3)
-    with jax.enable_x64(True):
-        x = jnp.asarray(vectors(), jnp.float64)
-        value, gradient = jax.value_and_grad(
-            lambda x: loss(x, LABELS[labels], margin=0.3)
-        )(x)
-        assert value.dtype == gradient.dtype == jnp.float64
-    np.testing.assert_allclose(value, single, rtol=1e-5)
-
-
-@every_loss
-@pytest.mark.parametrize(
-    "labels",
-    [[0] * 6, *(pytest.param(x, marks=pytest.mark.slow) for x in (range(6), [0]))],
+@in_lanes(
+    ("name", "metric"),
+    itertools.product(THREE, ["euclidean", "manhattan"]),
+    quick=lambda *case: False,
+    slow=lambda *case: case == ("batch hard", "manhattan"),
 )
-def test_no_triplet_costs_nothing(loss, labels):
-    x, labels = vectors(len(labels)), np.array(labels)
-    value, gradient = jax.value_and_grad(
-        lambda x: loss(x, labels, hinge=jax.nn.softplus)
-    )(x)
-    assert value == 0
-    np.testing.assert_array_equal(gradient, jnp.zeros_like(x))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("labels", ["few", "many"])
-@every_mining
-def test_padding_may_hold_anything(loss, labels):
-    labels, x = LABELS[labels], vectors()
-    where = np.random.default_rng(0).random(40) < 0.7
-    expected = jax.value_and_grad(lambda x: loss(x, labels[where]))(x[where])
-    for junk in (0.0, 1e30, jnp.nan, jnp.inf):
-        padded = jnp.where(where[:, None], x, junk)
-        value, gradient = jax.value_and_grad(
-            lambda x: loss(x, labels, where=where, block_size=16)
-        )(padded)
-        check((value, gradient[where]), expected)
-        np.testing.assert_array_equal(gradient[~where], 0)
-
-
-@pytest.mark.parametrize("labels", ["few", "many"])
-@every_loss
-def test_a_nan_is_not_hidden(loss, labels):
-    assert jnp.isnan(loss(vectors().at[7].set(jnp.nan), LABELS[labels]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("metric", ["euclidean", "manhattan"])
-@every_mining
-def test_pair_masks_stand_for_labels(loss, metric):
-    labels, metric = LABELS["few"], METRICS[metric]
+def test_pair_masks_with_references(loss, metric):
+    labels, y = LABELS["few"], vectors(30, seed=3)
     run = lambda labels, **options: jax.value_and_grad(  # noqa: E731
-        lambda x: loss(x, labels, metric=metric, **options)
+        lambda x: loss(x, labels, metric=getattr(tj, metric), **options)
     )(vectors())
-    where = np.arange(40) != 3
-    check(run(tj.pair_masks(labels), where=where), run(labels, where=where))
-    y = vectors(30, seed=3)
     masks = tj.pair_masks(labels, labels[:30])
     check(
         run(masks, references=y),
@@ -516,9 +376,16 @@ def test_pair_masks_stand_for_labels(loss, metric):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("cut", "most"), [(cuts.CPU, 64), (cuts.ACCELERATOR, 256)])
-@every_mining
+@in_lanes(
+    ("name", "cut", "most"),
+    [
+        (name, cut, most)
+        for name in THREE
+        for cut, most in ((cuts.CPU, 64), (cuts.ACCELERATOR, 256))
+    ],
+    quick=lambda name, cut, most: False,
+    slow=lambda name, cut, most: cut == cuts.CPU or name == "batch all",
+)
 def test_memory_does_not_grow_with_the_matrix(loss, cut, most, monkeypatch):
     monkeypatch.setattr(cuts, "CPU", cut)
     n = 65_536
@@ -531,42 +398,50 @@ def test_memory_does_not_grow_with_the_matrix(loss, cut, most, monkeypatch):
     assert compiled.memory_analysis().temp_size_in_bytes <= most * 2**20
 
 
-@pytest.mark.parametrize(
-    ("name", "hinge"),
+@in_lanes(
+    ("name", "hinge", "with_references"),
     [
-        pytest.param("batch all", "hinge", marks=pytest.mark.slow),
-        pytest.param("semi-hard", "soft margin", marks=pytest.mark.slow),
-        # Which costs there are matters to sums over all triplets alone.
-        pytest.param("batch all", "soft margin", marks=pytest.mark.slow),
-        pytest.param("batch all", "selectively contrastive", marks=pytest.mark.slow),
-        pytest.param("batch hard", "hinge", marks=pytest.mark.slow),
-        pytest.param("semi-hard without fallback", "hinge", marks=pytest.mark.slow),
+        (name, hinge, with_references)
+        for with_references in (True, False)
+        for name, hinge in [
+            ("batch all", "hinge"),
+            ("batch hard", "hinge"),
+            ("semi-hard without fallback", "hinge"),
+            ("semi-hard", "soft margin"),
+            # Sums over all triplets alone depend on the hinge.
+            ("batch all", "soft margin"),
+            ("batch all", "selectively contrastive"),
+        ]
     ],
+    quick=lambda *case: False,
+    slow=lambda *case: (
+        case in [("batch all", "hinge", True), ("semi-hard", "soft margin", True)]
+    ),
 )
-def test_the_forms_of_accelerators(name, hinge, loss, matrix, monkeypatch):
-    """Plain reductions, in panels and tiles, do what those for CPUs do."""
+def test_the_forms_of_accelerators(hinge, with_references, loss, matrix, monkeypatch):
+    """Plain reductions, in panels and tiles, agree with those for CPUs."""
     monkeypatch.setattr(cuts, "CPU", cuts.ACCELERATOR._replace(tile=64, panel=320))
-    x, hinge = vectors(), HINGES[hinge][0]
-    for kind in ("square", "everything"):
-        for labels in LABELS.values():
-            options, shared, y = options_of(kind, labels)
+    # Nothing else is traced with this block size, and remembered.
+    options = {"margin": 0.5, "hinge": HINGES[hinge][0]}
 
-            def expected(x, margin, labels=labels, shared=shared, y=y):
-                distances = tj.euclidean(x, y)
-                return matrix(distances, labels, margin=margin, hinge=hinge, **shared)
+    @jax.jit
+    def got(x, labels, pairs):
+        of = lambda x: loss(x, labels, block_size=15, **options, **pairs)  # noqa: E731
+        return jax.value_and_grad(of)(x)
 
-            def got(x, margin, labels=labels, options=options):
-                # Nothing else is traced with this size, and remembered.
-                options = options | {"hinge": hinge, "block_size": 15}
-                return loss(x, labels, margin=margin, **options)
+    @jax.jit
+    def expected(x, labels, pairs):
+        pairs = dict(pairs)
+        y = pairs.pop("references", None)
+        of = lambda x: matrix(tj.euclidean(x, y), labels, **options, **pairs)  # noqa: E731
+        return jax.value_and_grad(of)(x)
 
-            check(
-                jax.value_and_grad(got, (0, 1))(x, 0.5),
-                jax.value_and_grad(expected, (0, 1))(x, 0.5),
-            )
+    for labels in LABELS.values():
+        pairs = gallery_of(labels) if with_references else {}
+        check(got(vectors(), labels, pairs), expected(vectors(), labels, pairs))
 
 
-@pytest.mark.parametrize("name", unless_slow(LOSSES, ["batch hard"]))
+@one_loss
 def test_each_platform_has_its_own_blocks(loss):
     """Whatever the machine that a program is made on."""
     x = jax.ShapeDtypeStruct((5000, 8), jnp.float32)
@@ -598,12 +473,28 @@ def mesh(kind):
     return jax.make_mesh((8,), ("data",), axis_types=(kind,))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("reduce_fn", "check_vma"),
-    [("default", True), ("default", False), ("terms", True), ("own", True)],
+@in_lanes(
+    ("name", "reduce_fn", "check_vma"),
+    [
+        (name, *case)
+        for name in THREE
+        for case in [
+            ("default", True),
+            ("default", False),
+            ("terms", True),
+            ("own", True),
+        ]
+    ],
+    quick=lambda *case: False,
+    slow=lambda *case: (
+        case
+        in [
+            ("batch all", "default", False),
+            ("batch hard", "own", True),
+            ("semi-hard", "terms", True),
+        ]
+    ),
 )
-@every_mining
 def test_a_batch_split_over_devices(loss, reduce_fn, check_vma):
     x = vectors()
     where = jnp.arange(40) % 7 > 0
@@ -631,30 +522,6 @@ def test_a_batch_split_over_devices(loss, reduce_fn, check_vma):
     for labels in map(jnp.asarray, LABELS.values()):
         arguments = x, 1.5, labels, where
         check(got(*arguments), expected(*arguments), atol=1e-4)
-
-
-@pytest.mark.slow
-@one_loss
-def test_explicit_mesh(loss):
-    labels, x = jnp.asarray(LABELS["few"]), vectors()
-    expected = jax.value_and_grad(loss)(x, labels)
-    sharding = NamedSharding(mesh(AxisType.Explicit), P("data"))
-    with jax.set_mesh(sharding.mesh):
-        got = jax.jit(jax.value_and_grad(loss))(*jax.device_put((x, labels), sharding))
-    check(got, expected)
-
-
-@pytest.mark.slow
-@one_loss
-def test_split_over_devices(loss):
-    labels, x = jnp.asarray(LABELS["few"]), vectors()
-    run = jax.shard_map(
-        functools.partial(loss, axis_name="data"),
-        mesh=mesh(AxisType.Auto),
-        in_specs=(P("data"), P("data")),
-        out_specs=P(),
-    )
-    check(jax.value_and_grad(run)(x, labels), jax.value_and_grad(loss)(x, labels))
 
 
 def test_triplets_split_over_devices():

@@ -1,6 +1,11 @@
-"""The rules that hold for every loss, checked on every loss."""
+"""The rules that hold for every loss and form, checked on every one.
+
+A form is a loss of a distance matrix, or a blockwise loss. All cases of a form go
+through one compiled program (`problems.program`), as data of one shape.
+"""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -9,23 +14,58 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 from problems import (
+    BLOCKWISE,
     BUILT_IN,
     DISTINCT,
+    FORMS,
     HINGES,
+    LABELS,
     LOSSES,
+    METRICS,
     QUICK,
     WITH_HINGES,
     batch,
+    in_lanes,
+    oracle_of,
+    run,
     unless_slow,
+    vectors,
 )
 
 import tripletjax as tj
 
-slow = pytest.mark.slow
-FORMS = "batch_all_loss", "batch_hard_loss", "batch_semi_hard_loss"
+BLOCKS = [form for form in FORMS if form.startswith("blockwise")]
+QUICK_FORMS = [*QUICK, *BLOCKS[:3]]
+DISTINCT_FORMS = [*DISTINCT, *BLOCKS]
 
+every_form = pytest.mark.parametrize("form", unless_slow(DISTINCT_FORMS, QUICK_FORMS))
+# Blockwise losses treat all metrics in the same way: one loss for each will do.
+METRICS_OF_BLOCKS = {
+    "batch all": ("euclidean", "cosine", "manhattan"),
+    "batch hard": ("euclidean", "cosine", "squared_euclidean"),
+    "semi-hard": ("euclidean", "cosine", "custom"),
+}
 every_loss = pytest.mark.parametrize("name", unless_slow(DISTINCT, QUICK))
-every_hinge = pytest.mark.parametrize(("name", "hinge"), WITH_HINGES)
+
+
+HINGES_OF_FORMS = [
+    (form, hinge)
+    for form in DISTINCT_FORMS
+    for hinge in HINGES
+    if hinge == "hinge" or form in BUILT_IN or form in BLOCKS
+]
+every_hinge = in_lanes(
+    ("form", "hinge"),
+    HINGES_OF_FORMS,
+    quick=lambda form, hinge: form in QUICK_FORMS and hinge == "hinge",
+    slow=lambda form, hinge: hinge == "hinge" or form not in BLOCKS[3:],
+)
+every_metric = in_lanes(
+    ("form", "metric"),
+    itertools.product(DISTINCT_FORMS, METRICS),
+    quick=lambda form, metric: form in QUICK_FORMS and metric == "euclidean",
+    slow=lambda form, metric: form in ("batch hard", BLOCKS[1]),
+)
 
 
 @pytest.fixture
@@ -38,187 +78,255 @@ def of_embeddings(loss, labels, **options):
     return lambda x: loss(tj.euclidean(x), labels, **options)
 
 
-@pytest.mark.parametrize("name", unless_slow(DISTINCT, ["batch all", "batch hard"]))
-def test_jit_is_eager(loss):
-    x, labels = batch()
-    d = tj.euclidean(x)
-    eager = loss(d, labels, margin=0.3)
-    np.testing.assert_allclose(jax.jit(loss)(d, labels, margin=0.3), eager, rtol=1e-6)
-    with jax.disable_jit():
-        np.testing.assert_allclose(loss(d, labels, margin=0.3), eager, rtol=1e-6)
+def check(got, expected, *, rtol=2e-4, atol=2e-5):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol),
+        got,
+        expected,
+    )
 
 
-@pytest.mark.parametrize("name", unless_slow(DISTINCT, ["batch all", "semi-hard"]))
-def test_vmap_is_a_loop(loss):
-    d = jnp.stack([tj.euclidean(batch(seed=seed)[0]) for seed in range(3)])
-    # Different numbers of positives, so that inner loops end at different times.
-    labels = jnp.stack([jnp.arange(12) % k for k in (2, 4, 12)])
-    margins = jnp.array([0.0, 0.2, 1.0])
-
-    def one(d, labels, margin):
-        return loss(d, labels, margin=margin)
-
-    expected = [one(*arguments) for arguments in zip(d, labels, margins)]
-    np.testing.assert_allclose(jax.vmap(one)(d, labels, margins), expected, rtol=1e-5)
-    gradients = jax.vmap(jax.grad(one))(d, labels, margins)
-    for i, arguments in enumerate(zip(d, labels, margins)):
-        np.testing.assert_allclose(gradients[i], jax.grad(one)(*arguments), atol=1e-6)
-
-
-@every_loss
-def test_leading_dimensions_are_batch_dimensions(loss):
-    d = jnp.stack([tj.euclidean(batch(seed=seed)[0]) for seed in range(6)])
-    labels = batch()[1]
-    expected = jnp.stack([loss(one, labels, margin=0.3) for one in d])
-    got = loss(d.reshape(2, 3, 12, 12), labels, margin=0.3)
-    np.testing.assert_allclose(got, expected.reshape(2, 3), rtol=1e-5)
-    per_batch = jnp.broadcast_to(labels, (2, 3, 12))
-    got = loss(d.reshape(2, 3, 12, 12), per_batch, margin=0.3)
-    np.testing.assert_allclose(got, expected.reshape(2, 3), rtol=1e-5)
+# Cases of the shared programs.
 
 
 @every_hinge
-def test_padding_changes_nothing(loss, hinge):
-    hinge = HINGES[hinge][0]
+def test_the_value_is_the_oracles(form, hinge):
+    where = np.random.default_rng(1).random(40) < 0.8
+    for labels in LABELS.values():
+        value, _ = run(form, vectors(), labels, where, hinge=hinge)
+        expected = oracle_of(form, vectors(), labels, where, hinge=hinge)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+@in_lanes(
+    ("name", "hinge", "metric"),
+    [
+        *itertools.product(BLOCKWISE, HINGES, ["euclidean"]),
+        *itertools.product(BLOCKWISE, ["hinge"], [*METRICS][1:]),
+    ],
+    quick=lambda name, hinge, metric: (
+        name in QUICK and (hinge, metric) == ("hinge", "euclidean")
+    ),
+    slow=lambda name, hinge, metric: (
+        metric in METRICS_OF_BLOCKS[name]
+        if name in QUICK
+        else (hinge, metric) == ("hinge", "euclidean")
+    ),
+)
+def test_blockwise_losses_are_those_of_the_matrix(name, hinge, metric):
+    """Value and gradients, for classes of all sizes, with padding and without."""
+    padding = np.random.default_rng(0).random(40) < 0.8
+    options = {"hinge": hinge, "metric": metric}
+    for labels in LABELS.values():
+        for where in (None, padding):
+            check(
+                run(f"blockwise: {name}", vectors(), labels, where, **options),
+                run(name, vectors(), labels, where, **options),
+            )
+
+
+@every_form
+def test_order_does_not_matter(form):
+    labels, order = LABELS["uneven"], np.random.default_rng(0).permutation(40)
+    value, (by_x, by_margin) = run(form, vectors(), labels)
+    got = run(form, vectors()[order], labels[order])
+    check(got, (value, (by_x[order], by_margin)))
+
+
+@every_hinge
+@pytest.mark.parametrize("case", ["one class", "all distinct", "all masked"])
+def test_no_triplet_costs_nothing(form, hinge, case):
+    labels = {"one class": np.zeros(40), "all distinct": np.arange(40)}
+    where = np.zeros(40, bool) if case == "all masked" else None
+    labels = labels.get(case, LABELS["few"])
+    value, gradients = run(form, vectors(), labels, where, hinge=hinge)
+    assert value == 0
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, jnp.zeros_like(gradient))
+
+
+@pytest.mark.parametrize(
+    "form", unless_slow(FORMS, ["batch all"], slow=["blockwise: batch hard"])
+)
+def test_one_item_costs_nothing(form):
+    value, gradient = jax.value_and_grad(lambda x: FORMS[form](x, [0]))(vectors(1))
+    assert value == 0
+    np.testing.assert_array_equal(gradient, jnp.zeros((1, 6)))
+
+
+@every_metric
+def test_collapse_costs_the_margin(form, metric):
+    for labels in LABELS.values():
+        x = jnp.ones((40, 6))
+        value, gradients = run(form, x, labels, margin=0.25, metric=metric)
+        # Without a fallback a semi-hard negative must be farther: none is.
+        assert value in (0.25, 0.0)
+        assert value == 0.25 or "without" in form or "easy" in form
+        assert all(jnp.isfinite(gradient).all() for gradient in gradients)
+
+
+@every_metric
+def test_duplicates_have_finite_gradients(form, metric):
+    x = vectors().at[3:9].set(vectors()[0]).at[9:12].set(0)
+    for labels in LABELS.values():
+        value, gradients = run(form, x, labels, metric=metric)
+        assert jnp.isfinite(value)
+        assert all(jnp.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    "form", unless_slow(DISTINCT_FORMS, ["batch all"], slow=BLOCKS[:3])
+)
+@pytest.mark.parametrize("gap", [1e4, -1e4])
+def test_soft_margin_does_not_overflow(form, gap):
+    # Items 0 and 1 are the positives, item 2 the negative, all others are padding.
+    x = np.zeros((40, 6), np.float32)
+    x[1 if gap > 0 else 2, 0] = 1e4
+    labels, where = np.minimum(np.arange(40), 2) // 2, np.arange(40) < 3
+    options = {"margin": 0.0, "hinge": "soft margin"}
+    value, gradients = run(form, x, labels, where, **options)
+    expected = oracle_of(form, x, labels, where, **options)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert all(jnp.isfinite(gradient).all() for gradient in gradients)
+
+
+@every_form
+def test_a_nan_is_not_hidden(form):
+    for labels in (LABELS["few"], LABELS["many"]):
+        value, _ = run(form, vectors().at[7].set(jnp.nan), labels)
+        assert jnp.isnan(value)
+
+
+@every_form
+def test_far_from_the_origin(form):
+    """Distances of common offset keep their digits."""
+    far = vectors() + 1000
+    for labels in LABELS.values():
+        check(run(form, far, labels), run(form, far - 1000, labels), atol=1e-3)
+
+
+@pytest.mark.parametrize("form", unless_slow(BLOCKS, BLOCKS[:3]))
+def test_padding_may_hold_anything(form):
+    """Value and gradient of what is real do not depend on it; its own gradient is 0."""
+    where = np.random.default_rng(0).random(40) < 0.7
+    for labels in LABELS.values():
+        expected, (gradient, by_margin) = run(form, vectors(), labels, where)
+        np.testing.assert_array_equal(gradient[~where], 0)
+        for junk in (0.0, 1e30, jnp.nan, jnp.inf):
+            x = jnp.where(where[:, None], vectors(), junk)
+            got = run(form, x, labels, where)
+            check(got, (expected, (gradient, by_margin)))
+            np.testing.assert_array_equal(got[1][0][~where], 0)
+
+
+@in_lanes(
+    ("form", "dtype"),
+    itertools.product(DISTINCT_FORMS, [jnp.bfloat16, jnp.float16]),
+    quick=lambda form, dtype: (form, dtype) == ("batch all", jnp.bfloat16),
+    slow=lambda form, dtype: form in ("semi-hard", BLOCKS[0]) and dtype == jnp.bfloat16,
+)
+def test_low_precision(form, dtype):
+    low = vectors().astype(dtype)
+    value, (gradient, _) = run(form, low, LABELS["few"])
+    assert value.dtype == jnp.float32
+    assert gradient.dtype == dtype
+    expected, _ = run(form, low.astype(jnp.float32), LABELS["few"])
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "form", unless_slow(DISTINCT_FORMS, ["batch all", BLOCKS[1]], slow=BLOCKS[2:3])
+)
+def test_double_precision(form):
+    with jax.enable_x64(True):
+        x = jnp.asarray(vectors(), jnp.float64)
+        value, (gradient, _) = run(form, x, LABELS["few"])
+        assert value.dtype == gradient.dtype == jnp.float64
+    expected = oracle_of(form, vectors(), LABELS["few"])
+    np.testing.assert_allclose(value, expected, rtol=1e-7)
+
+
+# Programs of their own.
+
+
+@pytest.mark.parametrize(
+    "form",
+    unless_slow(DISTINCT_FORMS, ["batch hard", BLOCKS[0]], slow=BLOCKS[1:2]),
+)
+def test_a_bare_call_is_the_jitted_one(form):
+    for labels in LABELS.values():
+        value = FORMS[form](vectors(), labels, margin=0.3)
+        np.testing.assert_allclose(value, run(form, vectors(), labels)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", unless_slow(DISTINCT, ["batch hard"], slow=["batch all"])
+)
+def test_without_jit(loss):
+    x, labels = batch()
+    d = tj.euclidean(x)
+    expected = loss(d, labels, margin=0.3)
+    with jax.disable_jit():
+        np.testing.assert_allclose(loss(d, labels, margin=0.3), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "form",
+    unless_slow(DISTINCT_FORMS, ["semi-hard"], slow=[*DISTINCT, BLOCKS[1]]),
+)
+def test_vmap_is_a_loop(form):
+    """Over embeddings, labels and margins, whose inner loops end at different times."""
+    x = vectors(120).reshape(3, 40, 6)
+    labels = jnp.stack([jnp.asarray(LABELS[k]) for k in ("few", "many", "one large")])
+    margins = jnp.array([0.0, 0.2, 1.0])
+
+    def one(x, labels, margin):
+        return FORMS[form](x, labels, margin=margin)
+
+    mapped = jax.jit(jax.vmap(jax.value_and_grad(one, (0, 2))))
+    expected = [
+        run(form, *arguments[:2], margin=arguments[2])
+        for arguments in zip(x, labels, margins)
+    ]
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected)
+    check(mapped(x, labels, margins), expected)
+
+
+@pytest.mark.parametrize(
+    "form", unless_slow(DISTINCT_FORMS, ["batch all"], slow=QUICK_FORMS)
+)
+def test_leading_dimensions_are_batch_dimensions(form):
+    x, labels = vectors(240).reshape(2, 3, 40, 6), LABELS["uneven"]
+    expected = np.reshape(
+        [run(form, one, labels)[0] for one in x.reshape(6, 40, 6)], (2, 3)
+    )
+    mapped = jax.jit(functools.partial(FORMS[form], margin=0.3))
+    check(mapped(x, labels), expected)
+    if form in QUICK:
+        check(mapped(x, jnp.broadcast_to(labels, (2, 3, 40))), expected)
+
+
+@in_lanes(
+    ("name", "hinge"),
+    WITH_HINGES,
+    quick=lambda name, hinge: name in QUICK[:2] and hinge == "hinge",
+    slow=lambda *case: True,
+)
+def test_padding_of_a_matrix_changes_nothing(loss, hinge):
     x, labels = batch()
     real = jnp.array([0, 1, 2, 4, 5, 6, 8, 9, 11])
     d = tj.euclidean(x)
-    plain = functools.partial(loss, labels=labels[real], margin=0.3, hinge=hinge)
-    expected, gradient = jax.value_and_grad(plain)(d[real][:, real])
+    step = jax.jit(
+        jax.value_and_grad(functools.partial(loss, margin=0.3, hinge=HINGES[hinge][0]))
+    )
+    expected, gradient = step(d[real][:, real], labels[real])
+    expected_gradient = jnp.zeros((12, 12)).at[jnp.ix_(real, real)].set(gradient)
     where = jnp.zeros(12, bool).at[real].set(True)
     for junk in (0.0, jnp.nan, jnp.inf, -jnp.inf):
-        padded = jnp.where(where[:, None] & where, d, junk)
-        got, padded_gradient = jax.value_and_grad(loss)(
-            padded, labels, margin=0.3, hinge=hinge, where=where
-        )
+        padded = jnp.where(where[:, None] & where[None], d, junk)
+        got, padded_gradient = step(padded, labels, where=where)
         np.testing.assert_allclose(got, expected, rtol=1e-6)
-        expected_gradient = jnp.zeros((12, 12)).at[jnp.ix_(real, real)].set(gradient)
         np.testing.assert_allclose(padded_gradient, expected_gradient, atol=1e-6)
-
-
-@pytest.mark.parametrize("padded", unless_slow([False, True], [True]))
-@pytest.mark.parametrize(
-    "references", unless_slow(["none", "as many", "others"], ["as many"])
-)
-@pytest.mark.parametrize("name", FORMS)
-def test_forms_agree(name, references, padded):
-    """Labels or masks, a matrix or blocks, of the items themselves or of others."""
-    matrix, blocks = getattr(tj, name), getattr(tj.blockwise, name)
-    x, labels = batch(6)
-    where = jnp.array([True, True, False, True, True, True]) if padded else None
-    options, y = {}, None
-    if references != "none":
-        y, others = batch({"as many": 6, "others": 9}[references], seed=1)
-        options = {"references": y, "reference_labels": others}
-    masks = tj.pair_masks(labels, options.get("reference_labels"))
-    of_masks = {k: v for k, v in options.items() if k == "references"}
-    of_matrix = {k: v for k, v in options.items() if k != "references"}
-    both = {"margin": 0.5, "where": where}
-    values = [
-        matrix(tj.euclidean(x, y), labels, **of_matrix, **both),
-        matrix(tj.euclidean(x, y), masks, **both),
-        blocks(x, labels, **options, **both),
-        blocks(x, masks, **of_masks, **both),
-    ]
-    assert values[0] > 0
-    np.testing.assert_allclose(values[1:], values[0], rtol=1e-5)
-
-
-@every_loss
-def test_order_does_not_matter(loss):
-    x, labels = batch()
-    order = np.random.default_rng(0).permutation(12)
-    value, gradient = jax.value_and_grad(of_embeddings(loss, labels))(x)
-    got = jax.value_and_grad(of_embeddings(loss, labels[order]))(x[order])
-    np.testing.assert_allclose(got[0], value, rtol=1e-5)
-    np.testing.assert_allclose(got[1], gradient[order], atol=1e-5)
-
-
-@every_hinge
-@pytest.mark.parametrize(
-    "labels",
-    [[0] * 6, list(range(6)), pytest.param([0], marks=pytest.mark.slow)],
-    ids=["one class", "all distinct", "one item"],
-)
-def test_no_triplet_costs_nothing(loss, hinge, labels):
-    x, _ = batch(len(labels))
-    options = {"margin": 0.3, "hinge": HINGES[hinge][0]}
-    check_nothing(of_embeddings(loss, labels, **options), x)
-
-
-@every_hinge
-def test_all_masked_costs_nothing(loss, hinge):
-    x, labels = batch(6)
-    options = {"hinge": HINGES[hinge][0], "where": jnp.zeros(6, bool)}
-    check_nothing(of_embeddings(loss, labels, **options), x)
-
-
-def check_nothing(loss, x):
-    value, gradient = jax.value_and_grad(loss)(x)
-    assert value == 0
-    np.testing.assert_array_equal(gradient, jnp.zeros_like(x))
-
-
-@every_loss
-@pytest.mark.parametrize("metric", ["euclidean", "squared_euclidean", "cosine"])
-def test_collapse_costs_the_margin(loss, metric):
-    labels = batch(6)[1]
-    x = jnp.ones((6, 3))
-    metric = getattr(tj, metric)
-    value, gradient = jax.value_and_grad(
-        lambda x: loss(metric(x), labels, margin=0.25)
-    )(x)
-    # Without a fallback a semi-hard negative must be farther: there is none.
-    assert value in (0.25, 0.0)
-    assert jnp.isfinite(gradient).all()
-
-
-@every_hinge
-def test_duplicates_have_finite_gradients(loss, hinge):
-    x, labels = batch()
-    x = x.at[3].set(x[0]).at[4].set(x[0]).at[5].set(x[2]).at[1].set(0)
-    for metric in (tj.euclidean, tj.squared_euclidean, tj.cosine, tj.manhattan):
-        gradient = jax.grad(
-            lambda x, m=metric: loss(m(x), labels, hinge=HINGES[hinge][0])
-        )(x)
-        assert jnp.isfinite(gradient).all()
-
-
-@every_loss
-@pytest.mark.parametrize("gap", [1e4, -1e4])
-def test_soft_margin_does_not_overflow(loss, gap):
-    labels = [0, 0, 1]
-    near, far = (0.0, gap) if gap > 0 else (-gap, 0.0)
-    d = jnp.array([[0.0, far, near], [far, 0.0, near], [near, near, 0.0]])
-    value, gradient = jax.value_and_grad(loss)(
-        d, labels, margin=0.0, hinge=jax.nn.softplus
-    )
-    assert value == max(gap, 0) or value == 0
-    assert jnp.isfinite(gradient).all()
-
-
-@every_loss
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-def test_low_precision(loss, dtype):
-    x, labels = batch()
-    low = x.astype(dtype)
-    value, gradient = jax.value_and_grad(of_embeddings(loss, labels, margin=0.3))(low)
-    assert value.dtype == jnp.float32
-    assert gradient.dtype == dtype
-    full = of_embeddings(loss, labels, margin=0.3)(low.astype(jnp.float32))
-    np.testing.assert_allclose(value, full, rtol=1e-6)
-    assert loss(tj.euclidean(x).astype(dtype), labels).dtype == jnp.float32
-
-
-@every_loss
-def test_double_precision(loss):
-    with jax.enable_x64(True):
-        x, labels = batch()
-        x = jnp.asarray(x, jnp.float64)
-        value, gradient = jax.value_and_grad(of_embeddings(loss, labels, margin=0.3))(x)
-        assert value.dtype == gradient.dtype == jnp.float64
-    single = of_embeddings(loss, labels, margin=0.3)(jnp.float32(x))
-    np.testing.assert_allclose(value, single, rtol=1e-5)
 
 
 @every_loss
@@ -235,42 +343,33 @@ def test_one_trace_for_repeated_calls(loss):
         loss(d, labels, margin=margin, reduce_fn=total)
 
 
-@pytest.mark.parametrize(
+@in_lanes(
     ("name", "hinge"),
-    [
-        pytest.param(name, hinge, marks=[] if quick else slow)
-        for name in DISTINCT
-        for hinge in HINGES
-        if name in BUILT_IN or hinge == "hinge"
-        for quick in [name in ("batch all", "semi-hard") and hinge == "hinge"]
-    ],
+    [case for case in WITH_HINGES if case[0] in DISTINCT],
+    quick=lambda *case: case == ("batch all", "hinge"),
+    slow=lambda name, hinge: hinge == "hinge",
 )
 def test_gradients_are_those_of_finite_differences(loss, hinge):
     with jax.enable_x64(True):
         x, labels = batch(n=8, classes=3, seed=1)
         x = jnp.asarray(x, jnp.float64)
-        options = {"margin": 0.3, "hinge": HINGES[hinge][0]}
+        options = {"hinge": HINGES[hinge][0]}
         check_grads(
-            of_embeddings(loss, labels, **options),
-            (x,),
+            jax.jit(
+                lambda x, margin: loss(
+                    tj.euclidean(x), labels, margin=margin, **options
+                )
+            ),
+            (x, 0.3),
             order=1,
             modes=("fwd", "rev"),
             eps=1e-7,
             atol=1e-5,
             rtol=1e-5,
         )
-        check_grads(
-            lambda margin: loss(tj.euclidean(x), labels, margin=margin),
-            (0.3,),
-            order=1,
-            eps=1e-7,
-            atol=1e-5,
-            rtol=1e-5,
-        )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", unless_slow(DISTINCT, [], slow=["batch all"]))
 def test_second_derivatives(loss):
     with jax.enable_x64(True):
         x, labels = batch(n=6, dim=3, classes=2, seed=1)
@@ -286,29 +385,46 @@ def test_second_derivatives(loss):
         )
 
 
-@every_loss
-def test_scan(loss):
-    x, labels = batch()
+@pytest.mark.parametrize(
+    "form",
+    unless_slow(DISTINCT_FORMS, ["semi-hard"], slow=["batch all", BLOCKS[2]]),
+)
+def test_scan_and_remat(form):
+    labels = LABELS["few"]
 
     def step(x, _):
-        value, gradient = jax.value_and_grad(of_embeddings(loss, labels, margin=0.5))(x)
+        value, gradient = jax.value_and_grad(
+            jax.checkpoint(lambda x: FORMS[form](x, labels, margin=0.5))
+        )(x)
         return x - 0.05 * gradient, value
 
-    _, values = jax.lax.scan(step, x, length=5)
+    _, values = jax.lax.scan(step, vectors(), length=5)
     assert values[-1] < values[0]
+    np.testing.assert_allclose(
+        values[0], run(form, vectors(), labels, margin=0.5)[0], rtol=1e-5
+    )
 
 
-@every_loss
-def test_pair_masks_stand_for_labels(loss):
-    x, labels = batch()
-    where = jnp.arange(12) != 3
-    d = tj.euclidean(x)
-    expected = loss(d, labels, margin=0.3, where=where)
-    assert loss(d, tj.pair_masks(labels, where=where), margin=0.3) == expected
-    assert loss(d, tj.pair_masks(labels), margin=0.3, where=where) == expected
+@pytest.mark.parametrize(
+    "form",
+    unless_slow(DISTINCT_FORMS, ["batch hard", BLOCKS[1]], slow=QUICK_FORMS),
+)
+def test_pair_masks_stand_for_labels(form):
+    labels, where = LABELS["few"], np.arange(40) != 3
+
+    @jax.jit
+    def of_masks(x, masks, where):
+        return jax.value_and_grad(FORMS[form])(x, masks, where=where, margin=0.3)
+
+    for labels in (LABELS["few"], LABELS["many"]):
+        value, (gradient, _) = run(form, vectors(), labels, where)
+        masks = tj.pair_masks(labels)
+        check(of_masks(vectors(), masks, where), (value, gradient))
+        masks = tj.pair_masks(labels, where=where)
+        check(of_masks(vectors(), masks, np.ones(40, bool)), (value, gradient))
 
 
-@every_loss
+@pytest.mark.parametrize("name", unless_slow(DISTINCT, ["semi-hard"]))
 def test_references(loss):
     x, labels = batch()
     d = tj.euclidean(x[:5], x)
@@ -357,10 +473,3 @@ def test_bad_input_is_named(loss, change, error, words):
     distances, labels = arguments.pop("distances"), arguments.pop("labels")
     with pytest.raises(error, match=words):
         loss(distances, labels, **arguments)
-
-
-@every_loss
-def test_a_nan_is_not_hidden(loss):
-    x, labels = batch()
-    x = x.at[4].set(jnp.nan)
-    assert jnp.isnan(of_embeddings(loss, labels, margin=0.3)(x))

@@ -1,14 +1,18 @@
 """Embedders for elsewhere do what the run does."""
 
 import dataclasses
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from folders import shapes
+from PIL import ExifTags, Image
 from problems import unless_slow
 
 from tripletjax import cli
@@ -16,11 +20,12 @@ from tripletjax.apps import export as exports
 from tripletjax.apps.export import DifferenceError, export, resampling
 from tripletjax.learn.config import MODELS, Config
 from tripletjax.learn.embedder import Embedder, build_model
-from tripletjax.learn.image_io import ImageSpec, View
+from tripletjax.learn.image_io import ImageSpec, View, open_image
 from tripletjax.learn.plan import ClassBatchPlan, Plan
 from tripletjax.learn.record import ImageRecord, RunRecord
 
 SHAPE = (20, 24, 1)
+PAGE = Path(__file__).parents[1] / "docs" / "export.md"
 
 
 def untrained(name, shape=SHAPE, **options):
@@ -216,3 +221,30 @@ def test_weights_beyond_the_image_are_none():
     images = np.zeros((1, *SHAPE), np.uint8)
     np.testing.assert_array_equal(resampling(whole, 20, 24)(images), images)
     assert ImageSpec(20, 24, 1).channels == 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(60, 25), (11, 40), (24, 20)])
+def test_the_page_prepares_images_as_a_run_does(size, channels, tmp_path, monkeypatch):
+    spec, given = ImageSpec(20, 24, channels), []
+
+    def session(file):
+        shape = "n", spec.height, spec.width, spec.channels
+        return SimpleNamespace(
+            get_inputs=lambda: [SimpleNamespace(shape=shape)],
+            run=lambda _, inputs: given.append(inputs["images"]) or [None],
+        )
+
+    stub = SimpleNamespace(InferenceSession=session)
+    monkeypatch.setitem(sys.modules, "onnxruntime", stub)
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("face.jpg", exif=exif)
+    code, *_ = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    exec(code, {})
+    (images,) = given
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(images, spec.fit(open_image("face.jpg"))[None])

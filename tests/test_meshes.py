@@ -1,6 +1,7 @@
 """One number on every mesh: none, Auto, Explicit, and inside shard_map."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import BUILT_IN, LOSSES, batch, unless_slow
+from problems import BUILT_IN, LOSSES, batch, in_lanes, unless_slow
 
 import tripletjax as tj
 from tripletjax._pairwise import cuts
 
 every_loss = pytest.mark.parametrize("name", unless_slow(BUILT_IN, ["batch hard"]))
+KINDS = AxisType.Auto, AxisType.Explicit
 N = 32
 
 
@@ -30,15 +32,18 @@ def value_and_gradient(loss, x, labels):
     return jax.value_and_grad(lambda x: loss(tj.euclidean(x), labels, margin=0.3))(x)
 
 
-@pytest.mark.parametrize("inside_jit", [False, True])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@every_loss
+@in_lanes(
+    ("name", "kind", "inside_jit"),
+    itertools.product(BUILT_IN, KINDS, [False, True]),
+    quick=lambda name, kind, inside_jit: name == "batch hard" and inside_jit,
+    slow=lambda name, kind, inside_jit: name == "batch hard" or inside_jit,
+)
 def test_sharded_batch(loss, kind, inside_jit):
     x, labels = batch(N)
-    expected = value_and_gradient(loss, x, labels)
+    run = lambda x, labels: value_and_gradient(loss, x, labels)  # noqa: E731
+    expected = jax.jit(run)(x, labels)
     sharding = NamedSharding(mesh(kind), PartitionSpec("data"))
     x, labels = jax.device_put((x, labels), sharding)
-    run = lambda x, labels: value_and_gradient(loss, x, labels)  # noqa: E731
     # Outside jit, JAX differentiates nothing on an Explicit mesh that is not set.
     with jax.set_mesh(sharding.mesh):
         got = (jax.jit(run) if inside_jit else run)(x, labels)
@@ -180,22 +185,29 @@ WAYS = [
     (by_shard_map, AxisType.Auto),
     (by_shard_map, AxisType.Explicit),
 ]
+ALL_WAYS = [
+    (name, shape, *way)
+    for name in BLOCKWISE
+    for shape in SHAPES
+    for way in WAYS
+    # One loss shows what holds for all, and many devices what holds for few.
+    if (way in WAYS[::2] and (name == "hard" or shape == (4, 2)))
+    or (name == "hard" and shape == (8,))
+]
 QUICK_WAYS = [("hard", (8,), *WAYS[1])]
+# Each loss on an Auto and an Explicit mesh, each way on one of them.
+SLOW_WAYS = [
+    ("hard", (8,), *WAYS[3]),
+    ("hard", (8,), *WAYS[4]),
+    ("hard", (8,), *WAYS[5]),
+    ("all", (4, 2), *WAYS[0]),
+    ("all", (4, 2), *WAYS[2]),
+    ("semi-hard", (4, 2), *WAYS[0]),
+    ("semi-hard", (4, 2), *WAYS[2]),
+]
 every_way = pytest.mark.parametrize(
     "case",
-    unless_slow(
-        [
-            (name, shape, *way)
-            for name in BLOCKWISE
-            for shape in SHAPES
-            for way in WAYS
-            # What one loss has shown need not be shown of every loss, nor what many
-            # devices have shown of few.
-            if (way in WAYS[::2] and (name == "hard" or shape == (4, 2)))
-            or (name == "hard" and shape == (8,))
-        ],
-        QUICK_WAYS,
-    ),
+    unless_slow(ALL_WAYS, QUICK_WAYS, slow=SLOW_WAYS),
     ids=lambda case: f"{case[0]}, {case[1]}, {case[2].__name__}, {case[3]}",
 )
 
@@ -223,8 +235,13 @@ def test_blockwise_losses(case):
     np.testing.assert_allclose(got[1], expected[1], atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(KINDS[0], marks=pytest.mark.full),
+        pytest.param(KINDS[1], marks=pytest.mark.slow),
+    ],
+)
 def test_what_does_not_divide(kind):
     """Rows that cannot be shared out evenly, of anchors and of references."""
     x, labels = (np.asarray(a) for a in batch(37))
@@ -258,11 +275,16 @@ def test_what_does_not_divide(kind):
         jax.tree.map(close, got, call())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("classes", "shape"), [(9, (8,)), (2, (8,)), (9, (2,)), (2, (4, 2))]
+@in_lanes(
+    ("kind", "classes", "shape"),
+    [
+        (kind, *case)
+        for kind in KINDS
+        for case in [(9, (8,)), (2, (8,)), (9, (2,)), (2, (4, 2))]
+    ],
+    quick=lambda *case: False,
+    slow=lambda *case: case in [(KINDS[0], 2, (4, 2)), (KINDS[1], 9, (8,))],
 )
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_metrics(kind, classes, shape):
     """As they lie, and inside shard_map; few and many of a class."""
     x, labels = (np.asarray(a) for a in batch(40))
@@ -351,8 +373,7 @@ def operations(jaxpr):
     return count
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BLOCKWISE)
+@pytest.mark.parametrize("name", unless_slow(BLOCKWISE, [], slow=["all"]))
 def test_each_device_does_its_share(name):
     n, d = 8192, 16
     x = jax.ShapeDtypeStruct((n, d), jnp.float32)
@@ -375,7 +396,7 @@ def test_each_device_does_its_share(name):
         assert expected <= count < 1.02 * expected
 
 
-@pytest.mark.parametrize("name", unless_slow(BLOCKWISE, ["hard"]))
+@pytest.mark.parametrize("name", unless_slow(BLOCKWISE, [], slow=["hard", "all"]))
 def test_communication(name):
     """Once forward and once back, of embeddings, and a few numbers."""
     on = mesh(AxisType.Explicit)
@@ -515,8 +536,7 @@ def ring_cases():
 RINGS = list(ring_cases())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", RINGS)
+@pytest.mark.parametrize("case", unless_slow(RINGS, [], slow=RINGS[:1]))
 def test_a_ring(case, monkeypatch):
     """References that are never together give what they give together."""
     name, classes, options = case
@@ -539,7 +559,7 @@ def test_a_ring(case, monkeypatch):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", BLOCKWISE)
 def test_a_ring_needs_less_memory_on_more_devices(name):
     needed = {}

@@ -34,6 +34,7 @@ def test_metrics_are_their_definitions(seed, gallery):
         np.testing.assert_allclose(getattr(got, name), value, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_repeated_calls_are_traced_once():
     traces = []
 
@@ -135,6 +136,7 @@ def test_neighbors_by_any_metric():
         assert indices == expected - 1
 
 
+@pytest.mark.slow
 def test_neighbors_split_over_devices():
     x, _ = clusters(n=240)
     expected = retrieval.nearest_neighbors(x, x, 5)
@@ -154,6 +156,7 @@ def test_nothing_relevant():
     assert not any(value.any() for value in each)
 
 
+@pytest.mark.slow
 def test_average_precision_is_scikit_learns():
     from sklearn.metrics import average_precision_score
 
@@ -243,6 +246,7 @@ def test_recall_alone():
         same(got, retrieval.evaluate(x, labels, ks=(1, 2, 5)).recall_at_k)
 
 
+@pytest.mark.slow
 def test_large_classes():
     x, labels = clusters(n=1200, classes=2)
     assert np.bincount(labels).max() > rankings.MAX_COUNTED
@@ -300,6 +304,7 @@ def test_queries_that_rank_different_references(seed, gallery):
         retrieval.evaluate(x, masks, **options, reduce_fn=retrieval.mean_of_classes)
 
 
+@pytest.mark.slow
 def test_ranking_different_references_over_several_tiles(monkeypatch):
     monkeypatch.setattr(rankings, "COLUMNS", 64)
     monkeypatch.setattr(rankings, "MOST_ROWS", 48)
@@ -444,6 +449,7 @@ def test_queries_that_fill_up_a_mesh_do_not_count():
     same(got, expected)
 
 
+@pytest.mark.slow
 def test_low_precision():
     x, labels = clusters()
     same(
@@ -452,6 +458,7 @@ def test_low_precision():
     )
 
 
+@pytest.mark.slow
 def test_any_metric():
     x = np.array([[1.0, 0.0], [10.0, 0.1], [0.0, 1.0], [0.1, 10.0]])
     labels = [0, 0, 1, 1]

@@ -1,6 +1,7 @@
 """Verification against counting, and against scikit-learn."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from problems import unless_slow
+from problems import in_lanes
 from sklearn import metrics as sk
 
 import tripletjax as tj
@@ -61,6 +62,7 @@ def test_rates_are_their_definitions(seed, tied):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), tied=st.booleans())
 def test_the_curve_is_scikit_learns(seed, tied):
@@ -109,9 +111,11 @@ METRICS = {
 }
 
 
-@pytest.mark.parametrize("metric", unless_slow(METRICS, ["euclidean", "manhattan"]))
-@pytest.mark.parametrize(
-    "kind", unless_slow(["square", "padded", "references"], ["padded", "references"])
+@in_lanes(
+    ("kind", "metric"),
+    itertools.product(["square", "padded", "references"], METRICS),
+    quick=lambda *case: case in [("padded", "euclidean"), ("references", "manhattan")],
+    slow=lambda *case: True,
 )
 def test_all_pairs(kind, metric):
     random = np.random.default_rng(0)

@@ -386,7 +386,9 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     )
     print(f"\n{summary['parameters']:,} parameters; {what}: {', '.join(counts)}.")
     if skipped:
-        print(f"{skipped:,} images that could not be read are named in config.json.")
+        print(
+            f"config.json names what was left out, with reasons: entries {skipped:,}."
+        )
     print(f"Everything is in {_shown(out)}: look at {picture}.png.")
     return 0
 
@@ -858,7 +860,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="model.onnx, model.stablehlo for JAX without this library, or "
+        help="model.onnx, model.stablehlo for JAX and flatbuffers alone, or "
         "model.safetensors: the weights of a trained backbone, for --backbone",
     )
     parser.add_argument(

@@ -12,8 +12,8 @@ farther than the positive but within the margin, and the libraries read it diffe
 - per anchor-positive pair, the nearest negative farther than the positive, and if there
   is none the farthest negative (TensorFlow Addons, sentence-transformers):
   `batch_semi_hard_triplets`;
-- the same, but a pair without such a negative has no triplet:
-  `batch_semi_hard_triplets` with ``fallback=False``;
+- a variant of this library: the same, but a pair without such a negative has no
+  triplet: `batch_semi_hard_triplets` with ``fallback=False``;
 - all triplets with 0 < d_an - d_ap <= margin (pytorch-metric-learning's
   TripletMarginMiner): `all_triplets` with `semi_hard_band`;
 - per anchor, the nearest negative farther than its nearest positive

@@ -74,5 +74,5 @@ plt.show()
 # %%
 # Unit vectors are at most 2 apart: a margin has a scale only where lengths are fixed.
 # With a margin of 0 next to nothing is learnt, as semi-hard negatives are farther than
-# the positive by choice. Beyond some 0.1 the margin matters little, until it can hardly
-# be met.
+# the positive by choice. From 0.02 to 0.4 the mean of both seeds rises from about 80 to
+# 87 %. Margins from 0.8 on can hardly be met, and the seeds differ by several points.

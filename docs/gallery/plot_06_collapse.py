@@ -124,6 +124,7 @@ plt.show()
 # It may escape, because even embeddings close together have an order, but the steps
 # until then are lost.
 #
-# What to watch: `active.sum() / valid.sum()` near 1 with a loss at the margin, and the
-# mean distance of `tj.collapse.report`, which falls towards 0. `learn.fit` logs the
-# share of active triplets and the spread of each batch, and warns.
+# To watch: with relu, `active.sum() / valid.sum()` near 1 with a loss at the margin;
+# with any cost, the mean distance of `tj.collapse.report`, which falls towards 0. With
+# the soft margin and `selectively_contrastive` the share stays at 1 in any case.
+# `learn.fit` logs the share and the spread of each batch, and warns.

@@ -1,7 +1,8 @@
 """What people do with an embedder: search, verify, identify, serve, export.
 
 Every application takes a run directory, or any function from images to vectors. Needs
-extras: ``pip install "tripletjax[train,search]"``, and ``serve`` or ``export``.
+extras: ``pip install -e '.[train,search]'`` in a copy of the repository, and ``serve``
+or ``export``.
 """
 
 import importlib

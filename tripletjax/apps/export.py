@@ -1,4 +1,4 @@
-"""An embedder for elsewhere: StableHLO for JAX without this library, and ONNX.
+"""An embedder for elsewhere: StableHLO for JAX and flatbuffers alone, and ONNX.
 
 Or what another run begins with: the weights of its backbone, as safetensors.
 

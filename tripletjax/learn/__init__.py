@@ -1,7 +1,8 @@
 """Training an embedding, from images to a run directory, and using it.
 
-Needs the extra: ``pip install "tripletjax[train]"``. Modules are imported when they are
-first asked for: `load_embedder` needs none of what reads datasets or draws.
+Needs the extra ``train``: ``pip install -e '.[train]'`` in a copy of the repository.
+Modules are imported when they are first used: `load_embedder` needs none of what reads
+datasets or draws.
 """
 
 import importlib

@@ -70,7 +70,8 @@ class Dataset:
         test: the images to evaluate on.
         label_names: what each label stands for.
         key: a digest of all of it.
-        skipped: files that could not be read, and why.
+        skipped: what was left out, and why: an entry for a file, or for all copies of
+            an image that is in several classes.
         decoding: what was decided of the pictures.
     """
 

@@ -2,7 +2,7 @@
 
 Triplets need a positive and a negative of each anchor, and a batch drawn at random has
 few positives. A batch here is a pure function of (seed, step), so that a run can be
-resumed anywhere.
+resumed anywhere. Needs the extra ``train``, as all of `tripletjax.learn`.
 """
 
 import dataclasses
