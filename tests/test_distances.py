@@ -129,6 +129,15 @@ def test_a_common_offset_costs_no_digits(offset):
     np.testing.assert_allclose(tj.squared_euclidean(x), exact, atol=1e-4)
 
 
+@every_metric
+def test_equal_vectors_of_two_sets_are_near(name):
+    """Rounding may leave less than nothing of their products."""
+    x = vectors(50, 20)
+    distances = METRICS[name][0](x, x.copy())
+    assert (distances >= 0).all()
+    assert (jnp.diagonal(distances) < 1e-2).all()
+
+
 def test_small_integers_are_exact():
     x = np.random.default_rng(0).integers(0, 9, (30, 4)) + 100
     exact = oracles.matrix(oracles.squared_euclidean, x)

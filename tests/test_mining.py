@@ -55,6 +55,42 @@ def test_the_lowest_index_wins_ties():
     assert tj.batch_semi_hard_triplets(d, labels).negative[0, 2] == 1
 
 
+def test_a_semi_hard_choice_is_strict():
+    """A partner that is as far as the other one is no choice."""
+    d = jnp.array([[1.0, 1.0, 2.0]])
+    choose = functools.partial(
+        tj.batch_easy_hard_triplets, d, reference_labels=np.array([0, 1, 1])
+    )
+    triplets = choose(np.array([0]), negative=mining.semi_hard_negative)
+    assert triplets.negative == 2
+    triplets = choose(
+        np.array([1]),
+        positive=mining.semi_hard_positive,
+        negative=mining.hardest_negative,
+    )
+    assert not triplets.valid.any()
+
+
+def test_the_ends_of_bands():
+    """Negatives as far as the positive, on the margin, and beyond it."""
+    d, labels = jnp.array([[0.5, 0.5, 1.0, 1.25]]), np.array([0])
+    pairs = {"reference_labels": np.array([0, 1, 2, 3])}
+    for band, expected in (
+        (mining.hard_band(), [1]),
+        (mining.semi_hard_band(0.5), [2]),
+        (mining.easy_band(0.5), [3]),
+        (mining.violating_band(0.5), [1, 2]),
+    ):
+        triplets = tj.all_triplets(labels, size=4, distances=d, band=band, **pairs)
+        assert triplets.negative[triplets.valid].tolist() == expected
+    # A random one lies between, and on neither end.
+    draw = functools.partial(mining.random_semi_hard_triplets, jax.random.key(0))
+    for margin, valid in ((0.5, False), (0.625, True)):
+        triplets = draw(d, labels, margin=margin, **pairs)
+        assert triplets.valid[0].tolist() == [valid, False, False, False]
+    assert triplets.negative[0, 0] == 2
+
+
 def test_five_meanings_of_semi_hard_differ():
     """One anchor, two positives, four negatives: each meaning picks its own."""
     row = jnp.array([0.0, 1.0, 2.0, 0.5, 1.2, 1.6, 2.6])
