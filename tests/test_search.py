@@ -25,6 +25,7 @@ from tripletjax.apps import search, search_report
 from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.images import decoded as of_text
 from tripletjax.apps.images import encoded as as_text
+from tripletjax.learn import folder_listing
 from tripletjax.learn.record import write_json
 
 
@@ -426,3 +427,33 @@ def test_killed_at_any_moment_the_next_update_completes_it(tmp_path, monkeypatch
     assert paths == paths_in(folder)
     images = [Image.open(folder / path) for path in paths]
     np.testing.assert_array_equal(x, vectors_of(embedder, images))
+
+
+def test_images_of_an_unreadable_folder_stay_in_the_index(
+    folder, tmp_path, monkeypatch
+):
+    index, function = opened(folder, tmp_path / "db")
+    index.update()
+    (folder / "group0" / "kind0" / "0.png").unlink()
+    scandir = os.scandir
+
+    def closed_scandir(path="."):
+        if Path(path).name == "kind1":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_listing.os, "scandir", closed_scandir)
+        changes = index.update()
+    assert (changes.images, changes.removed) == (23, 1)
+    assert changes.skipped == ("group1/kind1: it cannot be read (Permission denied)",)
+    assert index.update().added == 0
+    assert function.seen == 24
+
+
+def test_links_change_no_path_of_the_index(folder, tmp_path):
+    (folder / "group0" / "see-also").symlink_to("../group1/kind1")
+    index, _ = opened(folder, tmp_path / "db")
+    changes = index.update()
+    assert changes.skipped == ("group0/see-also: a link to group1/kind1",)
+    assert index.vectors()[0] == [p for p in paths_in(folder) if "see-also" not in p]

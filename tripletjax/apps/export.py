@@ -29,7 +29,8 @@ from PIL import Image
 from tripletjax.learn import backbones, pretrained
 from tripletjax.learn.backbones.layers import whole_depthwise
 from tripletjax.learn.embedder import BACKBONE, Embedder, as_floats, build_model
-from tripletjax.learn.image_io import View, find_files, open_image
+from tripletjax.learn.folder_listing import find_files
+from tripletjax.learn.image_io import View, open_image
 from tripletjax.learn.models import Standardized
 from tripletjax.learn.weights import save_weights, shapes_of
 

@@ -14,8 +14,9 @@ import tripletjax as tj
 from tripletjax.apps.calibration import NEEDED, Calibration, TooFewPairsError
 from tripletjax.apps.images import encoded
 from tripletjax.apps.search import Index
-from tripletjax.learn.class_folders import find_classes, printable
+from tripletjax.learn.class_folders import find_classes
 from tripletjax.learn.evaluation import number, percent
+from tripletjax.learn.folder_listing import printable
 
 REPORT = "tripletjax identification"
 RANKS, FPIRS = (1, 5), (0.1, 0.01, 0.001)

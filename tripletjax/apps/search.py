@@ -26,7 +26,8 @@ from tqdm import tqdm
 from tripletjax.apps.images import decoded, encoded
 from tripletjax.learn.digests import digest_of
 from tripletjax.learn.embedder import ImageEmbedder
-from tripletjax.learn.image_io import find_files, open_image, read_ahead
+from tripletjax.learn.folder_listing import find_files
+from tripletjax.learn.image_io import open_image, read_ahead
 
 # Of the layout of the table; another number refuses older ones.
 FORMAT = "1"
@@ -280,9 +281,10 @@ class Index:
         for table in gone:
             moved_here |= self._stamps(table)
 
-        found, skipped = find_files(self.folder), []
+        listing = find_files(self.folder)
+        skipped = [f"{encoded(path)}: {why}" for path, why in listing.skipped]
         files, stamps = {}, {}
-        for file in found.files:
+        for file in listing.files:
             if file.is_relative_to(self.database):
                 continue
             path = encoded(file.relative_to(self.folder))
@@ -346,11 +348,13 @@ class Index:
                     donors.append(self._table)
                 known |= new.keys()
                 bar.update(len(part))
-        removed = [path for path in before if path not in stamps]
+        removed = [
+            path
+            for path in before
+            if path not in stamps and not listing.may_hold(decoded(path))
+        ]
         self._delete([*removed, *(path for path in unusable if path in before)])
-        notes = []
-        if found.runs:
-            notes.append(f"directories of {len(found.runs)} training runs are left out")
+        notes = listing.notes
         notes += self._drop_what_has_moved(gone)
         if self._table is not None and files:
             # Many small pieces are put together, and earlier states dropped.

@@ -28,6 +28,7 @@ MODULES = (
     "embedder",
     "evaluation",
     "features",
+    "folder_listing",
     "image_analysis",
     "image_cache",
     "image_io",

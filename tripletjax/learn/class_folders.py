@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tripletjax.learn.image_io import find_files, is_image
+from tripletjax.learn.folder_listing import find_files, printable
+from tripletjax.learn.image_io import is_image
 
 # Sub-folders of these names hold images of one class by date or session.
 BY_DATE = re.compile(
@@ -27,7 +28,9 @@ class ClassFolders:
         paths: the same, relative to the data folder.
         classes: the name of each file's class.
         loose: files that lie in the data folder itself, and belong to no class.
-        notes: what was decided.
+        notes: which folders are classes, and why.
+        left_out: folders that are left out by their content or their names, as lines.
+        skipped: other entries that are left out, with the reason, as lines.
     """
 
     files: list[Path]
@@ -35,6 +38,8 @@ class ClassFolders:
     classes: list[str]
     loose: list[Path]
     notes: tuple[str, ...]
+    left_out: tuple[str, ...]
+    skipped: tuple[str, ...]
 
     def part(self, indices: Sequence[int]) -> "ClassFolders":
         """Some of the files, and what is said of all."""
@@ -56,14 +61,14 @@ def find_classes(folder: Path, classes_from: str | None = None) -> ClassFolders:
         ValueError: if there are none in folders, or images in none.
     """
     folder = folder.resolve()
-    found = find_files(folder)
-    loose = [file for file in found.files if file.parent == folder]
+    listing = find_files(folder)
+    loose = [file for file in listing.files if file.parent == folder]
     if images := [file.name for file in loose if is_image(file)]:
         raise ValueError(
             f"{folder} must hold one folder per class, but {len(images)} images lie in "
             f"it directly, such as {images[0]}."
         )
-    files = [file for file in found.files if file.parent != folder]
+    files = [file for file in listing.files if file.parent != folder]
     if not files:
         raise ValueError(f"{folder} has no images in folders.")
     relative = [str(file.relative_to(folder)) for file in files]
@@ -87,10 +92,11 @@ def find_classes(folder: Path, classes_from: str | None = None) -> ClassFolders:
             f"{'folders in the data folder' if level == 'top' else 'folders of images'}"
             f" are classes (classes from {level}): {why}"
         )
-    if found.runs:
-        runs = ", ".join(str(run.relative_to(folder)) for run in found.runs)
-        notes.append(f"directories of training runs are left out: {printable(runs)}")
-    return ClassFolders(files, relative, folders, loose, tuple(notes))
+    skipped = tuple(f"{printable(str(path))}: {why}" for path, why in listing.skipped)
+    left_out = tuple(listing.notes)
+    return ClassFolders(
+        files, relative, folders, loose, tuple(notes), left_out, skipped
+    )
 
 
 def _level(folders: Sequence[str]) -> tuple[str, str]:
@@ -103,8 +109,3 @@ def _level(folders: Sequence[str]) -> tuple[str, str]:
     if dated > len(nested) / 2:
         return "top", "their sub-folders are named by date or session"
     return "leaf", "their names are no dates or sessions"
-
-
-def printable(name: str) -> str:
-    """A name that need not be UTF-8."""
-    return os.fsencode(name).decode(errors="replace")

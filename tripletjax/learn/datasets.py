@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image
 
 from tripletjax.learn.catalogue import Catalogue
-from tripletjax.learn.class_folders import find_classes, printable
+from tripletjax.learn.class_folders import find_classes
 from tripletjax.learn.config import CLASSES_FROM, SPLITS
 from tripletjax.learn.digests import digest_of, digest_of_image
+from tripletjax.learn.folder_listing import printable
 from tripletjax.learn.image_analysis import KINDS
 from tripletjax.learn.image_cache import (
     FORMAT,
@@ -239,7 +240,7 @@ def _from_folder(
     directory = cache_directory(data_dir, files_key(files, relative, size, kind))
     options |= {"source": str(folder), "size": size, "kind": kind}
     stored = decode_and_cache(files, open_image, directory, **options)
-    stored = _noted(stored, (*found.notes, *stored.decoding.notes))
+    stored = _noted(stored, (*found.notes, *found.left_out, *stored.decoding.notes))
     names = sorted({folders[index] for index in stored.kept})
     if len(names) < 2:
         raise ValueError(
@@ -249,6 +250,7 @@ def _from_folder(
     numbers = {name: label for label, name in enumerate(names)}
     labels = [numbers.get(name, -1) for name in folders]
     skipped = [f"{file.name}: no image" for file in found.loose]
+    skipped += found.skipped
     skipped += [f"{relative[index]}: {why}" for index, why in stored.skipped.items()]
     skipped += [
         f"{name}: nothing in this folder can be used"

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 import tripletjax as tj
 from tripletjax.learn import image_io, plots
-from tripletjax.learn.class_folders import find_classes, printable
+from tripletjax.learn.class_folders import find_classes
 from tripletjax.learn.digests import digest_of_image
 from tripletjax.learn.embedder import ImageEmbedder, load_embedder
+from tripletjax.learn.folder_listing import printable
 from tripletjax.learn.record import write_json
 from tripletjax.verification import VerificationMetrics
 
@@ -169,6 +170,7 @@ def embed_folder(
     shown = {*draw.permutation(len(found.files))[:keep].tolist()}
     x, kept, digests, images, skipped = [], [], [], {}, []
     skipped += [f"{file.name}: not in a folder of a class" for file in found.loose]
+    skipped += found.skipped
 
     def read(file: Path) -> Any:
         return embedder.prepare(image_io.open_image(file))
@@ -199,7 +201,7 @@ def embed_folder(
             f"{folder} has {len(names)} folder of images that can be read; it must "
             f"have at least {least}, one per class."
         )
-    notes = [*found.notes]
+    notes = [*found.notes, *found.left_out]
     if copies := len(digests) - len({*digests}):
         notes.append(
             f"{copies:,} images are copies of others, which are easily found: they "

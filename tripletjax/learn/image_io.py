@@ -1,7 +1,7 @@
 """Image files and pictures: found, opened, and made into arrays of one shape."""
 
 import dataclasses
-import os
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,16 +12,14 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from tripletjax.learn.digests import check_regular
+
 # The longer side that images are seen at: lines need fewer pixels than photographs,
 # which are kept at twice the size, for a part of them to be looked at.
 GREY_SIZE, COLOUR_SIZE, DETAIL = 32, 64, 2
 # Files are read so many at a time.
 READ = 256
 
-
-# Files and folders of systems and programs, whatever they hold.
-NOT_IMAGES = {"thumbs.db", "desktop.ini", "icon\r"}
-NOT_FOLDERS = {"@eadir", "__macosx"}
 # The largest values that grey of more than 8 bits may have, from 1 to 16 bits.
 WHITES = (1, 255, 1023, 4095, 16383, 65535)
 # How many frames an image's file has, in its `info`.
@@ -29,57 +27,10 @@ FRAMES = "tripletjax frames"
 QUIET = threading.Lock()
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """The files of a folder that may be images.
-
-    Attributes:
-        files: in order of their paths.
-        runs: directories of training runs, which are left out.
-    """
-
-    files: list[Path]
-    runs: list[Path]
-
-
-def find_files(folder: Path) -> Found:
-    """The files in a folder and in those within, but hidden ones and systems' own.
-
-    Raises:
-        OSError: if a folder cannot be read.
-    """
-    seen, found, runs = set(), [], []
-    for directory, folders, files in os.walk(folder, onerror=_fail, followlinks=True):
-        # A link may lead back to where it is.
-        real = os.path.realpath(directory)
-        is_run = {"config.json", "metrics.jsonl"} <= set(files)
-        if real in seen or is_run:
-            folders.clear()
-            if is_run:
-                runs.append(Path(directory))
-            continue
-        seen.add(real)
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and name.lower() not in NOT_FOLDERS
-        )
-        found += [
-            Path(directory) / name
-            for name in files
-            if not name.startswith(".") and name.lower() not in NOT_IMAGES
-        ]
-    return Found(sorted(found), sorted(runs))
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The images in a folder and in those within, known by what they hold."""
-    return [file for file in find_files(folder).files if is_image(file)]
-
-
 def is_image(file: Path) -> bool:
     """Whether a file begins as an image does."""
     try:
+        check_regular(file)
         with Image.open(file):
             return True
     except Exception:
@@ -87,8 +38,10 @@ def is_image(file: Path) -> bool:
         return False
 
 
-def _fail(error: OSError) -> None:
-    raise error
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Suffixes of image files, such as ``.png``, in lower case."""
+    return frozenset(Image.registered_extensions())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,8 +249,10 @@ def open_image(file: str | Path | BinaryIO) -> Image.Image:
     """An image file, upright and decoded; of several frames the first.
 
     Raises:
-        OSError: if it is no image, or broken.
+        OSError: if it is not a regular file, no image, or broken.
     """
+    if isinstance(file, str | Path):
+        check_regular(file)
     try:
         try:
             return _decoded(file)
