@@ -200,6 +200,18 @@ def flat(
     return image
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB, prepared as for a network, but by itself alone.
+
+    White is the least number of bits that holds its values; the background of
+    transparency is the one that leaves something to see.
+    """
+    background = "white"
+    if has_alpha(image):
+        background = background_of([image.resize((64, 64))])
+    return flat(image, background=background).convert("RGB")
+
+
 def is_wide(image: Image.Image) -> bool:
     """Whether it is grey of more than 8 bits."""
     return image.mode.startswith("I") or image.mode == "F"
