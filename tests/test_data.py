@@ -1,6 +1,7 @@
 """Where images come from, what is held out, and which make a batch."""
 
 import io
+import itertools
 import os
 import shutil
 import subprocess
@@ -754,7 +755,7 @@ def test_triplets_of_a_file(tmp_path):
         (["a.png,b.png,c.png", "", "a.png,b.png,c.png,d.png"], "line 3: .* has 4"),
         (["a.png,b.png,a.png"], "line 1: .* three different images, got a.png"),
         (["a.png,b.png,"], "line 1: .* three different images"),
-        (["a.png,b.png,c.png"], "none of 3 images could be read; .*No such file"),
+        (["a.png,b.png,c.png"], r"t\.csv: none of 3 images .* read; .*No such file"),
         (["a,p,n", "a.png,b.png,c.png"], "line 1: .*anchor, positive and negative"),
     ],
 )
@@ -771,6 +772,27 @@ def test_broken_images_of_all_triplets(tmp_path):
     file = write_triplets(tmp_path / "t.csv", ["a.png,b.png,c.png"])
     with pytest.raises(ValueError, match="no triplet of which all images can be read"):
         triplet_files.load_triplets(file, data_dir=tmp_path / "kept")
+
+
+def test_triplets_as_other_programs_write_them(tmp_path):
+    for number, name in enumerate((" a/1.png", "b, c.png", "d.png", "e.png")):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) + 50 * number
+        Image.fromarray(pixels).save(file)
+    names = '" a/1.png"', '"b, c.png"', "d.png", "e.png"
+    rows = [(one, *two) for one in names for two in itertools.permutations(names, 2)]
+    rows = [row for row in rows if len({*row}) == 3]
+    expected = None
+    for separator, slash in ((",", "/"), (";", "/"), ("\t", "/"), ("; ", "\\")):
+        lines = [separator.join(row).replace("/", slash) for row in rows]
+        file = write_triplets(tmp_path / "t.csv", lines)
+        triplets = triplet_files.load_triplets(file, data_dir=tmp_path / "kept")
+        assert (triplets.left_out, triplets.skipped) == (0, ())
+        parts = triplets.train, triplets.validation, triplets.test
+        assert sum(map(len, parts)) == len(rows) == 24
+        expected = expected or triplets.key
+        assert triplets.key == expected
 
 
 # Batches.

@@ -48,6 +48,7 @@ MODULES = (
     "splits",
     "steps",
     "tasks",
+    "text_files",
     "training",
     "triplet_files",
     "watchdog",
