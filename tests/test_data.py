@@ -267,6 +267,8 @@ def test_broken_images_are_named_and_skipped(tmp_path):
             "papers/a.pdf",
             "papers",
         ]
+        counts = {name: n for name, n in dataset.skip_counts.items() if n}
+        assert counts == {"unreadable": 6, "folders without images": 1}
         assert len(dataset.label_names) == 8
     assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 32
 
@@ -362,8 +364,12 @@ def test_blank_and_contradictory_images_are_named(tmp_path):
     dataset = datasets.load(str(folder), data_dir=tmp_path / "kept")
     assert dataset.skipped == (
         "group0/kind0/blank.png: blank: all of its pixels are the same",
-        "2 copies of an image: it is in group0/kind0, group1/kind1",
+        "group0/kind0/0.png: the same image is in group1/kind1",
+        "group1/kind1/same.png: the same image is in group0/kind0",
     )
+    counts = {"unreadable": 0, "blank": 1, "in several classes": 2}
+    counts |= {"links, special files or unreadable folders": 0}
+    assert dataset.skip_counts == counts | {"folders without images": 0}
     assert any(
         "2 images that are in several classes" in n for n in dataset.decoding.notes
     )
@@ -625,6 +631,8 @@ def test_encoded_images_of_the_catalogue(tmp_path):
         assert len(part)
     assert sum(map(len, (dataset.train, dataset.validation, dataset.test))) == 24
     assert dataset.skipped == ("6 records without a label",)
+    counts = {"unreadable": 0, "blank": 0, "without a label": 6}
+    assert dataset.skip_counts == counts
 
 
 class NamedPictures(EncodedPictures):

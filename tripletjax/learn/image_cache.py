@@ -23,6 +23,7 @@ from tripletjax.learn import cache_folder
 from tripletjax.learn.digests import digest_of, digest_of_file, digest_of_image
 from tripletjax.learn.image_analysis import kind_of, tone_share
 from tripletjax.learn.image_io import (
+    BLANK,
     FRAMES,
     WHITES,
     ImageSpec,
@@ -176,6 +177,12 @@ class DecodedImages:
     kept: list[int]
     skipped: dict[int, str]
     decoding: Decoding
+
+    @property
+    def skip_counts(self) -> dict[str, int]:
+        """How many pictures were skipped, by the kind of reason."""
+        blank = sum(why == BLANK for why in self.skipped.values())
+        return {"unreadable": len(self.skipped) - blank, "blank": blank}
 
 
 def files_key(

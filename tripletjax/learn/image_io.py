@@ -22,6 +22,8 @@ READ = 256
 
 # The largest values that grey of more than 8 bits may have, from 1 to 16 bits.
 WHITES = (1, 255, 1023, 4095, 16383, 65535)
+# The reason why an image of nothing is left out.
+BLANK = "blank: all of its pixels are the same"
 # How many frames an image's file has, in its `info`.
 FRAMES = "tripletjax frames"
 QUIET = threading.Lock()
@@ -334,7 +336,7 @@ def read_ahead(
 def check_not_blank(pixels: np.ndarray) -> None:
     """Raises OSError for an image ``[height, width, channels]`` of nothing."""
     if (pixels == pixels[0, 0]).all():
-        raise OSError("blank: all of its pixels are the same")
+        raise OSError(BLANK)
 
 
 # How an image comes upright, by the orientation that a camera has noted.

@@ -30,7 +30,8 @@ class TripletDataset:
         validation: the same, held out to choose between parameters with.
         test: the same, held out to evaluate on.
         key: a digest of all of it.
-        skipped: files that could not be read, and why.
+        skipped: files that are left out, each with the reason.
+        skip_counts: how many they are, by the kind of reason.
         left_out: how many triplets have such a file.
         decoding: what was decided of the pictures.
     """
@@ -42,6 +43,7 @@ class TripletDataset:
     test: np.ndarray
     key: str
     skipped: tuple[str, ...] = ()
+    skip_counts: dict[str, int] = dataclasses.field(default_factory=dict)
     left_out: int = 0
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
 
@@ -114,6 +116,7 @@ def load_triplets(
         test,
         digest_of(of),
         tuple(skipped),
+        stored.skip_counts,
         len(rows) - len(whole),
         stored.decoding,
     )
