@@ -33,6 +33,7 @@ from tripletjax.learn.image_io import (
     flat,
     has_alpha,
     is_colour,
+    is_image,
     is_wide,
     peak,
     white_of,
@@ -40,6 +41,8 @@ from tripletjax.learn.image_io import (
 
 # Of how images are decoded; another number makes them be decoded again.
 FORMAT = 6
+# Files of more bytes are looked at before they are read as a whole.
+LARGE = 2**24
 # Images of more bytes than this stay on disk.
 IN_MEMORY = 2**31
 # So many pictures are looked at for their size and for colour.
@@ -192,6 +195,9 @@ def files_key(
 
     def content(file: Path) -> str:
         try:
+            # Videos and the like are not read as a whole.
+            if (size := file.stat().st_size) > LARGE and not is_image(file):
+                return f"no image of {size} bytes"
             return digest_of_file(file)
         except OSError:
             # It is named when it is to be decoded.

@@ -1,7 +1,10 @@
 """Image files and pictures: found, opened, and made into arrays of one shape."""
 
+import contextlib
 import dataclasses
 import functools
+import importlib
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +23,27 @@ GREY_SIZE, COLOUR_SIZE, DETAIL = 32, 64, 2
 # Files are read so many at a time.
 READ = 256
 
+# Formats that are opened, as Pillow names them; those that other files resemble come
+# last. Others may start a program, as PostScript does, or have no signature.
+FORMATS = (
+    *("PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "HEIF", "PPM"),
+    *("JPEG2000", "ICO", "CUR", "ICNS", "PCX", "DCX", "SGI", "SUN", "DDS", "QOI"),
+    *("PSD", "FITS", "PIXAR", "MSP", "XBM", "XPM", "TGA"),
+)
+# Files that are often among images, by their first bytes.
+START = 1024
+HEIC = rb".{4}ftyp(hei[cmsx]|hev[cx]|mif1|msf1)"
+FOREIGN = {
+    HEIC: "a HEIC image: pip install pillow-heif adds its decoder",
+    rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI |\0\0\x01[\xb3\xba]": "a video",
+    rb"%!PS|\xc5\xd0\xd3\xc6": "PostScript, which is not opened: convert it to PNG",
+    rb"%PDF-": "a PDF document: convert it to PNG",
+    rb"\s*(<\?xml[^>]*>\s*)?(<!.*?>\s*)*<svg": "an SVG drawing: convert it to PNG",
+    rb"\s*(<!doctype html|<html)": "a web page",
+    rb"version https://git-lfs": "a Git LFS pointer: git lfs pull fetches the image",
+    rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!": "an archive: unpack it",
+    rb"\Z": "an empty file",
+}
 # The largest values that grey of more than 8 bits may have, from 1 to 16 bits.
 WHITES = (1, 255, 1023, 4095, 16383, 65535)
 # The reason why an image of nothing is left out.
@@ -29,21 +53,53 @@ FRAMES = "tripletjax frames"
 QUIET = threading.Lock()
 
 
+class ImageError(OSError):
+    """The content of a file is no image that can be used."""
+
+
+class ImageTooLargeError(ImageError):
+    """An image has more pixels than are decoded."""
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Formats that can be opened here, HEIF with the package pillow-heif."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def is_image(file: Path) -> bool:
     """Whether a file begins as an image does."""
     try:
         check_regular(file)
-        with Image.open(file):
+        with file.open("rb") as opened:
+            _guarded(_identify, opened)
             return True
-    except Exception:
-        # Broken files make Pillow's decoders raise whatever they come across.
+    except OSError:
         return False
+
+
+def read_image_file(file: Path) -> bytes:
+    """Read the content of a file that begins as an image does.
+
+    Raises:
+        ImageError: if the file begins otherwise, by its first bytes alone.
+        OSError: if it is not a regular file, or cannot be read.
+    """
+    check_regular(file)
+    with file.open("rb") as opened:
+        _guarded(_identify, opened)
+        opened.seek(0)
+        return opened.read()
 
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
     """Suffixes of image files, such as ``.png``, in lower case."""
-    return frozenset(Image.registered_extensions())
+    registered = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, name in registered if name in formats())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +247,7 @@ def flat(
     If `white` is not given, it follows from the image alone.
     """
     if is_wide(image):
-        values = np.asarray(image, np.float64)
+        values = np.nan_to_num(np.asarray(image, np.float64))
         top = white_of(peak(image)) if white is None else white
         bright = np.rint(np.clip(values / top, 0, 1) * 255)
         return Image.fromarray(bright.astype(np.uint8))
@@ -259,35 +315,87 @@ def is_colour(image: Image.Image) -> bool:
     return bool(np.ptp(pixels, axis=-1).mean() > 2)
 
 
-def open_image(file: str | Path | BinaryIO) -> Image.Image:
+def open_image(
+    file: str | Path | BinaryIO, *, most_pixels: int | None = None
+) -> Image.Image:
     """An image file, upright and decoded; of several frames the first.
 
+    Args:
+        file: the file, known by its content and not by its name.
+        most_pixels: more are refused before they are decoded. If not given, Pillow's
+            own limit holds, 179 megapixels.
+
     Raises:
-        OSError: if it is not a regular file, no image, or broken.
+        ImageTooLargeError: if it has more pixels.
+        ImageError: if its content is no image, or broken.
+        OSError: if it is not a regular file, or cannot be read.
     """
-    if isinstance(file, str | Path):
-        check_regular(file)
+    decode = functools.partial(_decoded, most_pixels=most_pixels)
+    if not isinstance(file, str | Path):
+        return _guarded(decode, file)
+    check_regular(file)
+    with open(file, "rb") as opened:
+        return _guarded(decode, opened)
+
+
+Result = TypeVar("Result")
+
+
+def _guarded(function: Callable[[BinaryIO], Result], file: BinaryIO) -> Result:
+    """Call a function of an image file, and raise its errors as `ImageError`."""
     try:
         try:
-            return _decoded(file)
+            return function(file)
         except Warning:
             # Where warnings are errors, what is odd is still an image. Filters are
             # shared by threads, which wait for one another here.
+            file.seek(0)
             with QUIET, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return _decoded(file)
+                return function(file)
     except UnidentifiedImageError as error:
-        # Pillow's own words may have an address of memory in place of a name.
-        raise OSError("it is no image that can be read") from error
-    except OSError:
+        raise ImageError(_describe(file)) from error
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError("it has more pixels than Pillow opens") from error
+    except MemoryError as error:
+        # Later there may be enough.
+        raise OSError("not enough memory to decode it") from error
+    except ImageError:
         raise
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # Pillow's own errors of broken images have no number.
+        raise ImageError(str(error)) from error
     except Exception as error:
         # Broken files make Pillow's decoders raise whatever they come across.
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        raise ImageError(f"{type(error).__name__}: {error}") from error
 
 
-def _decoded(file: str | Path | BinaryIO) -> Image.Image:
-    with Image.open(file) as image:
+def _describe(file: BinaryIO) -> str:
+    """Why a file is no image, by its first bytes."""
+    file.seek(0)
+    start = file.read(START)
+    for signature, description in FOREIGN.items():
+        if re.match(signature, start, re.DOTALL | re.IGNORECASE):
+            if signature == HEIC and "HEIF" in formats():
+                return "it is a HEIC image that is broken"
+            return f"it is {description}"
+    return "it is no image that can be read"
+
+
+def _identify(file: BinaryIO) -> None:
+    with Image.open(file, formats=formats()):
+        pass
+
+
+def _decoded(file: BinaryIO, *, most_pixels: int | None) -> Image.Image:
+    with Image.open(file, formats=formats()) as image:
+        width, height = image.size
+        if most_pixels is not None and width * height > most_pixels:
+            raise ImageTooLargeError(
+                f"it has {width:,} x {height:,} pixels, more than {most_pixels:,}"
+            )
         image.load()
         first = upright(image)
         try:
@@ -334,9 +442,9 @@ def read_ahead(
 
 
 def check_not_blank(pixels: np.ndarray) -> None:
-    """Raises OSError for an image ``[height, width, channels]`` of nothing."""
+    """Raise ImageError for an image ``[height, width, channels]`` of nothing."""
     if (pixels == pixels[0, 0]).all():
-        raise OSError(BLANK)
+        raise ImageError(BLANK)
 
 
 # How an image comes upright, by the orientation that a camera has noted.

@@ -39,8 +39,8 @@ def read_lines(path: str | Path) -> list[str]:
     line = content[: content.find(b"\0")].count(b"\n") + 1
     if b"\0" in content:
         raise ValueError(
-            f"{path}, line {line}: must be text in UTF-8, got a zero byte, as in images "
-            "and other binary files."
+            f"{path}, line {line}: must be text in UTF-8, got a zero byte, as in "
+            "images and other binary files."
         )
     try:
         text = content.decode("utf-8-sig")
