@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tripletjax as tj
-from tripletjax.apps import search, search_report
+from tripletjax.apps import rejections, search, search_report
 from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.images import decoded as of_text
 from tripletjax.apps.images import encoded as as_text
@@ -457,3 +457,52 @@ def test_links_change_no_path_of_the_index(folder, tmp_path):
     changes = index.update()
     assert changes.skipped == ("group0/see-also: a link to group1/kind1",)
     assert index.vectors()[0] == [p for p in paths_in(folder) if "see-also" not in p]
+
+
+def test_rejected_files_are_read_once(folder, tmp_path, monkeypatch):
+    place = folder / "group0" / "kind0"
+    whole = (place / "0.png").read_bytes()
+    (place / "half.png").write_bytes(whole[: len(whole) // 2])
+    (place / "notes.txt").write_text("no image")
+    Image.new("L", (9, 9)).save(place / "blank.png")
+    with (place / "clip.mp4").open("wb") as clip:
+        clip.write(b"\0\0\0\x20ftypisom")
+        clip.truncate(2**31)
+    index, _ = opened(folder, tmp_path / "db")
+    first = index.update()
+    assert {line.split(":")[0] for line in first.skipped} == {
+        f"group0/kind0/{name}" for name in ("half.png", "notes.txt", "clip.mp4")
+    }
+    read, read_image_file = [], search.read_image_file
+
+    def counted(file):
+        read.append(file.name)
+        return read_image_file(file)
+
+    monkeypatch.setattr(search, "read_image_file", counted)
+    again = index.update()
+    assert sorted(again.skipped) == sorted(first.skipped)
+    assert read == []
+    # What changes is read again, and what is gone is forgotten.
+    (place / "half.png").write_bytes(whole[:60])
+    (place / "clip.mp4").unlink()
+    (place / "notes.txt").write_bytes(whole)
+    last = index.update()
+    assert read == ["half.png", "notes.txt"]
+    assert (last.images, last.added + last.moved) == (26, 1)
+    assert [line.split(":")[0] for line in last.skipped] == ["group0/kind0/half.png"]
+    # An image that is known and becomes none is no longer found.
+    (place / "notes.txt").write_text("no image")
+    for _ in range(2):
+        assert index.update().images == 25
+    # Without its file, or with another decoder, everything is read again.
+    (kept,) = (tmp_path / "db").glob("*.rejected.json")
+    for damage in (b"{", b"[]", b'{"reader": 1}', b"\xff"):
+        kept.write_bytes(damage)
+        read.clear()
+        index.update()
+        assert sorted(read) == ["half.png", "notes.txt"]
+    monkeypatch.setattr(rejections, "formats", lambda: ("PNG", "HEIF"))
+    read.clear()
+    index.update()
+    assert sorted(read) == ["half.png", "notes.txt"]

@@ -24,10 +24,16 @@ from lancedb.index import IvfFlat
 from tqdm import tqdm
 
 from tripletjax.apps.images import decoded, encoded
+from tripletjax.apps.rejections import Rejections
 from tripletjax.learn.digests import digest_of
 from tripletjax.learn.embedder import ImageEmbedder
 from tripletjax.learn.folder_listing import find_files
-from tripletjax.learn.image_io import open_image, read_ahead
+from tripletjax.learn.image_io import (
+    ImageError,
+    open_image,
+    read_ahead,
+    read_image_file,
+)
 
 # Of the layout of the table; another number refuses older ones.
 FORMAT = "1"
@@ -283,7 +289,10 @@ class Index:
 
         listing = find_files(self.folder)
         skipped = [f"{encoded(path)}: {why}" for path, why in listing.skipped]
-        files, stamps = {}, {}
+        rejections = Rejections.read(
+            self.database / f"{self._name}.rejected.json", self.embedder.key
+        )
+        files, stamps, rejected = {}, {}, {}
         for file in listing.files:
             if file.is_relative_to(self.database):
                 continue
@@ -293,8 +302,12 @@ class Index:
             except OSError as error:
                 skipped.append(f"{path}: {error}")
                 continue
-            if before.get(path, (None, None))[0] != stamps[path]:
-                files[path] = file
+            if before.get(path, (None, None))[0] == stamps[path]:
+                continue
+            if reason := rejections.reason(path, stamps[path]):
+                rejected[path] = stamps[path], reason
+                continue
+            files[path] = file
         known = {digest for _, digest in (*before.values(), *moved_here.values())}
         counts, unusable = collections.Counter(), []
 
@@ -317,6 +330,9 @@ class Index:
                 digests, prepared = {}, {}
                 for number, what in zip(part, made):
                     path = paths[number]
+                    if isinstance(what, ImageError):
+                        rejected[path] = stamps[path], str(what)
+                        continue
                     if isinstance(what, OSError):
                         skipped.append(f"{path}: {what}")
                         unusable.append(path)
@@ -353,7 +369,10 @@ class Index:
             for path in before
             if path not in stamps and not listing.may_hold(decoded(path))
         ]
+        skipped += [f"{path}: {reason}" for path, (_, reason) in rejected.items()]
+        unusable += rejected
         self._delete([*removed, *(path for path in unusable if path in before)])
+        rejections.replace(rejected)
         notes = listing.notes
         notes += self._drop_what_has_moved(gone)
         if self._table is not None and files:
@@ -371,7 +390,7 @@ class Index:
 
     def _read(self, file: Path, known: set[str]) -> tuple[str, Any]:
         """The content's digest, and what the embedder takes unless it is known."""
-        content = file.read_bytes()
+        content = read_image_file(file)
         digest = digest_of([content])
         if digest in known:
             return digest, None
