@@ -457,6 +457,10 @@ def test_links_change_no_path_of_the_index(folder, tmp_path):
     changes = index.update()
     assert changes.skipped == ("group0/see-also: a link to group1/kind1",)
     assert index.vectors()[0] == [p for p in paths_in(folder) if "see-also" not in p]
+    # A query through a link is the image that is in the index.
+    query = folder / "group0" / "see-also" / "0.png"
+    assert index.path_of(query) == "group1/kind1/0.png"
+    assert index.path_of(folder / "group0" / "nothing.png") == "group0/nothing.png"
 
 
 def test_rejected_files_are_read_once(folder, tmp_path, monkeypatch):

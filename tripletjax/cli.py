@@ -768,7 +768,7 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             parser.error(f"{error} Or give --within DISTANCE, or --closed")
     index, _ = _updated(given["gallery"], given, embedder)
     gallery = identify.Gallery.of(
-        index, means=given["means"], classes_from=given["classes_from"]
+        index, means=given["means"], classes_from=given["classes_from"], flat=True
     )
     for line in gallery.notes:
         print(f"- {line}")
@@ -785,7 +785,13 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         print(line)
     print()
     if folder is not None:
-        probes = evaluation.embed_folder(embedder, folder, progress=True, least=1)
+        probes = evaluation.embed_folder(
+            embedder,
+            folder,
+            name_of_file=gallery.name_of_probe,
+            progress=True,
+            least=1,
+        )
         for line in (*probes.notes, *probes.skipped):
             print(f"- {line}")
         names = [probes.names[label] for label in probes.labels]

@@ -262,12 +262,20 @@ class Index:
         return rows["path"].to_pylist(), _matrix(rows["vector"])
 
     def path_of(self, file: str | Path) -> str | None:
-        """The path of a file within the folder, or None if it lies elsewhere."""
+        """The path of a file within the folder, or None if it lies elsewhere.
+
+        Of two paths to it through a link, that which is in the index.
+        """
         file = Path(os.path.abspath(file))
-        for given in (file, file.resolve()):
-            if given.is_relative_to(self.folder):
-                return encoded(given.relative_to(self.folder))
-        return None
+        paths = [
+            encoded(one.relative_to(self.folder))
+            for one in dict.fromkeys([file, file.resolve()])
+            if one.is_relative_to(self.folder)
+        ]
+        if len(paths) > 1 and self._table is not None:
+            rows = self._rows(self._table, ["path"], _one_of("path", paths))
+            return (rows["path"].to_pylist() or paths)[0]
+        return paths[0] if paths else None
 
     def file_of(self, path: str) -> Path:
         """The file of a path of the index."""

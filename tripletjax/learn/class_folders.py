@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tripletjax.learn.folder_listing import find_files, printable
@@ -17,6 +17,10 @@ BY_DATE = re.compile(
 )
 # Folders that share out the same classes.
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+# The number of an image in its name, as in ``ann_0002`` and ``ann (2)``.
+NUMBER = re.compile(r"[-_. ]+\(?\d+\)?$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +54,19 @@ class ClassFolders:
         return dataclasses.replace(self, files=files, paths=paths, classes=classes)
 
 
-def find_classes(folder: Path, classes_from: str | None = None) -> ClassFolders:
+def find_classes(
+    folder: Path,
+    classes_from: str | None = None,
+    *,
+    name_of_file: Callable[[str], str] | None = None,
+) -> ClassFolders:
     """The files in a folder of classes, whatever they hold.
 
     Args:
         folder: the data folder.
         classes_from: as in `load`.
+        name_of_file: the class of a file, from its name without the suffix, where all
+            images lie in the folder itself. If not given, that is an error.
 
     Raises:
         ValueError: if there are none in folders, or images in none.
@@ -63,12 +74,24 @@ def find_classes(folder: Path, classes_from: str | None = None) -> ClassFolders:
     folder = folder.resolve()
     listing = find_files(folder)
     loose = [file for file in listing.files if file.parent == folder]
-    if images := [file.name for file in loose if is_image(file)]:
-        raise ValueError(
-            f"{folder} must hold one folder per class, but {len(images)} images lie in "
-            f"it directly, such as {images[0]}."
-        )
     files = [file for file in listing.files if file.parent != folder]
+    skipped = tuple(f"{printable(str(path))}: {why}" for path, why in listing.skipped)
+    left_out = tuple(listing.notes)
+    if images := [file for file in loose if is_image(file)]:
+        if name_of_file is None or any(map(is_image, files)):
+            raise ValueError(
+                f"{folder} must hold one folder per class, but {len(images)} images "
+                f"lie in it directly, such as {printable(images[0].name)}."
+            )
+        return ClassFolders(
+            images,
+            [file.name for file in images],
+            [name_of_file(file.stem) for file in images],
+            [file for file in listing.files if file not in {*images}],
+            ("images lie in one folder: their names are classes",),
+            left_out,
+            skipped,
+        )
     if not files:
         raise ValueError(f"{folder} has no images in folders.")
     relative = [str(file.relative_to(folder)) for file in files]
@@ -92,8 +115,6 @@ def find_classes(folder: Path, classes_from: str | None = None) -> ClassFolders:
             f"{'folders in the data folder' if level == 'top' else 'folders of images'}"
             f" are classes (classes from {level}): {why}"
         )
-    skipped = tuple(f"{printable(str(path))}: {why}" for path, why in listing.skipped)
-    left_out = tuple(listing.notes)
     return ClassFolders(
         files, relative, folders, loose, tuple(notes), left_out, skipped
     )
@@ -109,3 +130,8 @@ def _level(folders: Sequence[str]) -> tuple[str, str]:
     if dated > len(nested) / 2:
         return "top", "their sub-folders are named by date or session"
     return "leaf", "their names are no dates or sessions"
+
+
+def without_number(name: str) -> str:
+    """A file's name without the number that ends it, if there is one."""
+    return NUMBER.sub("", name) or name

@@ -145,6 +145,7 @@ def embed_folder(
     keep: int = 0,
     least: int = 2,
     classes_from: str | None = None,
+    name_of_file: Callable[[str], str] | None = None,
     progress: bool = False,
 ) -> Embedded:
     """Reads and embeds a folder of classes, a part at a time.
@@ -157,12 +158,13 @@ def embed_folder(
         keep: so many images of one shape are kept for a picture.
         least: the least number of classes.
         classes_from: which of nested folders are classes, as in `datasets.load`.
+        name_of_file: as in `find_classes`.
         progress: whether to show a progress bar.
 
     Raises:
         ValueError: if it has fewer classes that can be read.
     """
-    found = find_classes(folder, classes_from)
+    found = find_classes(folder, classes_from, name_of_file=name_of_file)
     if choose is not None:
         both = zip(found.paths, map(printable, found.classes))
         found = found.part([i for i, one in enumerate(both) if choose(*one)])
