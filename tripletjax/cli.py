@@ -894,6 +894,8 @@ def _export(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             f"{told}from images uint8 [n, {height}, {width}, {channels}] to vectors "
             f"[n, {made.dim}]"
         )
+    if made.preparation is not None:
+        print(f"{_shown(made.preparation)} holds the preparation of its images")
     for note in made.notes:
         print(f"- {note}")
     print(f"on {made.of} it differs from the run by at most {made.difference:.1g}")

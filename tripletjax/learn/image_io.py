@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import json
 import re
 import threading
 import warnings
@@ -147,6 +148,21 @@ class ImageSpec:
         height, width = (max(1, round(scale * side)) for side in (height, width))
         return cls(height, width, 3 if colour else 1, white, background)
 
+    @classmethod
+    def read(cls, file: str | Path) -> "ImageSpec":
+        """Read the JSON that `tripletjax export` writes beside a file.
+
+        Raises:
+            OSError: if it cannot be read.
+            ValueError: if it is not such a file.
+        """
+        try:
+            return cls(**json.loads(Path(file).read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file} must be written by tripletjax export: {error}."
+            ) from None
+
     def fit(self, image: Image.Image) -> np.ndarray:
         """An image as uint8 ``[height, width, channels]``, never distorted.
 
@@ -167,6 +183,31 @@ class ImageSpec:
         top, left = (self.height - height) // 2, (self.width - width) // 2
         whole[top : top + height, left : left + width] = pixels
         return whole
+
+
+def prepare_images(
+    files: Sequence[str | Path | BinaryIO], spec: ImageSpec | str | Path
+) -> np.ndarray:
+    """Prepare image files as a run does, for a file that `tripletjax export` wrote.
+
+    Images are turned upright, reduced to 8 bits, laid on the background, and fitted
+    without distortion. Needs JAX, NumPy and Pillow.
+
+    Args:
+        files: paths of image files, or open binary files.
+        spec: of the images, or the path of the JSON file beside the exported one.
+
+    Returns:
+        uint8 ``[n, height, width, channels]``.
+
+    Raises:
+        OSError: if a file cannot be read as an image.
+        ValueError: if there are no files.
+    """
+    if not files:
+        raise ValueError("files must not be empty.")
+    spec = spec if isinstance(spec, ImageSpec) else ImageSpec.read(spec)
+    return np.stack([spec.fit(open_image(file)) for file in files])
 
 
 class ImageSource(Protocol):
