@@ -308,8 +308,8 @@ def test_two_at_once_wait_for_one_another(folder, tmp_path):
     [
         ({"k": 0}, "k must be at least 1"),
         (
-            {"classes": ["group0", "kind0"]},
-            "classes must be folders of the index, got 'group0'",
+            {"classes": ["group0/kind0", "kind0"]},
+            "classes must be folders of the index, got 'kind0'",
         ),
         ({"within": -1.0}, "within must be at least 0"),
         ({"vectors": np.zeros((1, 2))}, "must have 9 dimensions, got 2"),
@@ -510,3 +510,27 @@ def test_rejected_files_are_read_once(folder, tmp_path, monkeypatch):
     read.clear()
     index.update()
     assert sorted(read) == ["half.png", "notes.txt"]
+
+
+def test_classes_are_folders_at_any_depth(tmp_path):
+    folder = tmp_path / "letters"
+    paths = ["Greek/a/1.png", "Greek/b/1.png", "Greekish/a/1.png", "Gr'k/a/1.png"]
+    for number, path in enumerate([*paths, "loose.png"]):
+        content(folder / path, number)
+    index, _ = opened(folder, tmp_path / "db")
+    index.update()
+    _, x = index.vectors()
+    for classes, expected in (
+        (["Greek"], paths[:2]),
+        (["Greek/"], paths[:2]),
+        (["./Greek//a/"], paths[:1]),
+        (["Gr'k/", "Greekish"], paths[2:]),
+        (["Greek", "Greek/b"], paths[:2]),
+        (["."], [*paths, "loose.png"]),
+        ([""], ["loose.png"]),
+        ([], []),
+    ):
+        (hits,) = index.search(x[:1], 9, classes=classes)
+        assert sorted(hit.path for hit in hits) == sorted(expected), classes
+    with pytest.raises(ValueError, match="got 'Gre/'"):
+        index.search(x[:1], classes=["Gre/"])

@@ -515,7 +515,7 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
         "--classes",
         nargs="+",
         metavar="FOLDER",
-        help="only images that lie in these folders of the index",
+        help="only images that lie in these folders of the index, at any depth",
     )
     parser.add_argument(
         "--out",

@@ -12,6 +12,7 @@ import dataclasses
 import io
 import math
 import os
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,7 +152,7 @@ class Index:
             vectors: of the queries, ``[q, d]``.
             k: how many at most.
             within: the largest distance.
-            classes: only images of these classes.
+            classes: only images that lie in these folders of the index, at any depth.
             leave_out: for each query, paths of images that are no hits.
             approximate: whether to look only where most of the nearest are, by
                 `build_approximate`; all images are looked at if that was never called.
@@ -178,7 +179,7 @@ class Index:
         if x.shape[1] != dim:
             raise ValueError(f"vectors must have {dim} dimensions, got {x.shape[1]}.")
         for label in classes or ():
-            if not self._table.count_rows(_one_of("label", [label])):
+            if not self._table.count_rows(_in_folder(label)):
                 raise ValueError(
                     f"classes must be folders of the index, got {label!r}."
                 )
@@ -471,7 +472,8 @@ class Index:
             query = query.bypass_vector_index()
         query = query.select(["path", "label", "_distance"])
         if classes is not None:
-            query = query.where(_one_of("label", classes), prefilter=True)
+            condition = " OR ".join(map(_in_folder, classes)) or "false"
+            query = query.where(condition, prefilter=True)
         rows = query.to_arrow()
         hits: list[list[Hit]] = [[] for _ in x]
         numbers = rows["query_index"].to_pylist() if len(x) > 1 else [0] * len(rows)
@@ -581,3 +583,12 @@ def _matrix(column: Any) -> np.ndarray:
 def _one_of(column: str, values: Sequence[str]) -> str:
     quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
     return f"{column} IN ({quoted})"
+
+
+def _in_folder(folder: str) -> str:
+    """The condition that an image lies in a folder of the index or below it."""
+    label = posixpath.normpath(folder) if folder else ""
+    if label == ".":
+        return "true"
+    own = label.replace("'", "''")
+    return f"(label = '{own}' OR starts_with(label, '{own}/'))"

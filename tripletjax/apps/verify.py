@@ -279,10 +279,12 @@ def _indices_of_pairs(
     protocol: Any, folder: Path, found: evaluation.Embedded
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Numbers of the images of given pairs, by their paths without suffixes."""
-    root = folder.resolve()
-    paths = [file.relative_to(root).as_posix() for file in found.files]
+    paths = [file.relative_to(found.root).as_posix() for file in found.files]
+    outer = found.root.relative_to(folder.resolve()).as_posix() + "/"
     index_of = {_stem(path): number for number, path in enumerate(paths)}
-    broken = {_stem(line.partition(": ")[0]) for line in found.skipped}
+    broken = {
+        _stem(line.partition(": ")[0].removeprefix(outer)) for line in found.skipped
+    }
     there = index_of.keys() | broken
 
     def listed(path: str) -> str:

@@ -52,6 +52,7 @@ class Embedded:
         labels: int32 ``[n]``.
         names: of the classes.
         files: of the images.
+        root: the folder that holds the classes: the data folder, or one within it.
         shown: numbers of the images that are kept for a picture, in order.
         images: these, uint8 ``[k, height, width, channels]``.
         skipped: the files that could not be used, and why.
@@ -62,6 +63,7 @@ class Embedded:
     labels: np.ndarray
     names: tuple[str, ...]
     files: tuple[Path, ...]
+    root: Path
     shown: np.ndarray
     images: np.ndarray
     skipped: tuple[str, ...]
@@ -153,8 +155,8 @@ def embed_folder(
     Args:
         embedder: what makes vectors of images.
         folder: one folder of images per class.
-        choose: by its path within the folder and the name of its class, whether an
-            image is taken; all if not given.
+        choose: by its path within the folder that holds the classes, and the name of
+            its class, whether an image is taken; all if not given.
         keep: so many images of one shape are kept for a picture.
         least: the least number of classes.
         classes_from: which of nested folders are classes, as in `datasets.load`.
@@ -166,7 +168,8 @@ def embed_folder(
     """
     found = find_classes(folder, classes_from, name_of_file=name_of_file)
     if choose is not None:
-        both = zip(found.paths, map(printable, found.classes))
+        paths = (file.relative_to(found.root).as_posix() for file in found.files)
+        both = zip(paths, map(printable, found.classes))
         found = found.part([i for i, one in enumerate(both) if choose(*one)])
     draw = np.random.default_rng(0)
     shown = {*draw.permutation(len(found.files))[:keep].tolist()}
@@ -219,6 +222,7 @@ def embed_folder(
         labels.astype(np.int32),
         tuple(map(str, names)),
         tuple(found.files[index] for index in kept),
+        found.root,
         rows,
         np.stack([images[row] for row in rows]) if keep else np.zeros((0, 1, 1, 1)),
         tuple(skipped),
