@@ -416,8 +416,8 @@ def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
     [
         (
             {"unreadable": 1, "blank": 1, "in several classes": 2},
-            "4 files or folders are left out: 1 unreadable, 1 blank, 2 in several "
-            "classes. config.json names each with its reason.",
+            "4 files or folders are left out (unreadable: 1, blank: 1, in several "
+            "classes: 2). config.json names each with its reason.",
         ),
         ({}, "parameters; images: 8 train.\nEverything is in"),
     ],

@@ -269,6 +269,8 @@ def test_broken_images_are_named_and_skipped(tmp_path):
         ]
         counts = {name: n for name, n in dataset.skip_counts.items() if n}
         assert counts == {"unreadable": 6, "folders without images": 1}
+        told = "an image that can be used: papers; most often, it is no image that can"
+        assert sum(told in note for note in dataset.decoding.notes) == 1
         assert len(dataset.label_names) == 8
     assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 32
 

@@ -387,9 +387,9 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     print(f"\n{summary['parameters']:,} parameters; {what}: {', '.join(counts)}.")
     if skipped:
         counts = summary.get("skipped", {}).items()
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts)
+        reasons = ", ".join(f"{reason}: {n:,}" for reason, n in counts)
         print(
-            f"{skipped:,} files or folders are left out{reasons and f': {reasons}'}. "
+            f"{skipped:,} files or folders are left out{reasons and f' ({reasons})'}. "
             "config.json names each with its reason."
         )
     print(f"Everything is in {_shown(out)}: look at {picture}.png.")

@@ -5,6 +5,7 @@ through tensorflow-datasets, under a key of their content. The next start reads 
 back, into memory if they fit.
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from tripletjax.learn.catalogue import Catalogue
 from tripletjax.learn.class_folders import find_classes
 from tripletjax.learn.config import CLASSES_FROM, SPLITS
 from tripletjax.learn.digests import digest_of, digest_of_image
-from tripletjax.learn.folder_listing import printable
+from tripletjax.learn.folder_listing import format_names, printable
 from tripletjax.learn.image_analysis import KINDS
 from tripletjax.learn.image_cache import (
     FORMAT,
@@ -270,7 +271,7 @@ def _from_folder(
     directory = cache_directory(data_dir, files_key(files, relative, size, kind))
     options |= {"source": str(folder), "size": size, "kind": kind}
     stored = decode_and_cache(files, open_image, directory, **options)
-    stored = _noted(stored, (*found.notes, *found.left_out, *stored.decoding.notes))
+    notes = [*found.notes, *found.left_out, *stored.decoding.notes]
     names = sorted({folders[index] for index in stored.kept})
     if len(names) < 2:
         raise ValueError(
@@ -283,6 +284,16 @@ def _from_folder(
     skipped += found.skipped
     skipped += [f"{relative[index]}: {why}" for index, why in stored.skipped.items()]
     empty = sorted(set(folders) - set(names))
+    if empty:
+        reasons = collections.Counter(
+            why for index, why in stored.skipped.items() if folders[index] in empty
+        )
+        ((reason, _),) = reasons.most_common(1)
+        notes.append(
+            f"folders without an image that can be used: {format_names(empty)}; most "
+            f"often, {reason}"
+        )
+    stored = _noted(stored, tuple(notes))
     skipped += [f"{name}: nothing in this folder can be used" for name in empty]
     counts = stored.skip_counts
     counts["unreadable"] += len(found.loose)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from tripletjax.learn.image_io import image_suffixes
@@ -12,7 +13,7 @@ NOT_IMAGES = {"thumbs.db", "desktop.ini", "icon\r"}
 NOT_FOLDERS = {"@eadir", "__macosx"}
 # A directory with these files is one of a training run.
 RUN_FILES = {"config.json", "metrics.jsonl"}
-# A line names at most so many folders.
+# A line has at most so many names.
 NAMED = 5
 SPECIAL = {
     stat.S_IFIFO: "a named pipe",
@@ -45,12 +46,12 @@ class FolderListing:
         """Folders that are left out by their content or their names, as lines."""
         notes = []
         if self.runs:
-            runs = _names(self.runs)
+            runs = format_names(self.runs)
             notes.append(f"directories of training runs are left out: {runs}")
         if self.hidden:
             notes.append(
                 "folders with images are left out because their names are hidden or a "
-                f"system's: {_names(self.hidden)}; rename folders that are classes"
+                f"system's: {format_names(self.hidden)}; rename those that are classes"
             )
         return notes
 
@@ -197,10 +198,10 @@ def _holds_images(folder: Path) -> bool:
     )
 
 
-def _names(paths: list[Path]) -> str:
-    more = f" and {len(paths) - NAMED:,} more" if len(paths) > NAMED else ""
-    names = ", ".join(map(str, paths[:NAMED])) + more
-    return printable(names)
+def format_names(names: Sequence[str | Path]) -> str:
+    """Some names in a line, and how many more there are."""
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return printable(", ".join(map(str, names[:NAMED])) + more)
 
 
 def printable(name: str) -> str:
