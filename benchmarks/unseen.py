@@ -28,6 +28,7 @@ import numpy as np
 import tripletjax as tj
 from tripletjax import learn
 from tripletjax.learn import datasets, image_io, runs
+from tripletjax.learn.folder_listing import find_files
 
 EPISODES = 1000
 
@@ -84,7 +85,7 @@ def show(name: str, values) -> None:
 def files_in(folder: Path, images: int | None) -> dict[Path, list[Path]]:
     """The image files of each class, at random if only some are wanted."""
     classes = defaultdict(list)
-    for file in sorted(image_io.image_files(folder)):
+    for file in filter(image_io.is_image, find_files(folder).files):
         classes[file.parent].append(file)
     if images is None:
         return dict(classes)

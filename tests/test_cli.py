@@ -17,6 +17,7 @@ import tripletjax as tj
 from tripletjax import cli, learn
 from tripletjax.apps import verify
 from tripletjax.learn import evaluation
+from tripletjax.learn.record import write_json
 
 
 @pytest.fixture(scope="module")
@@ -420,3 +421,29 @@ def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
         Path(copy).unlink()
     assert cli.main([*command, "--query", str(file)]) == 2
     assert "hits.json cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("skipped", "line"),
+    [
+        (
+            {"unreadable": 1, "blank": 1, "in several classes": 2},
+            "4 files or folders are left out (unreadable: 1, blank: 1, in several "
+            "classes: 2). config.json names each with its reason.",
+        ),
+        ({}, "parameters; images: 8 train.\nEverything is in"),
+    ],
+)
+def test_skipped_files_are_counted_by_their_reason(
+    skipped, line, tmp_path, monkeypatch, capsys
+):
+    def run(config, out, **options):
+        counts = {"train": 8, "skipped": sum(skipped.values())}
+        summary = {"counts": counts, "skipped": skipped, "parameters": 5}
+        out.mkdir()
+        write_json(out / "summary.json", summary)
+        return {"trained": {}}
+
+    monkeypatch.setattr("tripletjax.learn.runs.run", run)
+    assert cli.main(["train", "--out", str(tmp_path / "run")]) == 0
+    assert line in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Where images come from, what is held out, and which make a batch."""
 
 import io
+import itertools
 import os
 import shutil
 import subprocess
@@ -266,6 +267,10 @@ def test_broken_images_are_named_and_skipped(tmp_path):
             "papers/a.pdf",
             "papers",
         ]
+        counts = {name: n for name, n in dataset.skip_counts.items() if n}
+        assert counts == {"unreadable": 6, "folders without images": 1}
+        told = "an image that can be used: papers; most often, it is no image that can"
+        assert sum(told in note for note in dataset.decoding.notes) == 1
         assert len(dataset.label_names) == 8
     assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 32
 
@@ -373,8 +378,12 @@ def test_blank_and_contradictory_images_are_named(tmp_path):
     dataset = datasets.load(str(folder), data_dir=tmp_path / "kept")
     assert dataset.skipped == (
         "group0/kind0/blank.png: blank: all of its pixels are the same",
-        "2 copies of an image: it is in group0/kind0, group1/kind1",
+        "group0/kind0/0.png: the same image is in group1/kind1",
+        "group1/kind1/same.png: the same image is in group0/kind0",
     )
+    counts = {"unreadable": 0, "blank": 1, "in several classes": 2}
+    counts |= {"links, special files or unreadable folders": 0}
+    assert dataset.skip_counts == counts | {"folders without images": 0}
     assert any(
         "2 images that are in several classes" in n for n in dataset.decoding.notes
     )
@@ -636,6 +645,8 @@ def test_encoded_images_of_the_catalogue(tmp_path):
         assert len(part)
     assert sum(map(len, (dataset.train, dataset.validation, dataset.test))) == 24
     assert dataset.skipped == ("6 records without a label",)
+    counts = {"unreadable": 0, "blank": 0, "without a label": 6}
+    assert dataset.skip_counts == counts
 
 
 class NamedPictures(EncodedPictures):
@@ -766,7 +777,7 @@ def test_triplets_of_a_file(tmp_path):
         (["a.png,b.png,c.png", "", "a.png,b.png,c.png,d.png"], "line 3: .* has 4"),
         (["a.png,b.png,a.png"], "line 1: .* three different images, got a.png"),
         (["a.png,b.png,"], "line 1: .* three different images"),
-        (["a.png,b.png,c.png"], "none of 3 images could be read; .*No such file"),
+        (["a.png,b.png,c.png"], r"t\.csv: none of 3 images .* read; .*No such file"),
         (["a,p,n", "a.png,b.png,c.png"], "line 1: .*anchor, positive and negative"),
     ],
 )
@@ -783,6 +794,27 @@ def test_broken_images_of_all_triplets(tmp_path):
     file = write_triplets(tmp_path / "t.csv", ["a.png,b.png,c.png"])
     with pytest.raises(ValueError, match="no triplet of which all images can be read"):
         triplet_files.load_triplets(file, data_dir=tmp_path / "kept")
+
+
+def test_triplets_as_other_programs_write_them(tmp_path):
+    for number, name in enumerate((" a/1.png", "b, c.png", "d.png", "e.png")):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) + 50 * number
+        Image.fromarray(pixels).save(file)
+    names = '" a/1.png"', '"b, c.png"', "d.png", "e.png"
+    rows = [(one, *two) for one in names for two in itertools.permutations(names, 2)]
+    rows = [row for row in rows if len({*row}) == 3]
+    expected = None
+    for separator, slash in ((",", "/"), (";", "/"), ("\t", "/"), ("; ", "\\")):
+        lines = [separator.join(row).replace("/", slash) for row in rows]
+        file = write_triplets(tmp_path / "t.csv", lines)
+        triplets = triplet_files.load_triplets(file, data_dir=tmp_path / "kept")
+        assert (triplets.left_out, triplets.skipped) == (0, ())
+        parts = triplets.train, triplets.validation, triplets.test
+        assert sum(map(len, parts)) == len(rows) == 24
+        expected = expected or triplets.key
+        assert triplets.key == expected
 
 
 # Batches.

@@ -6,14 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from folders import shapes
-from PIL import ExifTags, Image
+from PIL import Image
 from problems import in_lanes
 
 from tripletjax import cli
@@ -21,12 +20,12 @@ from tripletjax.apps import export as exports
 from tripletjax.apps.export import DifferenceError, export, resampling
 from tripletjax.learn.config import MODELS, Config
 from tripletjax.learn.embedder import Embedder, build_model
-from tripletjax.learn.image_io import ImageSpec, View, open_image
+from tripletjax.learn.image_io import ImageSpec, View, open_image, prepare_images
 from tripletjax.learn.plan import ClassBatchPlan, Plan
 from tripletjax.learn.record import ImageRecord, RunRecord
 
+ROOT = Path(__file__).parent.parent
 SHAPE = (20, 24, 1)
-PAGE = Path(__file__).parents[1] / "docs" / "export.md"
 
 
 def untrained(name, shape=SHAPE, **options):
@@ -120,7 +119,8 @@ def test_every_network_is_exported(name, suffix, tmp_path):
     assert (made.shape, made.dim, made.images) == (shape, 16, 6)
     assert made.size == out.stat().st_size
     assert made.difference <= 1e-5
-    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert made.preparation == out.with_name(f"{out.name}.json")
+    assert {*out.parent.iterdir()} == {out, made.preparation}
     with pytest.raises(FileExistsError, match="it is left as it is"):
         export(embedder, out, check=people)
 
@@ -220,9 +220,13 @@ def test_the_command_exports(tmp_path, capsys, monkeypatch):
     assert cli.main(command) == 0
     told = capsys.readouterr().out
     assert "from images uint8 [n, 20, 24, 1] to vectors [n, 16]" in told
+    assert "m.stablehlo.json holds the preparation of its images" in told
     assert "on 4 images of" in told
-    assert cli.main(command) == 2
-    assert "it is left as it is" in capsys.readouterr().err
+    for _ in range(2):
+        assert cli.main(command) == 2
+        assert "it is left as it is" in capsys.readouterr().err
+        # Its preparation alone is not overwritten either.
+        out.unlink(missing_ok=True)
 
 
 def test_weights_beyond_the_image_are_none():
@@ -234,28 +238,81 @@ def test_weights_beyond_the_image_are_none():
     assert ImageSpec(20, 24, 1).channels == 1
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [(60, 25), (11, 40), (24, 20)])
-def test_the_page_prepares_images_as_a_run_does(size, channels, tmp_path, monkeypatch):
-    spec, given = ImageSpec(20, 24, channels), []
+RECIPE = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL
+)
 
-    def session(file):
-        shape = "n", spec.height, spec.width, spec.channels
-        return SimpleNamespace(
-            get_inputs=lambda: [SimpleNamespace(shape=shape)],
-            run=lambda _, inputs: given.append(inputs["images"]) or [None],
-        )
 
-    stub = SimpleNamespace(InferenceSession=session)
-    monkeypatch.setitem(sys.modules, "onnxruntime", stub)
+def photographs(folder):
+    """Images that a resize alone would change: their sides, tags, depth and alpha."""
+    draw = np.random.default_rng(0)
+    noise = draw.integers(0, 200, (6, 5, 3), dtype=np.uint8)
+    noise = np.kron(noise, np.ones((8, 8, 1), np.uint8))
+    image, grey = Image.fromarray(noise), noise[..., 0].astype(np.uint16)
+    image.save(folder / "plain.png")
+    turned = Image.Exif()
+    turned[274] = 6
+    image.save(folder / "turned.jpg", exif=turned.tobytes())
+    image.resize((90, 20)).save(folder / "wide.png")
+    alpha = np.uint8(255) * (grey > 90)
+    Image.fromarray(np.dstack([noise, alpha])).save(folder / "clear.png")
+    Image.fromarray(grey * 15 + 500).save(folder / "deep.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "blocks"),
+    [
+        (".stablehlo", (0, 2)),
+        pytest.param(".onnx", (0, 1), marks=pytest.mark.slow),
+    ],
+)
+def test_the_recipe_of_the_docs_gives_the_vectors_of_the_run(
+    suffix, blocks, tmp_path, monkeypatch
+):
+    embedder = untrained("cnn", (20, 24, 3))
+    images = dataclasses.replace(
+        embedder.record.images, white=4095.0, background="black"
+    )
+    record = dataclasses.replace(embedder.record, images=images)
+    embedder = dataclasses.replace(embedder, shape=images.spec, record=record)
+    (tmp_path / "photos").mkdir()
+    files = photographs(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
-    random = np.random.default_rng(0)
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save("face.jpg", exif=exif)
-    code, *_ = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    exec(code, {})
-    (images,) = given
-    assert images.dtype == np.uint8
-    np.testing.assert_array_equal(images, spec.fit(open_image("face.jpg"))[None])
+    export(embedder, f"faces{suffix}", check=tmp_path / "photos")
+    assert len(RECIPE) == 3
+    names = {}
+    for block in blocks:
+        code = RECIPE[block].replace('["face.jpg"]', repr([*map(str, files)]))
+        code = code.replace("faces.onnx.json", f"faces{suffix}.json")
+        exec(code, names)
+    expected = embedder(files)
+    np.testing.assert_allclose(names["vectors"], expected, atol=1e-4)
+    prepared = [embedder.prepare(open_image(file)) for file in files]
+    np.testing.assert_array_equal(names["pixels"], prepared)
+
+
+def test_preparation_needs_no_training_packages(tmp_path):
+    photographs(tmp_path)
+    code = f"""
+import sys
+from pathlib import Path
+from tripletjax.learn.image_io import ImageSpec, prepare_images
+files = sorted(Path({str(tmp_path)!r}).iterdir())
+assert prepare_images(files, ImageSpec(9, 9, 3)).shape == (5, 9, 9, 3)
+outside = {{name.partition(".")[0] for name in sys.modules}}
+assert not outside & {{"flax", "optax", "orbax", "tensorflow_datasets", "matplotlib"}}
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"height": 3}', '{"other": 3}'])
+def test_a_file_that_is_no_preparation_is_named(content, tmp_path):
+    file = tmp_path / "model.onnx.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"onnx\.json must be written by tripletjax"):
+        prepare_images([tmp_path / "face.jpg"], file)
+    with pytest.raises(ValueError, match="files must not be empty"):
+        prepare_images([], file)
+    with pytest.raises(FileNotFoundError):
+        prepare_images([tmp_path / "face.jpg"], tmp_path / "none.json")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -194,3 +195,68 @@ def test_copies_in_the_gallery_are_said(index):
     assert "are copies of images of the gallery" in "\n".join(
         identify_report.measured(report)
     )
+
+
+def test_a_gallery_of_one_image_per_person_in_one_folder(root, tmp_path):
+    files, _, names = embedded(root / "gallery")
+    people = dict(zip(names[::3], files[::3]))
+    known = tmp_path / "known"
+    known.mkdir()
+    for name, file in people.items():
+        shutil.copy(file, known / f"{name.rpartition('/')[2]}.png")
+    (known / "list.txt").write_text("no image")
+    index = search.Index(known, tmp_path / "database", EMBEDDER)
+    index.update()
+    with pytest.raises(ValueError, match="one folder per class, but 6 images lie in"):
+        Gallery.of(index)
+    gallery = Gallery.of(index, flat=True)
+    assert gallery.names == tuple(f"kind{k}" for k in range(6))
+    assert gallery.notes == ("images lie in one folder: their names are classes",)
+    # A probe of the gallery is compared with the others alone, which is printed.
+    own = [f"kind{k}.png" for k in range(6)]
+    found = identify.identify(gallery, gallery.vectors, threshold=np.inf, own=own)
+    elsewhere = identify.identify(
+        gallery, gallery.vectors, threshold=np.inf, own=["no/such.png", *[None] * 5]
+    )
+    for k, (alone, copy) in enumerate(zip(found, elsewhere)):
+        assert alone.own == own[k]
+        assert alone.name != f"kind{k}"
+        assert (copy.own, copy.name, copy.distance) == (None, f"kind{k}", 0)
+    probes = [known / name for name in own]
+    left_out = "  (itself is left out of the gallery)"
+    assert all(s.endswith(left_out) for s in identify_report.lines(probes, found))
+    assert not any(left_out in s for s in identify_report.lines(probes, elsewhere))
+    assert identify_report.of_probes(probes, found)[2]["own"] == "kind2.png"
+    # Probes in one folder have the names of the gallery, with or without a number.
+    assert [
+        *map(gallery.name_of_probe, ("kind1", "kind1_02", "kind1 (2)", "eve_2"))
+    ] == [
+        *["kind1"] * 3,
+        "eve_2",
+    ]
+
+
+@pytest.mark.slow
+def test_verification_of_images_in_one_folder(root, tmp_path):
+    files, _, names = embedded(root / "gallery")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    numbers = [1 + names[:i].count(name) for i, name in enumerate(names)]
+    for file, name, number in zip(files, names, numbers):
+        short = name.rpartition("/")[2]
+        shutil.copy(file, flat / f"{short}_{number:04d}{file.suffix}")
+    ours = verify.evaluate(EMBEDDER, flat, far=0.2, replicates=10)
+    others = verify.evaluate(EMBEDDER, root / "gallery", far=0.2, replicates=10)
+    for key in ("images", "classes", "verification"):
+        assert ours.report[key] == others.report[key]
+    assert "their names are classes" in ours.report["notes"][0]
+    pairs = tmp_path / "pairs.txt"
+    pairs.write_text("2\nkind0 1 2\nkind1 2 3\nkind0 1 kind1 1\nkind2 1 kind3 1\n")
+    given = verify.evaluate(EMBEDDER, flat, pairs_file=pairs, replicates=10)
+    assert (len(given.pairs.same), len(given.pairs.different)) == (2, 2)
+    for file in flat.glob("*_000[23].*"):
+        file.unlink()
+    with pytest.raises(
+        ValueError, match=r"no pair of the same class.*ann_1\.png, ann_2"
+    ):
+        verify.evaluate(EMBEDDER, flat, replicates=10)

@@ -1060,6 +1060,31 @@ def test_choices_by_the_data(shape, kinds, each, expected):
     assert (of.classes, of.per_class, of.rotation_classes) == (2, 3, 1)
 
 
+@pytest.mark.parametrize(
+    ("several", "words"),
+    [
+        (0, "warning: 12 of 12 classes have one training image: their positives are"),
+        (1, "warning: 11 of 12 classes have one training image: their positives are"),
+        (4, "8 classes of one training image are not trained on: no positive"),
+        (12, None),
+    ],
+)
+def test_classes_of_one_image_are_told(several, words):
+    dataset = with_images((12, 12, 1), 12, 2)
+    labels = dataset.train.labels
+    kept = np.array(
+        [
+            label < several or index == np.argmax(labels == label)
+            for index, label in enumerate(labels)
+        ]
+    )
+    few = dataclasses.replace(dataset, train=dataset.train.part(kept))
+    _, notes = tasks.LabelTask(few).plan(runs.Config())
+    told = [note for note in notes if "one training image" in note]
+    assert len(told) == (words is not None)
+    assert all(note.startswith(words) for note in told)
+
+
 def test_mirrored_classes_are_not_mirrored_at_random():
     task = tasks.LabelTask(with_images((12, 12, 3), 40, 5))
     assert task.plan(runs.Config(rotation_classes=4))[0].augment.flip

@@ -29,6 +29,9 @@ def test_lfw_pairs(tmp_path):
     np.testing.assert_array_equal(pairs.fold, [0, 0, 1, 1])
     path.write_text("\ufeff1\nAda B\t1\t2\nAda B\t1\tBo C\t3\n", encoding="utf-8")
     assert lfw.read_pairs(path).second[1] == "Bo C/Bo C_0003.jpg"
+    path.write_text("1\n Ada\t1\t2\r\nAda \t1\t Bo\t 3 \t\n")
+    assert lfw.read_pairs(path).first == [" Ada/ Ada_0001.jpg", "Ada /Ada _0001.jpg"]
+    assert lfw.read_pairs(path).second[1] == " Bo/ Bo_0003.jpg"
     path.write_text("1\nAda 1 2\nAda 1 Bo 3\n")
     assert lfw.read_pairs(path, suffix=".png").first[0].endswith(".png")
 

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tripletjax as tj
-from tripletjax.apps import search, search_report
+from tripletjax.apps import rejections, search, search_report
 from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.images import decoded as of_text
 from tripletjax.apps.images import encoded as as_text
+from tripletjax.learn import folder_listing
 from tripletjax.learn.record import write_json
 
 
@@ -326,8 +327,8 @@ def test_two_at_once_wait_for_one_another(folder, tmp_path):
     [
         ({"k": 0}, "k must be at least 1"),
         (
-            {"classes": ["group0", "kind0"]},
-            "classes must be folders of the index, got 'group0'",
+            {"classes": ["group0/kind0", "kind0"]},
+            "classes must be folders of the index, got 'kind0'",
         ),
         ({"within": -1.0}, "within must be at least 0"),
         ({"vectors": np.zeros((1, 2))}, "must have 9 dimensions, got 2"),
@@ -448,3 +449,110 @@ def test_killed_at_any_moment_the_next_update_completes_it(tmp_path, seed, kills
     assert paths == paths_in(folder)
     images = [Image.open(folder / path) for path in paths]
     np.testing.assert_array_equal(x, vectors_of(embedder, images))
+
+
+def test_images_of_an_unreadable_folder_stay_in_the_index(
+    folder, tmp_path, monkeypatch
+):
+    index, function = opened(folder, tmp_path / "db")
+    index.update()
+    (folder / "group0" / "kind0" / "0.png").unlink()
+    scandir = os.scandir
+
+    def closed_scandir(path="."):
+        if Path(path).name == "kind1":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_listing.os, "scandir", closed_scandir)
+        changes = index.update()
+    assert (changes.images, changes.removed) == (23, 1)
+    assert changes.skipped == ("group1/kind1: it cannot be read (Permission denied)",)
+    assert index.update().added == 0
+    assert function.seen == 24
+
+
+def test_links_change_no_path_of_the_index(folder, tmp_path):
+    (folder / "group0" / "see-also").symlink_to("../group1/kind1")
+    index, _ = opened(folder, tmp_path / "db")
+    changes = index.update()
+    assert changes.skipped == ("group0/see-also: a link to group1/kind1",)
+    assert index.vectors()[0] == [p for p in paths_in(folder) if "see-also" not in p]
+    # A query through a link is the image that is in the index.
+    query = folder / "group0" / "see-also" / "0.png"
+    assert index.path_of(query) == "group1/kind1/0.png"
+    assert index.path_of(folder / "group0" / "nothing.png") == "group0/nothing.png"
+
+
+def test_rejected_files_are_read_once(folder, tmp_path, monkeypatch):
+    place = folder / "group0" / "kind0"
+    whole = (place / "0.png").read_bytes()
+    (place / "half.png").write_bytes(whole[: len(whole) // 2])
+    (place / "notes.txt").write_text("no image")
+    Image.new("L", (9, 9)).save(place / "blank.png")
+    with (place / "clip.mp4").open("wb") as clip:
+        clip.write(b"\0\0\0\x20ftypisom")
+        clip.truncate(2**31)
+    index, _ = opened(folder, tmp_path / "db")
+    first = index.update()
+    assert {line.split(":")[0] for line in first.skipped} == {
+        f"group0/kind0/{name}" for name in ("half.png", "notes.txt", "clip.mp4")
+    }
+    read, read_image_file = [], search.read_image_file
+
+    def counted(file):
+        read.append(file.name)
+        return read_image_file(file)
+
+    monkeypatch.setattr(search, "read_image_file", counted)
+    again = index.update()
+    assert sorted(again.skipped) == sorted(first.skipped)
+    assert read == []
+    # What changes is read again, and what is gone is forgotten.
+    (place / "half.png").write_bytes(whole[:60])
+    (place / "clip.mp4").unlink()
+    (place / "notes.txt").write_bytes(whole)
+    last = index.update()
+    assert read == ["half.png", "notes.txt"]
+    assert (last.images, last.added + last.moved) == (26, 1)
+    assert [line.split(":")[0] for line in last.skipped] == ["group0/kind0/half.png"]
+    # An image that is known and becomes none is no longer found.
+    (place / "notes.txt").write_text("no image")
+    for _ in range(2):
+        assert index.update().images == 25
+    # Without its file, or with another decoder, everything is read again.
+    (kept,) = (tmp_path / "db").glob("*.rejected.json")
+    for damage in (b"{", b"[]", b'{"reader": 1}', b"\xff"):
+        kept.write_bytes(damage)
+        read.clear()
+        index.update()
+        assert sorted(read) == ["half.png", "notes.txt"]
+    monkeypatch.setattr(rejections, "formats", lambda: ("PNG", "HEIF"))
+    read.clear()
+    index.update()
+    assert sorted(read) == ["half.png", "notes.txt"]
+
+
+def test_classes_are_folders_at_any_depth(tmp_path):
+    folder = tmp_path / "letters"
+    paths = ["Greek/a/1.png", "Greek/b/1.png", "Greekish/a/1.png", "Gr'k/a/1.png"]
+    for number, path in enumerate([*paths, "loose.png"]):
+        content(folder / path, number)
+    index, _ = opened(folder, tmp_path / "db")
+    index.update()
+    _, x = index.vectors()
+    for classes, expected in (
+        (["Greek"], paths[:2]),
+        (["Greek/"], paths[:2]),
+        (["./Greek//a/"], paths[:1]),
+        (["Gr'k/", "Greekish"], paths[2:]),
+        (["Greek", "Greek/b"], paths[:2]),
+        (["."], [*paths, "loose.png"]),
+        ([""], ["loose.png"]),
+        ([], []),
+    ):
+        (hits,) = index.search(x[:1], 9, classes=classes)
+        assert sorted(hit.path for hit in hits) == sorted(expected), classes
+    with pytest.raises(ValueError, match="got 'Gre/'"):
+        index.search(x[:1], classes=["Gre/"])

@@ -105,12 +105,18 @@ def test_what_is_uploaded_is_read_within_limits(served, tmp_path):
     (tmp_path / "half.png").write_bytes(
         served.index.file_of(served.paths[0]).read_bytes()[:60]
     )
+    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     for file, words in (
         (None, "Give an image first"),
         (str(tmp_path / "text.png"), "no image that can be read"),
         (str(tmp_path / "half.png"), "no image that can be read"),
         (bomb(tmp_path / "large.png", 10_000), "10,000 x 10,000 pixels"),
-        (bomb(tmp_path / "larger.png", 60_000), "far too large"),
+        (
+            bomb(tmp_path / "larger.png", 60_000),
+            "too large: it has more pixels than Pillow opens; at most 40 megapixels",
+        ),
+        (str(tmp_path / "photo.heic"), "that can be read: it is a HEIC image"),
+        (str(tmp_path / "gone.png"), r"This file cannot be read\.$"),
     ):
         with pytest.raises(serve.RefusedError, match=words):
             served.read(file)

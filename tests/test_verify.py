@@ -313,6 +313,14 @@ def test_given_pairs_in_their_folds(tmp_path):
     less = verify.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
     assert less.report["verification"]["positives"] == 5
     assert "1 pairs are left out" in " ".join(less.report["notes"])
+    # The single outer folder of an archive changes nothing.
+    (tmp_path / "archive").mkdir()
+    folder.rename(tmp_path / "archive" / "lfw")
+    again = verify.evaluate(
+        EMBEDDER, tmp_path / "archive", pairs_file=file, replicates=10
+    )
+    assert again.report["verification"] == less.report["verification"]
+    (tmp_path / "archive" / "lfw").rename(folder)
     broken.unlink()
     with pytest.raises(FileNotFoundError, match="1 images that are not in"):
         verify.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)

@@ -386,8 +386,11 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     )
     print(f"\n{summary['parameters']:,} parameters; {what}: {', '.join(counts)}.")
     if skipped:
+        counts = summary.get("skipped", {}).items()
+        reasons = ", ".join(f"{reason}: {n:,}" for reason, n in counts)
         print(
-            f"config.json names what was left out, with reasons: entries {skipped:,}."
+            f"{skipped:,} files or folders are left out{reasons and f' ({reasons})'}. "
+            "config.json names each with its reason."
         )
     print(f"Everything is in {_shown(out)}: look at {picture}.png.")
     return 0
@@ -512,7 +515,7 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
         "--classes",
         nargs="+",
         metavar="FOLDER",
-        help="only images that lie in these folders of the index",
+        help="only images that lie in these folders of the index, at any depth",
     )
     parser.add_argument(
         "--out",
@@ -765,7 +768,7 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             parser.error(f"{error} Or give --within DISTANCE, or --closed")
     index, _ = _updated(given["gallery"], given, embedder)
     gallery = identify.Gallery.of(
-        index, means=given["means"], classes_from=given["classes_from"]
+        index, means=given["means"], classes_from=given["classes_from"], flat=True
     )
     for line in gallery.notes:
         print(f"- {line}")
@@ -782,7 +785,13 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         print(line)
     print()
     if folder is not None:
-        probes = evaluation.embed_folder(embedder, folder, progress=True, least=1)
+        probes = evaluation.embed_folder(
+            embedder,
+            folder,
+            name_of_file=gallery.name_of_probe,
+            progress=True,
+            least=1,
+        )
         for line in (*probes.notes, *probes.skipped):
             print(f"- {line}")
         names = [probes.names[label] for label in probes.labels]
@@ -885,6 +894,8 @@ def _export(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             f"{told}from images uint8 [n, {height}, {width}, {channels}] to vectors "
             f"[n, {made.dim}]"
         )
+    if made.preparation is not None:
+        print(f"{_shown(made.preparation)} holds the preparation of its images")
     for note in made.notes:
         print(f"- {note}")
     print(f"on {made.of} it differs from the run by at most {made.difference:.1g}")

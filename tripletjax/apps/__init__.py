@@ -20,6 +20,7 @@ __all__ = [
     "identify_report",
     "images",
     "pairs",
+    "rejections",
     "search",
     "search_report",
     "serve",

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from PIL import Image
 
 from tripletjax.learn.embedder import ImageEmbedder, load_embedder
+from tripletjax.learn.image_io import to_rgb
 
 Function = Callable[[list[Image.Image]], ArrayLike]
 
@@ -21,7 +22,7 @@ class FunctionEmbedder:
     function: Function
 
     def prepare(self, image: Image.Image, /) -> Image.Image:
-        return image.convert("RGB")
+        return to_rgb(image)
 
     def embed(self, prepared: Sequence[Image.Image], /) -> np.ndarray:
         x = np.asarray(self.function([*prepared]), np.float32)
@@ -57,7 +58,8 @@ def embedder_of(
                 "key must name the function, such as 'my-network-v1': an index is "
                 "never mixed of two of them."
             )
-        return FunctionEmbedder(f"function {key}", source)
+        # Another number refuses indexes of images that were prepared otherwise.
+        return FunctionEmbedder(f"function {key}, preparation 2", source)
     if key is not None:
         raise ValueError(f"key is for functions, got {key!r} for the run {source}.")
     return load_embedder(source)

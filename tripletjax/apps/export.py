@@ -29,8 +29,10 @@ from PIL import Image
 from tripletjax.learn import backbones, pretrained
 from tripletjax.learn.backbones.layers import whole_depthwise
 from tripletjax.learn.embedder import BACKBONE, Embedder, as_floats, build_model
-from tripletjax.learn.image_io import View, find_files, open_image
+from tripletjax.learn.folder_listing import find_files
+from tripletjax.learn.image_io import View, open_image
 from tripletjax.learn.models import Standardized
+from tripletjax.learn.record import write_json
 from tripletjax.learn.weights import save_weights, shapes_of
 
 # Of each file the largest difference from the run that is let through.
@@ -50,6 +52,8 @@ class Exported:
 
     Attributes:
         file: where it is.
+        preparation: the JSON file beside it, by which images are prepared for it; None
+            for weights.
         size: in bytes.
         shape: height, width and channels of the images that it takes.
         dim: of the vectors that it gives; of a backbone's, how many features.
@@ -60,6 +64,7 @@ class Exported:
     """
 
     file: Path
+    preparation: Path | None
     size: int
     shape: tuple[int, int, int]
     dim: int
@@ -80,10 +85,12 @@ def export(
 
     Args:
         embedder: of a run.
-        out: the file, which must not be there: ``.stablehlo`` for `jax.export`, of any
+        out: the file, which must not exist: ``.stablehlo`` for `jax.export`, of any
             batch size, for CPU, CUDA and TPU; ``.onnx`` for ONNX; ``.safetensors`` for
             the weights of a backbone that was trained, without the head, under the
-            names of the file that it began with, or torchvision's.
+            names of the file that it began with, or torchvision's. Beside a function,
+            ``FILE.json`` holds the preparation of images, for
+            `learn.image_io.prepare_images`.
         check: a folder with images that they are compared on. If not given, images that
             the run has learnt from, if they are still there, and else noise.
 
@@ -100,9 +107,11 @@ def export(
     out = Path(out)
     if out.suffix not in SUFFIXES:
         raise ValueError(f"out must end in {', '.join(SUFFIXES)}, got {out}.")
-    if out.exists():
-        raise FileExistsError(f"{out} is there; it is left as it is.")
     weights = out.suffix == WEIGHTS
+    preparation = None if weights else out.with_name(f"{out.name}.json")
+    for file in (out, preparation):
+        if file is not None and file.exists():
+            raise FileExistsError(f"{file} is there; it is left as it is.")
     if weights:
         _check_trained_backbone(embedder)
     notes = ()
@@ -135,11 +144,15 @@ def export(
                 f"the file for {out} would differ from the run by {difference:.2g} on "
                 f"{of}, more than {TOLERANCE:g}; it is not kept."
             )
+        if preparation is not None:
+            write_json(preparation, dataclasses.asdict(spec))
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
     size, dim = out.stat().st_size, expected.shape[1]
-    return Exported(out, size, shape, dim, len(images), of, difference, notes)
+    return Exported(
+        out, preparation, size, shape, dim, len(images), of, difference, notes
+    )
 
 
 def _check_trained_backbone(embedder: Embedder) -> None:

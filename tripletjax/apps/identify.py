@@ -14,8 +14,9 @@ import tripletjax as tj
 from tripletjax.apps.calibration import NEEDED, Calibration, TooFewPairsError
 from tripletjax.apps.images import encoded
 from tripletjax.apps.search import Index
-from tripletjax.learn.class_folders import find_classes, printable
+from tripletjax.learn.class_folders import find_classes, without_number
 from tripletjax.learn.evaluation import number, percent
+from tripletjax.learn.folder_listing import printable
 
 REPORT = "tripletjax identification"
 RANKS, FPIRS = (1, 5), (0.1, 0.01, 0.001)
@@ -47,14 +48,26 @@ class Gallery:
 
     @classmethod
     def of(
-        cls, index: Index, *, means: bool = False, classes_from: str | None = None
+        cls,
+        index: Index,
+        *,
+        means: bool = False,
+        classes_from: str | None = None,
+        flat: bool = False,
     ) -> "Gallery":
         """The images of an index that is up to date, by their folders.
+
+        Args:
+            index: of the images.
+            means: whether probes are compared with class means.
+            classes_from: which of nested folders are classes, as in `datasets.load`.
+            flat: whether images may lie in the folder itself, each a class by its name.
 
         Raises:
             ValueError: if there are none in folders of classes.
         """
-        found = find_classes(index.folder, classes_from)
+        name_of_file = str if flat else None
+        found = find_classes(index.folder, classes_from, name_of_file=name_of_file)
         classes = {
             encoded(Path(path)): printable(name)
             for path, name in zip(found.paths, found.classes)
@@ -78,6 +91,11 @@ class Gallery:
             labels=self.labels[kept],
             paths=tuple(np.array(self.paths, object)[kept]),
         )
+
+    def name_of_probe(self, name: str) -> str:
+        """The class of a probe by the name of its file, with or without a number."""
+        short = without_number(name)
+        return short if name not in self.names and short in self.names else name
 
     @property
     def references(self) -> tuple[np.ndarray, np.ndarray]:
@@ -116,6 +134,7 @@ class Identity:
         path: of its image in the gallery that is nearest to the probe.
         runner_up: the name of the next class, if there is one.
         runner_up_distance: to it.
+        own: the probe's own path in the gallery, from which it is left out, or None.
     """
 
     name: str | None
@@ -124,6 +143,7 @@ class Identity:
     path: str
     runner_up: str | None
     runner_up_distance: float | None
+    own: str | None = None
 
 
 def identify(
@@ -146,7 +166,9 @@ def identify(
     Raises:
         ValueError: if a probe is all that there is in the gallery.
     """
+    paths = {*gallery.paths}
     own = [None] * len(vectors) if own is None else own
+    own = [path if path in paths else None for path in own]
     found: dict[int, Identity] = {}
     others = [i for i, path in enumerate(own) if path is None]
     if others:
@@ -160,7 +182,8 @@ def identify(
         if not known.paths:
             raise ValueError("the gallery holds the probe alone.")
         (distances,), (labels,) = known.nearest(vectors[i : i + 1], 2)
-        found[i] = _identity(known, vectors[i], distances, labels, threshold)
+        identity = _identity(known, vectors[i], distances, labels, threshold)
+        found[i] = dataclasses.replace(identity, own=path)
     return [found[i] for i in range(len(vectors))]
 
 

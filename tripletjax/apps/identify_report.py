@@ -80,6 +80,8 @@ def lines(files: Sequence[Path], found: Sequence[Identity]) -> Iterator[str]:
             told += f"  nearest {one.nearest}"
         if one.runner_up is not None:
             told += f"  next {one.runner_up} {one.runner_up_distance:.4f}"
+        if one.own is not None:
+            told += "  (itself is left out of the gallery)"
         yield told
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tripletjax.learn.image_io import open_image
+from tripletjax.learn.image_io import open_image, to_rgb
 
 # The longer side of images in a picture, in pixels.
 SIDE = 112
@@ -36,7 +36,7 @@ def thumbnail(file: Path) -> np.ndarray:
 def shrunk(image: Image.Image) -> np.ndarray:
     """An image on a white square, uint8 ``[SIDE, SIDE, 3]``."""
     sheet = Image.new("RGB", (SIDE, SIDE), "white")
-    image = image.convert("RGB")
+    image = to_rgb(image)
     image.thumbnail((SIDE, SIDE))
     if max(image.size) < SIDE:
         scale = SIDE // max(image.size)

@@ -12,6 +12,7 @@ import dataclasses
 import io
 import math
 import os
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +25,16 @@ from lancedb.index import IvfFlat
 from tqdm import tqdm
 
 from tripletjax.apps.images import decoded, encoded
+from tripletjax.apps.rejections import Rejections
 from tripletjax.learn.digests import digest_of
 from tripletjax.learn.embedder import ImageEmbedder
-from tripletjax.learn.image_io import find_files, open_image, read_ahead
+from tripletjax.learn.folder_listing import find_files
+from tripletjax.learn.image_io import (
+    ImageError,
+    open_image,
+    read_ahead,
+    read_image_file,
+)
 
 # Of the layout of the table; another number refuses older ones.
 FORMAT = "1"
@@ -144,7 +152,7 @@ class Index:
             vectors: of the queries, ``[q, d]``.
             k: how many at most.
             within: the largest distance.
-            classes: only images of these classes.
+            classes: only images that lie in these folders of the index, at any depth.
             leave_out: for each query, paths of images that are no hits.
             approximate: whether to look only where most of the nearest are, by
                 `build_approximate`; all images are looked at if that was never called.
@@ -171,7 +179,7 @@ class Index:
         if x.shape[1] != dim:
             raise ValueError(f"vectors must have {dim} dimensions, got {x.shape[1]}.")
         for label in classes or ():
-            if not self._table.count_rows(_one_of("label", [label])):
+            if not self._table.count_rows(_in_folder(label)):
                 raise ValueError(
                     f"classes must be folders of the index, got {label!r}."
                 )
@@ -255,12 +263,20 @@ class Index:
         return rows["path"].to_pylist(), _matrix(rows["vector"])
 
     def path_of(self, file: str | Path) -> str | None:
-        """The path of a file within the folder, or None if it lies elsewhere."""
+        """The path of a file within the folder, or None if it lies elsewhere.
+
+        Of two paths to it through a link, that which is in the index.
+        """
         file = Path(os.path.abspath(file))
-        for given in (file, file.resolve()):
-            if given.is_relative_to(self.folder):
-                return encoded(given.relative_to(self.folder))
-        return None
+        paths = [
+            encoded(one.relative_to(self.folder))
+            for one in dict.fromkeys([file, file.resolve()])
+            if one.is_relative_to(self.folder)
+        ]
+        if len(paths) > 1 and self._table is not None:
+            rows = self._rows(self._table, ["path"], _one_of("path", paths))
+            return (rows["path"].to_pylist() or paths)[0]
+        return paths[0] if paths else None
 
     def file_of(self, path: str) -> Path:
         """The file of a path of the index."""
@@ -280,9 +296,13 @@ class Index:
         for table in gone:
             moved_here |= self._stamps(table)
 
-        found, skipped = find_files(self.folder), []
-        files, stamps = {}, {}
-        for file in found.files:
+        listing = find_files(self.folder)
+        skipped = [f"{encoded(path)}: {why}" for path, why in listing.skipped]
+        rejections = Rejections.read(
+            self.database / f"{self._name}.rejected.json", self.embedder.key
+        )
+        files, stamps, rejected = {}, {}, {}
+        for file in listing.files:
             if file.is_relative_to(self.database):
                 continue
             path = encoded(file.relative_to(self.folder))
@@ -291,8 +311,12 @@ class Index:
             except OSError as error:
                 skipped.append(f"{path}: {error}")
                 continue
-            if before.get(path, (None, None))[0] != stamps[path]:
-                files[path] = file
+            if before.get(path, (None, None))[0] == stamps[path]:
+                continue
+            if reason := rejections.reason(path, stamps[path]):
+                rejected[path] = stamps[path], reason
+                continue
+            files[path] = file
         known = {digest for _, digest in (*before.values(), *moved_here.values())}
         counts, unusable = collections.Counter(), []
 
@@ -315,6 +339,9 @@ class Index:
                 digests, prepared = {}, {}
                 for number, what in zip(part, made):
                     path = paths[number]
+                    if isinstance(what, ImageError):
+                        rejected[path] = stamps[path], str(what)
+                        continue
                     if isinstance(what, OSError):
                         skipped.append(f"{path}: {what}")
                         unusable.append(path)
@@ -346,11 +373,16 @@ class Index:
                     donors.append(self._table)
                 known |= new.keys()
                 bar.update(len(part))
-        removed = [path for path in before if path not in stamps]
+        removed = [
+            path
+            for path in before
+            if path not in stamps and not listing.may_hold(decoded(path))
+        ]
+        skipped += [f"{path}: {reason}" for path, (_, reason) in rejected.items()]
+        unusable += rejected
         self._delete([*removed, *(path for path in unusable if path in before)])
-        notes = []
-        if found.runs:
-            notes.append(f"directories of {len(found.runs)} training runs are left out")
+        rejections.replace(rejected)
+        notes = listing.notes
         notes += self._drop_what_has_moved(gone)
         if self._table is not None and files:
             # Many small pieces are put together, and earlier states dropped.
@@ -367,7 +399,7 @@ class Index:
 
     def _read(self, file: Path, known: set[str]) -> tuple[str, Any]:
         """The content's digest, and what the embedder takes unless it is known."""
-        content = file.read_bytes()
+        content = read_image_file(file)
         digest = digest_of([content])
         if digest in known:
             return digest, None
@@ -440,7 +472,8 @@ class Index:
             query = query.bypass_vector_index()
         query = query.select(["path", "label", "_distance"])
         if classes is not None:
-            query = query.where(_one_of("label", classes), prefilter=True)
+            condition = " OR ".join(map(_in_folder, classes)) or "false"
+            query = query.where(condition, prefilter=True)
         rows = query.to_arrow()
         hits: list[list[Hit]] = [[] for _ in x]
         numbers = rows["query_index"].to_pylist() if len(x) > 1 else [0] * len(rows)
@@ -550,3 +583,12 @@ def _matrix(column: Any) -> np.ndarray:
 def _one_of(column: str, values: Sequence[str]) -> str:
     quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
     return f"{column} IN ({quoted})"
+
+
+def _in_folder(folder: str) -> str:
+    """The condition that an image lies in a folder of the index or below it."""
+    label = posixpath.normpath(folder) if folder else ""
+    if label == ".":
+        return "true"
+    own = label.replace("'", "''")
+    return f"(label = '{own}' OR starts_with(label, '{own}/'))"

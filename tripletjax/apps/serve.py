@@ -12,7 +12,6 @@ import shutil
 import signal
 import tempfile
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from tripletjax.apps.calibration import Calibration
 from tripletjax.apps.embedders import vectors_of
 from tripletjax.apps.images import shrunk, thumbnail
 from tripletjax.apps.search import Index
-from tripletjax.learn.image_io import open_image
+from tripletjax.learn.image_io import ImageError, ImageTooLargeError, open_image
 
 # What is larger is refused before it is decoded.
 MOST_BYTES, MOST_PIXELS = "20mb", 40_000_000
@@ -74,20 +73,18 @@ class Served:
         """
         if not file:
             raise RefusedError("Give an image first.")
-        most = f"at most {MOST_PIXELS / 1e6:.0f} megapixels are taken."
         try:
-            with warnings.catch_warnings():
-                # That it is large is looked at here.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(file) as image:
-                    width, height = image.size
-            if width * height <= MOST_PIXELS:
-                return open_image(file)
-        except Image.DecompressionBombError:
-            raise RefusedError(f"The image is far too large: {most}") from None
-        except (OSError, ValueError, SyntaxError):
-            raise RefusedError("This file is no image that can be read.") from None
-        raise RefusedError(f"The image has {width:,} x {height:,} pixels: {most}")
+            return open_image(file, most_pixels=MOST_PIXELS)
+        except ImageTooLargeError as error:
+            most = f"at most {MOST_PIXELS / 1e6:.0f} megapixels are taken"
+            raise RefusedError(f"The image is too large: {error}; {most}.") from None
+        except ImageError as error:
+            raise RefusedError(
+                f"This file is no image that can be read: {error}."
+            ) from None
+        except OSError:
+            # Its words may name a path of this machine.
+            raise RefusedError("This file cannot be read.") from None
 
     def vector(self, image: Image.Image) -> np.ndarray:
         try:

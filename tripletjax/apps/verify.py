@@ -23,6 +23,7 @@ from tripletjax.apps.embedders import vectors_of
 from tripletjax.apps.images import encoded
 from tripletjax.apps.pairs import PairDistances
 from tripletjax.learn import evaluation
+from tripletjax.learn.class_folders import without_number
 from tripletjax.learn.embedder import Embedder, ImageEmbedder
 from tripletjax.learn.lfw import read_pairs
 
@@ -109,7 +110,8 @@ def evaluate(
 
     Args:
         embedder: of a run, or of any function.
-        folder: one folder of images per class.
+        folder: one folder of images per class, or images alone: their names without
+            numbers are the classes.
         far: the false accept rate of the threshold, a share. If not given, 0.01, and
             no threshold where there are too few pairs to show it.
         pairs_file: a ``pairs.txt`` in the format of Labeled Faces in the Wild; if not
@@ -135,7 +137,10 @@ def evaluate(
     protocol = None if pairs_file is None else read_pairs(pairs_file)
     called = encoded(folder.resolve()) if name is None else name
     without, notes = _not_trained_on(embedder, folder, name)
-    needed = None if protocol is None else {*_stems(protocol.first + protocol.second)}
+    needed = None
+    if protocol is not None:
+        needed = {*_stems(protocol.first + protocol.second)}
+        needed |= {path.rpartition("/")[2] for path in needed}
     found = evaluation.embed_folder(
         embedder,
         folder,
@@ -143,6 +148,7 @@ def evaluate(
             of not in without and (needed is None or _stem(path) in needed)
         ),
         classes_from=classes_from,
+        name_of_file=without_number,
         progress=progress,
     )
     notes += found.notes
@@ -161,7 +167,10 @@ def evaluate(
         fold = np.concatenate([fold[same], fold[~same]])
     if not len(pairs.same) or not len(pairs.different):
         kind = "the same class" if not len(pairs.same) else "different classes"
-        raise ValueError(f"{folder} has no pair of {kind}.")
+        raise ValueError(
+            f"{folder} has no pair of {kind}. It must hold one folder of images per "
+            "class, or images with names such as ann_1.png, ann_2.png and bob_1.png."
+        )
     if far is not None:
         check_enough(pairs.all_different, far)
     for kind, listed, of in (
@@ -270,26 +279,38 @@ def _indices_of_pairs(
     protocol: Any, folder: Path, found: evaluation.Embedded
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Numbers of the images of given pairs, by their paths without suffixes."""
-    root = folder.resolve()
-    paths = [file.relative_to(root).as_posix() for file in found.files]
+    paths = [file.relative_to(found.root).as_posix() for file in found.files]
+    outer = found.root.relative_to(folder.resolve()).as_posix() + "/"
     index_of = {_stem(path): number for number, path in enumerate(paths)}
-    broken = {_stem(line.partition(": ")[0]) for line in found.skipped}
-    pairs = [*zip(_stems(protocol.first), _stems(protocol.second))]
+    broken = {
+        _stem(line.partition(": ")[0].removeprefix(outer)) for line in found.skipped
+    }
+    there = index_of.keys() | broken
+
+    def listed(path: str) -> str:
+        # All images may lie in one folder, and in none of their own names.
+        name = path.rpartition("/")[2]
+        return name if path not in there and name in there else path
+
+    pairs = [
+        tuple(map(listed, both))
+        for both in zip(_stems(protocol.first), _stems(protocol.second))
+    ]
     missing = sorted({p for both in pairs for p in both} - index_of.keys() - broken)
     if missing:
         raise FileNotFoundError(
             f"the file of pairs names {len(missing):,} images that are not in "
             f"{folder}, such as {missing[0]}."
         )
-    there = np.array([all(path in index_of for path in both) for both in pairs])
+    whole = np.array([all(path in index_of for path in both) for both in pairs])
     numbers = [
-        [index_of[path] for path in both] for both, ok in zip(pairs, there) if ok
+        [index_of[path] for path in both] for both, ok in zip(pairs, whole) if ok
     ]
     return (
         np.array(numbers, int).reshape(-1, 2),
-        protocol.same[there],
-        protocol.fold[there],
-        int((~there).sum()),
+        protocol.same[whole],
+        protocol.fold[whole],
+        int((~whole).sum()),
     )
 
 

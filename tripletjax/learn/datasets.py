@@ -5,6 +5,7 @@ through tensorflow-datasets, under a key of their content. The next start reads 
 back, into memory if they fit.
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ import numpy as np
 from PIL import Image
 
 from tripletjax.learn.catalogue import Catalogue
-from tripletjax.learn.class_folders import find_classes, printable
+from tripletjax.learn.class_folders import find_classes
 from tripletjax.learn.config import CLASSES_FROM, SPLITS
 from tripletjax.learn.digests import digest_of, digest_of_image
+from tripletjax.learn.folder_listing import format_names, printable
 from tripletjax.learn.image_analysis import KINDS
 from tripletjax.learn.image_cache import (
     FORMAT,
@@ -70,8 +72,8 @@ class Dataset:
         test: the images to evaluate on.
         label_names: what each label stands for.
         key: a digest of all of it.
-        skipped: what was left out, and why: an entry for a file, or for all copies of
-            an image that is in several classes.
+        skipped: files and folders that are left out, each with the reason.
+        skip_counts: how many they are, by the kind of reason.
         decoding: what was decided of the pictures.
     """
 
@@ -82,7 +84,29 @@ class Dataset:
     label_names: tuple[str, ...]
     key: str
     skipped: tuple[str, ...] = ()
+    skip_counts: dict[str, int] = dataclasses.field(default_factory=dict)
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Images as they were read, before any is held out.
+
+    Attributes:
+        stored: the images that could be read.
+        labels: int32 ``[n]``, of all pictures.
+        pictures: the names of all pictures.
+        label_names: the name of each label.
+        skipped: files and folders that are left out, each with the reason.
+        skip_counts: how many they are, by the kind of reason.
+    """
+
+    stored: DecodedImages
+    labels: np.ndarray
+    pictures: Sequence[str]
+    label_names: tuple[str, ...]
+    skipped: tuple[str, ...]
+    skip_counts: dict[str, int]
 
 
 def load(
@@ -148,22 +172,30 @@ def load(
         "progress": progress,
     }
     if name.startswith("tfds:"):
-        stored, labels, names, skipped = _from_catalogue(name, **options)
+        source = _from_catalogue(name, **options)
     elif Path(name).is_dir():
-        stored, labels, names, skipped = _from_folder(
-            Path(name), classes_from=classes_from, **options
-        )
+        source = _from_folder(Path(name), classes_from=classes_from, **options)
     else:
         raise ValueError(
             f"there is no dataset {name!r}: it must be digits, an existing folder, or "
             "tfds:NAME."
         )
-    images = Images(stored.images, labels[stored.kept])
-    images, stored, names, skipped = _checked(images, stored, names, skipped)
+    source = _without_contradictions(source)
+    stored = source.stored
+    images = Images(stored.images, source.labels[stored.kept])
     held_out = HELD_OUT[stored.decoding.kind]
     parts = held_out_images(images.labels, stored.digests, split, held_out)
-    digests = np.array(stored.digests)
-    return _dataset(name, images, digests, parts, names, stored.decoding, skipped)
+    dataset = _dataset(
+        name,
+        images,
+        np.array(stored.digests),
+        parts,
+        source.label_names,
+        stored.decoding,
+    )
+    return dataclasses.replace(
+        dataset, skipped=source.skipped, skip_counts=source.skip_counts
+    )
 
 
 def _digits(data_dir: str | Path | None, split: str, size: int | None) -> Dataset:
@@ -201,7 +233,6 @@ def _dataset(
     parts: Sequence[np.ndarray],
     label_names: Sequence[str],
     decoding: Decoding,
-    skipped: Sequence[str] = (),
 ) -> Dataset:
     train, validation, test = (images.part(part) for part in parts)
     classes = len(np.unique(train.labels))
@@ -220,8 +251,8 @@ def _dataset(
             images.labels[part].tobytes(),
         )
     )
-    names, left_out = tuple(label_names), tuple(skipped)
-    return Dataset(name, train, validation, test, names, key, left_out, decoding)
+    names = tuple(label_names)
+    return Dataset(name, train, validation, test, names, key, decoding=decoding)
 
 
 def _from_folder(
@@ -232,15 +263,15 @@ def _from_folder(
     classes_from: str | None,
     data_dir: str | Path | None,
     **options: Any,
-) -> tuple[DecodedImages, np.ndarray, tuple[str, ...], tuple[str, ...]]:
-    """Images, labels, the names of classes, and what could not be read."""
+) -> _Source:
+    """Images in folders of one class each."""
     folder = folder.resolve()
     found = find_classes(folder, classes_from)
     files, relative, folders = found.files, found.paths, found.classes
     directory = cache_directory(data_dir, files_key(files, relative, size, kind))
     options |= {"source": str(folder), "size": size, "kind": kind}
     stored = decode_and_cache(files, open_image, directory, **options)
-    stored = _noted(stored, (*found.notes, *stored.decoding.notes))
+    notes = [*found.notes, *found.left_out, *stored.decoding.notes]
     names = sorted({folders[index] for index in stored.kept})
     if len(names) < 2:
         raise ValueError(
@@ -250,13 +281,28 @@ def _from_folder(
     numbers = {name: label for label, name in enumerate(names)}
     labels = [numbers.get(name, -1) for name in folders]
     skipped = [f"{file.name}: no image" for file in found.loose]
+    skipped += found.skipped
     skipped += [f"{relative[index]}: {why}" for index, why in stored.skipped.items()]
-    skipped += [
-        f"{name}: nothing in this folder can be used"
-        for name in sorted(set(folders) - set(names))
-    ]
-    names, skipped = (tuple(map(printable, some)) for some in (names, skipped))
-    return stored, np.array(labels, np.int32), names, skipped
+    empty = sorted(set(folders) - set(names))
+    if empty:
+        reasons = collections.Counter(
+            why for index, why in stored.skipped.items() if folders[index] in empty
+        )
+        ((reason, _),) = reasons.most_common(1)
+        notes.append(
+            f"folders without an image that can be used: {format_names(empty)}; most "
+            f"often, {reason}"
+        )
+    stored = _noted(stored, tuple(notes))
+    skipped += [f"{name}: nothing in this folder can be used" for name in empty]
+    counts = stored.skip_counts
+    counts["unreadable"] += len(found.loose)
+    counts |= {"links, special files or unreadable folders": len(found.skipped)}
+    counts |= {"folders without images": len(empty)}
+    names, skipped, pictures = (
+        tuple(map(printable, some)) for some in (names, skipped, relative)
+    )
+    return _Source(stored, np.array(labels, np.int32), pictures, names, skipped, counts)
 
 
 def _noted(stored: DecodedImages, notes: tuple[str, ...]) -> DecodedImages:
@@ -265,34 +311,41 @@ def _noted(stored: DecodedImages, notes: tuple[str, ...]) -> DecodedImages:
     return dataclasses.replace(stored, decoding=decoding)
 
 
-def _checked(
-    images: Images, stored: DecodedImages, names: Sequence[str], skipped: Sequence[str]
-) -> tuple[Images, DecodedImages, Sequence[str], Sequence[str]]:
-    """Without images that are in several classes, which contradict one another."""
+def _without_contradictions(source: _Source) -> _Source:
+    """The same without images that are in several classes."""
+    stored, names = source.stored, source.label_names
+    labels = source.labels[stored.kept]
     classes = {}
-    for index, (digest, label) in enumerate(zip(stored.digests, images.labels)):
-        classes.setdefault(digest, {}).setdefault(int(label), []).append(index)
-    double = {digest: of for digest, of in classes.items() if len(of) > 1}
+    for digest, label in zip(stored.digests, labels.tolist()):
+        classes.setdefault(digest, set()).add(label)
+    double = {digest for digest, several in classes.items() if len(several) > 1}
     if not double:
-        return images, stored, names, skipped
-    told = [
-        f"{sum(map(len, of.values()))} copies of an image: it is in "
-        f"{', '.join(names[label] for label in sorted(of))}"
-        for of in double.values()
+        return source
+    skipped = [
+        f"{source.pictures[index]}: the same image is in "
+        + ", ".join(names[other] for other in sorted(classes[digest] - {label}))
+        for index, digest, label in zip(stored.kept, stored.digests, labels.tolist())
+        if digest in double
     ]
-    keep = np.array([digest not in double for digest in stored.digests])
-    if not keep.any():
-        raise ValueError(f"every image is in several classes: {told[0]}.")
-    kept = np.flatnonzero(keep)
-    stored = dataclasses.replace(
-        stored, digests=[stored.digests[index] for index in kept]
-    )
+    rows = [row for row, digest in enumerate(stored.digests) if digest not in double]
+    if not rows:
+        raise ValueError(f"every image is in several classes: {skipped[0]}.")
     note = (
-        f"{len(keep) - len(kept):,} images that are in several classes are left "
-        "out, and named in config.json"
+        f"{len(skipped):,} images that are in several classes are left out, and named "
+        "in config.json"
     )
-    stored = _noted(stored, (*stored.decoding.notes, note))
-    return images.part(kept), stored, names, (*skipped, *told)
+    stored = dataclasses.replace(
+        stored,
+        images=part_of(stored.images, np.array(rows)),
+        digests=[stored.digests[row] for row in rows],
+        kept=[stored.kept[row] for row in rows],
+    )
+    return dataclasses.replace(
+        source,
+        stored=_noted(stored, (*stored.decoding.notes, note)),
+        skipped=(*source.skipped, *skipped),
+        skip_counts=source.skip_counts | {"in several classes": len(skipped)},
+    )
 
 
 def _from_catalogue(
@@ -302,7 +355,7 @@ def _from_catalogue(
     kind: str | None,
     data_dir: str | Path | None,
     **options: Any,
-) -> tuple[DecodedImages, np.ndarray, tuple[str, ...], tuple[str, ...]]:
+) -> _Source:
     """The same of a dataset of tensorflow-datasets."""
     catalogue = Catalogue.open(name, data_dir)
     labelled = catalogue.indices
@@ -310,9 +363,11 @@ def _from_catalogue(
     directory = cache_directory(data_dir, digest_of([str(made_of)]))
     options |= {"source": f"{name} in {data_dir}", "size": size, "kind": kind}
     stored = decode_and_cache(labelled, catalogue.picture, directory, **options)
-    skipped = [
-        f"record {labelled[index]}: {why}" for index, why in stored.skipped.items()
-    ]
+    pictures = [f"record {index}" for index in labelled]
+    skipped = [f"{pictures[index]}: {why}" for index, why in stored.skipped.items()]
+    counts = stored.skip_counts | {"without a label": catalogue.unlabelled}
     if catalogue.unlabelled:
         skipped.append(f"{catalogue.unlabelled} records without a label")
-    return stored, catalogue.labels, catalogue.names, tuple(skipped)
+    return _Source(
+        stored, catalogue.labels, pictures, catalogue.names, tuple(skipped), counts
+    )

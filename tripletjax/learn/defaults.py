@@ -118,6 +118,12 @@ def plan_for_classes(
             f"{len(counts) - paired:,} classes of one training image are not trained "
             "on: no positive"
         )
+    elif several < len(counts):
+        notes.append(
+            f"warning: {len(counts) - several:,} of {len(counts):,} classes have one "
+            "training image: their positives are copies of it, which differ by "
+            "augmentation alone"
+        )
     if config.relevance == "folders":
         levels = levels_of(dataset.label_names)
         if not len(levels):

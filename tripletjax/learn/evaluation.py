@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 import tripletjax as tj
 from tripletjax.learn import image_io, plots
-from tripletjax.learn.class_folders import find_classes, printable
+from tripletjax.learn.class_folders import find_classes
 from tripletjax.learn.digests import digest_of_image
 from tripletjax.learn.embedder import ImageEmbedder, load_embedder
+from tripletjax.learn.folder_listing import printable
 from tripletjax.learn.record import write_json
 from tripletjax.verification import VerificationMetrics
 
@@ -51,6 +52,7 @@ class Embedded:
         labels: int32 ``[n]``.
         names: of the classes.
         files: of the images.
+        root: the folder that holds the classes: the data folder, or one within it.
         shown: numbers of the images that are kept for a picture, in order.
         images: these, uint8 ``[k, height, width, channels]``.
         skipped: the files that could not be used, and why.
@@ -61,6 +63,7 @@ class Embedded:
     labels: np.ndarray
     names: tuple[str, ...]
     files: tuple[Path, ...]
+    root: Path
     shown: np.ndarray
     images: np.ndarray
     skipped: tuple[str, ...]
@@ -144,6 +147,7 @@ def embed_folder(
     keep: int = 0,
     least: int = 2,
     classes_from: str | None = None,
+    name_of_file: Callable[[str], str] | None = None,
     progress: bool = False,
 ) -> Embedded:
     """Reads and embeds a folder of classes, a part at a time.
@@ -151,24 +155,27 @@ def embed_folder(
     Args:
         embedder: what makes vectors of images.
         folder: one folder of images per class.
-        choose: by its path within the folder and the name of its class, whether an
-            image is taken; all if not given.
+        choose: by its path within the folder that holds the classes, and the name of
+            its class, whether an image is taken; all if not given.
         keep: so many images of one shape are kept for a picture.
         least: the least number of classes.
         classes_from: which of nested folders are classes, as in `datasets.load`.
+        name_of_file: as in `find_classes`.
         progress: whether to show a progress bar.
 
     Raises:
         ValueError: if it has fewer classes that can be read.
     """
-    found = find_classes(folder, classes_from)
+    found = find_classes(folder, classes_from, name_of_file=name_of_file)
     if choose is not None:
-        both = zip(found.paths, map(printable, found.classes))
+        paths = (file.relative_to(found.root).as_posix() for file in found.files)
+        both = zip(paths, map(printable, found.classes))
         found = found.part([i for i, one in enumerate(both) if choose(*one)])
     draw = np.random.default_rng(0)
     shown = {*draw.permutation(len(found.files))[:keep].tolist()}
     x, kept, digests, images, skipped = [], [], [], {}, []
     skipped += [f"{file.name}: not in a folder of a class" for file in found.loose]
+    skipped += found.skipped
 
     def read(file: Path) -> Any:
         return embedder.prepare(image_io.open_image(file))
@@ -199,7 +206,7 @@ def embed_folder(
             f"{folder} has {len(names)} folder of images that can be read; it must "
             f"have at least {least}, one per class."
         )
-    notes = [*found.notes]
+    notes = [*found.notes, *found.left_out]
     if copies := len(digests) - len({*digests}):
         notes.append(
             f"{copies:,} images are copies of others, which are easily found: they "
@@ -215,6 +222,7 @@ def embed_folder(
         labels.astype(np.int32),
         tuple(map(str, names)),
         tuple(found.files[index] for index in kept),
+        found.root,
         rows,
         np.stack([images[row] for row in rows]) if keep else np.zeros((0, 1, 1, 1)),
         tuple(skipped),

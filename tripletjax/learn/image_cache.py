@@ -23,6 +23,7 @@ from tripletjax.learn import cache_folder
 from tripletjax.learn.digests import digest_of, digest_of_file, digest_of_image
 from tripletjax.learn.image_analysis import kind_of, tone_share
 from tripletjax.learn.image_io import (
+    BLANK,
     FRAMES,
     WHITES,
     ImageSpec,
@@ -32,6 +33,7 @@ from tripletjax.learn.image_io import (
     flat,
     has_alpha,
     is_colour,
+    is_image,
     is_wide,
     peak,
     white_of,
@@ -39,6 +41,8 @@ from tripletjax.learn.image_io import (
 
 # Of how images are decoded; another number makes them be decoded again.
 FORMAT = 6
+# Files of more bytes are looked at before they are read as a whole.
+LARGE = 2**24
 # Images of more bytes than this stay on disk.
 IN_MEMORY = 2**31
 # So many pictures are looked at for their size and for colour.
@@ -177,6 +181,12 @@ class DecodedImages:
     skipped: dict[int, str]
     decoding: Decoding
 
+    @property
+    def skip_counts(self) -> dict[str, int]:
+        """How many pictures were skipped, by the kind of reason."""
+        blank = sum(why == BLANK for why in self.skipped.values())
+        return {"unreadable": len(self.skipped) - blank, "blank": blank}
+
 
 def files_key(
     files: Sequence[Path], names: Sequence[str], size: int | None, kind: str | None
@@ -185,6 +195,9 @@ def files_key(
 
     def content(file: Path) -> str:
         try:
+            # Videos and the like are not read as a whole.
+            if (size := file.stat().st_size) > LARGE and not is_image(file):
+                return f"no image of {size} bytes"
             return digest_of_file(file)
         except OSError:
             # It is named when it is to be decoded.

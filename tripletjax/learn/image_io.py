@@ -1,7 +1,11 @@
 """Image files and pictures: found, opened, and made into arrays of one shape."""
 
+import contextlib
 import dataclasses
-import os
+import functools
+import importlib
+import json
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,83 +16,91 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from tripletjax.learn.digests import check_regular
+
 # The longer side that images are seen at: lines need fewer pixels than photographs,
 # which are kept at twice the size, for a part of them to be looked at.
 GREY_SIZE, COLOUR_SIZE, DETAIL = 32, 64, 2
 # Files are read so many at a time.
 READ = 256
 
-
-# Files and folders of systems and programs, whatever they hold.
-NOT_IMAGES = {"thumbs.db", "desktop.ini", "icon\r"}
-NOT_FOLDERS = {"@eadir", "__macosx"}
+# Formats that are opened, as Pillow names them; those that other files resemble come
+# last. Others may start a program, as PostScript does, or have no signature.
+FORMATS = (
+    *("PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "HEIF", "PPM"),
+    *("JPEG2000", "ICO", "CUR", "ICNS", "PCX", "DCX", "SGI", "SUN", "DDS", "QOI"),
+    *("PSD", "FITS", "PIXAR", "MSP", "XBM", "XPM", "TGA"),
+)
+# Files that are often among images, by their first bytes.
+START = 1024
+HEIC = rb".{4}ftyp(hei[cmsx]|hev[cx]|mif1|msf1)"
+FOREIGN = {
+    HEIC: "a HEIC image: pip install pillow-heif adds its decoder",
+    rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI |\0\0\x01[\xb3\xba]": "a video",
+    rb"%!PS|\xc5\xd0\xd3\xc6": "PostScript, which is not opened: convert it to PNG",
+    rb"%PDF-": "a PDF document: convert it to PNG",
+    rb"\s*(<\?xml[^>]*>\s*)?(<!.*?>\s*)*<svg": "an SVG drawing: convert it to PNG",
+    rb"\s*(<!doctype html|<html)": "a web page",
+    rb"version https://git-lfs": "a Git LFS pointer: git lfs pull fetches the image",
+    rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!": "an archive: unpack it",
+    rb"\Z": "an empty file",
+}
 # The largest values that grey of more than 8 bits may have, from 1 to 16 bits.
 WHITES = (1, 255, 1023, 4095, 16383, 65535)
+# The reason why an image of nothing is left out.
+BLANK = "blank: all of its pixels are the same"
 # How many frames an image's file has, in its `info`.
 FRAMES = "tripletjax frames"
 QUIET = threading.Lock()
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """The files of a folder that may be images.
-
-    Attributes:
-        files: in order of their paths.
-        runs: directories of training runs, which are left out.
-    """
-
-    files: list[Path]
-    runs: list[Path]
+class ImageError(OSError):
+    """The content of a file is no image that can be used."""
 
 
-def find_files(folder: Path) -> Found:
-    """The files in a folder and in those within, but hidden ones and systems' own.
-
-    Raises:
-        OSError: if a folder cannot be read.
-    """
-    seen, found, runs = set(), [], []
-    for directory, folders, files in os.walk(folder, onerror=_fail, followlinks=True):
-        # A link may lead back to where it is.
-        real = os.path.realpath(directory)
-        is_run = {"config.json", "metrics.jsonl"} <= set(files)
-        if real in seen or is_run:
-            folders.clear()
-            if is_run:
-                runs.append(Path(directory))
-            continue
-        seen.add(real)
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and name.lower() not in NOT_FOLDERS
-        )
-        found += [
-            Path(directory) / name
-            for name in files
-            if not name.startswith(".") and name.lower() not in NOT_IMAGES
-        ]
-    return Found(sorted(found), sorted(runs))
+class ImageTooLargeError(ImageError):
+    """An image has more pixels than are decoded."""
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images in a folder and in those within, known by what they hold."""
-    return [file for file in find_files(folder).files if is_image(file)]
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Formats that can be opened here, HEIF with the package pillow-heif."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def is_image(file: Path) -> bool:
     """Whether a file begins as an image does."""
     try:
-        with Image.open(file):
+        check_regular(file)
+        with file.open("rb") as opened:
+            _guarded(_identify, opened)
             return True
-    except Exception:
-        # Broken files make Pillow's decoders raise whatever they come across.
+    except OSError:
         return False
 
 
-def _fail(error: OSError) -> None:
-    raise error
+def read_image_file(file: Path) -> bytes:
+    """Read the content of a file that begins as an image does.
+
+    Raises:
+        ImageError: if the file begins otherwise, by its first bytes alone.
+        OSError: if it is not a regular file, or cannot be read.
+    """
+    check_regular(file)
+    with file.open("rb") as opened:
+        _guarded(_identify, opened)
+        opened.seek(0)
+        return opened.read()
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Suffixes of image files, such as ``.png``, in lower case."""
+    registered = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, name in registered if name in formats())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +148,21 @@ class ImageSpec:
         height, width = (max(1, round(scale * side)) for side in (height, width))
         return cls(height, width, 3 if colour else 1, white, background)
 
+    @classmethod
+    def read(cls, file: str | Path) -> "ImageSpec":
+        """Read the JSON that `tripletjax export` writes beside a file.
+
+        Raises:
+            OSError: if it cannot be read.
+            ValueError: if it is not such a file.
+        """
+        try:
+            return cls(**json.loads(Path(file).read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file} must be written by tripletjax export: {error}."
+            ) from None
+
     def fit(self, image: Image.Image) -> np.ndarray:
         """An image as uint8 ``[height, width, channels]``, never distorted.
 
@@ -156,6 +183,31 @@ class ImageSpec:
         top, left = (self.height - height) // 2, (self.width - width) // 2
         whole[top : top + height, left : left + width] = pixels
         return whole
+
+
+def prepare_images(
+    files: Sequence[str | Path | BinaryIO], spec: ImageSpec | str | Path
+) -> np.ndarray:
+    """Prepare image files as a run does, for a file that `tripletjax export` wrote.
+
+    Images are turned upright, reduced to 8 bits, laid on the background, and fitted
+    without distortion. Needs JAX, NumPy and Pillow.
+
+    Args:
+        files: paths of image files, or open binary files.
+        spec: of the images, or the path of the JSON file beside the exported one.
+
+    Returns:
+        uint8 ``[n, height, width, channels]``.
+
+    Raises:
+        OSError: if a file cannot be read as an image.
+        ValueError: if there are no files.
+    """
+    if not files:
+        raise ValueError("files must not be empty.")
+    spec = spec if isinstance(spec, ImageSpec) else ImageSpec.read(spec)
+    return np.stack([spec.fit(open_image(file)) for file in files])
 
 
 class ImageSource(Protocol):
@@ -236,7 +288,7 @@ def flat(
     If `white` is not given, it follows from the image alone.
     """
     if is_wide(image):
-        values = np.asarray(image, np.float64)
+        values = np.nan_to_num(np.asarray(image, np.float64))
         top = white_of(peak(image)) if white is None else white
         bright = np.rint(np.clip(values / top, 0, 1) * 255)
         return Image.fromarray(bright.astype(np.uint8))
@@ -245,6 +297,18 @@ def flat(
         behind = Image.new("RGBA", image.size, background)
         return Image.alpha_composite(behind, image).convert("RGB")
     return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB, prepared as for a network, but by itself alone.
+
+    White is the least number of bits that holds its values; the background of
+    transparency is the one that leaves something to see.
+    """
+    background = "white"
+    if has_alpha(image):
+        background = background_of([image.resize((64, 64))])
+    return flat(image, background=background).convert("RGB")
 
 
 def is_wide(image: Image.Image) -> bool:
@@ -292,33 +356,87 @@ def is_colour(image: Image.Image) -> bool:
     return bool(np.ptp(pixels, axis=-1).mean() > 2)
 
 
-def open_image(file: str | Path | BinaryIO) -> Image.Image:
+def open_image(
+    file: str | Path | BinaryIO, *, most_pixels: int | None = None
+) -> Image.Image:
     """An image file, upright and decoded; of several frames the first.
 
+    Args:
+        file: the file, known by its content and not by its name.
+        most_pixels: more are refused before they are decoded. If not given, Pillow's
+            own limit holds, 179 megapixels.
+
     Raises:
-        OSError: if it is no image, or broken.
+        ImageTooLargeError: if it has more pixels.
+        ImageError: if its content is no image, or broken.
+        OSError: if it is not a regular file, or cannot be read.
     """
+    decode = functools.partial(_decoded, most_pixels=most_pixels)
+    if not isinstance(file, str | Path):
+        return _guarded(decode, file)
+    check_regular(file)
+    with open(file, "rb") as opened:
+        return _guarded(decode, opened)
+
+
+Result = TypeVar("Result")
+
+
+def _guarded(function: Callable[[BinaryIO], Result], file: BinaryIO) -> Result:
+    """Call a function of an image file, and raise its errors as `ImageError`."""
     try:
         try:
-            return _decoded(file)
+            return function(file)
         except Warning:
             # Where warnings are errors, what is odd is still an image. Filters are
             # shared by threads, which wait for one another here.
+            file.seek(0)
             with QUIET, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return _decoded(file)
+                return function(file)
     except UnidentifiedImageError as error:
-        # Pillow's own words may have an address of memory in place of a name.
-        raise OSError("it is no image that can be read") from error
-    except OSError:
+        raise ImageError(_describe(file)) from error
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError("it has more pixels than Pillow opens") from error
+    except MemoryError as error:
+        # Later there may be enough.
+        raise OSError("not enough memory to decode it") from error
+    except ImageError:
         raise
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # Pillow's own errors of broken images have no number.
+        raise ImageError(str(error)) from error
     except Exception as error:
         # Broken files make Pillow's decoders raise whatever they come across.
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        raise ImageError(f"{type(error).__name__}: {error}") from error
 
 
-def _decoded(file: str | Path | BinaryIO) -> Image.Image:
-    with Image.open(file) as image:
+def _describe(file: BinaryIO) -> str:
+    """Why a file is no image, by its first bytes."""
+    file.seek(0)
+    start = file.read(START)
+    for signature, description in FOREIGN.items():
+        if re.match(signature, start, re.DOTALL | re.IGNORECASE):
+            if signature == HEIC and "HEIF" in formats():
+                return "it is a HEIC image that is broken"
+            return f"it is {description}"
+    return "it is no image that can be read"
+
+
+def _identify(file: BinaryIO) -> None:
+    with Image.open(file, formats=formats()):
+        pass
+
+
+def _decoded(file: BinaryIO, *, most_pixels: int | None) -> Image.Image:
+    with Image.open(file, formats=formats()) as image:
+        width, height = image.size
+        if most_pixels is not None and width * height > most_pixels:
+            raise ImageTooLargeError(
+                f"it has {width:,} x {height:,} pixels, more than {most_pixels:,}"
+            )
         image.load()
         first = upright(image)
         try:
@@ -365,9 +483,9 @@ def read_ahead(
 
 
 def check_not_blank(pixels: np.ndarray) -> None:
-    """Raises OSError for an image ``[height, width, channels]`` of nothing."""
+    """Raise ImageError for an image ``[height, width, channels]`` of nothing."""
     if (pixels == pixels[0, 0]).all():
-        raise OSError("blank: all of its pixels are the same")
+        raise ImageError(BLANK)
 
 
 # How an image comes upright, by the orientation that a camera has noted.

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tripletjax.learn.text_files import read_lines
+
 
 class PairsFile(NamedTuple):
     """The pairs of a verification protocol.
@@ -44,9 +46,10 @@ def read_pairs(path: str | Path, *, suffix: str = ".jpg") -> PairsFile:
         `PairsFile`.
 
     Raises:
-        ValueError: if the file does not follow the format; names the line.
+        ValueError: if the file is no text in UTF-8, or does not follow the format;
+            names the line.
     """
-    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    lines = read_lines(path)
     while lines and not lines[-1].strip():
         lines.pop()
 
@@ -72,8 +75,9 @@ def read_pairs(path: str | Path, *, suffix: str = ".jpg") -> PairsFile:
     for k, line in enumerate(lines[1:]):
         alike = k // n % 2 == 0
         try:
-            # Between tabs, names may have spaces.
-            parts = line.strip().split("\t" if "\t" in line.strip() else None)
+            # Between tabs, names may have spaces, also at their ends.
+            line = line.strip("\t") if "\t" in line.strip() else line.strip()
+            parts = line.split("\t" if "\t" in line else None)
             if alike:
                 name, i, j = parts
                 other = name

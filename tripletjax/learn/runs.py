@@ -283,10 +283,12 @@ def _finish(
     shown = {name: e for name, e in compared.items() if name == RAW_PIXELS}
     task.draw(shown | {"trained": embed}, out)
     parameters = jax.tree.leaves(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
+    skipped = {name: n for name, n in task.dataset.skip_counts.items() if n}
     summary = {
         "evaluations": evaluations,
         "parameters": sum(x.size for x in parameters),
-        "counts": task.counts | {"skipped": len(task.dataset.skipped)},
+        "counts": task.counts | {"skipped": sum(skipped.values())},
+        "skipped": skipped,
     }
     write_json(out / "summary.json", summary)
     log.close()

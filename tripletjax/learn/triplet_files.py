@@ -1,6 +1,5 @@
 """Triplets of images that somebody has chosen, in a CSV file."""
 
-import csv
 import dataclasses
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from tripletjax.learn.image_cache import (
 )
 from tripletjax.learn.image_io import open_image
 from tripletjax.learn.splits import TEST, VALIDATION, counts_of, share_out
+from tripletjax.learn.text_files import read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,8 @@ class TripletDataset:
         validation: the same, held out to choose between parameters with.
         test: the same, held out to evaluate on.
         key: a digest of all of it.
-        skipped: files that could not be read, and why.
+        skipped: files that are left out, each with the reason.
+        skip_counts: how many they are, by the kind of reason.
         left_out: how many triplets have such a file.
         decoding: what was decided of the pictures.
     """
@@ -42,6 +43,7 @@ class TripletDataset:
     test: np.ndarray
     key: str
     skipped: tuple[str, ...] = ()
+    skip_counts: dict[str, int] = dataclasses.field(default_factory=dict)
     left_out: int = 0
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
 
@@ -61,10 +63,11 @@ def load_triplets(
     the images themselves may be positives or negatives of others.
 
     Args:
-        file: a CSV file of UTF-8 with three columns, the paths of an anchor, a positive
-            and a negative; relative ones are relative to the file. With a first line
-            that names them ``anchor``, ``positive`` and ``negative`` they may come in
-            any order, and other columns are not looked at.
+        file: a CSV file in UTF-8 with three columns, the paths of an anchor, a positive
+            and a negative, between commas, semicolons or tabs. Relative paths are
+            relative to the file. With a first line that names them ``anchor``,
+            ``positive`` and ``negative`` they may come in any order, and other columns
+            are ignored. Blanks count in double quotes alone.
         size: as in `load`, and the arguments that follow.
         kind: see there.
         data_dir: see there.
@@ -78,17 +81,20 @@ def load_triplets(
     file = Path(file).resolve()
     rows = _triplet_rows(file)
     names = sorted({name for row in rows for name in row})
-    files = [file.parent / name for name in names]
-    stored = decode_and_cache(
-        files,
-        open_image,
-        cache_directory(data_dir, files_key(files, names, size, kind)),
-        source=str(file),
-        size=size,
-        kind=kind,
-        in_memory=in_memory,
-        progress=progress,
-    )
+    files = [_file_of(file.parent, name) for name in names]
+    try:
+        stored = decode_and_cache(
+            files,
+            open_image,
+            cache_directory(data_dir, files_key(files, names, size, kind)),
+            source=str(file),
+            size=size,
+            kind=kind,
+            in_memory=in_memory,
+            progress=progress,
+        )
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     row_of = {names[kept]: row for row, kept in enumerate(stored.kept)}
     whole = [row for row in rows if all(name in row_of for name in row)]
     if not whole:
@@ -110,6 +116,7 @@ def load_triplets(
         test,
         digest_of(of),
         tuple(skipped),
+        stored.skip_counts,
         len(rows) - len(whole),
         stored.decoding,
     )
@@ -118,38 +125,44 @@ def load_triplets(
 def _triplet_rows(file: Path) -> list[tuple[str, str, str]]:
     roles = ("anchor", "positive", "negative")
     rows, columns, width = [], None, 3
-    with file.open(newline="", encoding="utf-8-sig") as opened:
-        reader = csv.reader(opened, skipinitialspace=True)
-        for row in reader:
-            if not any(row):
+    for line, row in read_rows(file, columns=width):
+        if not any(row):
+            continue
+        if columns is None:
+            titles = [title.lower() for title in row]
+            if all(titles.count(role) == 1 for role in roles):
+                columns = [titles.index(role) for role in roles]
+                width = len(row)
                 continue
-            if columns is None:
-                titles = [title.strip().lower() for title in row]
-                if all(titles.count(role) == 1 for role in roles):
-                    columns = [titles.index(role) for role in roles]
-                    width = len(row)
-                    continue
-                if not any(Path(title).suffix for title in titles):
-                    raise ValueError(
-                        f"{file}, line {reader.line_num}: must be three paths of "
-                        "images, or the names of columns, among them anchor, positive "
-                        f"and negative, got {', '.join(row)}."
-                    )
-                columns = [0, 1, 2]
-            if len(row) != width:
+            if not any(Path(title).suffix for title in titles):
                 raise ValueError(
-                    f"{file}, line {reader.line_num}: must have {width} columns, has "
-                    f"{len(row)}."
+                    f"{file}, line {line}: must be three paths of images, or the names "
+                    "of columns, among them anchor, positive and negative, got "
+                    f"{', '.join(row)}."
                 )
-            names = tuple(row[column].strip() for column in columns)
-            if len(set(names)) < 3 or not all(names):
-                raise ValueError(
-                    f"{file}, line {reader.line_num}: anchor, positive and negative "
-                    f"must be three different images, got {', '.join(names)}."
-                )
-            rows.append(names)
+            columns = [0, 1, 2]
+        if len(row) != width:
+            raise ValueError(
+                f"{file}, line {line}: must have {width} columns, has {len(row)}."
+            )
+        names = tuple(row[column] for column in columns)
+        if len(set(names)) < 3 or not all(names):
+            raise ValueError(
+                f"{file}, line {line}: anchor, positive and negative must be three "
+                f"different images, got {', '.join(names)}."
+            )
+        rows.append(names)
     if not rows:
         raise ValueError(
             f"{file} has no triplets: it must have three columns of paths."
         )
     return rows
+
+
+def _file_of(folder: Path, name: str) -> Path:
+    """The file of a name, also where it was written with backslashes on Windows."""
+    file = folder / name
+    if "\\" in name and not file.exists():
+        slashed = folder / name.replace("\\", "/")
+        return slashed if slashed.exists() else file
+    return file
