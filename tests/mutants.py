@@ -289,7 +289,7 @@ MUTANTS = [
         ),
         "total_dot = jnp.sum(weights * distances_dot, axis=-1) + 0 * margins_dot",
         "batch_all_loss has no gradient by the margin",
-        "tests/test_oracle_parity.py tests/test_blockwise.py",
+        "tests/test_losses.py::test_the_slope_by_the_margin_counts_active_triplets",
     ),
     Mutant(
         "loss-negative-index",
@@ -322,7 +322,7 @@ MUTANTS = [
         "positions += lax.axis_index(axis_name) * n",
         "positions += lax.axis_index(axis_name) * 0",
         "on a mesh an anchor is its own positive",
-        "tests/test_meshes.py",
+        "tests/test_engine.py::test_references_that_go_round_four_devices",
     ),
     Mutant(
         "class-own-rank",
@@ -354,7 +354,7 @@ MUTANTS = [
         "ordered = jnp.where(index < size, ordered, last)",
         "ordered = jnp.where(index < m, ordered, last)",
         "labels of padding disturb the search for a class",
-        "tests/test_blockwise.py",
+        "tests/test_engine.py::test_classes_among_padding",
     ),
     Mutant(
         "blocks-overlap",
@@ -476,7 +476,7 @@ MUTANTS = [
         "value = jnp.min(jnp.where(x > limit, x, jnp.inf), axis=axis)",
         "value = jnp.min(jnp.where(x >= limit, x, jnp.inf), axis=axis)",
         "a semi-hard negative is as near as the positive, by tiles",
-        "tests/test_blockwise.py",
+        "tests/test_engine.py::test_the_least_beyond_a_limit",
     ),
     Mutant(
         "panels-padding",
@@ -492,7 +492,7 @@ MUTANTS = [
         "a, real = rows(batch.anchors), blocks.fresh(block)",
         "a, real = rows(batch.anchors), jnp.ones(blocks.size, bool)",
         "anchors of overlapping panels count twice",
-        "tests/test_blockwise.py",
+        "tests/test_engine.py::test_anchors_of_overlapping_panels_count_once",
     ),
     Mutant(
         "panels-near",
@@ -540,7 +540,7 @@ MUTANTS = [
         "first = (me + i) % devices * len(y)",
         "first = (me - i) % devices * len(y)",
         "parts of a ring get the labels of others",
-        "tests/test_meshes.py",
+        "tests/test_engine.py::test_references_that_go_round_four_devices",
     ),
     Mutant(
         "ring-slope",
@@ -548,7 +548,7 @@ MUTANTS = [
         "moving = moving.at[at].add(-rows)",
         "moving = moving.at[at].add(rows)",
         "the sign of a ring's gradient by references",
-        "tests/test_meshes.py",
+        "tests/test_engine.py::test_references_that_go_round_four_devices",
     ),
     Mutant(
         "anchor-weights",

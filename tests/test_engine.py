@@ -1,4 +1,4 @@
-"""Parts of the engine of blockwise losses: reductions, several panels, a ring."""
+"""Parts of blockwise losses: a class index, reductions, several panels, a ring."""
 
 import functools
 
@@ -10,10 +10,34 @@ from jax.sharding import AxisType
 import tripletjax as tj
 from tripletjax._engine.reductions import min_and_index
 from tripletjax._pairwise import cuts
+from tripletjax._pairwise.batch import single_batch
+from tripletjax._pairwise.class_index import ClassIndex
 
 
 def vectors(n, seed=0):
     return np.random.default_rng(seed).normal(size=(n, 3)).astype(np.float32)
+
+
+def test_classes_among_padding():
+    """Most references are padding, whose labels are those of real ones."""
+    random = np.random.default_rng(0)
+    labels, theirs = random.integers(0, 9, 20), random.integers(0, 9, 64)
+    real = random.random(64) < 0.3
+    batch = single_batch(
+        tj.euclidean,
+        vectors(20),
+        labels,
+        references=vectors(64),
+        reference_labels=theirs,
+        reference_where=real,
+    )
+    classes = ClassIndex.of(batch)
+    same = (labels[:, None] == theirs) & real
+    np.testing.assert_array_equal(classes.positives, same.sum(1))
+    np.testing.assert_array_equal(classes.negatives, real.sum() - same.sum(1))
+    index, found = classes.positives_slice(0, 9, 0, 20)
+    for indices, there, row in zip(index, found, same):
+        assert indices[there].tolist() == np.flatnonzero(row).tolist()
 
 
 def test_the_least_beyond_a_limit():
@@ -37,9 +61,9 @@ def test_anchors_of_overlapping_panels_count_once(monkeypatch):
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
-def test_references_that_go_round_two_devices():
+def test_references_that_go_round_four_devices():
     x, labels = vectors(12), np.arange(12) % 4
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     loss = functools.partial(tj.blockwise.batch_hard_loss, margin=2.0)
     expected = jax.value_and_grad(lambda x: loss(x, labels))(x)
     with jax.set_mesh(mesh):

@@ -140,6 +140,20 @@ def test_reductions():
     np.testing.assert_allclose(total, parts.total.sum(), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "loss", [tj.batch_all_loss, tj.batch_hard_loss, tj.batch_semi_hard_loss]
+)
+def test_the_slope_by_the_margin_counts_active_triplets(loss):
+    d = tj.euclidean(np.random.default_rng(0).normal(size=(12, 3)))
+
+    def total(margin):
+        terms = loss(d, np.arange(12) % 3, margin=margin, reduce_fn=None)
+        return terms.total.sum(), terms.active.sum()
+
+    slope, active = jax.grad(total, has_aux=True)(0.3)
+    assert slope == active > 0
+
+
 def test_counts_do_not_wrap():
     """4,096 items of 8 classes make 7.5e9 triplets, more than an int32 holds."""
     d, labels = tj.euclidean(vectors(0)[0]), [0, 0, 1, 1, 1]
