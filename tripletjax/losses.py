@@ -38,6 +38,7 @@ from jax.extend.core import Var
 from jax.typing import ArrayLike, DTypeLike
 
 from tripletjax._api import jitted, own_promotion, unjitted
+from tripletjax._closures import closes_over_tracers
 from tripletjax._matrices import as_distances, for_each_true_column, take
 from tripletjax.distances import Metric, euclidean
 from tripletjax.mining import (
@@ -245,6 +246,16 @@ def _with_derivative(function: Callable[[Array], Array]) -> str:
     """What a function of a scalar and its derivative compute, step by step."""
     x = jax.ShapeDtypeStruct((), jnp.float32)
     return str(jax.make_jaxpr(lambda x, dot: jax.jvp(function, (x,), (dot,)))(x, x))
+
+
+def closes_over_arrays(cost: Cost, dtype: DTypeLike) -> bool:
+    """Whether a cost closes over traced arrays, such as a learned temperature."""
+    if cost in (RELU, SOFTPLUS):
+        return False
+    count = 3 if isinstance(cost, TripletCost) else 1
+    return closes_over_tracers(
+        cost.function, *[jax.ShapeDtypeStruct((1, 1), dtype)] * count
+    )
 
 
 @functools.lru_cache
@@ -706,7 +717,9 @@ def batch_all_loss(
     )
     # The margin per anchor, so that its gradient is known per anchor as well.
     margins = jnp.broadcast_to(as_margin(margin, distances), distances.shape[:-1])
-    total, active = batch_all_sums(cost, distances, margins, *masks)
+    own = not closes_over_arrays(cost, distances.dtype)
+    sums = batch_all_sums if own else batch_all_sums_by_autodiff
+    total, active = sums(cost, distances, margins, *masks)
     return reduced(TripletTerms(total, active, count_all(masks, total)), reduce_fn)
 
 
@@ -781,6 +794,47 @@ def _batch_all_weights_jvp(cost: Cost, primals: tuple, tangents: tuple) -> tuple
     return jax.jvp(
         jax.grad(total, argnums=(0, 1)), (distances, margins), tuple(tangents[:2])
     )
+
+
+# The numbers of positives for which `batch_all_sums_by_autodiff` has a loop: powers.
+_LOOP_BASE = 8
+
+
+def batch_all_sums_by_autodiff(
+    cost: Cost, distances: Array, margins: Array, positive: Array, negative: Array
+) -> tuple[Array, Array]:
+    """`batch_all_sums` of a cost that closes over traced arrays.
+
+    Reverse mode needs loops of a known length. The one that runs is the shortest that
+    is long enough for the anchor with the most positives.
+    """
+    rank = jnp.cumsum(positive, axis=-1, dtype=jnp.int32)
+    count = rank[..., -1]
+    most = jnp.max(count)
+    none = (jnp.zeros_like(distances[..., 0]),) * 2
+
+    def of_positive(r: Array) -> tuple[Array, Array]:
+        column = jnp.argmax(positive & (rank == r + 1), axis=-1)
+        costs = _costs_with(cost, column, r < count, distances, margins, negative)
+        active = jnp.sum(costs > 0, axis=-1, dtype=costs.dtype)
+        return jnp.sum(costs, axis=-1), active
+
+    @jax.checkpoint
+    def of_positive_if_any(r: Array) -> tuple[Array, Array]:
+        return jax.lax.cond(r < most, of_positive, lambda r: none, r)
+
+    def loop(length: int) -> Callable[[], tuple[Array, Array]]:
+        def add(sums: tuple, r: Array) -> tuple[tuple, None]:
+            return jax.tree.map(jnp.add, sums, of_positive_if_any(r)), None
+
+        return lambda: jax.lax.scan(add, none, jnp.arange(length))[0]
+
+    lengths = [_LOOP_BASE]
+    while lengths[-1] < distances.shape[-1]:
+        lengths.append(lengths[-1] * _LOOP_BASE)
+    lengths[-1] = min(lengths[-1], distances.shape[-1])
+    which = jnp.searchsorted(jnp.asarray(lengths), most)
+    return jax.lax.switch(which, [loop(length) for length in lengths])
 
 
 def _costs_with(
