@@ -1,4 +1,4 @@
-"""Gradients by arrays that a metric or a hinge closes over."""
+"""Functions as arguments: gradients by what they close over, and equal functions."""
 
 import functools
 
@@ -10,11 +10,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import unless_slow
 
 import tripletjax as tj
+from tripletjax._closures import canonical
 
 LOSSES = ["batch_all_loss", "batch_hard_loss", "batch_semi_hard_loss"]
 DRAW = np.random.default_rng(0)
 X = jnp.asarray(DRAW.normal(size=(12, 3)), jnp.float32)
 LABELS = jnp.arange(12) % 3
+SLOPE = 2.0
 SCALE = jnp.array([1.0, 2.0, 0.5])
 
 
@@ -228,3 +230,68 @@ def test_a_function_that_fails(name):
 
     with pytest.raises(ArithmeticError, match="of the hinge"):
         getattr(tj.blockwise, name)(X, LABELS, hinge=broken)
+
+
+def scaled(by, function=jax.nn.softplus):
+    return lambda gap: function(by * gap) / by
+
+
+def test_equal_functions_are_one():
+    assert canonical(scaled(2.0)) is canonical(scaled(2.0))
+    part = functools.partial(scaled(2.0), 1)
+    assert canonical(part) is canonical(functools.partial(scaled(2.0), 1))
+    assert canonical(scaled(2.0)) is not canonical(scaled(2))
+    assert canonical(scaled(0.0)) is not canonical(scaled(-0.0))
+    assert canonical(scaled(2.0)) is not canonical(scaled(2.0, jax.nn.relu))
+
+    def chebyshev():
+        return tj.Metric(lambda a, b: jnp.max(jnp.abs(a - b)))
+
+    assert chebyshev() == chebyshev()
+    assert chebyshev() != tj.Metric(lambda a, b: jnp.max(a - b))
+
+
+def test_functions_of_what_may_change_are_their_own(monkeypatch):
+    array = np.ones(())
+    for by in (array, jnp.ones(()), [1.0]):
+        first, second = scaled(by), scaled(by)
+        assert canonical(first) is first
+        assert canonical(second) is second
+
+    def of_a_global():
+        return lambda gap: SLOPE * gap
+
+    first = canonical(of_a_global())
+    assert canonical(of_a_global()) is first
+    monkeypatch.setitem(globals(), "SLOPE", 3.0)
+    assert canonical(of_a_global()) is not first
+
+
+def test_calls_that_mean_the_same_share_a_program():
+    distances = np.float32(np.random.default_rng(1).random((9, 9)))
+    labels = np.arange(9) % 3
+    traced = []
+
+    def reduce_fn(terms):
+        traced.append(None)
+        return tj.mean_valid(terms)
+
+    for args, options in (
+        ((distances, labels), {}),
+        ((distances, labels), {"margin": 0.1}),
+        ((distances, labels), {"margin": np.float32(0.2)}),
+        ((distances, labels), {"margin": 1}),
+        ((distances, labels), {"hinge": jax.nn.relu, "where": None}),
+        ((distances, labels.astype(np.int8)), {}),
+        ((distances,), {"labels": labels.astype(np.uint16)}),
+        ((distances.astype(">f4"), labels.astype(">i4")), {}),
+    ):
+        tj.batch_hard_loss(*args, reduce_fn=reduce_fn, **options)
+    assert len(traced) == 1
+
+
+def test_big_endian_arrays():
+    x, labels = np.float32(DRAW.normal(size=(8, 3))), np.arange(8) % 2
+    want = tj.blockwise.batch_hard_loss(x, labels)
+    got = tj.blockwise.batch_hard_loss(x.astype(">f4"), labels.astype(">i8"))
+    assert got == want

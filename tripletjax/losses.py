@@ -38,7 +38,7 @@ from jax.extend.core import Var
 from jax.typing import ArrayLike, DTypeLike
 
 from tripletjax._api import jitted, own_promotion, unjitted
-from tripletjax._closures import closes_over_tracers
+from tripletjax._closures import canonical, closes_over_tracers
 from tripletjax._matrices import as_distances, for_each_true_column, take
 from tripletjax.distances import Metric, euclidean
 from tripletjax.mining import (
@@ -145,6 +145,9 @@ class SumReduction:
 
     function: Callable[[TripletTerms], Any]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "function", canonical(self.function))
+
     def __call__(self, terms: TripletTerms) -> Any:
         return self.function(TripletTerms(*(jnp.sum(term, axis=-1) for term in terms)))
 
@@ -200,6 +203,9 @@ class TripletCost:
     """
 
     function: Callable[[Array, Array, Array], Array]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "function", canonical(self.function))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,7 +98,7 @@ def create(
     )
 
 
-@jitted()
+@jitted(keep_dtypes=True)
 def push(
     memory: Memory,
     embeddings: ArrayLike,
@@ -158,7 +158,7 @@ def push(
     )
 
 
-@jitted(static=("axis_name",))
+@jitted(static=("axis_name",), keep_dtypes=True)
 def references(
     memory: Memory,
     embeddings: ArrayLike,

@@ -50,7 +50,7 @@ class IdentificationMetrics(NamedTuple):
     unknown: Array
 
 
-@jitted(callables=("metric",), sizes=("k",))
+@jitted(callables=("metric",), sizes=("k",), keep_dtypes=True)
 def nearest_classes(
     queries: ArrayLike,
     references: ArrayLike,
