@@ -508,6 +508,13 @@ def test_few_shot_with_padding(class_means):
     )
 
 
+def test_few_shot_of_signed_and_unsigned_labels():
+    """All bits set is -1 in one and 2**32 - 1 in the other."""
+    x, unsigned = np.zeros((1, 2), np.float32), np.array([2**32 - 1], np.uint32)
+    assert retrieval.few_shot_accuracy(x, unsigned, x, np.array([-1])) == 0
+    assert retrieval.few_shot_accuracy(x, unsigned, x, unsigned) == 1
+
+
 def test_few_shot_of_nothing_is_nan():
     support, labels, queries, expected = episodes()
     for name, size in (("where", 20), ("support_where", 12)):

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from tripletjax._api import jitted
 from tripletjax.distances import Metric, as_vectors, euclidean
-from tripletjax.pairs import per_item
+from tripletjax.pairs import per_item, same_labels
 
 
 @jitted(callables=("metric",), flags=("class_means",))
@@ -95,7 +95,7 @@ def few_shot_accuracy(
         y = y / jnp.maximum(count, 1)
     distances = jnp.where(known[..., None, :], metric(x, y), jnp.inf)
     nearest = jnp.argmin(distances, axis=-1)
-    right = jnp.take_along_axis(theirs, nearest, axis=-1) == ours
+    right = same_labels(jnp.take_along_axis(theirs, nearest, axis=-1), ours)
     count = jnp.sum(real, axis=-1)
     share = jnp.sum(right & real, axis=-1) / jnp.maximum(count, 1)
     finite = [jnp.isfinite(v).all(axis=(-2, -1)) for v in (x, y)]
