@@ -132,8 +132,9 @@ def jitted(
                 )
             if len(args) > len(by_place) or given.keys() & kwargs.keys():
                 return run(*args, **kwargs)  # Python raises the TypeError.
-            given = defaults | given | kwargs
-            if len(given) < len(names):
+            given |= kwargs
+            ready = defaults | given
+            if len(ready) < len(names):
                 return run(*args, **kwargs)  # Likewise.
             explicit = False
             for name, value in given.items():
@@ -141,12 +142,12 @@ def jitted(
                     continue
                 if value is None:
                     raise TypeError(f"{name} must be given, got None.")
-                given[name] = value = convert[name](name, value)
+                ready[name] = value = convert[name](name, value)
                 if not explicit and name not in converters:
                     explicit = _has_explicit(value)
-            placed = [given.pop(name) for name in by_place]
+            placed = [ready.pop(name) for name in by_place]
             chosen: Any = run_explicit if explicit else run
-            return chosen(*placed, **given)
+            return chosen(*placed, **ready)
 
         # Attributes of its own would be copied to whatever JAX wraps around it, and
         # `lower` there would lower this.
