@@ -90,6 +90,18 @@ def _nearest_neighbors(
     return _with_broken(rankings, neighbors)
 
 
+def nearest_one(
+    queries: Array, references: Array, reference_where: Array, *, metric: Metric
+) -> Array:
+    """The index ``[n]`` of the nearest reference of each query, -1 if there is none.
+
+    The arguments have been checked.
+    """
+    rankings = _rankings(metric, queries, references, None, reference_where)
+    nearest = functools.partial(rankings.nearest, rankings.tiles(), 1)
+    return _with_broken(rankings, nearest)[1][:, 0]
+
+
 def nearest_of_classes(
     queries: Array,
     references: Array,
