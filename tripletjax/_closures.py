@@ -117,8 +117,8 @@ def _names_of(code: types.CodeType) -> Iterator[str]:
 
 
 def _all_known(kind: Hashable, parts: Iterator[Hashable | None]) -> Hashable | None:
-    parts = tuple(parts)
-    return None if None in parts else (kind, parts)
+    known = tuple(parts)
+    return None if None in known else (kind, known)
 
 
 def closes_over_tracers(function: Callable[..., Any], *samples: Any) -> bool:

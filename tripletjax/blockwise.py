@@ -33,6 +33,7 @@ from tripletjax._engine.by_autodiff import needs_autodiff, terms_by_autodiff
 from tripletjax._engine.derivatives import terms_per_anchor, total_terms
 from tripletjax._engine.spec import LossSpec, Mining
 from tripletjax._engine.terms import hard_triplets, semi_hard_triplets
+from tripletjax._matrices import check_not_distances
 from tripletjax._pairwise.batch import Batch, as_batch, for_each_batch
 from tripletjax._pairwise.mesh import AxisName, gather_terms
 from tripletjax._pairwise.over_mesh import over_mesh
@@ -66,6 +67,7 @@ def _of_anchors(result: Any, n: int, options: dict[str, Any]) -> Any:
     static=("hinge", "axis_name", "block_size"),
     nonnegative=("margin",),
     optional=("reduce_fn",),
+    check=check_not_distances,
 )
 def batch_all_loss(
     embeddings: ArrayLike,
@@ -157,6 +159,7 @@ def batch_all_loss(
     static=("hinge", "axis_name", "block_size"),
     nonnegative=("margin",),
     optional=("reduce_fn",),
+    check=check_not_distances,
 )
 def batch_hard_loss(
     embeddings: ArrayLike,
@@ -249,6 +252,7 @@ def batch_hard_loss(
     static=("hinge", "axis_name", "block_size"),
     nonnegative=("margin",),
     optional=("reduce_fn",),
+    check=check_not_distances,
 )
 def batch_semi_hard_loss(
     embeddings: ArrayLike,

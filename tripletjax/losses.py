@@ -39,7 +39,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from tripletjax._api import jitted, own_promotion, unjitted
 from tripletjax._closures import canonical, closes_over_tracers
-from tripletjax._matrices import as_distances, for_each_true_column, take
+from tripletjax._matrices import (
+    as_distances,
+    check_not_embeddings,
+    for_each_true_column,
+    take,
+    values_at_hand,
+)
 from tripletjax.distances import Metric, euclidean
 from tripletjax.mining import (
     Triplets,
@@ -401,26 +407,27 @@ def triplet_margin_loss(
 
 
 def _check_triplets(distances: Any, triplets: Any, **options: Any) -> None:
-    """That indices which lie on the host are in range.
-
-    Reading them back from a device would wait for all that is queued there.
-    """
-    if not isinstance(triplets, Triplets) or isinstance(triplets.valid, jax.Array):
-        return
+    """Raises for indices that are at hand and out of range."""
     limits = [*np.shape(distances)[-2:], np.shape(distances)[-1]]
-    if len(limits) < 3:
+    if not isinstance(triplets, Triplets) or len(limits) < 3:
+        return
+    valid = values_at_hand(triplets.valid)
+    if valid is None:
         return
     for name, indices, limit in zip(triplets._fields, triplets, limits):
-        if isinstance(indices, jax.Array):
-            continue
-        indices, valid = np.asarray(indices), np.asarray(triplets.valid)
-        if indices.shape != valid.shape or indices.dtype.kind not in "iu":
+        indices = values_at_hand(indices)
+        if (
+            indices is None
+            or indices.shape != valid.shape
+            or indices.dtype.kind not in "iu"
+        ):
             continue
         wrong = indices[valid.astype(bool) & ((indices < 0) | (indices >= limit))]
         if wrong.size:
             raise ValueError(
                 f"triplets.{name} must be from 0 to {limit - 1}, got {wrong[0]}: "
-                f"distances has shape {np.shape(distances)}."
+                f"distances has shape {np.shape(distances)}. If these are embeddings, "
+                "use tripletjax.triplet_margin_loss."
             )
 
 
@@ -446,8 +453,8 @@ def triplet_loss(
     Args:
         distances: ``[..., n, m]``.
         triplets: `Triplets` of any miner: ``[..., k]`` or ``[..., n, k]``, where the
-            leading dimensions are those of `distances`. Indices out of range give NaN,
-            or an error if they lie on the host.
+            leading dimensions are those of `distances`. Indices out of range give an
+            error; those that are traced, over 65,536, or on an accelerator give NaN.
         margin: a scalar, in units of the distances.
         hinge: as in `triplet_margin_loss`.
         reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
@@ -518,6 +525,7 @@ def triplet_loss(
     static=("hinge",),
     nonnegative=("margin",),
     optional=("reduce_fn",),
+    check=check_not_embeddings,
 )
 def batch_hard_loss(
     distances: ArrayLike,
@@ -589,6 +597,7 @@ def batch_hard_loss(
     static=("hinge",),
     nonnegative=("margin",),
     optional=("reduce_fn",),
+    check=check_not_embeddings,
 )
 def batch_semi_hard_loss(
     distances: ArrayLike,
@@ -663,6 +672,7 @@ def batch_semi_hard_loss(
     static=("hinge",),
     nonnegative=("margin",),
     optional=("reduce_fn",),
+    check=check_not_embeddings,
 )
 def batch_all_loss(
     distances: ArrayLike,

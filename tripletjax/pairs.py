@@ -205,9 +205,12 @@ class Pairs(NamedTuple):
                     reference_where = _as_references(masks, where)
             return cls(masks, None, None, where, reference_where)
         if reference_labels is None and n != m:
+            hint = ""
+            if anchors == "rows of distances":
+                hint = " If these are embeddings, use tripletjax.blockwise."
             raise ValueError(
                 f"reference_labels must be given where there are {n} {anchors} and {m} "
-                f"{references}."
+                f"{references}.{hint}"
             )
         labels = _labels_of("labels", labels, anchors, (*lead, n))
         if reference_labels is not None:
