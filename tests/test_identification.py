@@ -100,6 +100,37 @@ def test_identification_composes():
     )
 
 
+def test_signed_and_unsigned_labels_differ_by_value():
+    """All bits set is -1 in one and 2**32 - 1 in the other."""
+    x, unsigned = np.zeros((1, 2), np.float32), np.array([2**32 - 1], np.uint32)
+    for labels, known in ((np.array([-1], np.int32), 0), (unsigned, 1)):
+        metrics = retrieval.evaluate_identification(
+            x, labels, references=x, reference_labels=unsigned, ranks=(1,)
+        )
+        assert metrics.known == known
+
+
+def test_memory_and_program():
+    """No array of all pairs, and as much to compile for many classes as for one."""
+    n = 16_384
+    x = jax.ShapeDtypeStruct((n, 16), jnp.float32)
+    labels = jax.ShapeDtypeStruct((n,), jnp.int32)
+
+    def identify(x, labels):
+        return retrieval.evaluate_identification(
+            x, labels, references=x, reference_labels=labels, ranks=(5,)
+        )
+
+    program = jax.jit(identify).lower(x, labels).compile()
+    assert program.memory_analysis().temp_size_in_bytes < n * n / 2
+
+    def size(k):
+        nearest = functools.partial(retrieval.nearest_classes, k=k)
+        return len(jax.jit(nearest).lower(x, x, labels).as_text())
+
+    assert size(20) < 1.1 * size(1)
+
+
 def test_nobody_known_or_unknown():
     x, y = jnp.array([[0.0], [1.0]]), jnp.array([[0.5]])
     function = functools.partial(

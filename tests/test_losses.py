@@ -174,7 +174,9 @@ def test_triplets_that_are_not_there_are_named_or_give_nan(field):
     assert tj.triplet_loss(d, wrong._replace(valid=np.array([False]))) == 0
     for index in (9, -1):
         wrong = jax.tree.map(jnp.asarray, right)._replace(**{field: jnp.array([index])})
-        assert jnp.isnan(tj.triplet_loss(d, wrong))
+        with pytest.raises(ValueError, match=f"triplets.{field} must be from 0 to 2"):
+            tj.triplet_loss(d, wrong)
+        assert jnp.isnan(jax.jit(tj.triplet_loss)(d, wrong))
     np.testing.assert_allclose(tj.triplet_loss(d, right), 0.1, rtol=1e-6)
 
 
@@ -243,3 +245,31 @@ def test_selectively_contrastive_only_pushes_hard_negatives():
         )
     )(d)
     np.testing.assert_allclose(gradient[0], [0, 0, -2])
+
+
+LOSS_NAMES = ["batch_all_loss", "batch_hard_loss", "batch_semi_hard_loss"]
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_embeddings_and_distances_are_told_apart(name):
+    """At once, and only where it takes no wait: values that are not traced."""
+    random = np.random.default_rng(0)
+    x, labels = np.float32(random.normal(size=(6, 6))), np.arange(6) % 2
+    distances = np.abs(x[:, None] - x).sum(-1)
+    matrix, blockwise = getattr(tj, name), getattr(tj.blockwise, name)
+    for array in (x, jnp.asarray(x)):
+        with pytest.raises(ValueError, match="if these are embeddings, use"):
+            matrix(array, labels)
+    with pytest.raises(ValueError, match="If these are embeddings, use"):
+        matrix(x[:, :4], labels)
+    with pytest.raises(ValueError, match="if these are distances, use"):
+        blockwise(distances, labels)
+    for function, array in ((matrix, x), (blockwise, distances)):
+        assert jax.eval_shape(function, array, labels).shape == ()
+
+
+def test_triplets_of_embeddings():
+    x = np.float32(np.random.default_rng(0).normal(size=(6, 3)))
+    triplets = tj.all_triplets(np.arange(6) % 2, size=40)
+    with pytest.raises(ValueError, match="triplet_margin_loss"):
+        tj.triplet_loss(x, triplets)

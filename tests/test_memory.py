@@ -172,6 +172,16 @@ def test_one_program_as_it_fills():
     assert step._cache_size() == 1
 
 
+def test_numbers_beyond_the_range_of_its_dtype():
+    memory = tj.memory.create(5, 1, dtype=jnp.float16)
+    x = np.float32([[1e5], [-1e5], [65_519.0], [np.inf], [np.nan]])
+    memory = tj.memory.push(memory, x, np.arange(5))
+    most = np.float32(np.finfo(np.float16).max)
+    np.testing.assert_array_equal(
+        np.float32(memory.embeddings[:, 0]), [most, -most, most, np.inf, np.nan]
+    )
+
+
 def test_bfloat16_and_rows_of_labels():
     memory = tj.memory.create(6, 4, dtype=jnp.bfloat16, label_shape=(3,))
     x, _ = draw(4)

@@ -136,6 +136,14 @@ def test_counts_beyond_the_integers_stop_there():
     assert triplets.valid.all()
 
 
+def test_more_pairs_than_the_integers_count():
+    """Only traced: the pairs of 46,341 items alone would take gigabytes."""
+    triplets = jax.eval_shape(
+        lambda y: tj.all_triplets(y, size=4), jax.ShapeDtypeStruct((46_341,), jnp.int32)
+    )
+    assert triplets.anchor.shape == (4,)
+
+
 def test_counted_triplets_are_triplets():
     triplets = tj.all_triplets([0, 0, 1], size=5)
     assert isinstance(triplets, tj.Triplets)

@@ -33,6 +33,7 @@ assert not outside, outside
 
 # Each imports from those before it, and the core from nothing but JAX and NumPy.
 ROOMS = (
+    ("_closures",),
     ("_api",),
     ("distances", "pairs", "_matrices", "_thresholds"),
     ("_pairwise",),

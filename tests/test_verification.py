@@ -386,6 +386,22 @@ def test_bad_pairs_are_named(change, error, words):
         )
 
 
+def test_one_program_for_classes_of_other_sizes():
+    traces = []
+
+    def distance(a, b):
+        traces.append(None)
+        return jnp.sum(jnp.abs(a - b))
+
+    metric, x = tj.Metric(paired=distance), np.eye(9, 3)
+    got = verification.evaluate(x, np.arange(9) % 3, metric=metric)
+    assert got.positives == 9
+    count = len(traces)
+    got = verification.evaluate(x, np.repeat([0, 1, 2], [4, 3, 2]), metric=metric)
+    assert got.positives == 10
+    assert 0 < count == len(traces)
+
+
 def test_more_pairs_than_can_be_counted():
     n = 65_537
     with pytest.raises(ValueError, match="2147516416 pairs are too many"):

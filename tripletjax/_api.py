@@ -2,8 +2,12 @@
 
 A public function takes any array-like, is jitted, and runs on any mesh:
 
-- lists, NumPy arrays and whatever else has ``__array__`` become arrays; an integer
-  that this JAX configuration would silently wrap is an error;
+- lists, NumPy arrays and whatever else has ``__array__`` become arrays, in the byte
+  order of the machine; an integer that this JAX configuration would silently wrap is an
+  error;
+- calls that mean the same use one program: defaults may be given or not, arguments by
+  place or by name, real numbers in any type, labels in a narrow type, and functions may
+  be made anew by the same code (`tripletjax._closures`);
 - callables, flags and sizes are static and checked, everything else may be traced;
 - only what is said to be optional, or has None for a default, may be None;
 - it is traced under JAX's default promotion of ranks and dtypes, which a caller may
@@ -24,10 +28,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from tripletjax._closures import canonical
+
 P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 
+
+# Arguments that are made int32 if they are narrower.
+LABELS = "labels", "reference_labels"
 
 # Public functions, and what each of them jits.
 UNJITTED: dict[Callable, Any] = {}
@@ -55,6 +64,7 @@ def jitted(
     static: tuple[str, ...] = (),
     nonnegative: tuple[str, ...] = (),
     optional: tuple[str, ...] = (),
+    keep_dtypes: bool = False,
     check: Callable[..., None] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a function jitted, mesh-agnostic and strict about its arguments.
@@ -69,6 +79,7 @@ def jitted(
         nonnegative: numeric options that may be traced; when their value is known
             they must be finite and at least 0.
         optional: arguments that may be None; those whose default is None may, too.
+        keep_dtypes: whether labels stay int8 or int16, which results then have.
         check: raises for arguments whose values are known and wrong.
 
     Returns:
@@ -78,7 +89,7 @@ def jitted(
         dict.fromkeys(callables, _as_callable)
         | dict.fromkeys(flags, _as_flag)
         | dict.fromkeys(sizes, as_integer)
-        | dict.fromkeys(static, lambda name, value: value)
+        | dict.fromkeys(static, lambda name, value: canonical(value))
     )
     statics = tuple(converters)
 
@@ -89,7 +100,19 @@ def jitted(
             raise TypeError(f"{function.__name__} has no {', '.join(sorted(wrong))}.")
         convert = {name: converters.get(name, as_arrays) for name in names}
         convert |= dict.fromkeys(nonnegative, _as_nonnegative)
+        if not keep_dtypes:
+            convert |= {name: _as_labels for name in LABELS if name in names}
         nullable = {n for n, p in parameters.items() if p.default is None} | {*optional}
+        defaults = {
+            name: parameter.default
+            for name, parameter in parameters.items()
+            if parameter.default is not parameter.empty
+        }
+        by_place = tuple(
+            name
+            for name, parameter in parameters.items()
+            if parameter.kind is not parameter.KEYWORD_ONLY
+        )
         unjitted = own_promotion(function)
         run = jax.jit(unjitted, static_argnames=statics)
         run_explicit = jax.jit(
@@ -101,28 +124,30 @@ def jitted(
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if check is not None:
                 check(*args, **kwargs)
-            given = [*zip(names, args), *kwargs.items()]
-            ready, explicit = [], False
-            for name, value in given:
+            given = dict(zip(by_place, args))
+            if unknown := kwargs.keys() - set(names):
+                raise TypeError(
+                    f"{function.__name__}() got an unexpected keyword argument "
+                    f"{min(unknown)!r}; it has {', '.join(names)}."
+                )
+            if len(args) > len(by_place) or given.keys() & kwargs.keys():
+                return run(*args, **kwargs)  # Python raises the TypeError.
+            given |= kwargs
+            ready = defaults | given
+            if len(ready) < len(names):
+                return run(*args, **kwargs)  # Likewise.
+            explicit = False
+            for name, value in given.items():
                 if value is None and name in nullable:
-                    ready.append(None)
                     continue
-                if name not in convert:
-                    raise TypeError(
-                        f"{function.__name__}() got an unexpected keyword argument "
-                        f"{name!r}; it has {', '.join(names)}."
-                    )
                 if value is None:
                     raise TypeError(f"{name} must be given, got None.")
-                value = convert[name](name, value)
-                ready.append(value)
+                ready[name] = value = convert[name](name, value)
                 if not explicit and name not in converters:
                     explicit = _has_explicit(value)
-            n = min(len(args), len(names))
-            chosen = run_explicit if explicit else run
-            return chosen(
-                *ready[:n], *args[len(names) :], **dict(zip(kwargs, ready[n:]))
-            )
+            placed = [ready.pop(name) for name in by_place]
+            chosen: Any = run_explicit if explicit else run
+            return chosen(*placed, **ready)
 
         # Attributes of its own would be copied to whatever JAX wraps around it, and
         # `lower` there would lower this.
@@ -150,7 +175,7 @@ def as_integer(name: str, value: Any) -> int:
 def _as_callable(name: str, value: Any) -> Any:
     if not callable(value):
         raise TypeError(f"{name} must be callable, got {value!r}.")
-    return value
+    return canonical(value)
 
 
 def _as_flag(name: str, value: Any) -> bool:
@@ -161,7 +186,13 @@ def _as_flag(name: str, value: Any) -> bool:
 
 def _as_nonnegative(name: str, value: Any) -> Any:
     check_nonnegative(name, value)
-    return as_arrays(name, value)
+    return value if isinstance(value, jax.Array) else float(value)
+
+
+def _as_labels(name: str, value: Any) -> Any:
+    value = as_arrays(name, value)
+    narrow = isinstance(value, np.ndarray | jax.Array) and value.dtype.kind in "iu"
+    return value.astype(np.int32) if narrow and value.dtype.itemsize < 4 else value
 
 
 def as_arrays(name: str, tree: Any) -> Any:
@@ -197,6 +228,8 @@ def _array(name: str, leaf: Any) -> Any:
             f"{name} must be numeric, got dtype {leaf.dtype}. "
             "np.unique(x, return_inverse=True)[1] turns names into integers."
         )
+    if not leaf.dtype.isnative:
+        leaf = leaf.astype(leaf.dtype.newbyteorder("="))
     narrow = jax.dtypes.canonicalize_dtype(leaf.dtype)
     if leaf.dtype.kind in "iu" and leaf.size and narrow != leaf.dtype:
         limits = np.iinfo(narrow)

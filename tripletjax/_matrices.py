@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -19,6 +20,63 @@ def as_distances(distances: ArrayLike) -> Array:
     if jnp.issubdtype(distances.dtype, jnp.complexfloating) or distances.dtype == bool:
         raise TypeError(f"distances must be real, got dtype {distances.dtype}.")
     return distances.astype(jnp.result_type(distances, jnp.float32))
+
+
+# Larger arrays are not read for a check.
+_MOST_READ = 2**16
+
+
+def values_at_hand(x: ArrayLike) -> np.ndarray | None:
+    """A small array that lies on the host or on a CPU; None for any other.
+
+    Reading from an accelerator would wait for all that is queued there.
+    """
+    if isinstance(x, jax.core.Tracer) or np.size(x) > _MOST_READ:
+        return None
+    if isinstance(x, jax.Array) and (
+        not x.is_fully_addressable
+        or any(device.platform != "cpu" for device in x.devices())
+    ):
+        return None
+    return np.asarray(x)
+
+
+def _square_values(x: Any, options: dict[str, Any]) -> np.ndarray | None:
+    """Numbers ``[n, n]`` whose rows and columns stand for the same items."""
+    if options.get("reference_labels") is not None or np.ndim(x) != 2:
+        return None
+    values = values_at_hand(x)
+    if values is None or values.shape[0] != values.shape[1] or len(values) < 3:
+        return None
+    return values if values.dtype.kind in "fiu" else None
+
+
+def check_not_embeddings(distances: Any, labels: Any, **options: Any) -> None:
+    """Raises for embeddings ``[n, n]`` in place of distances.
+
+    With labels alone, distances are of items among themselves. Those are symmetric, or
+    0 on the diagonal, or at least not negative.
+    """
+    values = _square_values(distances, options)
+    if values is None or isinstance(labels, tuple) or not np.isfinite(values).all():
+        return
+    if (values < 0).any() and values.diagonal().any() and (values != values.T).any():
+        raise ValueError(
+            "distances must be of items among themselves, got negative numbers without "
+            "symmetry; if these are embeddings, use tripletjax.blockwise or a metric."
+        )
+
+
+def check_not_distances(embeddings: Any, labels: Any, **options: Any) -> None:
+    """Raises for a distance matrix in place of embeddings."""
+    values = _square_values(embeddings, options)
+    if values is None or values.diagonal().any() or not values.any():
+        return
+    if (values >= 0).all() and (values == values.T).all():
+        raise ValueError(
+            "embeddings must be vectors, got a symmetric matrix with a diagonal of 0; "
+            "if these are distances, use the function of the same name in tripletjax."
+        )
 
 
 def frozen_distances(distances: ArrayLike) -> Array:

@@ -29,9 +29,11 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from tripletjax._api import as_integer, jitted
+from tripletjax._engine.by_autodiff import needs_autodiff, terms_by_autodiff
 from tripletjax._engine.derivatives import terms_per_anchor, total_terms
 from tripletjax._engine.spec import LossSpec, Mining
 from tripletjax._engine.terms import hard_triplets, semi_hard_triplets
+from tripletjax._matrices import check_not_distances
 from tripletjax._pairwise.batch import Batch, as_batch, for_each_batch
 from tripletjax._pairwise.mesh import AxisName, gather_terms
 from tripletjax._pairwise.over_mesh import over_mesh
@@ -65,6 +67,7 @@ def _of_anchors(result: Any, n: int, options: dict[str, Any]) -> Any:
     static=("hinge", "axis_name", "block_size"),
     nonnegative=("margin",),
     optional=("reduce_fn",),
+    check=check_not_distances,
 )
 def batch_all_loss(
     embeddings: ArrayLike,
@@ -156,6 +159,7 @@ def batch_all_loss(
     static=("hinge", "axis_name", "block_size"),
     nonnegative=("margin",),
     optional=("reduce_fn",),
+    check=check_not_distances,
 )
 def batch_hard_loss(
     embeddings: ArrayLike,
@@ -248,6 +252,7 @@ def batch_hard_loss(
     static=("hinge", "axis_name", "block_size"),
     nonnegative=("margin",),
     optional=("reduce_fn",),
+    check=check_not_distances,
 )
 def batch_semi_hard_loss(
     embeddings: ArrayLike,
@@ -543,8 +548,16 @@ def _loss(
         n = len(batch.anchors)
         if axis_name is not None:
             n *= lax.axis_size(axis_name)
-        if reduce_fn is not None and needs_sums_alone(
-            reduce_fn, n, batch.anchors.dtype
+        by_autodiff = needs_autodiff(spec, batch)
+        if by_autodiff and ring:
+            raise ValueError(
+                "ring cannot be combined with a metric or a hinge that closes over "
+                "traced arrays; use ring=False."
+            )
+        if (
+            not by_autodiff
+            and reduce_fn is not None
+            and needs_sums_alone(reduce_fn, n, batch.anchors.dtype)
         ):
             # It treats all anchors alike, so that the gradient of the plain total is
             # its own but for a factor. The first stands for all.
@@ -554,7 +567,8 @@ def _loss(
             return reduce_fn(
                 TripletTerms(*(jnp.pad(x[None], (0, n - 1)) for x in sums))
             )
-        terms = terms_per_anchor(spec, batch, margin)
+        terms_of = terms_by_autodiff if by_autodiff else terms_per_anchor
+        terms = terms_of(spec, batch, margin)
         if axis_name is not None:
             terms = gather_terms(terms, axis_name)
         return reduced(terms, reduce_fn)

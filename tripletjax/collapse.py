@@ -50,7 +50,7 @@ def report(
     $$\exp\Bigl(-\sum_i p_i \log p_i\Bigr), \qquad
       p_i = \frac{\sigma_i}{\sum_j \sigma_j}$$
 
-    and 1 if all are 0.
+    and 1 if all are 0. Memory is O(n d) and that of a block of pairs.
 
     Args:
         embeddings: vectors ``[n, d]``.
@@ -113,7 +113,7 @@ def report(
 
 
 def _effective_rank(x: Array) -> Array:
-    values = jnp.linalg.svd(x, compute_uv=False)
+    values = jnp.linalg.svd(x, compute_uv=False, full_matrices=False)
     # Rounding errors are no directions.
     least = max(x.shape) * jnp.finfo(x.dtype).eps * values[0]
     shares = jnp.where(values > least, values, 0)

@@ -38,7 +38,14 @@ from jax.extend.core import Var
 from jax.typing import ArrayLike, DTypeLike
 
 from tripletjax._api import jitted, own_promotion, unjitted
-from tripletjax._matrices import as_distances, for_each_true_column, take
+from tripletjax._closures import canonical, closes_over_tracers
+from tripletjax._matrices import (
+    as_distances,
+    check_not_embeddings,
+    for_each_true_column,
+    take,
+    values_at_hand,
+)
 from tripletjax.distances import Metric, euclidean
 from tripletjax.mining import (
     Triplets,
@@ -144,6 +151,9 @@ class SumReduction:
 
     function: Callable[[TripletTerms], Any]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "function", canonical(self.function))
+
     def __call__(self, terms: TripletTerms) -> Any:
         return self.function(TripletTerms(*(jnp.sum(term, axis=-1) for term in terms)))
 
@@ -200,6 +210,9 @@ class TripletCost:
 
     function: Callable[[Array, Array, Array], Array]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "function", canonical(self.function))
+
 
 @dataclasses.dataclass(frozen=True)
 class GapCost:
@@ -245,6 +258,16 @@ def _with_derivative(function: Callable[[Array], Array]) -> str:
     """What a function of a scalar and its derivative compute, step by step."""
     x = jax.ShapeDtypeStruct((), jnp.float32)
     return str(jax.make_jaxpr(lambda x, dot: jax.jvp(function, (x,), (dot,)))(x, x))
+
+
+def closes_over_arrays(cost: Cost, dtype: DTypeLike) -> bool:
+    """Whether a cost closes over traced arrays, such as a learned temperature."""
+    if cost in (RELU, SOFTPLUS):
+        return False
+    count = 3 if isinstance(cost, TripletCost) else 1
+    return closes_over_tracers(
+        cost.function, *[jax.ShapeDtypeStruct((1, 1), dtype)] * count
+    )
 
 
 @functools.lru_cache
@@ -384,26 +407,27 @@ def triplet_margin_loss(
 
 
 def _check_triplets(distances: Any, triplets: Any, **options: Any) -> None:
-    """That indices which lie on the host are in range.
-
-    Reading them back from a device would wait for all that is queued there.
-    """
-    if not isinstance(triplets, Triplets) or isinstance(triplets.valid, jax.Array):
-        return
+    """Raises for indices that are at hand and out of range."""
     limits = [*np.shape(distances)[-2:], np.shape(distances)[-1]]
-    if len(limits) < 3:
+    if not isinstance(triplets, Triplets) or len(limits) < 3:
+        return
+    valid = values_at_hand(triplets.valid)
+    if valid is None:
         return
     for name, indices, limit in zip(triplets._fields, triplets, limits):
-        if isinstance(indices, jax.Array):
-            continue
-        indices, valid = np.asarray(indices), np.asarray(triplets.valid)
-        if indices.shape != valid.shape or indices.dtype.kind not in "iu":
+        indices = values_at_hand(indices)
+        if (
+            indices is None
+            or indices.shape != valid.shape
+            or indices.dtype.kind not in "iu"
+        ):
             continue
         wrong = indices[valid.astype(bool) & ((indices < 0) | (indices >= limit))]
         if wrong.size:
             raise ValueError(
                 f"triplets.{name} must be from 0 to {limit - 1}, got {wrong[0]}: "
-                f"distances has shape {np.shape(distances)}."
+                f"distances has shape {np.shape(distances)}. If these are embeddings, "
+                "use tripletjax.triplet_margin_loss."
             )
 
 
@@ -429,8 +453,8 @@ def triplet_loss(
     Args:
         distances: ``[..., n, m]``.
         triplets: `Triplets` of any miner: ``[..., k]`` or ``[..., n, k]``, where the
-            leading dimensions are those of `distances`. Indices out of range give NaN,
-            or an error if they lie on the host.
+            leading dimensions are those of `distances`. Indices out of range give an
+            error; those that are traced, over 65,536, or on an accelerator give NaN.
         margin: a scalar, in units of the distances.
         hinge: as in `triplet_margin_loss`.
         reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
@@ -501,6 +525,7 @@ def triplet_loss(
     static=("hinge",),
     nonnegative=("margin",),
     optional=("reduce_fn",),
+    check=check_not_embeddings,
 )
 def batch_hard_loss(
     distances: ArrayLike,
@@ -572,6 +597,7 @@ def batch_hard_loss(
     static=("hinge",),
     nonnegative=("margin",),
     optional=("reduce_fn",),
+    check=check_not_embeddings,
 )
 def batch_semi_hard_loss(
     distances: ArrayLike,
@@ -646,6 +672,7 @@ def batch_semi_hard_loss(
     static=("hinge",),
     nonnegative=("margin",),
     optional=("reduce_fn",),
+    check=check_not_embeddings,
 )
 def batch_all_loss(
     distances: ArrayLike,
@@ -706,7 +733,9 @@ def batch_all_loss(
     )
     # The margin per anchor, so that its gradient is known per anchor as well.
     margins = jnp.broadcast_to(as_margin(margin, distances), distances.shape[:-1])
-    total, active = batch_all_sums(cost, distances, margins, *masks)
+    own = not closes_over_arrays(cost, distances.dtype)
+    sums = batch_all_sums if own else batch_all_sums_by_autodiff
+    total, active = sums(cost, distances, margins, *masks)
     return reduced(TripletTerms(total, active, count_all(masks, total)), reduce_fn)
 
 
@@ -781,6 +810,47 @@ def _batch_all_weights_jvp(cost: Cost, primals: tuple, tangents: tuple) -> tuple
     return jax.jvp(
         jax.grad(total, argnums=(0, 1)), (distances, margins), tuple(tangents[:2])
     )
+
+
+# The numbers of positives for which `batch_all_sums_by_autodiff` has a loop: powers.
+_LOOP_BASE = 8
+
+
+def batch_all_sums_by_autodiff(
+    cost: Cost, distances: Array, margins: Array, positive: Array, negative: Array
+) -> tuple[Array, Array]:
+    """`batch_all_sums` of a cost that closes over traced arrays.
+
+    Reverse mode needs loops of a known length. The one that runs is the shortest that
+    is long enough for the anchor with the most positives.
+    """
+    rank = jnp.cumsum(positive, axis=-1, dtype=jnp.int32)
+    count = rank[..., -1]
+    most = jnp.max(count)
+    none = (jnp.zeros_like(distances[..., 0]),) * 2
+
+    def of_positive(r: Array) -> tuple[Array, Array]:
+        column = jnp.argmax(positive & (rank == r + 1), axis=-1)
+        costs = _costs_with(cost, column, r < count, distances, margins, negative)
+        active = jnp.sum(costs > 0, axis=-1, dtype=costs.dtype)
+        return jnp.sum(costs, axis=-1), active
+
+    @jax.checkpoint
+    def of_positive_if_any(r: Array) -> tuple[Array, Array]:
+        return jax.lax.cond(r < most, of_positive, lambda r: none, r)
+
+    def loop(length: int) -> Callable[[], tuple[Array, Array]]:
+        def add(sums: tuple, r: Array) -> tuple[tuple, None]:
+            return jax.tree.map(jnp.add, sums, of_positive_if_any(r)), None
+
+        return lambda: jax.lax.scan(add, none, jnp.arange(length))[0]
+
+    lengths = [_LOOP_BASE]
+    while lengths[-1] < distances.shape[-1]:
+        lengths.append(lengths[-1] * _LOOP_BASE)
+    lengths[-1] = min(lengths[-1], distances.shape[-1])
+    which = jnp.searchsorted(jnp.asarray(lengths), most)
+    return jax.lax.switch(which, [loop(length) for length in lengths])
 
 
 def _costs_with(

@@ -64,7 +64,8 @@ def create(
     Args:
         size: how many embeddings it keeps.
         dim: the dimensions of an embedding.
-        dtype: of the embeddings; bfloat16 takes half the memory of float32.
+        dtype: of the embeddings; bfloat16 takes half the memory of float32. Numbers
+            beyond its range, which for float16 ends at 65,504, become its largest.
         label_dtype: of the labels; as a rule int32, or int64 under jax_enable_x64.
         label_shape: of one label, where it is not a number, such as tags ``(k,)``.
 
@@ -98,7 +99,7 @@ def create(
     )
 
 
-@jitted()
+@jitted(keep_dtypes=True)
 def push(
     memory: Memory,
     embeddings: ArrayLike,
@@ -147,7 +148,7 @@ def push(
     slot = jnp.where(written, (memory.position + rank) % size, size)
 
     def put(old: Array, new: Array) -> Array:
-        new = lax.stop_gradient(new).astype(old.dtype)
+        new = _within_range(lax.stop_gradient(new), old.dtype).astype(old.dtype)
         return old.at[slot].set(new, mode="drop")
 
     return Memory(
@@ -158,7 +159,7 @@ def push(
     )
 
 
-@jitted(static=("axis_name",))
+@jitted(static=("axis_name",), keep_dtypes=True)
 def references(
     memory: Memory,
     embeddings: ArrayLike,
@@ -212,6 +213,17 @@ def references(
         "reference_where": jnp.concatenate([real, memory.valid]),
         "positions": positions,
     }
+
+
+def _within_range(x: Array, dtype: DTypeLike) -> Array:
+    """Finite numbers that a dtype cannot hold, as its largest; others as they are."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return x
+    limits = jnp.finfo(dtype)
+    if limits.max >= jnp.finfo(x.dtype).max:
+        return x
+    clipped = jnp.clip(x, limits.min.astype(x.dtype), limits.max.astype(x.dtype))
+    return jnp.where(jnp.isfinite(x), clipped, x)
 
 
 def _checked(

@@ -581,14 +581,33 @@ def _compact(distances: Array, masks: PairMasks, band: Band, size: int) -> tuple
     first = jnp.where(band.low == -jnp.inf, 0, first)
     last = jnp.where(band.high == jnp.inf, m, last)
     last = jnp.minimum(last, negatives.count[:, None])
-    per_pair = jnp.where(masks.positive, jnp.maximum(last - first, 0), 0).ravel()
-    ends = jax.lax.associative_scan(_saturating_add, per_pair)
+    per_pair = jnp.where(masks.positive, jnp.maximum(last - first, 0), 0)
+    # By anchor, then by positive: one index of all pairs might not fit into int32.
+    ends_in_row = jax.lax.associative_scan(_saturating_add, per_pair, axis=1)
+    per_anchor = ends_in_row[:, -1]
+    ends = jax.lax.associative_scan(_saturating_add, per_anchor)
     slot = jnp.arange(size)
-    pair = jnp.minimum(jnp.searchsorted(ends, slot, side="right"), n * m - 1)
-    within = slot - (ends[pair] - per_pair[pair])
-    anchor, positive = jnp.divmod(pair, m)
+    anchor = jnp.minimum(jnp.searchsorted(ends, slot, side="right"), n - 1)
+    within = slot - (ends[anchor] - per_anchor[anchor])
+    positive = _first_above(ends_in_row, anchor, within)
+    within -= ends_in_row[anchor, positive] - per_pair[anchor, positive]
     rank = jnp.clip(first[anchor, positive] + within, 0, m - 1)
     return anchor, positive, negatives.order[anchor, rank], slot < ends[-1], ends[-1]
+
+
+def _first_above(sorted_rows: Array, row: Array, values: Array) -> Array:
+    """The first column above a value in a row of each, the last column if none is."""
+    m = sorted_rows.shape[1]
+
+    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low + high) // 2
+        above = sorted_rows[row, middle] > values
+        return jnp.where(above, low, middle + 1), jnp.where(above, middle, high)
+
+    low = jnp.zeros_like(row)
+    steps = (m - 1).bit_length()
+    return jax.lax.fori_loop(0, steps, halve, (low, jnp.full_like(row, m - 1)))[1]
 
 
 def _saturating_add(a: Array, b: Array) -> Array:
@@ -608,6 +627,8 @@ def random_triplets(
     reference_where: ArrayLike | None = None,
 ) -> Triplets:
     """Random triplets: each anchor with positives and negatives drawn uniformly.
+
+    Memory is O(n m), some 17 bytes for each pair of an anchor and a reference.
 
     Args:
         key: a random key, ``jax.random.key(seed)``.

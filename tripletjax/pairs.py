@@ -116,12 +116,17 @@ def match_labels(
     """The masks of checked labels, without padding."""
     square = reference_labels is None
     references = labels if square else reference_labels
-    left, right = labels[..., :, None], references[..., None, :]
+    same = same_labels(labels[..., :, None], references[..., None, :])
+    return _masks_of(same, positions, square)
+
+
+def same_labels(left: Array, right: Array) -> Array:
+    """Whether integers are equal, whatever their dtypes."""
     same = left == right
     if left.dtype != right.dtype:
         # JAX may compare a signed and an unsigned integer by their bits.
         same &= (left < 0) == (right < 0)
-    return _masks_of(same, positions, square)
+    return same
 
 
 def _masks_of(same: Array, positions: Array | None, square: bool) -> PairMasks:
@@ -200,9 +205,12 @@ class Pairs(NamedTuple):
                     reference_where = _as_references(masks, where)
             return cls(masks, None, None, where, reference_where)
         if reference_labels is None and n != m:
+            hint = ""
+            if anchors == "rows of distances":
+                hint = " If these are embeddings, use tripletjax.blockwise."
             raise ValueError(
                 f"reference_labels must be given where there are {n} {anchors} and {m} "
-                f"{references}."
+                f"{references}.{hint}"
             )
         labels = _labels_of("labels", labels, anchors, (*lead, n))
         if reference_labels is not None:

@@ -118,8 +118,9 @@ def evaluate(
         axis_name: inside ``jax.shard_map``, the mesh axes over which embeddings and
             references are split: each device goes over its share of the pairs, and all
             get the result of all.
-        size: how many positive pairs there is room for. Counted if not given, which
-            takes labels that are not traced.
+        size: how many positive pairs there is room for. If not given, the pairs are
+            counted, which takes labels that are not traced, and the next power of two
+            is compiled.
 
     Returns:
         `VerificationMetrics`, all NaN if there are more positives than `size`.
@@ -147,7 +148,10 @@ def evaluate(
     fars = as_rates("fars", fars)
     given = (labels, reference_labels, where, reference_where)
     if not any(isinstance(x, jax.core.Tracer) for x in given):
-        size = max(_count_positives(*given), 1) if size is None else size
+        if size is None:
+            # A power of two, for few sizes to be compiled, if indices can count it.
+            count = max(_count_positives(*given), 1)
+            size = 1 << (count - 1).bit_length() if count <= 2**30 else count
     elif size is None:
         raise TypeError(
             "size must be given where labels are traced: how many pairs of the same "

@@ -39,6 +39,7 @@ from tripletjax.losses import (
     sums_of,
 )
 from tripletjax.mining import Triplets, batch_hard_triplets, batch_semi_hard_triplets
+from tripletjax.pairs import PairMasks
 
 # How many positives of every anchor a panel treats at a time, and what is left in steps
 # of how many.
@@ -91,17 +92,28 @@ def _panel_cost(
         if classes is not None:
             every = functools.partial(_all_in_panel, spec, panel, classes)
             return every, masks.positive
+    elif spec.mining is Mining.SEMI_HARD and classes is not None:
+        return _semi_hard_in_panel(spec, panel, classes)
+    terms, pairs = panel_terms(spec, panel.distances, masks, batch_all_sums)
+    return _with_pull(terms), pairs
+
+
+def panel_terms(
+    spec: LossSpec,
+    distances: Array,
+    masks: PairMasks,
+    batch_all_sums: Callable[..., tuple[Array, Array]],
+) -> tuple[Callable[[Array, Array], TripletTerms], Array]:
+    """A function from distances and margin to terms, and the pairs that it uses."""
+    if spec.mining is Mining.ALL:
 
         def every(distances: Array, margin: Array) -> TripletTerms:
             margins = jnp.broadcast_to(margin, distances.shape[:-1])
             sums = batch_all_sums(spec.cost, distances, margins, *masks)
             return TripletTerms._make((*sums, count_all(masks, distances)))
 
-        return _with_pull(every), masks.positive
-
-    if spec.mining is Mining.SEMI_HARD and classes is not None:
-        return _semi_hard_in_panel(spec, panel, classes)
-    _, positive, negative, valid = mined_panel(spec, panel)
+        return every, masks.positive
+    _, positive, negative, valid = mined_panel(spec, distances, masks)
 
     def chosen(distances: Array, margin: Array) -> TripletTerms:
         d_ap, d_an = take(distances, positive), take(distances, negative)
@@ -111,7 +123,7 @@ def _panel_cost(
     pairs = jnp.zeros_like(masks.positive)
     for index in (positive, negative):
         pairs = pairs.at[row, index].max(valid)
-    return _with_pull(chosen), pairs
+    return chosen, pairs
 
 
 def _with_pull(terms: Callable[[Array, Array], TripletTerms]) -> PanelCost:
@@ -340,11 +352,11 @@ def _if_above(bits: Array, d_ap: Array) -> Array:
     return jnp.where(nearest > d_ap, nearest, jnp.inf)
 
 
-def mined_panel(spec: LossSpec, panel: Panel) -> Triplets:
+def mined_panel(spec: LossSpec, distances: Array, masks: PairMasks) -> Triplets:
     """The triplets ``[rows, k]`` of a panel."""
     if spec.mining is Mining.SEMI_HARD:
         return unjitted(batch_semi_hard_triplets)(
-            panel.distances, panel.masks, fallback=spec.fallback
+            distances, masks, fallback=spec.fallback
         )
-    triplets = unjitted(batch_hard_triplets)(panel.distances, panel.masks)
+    triplets = unjitted(batch_hard_triplets)(distances, masks)
     return Triplets(*(field[:, None] for field in triplets))

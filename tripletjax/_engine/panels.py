@@ -22,14 +22,29 @@ from tripletjax.distances import Metric, common_offset
 from tripletjax.pairs import PairMasks, keep_pairs, match_labels
 
 
+class PanelRows(NamedTuple):
+    """Some anchors and their pairs.
+
+    Attributes:
+        start: the first row.
+        a: the anchors ``[rows, d]``.
+        real: which of them count ``[rows]``: none that an earlier panel had.
+        masks: their pairs ``[rows, m]``; none in rows that do not count.
+        itself: the index of each among the references, -1 if it is not there.
+    """
+
+    start: Array
+    a: Array
+    real: Array
+    masks: PairMasks
+    itself: Array
+
+
 class ProductPanel(NamedTuple):
     """Some rows of the distance matrix, by inner products.
 
     Attributes:
-        start: the first row.
-        a: its anchors ``[rows, d]``.
-        real: which of them count ``[rows]``: none that an earlier panel had.
-        masks: its pairs ``[rows, m]``; none in rows that do not count.
+        start, a, real, masks: as in `PanelRows`.
         distances: ``[rows, m]``.
         slopes: their derivatives by half the squared differences, likewise.
         near: pairs whose distance by products has too few digits, likewise.
@@ -92,7 +107,8 @@ class PairedPanel(NamedTuple):
     """Some rows of the distance matrix, of a function of two vectors.
 
     Attributes:
-        start, a, real, masks, distances: as in `ProductPanel`.
+        start, a, real, masks: as in `PanelRows`.
+        distances: ``[rows, m]``.
         pull: from a gradient by distances to one by anchors and references.
     """
 
@@ -144,10 +160,10 @@ class Panels(NamedTuple):
         offset = common_offset(y)
         return cls(metric, batch, cut, blocks, offset, products.halves(y, offset))
 
-    def panel(self, block: Array) -> Panel:
-        metric, batch, blocks = self.metric, self.batch, self.blocks
+    def rows(self, block: Array) -> PanelRows:
+        batch, blocks = self.batch, self.blocks
         start = blocks.start(block)
-        y, labels, real_references = batch.reference_side
+        _, labels, real_references = batch.reference_side
         row = start + jnp.arange(blocks.size)
 
         def rows(x: Array) -> Array:
@@ -166,16 +182,30 @@ class Panels(NamedTuple):
                 rows(batch.labels), labels, row if batch.square else positions
             )
         masks = keep_pairs(masks, real, real_references)
-        if metric.products is None:
-            itself = row if batch.square else jnp.full_like(row, -1)
-            distances, pull = jax.vjp(lambda a, y: metric.against(a, y, itself), a, y)
-            return PairedPanel(start, a, real, masks, distances, pull)
+        itself = row if batch.square else jnp.full_like(row, -1)
+        return PanelRows(start, a, real, masks, itself)
+
+    def squares(self, a: Array) -> tuple[Array, Array]:
+        """Half the squared differences ``[rows, m]``, and which have too few digits.
+
+        Those may be negative, by rounding.
+        """
+        assert self.metric.products is not None
         assert self.offset is not None
         assert self.halves is not None
-        scale = metric.products.halves(a, self.offset)[:, None] + self.halves
+        y = self.batch.reference_side[0]
+        scale = self.metric.products.halves(a, self.offset)[:, None] + self.halves
         products = products_with(a - self.offset, y, self.offset, self.cut.panel)
         squares = scale - products
+        return squares, squares < CANCELLATION_SHARE * scale
+
+    def panel(self, block: Array) -> Panel:
+        metric, y = self.metric, self.batch.reference_side[0]
+        start, a, real, masks, itself = self.rows(block)
+        if metric.products is None:
+            distances, pull = jax.vjp(lambda a, y: metric.against(a, y, itself), a, y)
+            return PairedPanel(start, a, real, masks, distances, pull)
+        squares, near = self.squares(a)
         squares = jnp.where(squares < 0, 0, squares)
         distances, slopes = with_slope(metric.products.distance, squares)
-        near = squares < CANCELLATION_SHARE * scale
         return ProductPanel(start, a, real, masks, distances, slopes, near)

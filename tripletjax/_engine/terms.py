@@ -80,7 +80,9 @@ def _hard_by_panels(spec: LossSpec, batch: Batch) -> Triplets:
 
     def step(block: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
         panel = panels.panel(block)
-        new = [field[:, 0] for field in mined_panel(spec, panel)[1:]]
+        new = [
+            field[:, 0] for field in mined_panel(spec, panel.distances, panel.masks)[1:]
+        ]
         fresh = panels.blocks.fresh(block)
         return tuple(
             lax.dynamic_update_slice_in_dim(
@@ -108,7 +110,8 @@ def _semi_hard(spec: LossSpec, batch: Batch, size: int) -> CountedTriplets:
     def step(block: Array, state: tuple) -> tuple:
         count, *found = state
         panel = panels.panel(block)
-        anchor, positive, negative, valid = mined_panel(spec, panel)
+        mined = mined_panel(spec, panel.distances, panel.masks)
+        anchor, positive, negative, valid = mined
         slot = count + jnp.cumsum(valid.ravel()) - 1
         slot = jnp.where(valid.ravel(), slot, size)
         found = [

@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tripletjax._api import UNJITTED, as_arrays, check_nonnegative, own_promotion
+from tripletjax._closures import canonical
 from tripletjax._pairwise.mesh import AxisName, names_of
 from tripletjax.pairs import PairMasks
 
@@ -71,7 +72,8 @@ def over_mesh(
                 for name, x in arrays.items()
                 if x is not None
             }
-            return mapped(arrays, mesh=mesh, options=tuple(sorted(given.items())))
+            options = {name: canonical(value) for name, value in given.items()}
+            return mapped(arrays, mesh=mesh, options=tuple(sorted(options.items())))
 
         @functools.partial(jax.jit, static_argnames=("mesh", "options"))
         @own_promotion

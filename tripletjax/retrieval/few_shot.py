@@ -1,14 +1,17 @@
 """Few-shot classification, by the nearest of a few labelled vectors."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from tripletjax._api import jitted
 from tripletjax.distances import Metric, as_vectors, euclidean
-from tripletjax.pairs import per_item
+from tripletjax.pairs import per_item, same_labels
+from tripletjax.retrieval.neighbors import nearest_one
 
 
 @jitted(callables=("metric",), flags=("class_means",))
@@ -25,7 +28,8 @@ def few_shot_accuracy(
 ) -> Array:
     """The share of queries whose nearest support has their label, per episode.
 
-    With n classes of k support vectors each, n-way k-shot accuracy.
+    With n classes of k support vectors each, n-way k-shot accuracy. Memory is that of
+    the vectors and a block of distances, for each episode.
 
     Args:
         support: vectors ``[..., s, d]``, the labelled ones of each episode.
@@ -89,15 +93,28 @@ def few_shot_accuracy(
         known = each("support_where", support_where, y, "support vectors", jnp.bool_)
         y = jnp.where(known[..., None], y, 0)
     if class_means:
-        alike = (theirs[..., :, None] == theirs[..., None, :]) & known[..., None, :]
-        count = jnp.sum(alike, axis=-1, keepdims=True)
-        y = jnp.matmul(alike.astype(y.dtype), y, precision="highest")
-        y = y / jnp.maximum(count, 1)
-    distances = jnp.where(known[..., None, :], metric(x, y), jnp.inf)
-    nearest = jnp.argmin(distances, axis=-1)
-    right = jnp.take_along_axis(theirs, nearest, axis=-1) == ours
+        y = jnp.vectorize(_class_means, signature="(s,d),(s),(s)->(s,d)")(
+            y, theirs, known
+        )
+    nearest = jnp.vectorize(
+        functools.partial(nearest_one, metric=metric),
+        signature="(q,d),(s,d),(s)->(q)",
+    )(x, y, known)
+    right = same_labels(jnp.take_along_axis(theirs, nearest, axis=-1), ours)
     count = jnp.sum(real, axis=-1)
     share = jnp.sum(right & real, axis=-1) / jnp.maximum(count, 1)
     finite = [jnp.isfinite(v).all(axis=(-2, -1)) for v in (x, y)]
     told = (count > 0) & jnp.any(known, axis=-1) & finite[0] & finite[1]
     return jnp.where(told, share, jnp.nan)
+
+
+def _class_means(x: Array, labels: Array, where: Array) -> Array:
+    """For each vector ``[s, d]`` the mean of the real ones of its class."""
+    # The class of a label is the place of the first of its kind in sorted order.
+    of_class = jnp.searchsorted(jnp.sort(labels), labels)
+    add_up = functools.partial(
+        jax.ops.segment_sum, segment_ids=of_class, num_segments=len(labels)
+    )
+    count = add_up(where.astype(x.dtype))
+    means = add_up(jnp.where(where[:, None], x, 0)) / jnp.maximum(count, 1)[:, None]
+    return means[of_class]

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from tripletjax._api import as_integer, jitted, unjitted
 from tripletjax._thresholds import as_rates, between
 from tripletjax.distances import Metric, as_vectors, euclidean
-from tripletjax.pairs import per_item
-from tripletjax.retrieval.neighbors import _nearest_neighbors, check_vectors
+from tripletjax.pairs import per_item, same_labels
+from tripletjax.retrieval.neighbors import check_vectors, nearest_of_classes
 
 
 class NearestClasses(NamedTuple):
@@ -50,7 +50,7 @@ class IdentificationMetrics(NamedTuple):
     unknown: Array
 
 
-@jitted(callables=("metric",), sizes=("k",))
+@jitted(callables=("metric",), sizes=("k",), keep_dtypes=True)
 def nearest_classes(
     queries: ArrayLike,
     references: ArrayLike,
@@ -63,7 +63,7 @@ def nearest_classes(
     """The k classes nearest to each query, each by its nearest reference.
 
     Exact; of equally far classes, the one whose nearest reference comes first. For
-    class means, give these as references.
+    class means, give these as references. Memory is O(n k + block m).
 
     Args:
         queries: vectors ``[n, d]``.
@@ -93,7 +93,7 @@ def nearest_classes(
         ("queries", queries), ("references", references), rank=2
     )
     check_vectors(queries=queries, references=references)
-    n, m = len(queries), len(references)
+    m = len(references)
     labels = per_item(
         "reference_labels", reference_labels, m, "references", jnp.integer
     )
@@ -101,18 +101,10 @@ def nearest_classes(
     real = per_item("reference_where", real, m, "references", jnp.bool_)
     if not 1 <= k <= m:
         raise ValueError(f"k must be from 1 to {m}, the references; got {k}.")
-    left = jnp.broadcast_to(real, (n, m))
-    found = []
-    for _ in range(k):
-        distances, index = unjitted(_nearest_neighbors)(
-            queries, references, k=1, metric=metric, reference_where=left
-        )
-        distances, index = distances[:, 0], index[:, 0]
-        label = jnp.where(index < 0, -1, labels[index])
-        found.append((distances, label, index))
-        # The nearest of the others is next.
-        left &= (labels[None] != labels[index][:, None]) | (index < 0)[:, None]
-    return NearestClasses(*(jnp.stack(x, axis=1) for x in zip(*found)))
+    distances, index = nearest_of_classes(
+        queries, references, labels, k=k, metric=metric, reference_where=real
+    )
+    return NearestClasses(distances, jnp.where(index < 0, -1, labels[index]), index)
 
 
 def evaluate_identification(
@@ -133,7 +125,7 @@ def evaluate_identification(
     and is unknown else. Of queries whose class is not in the gallery, the share that
     get a name is the false positive identification rate (FPIR), which grows with the
     gallery; of the others the share that do not get the right one is the false negative
-    identification rate (FNIR).
+    identification rate (FNIR). Memory is O(n max(ranks) + block m).
 
     Args:
         embeddings: vectors ``[n, d]``, the queries.
@@ -213,13 +205,9 @@ def _evaluate_identification(
         metric=metric,
         reference_where=reference_where,
     )
-    theirs = jnp.asarray(reference_labels)
-    there = labels[:, None] == theirs
-    if reference_where is not None:
-        there &= jnp.asarray(reference_where)
-    known = real & jnp.any(there, axis=1)
-    unknown = real & ~known
-    right = (found.labels == labels[:, None]) & (found.indices >= 0)
+    there = _among(labels, jnp.asarray(reference_labels), reference_where)
+    known, unknown = real & there, real & ~there
+    right = same_labels(found.labels, labels[:, None]) & (found.indices >= 0)
     count, others = jnp.sum(known), jnp.sum(unknown)
     share = lambda hit: jnp.sum(hit & known) / jnp.maximum(count, 1)  # noqa: E731
 
@@ -244,3 +232,13 @@ def _evaluate_identification(
         jnp.where(broken, jnp.nan, jnp.stack(x)) for x in (rates, fnirs, thresholds)
     )
     return IdentificationMetrics(rates, fnirs, thresholds, count, others)
+
+
+def _among(labels: Array, others: Array, where: ArrayLike | None) -> Array:
+    """Which labels are among others ``[m]`` that are real, in O(n + m) memory."""
+    padding = jnp.zeros(len(others), bool) if where is None else ~jnp.asarray(where)
+    # Of equal ones, a real one comes first.
+    others, padding = lax.sort((others, padding), num_keys=2)
+    index = jnp.searchsorted(others, labels.astype(others.dtype))
+    index = jnp.minimum(index, len(others) - 1)
+    return same_labels(others[index], labels) & ~padding[index]

@@ -1,6 +1,7 @@
 """The nearest references of each query."""
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array
@@ -77,13 +78,57 @@ def _nearest_neighbors(
         ("queries", queries), ("references", references), rank=2
     )
     check_vectors(queries=queries, references=references)
-    n, m = len(queries), len(references)
+    m = len(references)
     choices = m if positions is None else m - 1
     if not 1 <= k <= choices:
         but = "" if positions is None else " but the query itself"
         raise ValueError(
             f"k must be from 1 to {choices}, all references{but}; got {k}."
         )
+    rankings = _rankings(metric, queries, references, positions, reference_where)
+    neighbors = functools.partial(rankings.nearest, rankings.tiles(), k)
+    return _with_broken(rankings, neighbors)
+
+
+def nearest_one(
+    queries: Array, references: Array, reference_where: Array, *, metric: Metric
+) -> Array:
+    """The index ``[n]`` of the nearest reference of each query, -1 if there is none.
+
+    The arguments have been checked.
+    """
+    rankings = _rankings(metric, queries, references, None, reference_where)
+    nearest = functools.partial(rankings.nearest, rankings.tiles(), 1)
+    return _with_broken(rankings, nearest)[1][:, 0]
+
+
+def nearest_of_classes(
+    queries: Array,
+    references: Array,
+    labels: Array,
+    *,
+    k: int,
+    metric: Metric,
+    reference_where: Array,
+) -> tuple[Array, Array]:
+    """Distances and indices of the nearest reference of each of the k nearest classes.
+
+    The arguments have been checked.
+    """
+    rankings = _rankings(metric, queries, references, None, reference_where)
+    tiles = rankings.tiles()
+    nearest = functools.partial(rankings.nearest_of_classes, tiles, labels, k)
+    return _with_broken(rankings, nearest)
+
+
+def _rankings(
+    metric: Metric,
+    queries: Array,
+    references: Array,
+    positions: ArrayLike | None,
+    reference_where: ArrayLike | None,
+) -> Rankings:
+    n, m = len(queries), len(references)
     each, reference_where = per_query(reference_where, n, m)
     if positions is None:
         positions = jnp.full(n, -1)
@@ -99,10 +144,15 @@ def _nearest_neighbors(
     )
     if each is not None:
         batch = with_masks(batch, masks_of(batch, each))
-    rankings = Rankings.of(metric, batch)
-    neighbors = functools.partial(rankings.nearest, rankings.tiles(), k)
-    distances, indices = rankings.fill(neighbors)
-    broken = ~jnp.isfinite(batch.anchors).all(axis=-1, keepdims=True)
+    return Rankings.of(metric, batch)
+
+
+def _with_broken(
+    rankings: Rankings, nearest: Callable[[Array], Sequence[Array]]
+) -> tuple[Array, Array]:
+    """Distances and indices of all queries; NaN and -1 of those that are not finite."""
+    distances, indices = rankings.fill(nearest)
+    broken = ~jnp.isfinite(rankings.batch.anchors).all(axis=-1, keepdims=True)
     return jnp.where(broken, jnp.nan, distances), jnp.where(broken, -1, indices)
 
 

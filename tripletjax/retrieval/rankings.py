@@ -283,18 +283,45 @@ class Rankings(NamedTuple):
         self, tiles: ReferenceTiles, k: int, start: Array
     ) -> tuple[Array, Array]:
         """Distances and indices of the k nearest."""
-        m = len(self.batch.reference_side[0])
+        # The lowest index comes first among equals.
+        near, index = lax.top_k(self._nearness(tiles, start), k)
+        return self._by_differences(start, near, index)
+
+    def nearest_of_classes(
+        self, tiles: ReferenceTiles, labels: Array, k: int, start: Array
+    ) -> tuple[Array, Array]:
+        """Distances and indices of the nearest of each of the k nearest classes."""
+        nearness = self._nearness(tiles, start)
+        labels = jnp.pad(labels, (0, nearness.shape[1] - len(labels)))
+
+        def next_class(nearness: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
+            near = jnp.max(nearness, axis=1, keepdims=True)
+            index = jnp.argmax(nearness == near, axis=1)
+            others = labels != labels[index][:, None]
+            return jnp.where(others, nearness, -jnp.inf), (near[:, 0], index)
+
+        _, (near, index) = lax.scan(next_class, nearness, length=k)
+        return self._by_differences(start, near.T, index.T)
+
+    def _nearness(self, tiles: ReferenceTiles, start: Array) -> Array:
+        """Floats ``[rows, columns]`` that grow as distances fall.
+
+        Minus infinity for what is no reference of a query.
+        """
         _, panel = self.scan(
             start, tiles, lambda _, tile: (None, -_as_floats(tile.keys)), None
         )
-        panel = jnp.moveaxis(panel, 1, 0).reshape(self.blocks.size, -1)
-        # The lowest index comes first among equals.
-        near, index = lax.top_k(panel, k)
+        return jnp.moveaxis(panel, 1, 0).reshape(self.blocks.size, -1)
+
+    def _by_differences(
+        self, start: Array, near: Array, index: Array
+    ) -> tuple[Array, Array]:
+        """Distances, which have more digits than by products, and indices in order."""
+        m = len(self.batch.reference_side[0])
         a = self.rows(self.batch.anchors, start)
         partners = self.batch.reference_side[0][index]
         each = jax.vmap(jax.vmap(self.metric.between, (None, 0)))
         distances = each(a, partners)
-        # By differences, which have more digits.
         key, found = ordered_bits(distances), near > -jnp.inf
         last = jnp.iinfo(key.dtype).max
         key, index = jnp.where(found, key, last), jnp.where(found, index, m)

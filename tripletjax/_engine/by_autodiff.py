@@ -1,0 +1,157 @@
+"""Terms that JAX differentiates: of functions that close over traced arrays.
+
+The other ways of the engine have derivatives of their own, which know the batch and the
+margin alone. Here panels of rows are computed by differentiable operations, and again
+in the backward pass, so that memory is still that of a panel.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from tripletjax._closures import closes_over_tracers
+from tripletjax._engine.by_panels import panel_terms
+from tripletjax._engine.by_tiles import TripletRows, mined_by_tiles
+from tripletjax._engine.panels import PanelRows, Panels
+from tripletjax._engine.search import MAX_TILE_POSITIVES
+from tripletjax._engine.spec import LossSpec, Mining
+from tripletjax._engine.terms import hard_triplets
+from tripletjax._matrices import for_each_true_column
+from tripletjax._pairwise.batch import Batch
+from tripletjax._pairwise.class_index import ClassIndex
+from tripletjax._pairwise.tiles import Tiles
+from tripletjax.distances import Metric, cosine, euclidean, manhattan, squared_euclidean
+from tripletjax.losses import (
+    TripletTerms,
+    batch_all_sums_by_autodiff,
+    closes_over_arrays,
+    costs_of,
+    sums_of,
+)
+
+PRODUCT_METRICS = euclidean, squared_euclidean, cosine
+
+
+def needs_autodiff(spec: LossSpec, batch: Batch) -> bool:
+    """Whether the metric or the cost closes over traced arrays."""
+    return closes_over_arrays(spec.cost, batch.anchors.dtype) or _metric_closes_over(
+        spec.metric, batch
+    )
+
+
+def _metric_closes_over(metric: Metric, batch: Batch) -> bool:
+    if metric in (*PRODUCT_METRICS, manhattan):
+        return False
+    x = jax.ShapeDtypeStruct(batch.anchors.shape, batch.anchors.dtype)
+    vector = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    itself = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32)
+    return closes_over_tracers(metric.between, vector, vector) or closes_over_tracers(
+        metric.against, x, x, itself
+    )
+
+
+def terms_by_autodiff(spec: LossSpec, batch: Batch, margin: Array) -> TripletTerms:
+    """The terms ``[n]``."""
+    if spec.mining is Mining.HARD:
+        # Selection is not differentiated, so that any way of the engine may do it.
+        _, *chosen = hard_triplets(spec, lax.stop_gradient(batch))
+        rows = TripletRows(*(x[None] for x in chosen), count=1)
+        return _explicit_terms(spec, batch, margin, rows)
+    by_products = batch.has_classes and spec.metric in PRODUCT_METRICS
+    classes = None
+    if spec.mining is Mining.SEMI_HARD and by_products:
+        classes = ClassIndex.of(batch)
+
+    def by_tiles(spec: LossSpec) -> TripletTerms:
+        assert classes is not None
+        selected = lax.stop_gradient(batch)
+        tiles = Tiles.of(spec.metric, selected, spec.cut)
+        rows = mined_by_tiles(spec, tiles, classes)
+        return _explicit_terms(spec, batch, margin, rows)
+
+    def terms(spec: LossSpec) -> TripletTerms:
+        if classes is None:
+            return _terms_by_panels(spec, batch, margin)
+        return lax.cond(
+            classes.max_positives <= MAX_TILE_POSITIVES,
+            lambda: by_tiles(spec),
+            lambda: _terms_by_panels(spec, batch, margin),
+        )
+
+    return spec.by_platform(terms, batch.size)
+
+
+def _explicit_terms(
+    spec: LossSpec, batch: Batch, margin: Array, triplets: TripletRows
+) -> TripletTerms:
+    """The terms of given triplets, whose distances come from differences."""
+    a, y = batch.anchors, batch.reference_side[0]
+
+    @jax.checkpoint
+    def of_row(row: tuple[Array, Array, Array]) -> TripletTerms:
+        *pair, valid = row
+        # An anchor without a triplet is not compared with itself: many a distance has
+        # no gradient there.
+        d_ap, d_an = (
+            jax.vmap(spec.metric.between)(a, jnp.where(valid[:, None], y[index], a + 1))
+            for index in pair
+        )
+        costs = costs_of(d_ap, d_an, valid, margin, spec.cost)
+        return sums_of(costs[:, None], valid[:, None])
+
+    terms = lax.map(of_row, (triplets.positive, triplets.negative, triplets.valid))
+    return TripletTerms(*(jnp.sum(x, axis=0) for x in terms))
+
+
+def _terms_by_panels(spec: LossSpec, batch: Batch, margin: Array) -> TripletTerms:
+    panels = Panels.of(spec.metric, batch, spec.cut)
+
+    @jax.checkpoint
+    def of_block(block: Array) -> tuple[Array, TripletTerms]:
+        rows = panels.rows(block)
+        return rows.start, _panel_terms(spec, panels, rows, margin)
+
+    blocks = panels.blocks
+    start, parts = lax.map(of_block, jnp.arange(blocks.count))
+    # Rows that two panels share have no triplets in the second.
+    row = start[:, None] + jnp.arange(blocks.size)
+    none = batch.zeros((len(batch.anchors),))
+    return TripletTerms(*(none.at[row].add(part) for part in parts))
+
+
+def _panel_terms(
+    spec: LossSpec, panels: Panels, rows: PanelRows, margin: Array
+) -> TripletTerms:
+    metric, y = panels.metric, panels.batch.reference_side[0]
+    sums = batch_all_sums_by_autodiff
+    if metric.products is None:
+        distances = metric.against(rows.a, y, rows.itself)
+        terms, _ = panel_terms(spec, distances, rows.masks, sums)
+        return terms(distances, margin)
+
+    def distances_of(squares: Array) -> Array:
+        return metric.inner_products.distance(jnp.where(squares < 0, 0, squares))
+
+    squares, near = panels.squares(rows.a)
+    terms, pairs = panel_terms(spec, distances_of(squares), rows.masks, sums)
+    # Their values come from differences, where products have no digits.
+    rounded = lax.stop_gradient(squares)
+    exact = _exact_squares(panels, rows, near & pairs, rounded)
+    return terms(distances_of(squares + (exact - rounded)), margin)
+
+
+def _exact_squares(
+    panels: Panels, rows: PanelRows, pairs: Array, squares: Array
+) -> Array:
+    """The same with half the squared differences of some pairs from differences."""
+    row, products = jnp.arange(len(rows.a)), panels.metric.inner_products
+    a, y = lax.stop_gradient((rows.a, panels.batch.reference_side[0]))
+
+    def visit(squares: Array, column: Array, found: Array) -> Array:
+        direct = products.half_square(a, y[column])
+        direct = jnp.where(found, direct, squares[row, column])
+        return squares.at[row, column].set(direct, unique_indices=True)
+
+    return lax.stop_gradient(
+        for_each_true_column(lax.stop_gradient(pairs), visit, squares)
+    )
