@@ -1246,6 +1246,54 @@ def test_a_finished_run_is_lengthened(tmp_path, own_data_dir):
         runs.run(small(steps=6, checkpoint_every=2), out, resume=True, progress=False)
 
 
+def test_a_summary_of_fewer_steps_does_not_finish_a_lengthened_run(finished, tmp_path):
+    run, evaluations = finished
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("config.json", "summary.json"):
+        shutil.copy(run / name, out)
+    made = RunRecord.read(out)
+    assert preparation.find_run(out, small(), True) == (made, evaluations)
+    assert preparation.find_run(out, small(steps=30), True) == (made, None)
+    # A lengthened run that was killed has its new goal and the summary of the old one.
+    longer = dataclasses.replace(
+        made, requested=small(steps=30), plan=dataclasses.replace(made.plan, steps=30)
+    )
+    longer.write(out)
+    for config in (small(steps=30), runs.Config(**requested_of(out))):
+        assert preparation.find_run(out, config, True) == (longer, None)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("exact")
+def test_a_killed_lengthening_goes_on_to_its_new_goal(tmp_path, monkeypatch):
+    def longer(out, steps):
+        config = small(steps=steps, checkpoint_every=2, log_every=1)
+        return runs.run(config, out, resume=steps > 4, progress=False)
+
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    first = longer(out, 4)
+    add = MetricsLog.add
+
+    def killed(log, line):
+        add(log, line)
+        if line["step"] == 7:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "add", killed)
+        with pytest.raises(MemoryError):
+            longer(out, 10)
+    assert json.loads((out / "summary.json").read_text())["evaluations"] == first
+    evaluations = runs.run(
+        runs.Config(**requested_of(out)), out, resume=True, progress=False
+    )
+    assert steps_of(out) == 10
+    assert evaluations["trained"] != first["trained"]
+    longer(whole, 4)
+    assert longer(whole, 10) == evaluations
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("exact")
 def test_a_run_goes_on_without_its_options_and_with_moved_data(tmp_path):

@@ -45,15 +45,20 @@ def normalized(config: Config) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def found(
+def find_run(
     out: Path, config: Config, resume: bool
 ) -> tuple[RunRecord | None, dict[str, Any] | None]:
-    """The record of the run that is to go on, and its evaluations if it is finished."""
+    """The record of the run to resume, and its evaluations if the run is finished.
+
+    A run is finished when its summary is that of its last step: a run that is being
+    lengthened still has the summary of its earlier goal.
+    """
     old = _old_run(out, config, resume)
-    longer = old is not None and config.steps not in (None, old.plan.steps)
-    if old is not None and not longer and (out / "summary.json").exists():
-        return old, json.loads((out / "summary.json").read_text())["evaluations"]
-    return old, None
+    if old is None or not (out / record.SUMMARY).exists():
+        return old, None
+    summary = json.loads((out / record.SUMMARY).read_text(encoding="utf-8"))
+    finished = summary.get("steps") == (config.steps or old.plan.steps)
+    return old, summary["evaluations"] if finished else None
 
 
 def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:

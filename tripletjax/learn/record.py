@@ -17,6 +17,8 @@ from tripletjax.learn.plan import (
 )
 
 FILE = "config.json"
+# The results of a finished run, and the step of which they are.
+SUMMARY = "summary.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ A run directory holds
 - ``checkpoints/``: the last two states, from which a run goes on;
 - ``best/``: the model that did best in validation, and the one before;
 - ``checkpoints.digests.json``, ``best.digests.json``: digests of their files;
-- ``summary.json``: the evaluations, the number of parameters, and how many images
-  there were of what, once the run has finished;
+- ``summary.json``: the evaluations, their step, the number of parameters, and how
+  many images there were of what, once the run has finished;
 - ``training.png``: loss and share of active triplets over the steps;
 - ``neighbors.png``: images that were never trained on, and their nearest neighbours;
 - ``triplets.png`` instead, of given triplets: those held out, in the order of distance;
@@ -146,7 +146,7 @@ def run(
     progress = progress and on.first
     out = on.of_first(lambda given=out: Path(given).resolve())
     config = preparation.normalized(config)
-    old, finished = on.of_first(lambda: preparation.found(out, config, resume))
+    old, finished = on.of_first(lambda: preparation.find_run(out, config, resume))
     if finished is not None:
         return finished
     start = preparation.start_of(config, old)
@@ -284,11 +284,12 @@ def _finish(
     task.draw(shown | {"trained": embed}, out)
     parameters = jax.tree.leaves(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
     summary = {
+        "steps": plan.steps,
         "evaluations": evaluations,
         "parameters": sum(x.size for x in parameters),
         "counts": task.counts | {"skipped": len(task.dataset.skipped)},
     }
-    write_json(out / "summary.json", summary)
+    write_json(out / record.SUMMARY, summary)
     log.close()
     return evaluations
 
