@@ -925,6 +925,11 @@ def _database_option(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where indexes are kept (default: RUN/index)",
     )
+    parser.add_argument(
+        "--remove-missing",
+        action="store_true",
+        help="remove missing images from the index, also if they are most of it",
+    )
 
 
 def _report_option(parser: argparse.ArgumentParser) -> None:
@@ -941,6 +946,7 @@ def _updated(folder: Path, given: dict[str, Any], embedder: Any) -> tuple[Any, A
     changes = index.update(
         progress=True,
         waiting=lambda: print("another process updates an index here: waiting for it"),
+        remove_missing=given["remove_missing"],
     )
     print(search_report.changes(changes))
     for line in (*changes.notes, *changes.skipped):

@@ -85,14 +85,14 @@ class Checkpoints:
             # Orbax and TensorStore raise whatever they come across.
             raise OSError(
                 f"the state of step {step} could not be written to {self.directory}: "
-                f"{_brief(error)}"
+                f"{first_line(error)}"
             ) from error
         try:
             self._load(step, state)
         except Exception as error:
             raise OSError(
                 f"the state of step {step} in {self.directory} could not be read back: "
-                f"{_brief(error)}. The one before is still there."
+                f"{first_line(error)}. The one before is still there."
             ) from error
         digests = {str(kept): self._digests().get(str(kept)) for kept in self.steps}
         if jax.process_index() == 0:
@@ -126,7 +126,7 @@ class Checkpoints:
             except StateMismatchError:
                 raise
             except Exception as error:
-                reason = _brief(error)
+                reason = first_line(error)
                 if not self._is_damaged(step):
                     raise OSError(
                         f"the checkpoint of step {step} in {self.directory} cannot be "
@@ -261,8 +261,8 @@ def _digest(arrays: list[Any]) -> str:
     )
 
 
-def _brief(error: Exception) -> str:
-    """What an error says first; Orbax also prints whole trees of arrays."""
+def first_line(error: Exception) -> str:
+    """The first line of an error; Orbax also prints whole trees of arrays."""
     first = str(error).strip().partition("\n")[0] or repr(error)
     return first if len(first) <= 200 else first[:200] + "..."
 
