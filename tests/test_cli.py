@@ -1,6 +1,7 @@
 """The command, as its user types it."""
 
 import dataclasses
+import io
 import json
 import shutil
 import subprocess
@@ -408,3 +409,72 @@ def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
         Path(copy).unlink()
     assert cli.main([*command, "--query", str(file)]) == 2
     assert "hits.json cannot be read" in capsys.readouterr().err
+
+
+# Output.
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_names_that_the_output_cannot_encode_are_replaced(
+    monkeypatch, tmp_path, encoding
+):
+    report = {
+        "images": 2,
+        "classes": 2,
+        "notes": ["a class \u0401\u043b\u043a\u0430", "a file \udcff"],
+        "retrieval": {
+            name: 1.0
+            for name in ("queries", "map_at_r", "r_precision", "mean_average_precision")
+        }
+        | {"recall_at_k": {}, "queries": 2},
+        "verification": {
+            **{"equal_error_rate": 1.0, "area_under_roc": 1.0, "at_far": []},
+            **{"positives": 1, "negatives": 1},
+        },
+        "collapse": {"mean_distance": 1.0, "distance_std": 1.0, "effective_rank": 1.0},
+    }
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: report)
+    printed = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", printed)
+    folder = tmp_path / "\ub618\ubc29"
+    arguments = ["--run", str(tmp_path), "--data", str(folder)]
+    assert cli.main(["evaluate", *arguments]) == 0
+    printed.flush()
+    lines = printed.buffer.getvalue().decode(encoding).splitlines()
+    shown = folder.name if encoding == "utf-8" else "??"
+    assert lines[0].endswith(shown)
+    assert lines[1].endswith(
+        "class ????" if encoding != "utf-8" else "\u043b\u043a\u0430"
+    )
+    assert lines[2].endswith("file ?")
+    # The stream is the caller's.
+    assert printed.errors == "strict"
+
+
+@pytest.mark.slow
+def test_files_are_written_before_lines_are_printed(trained, tmp_path, monkeypatch):
+    folder = shapes(tmp_path / "\u0401\u043b\u043a\u0430", kinds=2, each=3)
+    query = str(folder / "group0" / "kind0" / "0.png")
+    gallery = ["identify", "--run", str(trained), "--gallery", str(folder), "--closed"]
+    search = ["search", "--run", str(trained), "--index", str(folder)]
+
+    class Closed(io.StringIO):
+        """An output that ends at the first result, as that of ``| head``."""
+
+        def write(self, text):
+            if "0.png" in text:
+                raise BrokenPipeError("closed")
+            return len(text)
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    for number, command in enumerate(
+        (
+            [*search, "--query", query],
+            [*search, "--duplicates", "--within", "2"],
+            [*gallery, query],
+        )
+    ):
+        file = tmp_path / f"{number}.json"
+        options = ["--json", str(file), "--database", str(tmp_path / "db")]
+        assert cli.main([*command, *options]) == 2
+        assert query.rpartition("/")[2] in file.read_text()

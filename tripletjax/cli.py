@@ -5,12 +5,13 @@ an interrupt.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,7 +49,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    with _replacing_characters():
+        return _main(sys.argv[1:] if argv is None else list(argv))
+
+
+@contextlib.contextmanager
+def _replacing_characters() -> Iterator[None]:
+    """Prints replacement characters for those that the output cannot encode."""
+    streams: list[Any] = [sys.stdout, sys.stderr]
+    before = [(x, x.errors) for x in streams if hasattr(x, "reconfigure")]
+    for stream, errors in before:
+        if errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        for stream, errors in before:
+            stream.reconfigure(errors=errors)
+
+
+def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tripletjax",
         description="Train embeddings of images with triplet losses, and use them.",
@@ -379,7 +399,7 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     else:
         more = "" if of_triplets else "; --split classes holds out whole classes"
         print(f"\nThere are too few to hold any out for a test{more}.")
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     skipped = summary["counts"].pop("skipped")
     counts = (
         f"{n:,} {part.replace('_', ' ')}" for part, n in summary["counts"].items()
@@ -543,6 +563,7 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     _check_images(parser, given["query"] or ())
     index, changes = _updated(given["index"], given, embedder_of(given["run"]))
     report: dict[str, Any] = {"index": search_report.of_changes(index, changes)}
+    lines: list[str] = []
     if given["approximate"] and not index.has_approximate:
         print("sharing out the vectors into cells, once")
         index.build_approximate()
@@ -557,8 +578,7 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             approximate=given["approximate"],
         )
         report["queries"] = found
-        for line in search_report.ranked_lines(found):
-            print(line)
+        lines += search_report.ranked_lines(found)
         if given["out"] is not None:
             search_report.draw_found(index, found, given["out"])
     elif given["duplicates"]:
@@ -566,14 +586,15 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         groups = index.duplicates(within)
         report["duplicates"] = groups
         count = sum(map(len, groups))
-        print(f"{len(groups):,} groups of {count:,} images within {within:g}")
+        lines.append(f"{len(groups):,} groups of {count:,} images within {within:g}")
         if given["out"] is not None:
             search_report.write_groups(groups, given["out"])
         else:
-            for group in groups:
-                print("  " + "  ".join(group))
+            lines += ["  " + "  ".join(group) for group in groups]
     if given["json"] is not None:
         write_json(given["json"], report)
+    for line in lines:
+        print(line)
     for name in ("out", "json"):
         if given[name] is not None:
             print(f"{_shown(given[name])} is written")
@@ -644,10 +665,10 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         calibration = Calibration.read(run, embedder.key)
         first, second = map(opened, images)
         decision = verify.decide(embedder, first, second, calibration)
-        print(verify_report.decided(decision, calibration))
         if given["json"] is not None:
-            told = verify_report.of_decision(images, decision, calibration)
-            evaluation.write_report(told, given["json"])
+            report = verify_report.of_decision(images, decision, calibration)
+            evaluation.write_report(report, given["json"])
+        print(verify_report.decided(decision, calibration))
         return 0
 
     out = given["out"]
@@ -666,15 +687,16 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             name=name,
             progress=True,
         )
-        for line in verify_report.lines(found.report):
-            print(line)
         verify_report.write(found, out)
     if given["json"] is not None:
         evaluation.write_report(found.report, given["json"])
+    calibration = found.calibration
+    earlier = None if calibration is None else calibration.write(run)
+    for line in verify_report.lines(found.report):
+        print(line)
     print()
-    if found.calibration is not None:
-        earlier = found.calibration.write(run)
-        print(verify_report.chosen(found.calibration))
+    if calibration is not None:
+        print(verify_report.chosen(calibration))
         if earlier is not None:
             print(f"It is used from now on; the one before is in {earlier.name}.")
     print(f"Everything is in {_shown(out)}: look at roc, distances and errors.png.")
@@ -776,29 +798,26 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         elif threshold is None:
             threshold = calibration.threshold
     report = identify_report.of_gallery(gallery, threshold, calibration, strangers)
-    for line in identify_report.told(report):
-        print(line)
-    print()
+    lines = [*identify_report.told(report), ""]
     if folder is not None:
         probes = evaluation.embed_folder(embedder, folder, progress=True, least=1)
-        for line in (*probes.notes, *probes.skipped):
-            print(f"- {line}")
+        lines += [f"- {line}" for line in (*probes.notes, *probes.skipped)]
         names = [probes.names[label] for label in probes.labels]
         report["evaluation"] = identify.evaluate(gallery, probes.x, names, threshold)
-        for line in identify_report.measured(report["evaluation"]):
-            print(line)
+        lines += identify_report.measured(report["evaluation"])
     else:
         x = vectors_of(embedder, [opened(image) for image in images])
         own = [index.path_of(image) for image in images]
         found = identify.identify(gallery, x, threshold=threshold, own=own)
         report["probes"] = identify_report.of_probes(images, found)
-        for line in identify_report.lines(images, found):
-            print(line)
+        lines += identify_report.lines(images, found)
         if given["out"] is not None:
             identify_report.draw(index, images, found, given["out"])
-            print(f"{_shown(given['out'])} is written")
+            lines.append(f"{_shown(given['out'])} is written")
     if given["json"] is not None:
         evaluation.write_report(report, given["json"])
+    for line in lines:
+        print(line)
     return 0
 
 

@@ -135,12 +135,12 @@ def _is_there(lock: int, path: Path) -> bool:
 
 def _sources(entry: Path) -> set[str]:
     try:
-        return set(json.loads((entry / SOURCES).read_text()))
+        return set(json.loads((entry / SOURCES).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return set()
 
 
 def _note(entry: Path, sources: set[str]) -> None:
     part = entry / f"{SOURCES}.{os.getpid()}"
-    part.write_text(json.dumps(sorted(sources)))
+    part.write_text(json.dumps(sorted(sources)), encoding="utf-8")
     part.replace(entry / SOURCES)

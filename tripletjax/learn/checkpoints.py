@@ -98,7 +98,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             digests[str(step)] = _file_digests(self.directory / str(step))
             part = self._digests_file.with_name(self._digests_file.name + ".part")
-            part.write_text(json.dumps(digests))
+            part.write_text(json.dumps(digests), encoding="utf-8")
             part.replace(self._digests_file)
 
     def restore(self, like: State) -> tuple[int, State, list[str]] | None:
@@ -158,7 +158,7 @@ class Checkpoints:
     def _digests(self) -> dict[str, dict[str, str] | None]:
         """What was written, by step and file."""
         try:
-            return json.loads(self._digests_file.read_text())
+            return json.loads(self._digests_file.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
 
