@@ -422,14 +422,16 @@ def test_names_that_the_output_cannot_encode_are_replaced(
         "images": 2,
         "classes": 2,
         "notes": ["a class \u0401\u043b\u043a\u0430", "a file \udcff"],
-        "retrieval": {
-            name: 1.0
-            for name in ("queries", "map_at_r", "r_precision", "mean_average_precision")
-        }
+        "retrieval": dict.fromkeys(
+            ("queries", "map_at_r", "r_precision", "mean_average_precision"), 1.0
+        )
         | {"recall_at_k": {}, "queries": 2},
         "verification": {
-            **{"equal_error_rate": 1.0, "area_under_roc": 1.0, "at_far": []},
-            **{"positives": 1, "negatives": 1},
+            "equal_error_rate": 1.0,
+            "area_under_roc": 1.0,
+            "at_far": [],
+            "positives": 1,
+            "negatives": 1,
         },
         "collapse": {"mean_distance": 1.0, "distance_std": 1.0, "effective_rank": 1.0},
     }

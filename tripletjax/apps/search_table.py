@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from lancedb.index import IvfFlat
 
-from tripletjax.learn.checkpoints import first_line
+from tripletjax.learn.errors import first_line
 
 # The number of values in one condition.
 CONDITION = 1000

@@ -26,6 +26,7 @@ MODULES = (
     "defaults",
     "digests",
     "embedder",
+    "errors",
     "evaluation",
     "features",
     "image_analysis",

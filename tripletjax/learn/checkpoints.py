@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from tripletjax.learn.digests import digest_of, digest_of_file
+from tripletjax.learn.errors import first_line
 
 State = TypeVar("State")
 
@@ -259,12 +260,6 @@ def _digest(arrays: list[Any]) -> str:
             np.ascontiguousarray(x).view(np.uint8).data,
         )
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error; Orbax also prints whole trees of arrays."""
-    first = str(error).strip().partition("\n")[0] or repr(error)
-    return first if len(first) <= 200 else first[:200] + "..."
 
 
 def free_path(wanted: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ class RunExistsError(FileExistsError):
 
 def normalized(config: Config) -> Config:
     """The same, from wherever it is resumed and however it is written."""
-    changes: dict[str, Any] = {}
-    if config.data != "digits" and Path(config.data).is_dir():
+    changes: dict[str, Any] = {"data": os.fspath(config.data)}
+    if changes["data"] != "digits" and Path(config.data).is_dir():
         changes["data"] = str(Path(config.data).resolve())
     for name in ("triplets", "backbone"):
         if (value := getattr(config, name)) is not None:
