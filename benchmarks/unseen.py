@@ -84,8 +84,9 @@ def show(name: str, values) -> None:
 def files_in(folder: Path, images: int | None) -> dict[Path, list[Path]]:
     """The image files of each class, at random if only some are wanted."""
     classes = defaultdict(list)
-    for file in sorted(image_io.image_files(folder)):
-        classes[file.parent].append(file)
+    for file in image_io.find_files(folder).files:
+        if image_io.is_image(file):
+            classes[file.parent].append(file)
     if images is None:
         return dict(classes)
     random = np.random.default_rng(0)

@@ -12,6 +12,7 @@ from problems import unless_slow
 from safetensors.numpy import load_file, save_file
 
 from tripletjax.learn import backbones, pretrained, weights
+from tripletjax.learn.backbones import vit
 from tripletjax.learn.backbones.layers import BatchNorm, Conv, max_pool
 from tripletjax.learn.embedder import embed_images
 from tripletjax.learn.models import Standardized
@@ -394,3 +395,8 @@ def test_kept_views_are_averaged_with_the_mirror_image_alone():
     both = head(views[:, 0]) + head(views[:, 1])
     expected = both / np.linalg.norm(both, axis=1, keepdims=True)
     np.testing.assert_allclose(head(views), expected, rtol=1e-5)
+
+
+def test_positions_are_interpolated_in_a_known_way():
+    with pytest.raises(ValueError, match=r"positions must be one of cubic,.*'linear'"):
+        vit.ViT(positions="linear", rngs=nnx.Rngs(0))

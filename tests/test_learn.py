@@ -667,7 +667,12 @@ def counted_loss(x, labels, **pairs):
 
 @pytest.mark.slow
 def test_a_batch_is_compared_with_those_before():
-    options = {"loss": counted_loss, "log_every": 1, "memory": 100, "memory_warmup": 2}
+    options = {
+        "loss": counted_loss,
+        "log_every": 1,
+        "memory": 100,
+        "memory_warmup_steps": 2,
+    }
     _, lines = trained(6, **options)
     assert [line["kept"] for line in lines] == [0, 0, 0, 40, 80, 100]
 
@@ -720,7 +725,9 @@ def test_a_memory_in_chunks(momentum):
     [
         ({"memory": -1}, "memory must be at least 0"),
         ({"memory": 9, "memory_momentum": 1.0}, "memory_momentum must be at least 0"),
-        ({"memory_warmup": 9}, "of no use without"),
+        ({"memory_warmup_steps": 9}, "memory_warmup_steps requires memory > 0, got 9"),
+        ({"memory_momentum": 0.0}, "memory_momentum requires memory > 0, got 0.0"),
+        ({"memory_warmup_steps": -1}, "memory_warmup_steps must be at least 0"),
     ],
 )
 def test_wrong_memories(options, words):

@@ -183,7 +183,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
             "which triplets to train on (default: semi-hard)",
         ),
         (
-            *(how, "class_sampling", config.CLASS_SAMPLING),
+            *(how, "class-sampling", config.CLASS_SAMPLING),
             "how classes are drawn (default: uniform)",
         ),
         (
@@ -196,19 +196,18 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
             "the network; resnet18 and so on are torchvision's, from nothing",
         ),
         (
-            *(how, "backbone_training", pretrained.TRAININGS),
+            *(how, "backbone-training", pretrained.TRAININGS),
             "what of --backbone is trained: a head on it, its last stages, too, or "
             "all (default: frozen for less than 5,000 images on CPUs, or top)",
         ),
     ):
-        option = f"--{name.replace('_', '-')}" if "backbone" in name else f"--{name}"
-        group.add_argument(option, choices=choices, help=told)
+        group.add_argument(f"--{name}", choices=choices, help=told)
     for group, name, kind, told in (
         (run, "steps", int, "how many steps to train"),
         (run, "seed", int, "of everything that is random (default: 0)"),
         (what, "size", int, "of images, the longer side in pixels"),
         (
-            *(what, "rotation_classes", int),
+            *(what, "rotation-classes", int),
             "turned and mirrored copies that are classes: 1, 2, 4 or 8",
         ),
         (how, "margin", float, "of the triplet loss (default: 0.2)"),
@@ -330,10 +329,8 @@ def _asked_of(
     of_triplets = "triplets" in (before | options)
     for name in OF_CLASSES if of_triplets else OF_TRIPLETS:
         if name in options:
-            parser.error(
-                f"--{name.replace('_', '-')} is of no use "
-                f"{'with' if of_triplets else 'without'} --triplets"
-            )
+            rule = "cannot be combined with" if of_triplets else "requires"
+            parser.error(f"--{name.replace('_', '-')} {rule} --triplets")
     augments = {"none": augment.Augment(), "more": defaults.SCARCE_CHARACTERS}
     if options.get("augment") in image_analysis.KINDS:
         options["kind"] = options.pop("augment")
@@ -551,13 +548,13 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
 
     for option in ("together", "classes", "approximate"):
         if given[option] and not given["query"]:
-            parser.error(f"--{option} is of no use without --query")
+            parser.error(f"--{option} requires --query")
     for name in ("out", "json"):
         file = given[name]
         if file is not None and file.exists():
             parser.error(f"{file} is there; it is left as it is")
     if given["out"] is not None and not (given["query"] or given["duplicates"]):
-        parser.error("--out is of no use without --query or --duplicates")
+        parser.error("--out requires --query or --duplicates")
     if given["out"] is not None and given["query"]:
         _check_new_picture(parser, given["out"])
     _check_images(parser, given["query"] or ())
@@ -657,7 +654,7 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         for option in ("pairs", "far", "classes_from", "out"):
             if given[option] is not None:
                 name = option.replace("_", "-")
-                parser.error(f"--{name} is of no use without --data")
+                parser.error(f"--{name} requires --data")
     if given["json"] is not None:
         evaluation.check_replaceable(given["json"])
     embedder = embedder_of(run)
@@ -769,7 +766,7 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         parser.error("give images to name, or --data FOLDER to measure on")
     if given["out"] is not None:
         if not images:
-            parser.error("--out is of no use without images")
+            parser.error("--out requires images to name")
         _check_new_picture(parser, given["out"])
     if given["json"] is not None:
         evaluation.check_replaceable(given["json"])

@@ -308,7 +308,7 @@ def _memory_of(plan: Plan) -> dict[str, Any]:
         return {}
     return {
         "memory": of.memory,
-        "memory_warmup": int(of.memory_warmup * plan.steps),
+        "memory_warmup_steps": int(of.memory_warmup * plan.steps),
         "memory_momentum": of.memory_momentum,
     }
 
