@@ -3,12 +3,15 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import oracles
 import pytest
@@ -18,7 +21,7 @@ from PIL import Image
 import tripletjax as tj
 from tripletjax import cli, learn
 from tripletjax.apps import verify
-from tripletjax.learn import evaluation
+from tripletjax.learn import compile_cache, evaluation
 
 
 @pytest.fixture(scope="module")
@@ -496,3 +499,94 @@ def test_files_are_written_before_lines_are_printed(trained, tmp_path, monkeypat
         options = ["--json", str(file), "--database", str(tmp_path / "db")]
         assert cli.main([*command, *options]) == 2
         assert query.rpartition("/")[2] in file.read_text()
+
+
+# Compiled programs.
+
+
+@pytest.fixture
+def no_compile_cache(monkeypatch):
+    """JAX without a cache, as users have it; afterwards with that of the tests."""
+    names = [
+        "jax_compilation_cache_dir",
+        "jax_compilation_cache_max_size",
+        "jax_persistent_cache_min_compile_time_secs",
+    ]
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], None)
+    monkeypatch.delenv(compile_cache.VARIABLE)
+    with warnings.catch_warnings():
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_lie_in_the_users_cache_folder(
+    no_compile_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = compile_cache.keep_programs()
+    assert folder.parent == tmp_path / "cache" / "tripletjax"
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+    assert jax.config.jax_compilation_cache_max_size == compile_cache.MAX_SIZE
+    # Settings of JAX come first.
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    assert compile_cache.keep_programs() is None
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+
+
+def test_the_folder_of_compiled_programs_is_chosen_or_there_is_none(
+    no_compile_cache, tmp_path, monkeypatch
+):
+    for off in ("off", "0", str(tmp_path / "file" / "cache")):
+        (tmp_path / "file").write_text("no folder")
+        monkeypatch.setenv(compile_cache.VARIABLE, off)
+        assert compile_cache.keep_programs() is None
+        assert jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setenv(compile_cache.VARIABLE, str(tmp_path / "named"))
+    assert compile_cache.keep_programs().parent == tmp_path / "named"
+
+
+def test_programs_that_a_killed_process_left_half_written_are_removed(
+    no_compile_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(compile_cache.VARIABLE, str(tmp_path))
+    folder = compile_cache.keep_programs()
+    jax.config.update("jax_compilation_cache_dir", None)
+    for name in ("whole-cache", "whole-atime", "torn-cache", "new-cache"):
+        (folder / name).write_bytes(b"x")
+    os.utime(folder / "torn-cache", (0, 0))
+    os.utime(folder / "whole-cache", (0, 0))
+    compile_cache.keep_programs()
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "new-cache",
+        "whole-atime",
+        "whole-cache",
+    ]
+
+
+@pytest.mark.slow
+def test_a_second_command_compiles_nothing_again(trained, unseen, tmp_path):
+    query = next(unseen.rglob("*.png"))
+    command = [sys.executable, "-W", "error", "-m", "tripletjax", "search"]
+    command += ["--run", str(trained), "--index", str(unseen), "--query", str(query)]
+    drop = "JAX_COMPILATION_CACHE_DIR", compile_cache.VARIABLE
+    env = {k: v for k, v in os.environ.items() if k not in drop}
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_EXPLAIN_CACHE_MISSES": "1"}
+
+    def programs():
+        for name in ("one", "two"):
+            done = subprocess.run(
+                [*command, "--database", str(tmp_path / name)],
+                env=env,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            yield sorted(path.name for path in (tmp_path / "cache").rglob("*-cache"))
+            missed = "COMPILATION CACHE MISS for 'jit__embed'" in done.stderr
+            assert missed == (name == "one"), done.stderr
+
+    first, second = programs()
+    assert any(name.startswith("jit__embed") for name in first)
+    assert second == first

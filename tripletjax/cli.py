@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tripletjax as tj
+from tripletjax.learn import compile_cache
 
 # What has a meaning for images with labels alone, and for given triplets alone.
 OF_CLASSES = (
@@ -90,6 +91,7 @@ def _main(argv: list[str]) -> int:
     given = vars(parser.parse_args(argv))
     call, command = given.pop("call"), given.pop("parser")
     del given["command"]
+    compile_cache.keep_programs()
     try:
         return call(command, given | {"argv": argv})
     except FAULTS as error:

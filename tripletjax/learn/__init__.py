@@ -20,6 +20,7 @@ MODULES = (
     "cache_folder",
     "checkpoints",
     "class_folders",
+    "compile_cache",
     "config",
     "convolution",
     "datasets",
