@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from flax import nnx
 from folders import shapes
 from PIL import Image
 from problems import unless_slow
-from programs import quickly, repeatable
+from programs import compilations, quickly, repeatable
 
 import tripletjax as tj
 from tripletjax import learn
@@ -1613,3 +1614,83 @@ def test_a_full_disk_is_told(whole, tmp_path):
     assert code == 1
     assert "failed: the state of step" in error
     assert "could not be written" in error
+
+
+# Compilations.
+
+
+class ScaledModel(nnx.Module):
+    """A model with a parameter and a statistic besides its layer."""
+
+    def __init__(self, scale):
+        self.layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+        self.scale, self.seen = nnx.Param(scale), nnx.BatchStat(jnp.asarray(0.0))
+
+    def __call__(self, x):
+        self.seen[...] = 0.5 * self.seen[...] + 0.5
+        x = self.layer(x.reshape(len(x), -1)) * self.scale[...]
+        return models.unit_norm(x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [((), {}), ((8,), {"ema_decay": 0.5, "memory": 100, "memory_momentum": 0.5})],
+)
+def test_a_weak_type_compiles_no_step_again(tmp_path, shape, options):
+    model = ScaledModel(jnp.full(shape, 1.0))
+    assert model.scale[...].weak_type
+    tx = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
+    images = np.zeros((5, 8, 8, 1), np.uint8)
+
+    def validate(model):
+        return {"sum": float(training.embed_images(model, images).sum())}
+
+    options |= {"progress": False, "log_every": 1, "loss": ALL}
+    options |= {"validate": validate, "validate_every": 1}
+    with compilations() as lines:
+        kept = Checkpoints(tmp_path / "states")
+        more = options | {"checkpoints": kept}
+        list(training.fit(model, tx, digits_batches(), steps=3, **more))
+        again = ScaledModel(jnp.full(shape, 1.0))
+        kept = Checkpoints(tmp_path / "states")
+        more = options | {"checkpoints": kept}
+        rest = list(training.fit(again, tx, digits_batches(), steps=5, **more))
+    assert rest[0]["resumed"]
+    for name in ("jit(train_step)", "jit(_embed)"):
+        assert sum(line.startswith(name) for line in lines) == 1, lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("cnn", (8, 16)),
+        ("photo", (8, 16, 16, 16)),
+        ("resnet", (8, 16, 16)),
+        ("multiscale", (8, 16, 16)),
+        ("resnet18", None),
+    ],
+)
+def test_a_run_compiles_each_program_once(tmp_path, name, channels):
+    folder = shapes(tmp_path / "pictures", kinds=3, each=20, mode="RGB")
+    config = runs.Config(
+        data=str(folder),
+        model=name,
+        steps=4,
+        validate_every=2,
+        channels=channels,
+        size=16,
+        per_class=3,
+        classes=3,
+    )
+    with compilations() as lines:
+        runs.run(config, tmp_path / "run", progress=False)
+    steps, embedded, evaluated = (
+        [line for line in lines if line.startswith(f"jit({function})")]
+        for function in ("train_step", "_embed", "_evaluate")
+    )
+    assert len(steps) == 1
+    # One for each size of a batch, and one for each evaluation.
+    sizes = [re.search(r"uint8\[(\d+),", line)[1] for line in embedded]
+    assert len(sizes) == len({*sizes})
+    assert len(evaluated) == len({*evaluated})

@@ -340,9 +340,8 @@ def _on_features(
 def _before(model: Standardized, plan: Plan) -> tuple[str, tasks.Embed]:
     """What there is before training, and its name."""
     if not plan.pretrained:
-        if plan.backbone is not None:
-            # Statistics that are kept, not those of what is embedded.
-            model.eval()
+        # As it is evaluated after training: by the same program, too.
+        model.eval()
         return "untrained", functools.partial(embed_images, model)
     alone: nnx.Module = pretrained.MeanDirection(1 + plan.mirror)
     if not plan.frozen:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import tripletjax as tj
 from tripletjax.learn.checkpoints import Checkpoints
-from tripletjax.learn.embedder import as_floats, check_static
+from tripletjax.learn.embedder import as_floats, check_static, strongly_typed
 from tripletjax.learn.embedder import embed_images as embed_images
 from tripletjax.learn.objectives import Loss, mined_loss
 from tripletjax.learn.placement import Placement
@@ -235,7 +235,8 @@ def fit(
     if memory:
         images, labels = batches[0]
         x = jax.eval_shape(
-            lambda images: nnx.merge(graph, params, rest)(as_floats(images)), images
+            lambda images: nnx.merge(graph, params, rest, copy=True)(as_floats(images)),
+            images,
         )
         kept = tj.memory.create(
             memory, x.shape[1], label_dtype=jnp.asarray(labels).dtype
@@ -243,7 +244,7 @@ def fit(
         slow = None if memory_momentum is None else params
         state = state._replace(memory=kept, slow=slow)
     # The model's own arrays are not given away.
-    state, start = on.everywhere(jax.tree.map(jnp.copy, state)), 0
+    state, start = on.everywhere(jax.tree.map(jnp.copy, strongly_typed(state))), 0
     if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
         start, state, damaged = found
         yield {"step": start, "resumed": True, "damaged": damaged}
