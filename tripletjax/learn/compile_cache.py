@@ -11,6 +11,7 @@ import platform
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -35,7 +36,8 @@ def keep_programs() -> Path | None:
         The folder; None if JAX has its own settings, or the folder cannot be written.
     """
     setting = os.environ.get(VARIABLE, "")
-    own = jax.config.jax_compilation_cache_dir is not None
+    config: Any = jax.config
+    own = config.jax_compilation_cache_dir is not None
     # JAX bounds the size of a cache by means of filelock.
     possible = importlib.util.find_spec("filelock") is not None
     if own or not possible or setting.lower() in ("off", "0"):
