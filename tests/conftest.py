@@ -9,6 +9,8 @@ from pathlib import Path
 # wait for one another. Processes of the tests inherit this.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
+# Tests have a compile cache of their own, and never use that of the user.
+os.environ["TRIPLETJAX_COMPILE_CACHE"] = "off"
 
 import jax
 import pytest

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import os
 from pathlib import Path
 
@@ -114,3 +115,27 @@ def quickly(*, exact: bool = False, killed: bool = False) -> dict[str, str]:
         "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimized)),
         "XLA_FLAGS": _flags(),
     }
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list that JAX adds a line to for each function that it compiles.
+
+    A line has the function and the types of its arguments. Programs that a cache on
+    disk already has count, too.
+    """
+    lines = []
+
+    class Listing(logging.Handler):
+        def emit(self, record):
+            line = record.getMessage()
+            if line.startswith("Compiling "):
+                lines.append(line.removeprefix("Compiling "))
+
+    logger, listing = logging.getLogger("jax._src.interpreters.pxla"), Listing()
+    logger.addHandler(listing)
+    try:
+        with jax.log_compiles():
+            yield lines
+    finally:
+        logger.removeHandler(listing)

@@ -348,14 +348,17 @@ def test_given_triplets_on_kept_features(own_data_dir, folder, resnet, tmp_path)
         (["--backbone", "pickle.pth"], "is a pickle"),
         (
             ["--backbone", "FILE", "--model", "cnn"],
-            "model is of no use with a backbone",
+            "model cannot be combined with a backbone",
         ),
-        (["--backbone-training", "top"], "of no use without a backbone"),
-        (["--hidden", "8"], "hidden is of no use without a backbone"),
-        (["--model", "resnet18", "--views", "2"], "views is of no use with model"),
+        (["--backbone-training", "top"], "backbone_training requires a backbone"),
+        (["--hidden", "8"], "hidden requires a backbone"),
+        (
+            ["--model", "resnet18", "--views", "2"],
+            "views cannot be combined with model resnet18",
+        ),
         (["--backbone", "FILE", "--size", "4"], "size must be at least 8"),
         (["--backbone", "FILE", "--views", "0"], "views must be at least 1"),
-        (["--backbone", "FILE", "--rotation_classes", "4"], "cannot be turned"),
+        (["--backbone", "FILE", "--rotation-classes", "4"], "cannot be turned"),
         (["--backbone", "FILE", "--backbone-training", "some"], "invalid choice"),
     ],
 )

@@ -13,6 +13,7 @@ from problems import in_lanes
 from safetensors.numpy import load_file, save_file
 
 from tripletjax.learn import backbones, pretrained, weights
+from tripletjax.learn.backbones import vit
 from tripletjax.learn.backbones.layers import BatchNorm, Conv, max_pool
 from tripletjax.learn.embedder import embed_images
 from tripletjax.learn.models import Standardized
@@ -244,8 +245,11 @@ def test_rules_that_contradict_one_another(tmp_path):
         (b"PK\x03\x04" + bytes(40), "is a pickle"),
         (b"\x80\x02}q\x00.", "is a pickle"),
         (b"no weights at all", "no whole safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "pointer of Git LFS"),
+        (b"\n<!DOCTYPE html><html>", "is a web page"),
+        (b'{"metadata": {}, "weight_map": {}}', r"index .*shards.*Join the shards"),
     ],
-    ids=["empty", "zip", "pickle", "text"],
+    ids=["empty", "zip", "pickle", "text", "lfs", "page", "index"],
 )
 def test_what_is_no_file_of_weights(tmp_path, content, told):
     file = tmp_path / "weights.safetensors"
@@ -265,14 +269,36 @@ def test_a_truncated_file_and_a_folder(tmp_path):
         backbones.load(tmp_path / "none.safetensors")
 
 
-def test_a_header_that_begins_as_a_pickle_does(tmp_path):
-    # Its length may be any number.
-    for extra in range(256):
-        file = written(tmp_path, {"a" * (1 + extra): np.ones(1, np.float32)})
-        if file.read_bytes()[0] == 0x80:
-            break
-    assert file.read_bytes()[0] == 0x80
+@pytest.mark.parametrize("first", [b"\x80", b"<", b"{", b" "])
+def test_a_header_that_begins_as_other_files_do(tmp_path, first):
+    # Its length may be any number: spaces fill it up.
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    header += b" " * (first[0] + 256 - len(header))
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert file.read_bytes()[:1] == first
     assert list(weights.shapes_of(file).values()) == [(1,)]
+
+
+@pytest.mark.parametrize("network", ["resnet", "vit"])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "teacher.backbone.", "model.state_dict.net."]
+)
+def test_a_prefix_of_all_names_is_named(tmp_path, network, prefix):
+    arrays = NETWORKS[network][0]()
+    file = written(tmp_path, {prefix + name: x for name, x in arrays.items()})
+    title = backbones.recognise(written(tmp_path, arrays, "plain.safetensors")).title
+    words = f"is {title}, but its names have the prefix {prefix!r}"
+    with pytest.raises(weights.WeightsError, match=re.escape(words)):
+        backbones.recognise(file)
+
+
+def test_a_shard_is_no_network(tmp_path):
+    file = written(tmp_path, by_hand.small_resnet())
+    shard = file.rename(tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(weights.WeightsError, match=r"shard 1 of 2.*Join the shards"):
+        backbones.load(shard)
+    assert backbones.load(shard.rename(tmp_path / "model-00001-of-00001.safetensors"))
 
 
 def test_half_precision_is_cast_and_told(tmp_path):
@@ -393,3 +419,8 @@ def test_kept_views_are_averaged_with_the_mirror_image_alone():
     both = head(views[:, 0]) + head(views[:, 1])
     expected = both / np.linalg.norm(both, axis=1, keepdims=True)
     np.testing.assert_allclose(head(views), expected, rtol=1e-5)
+
+
+def test_positions_are_interpolated_in_a_known_way():
+    with pytest.raises(ValueError, match=r"positions must be one of cubic,.*'linear'"):
+        vit.ViT(positions="linear", rngs=nnx.Rngs(0))

@@ -1,12 +1,17 @@
 """The command, as its user types it."""
 
 import dataclasses
+import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import oracles
 import pytest
@@ -16,7 +21,7 @@ from PIL import Image
 import tripletjax as tj
 from tripletjax import cli, learn
 from tripletjax.apps import verify
-from tripletjax.learn import evaluation
+from tripletjax.learn import compile_cache, evaluation
 from tripletjax.learn.record import write_json
 
 
@@ -47,6 +52,15 @@ def test_it_runs_as_a_module():
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
+def test_options_have_hyphens_alone(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    options = re.findall(r"--[\w-]+", capsys.readouterr().out)
+    assert "--help" in options
+    assert not [option for option in options if "_" in option]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_option_is_explained(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([name, "--help"])
@@ -67,11 +81,17 @@ def test_every_option_is_explained(name, capsys):
         (["train", "--steps", "0"], "steps must be at least 1"),
         (["train", "--mining", "some"], "invalid choice"),
         (["train", "--margin", "-1"], "margin"),
-        (["train", "--data", "digits", "--triplets", "a.csv"], "--data is of no use"),
-        (["train", "--mining", "hard", "--triplets", "a.csv"], "--mining is of no use"),
+        (
+            ["train", "--data", "digits", "--triplets", "a.csv"],
+            "--data cannot be combined with",
+        ),
+        (
+            ["train", "--mining", "hard", "--triplets", "a.csv"],
+            "--mining cannot be combined with",
+        ),
         (
             ["train", "--triplets-per-batch", "4"],
-            "per-batch is of no use without",
+            "--triplets-per-batch requires --triplets",
         ),
         (["train", "--augment", "some"], "invalid choice"),
         (["train", "--resume"], "--resume needs --out"),
@@ -85,14 +105,14 @@ def test_every_option_is_explained(name, capsys):
         (["evaluate", "--run", "r", "--data", ".", "--out", "."], "no empty directory"),
         (["search", "--run", "r"], "required: --index"),
         (["search", "--run", "r", "--index", "."], "no trained model"),
-        (["search", "--run", "r", "--index", ".", "--together"], "without --query"),
+        (["search", "--run", "r", "--index", ".", "--together"], "--together requires"),
         (
             ["search", "--run", "r", "--index", ".", "--json", "precious"],
             "precious is there; it is left as it is",
         ),
         (
             ["search", "--run", "r", "--index", ".", "--out", "a.png"],
-            "--out is of no use without --query or --duplicates",
+            "--out requires --query or --duplicates",
         ),
         (
             ["search", "--run", "r", "--index", ".", "--query", "nowhere.png"],
@@ -108,7 +128,7 @@ def test_every_option_is_explained(name, capsys):
         (["verify", "--run", "r"], "give two images, or --data FOLDER"),
         (["verify", "--run", "r", "a", "--data", "."], "give two images, or --data"),
         (["verify", "--run", "r", "a"], "two images are compared, got 1"),
-        (["verify", "--run", "r", "a", "b", "--far", "0.1"], "--far is of no use"),
+        (["verify", "--run", "r", "a", "b", "--far", "0.1"], "--far requires --data"),
         (["verify", "--run", "r", "a", "b"], "no trained model"),
         (
             ["verify", "--run", "r", "--data", ".", "--json", "precious"],
@@ -121,7 +141,7 @@ def test_every_option_is_explained(name, capsys):
         (["train", "--relevance", "some"], "invalid choice"),
         (
             ["train", "--relevance", "folders", "--triplets", "a.csv"],
-            "--relevance is of no use with",
+            "--relevance cannot be combined with --triplets",
         ),
         (["identify", "--run", "r", "a"], "required: --gallery"),
         (
@@ -148,7 +168,7 @@ def test_every_option_is_explained(name, capsys):
                 *("identify", "--run", "r", "--gallery", ".", "--data", "."),
                 *("--out", "a.png"),
             ],
-            "--out is of no use without images",
+            "--out requires images to name",
         ),
     ],
 )
@@ -447,3 +467,165 @@ def test_skipped_files_are_counted_by_their_reason(
     monkeypatch.setattr("tripletjax.learn.runs.run", run)
     assert cli.main(["train", "--out", str(tmp_path / "run")]) == 0
     assert line in capsys.readouterr().out
+
+
+# Output.
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_names_that_the_output_cannot_encode_are_replaced(
+    monkeypatch, tmp_path, encoding
+):
+    report = {
+        "images": 2,
+        "classes": 2,
+        "notes": ["a class \u0401\u043b\u043a\u0430", "a file \udcff"],
+        "retrieval": dict.fromkeys(
+            ("queries", "map_at_r", "r_precision", "mean_average_precision"), 1.0
+        )
+        | {"recall_at_k": {}, "queries": 2},
+        "verification": {
+            "equal_error_rate": 1.0,
+            "area_under_roc": 1.0,
+            "at_far": [],
+            "positives": 1,
+            "negatives": 1,
+        },
+        "collapse": {"mean_distance": 1.0, "distance_std": 1.0, "effective_rank": 1.0},
+    }
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: report)
+    printed = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", printed)
+    folder = tmp_path / "\ub618\ubc29"
+    arguments = ["--run", str(tmp_path), "--data", str(folder)]
+    assert cli.main(["evaluate", *arguments]) == 0
+    printed.flush()
+    lines = printed.buffer.getvalue().decode(encoding).splitlines()
+    shown = folder.name if encoding == "utf-8" else "??"
+    assert lines[0].endswith(shown)
+    assert lines[1].endswith(
+        "class ????" if encoding != "utf-8" else "\u043b\u043a\u0430"
+    )
+    assert lines[2].endswith("file ?")
+    # The stream is the caller's.
+    assert printed.errors == "strict"
+
+
+@pytest.mark.slow
+def test_files_are_written_before_lines_are_printed(trained, tmp_path, monkeypatch):
+    folder = shapes(tmp_path / "\u0401\u043b\u043a\u0430", kinds=2, each=3)
+    query = str(folder / "group0" / "kind0" / "0.png")
+    gallery = ["identify", "--run", str(trained), "--gallery", str(folder), "--closed"]
+    search = ["search", "--run", str(trained), "--index", str(folder)]
+
+    class Closed(io.StringIO):
+        """An output that ends at the first result, as that of ``| head``."""
+
+        def write(self, text):
+            if "0.png" in text:
+                raise BrokenPipeError("closed")
+            return len(text)
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    for number, command in enumerate(
+        (
+            [*search, "--query", query],
+            [*search, "--duplicates", "--within", "2"],
+            [*gallery, query],
+        )
+    ):
+        file = tmp_path / f"{number}.json"
+        options = ["--json", str(file), "--database", str(tmp_path / "db")]
+        assert cli.main([*command, *options]) == 2
+        assert query.rpartition("/")[2] in file.read_text()
+
+
+# Compiled programs.
+
+
+@pytest.fixture
+def no_compile_cache(monkeypatch):
+    """JAX without a cache, as users have it; afterwards with that of the tests."""
+    names = [
+        "jax_compilation_cache_dir",
+        "jax_compilation_cache_max_size",
+        "jax_persistent_cache_min_compile_time_secs",
+    ]
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], None)
+    monkeypatch.delenv(compile_cache.VARIABLE)
+    with warnings.catch_warnings():
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_lie_in_the_users_cache_folder(
+    no_compile_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = compile_cache.keep_programs()
+    assert folder.parent == tmp_path / "cache" / "tripletjax"
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+    assert jax.config.jax_compilation_cache_max_size == compile_cache.MAX_SIZE
+    # Settings of JAX come first.
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    assert compile_cache.keep_programs() is None
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+
+
+def test_the_folder_of_compiled_programs_is_chosen_or_there_is_none(
+    no_compile_cache, tmp_path, monkeypatch
+):
+    for off in ("off", "0", str(tmp_path / "file" / "cache")):
+        (tmp_path / "file").write_text("no folder")
+        monkeypatch.setenv(compile_cache.VARIABLE, off)
+        assert compile_cache.keep_programs() is None
+        assert jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setenv(compile_cache.VARIABLE, str(tmp_path / "named"))
+    assert compile_cache.keep_programs().parent == tmp_path / "named"
+
+
+def test_programs_that_a_killed_process_left_half_written_are_removed(
+    no_compile_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(compile_cache.VARIABLE, str(tmp_path))
+    folder = compile_cache.keep_programs()
+    jax.config.update("jax_compilation_cache_dir", None)
+    for name in ("whole-cache", "whole-atime", "torn-cache", "new-cache"):
+        (folder / name).write_bytes(b"x")
+    os.utime(folder / "torn-cache", (0, 0))
+    os.utime(folder / "whole-cache", (0, 0))
+    compile_cache.keep_programs()
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "new-cache",
+        "whole-atime",
+        "whole-cache",
+    ]
+
+
+@pytest.mark.slow
+def test_a_second_command_compiles_nothing_again(trained, unseen, tmp_path):
+    query = next(unseen.rglob("*.png"))
+    command = [sys.executable, "-W", "error", "-m", "tripletjax", "search"]
+    command += ["--run", str(trained), "--index", str(unseen), "--query", str(query)]
+    drop = "JAX_COMPILATION_CACHE_DIR", compile_cache.VARIABLE
+    env = {k: v for k, v in os.environ.items() if k not in drop}
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_EXPLAIN_CACHE_MISSES": "1"}
+
+    def programs():
+        for name in ("one", "two"):
+            done = subprocess.run(
+                [*command, "--database", str(tmp_path / name)],
+                env=env,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            yield sorted(path.name for path in (tmp_path / "cache").rglob("*-cache"))
+            missed = "COMPILATION CACHE MISS for 'jit__embed'" in done.stderr
+            assert missed == (name == "one"), done.stderr
+
+    first, second = programs()
+    assert any(name.startswith("jit__embed") for name in first)
+    assert second == first

@@ -1,5 +1,6 @@
 """Where images come from, what is held out, and which make a batch."""
 
+import errno
 import io
 import itertools
 import os
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from tripletjax.learn import (
+    cache_folder,
     datasets,
     image_cache,
     image_io,
@@ -1027,3 +1030,60 @@ def test_bad_options_of_batches(options, words):
 def test_batches_of_too_many_triplets(size):
     with pytest.raises(ValueError, match="size must be 1 to 4"):
         sampling.TripletBatches(np.zeros((9, 1, 1, 1)), np.zeros((4, 3), int), size)
+
+
+# Data folders that cannot be used.
+
+
+def test_the_name_of_a_dataset_may_be_a_path(tmp_path):
+    folder = shapes(tmp_path / "pictures", kinds=2, each=4)
+    one, two = (datasets.load(of, data_dir=tmp_path) for of in (folder, str(folder)))
+    assert (one.key, one.name) == (two.key, two.name)
+
+
+def damage_info(file):
+    if file.name == "dataset_info.json":
+        file.write_text("{")
+
+
+def damage_records(file):
+    if "array_record" in file.name:
+        file.write_bytes(file.read_bytes()[:100])
+
+
+@pytest.mark.parametrize("damage", [damage_info, damage_records])
+@pytest.mark.parametrize(
+    "data", ["pictures", pytest.param("digits", marks=pytest.mark.slow)]
+)
+def test_damaged_data_are_one_line_with_their_folder(tmp_path, data, damage):
+    if data == "pictures":
+        data = shapes(tmp_path / data, kinds=2, each=4)
+    key = datasets.load(data, data_dir=tmp_path / "kept").key
+    for file in (tmp_path / "kept").rglob("*"):
+        if file.is_file():
+            damage(file)
+    with pytest.raises(OSError, match=r"^data in .*cannot be.*") as raised:
+        datasets.load(data, data_dir=tmp_path / "kept")
+    message = str(raised.value)
+    assert message.endswith("If they are damaged, remove this folder.")
+    assert "\n" not in message
+    shutil.rmtree(Path(message.split()[2]))
+    assert datasets.load(data, data_dir=tmp_path / "kept").key == key
+
+
+def test_a_data_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    folder = shapes(tmp_path / "pictures", kinds=2, each=4)
+    key = datasets.load(folder, data_dir=tmp_path / "kept").key
+    opened = os.open
+
+    def read_only(path, flags, *more, **options):
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(cache_folder, "_held", {})
+    with pytest.raises(OSError, match=r"Permission denied. Set TFDS_DATA_DIR to"):
+        datasets.load(folder, data_dir=tmp_path / "new", size=8)
+    # What is decoded already is read.
+    assert datasets.load(folder, data_dir=tmp_path / "kept").key == key

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from flax import nnx
 from folders import shapes
 from PIL import Image
 from problems import in_lanes, unless_full, unless_slow
-from programs import quickly, repeatable
+from programs import compilations, quickly, repeatable
 
 import tripletjax as tj
 from tripletjax import learn
@@ -696,7 +697,12 @@ def counted_loss(x, labels, **pairs):
 
 
 def test_a_batch_is_compared_with_those_before():
-    options = {"loss": counted_loss, "log_every": 1, "memory": 100, "memory_warmup": 2}
+    options = {
+        "loss": counted_loss,
+        "log_every": 1,
+        "memory": 100,
+        "memory_warmup_steps": 2,
+    }
     _, lines = trained(6, **options)
     assert [line["kept"] for line in lines] == [0, 0, 0, 40, 80, 100]
 
@@ -735,7 +741,9 @@ def test_a_memory_in_chunks(momentum):
     [
         ({"memory": -1}, "memory must be at least 0"),
         ({"memory": 9, "memory_momentum": 1.0}, "memory_momentum must be at least 0"),
-        ({"memory_warmup": 9}, "of no use without"),
+        ({"memory_warmup_steps": 9}, "memory_warmup_steps requires memory > 0, got 9"),
+        ({"memory_momentum": 0.0}, "memory_momentum requires memory > 0, got 0.0"),
+        ({"memory_warmup_steps": -1}, "memory_warmup_steps must be at least 0"),
     ],
 )
 def test_wrong_memories(options, words):
@@ -1265,6 +1273,54 @@ def test_a_finished_run_is_lengthened(tmp_path, own_data_dir):
         runs.run(small(steps=6, checkpoint_every=2), out, resume=True, progress=False)
 
 
+def test_a_summary_of_fewer_steps_does_not_finish_a_lengthened_run(finished, tmp_path):
+    run, evaluations = finished
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("config.json", "summary.json"):
+        shutil.copy(run / name, out)
+    made = RunRecord.read(out)
+    assert preparation.find_run(out, small(), True) == (made, evaluations)
+    assert preparation.find_run(out, small(steps=30), True) == (made, None)
+    # A lengthened run that was killed has its new goal and the summary of the old one.
+    longer = dataclasses.replace(
+        made, requested=small(steps=30), plan=dataclasses.replace(made.plan, steps=30)
+    )
+    longer.write(out)
+    for config in (small(steps=30), runs.Config(**requested_of(out))):
+        assert preparation.find_run(out, config, True) == (longer, None)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("exact")
+def test_a_killed_lengthening_goes_on_to_its_new_goal(tmp_path, monkeypatch):
+    def longer(out, steps):
+        config = small(steps=steps, checkpoint_every=2, log_every=1)
+        return runs.run(config, out, resume=steps > 4, progress=False)
+
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    first = longer(out, 4)
+    add = MetricsLog.add
+
+    def killed(log, line):
+        add(log, line)
+        if line["step"] == 7:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "add", killed)
+        with pytest.raises(MemoryError):
+            longer(out, 10)
+    assert json.loads((out / "summary.json").read_text())["evaluations"] == first
+    evaluations = runs.run(
+        runs.Config(**requested_of(out)), out, resume=True, progress=False
+    )
+    assert steps_of(out) == 10
+    assert evaluations["trained"] != first["trained"]
+    longer(whole, 4)
+    assert longer(whole, 10) == evaluations
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("exact")
 def test_a_run_goes_on_without_its_options_and_with_moved_data(tmp_path, monkeypatch):
@@ -1595,3 +1651,83 @@ def test_a_full_disk_is_told(tmp_path):
     assert code == 1
     assert "failed: the state of step" in error
     assert "could not be written" in error
+
+
+# Compilations.
+
+
+class ScaledModel(nnx.Module):
+    """A model with a parameter and a statistic besides its layer."""
+
+    def __init__(self, scale):
+        self.layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+        self.scale, self.seen = nnx.Param(scale), nnx.BatchStat(jnp.asarray(0.0))
+
+    def __call__(self, x):
+        self.seen[...] = 0.5 * self.seen[...] + 0.5
+        x = self.layer(x.reshape(len(x), -1)) * self.scale[...]
+        return models.unit_norm(x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [((), {}), ((8,), {"ema_decay": 0.5, "memory": 100, "memory_momentum": 0.5})],
+)
+def test_a_weak_type_compiles_no_step_again(tmp_path, shape, options):
+    model = ScaledModel(jnp.full(shape, 1.0))
+    assert model.scale[...].weak_type
+    tx = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
+    images = np.zeros((5, 8, 8, 1), np.uint8)
+
+    def validate(model):
+        return {"sum": float(training.embed_images(model, images).sum())}
+
+    options |= {"progress": False, "log_every": 1, "loss": ALL}
+    options |= {"validate": validate, "validate_every": 1}
+    with compilations() as lines:
+        kept = Checkpoints(tmp_path / "states")
+        more = options | {"checkpoints": kept}
+        list(training.fit(model, tx, digits_batches(), steps=3, **more))
+        again = ScaledModel(jnp.full(shape, 1.0))
+        kept = Checkpoints(tmp_path / "states")
+        more = options | {"checkpoints": kept}
+        rest = list(training.fit(again, tx, digits_batches(), steps=5, **more))
+    assert rest[0]["resumed"]
+    for name in ("jit(train_step)", "jit(_embed)"):
+        assert sum(line.startswith(name) for line in lines) == 1, lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("cnn", (8, 16)),
+        ("photo", (8, 16, 16, 16)),
+        ("resnet", (8, 16, 16)),
+        ("multiscale", (8, 16, 16)),
+        ("resnet18", None),
+    ],
+)
+def test_a_run_compiles_each_program_once(tmp_path, name, channels):
+    folder = shapes(tmp_path / "pictures", kinds=3, each=20, mode="RGB")
+    config = runs.Config(
+        data=str(folder),
+        model=name,
+        steps=4,
+        validate_every=2,
+        channels=channels,
+        size=16,
+        per_class=3,
+        classes=3,
+    )
+    with compilations() as lines:
+        runs.run(config, tmp_path / "run", progress=False)
+    steps, embedded, evaluated = (
+        [line for line in lines if line.startswith(f"jit({function})")]
+        for function in ("train_step", "_embed", "_evaluate")
+    )
+    assert len(steps) == 1
+    # One for each size of a batch, and one for each evaluation.
+    sizes = [re.search(r"uint8\[(\d+),", line)[1] for line in embedded]
+    assert len(sizes) == len({*sizes})
+    assert len(evaluated) == len({*evaluated})

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import filelock
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tripletjax as tj
-from tripletjax.apps import rejections, search, search_report
+from tripletjax.apps import rejections, search, search_report, search_table
 from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.images import decoded as of_text
 from tripletjax.apps.images import encoded as as_text
@@ -175,7 +176,10 @@ def test_a_folder_that_is_renamed_is_not_embedded_again(folder, tmp_path):
     index, _ = opened(folder, tmp_path / "db", function)
     told = index.update()
     assert (told.added, told.moved, function.seen) == (0, 24, 24)
-    assert "has become" in told.notes[0]
+    assert "pictures does not exist" in told.notes[0]
+    assert "its index is kept (--remove-missing removes it)" in told.notes[0]
+    assert "its index is removed" in index.update(remove_missing=True).notes[0]
+    assert index.update().notes == ()
     assert index.vectors()[0] == paths_in(folder)
     # One that is there keeps its own.
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -556,3 +560,237 @@ def test_classes_are_folders_at_any_depth(tmp_path):
         assert sorted(hit.path for hit in hits) == sorted(expected), classes
     with pytest.raises(ValueError, match="got 'Gre/'"):
         index.search(x[:1], classes=["Gre/"])
+
+
+# Missing files.
+
+
+def test_an_unmounted_disk_empties_no_index(folder, tmp_path):
+    index, function = opened(folder, tmp_path / "db")
+    index.update()
+    folder.rename(tmp_path / "disk")
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"24 of the 24 .*--remove-missing"):
+        index.update()
+    folder.rmdir()
+    # A copy of it is indexed meanwhile, and the folder comes back.
+    copy = shutil.copytree(tmp_path / "disk", tmp_path / "copy")
+    other, _ = opened(copy, tmp_path / "db", function)
+    assert other.update().moved == 24
+    (tmp_path / "disk").rename(folder)
+    again = opened(folder, tmp_path / "db", function)[0].update()
+    assert (again.images, again.added, again.moved, function.seen) == (24, 0, 0, 24)
+
+
+def test_more_than_half_of_an_index_is_removed_only_by_request(folder, tmp_path):
+    index, function = opened(folder, tmp_path / "db")
+    index.update()
+    kept = sorted(folder.rglob("*.*"))[12:]
+    shutil.rmtree(folder / "group0")
+    # Half of them are removed without a question.
+    assert index.update().removed == 12
+    for file in (*kept[:4], *kept[6:9]):
+        file.unlink()
+    content(folder / "new.png", 1)
+    with pytest.raises(FileNotFoundError, match="7 of the 12 images"):
+        index.update()
+    # Those that moved are not missing.
+    kept[9].rename(folder / "moved.png")
+    told = index.update(remove_missing=True)
+    assert (told.moved, told.removed, told.images, function.seen) == (1, 8, 6, 25)
+    assert index.vectors()[0] == paths_in(folder)
+
+
+@pytest.mark.parametrize("way", ["empty", "link"])
+def test_an_index_keeps_what_lies_below_a_folder_that_is_away(folder, tmp_path, way):
+    index, function = opened(folder, tmp_path / "db")
+    index.update()
+    place, aside = folder / "group0" / "kind0", tmp_path / "aside"
+    place.rename(aside)
+    words = "is empty"
+    if way == "link":
+        place.symlink_to(tmp_path / "nowhere")
+        words = "is a broken link"
+    else:
+        place.mkdir()
+    told = index.update()
+    assert told.notes == (
+        f"group0/kind0 {words}: the index keeps 6 images below it (--remove-missing "
+        "removes them)",
+    )
+    assert (told.images, told.removed, len(index)) == (24, 0, 24)
+    place.unlink() if way == "link" else place.rmdir()
+    aside.rename(place)
+    assert index.update().images == function.seen == 24
+    # By request they go; a folder that is not there is no folder that is away.
+    place.rename(aside)
+    place.mkdir()
+    assert index.update(remove_missing=True).removed == 6
+    place.rmdir()
+    aside.rename(place)
+    index.update()
+    shutil.rmtree(place)
+    assert index.update().removed == 6
+
+
+def test_copies_of_images_in_a_folder_that_is_away(folder, tmp_path, monkeypatch):
+    """An unreadable folder keeps them; an emptied one has moved them."""
+    first, second = folder / "group0" / "kind0", folder / "group0" / "kind2"
+    index, _ = opened(folder, tmp_path / "db")
+    index.update()
+    list_folder = os.scandir
+
+    def closed(place):
+        if place == folder / "group0":
+            raise PermissionError(13, "Permission denied")
+        return list_folder(place)
+
+    shutil.copy(first / "0.png", folder / "group1" / "copy.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", closed)
+        told = index.update()
+        assert told.notes == (
+            "group0 cannot be read (Permission denied): the index keeps 12 images "
+            "below it (--remove-missing removes them)",
+        )
+        assert (told.images, told.removed) == (25, 0)
+        assert index.update(remove_missing=True).removed == 12
+    assert index.update().images == 25
+    for file in [*second.iterdir()]:
+        file.rename(first / f"moved-{file.name}")
+    told = index.update()
+    assert (told.images, told.removed, told.notes) == (25, 6, ())
+
+
+# Damaged and read-only indexes.
+
+
+def cut(files):
+    for file in files:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGES = {
+    "manifests cut": lambda table: cut(table.glob("_versions/*.manifest")),
+    "no manifests": lambda table: shutil.rmtree(table / "_versions"),
+    "data cut": lambda table: cut(table.glob("data/*")),
+    "no data": lambda table: shutil.rmtree(table / "data"),
+    "empty data": lambda table: [f.write_bytes(b"") for f in table.glob("data/*")],
+    "nothing": lambda table: [shutil.rmtree(p) for p in table.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_index_is_one_line_and_stands_in_no_other_folders_way(
+    tmp_path, damage
+):
+    database = tmp_path / "db"
+    for name in ("one", "two"):
+        content(tmp_path / name / "a.png", 1)
+        content(tmp_path / name / f"{name}.png", 2)
+    index, function = opened(tmp_path / "one", database)
+    index.update()
+    (table,) = database.glob("*.lance")
+    DAMAGES[damage](table)
+
+    def used():
+        index, _ = opened(tmp_path / "one", database)
+        content(tmp_path / "one" / "new.png", 3)
+        index.update()
+        index.search(index.vectors()[1])
+
+    with pytest.raises(OSError, match="cannot be") as raised:
+        used()
+    assert f"Remove {table}: the index is made again" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert ".rs:" not in str(raised.value)
+    # Another folder is indexed, also where it could be the damaged one renamed.
+    shutil.rmtree(tmp_path / "one")
+    seen = function.seen
+    other, _ = opened(tmp_path / "two", database, function)
+    told = other.update()
+    assert (told.images, function.seen - seen, len(told.notes)) == (2, 2, 1)
+    assert f"Remove {table}" in told.notes[0]
+    shutil.rmtree(table)
+    assert other.update().notes == ()
+
+
+def test_a_full_disk_names_the_database(folder, tmp_path, monkeypatch):
+    index, _ = opened(folder, tmp_path / "db")
+
+    def full(*_, **__):
+        raise RuntimeError("lance error: LanceError(IO): No space left on device")
+
+    monkeypatch.setattr(search_table.lancedb.DBConnection, "create_table", full)
+    monkeypatch.setattr(type(index._tables._lance), "create_table", full)
+    with pytest.raises(OSError, match=r"written: .*No space.*--database DIR"):
+        index.update()
+
+
+def test_an_index_that_can_only_be_read_is_searched(folder, tmp_path, monkeypatch):
+    index, function = opened(folder, tmp_path / "db")
+    index.update()
+    # Files that are no images are read at every update.
+    (folder / "notes.txt").write_text("none")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "db").rglob("*")}
+    monkeypatch.setattr(search_table.Database, "is_writable", False)
+    index, _ = opened(folder, tmp_path / "db", function)
+    told = index.update()
+    assert (told.images, told.added, len(told.skipped)) == (24, 0, 1)
+    paths, x = index.vectors()
+    assert index.search(x[:1], 1)[0][0].path == paths[0]
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "db").rglob("*")} == before
+    content(folder / "new.png", 1)
+    with pytest.raises(OSError, match=r"images are new.*another database"):
+        index.update()
+    (folder / "new.png").unlink()
+    (folder / "group0" / "kind0" / "0.png").unlink()
+    with pytest.raises(OSError, match=r"1 are missing.*another database"):
+        index.update()
+
+
+def test_a_database_that_cannot_be_made_is_named(folder, tmp_path):
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(OSError, match=r"no index can be made in .*--database DIR"):
+        opened(folder, tmp_path / "file" / "db")
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize("k", [2**31, 2**32, 10**20])
+def test_more_hits_than_images_are_all_images(folder, tmp_path, k):
+    index, _ = opened(folder, tmp_path / "db")
+    index.update()
+    paths, x = index.vectors()
+    for hits in index.search(x[:2], k):
+        assert sorted(hit.path for hit in hits) == paths
+    assert len(index.search(x[:1], k, within=0.0)[0]) >= 1
+
+
+def test_groups_of_near_equal_frames_need_no_list_of_their_pairs():
+    draw = np.random.default_rng(0)
+    x = np.repeat(draw.normal(size=(3, 16)), [6000, 1, 1], axis=0)
+    x[:6000] += draw.normal(size=(6000, 16)) * 1e-6
+    tracemalloc.start()
+    group = search.linked_groups(x, 0.1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [*np.unique(group, return_counts=True)[1]] == [6000, 1, 1]
+    # A list of the pairs would have 20 bytes for each of 36 million.
+    assert peak < 2**28
+
+
+@pytest.mark.parametrize("pairs", [1, 50, 2**23])
+def test_groups_are_those_of_all_links(monkeypatch, pairs):
+    monkeypatch.setattr(search, "PAIRS", pairs)
+    draw = np.random.default_rng(1)
+    x = draw.integers(0, 9, size=(60, 2)).astype(float)
+    distances = np.linalg.norm(x[:, None] - x, axis=-1)
+    for within in (0.0, 1.0, 1.5, 20.0):
+        expected = np.arange(60)
+        for _ in range(60):
+            linked = np.where(distances <= within, expected, 60)
+            expected = linked.min(axis=1)
+        np.testing.assert_array_equal(search.linked_groups(x, within), expected)
+    assert search.linked_groups(np.zeros((0, 3)), 0.1).shape == (0,)

@@ -5,16 +5,18 @@ an interrupt.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import tripletjax as tj
+from tripletjax.learn import compile_cache
 
 # What has a meaning for images with labels alone, and for given triplets alone.
 OF_CLASSES = (
@@ -48,7 +50,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    with _replacing_characters():
+        return _main(sys.argv[1:] if argv is None else list(argv))
+
+
+@contextlib.contextmanager
+def _replacing_characters() -> Iterator[None]:
+    """Prints replacement characters for those that the output cannot encode."""
+    streams: list[Any] = [sys.stdout, sys.stderr]
+    before = [(x, x.errors) for x in streams if hasattr(x, "reconfigure")]
+    for stream, errors in before:
+        if errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        for stream, errors in before:
+            stream.reconfigure(errors=errors)
+
+
+def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tripletjax",
         description="Train embeddings of images with triplet losses, and use them.",
@@ -70,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(argv))
     call, command = given.pop("call"), given.pop("parser")
     del given["command"]
+    compile_cache.keep_programs()
     try:
         return call(command, given | {"argv": argv})
     except FAULTS as error:
@@ -163,7 +185,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
             "which triplets to train on (default: semi-hard)",
         ),
         (
-            *(how, "class_sampling", config.CLASS_SAMPLING),
+            *(how, "class-sampling", config.CLASS_SAMPLING),
             "how classes are drawn (default: uniform)",
         ),
         (
@@ -176,19 +198,18 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
             "the network; resnet18 and so on are torchvision's, from nothing",
         ),
         (
-            *(how, "backbone_training", pretrained.TRAININGS),
+            *(how, "backbone-training", pretrained.TRAININGS),
             "what of --backbone is trained: a head on it, its last stages, too, or "
             "all (default: frozen for less than 5,000 images on CPUs, or top)",
         ),
     ):
-        option = f"--{name.replace('_', '-')}" if "backbone" in name else f"--{name}"
-        group.add_argument(option, choices=choices, help=told)
+        group.add_argument(f"--{name}", choices=choices, help=told)
     for group, name, kind, told in (
         (run, "steps", int, "how many steps to train"),
         (run, "seed", int, "of everything that is random (default: 0)"),
         (what, "size", int, "of images, the longer side in pixels"),
         (
-            *(what, "rotation_classes", int),
+            *(what, "rotation-classes", int),
             "turned and mirrored copies that are classes: 1, 2, 4 or 8",
         ),
         (how, "margin", float, "of the triplet loss (default: 0.2)"),
@@ -310,10 +331,8 @@ def _asked_of(
     of_triplets = "triplets" in (before | options)
     for name in OF_CLASSES if of_triplets else OF_TRIPLETS:
         if name in options:
-            parser.error(
-                f"--{name.replace('_', '-')} is of no use "
-                f"{'with' if of_triplets else 'without'} --triplets"
-            )
+            rule = "cannot be combined with" if of_triplets else "requires"
+            parser.error(f"--{name.replace('_', '-')} {rule} --triplets")
     augments = {"none": augment.Augment(), "more": defaults.SCARCE_CHARACTERS}
     if options.get("augment") in image_analysis.KINDS:
         options["kind"] = options.pop("augment")
@@ -379,7 +398,7 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     else:
         more = "" if of_triplets else "; --split classes holds out whole classes"
         print(f"\nThere are too few to hold any out for a test{more}.")
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     skipped = summary["counts"].pop("skipped")
     counts = (
         f"{n:,} {part.replace('_', ' ')}" for part, n in summary["counts"].items()
@@ -536,18 +555,19 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
 
     for option in ("together", "classes", "approximate"):
         if given[option] and not given["query"]:
-            parser.error(f"--{option} is of no use without --query")
+            parser.error(f"--{option} requires --query")
     for name in ("out", "json"):
         file = given[name]
         if file is not None and file.exists():
             parser.error(f"{file} is there; it is left as it is")
     if given["out"] is not None and not (given["query"] or given["duplicates"]):
-        parser.error("--out is of no use without --query or --duplicates")
+        parser.error("--out requires --query or --duplicates")
     if given["out"] is not None and given["query"]:
         _check_new_picture(parser, given["out"])
     _check_images(parser, given["query"] or ())
     index, changes = _updated(given["index"], given, embedder_of(given["run"]))
     report: dict[str, Any] = {"index": search_report.of_changes(index, changes)}
+    lines: list[str] = []
     if given["approximate"] and not index.has_approximate:
         print("sharing out the vectors into cells, once")
         index.build_approximate()
@@ -562,8 +582,7 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             approximate=given["approximate"],
         )
         report["queries"] = found
-        for line in search_report.ranked_lines(found):
-            print(line)
+        lines += search_report.ranked_lines(found)
         if given["out"] is not None:
             search_report.draw_found(index, found, given["out"])
     elif given["duplicates"]:
@@ -571,14 +590,15 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         groups = index.duplicates(within)
         report["duplicates"] = groups
         count = sum(map(len, groups))
-        print(f"{len(groups):,} groups of {count:,} images within {within:g}")
+        lines.append(f"{len(groups):,} groups of {count:,} images within {within:g}")
         if given["out"] is not None:
             search_report.write_groups(groups, given["out"])
         else:
-            for group in groups:
-                print("  " + "  ".join(group))
+            lines += ["  " + "  ".join(group) for group in groups]
     if given["json"] is not None:
         write_json(given["json"], report)
+    for line in lines:
+        print(line)
     for name in ("out", "json"):
         if given[name] is not None:
             print(f"{_shown(given[name])} is written")
@@ -641,7 +661,7 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         for option in ("pairs", "far", "classes_from", "out"):
             if given[option] is not None:
                 name = option.replace("_", "-")
-                parser.error(f"--{name} is of no use without --data")
+                parser.error(f"--{name} requires --data")
     if given["json"] is not None:
         evaluation.check_replaceable(given["json"])
     embedder = embedder_of(run)
@@ -649,10 +669,10 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         calibration = Calibration.read(run, embedder.key)
         first, second = map(opened, images)
         decision = verify.decide(embedder, first, second, calibration)
-        print(verify_report.decided(decision, calibration))
         if given["json"] is not None:
-            told = verify_report.of_decision(images, decision, calibration)
-            evaluation.write_report(told, given["json"])
+            report = verify_report.of_decision(images, decision, calibration)
+            evaluation.write_report(report, given["json"])
+        print(verify_report.decided(decision, calibration))
         return 0
 
     out = given["out"]
@@ -671,15 +691,16 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             name=name,
             progress=True,
         )
-        for line in verify_report.lines(found.report):
-            print(line)
         verify_report.write(found, out)
     if given["json"] is not None:
         evaluation.write_report(found.report, given["json"])
+    calibration = found.calibration
+    earlier = None if calibration is None else calibration.write(run)
+    for line in verify_report.lines(found.report):
+        print(line)
     print()
-    if found.calibration is not None:
-        earlier = found.calibration.write(run)
-        print(verify_report.chosen(found.calibration))
+    if calibration is not None:
+        print(verify_report.chosen(calibration))
         if earlier is not None:
             print(f"It is used from now on; the one before is in {earlier.name}.")
     print(f"Everything is in {_shown(out)}: look at roc, distances and errors.png.")
@@ -752,7 +773,7 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         parser.error("give images to name, or --data FOLDER to measure on")
     if given["out"] is not None:
         if not images:
-            parser.error("--out is of no use without images")
+            parser.error("--out requires images to name")
         _check_new_picture(parser, given["out"])
     if given["json"] is not None:
         evaluation.check_replaceable(given["json"])
@@ -770,8 +791,6 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     gallery = identify.Gallery.of(
         index, means=given["means"], classes_from=given["classes_from"], flat=True
     )
-    for line in gallery.notes:
-        print(f"- {line}")
     strangers = None
     threshold = float("inf") if given["closed"] else given["within"]
     if calibration is not None:
@@ -781,9 +800,8 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         elif threshold is None:
             threshold = calibration.threshold
     report = identify_report.of_gallery(gallery, threshold, calibration, strangers)
-    for line in identify_report.told(report):
-        print(line)
-    print()
+    lines = [f"- {line}" for line in gallery.notes]
+    lines += [*identify_report.told(report), ""]
     if folder is not None:
         probes = evaluation.embed_folder(
             embedder,
@@ -792,24 +810,23 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             progress=True,
             least=1,
         )
-        for line in (*probes.notes, *probes.skipped):
-            print(f"- {line}")
+        lines += [f"- {line}" for line in (*probes.notes, *probes.skipped)]
         names = [probes.names[label] for label in probes.labels]
         report["evaluation"] = identify.evaluate(gallery, probes.x, names, threshold)
-        for line in identify_report.measured(report["evaluation"]):
-            print(line)
+        lines += identify_report.measured(report["evaluation"])
     else:
         x = vectors_of(embedder, [opened(image) for image in images])
         own = [index.path_of(image) for image in images]
         found = identify.identify(gallery, x, threshold=threshold, own=own)
         report["probes"] = identify_report.of_probes(images, found)
-        for line in identify_report.lines(images, found):
-            print(line)
+        lines += identify_report.lines(images, found)
         if given["out"] is not None:
             identify_report.draw(index, images, found, given["out"])
-            print(f"{_shown(given['out'])} is written")
+            lines.append(f"{_shown(given['out'])} is written")
     if given["json"] is not None:
         evaluation.write_report(report, given["json"])
+    for line in lines:
+        print(line)
     return 0
 
 
@@ -938,6 +955,11 @@ def _database_option(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where indexes are kept (default: RUN/index)",
     )
+    parser.add_argument(
+        "--remove-missing",
+        action="store_true",
+        help="remove missing images from the index, also if they are most of it",
+    )
 
 
 def _report_option(parser: argparse.ArgumentParser) -> None:
@@ -954,6 +976,7 @@ def _updated(folder: Path, given: dict[str, Any], embedder: Any) -> tuple[Any, A
     changes = index.update(
         progress=True,
         waiting=lambda: print("another process updates an index here: waiting for it"),
+        remove_missing=given["remove_missing"],
     )
     print(search_report.changes(changes))
     for line in (*changes.notes, *changes.skipped):

@@ -273,7 +273,7 @@ def batch_easy_hard_triplets(
     | easy       | `mining.easiest_positive`   | `mining.easiest_negative`   |
     | semi-hard  | `mining.semi_hard_positive` | `mining.semi_hard_negative` |
     | hard       | `mining.hardest_positive`   | `mining.hardest_negative`   |
-    | all        | `mining.all_candidates`          | `mining.all_candidates`          |
+    | all        | `mining.all_candidates`     | `mining.all_candidates`     |
 
     A semi-hard choice is made relative to the other one, which is made first. Any
     function of the same form can be given as well, with `mining.relative` for one that

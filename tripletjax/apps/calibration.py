@@ -116,7 +116,7 @@ class Calibration:
         if not (folder / FILE).exists():
             raise FileNotFoundError(f"no threshold was chosen for {run_dir}. {again}")
         try:
-            values = json.loads((folder / FILE).read_text())
+            values = json.loads((folder / FILE).read_text(encoding="utf-8"))
             if values.pop("format") != FORMAT:
                 raise ValueError("it is of another version")
             with np.load(folder / VECTORS) as arrays:

@@ -18,17 +18,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
-import lancedb
 import numpy as np
 import pyarrow as pa
-from lancedb.index import IvfFlat
 from tqdm import tqdm
 
 from tripletjax.apps.images import decoded, encoded
 from tripletjax.apps.rejections import Rejections
+from tripletjax.apps.search_table import (
+    CONDITION,
+    Database,
+    Table,
+    TableError,
+    matrix,
+    one_of,
+)
 from tripletjax.learn.digests import digest_of
 from tripletjax.learn.embedder import ImageEmbedder
-from tripletjax.learn.folder_listing import find_files
+from tripletjax.learn.folder_listing import FolderListing, find_files
 from tripletjax.learn.image_io import (
     ImageError,
     open_image,
@@ -40,9 +46,8 @@ from tripletjax.learn.image_io import (
 FORMAT = "1"
 # Of the cells of an approximate search this share is looked into.
 PROBED = 0.05
-# So many pairs are measured at a time, and so many values stand in one condition.
-PAIRS = 2**18
-CONDITION = 1000
+# The number of distances in memory at a time while duplicates are linked.
+PAIRS = 2**23
 
 
 class Hit(NamedTuple):
@@ -95,6 +100,8 @@ class Index:
     Raises:
         FileNotFoundError: if there is no such folder.
         ValueError: if the folder's index was made by another embedder.
+        OSError: if the index is damaged, or the database cannot be made; all methods
+            raise it for a damaged index.
     """
 
     def __init__(
@@ -104,37 +111,44 @@ class Index:
         self.embedder = embedder
         if not self.folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder}.")
-        self.database.mkdir(parents=True, exist_ok=True)
-        self._lance = lancedb.connect(self.database)
+        self._tables = Database(self.database)
         self._name = f"folder-{digest_of([os.fsencode(self.folder)])}"
-        self._table: Any = None
-        if self._name in self._tables():
-            self._table = self._lance.open_table(self._name)
-            self._check(self._table)
+        self._table: Table | None = None
+        self._open()
 
     def __len__(self) -> int:
-        return 0 if self._table is None else self._table.count_rows()
+        return 0 if self._table is None else len(self._table)
 
     def update(
         self,
         *,
         progress: bool = False,
         waiting: Callable[[], None] | None = None,
+        remove_missing: bool = False,
     ) -> Changes:
         """Brings the index to what the folder holds now.
 
-        Images whose content is known, by whatever path, are not embedded again.
+        Images whose content is known, by whatever path, are not embedded again. An
+        index that can only be read is searched as it is if nothing has changed.
+
+        Missing files may lie on a disk that is not mounted. Their vectors are kept if
+        their sub-folder is empty, a broken link or not readable. The update stops if
+        more than half of the index is missing otherwise.
 
         Args:
             progress: whether to show a progress bar.
             waiting: is called if another process updates an index of the database,
                 whose end is waited for.
+            remove_missing: whether missing images leave the index however many they
+                are, and with them indexes of folders that do not exist, all of whose
+                images are in this folder.
 
         Raises:
+            FileNotFoundError: if more than half of the index is missing.
             OSError: if the folder cannot be read or the index cannot be written.
         """
         with self._alone(waiting):
-            return self._update(progress)
+            return self._update(progress, remove_missing)
 
     def search(
         self,
@@ -175,35 +189,36 @@ class Index:
         without = [()] * len(x) if leave_out is None else leave_out
         if self._table is None:
             return [[] for _ in x]
-        dim = self._table.schema.field("vector").type.list_size
+        dim, n = self._table.dim, len(self._table)
         if x.shape[1] != dim:
             raise ValueError(f"vectors must have {dim} dimensions, got {x.shape[1]}.")
         for label in classes or ():
-            if not self._table.count_rows(_in_folder(label)):
+            if not self._table.count(_in_folder(label)):
                 raise ValueError(
                     f"classes must be folders of the index, got {label!r}."
                 )
         found, left = {}, list(range(len(x)))
         most = k + 1 + max(map(len, without), default=0)
-        while left:
+        while left and n:
+            most = min(most, n)
             rows = self._nearest(x[left], most, classes, within, approximate)
             again = []
             for query, hits in zip(left, rows):
                 kept = [hit for hit in hits if hit.path not in without[query]]
                 # Of equally far ones there may be more, which come before by path.
-                cut = len(hits) == most and len(kept) >= k
+                cut = len(hits) == most < n and len(kept) >= k
                 if cut and kept[-1].distance <= kept[k - 1].distance:
                     again.append(query)
                     continue
                 kept.sort(key=lambda hit: (hit.distance, hit.path))
                 found[query] = kept[:k]
             left, most = again, 4 * most
-        return [found[query] for query in range(len(x))]
+        return [found.get(query, []) for query in range(len(x))]
 
     @property
     def has_approximate(self) -> bool:
         """Whether `build_approximate` was called."""
-        return self._table is not None and bool([*self._table.list_indices()])
+        return self._table is not None and self._table.has_cells
 
     def build_approximate(self) -> None:
         """Shares out the vectors into cells, of which a search looks into the nearest.
@@ -211,13 +226,13 @@ class Index:
         Worth its time from some 300,000 images on. Images that come later are looked at
         one by one until the next update puts them into their cells, too.
         """
-        if len(self):
-            cells = max(1, round(math.sqrt(len(self))))
-            config = IvfFlat(distance_type="l2", num_partitions=cells)
-            self._table.create_index("vector", config=config)
+        if self._table is not None and len(self):
+            self._table.create_cells(max(1, round(math.sqrt(len(self)))))
 
     def duplicates(self, within: float) -> list[list[str]]:
         """Groups of images that are linked by distances of at most `within`.
+
+        It compares all pairs, in memory for the vectors and some 100 MB.
 
         Args:
             within: the largest Euclidean distance of two images that are the same.
@@ -225,30 +240,10 @@ class Index:
         Returns:
             Paths in order, groups of at least two, the largest group first.
         """
-        from scipy.sparse.csgraph import connected_components
-        from sklearn.neighbors import radius_neighbors_graph
-
         if not within >= 0:
             raise ValueError(f"within must be at least 0, got {within}.")
-        if len(self) < 2:
-            return []
         paths, x = self.vectors()
-        x = np.asarray(x, np.float64)
-        # Found by products, whose rounding moves even equal vectors apart: a little
-        # further than asked for, and then measured by differences.
-        rounding = 1e-10 * np.max(np.sum(x * x, axis=1))
-        links = radius_neighbors_graph(x, math.sqrt(within**2 + rounding)).tocoo()
-        parts = max(1, -(-links.nnz // PAIRS))
-        ends = (np.array_split(rows, parts) for rows in links.coords)
-        near = [
-            np.linalg.norm(x[one] - x[other], axis=1) <= within
-            for one, other in zip(*ends)
-        ]
-        links.data = np.concatenate(near)
-        links = links.tocsr()
-        # What is stored as False would count as a link.
-        links.eliminate_zeros()
-        _, group = connected_components(links, directed=False)
+        group = linked_groups(x, within)
         members = collections.defaultdict(list)
         for path, number in zip(paths, group.tolist()):
             members[number].append(path)
@@ -259,8 +254,8 @@ class Index:
         """Paths in order, and their vectors ``[n, d]``."""
         if self._table is None:
             return [], np.zeros((0, 0), np.float32)
-        rows = self._rows(self._table, ["path", "vector"]).sort_by("path")
-        return rows["path"].to_pylist(), _matrix(rows["vector"])
+        rows = self._table.rows(["path", "vector"]).sort_by("path")
+        return rows["path"].to_pylist(), matrix(rows["vector"])
 
     def path_of(self, file: str | Path) -> str | None:
         """The path of a file within the folder, or None if it lies elsewhere.
@@ -274,7 +269,7 @@ class Index:
             if one.is_relative_to(self.folder)
         ]
         if len(paths) > 1 and self._table is not None:
-            rows = self._rows(self._table, ["path"], _one_of("path", paths))
+            rows = self._table.rows(["path"], one_of("path", paths))
             return (rows["path"].to_pylist() or paths)[0]
         return paths[0] if paths else None
 
@@ -282,19 +277,22 @@ class Index:
         """The file of a path of the index."""
         return self.folder / decoded(path)
 
-    def _update(self, progress: bool) -> Changes:
-        # Another process may have made it meanwhile.
-        if self._table is None and self._name in self._tables():
-            self._table = self._lance.open_table(self._name)
-            self._check(self._table)
+    def _open(self) -> None:
+        """Opens the table of the folder, which another process may have made."""
         if self._table is not None:
-            self._table.checkout_latest()
-        gone = [table for table in self._others() if not _folder_of(table).is_dir()]
-        donors = [*([self._table] if self._table is not None else []), *gone]
-        before = self._stamps(self._table)
+            self._table.refresh()
+        elif self._name in self._tables.names():
+            self._table = self._tables.open(self._name)
+            self._check(self._table)
+
+    def _update(self, progress: bool, remove_missing: bool) -> Changes:
+        self._open()
+        away, notes = self._away()
+        donors = [*([self._table] if self._table is not None else []), *away]
+        before = _stamps(self._table)
         moved_here = {}
-        for table in gone:
-            moved_here |= self._stamps(table)
+        for stamps_there in away.values():
+            moved_here |= stamps_there
 
         listing = find_files(self.folder)
         skipped = [f"{encoded(path)}: {why}" for path, why in listing.skipped]
@@ -318,6 +316,7 @@ class Index:
                 continue
             files[path] = file
         known = {digest for _, digest in (*before.values(), *moved_here.values())}
+        known_here: set[str] = set()
         counts, unusable = collections.Counter(), []
 
         def read(path: str) -> tuple[str, Any]:
@@ -349,7 +348,9 @@ class Index:
                     digests[path] = what[0]
                     if what[1] is not None:
                         prepared[what[0]] = what[1]
-                old = self._known_vectors(donors, {*digests.values()} - {*prepared})
+                if digests and not self._tables.is_writable:
+                    raise self._outdated("images are new or have changed")
+                old = _known_vectors(donors, {*digests.values()} - {*prepared}, notes)
                 for path, digest in [*digests.items()]:
                     if digest in old or digest in prepared:
                         continue
@@ -372,19 +373,29 @@ class Index:
                 if self._table is not None and self._table not in donors:
                     donors.append(self._table)
                 known |= new.keys()
+                known_here |= {*digests.values()}
                 bar.update(len(part))
-        removed = [
-            path
-            for path in before
-            if path not in stamps and not listing.may_hold(decoded(path))
-        ]
+        now = {before[path][1] for path in before if path in stamps} | known_here
+        missing = [path for path in before if path not in stamps]
+        gone = {path for path in missing if before[path][1] not in now}
+        kept = set()
+        if not remove_missing:
+            kept, kept_notes = _unreachable(missing, gone, listing)
+            notes += kept_notes
+            self._check_missing(len(gone - kept), len(before))
+        removed = [path for path in missing if path not in kept]
         skipped += [f"{path}: {reason}" for path, (_, reason) in rejected.items()]
         unusable += rejected
-        self._delete([*removed, *(path for path in unusable if path in before)])
-        rejections.replace(rejected)
-        notes = listing.notes
-        notes += self._drop_what_has_moved(gone)
-        if self._table is not None and files:
+        unusable = [path for path in unusable if path in before]
+        if self._table is not None and (removed or unusable):
+            if not self._tables.is_writable:
+                raise self._outdated(f"{len(removed) + len(unusable):,} are missing")
+            self._table.delete("path", [*removed, *unusable])
+        if self._tables.is_writable:
+            rejections.replace(rejected)
+        notes += listing.notes
+        notes += self._moved_folders(away, drop=remove_missing)
+        if self._table is not None and files and self._tables.is_writable:
             # Many small pieces are put together, and earlier states dropped.
             self._table.optimize()
         return Changes(
@@ -442,17 +453,8 @@ class Index:
             ),
         }
         if self._table is None:
-            self._table = self._lance.create_table(self._name, schema=schema)
-        (
-            self._table.merge_insert("path")
-            .when_matched_update_all()
-            .when_not_matched_insert_all()
-            .execute(pa.table(columns, schema=schema))
-        )
-
-    def _delete(self, paths: Sequence[str]) -> None:
-        for start in range(0, len(paths), CONDITION):
-            self._table.delete(_one_of("path", paths[start : start + CONDITION]))
+            self._table = self._tables.create(self._name, schema)
+        self._table.put(pa.table(columns, schema=schema))
 
     def _nearest(
         self,
@@ -462,19 +464,19 @@ class Index:
         within: float | None,
         approximate: bool,
     ) -> list[list[Hit]]:
-        query = self._table.search(
-            x if len(x) > 1 else x[0], vector_column_name="vector"
-        )
-        query = query.distance_type("l2").limit(most)
-        if approximate:
-            query = query.nprobes(max(1, round(PROBED * math.sqrt(len(self)))))
-        else:
-            query = query.bypass_vector_index()
-        query = query.select(["path", "label", "_distance"])
+        table = self._table
+        if table is None:
+            return [[] for _ in x]
+        where = None
         if classes is not None:
-            condition = " OR ".join(map(_in_folder, classes)) or "false"
-            query = query.where(condition, prefilter=True)
-        rows = query.to_arrow()
+            where = " OR ".join(map(_in_folder, classes)) or "false"
+        rows = table.nearest(
+            x,
+            most,
+            ["path", "label"],
+            where=where,
+            cells=max(1, round(PROBED * math.sqrt(len(self)))) if approximate else None,
+        )
         hits: list[list[Hit]] = [[] for _ in x]
         numbers = rows["query_index"].to_pylist() if len(x) > 1 else [0] * len(rows)
         columns = (rows[name].to_pylist() for name in ("path", "_distance", "label"))
@@ -484,74 +486,76 @@ class Index:
                 hits[number].append(Hit(path, distance, label))
         return hits
 
-    def _known_vectors(
-        self, tables: Sequence[Any], digests: set[str]
-    ) -> dict[str, np.ndarray]:
-        """Vectors of contents that are known, by their digests."""
-        found = {}
-        for table in tables:
-            left = sorted(digests - found.keys())
-            for start in range(0, len(left), CONDITION):
-                rows = self._rows(
-                    table,
-                    ["digest", "vector"],
-                    _one_of("digest", left[start : start + CONDITION]),
-                )
-                found |= dict(zip(rows["digest"].to_pylist(), _matrix(rows["vector"])))
-        return found
+    def _away(self) -> tuple[dict[Table, dict[str, tuple[str, str]]], list[str]]:
+        """Indexes by the same embedder of folders that do not exist, and notes.
 
-    def _stamps(self, table: Any) -> dict[str, tuple[str, str]]:
-        """When the images of a table changed, and digests of them, by path."""
-        if table is None:
-            return {}
-        rows = self._rows(table, ["path", "stamp", "digest"])
-        columns = (rows[name].to_pylist() for name in ("path", "stamp", "digest"))
-        return {path: (stamp, digest) for path, stamp, digest in zip(*columns)}
-
-    def _rows(self, table: Any, columns: list[str], where: str | None = None) -> Any:
-        query = table.search().select(columns).limit(max(table.count_rows(), 1))
-        return (query.where(where) if where else query).to_arrow()
-
-    def _tables(self) -> list[str]:
-        return [*self._lance.list_tables().tables]
-
-    def _others(self) -> Iterator[Any]:
-        """Indexes of other folders by the same embedder."""
-        for name in self._tables():
+        With stamps and digests of their images.
+        """
+        away, notes = {}, []
+        for name in self._tables.names():
             if name == self._name:
                 continue
-            table = self._lance.open_table(name)
-            told = table.schema.metadata or {}
-            if told.get(b"embedder") == self.embedder.key.encode():
-                yield table
+            try:
+                table = self._tables.open(name)
+                same = table.metadata.get("embedder") == self.embedder.key
+                if same and not _folder_of(table).is_dir():
+                    away[table] = _stamps(table)
+            except TableError as error:
+                # The index of this folder does not need it.
+                notes.append(f"of another folder: {error}")
+        return away, notes
 
-    def _drop_what_has_moved(self, gone: Sequence[Any]) -> list[str]:
-        """Drops indexes of folders that are gone, if all of them is in this one."""
-        if not gone:
+    def _moved_folders(
+        self, away: dict[Table, dict[str, tuple[str, str]]], *, drop: bool
+    ) -> list[str]:
+        """Folders that do not exist, all of whose images are in this one."""
+        if not away:
             return []
-        notes, here = [], {digest for _, digest in self._stamps(self._table).values()}
-        for table in gone:
-            if {digest for _, digest in self._stamps(table).values()} <= here:
+        notes, here = [], {digest for _, digest in _stamps(self._table).values()}
+        for table, stamps in away.items():
+            if {digest for _, digest in stamps.values()} <= here:
                 was, now = map(encoded, (_folder_of(table), self.folder))
-                notes.append(f"{was} has become {now}")
-                self._lance.drop_table(table.name)
+                note = f"{was} does not exist, and all its images are in {now}; its "
+                if drop:
+                    self._tables.drop(table)
+                    notes.append(f"{note}index is removed")
+                else:
+                    notes.append(f"{note}index is kept (--remove-missing removes it)")
         return notes
 
-    def _check(self, table: Any) -> None:
-        told = table.schema.metadata or {}
-        if told.get(b"format") != FORMAT.encode():
+    def _check_missing(self, gone: int, n: int) -> None:
+        if 2 * gone > n:
+            raise FileNotFoundError(
+                f"{gone:,} of the {n:,} images in the index of {self.folder} are "
+                "missing. If they are on a disk that is not mounted, mount the disk; "
+                "to remove them from the index, use --remove-missing "
+                "(remove_missing=True)."
+            )
+
+    def _outdated(self, why: str) -> OSError:
+        return OSError(
+            f"the index in {self.database} cannot be written, but must be updated: "
+            f"{why} in {self.folder}. Choose another database (--database DIR)."
+        )
+
+    def _check(self, table: Table) -> None:
+        if table.metadata.get("format") != FORMAT:
             what = "another version of tripletjax"
-        elif told.get(b"embedder") != self.embedder.key.encode():
+        elif table.metadata.get("embedder") != self.embedder.key:
             what = "another embedder, or another state of the run"
         else:
             return
         raise ValueError(
             f"the index of {self.folder} in {self.database} was made by {what}. Remove "
-            f"{self.database / (self._name + '.lance')}, or give another database."
+            f"{table.path}, or choose another database (--database DIR)."
         )
 
     @contextlib.contextmanager
     def _alone(self, waiting: Callable[[], None] | None) -> Iterator[None]:
+        if not self._tables.is_writable:
+            # An update only reads here.
+            yield
+            return
         lock = filelock.FileLock(self.database / "lock")
         try:
             lock.acquire(timeout=0)
@@ -565,24 +569,103 @@ class Index:
             lock.release()
 
 
+def linked_groups(x: np.ndarray, within: float) -> np.ndarray:
+    """The number of the group of each vector, linked by distances of at most `within`.
+
+    Args:
+        x: vectors ``[n, d]``.
+        within: the largest Euclidean distance of a link.
+
+    Returns:
+        Integers ``[n]``: the lowest index in the group.
+    """
+    n, x = len(x), np.asarray(x, np.float64)
+    group = np.arange(n)
+    squares = np.sum(x * x, axis=1)
+    # Products round even equal vectors apart: they choose candidates a little further
+    # away, whose distances are then computed by differences.
+    limit = within**2 + 1e-10 * np.max(squares, initial=0.0)
+    start = 0
+    while start < n:
+        stop = start + max(1, PAIRS // (n - start))
+        # Pairs with earlier vectors are done.
+        later = x[start:]
+        squared = (-2 * x[start:stop]) @ later.T
+        squared += squares[start:]
+        squared += squares[start:stop, None]
+        close = squared <= limit
+        for i in np.flatnonzero(np.count_nonzero(close, axis=1) > 1):
+            row = start + i
+            others = start + np.flatnonzero(close[i])
+            others = others[group[others] != group[row]]
+            far = np.linalg.norm(x[others] - x[row], axis=1) > within
+            merged = np.unique(group[[row, *others[~far]]])
+            if len(merged) > 1:
+                group[np.isin(group, merged)] = merged[0]
+        start = stop
+    return group
+
+
+def _unreachable(
+    missing: Sequence[str], gone: set[str], listing: FolderListing
+) -> tuple[set[str], list[str]]:
+    """Missing images that may come back, and notes of the folders above them.
+
+    Args:
+        missing: paths in the index without a file.
+        gone: those of them whose content is at no other path.
+        listing: of the folder.
+    """
+    kept, below = set(), collections.Counter()
+    for path in missing:
+        folder = listing.folder_away(decoded(path))
+        # An unreadable folder may still hold its copy of an image.
+        if listing.may_hold(decoded(path)) or (folder is not None and path in gone):
+            kept.add(path)
+            if folder is not None:
+                below[folder] += 1
+    notes = [
+        f"{encoded(folder)} {listing.away[folder]}: the index keeps {count:,} images "
+        "below it (--remove-missing removes them)"
+        for folder, count in sorted(below.items())
+    ]
+    return kept, notes
+
+
 def _stamp(file: Path) -> str:
     """What is another if a file was written to."""
-    told = file.stat()
-    return f"{told.st_size} {told.st_mtime_ns} {told.st_ctime_ns}"
+    status = file.stat()
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
-def _folder_of(table: Any) -> Path:
-    return decoded(table.schema.metadata[b"folder"].decode())
+def _stamps(table: Table | None) -> dict[str, tuple[str, str]]:
+    """Stamps and digests of the images of a table, by path."""
+    if table is None:
+        return {}
+    rows = table.rows(["path", "stamp", "digest"])
+    columns = (rows[name].to_pylist() for name in ("path", "stamp", "digest"))
+    return {path: (stamp, digest) for path, stamp, digest in zip(*columns)}
 
 
-def _matrix(column: Any) -> np.ndarray:
-    chunk = column.combine_chunks()
-    return chunk.flatten().to_numpy().reshape(len(chunk), chunk.type.list_size)
+def _known_vectors(
+    tables: list[Table], digests: set[str], notes: list[str]
+) -> dict[str, np.ndarray]:
+    """Vectors of contents that are known, by their digests.
 
-
-def _one_of(column: str, values: Sequence[str]) -> str:
-    quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
-    return f"{column} IN ({quoted})"
+    A damaged table is taken from `tables`, and named in `notes`.
+    """
+    known = {}
+    for table in [*tables]:
+        left = sorted(digests - known.keys())
+        try:
+            for start in range(0, len(left), CONDITION):
+                some = one_of("digest", left[start : start + CONDITION])
+                rows = table.rows(["digest", "vector"], some)
+                known |= dict(zip(rows["digest"].to_pylist(), matrix(rows["vector"])))
+        except TableError as error:
+            tables.remove(table)
+            notes.append(str(error))
+    return known
 
 
 def _in_folder(folder: str) -> str:
@@ -592,3 +675,7 @@ def _in_folder(folder: str) -> str:
         return "true"
     own = label.replace("'", "''")
     return f"(label = '{own}' OR starts_with(label, '{own}/'))"
+
+
+def _folder_of(table: Table) -> Path:
+    return decoded(table.metadata["folder"])

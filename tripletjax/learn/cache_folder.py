@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from tripletjax.learn.errors import UNWRITABLE
+
 try:
     import fcntl
 except ImportError:
@@ -27,6 +29,8 @@ _held: dict[Path, int] = {}
 def hold(entry: Path) -> list[str]:
     """Makes an entry, if there is none, and keeps others from removing it.
 
+    One that can only be read is held, too.
+
     Returns:
         What was removed of what an interrupted decoding has left in it.
     """
@@ -39,6 +43,10 @@ def hold(entry: Path) -> list[str]:
             lock = os.open(entry / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
             continue
+        except OSError as error:
+            if error.errno not in UNWRITABLE or not (entry / LOCK).exists():
+                raise
+            lock = os.open(entry / LOCK, os.O_RDONLY)
         left = list(entry.glob(INCOMPLETE)) if _lock(lock, alone=True) else []
         told = [_removed("what an interrupted decoding had left", x) for x in left]
         _lock(lock)
@@ -63,7 +71,8 @@ def tidy(entry: Path, source: str) -> list[str]:
         What was removed, and how large the folder of entries is.
     """
     entry, told = entry.resolve(), []
-    _note(entry, _sources(entry) | {source})
+    if source not in (sources := _sources(entry)):
+        _note(entry, sources | {source})
     for other in sorted(entry.parent.iterdir()):
         sources = _sources(other)
         needed = bool(sources) and source not in sources
@@ -105,7 +114,8 @@ def _alone(entry: Path) -> Iterator[bool]:
     """Whether no living process uses an entry; meanwhile none begins to."""
     try:
         lock = os.open(entry / LOCK, os.O_RDWR)
-    except FileNotFoundError:
+    except OSError:
+        # It is gone, or can only be read.
         yield False
         return
     try:
@@ -135,12 +145,12 @@ def _is_there(lock: int, path: Path) -> bool:
 
 def _sources(entry: Path) -> set[str]:
     try:
-        return set(json.loads((entry / SOURCES).read_text()))
+        return set(json.loads((entry / SOURCES).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return set()
 
 
 def _note(entry: Path, sources: set[str]) -> None:
     part = entry / f"{SOURCES}.{os.getpid()}"
-    part.write_text(json.dumps(sorted(sources)))
+    part.write_text(json.dumps(sorted(sources)), encoding="utf-8")
     part.replace(entry / SOURCES)

@@ -9,6 +9,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from tripletjax.learn.errors import one_line_errors
+
 
 @dataclasses.dataclass(frozen=True)
 class Catalogue:
@@ -41,7 +43,14 @@ class Catalogue:
         Raises:
             FileNotFoundError: if it is not prepared.
             ValueError: if there is no such dataset, or it has no image and label.
+            OSError: if it cannot be read.
         """
+        folder = Path(data_dir or tfds.core.constants.DATA_DIR)
+        with one_line_errors(folder, "read"):
+            return cls._open(name, data_dir)
+
+    @classmethod
+    def _open(cls, name: str, data_dir: str | Path | None) -> "Catalogue":
         _, dataset, *split = name.split(":")
         if not dataset or len(split) > 1:
             raise ValueError(

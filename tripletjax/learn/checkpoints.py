@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from tripletjax.learn.digests import digest_of, digest_of_file
+from tripletjax.learn.errors import first_line
 
 State = TypeVar("State")
 
@@ -85,20 +86,20 @@ class Checkpoints:
             # Orbax and TensorStore raise whatever they come across.
             raise OSError(
                 f"the state of step {step} could not be written to {self.directory}: "
-                f"{_brief(error)}"
+                f"{first_line(error)}"
             ) from error
         try:
             self._load(step, state)
         except Exception as error:
             raise OSError(
                 f"the state of step {step} in {self.directory} could not be read back: "
-                f"{_brief(error)}. The one before is still there."
+                f"{first_line(error)}. The one before is still there."
             ) from error
         digests = {str(kept): self._digests().get(str(kept)) for kept in self.steps}
         if jax.process_index() == 0:
             digests[str(step)] = _file_digests(self.directory / str(step))
             part = self._digests_file.with_name(self._digests_file.name + ".part")
-            part.write_text(json.dumps(digests))
+            part.write_text(json.dumps(digests), encoding="utf-8")
             part.replace(self._digests_file)
 
     def restore(self, like: State) -> tuple[int, State, list[str]] | None:
@@ -126,7 +127,7 @@ class Checkpoints:
             except StateMismatchError:
                 raise
             except Exception as error:
-                reason = _brief(error)
+                reason = first_line(error)
                 if not self._is_damaged(step):
                     raise OSError(
                         f"the checkpoint of step {step} in {self.directory} cannot be "
@@ -158,7 +159,7 @@ class Checkpoints:
     def _digests(self) -> dict[str, dict[str, str] | None]:
         """What was written, by step and file."""
         try:
-            return json.loads(self._digests_file.read_text())
+            return json.loads(self._digests_file.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
 
@@ -259,12 +260,6 @@ def _digest(arrays: list[Any]) -> str:
             np.ascontiguousarray(x).view(np.uint8).data,
         )
     )
-
-
-def _brief(error: Exception) -> str:
-    """What an error says first; Orbax also prints whole trees of arrays."""
-    first = str(error).strip().partition("\n")[0] or repr(error)
-    return first if len(first) <= 200 else first[:200] + "..."
 
 
 def free_path(wanted: Path) -> Path:

@@ -170,18 +170,24 @@ class Config:
                 f"{self.memory_momentum!r}."
             )
         if self.memory_momentum is not None and not self.memory:
-            raise ValueError("memory_momentum is of no use without a memory.")
+            raise ValueError(
+                f"memory_momentum requires memory > 0, got {self.memory_momentum!r}."
+            )
 
     def _check_network(self) -> None:
         """Raises ValueError for options of another network than is asked for."""
         own = self.model in backbones.UNTRAINED
         if self.backbone is not None:
-            wrong, why = ("model", "head", "channels", "stride"), "with a backbone"
+            wrong = "model", "head", "channels", "stride"
+            rule = "cannot be combined with a backbone"
         elif own:
             wrong = "head", "channels", "stride", "backbone_training", "views"
-            why = f"with model {self.model}"
+            rule = f"cannot be combined with model {self.model}"
         else:
-            wrong, why = ("backbone_training", "hidden", "views"), "without a backbone"
+            wrong, rule = (
+                ("backbone_training", "hidden", "views"),
+                "requires a backbone",
+            )
         for name in wrong:
             if (value := getattr(self, name)) is not None:
-                raise ValueError(f"{name} is of no use {why}, got {value!r}.")
+                raise ValueError(f"{name} {rule}, got {value!r}.")

@@ -7,17 +7,20 @@ back, into memory if they fit.
 
 import collections
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from tripletjax.learn.catalogue import Catalogue
 from tripletjax.learn.class_folders import find_classes
 from tripletjax.learn.config import CLASSES_FROM, SPLITS
 from tripletjax.learn.digests import digest_of, digest_of_image
+from tripletjax.learn.errors import one_line_errors
 from tripletjax.learn.folder_listing import format_names, printable
 from tripletjax.learn.image_analysis import KINDS
 from tripletjax.learn.image_cache import (
@@ -110,7 +113,7 @@ class _Source:
 
 
 def load(
-    name: str,
+    name: str | Path,
     *,
     split: str = "images",
     size: int | None = None,
@@ -151,6 +154,7 @@ def load(
         FileNotFoundError: if a dataset of tensorflow-datasets is not prepared.
         ValueError: if there is no such dataset, or it has fewer than two classes.
     """
+    name = os.fspath(name)
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
     if size is not None and size < 1:
@@ -199,13 +203,16 @@ def load(
 
 
 def _digits(data_dir: str | Path | None, split: str, size: int | None) -> Dataset:
-    builder = Digits(data_dir=data_dir, file_format="array_record")
+    directory = Path(data_dir or tfds.core.constants.DATA_DIR) / Digits.name
+    with one_line_errors(directory, "read"):
+        builder = Digits(data_dir=data_dir, file_format="array_record")
     prepare(builder)
     records = []
-    for part in ("train", "test"):
-        source = builder.as_data_source(part)
-        some = source.__getitems__(range(len(source)))
-        records += sorted(some, key=lambda record: record["index"])
+    with one_line_errors(Path(builder.data_path), "read"):
+        for part in ("train", "test"):
+            source = builder.as_data_source(part)
+            some = source.__getitems__(range(len(source)))
+            records += sorted(some, key=lambda record: record["index"])
     shape = ImageSpec.of([(8, 8)], False, size)
     images = Images(
         images=np.stack(

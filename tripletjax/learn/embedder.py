@@ -10,13 +10,13 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 from PIL import Image
 
@@ -103,6 +103,7 @@ NETWORK = (
 # So many pixels are embedded at a time.
 PIXELS = 2**20
 
+Tree = TypeVar("Tree")
 ImageInputs = ArrayLike | Sequence[np.ndarray | str | Path | Image.Image]
 
 
@@ -305,12 +306,14 @@ def embed_images(
     """
     graph, state = nnx.split(model)
     check_static(graph)
+    state = strongly_typed(state)
     batch_size = batch_size or batch_size_for(images)
+    # Fewer images are filled up to a power of two, so that few sizes are compiled.
+    batch_size = min(batch_size, 2 ** (len(images) - 1).bit_length())
     embeddings = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
-        # The last batch is filled up, so that one size is compiled.
-        missing = min(batch_size, len(images)) - len(batch)
+        missing = batch_size - len(batch)
         padded = np.pad(batch, [(0, missing)] + [(0, 0)] * (batch.ndim - 1))
         embeddings.append(_embed(graph, state, padded)[: len(batch)])
     return jnp.concatenate(embeddings)
@@ -322,3 +325,16 @@ def as_floats(images: ArrayLike) -> Array:
     if jnp.issubdtype(x.dtype, jnp.floating):
         return x.astype(jnp.float32)
     return x.astype(jnp.float32) / 255
+
+
+def strongly_typed(tree: Tree) -> Tree:
+    """The same arrays, none of which has a weak type, as `jnp.asarray(1.0)` has.
+
+    A step gives strong types: it would be compiled again for each array that was weak.
+    """
+
+    def strong(x: Any) -> Any:
+        weak = getattr(jax.typeof(x), "weak_type", False)
+        return lax.convert_element_type(x, jnp.result_type(x)) if weak else x
+
+    return jax.tree.map(strong, tree)

@@ -335,7 +335,7 @@ def check_replaceable(file: Path) -> None:
     if not file.exists():
         return
     try:
-        ours = json.loads(file.read_text())["what"].startswith(OURS)
+        ours = json.loads(file.read_text(encoding="utf-8"))["what"].startswith(OURS)
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         ours = False
     if not ours:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from tripletjax.learn.augment import Augment
 from tripletjax.learn.digests import digest_of, digest_of_image
 from tripletjax.learn.embedder import as_floats, batch_size_for, embed_images
+from tripletjax.learn.errors import one_line_errors
 from tripletjax.learn.image_cache import KeptFeatures, Pixels
 
 # Another number makes them be made again.
@@ -172,10 +173,11 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _write(folder: Path, digests: Sequence[str], features: np.ndarray) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     name = f"{uuid.uuid4().hex}.safetensors"
     part = folder / f"{name}.part"
     numbers = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8)
     arrays = {"digests": numbers.reshape(len(digests), -1), "features": features}
-    save_file(arrays, part)
-    os.replace(part, folder / name)
+    with one_line_errors(folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, part)
+        os.replace(part, folder / name)

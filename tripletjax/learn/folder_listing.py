@@ -31,6 +31,8 @@ class FolderListing:
         files: regular files, in the order of their paths.
         skipped: entries that are left out, relative to the folder, with the reason.
         unreadable: those of them whose content is unknown, not absent.
+        away: folders whose files may only be away, likewise, with the reason: they are
+            unreadable, empty or broken links.
         runs: directories of training runs, relative to the folder.
         hidden: folders with images whose names are hidden or a system's, likewise.
     """
@@ -38,6 +40,7 @@ class FolderListing:
     files: list[Path]
     skipped: list[tuple[Path, str]]
     unreadable: list[Path]
+    away: dict[Path, str]
     runs: list[Path]
     hidden: list[Path]
 
@@ -59,6 +62,11 @@ class FolderListing:
         """Whether a relative path lies in a part of the folder that is unreadable."""
         return any(path.is_relative_to(one) for one in self.unreadable)
 
+    def folder_away(self, path: Path) -> Path | None:
+        """The outermost folder above a relative path whose files may only be away."""
+        above = reversed(path.parents)
+        return next((folder for folder in above if folder in self.away), None)
+
 
 def find_files(folder: Path) -> FolderListing:
     """List the regular files in a folder and its sub-folders.
@@ -78,6 +86,7 @@ def find_files(folder: Path) -> FolderListing:
         sorted(walk.files),
         sorted(walk.skipped),
         walk.unreadable,
+        walk.away,
         sorted(walk.runs),
         sorted(hidden),
     )
@@ -91,6 +100,7 @@ class _Walk:
         self.files: list[Path] = []
         self.skipped: list[tuple[Path, str]] = []
         self.unreadable: list[Path] = []
+        self.away: dict[Path, str] = {}
         self.runs: list[Path] = []
         self.hidden: list[Path] = []
         self.links: list[Path] = []
@@ -113,6 +123,8 @@ class _Walk:
                     raise
                 self._skip_unreadable(directory, error)
                 continue
+            if not entries and directory != self.root:
+                self.away[directory.relative_to(self.root)] = "is empty"
             if {entry.name for entry in entries} >= RUN_FILES:
                 self.runs.append(directory.relative_to(self.root))
                 continue
@@ -148,6 +160,7 @@ class _Walk:
                     continue
                 except OSError:
                     self._skip(link, f"a broken link to {os.readlink(link)}")
+                    self.away[link.relative_to(self.root)] = "is a broken link"
                     continue
                 if stat.S_ISREG(mode):
                     to_files.append((link, real))
@@ -179,8 +192,10 @@ class _Walk:
         self._skip(path, f"{SPECIAL.get(stat.S_IFMT(mode), 'special')}, not a file")
 
     def _skip_unreadable(self, path: Path, error: OSError) -> None:
-        self._skip(path, f"it cannot be read ({error.strerror or error})")
+        reason = f"cannot be read ({error.strerror or error})"
+        self._skip(path, f"it {reason}")
         self.unreadable.append(path.relative_to(self.root))
+        self.away[path.relative_to(self.root)] = reason
 
 
 def _is_listed(name: str) -> bool:

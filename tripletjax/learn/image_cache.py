@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from tripletjax.learn import cache_folder
 from tripletjax.learn.digests import digest_of, digest_of_file, digest_of_image
+from tripletjax.learn.errors import one_line_errors
 from tripletjax.learn.image_analysis import kind_of, tone_share
 from tripletjax.learn.image_io import (
     BLANK,
@@ -61,6 +62,7 @@ class StoredImages:
         shape: ``(n, height, width, channels)`` of what is seen of them.
         stored: ``(height, width, channels)`` of what is stored.
         view: what is seen of them; all if not given.
+        directory: where they are kept, for errors.
     """
 
     source: Any
@@ -68,6 +70,7 @@ class StoredImages:
     shape: tuple[int, int, int, int]
     stored: tuple[int, int, int]
     view: View | None = None
+    directory: Path = Path()
 
     dtype = np.dtype(np.uint8)
     ndim = 4
@@ -81,8 +84,9 @@ class StoredImages:
         for start in range(0, indices.size, READ):
             keys = indices.ravel()[start : start + READ].tolist()
             some = np.empty((len(keys), *self.stored), np.uint8)
-            for row, record in enumerate(self.source.__getitems__(keys)):
-                some[row] = record["image"]
+            with one_line_errors(self.directory, "read"):
+                for row, record in enumerate(self.source.__getitems__(keys)):
+                    some[row] = record["image"]
             seen = some if self.view is None else self.view(some)
             images[start : start + READ] = seen
         return images.reshape(*indices.shape, *self.shape[1:])
@@ -242,26 +246,30 @@ def decode_and_cache(
     Raises:
         ValueError: if none can be read.
     """
-    tidied = cache_folder.hold(directory)
-    builder = ImageCacheBuilder(
-        pictures=pictures,
-        open_picture=open_picture,
-        size=size,
-        kind=kind,
-        progress=progress,
-        data_dir=directory,
-        file_format="array_record",
-    )
+    with one_line_errors(directory, "written"):
+        tidied = cache_folder.hold(directory)
+        builder = ImageCacheBuilder(
+            pictures=pictures,
+            open_picture=open_picture,
+            size=size,
+            kind=kind,
+            progress=progress,
+            data_dir=directory,
+            file_format="array_record",
+        )
     prepare(builder)
     summary = json.loads(builder.info.metadata["summary"])
     skipped = {int(index): why for index, why in summary["skipped"].items()}
     digests = summary["digests"]
     n = len(digests)
+    with one_line_errors(directory, "read"):
+        source = builder.as_data_source("all_images")
     images = StoredImages(
-        builder.as_data_source("all_images"),
+        source,
         np.arange(n),
         (n, *summary["shape"]),
         tuple(summary["shape"]),
+        directory=directory,
     )
     if np.prod(images.shape, dtype=float) <= in_memory:
         images = images[:]
@@ -459,12 +467,13 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 def prepare(builder: tfds.core.DatasetBuilder) -> None:
     tfds.disable_progress_bar()
-    # It announces a download, on standard output, also where there is none.
-    with contextlib.redirect_stdout(io.StringIO()):
-        try:
-            builder.download_and_prepare()
-        except OSError:
-            # Another process may have been faster, and its files serve as well.
-            if not builder.data_path.exists():
-                raise
-    builder.info.read_from_directory(builder.data_path)
+    with one_line_errors(Path(builder.data_path), "prepared"):
+        # It announces a download, on standard output, also where there is none.
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                builder.download_and_prepare()
+            except OSError:
+                # Another process may have been faster, and its files serve as well.
+                if not builder.data_path.exists():
+                    raise
+        builder.info.read_from_directory(builder.data_path)

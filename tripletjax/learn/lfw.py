@@ -35,8 +35,7 @@ def read_pairs(path: str | Path, *, suffix: str = ".jpg") -> PairsFile:
     Its first line has the number of folds and the number n of pairs of each kind in a
     fold (or n alone, for one fold). Every fold has n lines ``name i j`` for two images
     of a person, and n lines ``name i other j``, between spaces, or tabs if names have
-    spaces. The i-th image of a person is
-    ``name/name_0001.jpg`` for i = 1.
+    spaces. The i-th image of a person is ``name/name_0001.jpg`` for i = 1.
 
     Args:
         path: the file.

@@ -20,14 +20,14 @@ class MetricsLog:
         self.lines: list[dict[str, Any]] = []
         self._board = None
         if path.exists():
-            for line in path.read_text().splitlines(keepends=True):
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
                 if line.endswith("\n"):
                     self.lines.append(json.loads(line))
         self._write_all()
 
     def add(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._show(line)
 

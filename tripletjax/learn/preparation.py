@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ class RunExistsError(FileExistsError):
 
 def normalized(config: Config) -> Config:
     """The same, from wherever it is resumed and however it is written."""
-    changes: dict[str, Any] = {}
-    if config.data != "digits" and Path(config.data).is_dir():
+    changes: dict[str, Any] = {"data": os.fspath(config.data)}
+    if changes["data"] != "digits" and Path(config.data).is_dir():
         changes["data"] = str(Path(config.data).resolve())
     for name in ("triplets", "backbone"):
         if (value := getattr(config, name)) is not None:
@@ -45,15 +46,20 @@ def normalized(config: Config) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def found(
+def find_run(
     out: Path, config: Config, resume: bool
 ) -> tuple[RunRecord | None, dict[str, Any] | None]:
-    """The record of the run that is to go on, and its evaluations if it is finished."""
+    """The record of the run to resume, and its evaluations if the run is finished.
+
+    A run is finished when its summary is that of its last step: a run that is being
+    lengthened still has the summary of its earlier goal.
+    """
     old = _old_run(out, config, resume)
-    longer = old is not None and config.steps not in (None, old.plan.steps)
-    if old is not None and not longer and (out / "summary.json").exists():
-        return old, json.loads((out / "summary.json").read_text())["evaluations"]
-    return old, None
+    if old is None or not (out / record.SUMMARY).exists():
+        return old, None
+    summary = json.loads((out / record.SUMMARY).read_text(encoding="utf-8"))
+    finished = summary.get("steps") == (config.steps or old.plan.steps)
+    return old, summary["evaluations"] if finished else None
 
 
 def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:

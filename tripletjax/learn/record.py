@@ -17,6 +17,8 @@ from tripletjax.learn.plan import (
 )
 
 FILE = "config.json"
+# The results of a finished run, and the step of which they are.
+SUMMARY = "summary.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ class RunRecord:
         """
         path = run_dir / FILE
         try:
-            return _from_json(json.loads(path.read_text()))
+            return _from_json(json.loads(path.read_text(encoding="utf-8")))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is not the record of a run of this version: {error!r}."
@@ -138,7 +140,7 @@ def write_json(path: Path, values: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
+    with part.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

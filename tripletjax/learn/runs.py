@@ -8,8 +8,8 @@ A run directory holds
 - ``checkpoints/``: the last two states, from which a run goes on;
 - ``best/``: the model that did best in validation, and the one before;
 - ``checkpoints.digests.json``, ``best.digests.json``: digests of their files;
-- ``summary.json``: the evaluations, the number of parameters, and how many images
-  there were of what, once the run has finished;
+- ``summary.json``: the evaluations, their step, the number of parameters, and how
+  many images there were of what, once the run has finished;
 - ``training.png``: loss and share of active triplets over the steps;
 - ``neighbors.png``: images that were never trained on, and their nearest neighbours;
 - ``triplets.png`` instead, of given triplets: those held out, in the order of distance;
@@ -146,7 +146,7 @@ def run(
     progress = progress and on.first
     out = on.of_first(lambda given=out: Path(given).resolve())
     config = preparation.normalized(config)
-    old, finished = on.of_first(lambda: preparation.found(out, config, resume))
+    old, finished = on.of_first(lambda: preparation.find_run(out, config, resume))
     if finished is not None:
         return finished
     start = preparation.start_of(config, old)
@@ -285,12 +285,13 @@ def _finish(
     parameters = jax.tree.leaves(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
     skipped = {name: n for name, n in task.dataset.skip_counts.items() if n}
     summary = {
+        "steps": plan.steps,
         "evaluations": evaluations,
         "parameters": sum(x.size for x in parameters),
         "counts": task.counts | {"skipped": sum(skipped.values())},
         "skipped": skipped,
     }
-    write_json(out / "summary.json", summary)
+    write_json(out / record.SUMMARY, summary)
     log.close()
     return evaluations
 
@@ -309,7 +310,7 @@ def _memory_of(plan: Plan) -> dict[str, Any]:
         return {}
     return {
         "memory": of.memory,
-        "memory_warmup": int(of.memory_warmup * plan.steps),
+        "memory_warmup_steps": int(of.memory_warmup * plan.steps),
         "memory_momentum": of.memory_momentum,
     }
 
@@ -341,9 +342,8 @@ def _on_features(
 def _before(model: Standardized, plan: Plan) -> tuple[str, tasks.Embed]:
     """What there is before training, and its name."""
     if not plan.pretrained:
-        if plan.backbone is not None:
-            # Statistics that are kept, not those of what is embedded.
-            model.eval()
+        # As it is evaluated after training: by the same program, too.
+        model.eval()
         return "untrained", functools.partial(embed_images, model)
     alone: nnx.Module = pretrained.MeanDirection(1 + plan.mirror)
     if not plan.frozen:

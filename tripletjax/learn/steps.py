@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 import tripletjax as tj
 from tripletjax.learn.convolution import jit
-from tripletjax.learn.embedder import as_floats
+from tripletjax.learn.embedder import as_floats, strongly_typed
 from tripletjax.learn.objectives import Loss
 from tripletjax.learn.placement import ONE_DEVICE, Placement
 from tripletjax.memory import Memory
@@ -253,12 +253,14 @@ def _next_state(
     finite = state.finite
     for x in jax.tree.leaves((value, gradients)):
         finite &= jnp.isfinite(x).all()
-    return state._replace(
-        params=params,
-        optimizer=optimizer,
-        average=averaged,
-        finite=finite,
-        slow=slow,
+    return strongly_typed(
+        state._replace(
+            params=params,
+            optimizer=optimizer,
+            average=averaged,
+            finite=finite,
+            slow=slow,
+        )
     )
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import tripletjax as tj
 from tripletjax.learn.checkpoints import Checkpoints
-from tripletjax.learn.embedder import as_floats, check_static
+from tripletjax.learn.embedder import as_floats, check_static, strongly_typed
 from tripletjax.learn.embedder import embed_images as embed_images
 from tripletjax.learn.objectives import Loss, mined_loss
 from tripletjax.learn.placement import Placement
@@ -103,7 +103,7 @@ def fit(
     seed: int = 0,
     ema_decay: float = 0.0,
     memory: int = 0,
-    memory_warmup: int = 0,
+    memory_warmup_steps: int = 0,
     memory_momentum: float | None = None,
     embed_chunk_size: int | None = None,
     mesh: Mesh | None = None,
@@ -140,8 +140,8 @@ def fit(
             average is then what is validated and what the model has at the end.
         memory: how many embeddings of earlier batches the loss also compares the batch
             with; it is then given what `tripletjax.memory.references` makes.
-        memory_warmup: how many steps there are before the first batch is kept, while
-            the network changes much.
+        memory_warmup_steps: the number of steps before the memory stores its first
+            batch, while the network changes much.
         memory_momentum: how much of its average a step keeps, such as 0.999, of a
             second network that embeds what is kept; that of the batch if not given.
         embed_chunk_size: how many images to embed at a time, to bound the memory;
@@ -192,15 +192,22 @@ def fit(
         raise ValueError(
             f"ema_decay must be at least 0 and below 1, got {ema_decay!r}."
         )
-    for name, value in (("memory", memory), ("memory_warmup", memory_warmup)):
+    for name, value in (
+        ("memory", memory),
+        ("memory_warmup_steps", memory_warmup_steps),
+    ):
         if value < 0:
             raise ValueError(f"{name} must be at least 0, got {value!r}.")
     if memory_momentum is not None and not 0 <= memory_momentum < 1:
         raise ValueError(
             f"memory_momentum must be at least 0 and below 1, got {memory_momentum!r}."
         )
-    if not memory and (memory_warmup or memory_momentum is not None):
-        raise ValueError("memory_warmup and memory_momentum are of no use without it.")
+    for name, value in (
+        ("memory_warmup_steps", memory_warmup_steps or None),
+        ("memory_momentum", memory_momentum),
+    ):
+        if value is not None and not memory:
+            raise ValueError(f"{name} requires memory > 0, got {value!r}.")
     if not hasattr(batches, "__getitem__"):
         raise TypeError(f"batches must have batches[step], got {batches!r}.")
     on = Placement(mesh)
@@ -238,7 +245,7 @@ def fit(
         slow = None if memory_momentum is None else params
         state = state._replace(memory=kept, slow=slow)
     # The model's own arrays are not given away.
-    state, start = on.everywhere(jax.tree.map(jnp.copy, state)), 0
+    state, start = on.everywhere(jax.tree.map(jnp.copy, strongly_typed(state))), 0
     if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
         start, state, damaged = found
         yield {"step": start, "resumed": True, "damaged": damaged}
@@ -272,7 +279,7 @@ def fit(
     with watched, _when_left(update_model):
         for step, (images, labels) in enumerate(bar, start=start):
             now = [of for first, of in losses if first <= step][-1]
-            remember = step >= memory_warmup
+            remember = step >= memory_warmup_steps
             images, labels = on.split(images), on.split(labels)
             batch = images, labels, jax.random.fold_in(key, step), remember
             with on.context():

@@ -21,6 +21,9 @@ from safetensors.numpy import save_file
 COUNTER = "num_batches_tracked"
 # So many names of a kind are told in an error.
 TOLD = 5
+# The name of one of several files that hold a network together.
+SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)")
+JOIN = "Join the shards into one safetensors file."
 
 
 class WeightsError(ValueError):
@@ -331,11 +334,29 @@ def _opened(path: str | Path) -> Any:
     if path.is_dir():
         raise WeightsError(f"{path} is a folder; weights are one safetensors file.")
     with path.open("rb") as file:
-        start = file.read(9)
+        start = file.read(64)
     if not start:
         raise WeightsError(f"{path} is empty: 0 bytes.")
-    # Zip archives and pickles; after eight bytes safetensors has its header.
-    if start[8:] != b"{" and (start[:2] == b"PK" or start[0] == 0x80):
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsError(
+            f"{path} is a pointer of Git LFS, not the weights. Download the file "
+            "itself: git lfs pull."
+        )
+    # The header of safetensors comes after its length of eight bytes.
+    has_header = start[8:9] == b"{"
+    if not has_header and start.lstrip()[:1] == b"<":
+        raise WeightsError(f"{path} is a web page, not weights. Download the file.")
+    if not has_header and start.lstrip()[:1] == b"{":
+        raise WeightsError(
+            f"{path} is JSON, such as the index of a network in several files "
+            f"(shards), not weights. {JOIN}"
+        )
+    if (shard := SHARD.search(path.name)) and int(shard[2]) > 1:
+        raise WeightsError(
+            f"{path} is by its name shard {shard[1]} of {shard[2]} of a network. {JOIN}"
+        )
+    # Zip archives and pickles.
+    if not has_header and (start[:2] == b"PK" or start[0] == 0x80):
         raise WeightsError(
             f"{path} is a pickle of PyTorch's, which could run any code when it is "
             "opened: it is not. Make a safetensors file of it, as docs/backbones.md "

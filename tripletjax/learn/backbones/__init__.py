@@ -6,7 +6,7 @@ features = network(images)
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +142,47 @@ def recognise(path: str | Path) -> Backbone:
         WeightsError: if it is no whole safetensors file, or of no network known here.
     """
     shapes = shapes_of(path)
-    for family, of in FAMILIES.items():
-        if (options := of.options_of(shapes)) is not None:
-            return Backbone(family, options)
+    if (backbone := _by_names(shapes)) is not None:
+        return backbone
+    for prefix in _prefixes(shapes):
+        rest = {
+            name.removeprefix(prefix): shape
+            for name, shape in shapes.items()
+            if name.startswith(prefix)
+        }
+        if (backbone := _by_names(rest)) is not None:
+            raise WeightsError(
+                f"{path} is {backbone.title}, but its names have the prefix "
+                f"{prefix!r}. Save the arrays with this prefix under names without it."
+            )
     some = ", ".join(sorted(shapes)[:5]) or "none"
     raise WeightsError(
         f"{path} is of no network that is known here ({', '.join(FAMILIES)}): it has "
         f"{len(shapes):,} arrays, {some}{', ...' if len(shapes) > 5 else ''}."
     )
+
+
+def _by_names(shapes: Shapes) -> Backbone | None:
+    for family, of in FAMILIES.items():
+        if (options := of.options_of(shapes)) is not None:
+            return Backbone(family, options)
+    return None
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """Beginnings of names, up to three parts, in order of the names; short ones first.
+
+    Wrappers of a network put them there: ``module.``, ``_orig_mod.``,
+    ``teacher.backbone.``.
+    """
+    parts = [name.split(".") for name in names]
+    prefixes = [
+        ".".join(of[:length]) + "."
+        for length in (1, 2, 3)
+        for of in parts
+        if len(of) > length
+    ]
+    return [*dict.fromkeys(prefixes)]
 
 
 def load(

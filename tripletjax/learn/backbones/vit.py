@@ -21,7 +21,7 @@ from tripletjax.learn.weights import Part, Rules
 
 # Of every head.
 HEAD = 64
-# How the original, and what follows it, interpolates positions: these differ.
+# How implementations of the network interpolate positions; they differ.
 POSITIONS = ("cubic", "cubic-antialiased", "cubic-offset")
 
 
@@ -67,6 +67,10 @@ class ViT(nnx.Module):
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
+        if positions not in POSITIONS:
+            raise ValueError(
+                f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}."
+            )
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.patch, self.grid, self.positions = patch, grid, positions
         self.patch_embed = Conv(3, width, patch, patch, bias=True, **options)

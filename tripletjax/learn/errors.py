@@ -1,0 +1,47 @@
+"""Errors of dependencies as one line, raised where the dependencies are called."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+# Errors of a folder that cannot be written.
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def one_line_errors(folder: Path, action: str) -> Iterator[None]:
+    """Makes errors of tensorflow-datasets one line that names the folder.
+
+    Errors that already are one line stay as they are.
+
+    Args:
+        folder: of the data.
+        action: what cannot be done with the data, such as "written".
+
+    Raises:
+        OSError: that says what to do, if the folder cannot be written; or with the
+            first line of any other error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise OSError(
+            f"data cannot be {action} in {folder}: {error.strerror}. Set TFDS_DATA_DIR "
+            "to a folder that can be written."
+        ) from error
+    except (ValueError, ImportError, FloatingPointError):
+        raise
+    except Exception as error:
+        raise OSError(
+            f"data in {folder} cannot be {action}: {first_line(error).rstrip('.')}. If "
+            "they are damaged, remove this folder."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error; some print whole trees of arrays."""
+    first = str(error).strip().partition("\n")[0] or repr(error)
+    return first if len(first) <= 200 else first[:200] + "..."
