@@ -1,4 +1,4 @@
-"""One step of training at a time: averages, and the key of each step."""
+"""One step of training at a time: averages, statistics, and the key of each step."""
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,37 @@ def test_averages_keep_what_their_decay_says():
     assert new.finite
 
 
+class Model(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+
+    def __call__(self, images):
+        return self.norm(self.linear(images.reshape(len(images), -1)))
+
+
+def sum_of_squares(x, labels):
+    return jnp.sum(x * x)
+
+
+def test_statistics_are_of_all_chunks():
+    images = np.random.default_rng(0).random((6, 2, 2, 1), np.float32)
+    options = {"loss": sum_of_squares, "embed_chunk_size": 2, "progress": False}
+    model, expected = Model(), Model()
+    list(
+        training.fit(
+            model, optax.sgd(0.0), [(images, np.arange(6))], steps=1, **options
+        )
+    )
+    for chunk in np.split(images, 3):
+        expected(chunk)
+    for one, other in (
+        (model.norm.mean, expected.norm.mean),
+        (model.norm.var, expected.norm.var),
+    ):
+        np.testing.assert_allclose(one[...], other[...], rtol=1e-5)
+
+
 def test_every_step_augments_with_its_own_key():
     keys = []
 
@@ -43,18 +74,8 @@ def test_every_step_augments_with_its_own_key():
         )
         return images
 
-    class Model(nnx.Module):
-        def __init__(self):
-            self.linear = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
-
-        def __call__(self, images):
-            return self.linear(images.reshape(len(images), -1))
-
-    def loss(x, labels):
-        return jnp.sum(x * x)
-
     batches = [(np.zeros((3, 2, 2, 1), np.uint8), np.arange(3))] * 3
-    options = {"loss": loss, "augment": augment, "progress": False}
+    options = {"loss": sum_of_squares, "augment": augment, "progress": False}
     for seed in (0, 1):
         list(
             training.fit(
