@@ -60,7 +60,11 @@ def remove_old_programs(folder: str, most_bytes: int = KEPT_BYTES) -> None:
     JAX's own limit, `jax_compilation_cache_max_size`, looks at every kept file each
     time that it writes one, which takes longer than to compile most programs.
     """
-    kept = [(file, file.stat()) for file in Path(folder).glob("*") if file.is_file()]
+    kept = []
+    for file in Path(folder).glob("*"):
+        # Another run of the tests may remove it, too.
+        with contextlib.suppress(FileNotFoundError):
+            kept.append((file, file.stat()))
     kept.sort(key=lambda item: -max(item[1].st_atime, item[1].st_mtime))
     sizes = itertools.accumulate(stat.st_size for _, stat in kept)
     for (file, _), total in zip(kept, sizes):

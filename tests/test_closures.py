@@ -30,7 +30,7 @@ def learned_hinge(temperature):
 
 def oracle(name, scale, temperature, x=X):
     """The loss of the whole matrix, by operations that JAX differentiates."""
-    distances = jnp.sqrt(jnp.sum(((x[:, None] - x) * scale) ** 2, axis=-1) + 1e-9)
+    distances = jnp.sqrt(jnp.sum(((x[:, None] - x[None]) * scale) ** 2, axis=-1) + 1e-9)
     hinge = learned_hinge(temperature)
     if name == "batch_all_loss":
         positive, negative = tj.pair_masks(LABELS)

@@ -1526,18 +1526,18 @@ except OSError as error:
 """
 
 
-def start(out, *arguments):
+def start(out, *arguments, killed=True):
     return subprocess.Popen(
         [sys.executable, "-c", TRAIN, str(out), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | quickly(exact=True),
+        env=os.environ | quickly(exact=True, killed=killed),
     )
 
 
 def finish(out, *arguments):
-    process = start(out, *arguments)
+    process = start(out, *arguments, killed=False)
     printed, error = process.communicate(timeout=300)
     return process.returncode, printed, error
 

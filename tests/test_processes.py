@@ -234,7 +234,8 @@ def process_of(begun, index):
 
 def begun_until(run, step, *options):
     """A command that trains in two processes, and has reached a step."""
-    begun = command("--out", run, "--processes", 2, *options)
+    to_be_killed = quickly(killed=True)
+    begun = command("--out", run, "--processes", 2, *options, **to_be_killed)
     until = time.monotonic() + 150
     while time.monotonic() < until and begun.poll() is None:
         if (run / "metrics.jsonl").exists() and step in lines_of(run):
