@@ -53,7 +53,6 @@ def pytest_runtest_teardown():
 # Networks and training broadcast as Flax and Optax do; all else is strict.
 STRICT = {
     "test_blockwise",
-    "test_closures",
     "test_collapse",
     "test_contract",
     "test_distances",
