@@ -13,18 +13,21 @@ ARGUMENTS = (
     *("--disable-component-update", "--window-size=1200,1000"),
 )
 
+CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+
+needs_browser = pytest.mark.skipif(
+    None in (CHROMIUM, DRIVER), reason="there is no chromium with its chromedriver"
+)
+
 
 def open_browser(profile):
-    """Chromium with an empty profile, and a record of what it asks for."""
-    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if None in paths:
-        pytest.skip("there is no chromium with its chromedriver")
+    """Chromium with an empty profile, and a record of its requests."""
     options = webdriver.ChromeOptions()
-    options.binary_location, driver = paths
+    options.binary_location = CHROMIUM
     for argument in (*ARGUMENTS, f"--user-data-dir={profile}"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    service = webdriver.ChromeService(driver)
+    service = webdriver.ChromeService(DRIVER)
     return webdriver.Chrome(options=options, service=service)
 
 

@@ -1594,7 +1594,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
         if kill % 3 == 1:
             time.sleep(draw.uniform(0, 9))
         else:
-            wait_for(out, draw.randrange(1, 120), process)
+            wait_for(out, draw.randint(steps_of(out), 120), process)
             time.sleep(draw.random() / 20)
         process.send_signal(signal.SIGKILL)
         process.communicate()

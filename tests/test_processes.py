@@ -13,7 +13,6 @@ import numpy as np
 import processes
 import pytest
 from PIL import Image
-from problems import unless_full
 from processes import TESTS
 from programs import quickly
 
@@ -178,11 +177,20 @@ def assert_same_curve(one, other, of="loss"):
 CALM = ("--mining", "all", "--steps", 20)
 
 
-@pytest.mark.parametrize("devices", unless_full([1, 2], [1]))
-def test_training_over_processes(tmp_path, devices):
+@pytest.mark.parametrize(
+    ("devices", "options"),
+    [
+        (1, ["--memory", 100]),
+        pytest.param(
+            2, ["--memory", 100, "--embed-chunk-size", 30], marks=pytest.mark.full
+        ),
+    ],
+)
+def test_training_over_processes(tmp_path, devices, options):
     """The curve is that of one process with as many devices."""
     alone, several = tmp_path / "alone", tmp_path / "several"
-    options = [*CALM, "--memory", 100, "--embed-chunk-size", 30]
+    # As many dimensions as digits have pixels, so that one evaluation is compiled.
+    options = [*CALM, "--dim", 64, *options]
     begun = command("--out", alone, "--devices", "all", *options, devices=2 * devices)
     ((status, output),) = ended(begun)
     assert status == 0, output

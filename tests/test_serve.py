@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 import pytest
-from browser import asked_for, open_browser
+from browser import asked_for, needs_browser, open_browser
 from folders import shapes
 from processes import free_port
 from selenium.common.exceptions import (
@@ -152,6 +152,7 @@ def address(own_data_dir, root, tmp_path):
 
 
 @pytest.mark.slow
+@needs_browser
 def test_the_page_in_a_browser(address, root, tmp_path):
     browser = open_browser(tmp_path / "profile")
     # What is drawn again meanwhile is looked for again.
