@@ -1,5 +1,6 @@
 """Same or different: measured on a folder, and by a threshold of one's own."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -116,17 +117,22 @@ def test_the_probability_is_a_logistic_regression(found):
 
 def test_folds_share_no_class(found):
     pairs = found.pairs
-    distances, same, fold, folds = verify._own_folds(pairs, pairs.labels)
+    # A number for each pair, so that every distance names its pair.
+    count = len(pairs.same)
+    numbered = dataclasses.replace(
+        pairs,
+        same=np.arange(count),
+        different=count + np.arange(len(pairs.different)),
+    )
+    number, same, fold, folds = verify._own_folds(numbered, pairs.labels)
     assert folds == 4
-    of_fold = [set() for _ in range(folds)]
+    images = np.concatenate([pairs.same_images, pairs.different_images])[number]
+    classes = [{*pairs.labels[images[fold == k]].ravel()} for k in range(folds)]
+    assert all(len(of_fold) >= 2 for of_fold in classes)
+    assert sum(map(len, classes)) == len(set.union(*classes))
     for k in range(folds):
-        for kind, images, values in (
-            (True, pairs.same_images, pairs.same),
-            (False, pairs.different_images, pairs.different),
-        ):
-            drawn = distances[(fold == k) & (same == kind)]
-            of_fold[k] |= {*pairs.labels[images[np.isin(values, drawn)]].ravel()}
-        assert (same[fold == k]).mean() == 0.5
+        assert same[fold == k].mean() == 0.5
+    distances, same, fold, _ = verify._own_folds(pairs, pairs.labels)
     expected = tj.verification.k_fold_accuracy(distances, same, folds=4, fold=fold)
     told = found.report["k_fold"]
     np.testing.assert_allclose(told["accuracy"], 100 * expected.accuracy, rtol=1e-5)
