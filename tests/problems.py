@@ -188,7 +188,7 @@ METRICS = {
     "squared_euclidean": tj.squared_euclidean,
     "cosine": tj.cosine,
     "manhattan": tj.manhattan,
-    # The gradient of a norm is not finite at 0, so that it is left out.
+    # The floor gives duplicates a finite gradient.
     "custom": tj.Metric(
         paired=lambda a, b: jnp.sqrt(jnp.maximum(jnp.sum((a - b) ** 2), 1e-12))
     ),

@@ -21,8 +21,7 @@ NEWER_LOOPS = {"xla_cpu_use_fusion_emitters": True} if _HAS_OLDER else {}
 KEPT_FROM_SECONDS = 0.05
 KEPT_BYTES = 2**30
 
-# Whether programs are optimised, and the folder that keeps them, in all tests that do
-# not ask for others.
+# Whether programs are optimised, and the folder that keeps them: the defaults of tests.
 _usual: tuple[bool, str | None] = (True, None)
 
 
