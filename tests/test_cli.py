@@ -256,6 +256,8 @@ def test_what_an_evaluation_skips_and_finds_is_named(trained, unseen, tmp_path):
     for name in ("broken.png", "blank.png", "notes.txt"):
         assert name in skipped
     assert any("1 images are copies" in note for note in report["notes"])
+    assert "2 images are skipped" in report["notes"]
+    assert "1 entries that are no images of a class are skipped" in report["notes"]
     with pytest.raises(ValueError, match="1 folder of images"):
         evaluation.evaluate(trained, folder / "group0")
 
@@ -444,29 +446,38 @@ def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("skipped", "line"),
+    ("skipped", "entries", "lines"),
     [
         (
             {"unreadable": 1, "blank": 1, "in several classes": 2},
-            "4 files or folders are left out (unreadable: 1, blank: 1, in several "
-            "classes: 2). config.json names each with its reason.",
+            {},
+            "4 images are left out (unreadable: 1, blank: 1, in several classes: 2).\n"
+            "config.json names each entry with its reason.\n",
         ),
-        ({}, "parameters; images: 8 train.\nEverything is in"),
+        (
+            {"blank": 1},
+            {"folders without images": 2},
+            "1 images are left out (blank: 1).\n"
+            "Other entries that are left out: folders without images: 2.\n"
+            "config.json names each entry with its reason.\n",
+        ),
+        ({}, {}, "parameters; images: 8 train.\nEverything is in"),
     ],
 )
-def test_skipped_files_are_counted_by_their_reason(
-    skipped, line, tmp_path, monkeypatch, capsys
+def test_skipped_images_are_counted_by_their_reason(
+    skipped, entries, lines, tmp_path, monkeypatch, capsys
 ):
     def run(config, out, **options):
         counts = {"train": 8, "skipped": sum(skipped.values())}
         summary = {"counts": counts, "skipped": skipped, "parameters": 5}
+        summary["skipped_entries"] = entries
         out.mkdir()
         write_json(out / "summary.json", summary)
         return {"trained": {}}
 
     monkeypatch.setattr("tripletjax.learn.runs.run", run)
     assert cli.main(["train", "--out", str(tmp_path / "run")]) == 0
-    assert line in capsys.readouterr().out
+    assert lines in capsys.readouterr().out
 
 
 # Output.

@@ -404,13 +404,16 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         f"{n:,} {part.replace('_', ' ')}" for part, n in summary["counts"].items()
     )
     print(f"\n{summary['parameters']:,} parameters; {what}: {', '.join(counts)}.")
+    reasons, entries = (
+        ", ".join(f"{reason}: {n:,}" for reason, n in summary.get(key, {}).items())
+        for key in ("skipped", "skipped_entries")
+    )
     if skipped:
-        counts = summary.get("skipped", {}).items()
-        reasons = ", ".join(f"{reason}: {n:,}" for reason, n in counts)
-        print(
-            f"{skipped:,} files or folders are left out{reasons and f' ({reasons})'}. "
-            "config.json names each with its reason."
-        )
+        print(f"{skipped:,} images are left out{reasons and f' ({reasons})'}.")
+    if entries:
+        print(f"Other entries that are left out: {entries}.")
+    if skipped or entries:
+        print("config.json names each entry with its reason.")
     print(f"Everything is in {_shown(out)}: look at {picture}.png.")
     return 0
 
