@@ -305,10 +305,12 @@ def test_verification_and_naming(trained, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main([*identify, *images])
     assert "Or give --within DISTANCE" in capsys.readouterr().err
-    assert cli.main([*verify, "--data", str(people), "--far", "1e-5"]) == 2
-    assert "1,000,000 are needed" in capsys.readouterr().err
-    assert not (run / "verifications").exists()
+    assert cli.main([*verify, "--data", str(people), "--far", "1e-5"]) == 0
+    output = capsys.readouterr().out
+    assert "1,000,000 are needed" in output
+    assert "stays in use" not in output
     assert not (run / "calibration").exists()
+    shutil.rmtree(run / "verifications")
 
     assert cli.main([*verify, "--data", str(people)]) == 0
     told = capsys.readouterr().out
@@ -320,6 +322,12 @@ def test_verification_and_naming(trained, tmp_path, capsys):
     assert cli.main([*verify, "--data", str(people), "--far", "0.1"]) == 0
     assert "the one before is in calibration-before" in capsys.readouterr().out
     assert (run / "verifications" / "people-2" / "errors.png").exists()
+    # Without a new threshold the one in use stays.
+    assert cli.main([*verify, "--data", str(people), "--far", "1e-5"]) == 0
+    assert f"The threshold in {run / 'calibration'} stays in use." in (
+        capsys.readouterr().out
+    )
+    assert not (run / "calibration-before-2").exists()
 
     file = tmp_path / "two.json"
     assert cli.main([*verify, *images, "--json", str(file)]) == 0

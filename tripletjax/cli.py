@@ -635,7 +635,8 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
         "--far",
         type=float,
         metavar="SHARE",
-        help="the false accept rate of the threshold (default: 0.01)",
+        help="the false accept rate of the threshold (default: 0.01); no threshold is "
+        "chosen if there are too few pairs to show this rate",
     )
     _classes_from(parser)
     parser.add_argument(
@@ -649,7 +650,7 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
 
 def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     from tripletjax.apps import verify, verify_report
-    from tripletjax.apps.calibration import Calibration
+    from tripletjax.apps.calibration import FOLDER, Calibration
     from tripletjax.apps.embedders import embedder_of
     from tripletjax.apps.images import opened
     from tripletjax.learn import evaluation
@@ -688,7 +689,7 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         found = verify.evaluate(
             embedder,
             path,
-            far=given["far"],
+            far=verify.FAR if given["far"] is None else given["far"],
             pairs_file=given["pairs"],
             classes_from=given["classes_from"],
             name=name,
@@ -706,6 +707,8 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         print(verify_report.chosen(calibration))
         if earlier is not None:
             print(f"It is used from now on; the one before is in {earlier.name}.")
+    elif (run / FOLDER).exists():
+        print(f"The threshold in {_shown(run / FOLDER)} stays in use.")
     print(f"Everything is in {_shown(out)}: look at roc, distances and errors.png.")
     return 0
 
