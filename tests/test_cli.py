@@ -71,6 +71,40 @@ def test_every_option_is_explained(name, capsys):
     assert "--out" in told or "--port" in told
 
 
+WITHOUT_EXTRAS = """
+import sys
+
+class WithoutExtras:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"PIL", "flax", "optax", "tensorflow_datasets"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, WithoutExtras())
+from tripletjax import cli
+
+for arguments in [*([name, "--help"] for name in cli.COMMANDS), ["train"]]:
+    try:
+        cli.main(arguments)
+    except SystemExit as stopped:
+        print(arguments, stopped.code)
+"""
+
+
+def test_help_needs_no_extra(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    for name in cli.COMMANDS:
+        assert f"{[name, '--help']} 0" in result.stdout
+    assert "--backbone-training {frozen,top,all}" in result.stdout
+    assert "['train'] 2" in result.stdout
+    assert re.search(r"No module named '\w+': it needs pip install", result.stderr)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -101,7 +101,8 @@ def test_what_is_lazy_is_there():
         assert getattr(learn, name) is not None
         assert name in dir(learn)
     assert learn.Config is runs.Config
-    assert tuple(objectives.MINING) == learn.config.MINING
+    assert tuple(objectives.MINING) == learn.choices.MINING
+    assert (*learn.config.MODELS, *learn.backbones.UNTRAINED) == learn.choices.MODELS
     with pytest.raises(AttributeError, match="no attribute 'fits'"):
         _ = learn.fits
 

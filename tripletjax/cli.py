@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tripletjax as tj
-from tripletjax.learn import compile_cache
+from tripletjax.learn import choices, compile_cache
 
 # What has a meaning for images with labels alone, and for given triplets alone.
 OF_CLASSES = (
@@ -82,18 +82,15 @@ def _main(argv: list[str]) -> int:
             name, help=what, description=f"{what.capitalize()}."
         )
         command.set_defaults(call=call, parser=command)
-        # What options there are takes seconds to import.
-        if argv[:1] == [name]:
-            try:
-                options(command)
-            except ImportError as error:
-                _missing(command, error, "train")
+        options(command)
     given = vars(parser.parse_args(argv))
     call, command = given.pop("call"), given.pop("parser")
     del given["command"]
     compile_cache.keep_programs()
     try:
         return call(command, given | {"argv": argv})
+    except ModuleNotFoundError as error:
+        _missing(command, error, "train")
     except FAULTS as error:
         print(f"{command.prog}: {error}", file=sys.stderr)
         return 2
@@ -113,8 +110,6 @@ def _missing(
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
-    from tripletjax.learn import backbones, config, image_analysis, pretrained
-
     parser.epilog = (
         "What is not given is chosen by the data, and written to config.json."
     )
@@ -169,41 +164,41 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write what TensorBoard reads, too (needs tensorboardX)",
     )
-    for group, name, choices, told in (
-        (what, "split", config.SPLITS, "what is held out (default: images)"),
+    for group, name, values, help_text in (
+        (what, "split", choices.SPLITS, "what is held out (default: images)"),
         (
-            *(what, "classes-from", config.CLASSES_FROM),
+            *(what, "classes-from", choices.CLASSES_FROM),
             "which of nested folders are classes",
         ),
         (
-            *(what, "augment", (*image_analysis.KINDS, "none", "more")),
+            *(what, "augment", (*choices.KINDS, "none", "more")),
             "how images are changed at random while training: photos and characters "
             "say what they are, so that their size and network follow",
         ),
         (
-            *(how, "mining", config.MINING),
+            *(how, "mining", choices.MINING),
             "which triplets to train on (default: semi-hard)",
         ),
         (
-            *(how, "class-sampling", config.CLASS_SAMPLING),
+            *(how, "class-sampling", choices.CLASS_SAMPLING),
             "how classes are drawn (default: uniform)",
         ),
         (
-            *(how, "relevance", config.RELEVANCE),
+            *(how, "relevance", choices.RELEVANCE),
             "who is to be nearer: images of one class, or those that share more "
             "folders (default: classes)",
         ),
         (
-            *(how, "model", (*config.MODELS, *backbones.UNTRAINED)),
+            *(how, "model", choices.MODELS),
             "the network; resnet18 and so on are torchvision's, from nothing",
         ),
         (
-            *(how, "backbone-training", pretrained.TRAININGS),
+            *(how, "backbone-training", choices.TRAININGS),
             "what of --backbone is trained: a head on it, its last stages, too, or "
             "all (default: frozen for less than 5,000 images on CPUs, or top)",
         ),
     ):
-        group.add_argument(f"--{name}", choices=choices, help=told)
+        group.add_argument(f"--{name}", choices=values, help=help_text)
     for group, name, kind, told in (
         (run, "steps", int, "how many steps to train"),
         (run, "seed", int, "of everything that is random (default: 0)"),
@@ -317,7 +312,7 @@ def _asked_of(
     parser: argparse.ArgumentParser, given: dict[str, Any]
 ) -> tuple[Any, Path]:
     """What is to be trained, and in which run directory."""
-    from tripletjax.learn import augment, config, defaults, image_analysis, record
+    from tripletjax.learn import augment, config, defaults, record
     from tripletjax.learn.checkpoints import free_path
 
     out, resume = given.pop("out"), given.pop("resume")
@@ -334,7 +329,7 @@ def _asked_of(
             rule = "cannot be combined with" if of_triplets else "requires"
             parser.error(f"--{name.replace('_', '-')} {rule} --triplets")
     augments = {"none": augment.Augment(), "more": defaults.SCARCE_CHARACTERS}
-    if options.get("augment") in image_analysis.KINDS:
+    if options.get("augment") in choices.KINDS:
         options["kind"] = options.pop("augment")
     elif "augment" in options:
         options["augment"] = augments[options["augment"]]
@@ -926,11 +921,9 @@ def _export(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
 
 
 def _classes_from(parser: argparse.ArgumentParser) -> None:
-    from tripletjax.learn import config
-
     parser.add_argument(
         "--classes-from",
-        choices=config.CLASSES_FROM,
+        choices=choices.CLASSES_FROM,
         help="which of nested folders are classes",
     )
 

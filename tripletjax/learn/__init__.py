@@ -20,6 +20,7 @@ MODULES = (
     "backbones",
     "cache_folder",
     "checkpoints",
+    "choices",
     "class_folders",
     "compile_cache",
     "config",

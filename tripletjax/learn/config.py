@@ -4,17 +4,19 @@ import dataclasses
 
 from tripletjax.learn import backbones, models
 from tripletjax.learn.augment import Augment
-from tripletjax.learn.image_analysis import KINDS
+from tripletjax.learn.choices import (
+    CLASS_SAMPLING,
+    CLASSES_FROM,
+    KINDS,
+    MINING,
+    RELEVANCE,
+    SPLITS,
+    TRAININGS,
+)
 from tripletjax.learn.image_io import Box
-from tripletjax.learn.pretrained import TRAININGS
 
 # What is held out, which of nested folders are classes, which triplets are trained on,
 # how classes are drawn, and who is more alike.
-SPLITS = ("images", "classes")
-CLASSES_FROM = ("top", "leaf")
-MINING = ("all", "semi-hard", "hard")
-CLASS_SAMPLING = ("uniform", "frequency")
-RELEVANCE = ("classes", "folders")
 MODELS = {
     "cnn": models.EmbeddingCNN,
     "photo": models.EmbeddingPhotoNet,

@@ -17,12 +17,11 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tripletjax.learn.catalogue import Catalogue
+from tripletjax.learn.choices import CLASSES_FROM, KINDS, SPLITS
 from tripletjax.learn.class_folders import find_classes
-from tripletjax.learn.config import CLASSES_FROM, SPLITS
 from tripletjax.learn.digests import digest_of, digest_of_image
 from tripletjax.learn.errors import one_line_errors
 from tripletjax.learn.folder_listing import format_names, printable
-from tripletjax.learn.image_analysis import KINDS
 from tripletjax.learn.image_cache import (
     FORMAT,
     IN_MEMORY,

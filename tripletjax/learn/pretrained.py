@@ -18,7 +18,6 @@ from tripletjax.learn.models import Standardized, unit_norm
 from tripletjax.learn.weights import Frozen
 
 # What of a network is trained, from little to much.
-TRAININGS = ("frozen", "top", "all")
 # The rate of what was learnt before, as a share of the head's.
 RATE = 0.1
 

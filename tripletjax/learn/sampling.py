@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from tripletjax.learn.config import CLASS_SAMPLING
+from tripletjax.learn.choices import CLASS_SAMPLING
 from tripletjax.learn.image_cache import ImageArray, KeptFeatures
 
 # So many classes of a group come together.
