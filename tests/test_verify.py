@@ -1,9 +1,12 @@
 """Same or different: measured on a folder, and by a threshold of one's own."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
@@ -24,6 +27,7 @@ from tripletjax.apps.calibration import (
 from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.pairs import PairDistances, distances_of
 from tripletjax.learn import datasets
+from tripletjax.learn.embedder import Embedder
 
 # Fixtures of the module are made once, by one worker.
 pytestmark = pytest.mark.xdist_group("verification")
@@ -244,6 +248,35 @@ def test_classes_that_were_trained_on_are_left_out(folder, monkeypatch):
     assert (found.report["images"], found.report["classes"]) == (54, 6)
     assert not {*found.calibration.names} & seen
     assert "2 left out" in found.report["notes"]
+
+
+def test_classes_of_the_folder_of_a_run_are_left_out(folder, tmp_path):
+    def embedder_of_run(data, seen, triplets=None):
+        requested = SimpleNamespace(data=data, triplets=triplets)
+        record = SimpleNamespace(
+            requested=requested, label_names=tuple("abcd"), seen_names=tuple(seen)
+        )
+        return mock.Mock(spec=Embedder, record=record)
+
+    left_out = functools.partial(verify._not_trained_on, folder=folder, name=None)
+    names, notes = left_out(embedder_of_run(str(folder / ".." / folder.name), "ab"))
+    assert names == {"a", "b"}
+    assert notes == [
+        "2 classes of the folder are left out, because the run was trained on them; 2 "
+        "were held out"
+    ]
+    with pytest.raises(ValueError, match="trained on the classes of"):
+        left_out(embedder_of_run(str(folder), "abc"))
+    for other in (
+        embedder_of_run(str(tmp_path / "other"), "abcd"),
+        embedder_of_run(str(folder), "abcd", triplets="triplets.csv"),
+        EMBEDDER,
+    ):
+        assert left_out(other) == (frozenset(), [])
+    named = verify._not_trained_on(
+        embedder_of_run("tfds:lfw", "ab"), tmp_path, "tfds:lfw"
+    )
+    assert named[0] == {"a", "b"}
 
 
 def test_vectors_that_are_not_finite_are_named(folder):
