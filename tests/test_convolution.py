@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from problems import unless_full
 
 from tripletjax.learn.networks import convolution as module
-from tripletjax.learn.networks import layers
+from tripletjax.learn.networks import embedding_networks, layers
 from tripletjax.learn.networks.convolution import convolution
 
 SAME = "SAME"
@@ -169,7 +169,10 @@ NETWORKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", unless_full(NETWORKS, ["EmbeddingPhotoNet"]))
 def test_networks_on_explicit_meshes(name):
-    network, options = getattr(layers, name), NETWORKS[name] | {"in_channels": 3}
+    network, options = (
+        getattr(embedding_networks, name),
+        NETWORKS[name] | {"in_channels": 3},
+    )
     graph, params = nnx.split(network(4, **options, rngs=nnx.Rngs(0)))
     x, _ = images_and_kernel((8, 16, 18, 3), (1, 1))
 
@@ -191,7 +194,7 @@ def test_networks_on_explicit_meshes(name):
 
 @pytest.mark.parametrize("name", ["EmbeddingCNN", "EmbeddingResNet"])
 def test_networks_of_one_kind_are_compiled_once(name):
-    network = getattr(layers, name)
+    network = getattr(embedding_networks, name)
     one, other = (
         nnx.graphdef(nnx.eval_shape(lambda seed=seed: network(4, rngs=nnx.Rngs(seed))))
         for seed in range(2)

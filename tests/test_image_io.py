@@ -179,5 +179,5 @@ def test_every_image_is_opened_in_one_place():
         for line in file.read_text().splitlines()
         if "Image.open(" in line
     }
-    assert {file for file, _ in uses} == {"learn/image_io.py"}
+    assert {file for file, _ in uses} == {"learn/data/image_files.py"}
     assert all("formats=formats()" in line for _, line in uses)

@@ -94,7 +94,6 @@ def test_what_is_lazy_is_there():
         assert getattr(learn, name) is not None
         assert name in dir(learn)
     assert learn.Config is config.Config
-    assert tuple(objectives.MINING) == config.MINING
     with pytest.raises(AttributeError, match="no attribute 'fits'"):
         _ = learn.fits
 
@@ -202,7 +201,7 @@ def test_the_largest_has_the_gradient_of_the_maximum():
 def test_gradients_are_finite_however_it_is_compiled(kind, optimize):
     """What is computed twice may be rounded in two ways, and equal itself nowhere."""
     options = {"head": "mean", "size": (16, 16)} if kind == "photo" else {}
-    model = config.MODELS[kind](
+    model = embedding_networks.MODELS[kind](
         16, channels=(8, 16), in_channels=1, rngs=nnx.Rngs(0), **options
     )
     graph, state = nnx.split(model)
@@ -254,7 +253,7 @@ def test_augmentation_is_off_by_default_and_checked():
 
 NETWORKS = [
     (kind, dtype, shape)
-    for kind in config.MODELS
+    for kind in embedding_networks.MODELS
     for dtype in (None, jnp.bfloat16)
     for shape in ((8, 8, 1), (17, 33, 3), (1, 1, 1))
 ]
@@ -276,7 +275,7 @@ SLOW_NETWORKS = [
 )
 def test_any_image_size_gives_unit_vectors(kind, dtype, shape):
     options = {"size": shape[:2]} if kind == "photo" else {}
-    model = config.MODELS[kind](
+    model = embedding_networks.MODELS[kind](
         16,
         channels=(16, 32),
         in_channels=shape[-1],
@@ -323,7 +322,7 @@ def test_the_first_stride_of_the_residual_network(stride, side):
     ("kind", "count"), [("cnn", 73_440), ("resnet", 704_736), ("multiscale", 381_856)]
 )
 def test_number_of_parameters(kind, count):
-    network = config.MODELS[kind]
+    network = embedding_networks.MODELS[kind]
     model = nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
     assert sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
 

@@ -93,7 +93,7 @@ def export(
             the weights of a backbone that was trained, without the head, under the
             names of the file that it began with, or torchvision's. Beside a function,
             ``FILE.json`` holds the preparation of images, for
-            `learn.image_io.prepare_images`.
+            `learn.data.image_shape.prepare_images`.
         check: a folder with images that they are compared on. If not given, images that
             the run has learnt from, if they are still there, and else noise.
 

@@ -19,8 +19,8 @@ from jax import Array
 from jax.typing import ArrayLike
 from PIL import Image
 
-from tripletjax.learn.data.image_files import open_image
-from tripletjax.learn.data.image_shape import ImageSpec, View, check_not_blank, upright
+from tripletjax.learn.data.image_files import open_image, upright
+from tripletjax.learn.data.image_shape import ImageSpec, View, check_not_blank
 from tripletjax.learn.files import digest_of
 from tripletjax.learn.networks.embedding import (
     embed_images,

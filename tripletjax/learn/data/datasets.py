@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tripletjax.learn.data.class_folders import find_classes
+from tripletjax.learn.data.class_folders import CLASSES_FROM, find_classes
 from tripletjax.learn.data.folder_listing import format_names, printable
 from tripletjax.learn.data.image_analysis import KINDS
 from tripletjax.learn.data.image_array import ImageArray, part_of
@@ -34,6 +34,7 @@ from tripletjax.learn.data.image_cache import (
 from tripletjax.learn.data.image_files import open_image
 from tripletjax.learn.data.image_shape import ImageSpec
 from tripletjax.learn.data.splits import (
+    SPLITS,
     TEST,
     VALIDATION,
     held_out_images,
@@ -42,7 +43,6 @@ from tripletjax.learn.data.splits import (
 from tripletjax.learn.data.tfds_catalogue import Catalogue
 from tripletjax.learn.errors import one_line_errors
 from tripletjax.learn.files import digest_of, digest_of_image
-from tripletjax.learn.runs.config import CLASSES_FROM, SPLITS
 
 # What is held out of every class: of photographs less, since a network learns them
 # from few.

@@ -9,13 +9,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from tripletjax.learn.data.image_shape import (
-    upright,
-)
 from tripletjax.learn.files import check_regular
 
 # Files are read so many at a time.
@@ -117,6 +114,33 @@ def open_image(
     check_regular(file)
     with open(file, "rb") as opened:
         return _guarded(decode, opened)
+
+
+# How an image comes upright, by the orientation that a camera has noted.
+TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned as its camera was held, if that can be read.
+
+    Pillow's own function writes all other metadata again, and fails where they are
+    broken.
+    """
+    try:
+        turned: Any = image.getexif().get(ExifTags.Base.Orientation)
+        method = TRANSPOSED.get(turned)
+    except Exception:
+        # Whatever is wrong with its metadata, it is an image.
+        method = None
+    return image.copy() if method is None else image.transpose(method)
 
 
 Result = TypeVar("Result")

@@ -5,10 +5,10 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from tripletjax.learn.data.image_files import (
     ImageError,
@@ -270,30 +270,3 @@ def check_not_blank(pixels: np.ndarray) -> None:
     """Raise ImageError for an image ``[height, width, channels]`` of nothing."""
     if (pixels == pixels[0, 0]).all():
         raise ImageError(BLANK)
-
-
-# How an image comes upright, by the orientation that a camera has noted.
-TRANSPOSED = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """An image turned as its camera was held, if that can be read.
-
-    Pillow's own function writes all other metadata again, and fails where they are
-    broken.
-    """
-    try:
-        turned: Any = image.getexif().get(ExifTags.Base.Orientation)
-        method = TRANSPOSED.get(turned)
-    except Exception:
-        # Whatever is wrong with its metadata, it is an image.
-        method = None
-    return image.copy() if method is None else image.transpose(method)

@@ -1,7 +1,7 @@
 """Embeddings of many images in batches, compiled once."""
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,8 @@ from jax.typing import ArrayLike
 
 from tripletjax.learn.data.image_array import ImageSource
 from tripletjax.learn.networks.convolution import jit
-from tripletjax.learn.runs.model import (
-    Tree,
-)
+
+Tree = TypeVar("Tree")
 
 # So many pixels are embedded at a time.
 PIXELS = 2**20

@@ -307,3 +307,11 @@ class Standardized(nnx.Module):
         if self.mirror and self.deterministic:
             x = unit_norm(x + self.model(images[:, :, ::-1]))
         return x
+
+
+MODELS = {
+    "cnn": EmbeddingCNN,
+    "photo": EmbeddingPhotoNet,
+    "resnet": EmbeddingResNet,
+    "multiscale": MultiScaleCNN,
+}

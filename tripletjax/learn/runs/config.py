@@ -1,28 +1,19 @@
 """What a run is asked to do."""
 
-
 import dataclasses
 
-from tripletjax.learn.networks import backbones, embedding_networks
 from tripletjax.learn.data.augment import Augment
+from tripletjax.learn.data.class_folders import CLASSES_FROM
 from tripletjax.learn.data.image_analysis import KINDS
 from tripletjax.learn.data.image_shape import Box
+from tripletjax.learn.data.sampling import CLASS_SAMPLING
+from tripletjax.learn.data.splits import SPLITS
+from tripletjax.learn.networks import backbones
+from tripletjax.learn.networks.embedding_networks import HEADS, MODELS
 from tripletjax.learn.networks.heads import TRAININGS
+from tripletjax.learn.training.objectives import MINING
 
-
-# What is held out, which of nested folders are classes, which triplets are trained on,
-# how classes are drawn, and who is more alike.
-SPLITS = ("images", "classes")
-CLASSES_FROM = ("top", "leaf")
-MINING = ("all", "semi-hard", "hard")
-CLASS_SAMPLING = ("uniform", "frequency")
 RELEVANCE = ("classes", "folders")
-MODELS = {
-    "cnn": embedding_networks.EmbeddingCNN,
-    "photo": embedding_networks.EmbeddingPhotoNet,
-    "resnet": embedding_networks.EmbeddingResNet,
-    "multiscale": embedding_networks.MultiScaleCNN,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +121,7 @@ class Config:
             ("relevance", RELEVANCE),
             ("model", (None, *MODELS, *backbones.UNTRAINED)),
             ("backbone_training", (None, *TRAININGS)),
-            ("head", (None, *embedding_networks.HEADS)),
+            ("head", (None, *HEADS)),
             ("kind", (None, *KINDS)),
         ):
             if getattr(self, name) not in known:

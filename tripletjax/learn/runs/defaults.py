@@ -1,6 +1,5 @@
 """What is chosen by the data where nothing is asked for."""
 
-
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -9,18 +8,22 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from tripletjax.learn.networks import backbones
 from tripletjax.learn.data import image_analysis
 from tripletjax.learn.data.augment import Augment
-from tripletjax.learn.runs.config import Config
 from tripletjax.learn.data.datasets import Dataset
 from tripletjax.learn.data.hierarchy import levels_of
 from tripletjax.learn.data.image_cache import Decoding
 from tripletjax.learn.data.image_shape import COLOUR_SIZE as PHOTO_SIZE
 from tripletjax.learn.data.image_shape import WHOLE
-from tripletjax.learn.runs.plan import BackbonePlan, ClassBatchPlan, Plan, TripletBatchPlan
 from tripletjax.learn.data.triplet_files import TripletDataset
-
+from tripletjax.learn.networks import backbones
+from tripletjax.learn.runs.config import Config
+from tripletjax.learn.runs.plan import (
+    BackbonePlan,
+    ClassBatchPlan,
+    Plan,
+    TripletBatchPlan,
+)
 
 # From here on there are many classes, which take longer to learn.
 MANY = 32

@@ -1,13 +1,11 @@
 """What a run does: every choice made, nothing left open."""
 
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from tripletjax.learn.data.augment import Augment
-from tripletjax.learn.data.image_shape import Box, View, WHOLE
-
+from tripletjax.learn.data.image_shape import WHOLE, Box, View
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +90,7 @@ class Plan:
         batches: what makes a batch, and what of it is trained on.
         box: the part of images that is seen.
         size: of what is seen, the longer side in pixels.
-        model: which network, of `config.MODELS`, or backbone.
+        model: which network, of `embedding_networks.MODELS`, or backbone.
         backbone: which one, None of others.
         head: of a photo network, grid or mean.
         channels: number of channels of each stage.

@@ -1,6 +1,5 @@
 """What a run is to do: from what is asked for, what is there already, and the data."""
 
-
 import dataclasses
 import json
 import os
@@ -10,17 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from tripletjax.learn.data.image_array import ImageArray
+from tripletjax.learn.distributed.placement import Placement
+from tripletjax.learn.files import digest_of_file
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.runs import record, tasks
 from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.defaults import Start
-from tripletjax.learn.files import digest_of_file
 from tripletjax.learn.runs.model import BACKBONE
-from tripletjax.learn.data.image_array import ImageArray
-from tripletjax.learn.distributed.placement import Placement
 from tripletjax.learn.runs.plan import Plan
 from tripletjax.learn.runs.record import ImageRecord, RunRecord
-
 
 # So many images tell the mean and the standard deviation of all, so many at a time.
 SAMPLE, LOOK = 4096, 256

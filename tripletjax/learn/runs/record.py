@@ -1,18 +1,20 @@
 """What a run directory says of its run: ``config.json``."""
 
-
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from tripletjax.learn.data.augment import Augment
-from tripletjax.learn.runs.config import Config
 from tripletjax.learn.data.image_shape import ImageSpec
-from tripletjax.learn.runs.plan import BackbonePlan, ClassBatchPlan, Plan, TripletBatchPlan
-from tripletjax.learn.files import write_json, write_text
-
+from tripletjax.learn.files import write_json
+from tripletjax.learn.runs.config import Config
+from tripletjax.learn.runs.plan import (
+    BackbonePlan,
+    ClassBatchPlan,
+    Plan,
+    TripletBatchPlan,
+)
 
 FILE = "config.json"
 # The results of a finished run, and the step of which they are.

@@ -3,7 +3,6 @@
 Either knows its batches and losses, and how to tell what an embedding is worth.
 """
 
-
 import dataclasses
 import functools
 import math
@@ -17,18 +16,23 @@ from flax import nnx
 from jax import Array
 
 import tripletjax as tj
-from tripletjax.learn.data import datasets, hierarchy, sampling, triplet_files
-from tripletjax.learn.runs import defaults
-from tripletjax.learn.training import loop, objectives
 from tripletjax.learn import plots
+from tripletjax.learn.data import datasets, hierarchy, sampling, triplet_files
+from tripletjax.learn.data.image_array import (
+    ImageArray,
+    ImageSource,
+    KeptFeatures,
+    StoredImages,
+    part_of,
+    pixels_of,
+)
+from tripletjax.learn.distributed.placement import ONE_DEVICE, Placement
+from tripletjax.learn.networks.embedding import embed_images
+from tripletjax.learn.runs import defaults
 from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.defaults import Start
-from tripletjax.learn.networks.embedding import embed_images
-from tripletjax.learn.data.image_array import ImageArray, KeptFeatures, StoredImages, part_of, pixels_of
-from tripletjax.learn.data.image_array import ImageSource
-from tripletjax.learn.distributed.placement import ONE_DEVICE, Placement
 from tripletjax.learn.runs.plan import ClassBatchPlan, Plan, TripletBatchPlan
-
+from tripletjax.learn.training import loop, objectives
 
 # Validation and pictures have at most so many images, of all.
 GALLERY = 2048

@@ -16,7 +16,6 @@ A run directory holds
 - ``tensorboard/``, if asked for: the numbers of ``metrics.jsonl`` for TensorBoard.
 """
 
-
 import functools
 import json
 from pathlib import Path
@@ -30,24 +29,30 @@ from jax import Array
 from jax.sharding import Mesh
 
 from tripletjax.learn import plots
-from tripletjax.learn.runs import preparation, record, tasks
-from tripletjax.learn.networks import heads
-from tripletjax.learn.training import interrupts, loop, optimizer
-from tripletjax.learn.training.checkpoints import Checkpoints
-from tripletjax.learn.runs.config import Config
-from tripletjax.learn.networks.embedding import as_floats, embed_images
-from tripletjax.learn.runs.model import build_model, fill_backbone, load_model
-from tripletjax.learn.training.feature_cache import AnyView, FeatureCache, views_of
-from tripletjax.learn.data.image_array import ImageArray, KeptFeatures, StoredImages, part_of, pixels_of
-from tripletjax.learn.data.image_array import ImageSource
-from tripletjax.learn.training.metrics_log import MetricsLog, summary_writer
-from tripletjax.learn.networks.embedding_networks import Standardized
+from tripletjax.learn.data.image_array import (
+    ImageArray,
+    ImageSource,
+    KeptFeatures,
+    StoredImages,
+    part_of,
+    pixels_of,
+)
 from tripletjax.learn.distributed.placement import Placement
+from tripletjax.learn.files import write_json
+from tripletjax.learn.networks import heads
+from tripletjax.learn.networks.embedding import as_floats, embed_images
+from tripletjax.learn.networks.embedding_networks import Standardized
+from tripletjax.learn.networks.weights import Frozen
+from tripletjax.learn.runs import preparation, record, tasks
+from tripletjax.learn.runs.config import Config
+from tripletjax.learn.runs.model import build_model, fill_backbone, load_model
 from tripletjax.learn.runs.plan import ClassBatchPlan, Plan
 from tripletjax.learn.runs.record import RunRecord
-from tripletjax.learn.files import write_json
-from tripletjax.learn.networks.weights import Frozen
-
+from tripletjax.learn.training import loop, optimizer
+from tripletjax.learn.training.checkpoints import Checkpoints
+from tripletjax.learn.training.feature_cache import AnyView, FeatureCache, views_of
+from tripletjax.learn.training.interrupts import Interrupts
+from tripletjax.learn.training.metrics_log import MetricsLog, summary_writer
 
 # A head begins with how features of so many images are spread.
 HEAD_SAMPLE = 2048
@@ -173,7 +178,7 @@ def run(
     compared = _compared_with(task, model, plan)
     before = on.of_first(lambda: _evaluated_before(log, task, compared))
     on.of_first(lambda: begins and _begin(log, task, model, plan, progress=progress))
-    with interrupts.Interrupts() as interrupts:
+    with Interrupts() as interrupts:
         for line in loop.fit(
             trained,
             _optimizer(plan),

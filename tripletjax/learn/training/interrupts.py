@@ -6,8 +6,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from tripletjax.learn.networks.embedding import embed_images as embed_images
-
 
 class Stopped(KeyboardInterrupt):
     """Training was asked to stop, and has, with its state saved, in all processes."""

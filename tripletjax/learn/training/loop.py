@@ -26,7 +26,6 @@ from tqdm import tqdm
 import tripletjax as tj
 from tripletjax.learn.distributed.placement import Placement
 from tripletjax.learn.networks.embedding import as_floats, check_static, strongly_typed
-from tripletjax.learn.networks.embedding import embed_images as embed_images
 from tripletjax.learn.training.checkpoints import Checkpoints
 from tripletjax.learn.training.interrupts import Interrupts, Stopped
 from tripletjax.learn.training.objectives import Loss, mined_loss
