@@ -41,7 +41,9 @@ def cases() -> Iterator[tuple[str, Callable]]:
     images = jnp.ones((40, 32, 32, 3))
     for name in NETWORKS:
         graph, params, rest = nnx.split(
-            getattr(embedding_networks, name)(rngs=nnx.Rngs(0), in_channels=3), nnx.Param, ...
+            getattr(embedding_networks, name)(rngs=nnx.Rngs(0), in_channels=3),
+            nnx.Param,
+            ...,
         )
 
         def cost(params: nnx.State, graph=graph, rest=rest) -> jax.Array:
