@@ -588,7 +588,7 @@ MUTANTS = [
         "margin=floats.margin,",
         "margin=2 * floats.margin,",
         "second derivatives are at another margin",
-        "tests/test_blockwise.py::test_forward_mode_and_second_order",
+        "tests/test_blockwise.py::test_a_second_derivative_is_that_of_the_matrix",
     ),
     Mutant(
         "products-slope",
