@@ -823,8 +823,8 @@ MUTANTS = [
     Mutant(
         "far-not-shown",
         "verification/evaluation.py",
-        "shown = negatives * far >= 1 - 1e-6",
-        "shown = negatives * far >= 0",
+        "measurable = negatives * far >= 1 - 1e-6",
+        "measurable = negatives * far >= 0",
         "a FAR that too few negatives can show has a rate",
         "tests/test_verification.py::test_a_far_that_few_negatives_cannot_show_is_nan",
     ),
@@ -877,8 +877,8 @@ MUTANTS = [
     Mutant(
         "bootstrap-copies",
         "verification/resampling.py",
-        "weights, others = copies[us], copies[them[:, 0]] * copies[them[:, 1]]",
-        "weights, others = copies[us], copies[them[:, 0]]",
+        "copies[different_identities[:, 0]] * copies[different_identities[:, 1]],",
+        "copies[different_identities[:, 0]],",
         "pairs of identities that are not drawn count",
         "tests/test_verification.py::test_a_replicate_is_the_pairs_of_its_draw",
     ),
