@@ -1037,12 +1037,12 @@ MUTANTS = [
     ),
     Mutant(
         "checkpoint-dtype",
-        "learn/distributed/keys.py",
+        "learn/training/checkpoints.py",
         (
-            'kinds = [f"{np.shape(x)}{jax.dtypes.canonicalize_dtype(x.dtype)}" for x '
+            'types = [f"{np.shape(x)}{jax.dtypes.canonicalize_dtype(x.dtype)}" for x '
             "in arrays]"
         ),
-        'kinds = [f"{np.shape(x)}" for x in arrays]',
+        'types = [f"{np.shape(x)}" for x in arrays]',
         "a state of another dtype is restored",
         "tests/test_learn.py::test_states_of_another_model_are_left_alone",
     ),
