@@ -102,7 +102,8 @@ def test_five_meanings_of_semi_hard_differ():
     within = tj.all_triplets(
         anchor, size=9, distances=d, band=tj.semi_hard_band(0.5), **options
     )
-    assert [(int(p), int(n)) for _, p, n, v in zip(*within) if v] == [(1, 4)]
+    _, positive, negative, valid = mining.as_triplets(within)
+    assert [(positive[0], negative[0]), *valid.tolist()] == [(1, 4), True, *[False] * 8]
     easy = tj.batch_easy_hard_triplets(d, anchor, **options)
     assert (easy.positive[0], easy.negative[0]) == (1, 4)
     hard = tj.batch_easy_hard_triplets(
@@ -144,38 +145,38 @@ def test_more_pairs_than_the_integers_count():
     assert triplets.anchor.shape == (4,)
 
 
-def test_counted_triplets_are_triplets():
+def test_counted_triplets():
+    """A plain record with the count, which every transform and every copy keeps."""
     triplets = tj.all_triplets([0, 0, 1], size=5)
-    assert isinstance(triplets, tj.Triplets)
-    assert len(triplets) == 4
+    assert triplets._fields == ("anchor", "positive", "negative", "valid", "count")
     assert triplets.valid.sum() == triplets.count == 2
-    doubled = jax.tree.map(lambda x: 2 * x.astype(int), triplets)
-    assert doubled.count == 4
-    assert "count=" in repr(triplets)
     batched = jax.vmap(lambda y: tj.all_triplets(y, size=5))(jnp.array([[0, 0, 1]] * 2))
-    assert batched.count.shape == (2,)
+    assert batched.count.tolist() == [2, 2]
+    for other in (
+        jax.tree.map(lambda x: x, triplets),
+        copy.deepcopy(triplets),
+        pickle.loads(pickle.dumps(triplets)),
+    ):
+        assert type(other) is tj.CountedTriplets
+        assert other.count == 2
+        np.testing.assert_array_equal(other.negative, triplets.negative)
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [
-        copy.copy,
-        copy.deepcopy,
-        lambda triplets: pickle.loads(pickle.dumps(triplets)),
-        lambda triplets: triplets._replace(valid=triplets.valid),
-        lambda triplets: tj.CountedTriplets(**triplets._asdict()),
-    ],
-    ids=["copy", "deepcopy", "pickle", "replace", "asdict"],
-)
-def test_copies_of_counted_triplets_keep_the_count(copied):
-    triplets = tj.all_triplets([0, 0, 1], size=5)
-    other = copied(triplets)
-    assert type(other) is tj.CountedTriplets
-    for leaf, expected in zip(jax.tree.leaves(other), jax.tree.leaves(triplets)):
-        np.testing.assert_array_equal(leaf, expected)
-    assert triplets._replace(count=7).count == 7
-    with pytest.raises(ValueError, match="no counts"):
-        triplets._replace(counts=7)
+def test_the_loss_takes_counted_triplets():
+    d = tj.euclidean(LINE)
+    counted = tj.all_triplets(LABELS, size=40)
+    without = mining.as_triplets(counted)
+    assert type(without) is tj.Triplets
+    assert mining.as_triplets(without) is without
+    loss = tj.triplet_loss(d, counted)
+    assert loss == tj.triplet_loss(d, without) > 0
+    batched = jax.vmap(lambda y: tj.all_triplets(y, size=40))(jnp.stack([LABELS] * 2))
+    losses = tj.triplet_loss(jnp.stack([d, d]), batched)
+    np.testing.assert_allclose(losses, [loss, loss], rtol=1e-6)
+    with pytest.raises(TypeError, match="Triplets or CountedTriplets, got tuple"):
+        mining.as_triplets(tuple(counted))
+    with pytest.raises(ValueError, match=r"triplets\.anchor must be from 0 to 1"):
+        tj.triplet_loss(d[:2, :2], counted)
 
 
 def test_a_choice_of_ones_own_relative_to_the_other():

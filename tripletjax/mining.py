@@ -25,7 +25,7 @@ farther than the positive but within the margin, and the libraries read it diffe
   margin (siamese-triplet): `random_semi_hard_triplets`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,49 +66,54 @@ class Triplets(NamedTuple):
     valid: Array
 
 
-@jax.tree_util.register_pytree_node_class
-class CountedTriplets(Triplets):
-    """`Triplets` compacted to a fixed size, with the number that there really were.
+class CountedTriplets(NamedTuple):
+    """Triplets compacted to a fixed size, and the number of triplets before that.
 
-    Unpacked like other `Triplets`, into four: the count is an attribute beside them,
-    in place of the method of tuples.
+    `tripletjax.triplet_loss` takes them like `Triplets`; `as_triplets` drops the count.
 
     Attributes:
-        count: int32 ``[...]``; if it exceeds the size, triplets were left out. It
-            stops at 2**31 - 1.
+        anchor: integers ``[..., size]``, rows of the distance matrix.
+        positive: integers ``[..., size]``, columns of the distance matrix.
+        negative: integers ``[..., size]``, columns of the distance matrix.
+        valid: bool ``[..., size]``, True for the first ``min(count, size)``.
+        count: int32 ``[...]``, the number of triplets, at most 2**31 - 1. A count
+            above the size means that the remaining triplets were left out.
     """
 
-    # As above: in place of the method.
-    count: Array  # pyrefly: ignore[bad-override, bad-override-mutable-attribute]
+    anchor: Array
+    positive: Array
+    negative: Array
+    valid: Array
+    count: Array
 
-    def __new__(
-        cls, anchor: Any, positive: Any, negative: Any, valid: Any, count: Any
-    ) -> "CountedTriplets":
-        self = super().__new__(cls, anchor, positive, negative, valid)
-        self.count = count
-        return self
 
-    def __getnewargs__(self) -> tuple:
-        # What copy and pickle make another one of.
-        return *self, self.count
+def as_triplets(triplets: Triplets | CountedTriplets) -> Triplets:
+    """Convert the result of any miner to `Triplets`.
 
-    def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, count={self.count!r})"
+    Args:
+        triplets: `Triplets`, or `CountedTriplets`, whose count is dropped.
 
-    def _asdict(self) -> dict[str, Any]:
-        return super()._asdict() | {"count": self.count}
+    Returns:
+        `Triplets` with the same indices.
 
-    def _replace(self, **fields: Any) -> "CountedTriplets":
-        if unknown := fields.keys() - self._asdict().keys():
-            raise ValueError(f"CountedTriplets has no {', '.join(sorted(unknown))}.")
-        return CountedTriplets(**self._asdict() | fields)
+    Raises:
+        TypeError: if `triplets` is neither.
 
-    def tree_flatten(self) -> tuple[tuple, None]:
-        return (*self, self.count), None
-
-    @classmethod
-    def tree_unflatten(cls, _: None, children: Iterator) -> "CountedTriplets":
-        return cls(*children)
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> counted = tj.all_triplets(jnp.array([7, 7, 8]), size=2)
+    >>> anchor, positive, negative, valid = tj.mining.as_triplets(counted)
+    >>> print(anchor, positive, negative, valid)
+    [0 1] [1 0] [2 2] [ True  True]
+    """
+    if isinstance(triplets, CountedTriplets):
+        return Triplets(*triplets[:4])
+    if not isinstance(triplets, Triplets):
+        raise TypeError(
+            "triplets must be Triplets or CountedTriplets, got "
+            f"{type(triplets).__name__}; use a miner such as batch_hard_triplets."
+        )
+    return triplets
 
 
 @jitted()
