@@ -194,8 +194,8 @@ MUTANTS = [
     Mutant(
         "mining-fallback",
         "mining.py",
-        "found |= has_negative[..., None] & (fallback | jnp.isnan(distances))",
-        "found |= has_negative[..., None]",
+        "exists |= has_negative[..., None] & (fallback | jnp.isnan(distances))",
+        "exists |= has_negative[..., None]",
         "fallback=False falls back",
         "tests/test_mining.py::test_semi_hard_by_hand",
     ),
