@@ -726,7 +726,7 @@ MUTANTS = [
     Mutant(
         "retrieval-nan",
         "retrieval/evaluation.py",
-        "x = jnp.where(touched[column], jnp.nan, x.astype(jnp.float32))",
+        "x = jnp.where(self.finite, x.astype(jnp.float32), jnp.nan)",
         "x = x.astype(jnp.float32)",
         "embeddings of NaN look like skill",
         "tests/test_retrieval.py::test_nan_does_not_look_like_skill",
