@@ -758,8 +758,8 @@ MUTANTS = [
     Mutant(
         "identification-tie",
         "retrieval/identification.py",
-        "jnp.where(real & (nearest < beyond), nearest, -jnp.inf), initial=-jnp.inf",
-        "jnp.where(real & (nearest <= beyond), nearest, -jnp.inf), initial=-jnp.inf",
+        "nearer = real & (distance < rejected[:, None])",
+        "nearer = real & (distance <= rejected[:, None])",
         "one too many unknown queries get a name",
         "tests/test_identification.py::test_identification_is_its_definition",
     ),
