@@ -645,8 +645,8 @@ MUTANTS = [
     Mutant(
         "relevance-equal",
         "relevance.py",
-        "inside = jnp.where((apart >= gap) & (apart > 0), ours, 0)",
-        "inside = jnp.where(apart >= gap, ours, 0)",
+        "inside = jnp.where((apart >= gap) & (apart > 0), anchor_weights, 0)",
+        "inside = jnp.where(apart >= gap, anchor_weights, 0)",
         "equally relevant items make a triplet",
         "tests/test_relevance.py::test_padding_is_not_drawn_and_nothing_is_not_valid",
     ),

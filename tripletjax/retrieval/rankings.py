@@ -325,7 +325,7 @@ class Rankings(NamedTuple):
     def _by_differences(
         self, start: Array, near: Array, index: Array
     ) -> tuple[Array, Array]:
-        """Distances of differences, without cancellation, and indices in their order."""
+        """Distances of differences, without cancellation, and indices in order."""
         m = len(self.batch.reference_side[0])
         a = self.rows(self.batch.anchors, start)
         partners = self.batch.reference_side[0][index]
