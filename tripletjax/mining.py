@@ -296,7 +296,10 @@ def _hardest_negative(distances: Array, candidates: Array, _: None) -> tuple:
 
 
 def _all_candidates(distances: Array, candidates: Array, _: None) -> tuple:
-    r"""Select all of $P_a$, or all of $N_a$: one triplet for each candidate."""
+    r"""Select every candidate, which makes one triplet of each.
+
+    $$p_a \in P_a \quad \text{or} \quad n_a \in N_a$$
+    """
     index = jnp.broadcast_to(columns_of(distances), distances.shape)
     return index, candidates
 

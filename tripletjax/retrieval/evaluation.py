@@ -68,7 +68,7 @@ def mean_of_queries(metrics: RetrievalMetrics, labels: Array) -> RetrievalMetric
         labels: integers ``[n]``, not used here.
 
     Returns:
-        `RetrievalMetrics` of scalars, NaN if Q is empty. `queries` is |Q|.
+        `RetrievalMetrics` of scalars, NaN if Q is empty. `queries` is $|Q|$.
 
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj

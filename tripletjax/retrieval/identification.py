@@ -155,7 +155,7 @@ def evaluate_identification(
 
     Returns:
         `IdentificationMetrics`. Rates and FNIRs are NaN without a known query. An FNIR
-        is NaN at an FPIR below 1 / |U|. All are NaN if the distance of a query is NaN.
+        is NaN at an FPIR below $1 / |U|$. All are NaN if a distance $d_q$ is NaN.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
