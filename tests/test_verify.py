@@ -202,7 +202,7 @@ def test_without_enough_pairs_there_is_no_threshold_by_default(tmp_path):
     alone = shapes(tmp_path / "alone", kinds=3, each=1)
     with pytest.raises(ValueError, match="no pair of the same class"):
         verification.evaluate(EMBEDDER, alone)
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         verification.evaluate(EMBEDDER, tmp_path / "none")
 
 
@@ -322,7 +322,7 @@ def test_given_pairs_in_their_folds(tmp_path):
     broken.write_bytes(b"\x89PNG none")
     less = verification.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
     assert less.report["verification"]["positives"] == 5
-    assert "1 pairs are left out" in " ".join(less.report["notes"])
+    assert "1 pairs of skipped images are left out" in " ".join(less.report["notes"])
     # The single outer folder of an archive changes nothing.
     (tmp_path / "archive").mkdir()
     folder.rename(tmp_path / "archive" / "lfw")
