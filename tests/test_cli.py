@@ -102,7 +102,10 @@ def test_every_option_is_explained(name, capsys):
             ["evaluate", "--run", "r", "--data", ".", "--json", "precious"],
             "precious exists and is not a tripletjax report",
         ),
-        (["evaluate", "--run", "r", "--data", ".", "--out", "."], "not an empty directory"),
+        (
+            ["evaluate", "--run", "r", "--data", ".", "--out", "."],
+            "not an empty directory",
+        ),
         (["search", "--run", "r"], "required: --index"),
         (["search", "--run", "r", "--index", "."], "no trained model"),
         (["search", "--run", "r", "--index", ".", "--together"], "--together requires"),

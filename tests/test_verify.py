@@ -332,7 +332,7 @@ def test_given_pairs_in_their_folds(tmp_path):
     assert again.report["verification"] == less.report["verification"]
     (tmp_path / "archive" / "lfw").rename(folder)
     broken.unlink()
-    with pytest.raises(FileNotFoundError, match="1 images that are not in"):
+    with pytest.raises(FileNotFoundError, match="1 images that do not exist in"):
         verification.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
 
 
