@@ -25,6 +25,7 @@ farther than the positive but within the margin, and the libraries read it diffe
   margin (siamese-triplet): `random_semi_hard_triplets`.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -43,7 +44,8 @@ from tripletjax._matrices import (
     search_rows,
     take,
 )
-from tripletjax.pairs import PairMasks, masks_for, pair_masks
+from tripletjax._pairwise.class_index import ClassIndex
+from tripletjax.pairs import PairMasks, Pairs, masks_for
 
 # Up to so many positives of an anchor, comparing each with all takes less time than
 # sorting.
@@ -555,7 +557,7 @@ def all_triplets(
     if distances is None:
         if band is not None:
             raise ValueError("band needs distances: it chooses triplets by them.")
-        masks = _masks_alone(labels, **options)
+        masks = Pairs.alone(labels, **options).masks()
         # With one distance for all, the sorted order is that of the indices.
         distances = jnp.zeros(masks.positive.shape)
     else:
@@ -628,7 +630,7 @@ def random_triplets(
 ) -> Triplets:
     """Random triplets: each anchor with positives and negatives drawn uniformly.
 
-    Memory is O(n m), some 17 bytes for each pair of an anchor and a reference.
+    Memory: O(m + n per_anchor); masks are read in blocks of rows.
 
     Args:
         key: a random key, ``jax.random.key(seed)``.
@@ -653,25 +655,72 @@ def random_triplets(
     """
     if per_anchor < 1:
         raise ValueError(f"per_anchor must be at least 1, got {per_anchor}.")
-    masks = _masks_alone(
+    pairs = Pairs.alone(
         labels,
         reference_labels=reference_labels,
         positions=positions,
         where=where,
         reference_where=reference_where,
     )
+    by_mask = isinstance(pairs.labels, PairMasks)
+    *lead, n = pairs.labels.positive.shape[:-1] if by_mask else pairs.labels.shape
 
-    def draw(key: Array, candidates: Array) -> tuple[Array, Array]:
-        running = jnp.cumsum(candidates, axis=-1)
-        count = running[..., -1:]
-        shape = (*candidates.shape[:-1], per_anchor)
-        rank = jax.random.randint(key, shape, 0, jnp.maximum(count, 1))
-        return search_rows(running, rank, side="right"), count > 0
+    def draw(key: Array, pairs: Pairs) -> Triplets:
+        sides = _masked_candidates(pairs) if by_mask else _class_candidates(pairs)
+        drawn, valid = [], jnp.ones((per_anchor, n), bool)
+        for side_key, (count, column_at) in zip(jax.random.split(key), sides):
+            most = jnp.maximum(count, 1)
+            rank = jax.random.randint(side_key, (per_anchor, n), 0, most)
+            drawn.append(column_at(rank))
+            valid &= count > 0
+        anchor = jnp.broadcast_to(jnp.arange(n), valid.shape)
+        return Triplets(*(x.T for x in (anchor, *drawn, valid)))
 
-    positive_key, negative_key = jax.random.split(key)
-    positive, has_positive = draw(positive_key, masks.positive)
-    negative, has_negative = draw(negative_key, masks.negative)
-    return _triplets(masks.positive, positive, negative, has_positive & has_negative)
+    for _ in lead:
+        draw = jax.vmap(draw)
+    return draw(jax.random.split(key, tuple(lead)), pairs)
+
+
+# The number of an anchor's candidates ``[n]``, and their columns by rank ``[k, n]``.
+Candidates = tuple[Array, Callable[[Array], Array]]
+
+# As many pairs of anchors and references at a time do not take much memory.
+PAIRS_AT_ONCE = 2**20
+
+
+def _class_candidates(pairs: Pairs) -> list[Candidates]:
+    """Positives and negatives by integer labels, which are sorted once."""
+    classes, n = ClassIndex.of_pairs(pairs), len(pairs.labels)
+    return [
+        (classes.positives, lambda rank: classes.positive(rank, 0, n)[0]),
+        (classes.negatives, lambda rank: classes.negative(rank, 0, n)[0]),
+    ]
+
+
+def _masked_candidates(pairs: Pairs) -> list[Candidates]:
+    """Positives and negatives by masks, of which some rows are read at a time."""
+    _, _, _, where, reference_where = pairs
+    real = True if reference_where is None else reference_where
+
+    def candidates(mask: Array) -> Candidates:
+        n, m = mask.shape
+        over_rows = functools.partial(
+            jax.lax.map, batch_size=max(1, PAIRS_AT_ONCE // m)
+        )
+
+        def column_at(rank: Array) -> Array:
+            def columns(row: tuple[Array, Array]) -> Array:
+                anchor, rank = row
+                running = jnp.cumsum(mask[anchor] & real)
+                return jnp.searchsorted(running, rank, side="right")
+
+            return over_rows(columns, (jnp.arange(n), rank.T)).T
+
+        # One sum of all rows would first make integers of the whole mask.
+        count = over_rows(lambda a: jnp.sum(mask[a] & real), jnp.arange(n))
+        return count if where is None else count * where, column_at
+
+    return [candidates(mask) for mask in pairs.labels]
 
 
 @jitted(nonnegative=("margin",))
@@ -847,11 +896,3 @@ def _triplets(
     if valid.ndim == matrix.ndim:
         anchor = anchor[:, None]
     return Triplets(*jnp.broadcast_arrays(anchor, positive, negative, valid))
-
-
-def _masks_alone(labels: ArrayLike | PairMasks, **options: Any) -> PairMasks:
-    """The masks where there is no distance matrix."""
-    if isinstance(labels, PairMasks):
-        return masks_for(jnp.zeros(jnp.shape(labels.positive)), labels, **options)
-    pairs = unjitted(pair_masks)
-    return pairs(labels, options.pop("reference_labels"), **options)
