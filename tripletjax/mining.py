@@ -37,11 +37,11 @@ from jax.typing import ArrayLike
 from tripletjax._api import jitted, unjitted
 from tripletjax._matrices import (
     SortedNegatives,
+    columns_by_weight,
     columns_of,
     for_each_true_column,
     frozen_distances,
     ordered_bits,
-    search_rows,
     take,
 )
 from tripletjax._pairwise.class_index import ClassIndex
@@ -866,12 +866,7 @@ def distance_weighted_triplets(
     most = jnp.max(log_weights, axis=-1, keepdims=True)
     weights = jnp.exp(log_weights - jnp.where(jnp.isfinite(most), most, 0))
     weights = jnp.where(jnp.any(drawn, -1, keepdims=True), weights, masks.negative)
-
-    running = jnp.cumsum(weights, axis=-1)
-    point = jax.random.uniform(key, distances.shape) * running[..., -1:]
-    # Rounding may put a point on the very end, beyond the last weight.
-    last = search_rows(running, running[..., -1:], side="left")
-    index = jnp.minimum(search_rows(running, point, side="right"), last)
+    index = columns_by_weight(weights, jax.random.uniform(key, distances.shape))
     has_negative = jnp.any(masks.negative, axis=-1, keepdims=True)
     return _triplets(
         distances, columns_of(distances), index, masks.positive & has_negative
