@@ -92,31 +92,28 @@ def relevance_triplets(
         row, within = relevant(anchor)
         return jnp.sum(jnp.where(within, row, 0))
 
-    def draw(key: Array, weights: Array) -> Array:
-        share = jax.random.uniform(key, (1,), weights.dtype)
-        return columns_by_weight(weights, share)[0]
-
-    def partners(chosen: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    def partners(drawn: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         """A positive and a negative of an anchor, and whether there are such."""
-        key, anchor = chosen
-        keys = jax.random.split(key, 4)
+        shares, anchor = drawn
+        positive_share, negative_share, chance = shares[:, None]
         row, within = relevant(anchor)
         weights = jnp.where(within, jnp.minimum(row, cap), 0)
-        positive = draw(keys[0], weights)
+        positive = columns_by_weight(weights, positive_share)
         apart = row[positive] - row
         inside = jnp.where((apart >= gap) & (apart > 0), weights, 0)
         outside = (real & (categories != categories[anchor])).astype(r.dtype)
         has_inside, has_outside = jnp.any(inside > 0), jnp.any(outside > 0)
-        out = jax.random.bernoulli(keys[1], out_of_category)
+        out = chance < out_of_category
         out = jnp.where(has_inside & has_outside, out, has_outside)
-        negative = jnp.where(out, draw(keys[2], outside), draw(keys[3], inside))
-        return positive, negative, jnp.any(weights > 0) & (has_inside | has_outside)
+        negative = columns_by_weight(jnp.where(out, outside, inside), negative_share)
+        valid = jnp.any(weights > 0) & (has_inside | has_outside)
+        return positive[0], negative[0], valid
 
     # Rows are read a few at a time.
     over_items = functools.partial(jax.lax.map, batch_size=max(1, NUMBERS_AT_ONCE // n))
     total = over_items(total_of, index)
-    anchor_key, key = jax.random.split(key)
-    anchor = columns_by_weight(total, jax.random.uniform(anchor_key, (size,), r.dtype))
-    keys = jax.random.split(key, size)
-    positive, negative, valid = over_items(partners, (keys, anchor))
+    keys = jax.random.split(key)
+    anchor = columns_by_weight(total, jax.random.uniform(keys[0], (size,), r.dtype))
+    shares = jax.random.uniform(keys[1], (size, 3), r.dtype)
+    positive, negative, valid = over_items(partners, (shares, anchor))
     return Triplets(anchor, positive, negative, valid & (total[anchor] > 0))
