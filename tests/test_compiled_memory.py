@@ -66,11 +66,13 @@ def of(limit: int, function: Callable, *arguments: Any, **options: Any) -> Progr
 
 
 PROGRAMS = {
-    "euclidean": of_metric(2 * MATRIX, tj.euclidean),
-    "squared_euclidean": of_metric(2 * MATRIX, tj.squared_euclidean),
-    "cosine": of_metric(2 * MATRIX, tj.cosine),
-    "manhattan": of_metric(32 * MIB, tj.manhattan),
-    "Metric": of_metric(32 * MIB, tj.Metric(paired=lambda a, b: jnp.sum((a - b) ** 4))),
+    "euclidean": of_metric(2 * MATRIX + 8 * MIB, tj.euclidean),
+    "squared_euclidean": of_metric(2 * MATRIX + 8 * MIB, tj.squared_euclidean),
+    "cosine": of_metric(2 * MATRIX + 8 * MIB, tj.cosine),
+    "manhattan": of_metric(MATRIX // 2, tj.manhattan),
+    "Metric": of_metric(
+        MATRIX // 2, tj.Metric(paired=lambda a, b: jnp.sum((a - b) ** 4))
+    ),
     "pair_masks": of(MIB, tj.pair_masks, Y),
     "batch_hard_triplets": of(MATRIX, tj.batch_hard_triplets, DISTANCES, Y),
     "batch_easy_hard_triplets": of(MATRIX, tj.batch_easy_hard_triplets, DISTANCES, Y),
@@ -139,7 +141,7 @@ PROGRAMS = {
         4 * MIB, retrieval.similarity_precision, X, LISTED
     ),
     "retrieval.score_at_top_k": of(4 * MIB, retrieval.score_at_top_k, X, LISTED),
-    "verification.evaluate": of(32 * MIB, verification.evaluate, X, Y, size=N),
+    "verification.evaluate": of(16 * MIB, verification.evaluate, X, Y, size=N),
     "verification.evaluate_pairs": of(
         2 * MIB, verification.evaluate_pairs, VALUES, FLAGS
     ),
@@ -158,15 +160,17 @@ PROGRAMS = {
 }
 # These only make a few numbers or another function.
 NO_ARRAYS = {"hard_band", "semi_hard_band", "easy_band", "violating_band"}
-# The others take more than two seconds to compile.
-QUICK = [
-    name
-    for name in PROGRAMS
-    if name.split(".")[0] not in ("blockwise", "retrieval", "verification")
-]
+# These take more than two seconds to compile.
+SLOW = {
+    "blockwise.batch_all_loss",
+    "blockwise.batch_hard_loss",
+    "blockwise.batch_semi_hard_loss",
+    "retrieval.evaluate",
+    "verification.evaluate",
+}
 
 
-@pytest.mark.parametrize("name", unless_slow(PROGRAMS, QUICK))
+@pytest.mark.parametrize("name", unless_slow(PROGRAMS, PROGRAMS.keys() - SLOW))
 def test_temporary_memory(name):
     limit, function, arguments = PROGRAMS[name]
     memory = jax.jit(function).lower(*arguments).compile().memory_analysis()
@@ -182,7 +186,7 @@ def test_no_public_function_is_left_out():
 def test_the_docstring_gives_the_memory(name):
     text = inspect.getdoc(public_functions()[name])
     paragraphs = text.split("\n\n")
-    given = [i for i, part in enumerate(paragraphs) if part.startswith("Memory: ")]
-    assert len(given) == 1
-    after = paragraphs[given[0] + 1]
-    assert after.startswith("Args:")
+    (place,) = [i for i, part in enumerate(paragraphs) if part.startswith("Memory: ")]
+    # In front of the arguments, where there are any.
+    following = [part.split()[0] for part in paragraphs[place + 1 :]]
+    assert following[:1] == ["Args:"] or "Args:" not in text

@@ -50,7 +50,9 @@ def report(
     $$\exp\Bigl(-\sum_i p_i \log p_i\Bigr), \qquad
       p_i = \frac{\sigma_i}{\sum_j \sigma_j}$$
 
-    and 1 if all are 0. Memory is O(n d) and that of a block of pairs.
+    and 1 if all are 0.
+
+    Memory: O(n d + d^2), and a block of distances.
 
     Args:
         embeddings: vectors ``[n, d]``.

@@ -61,6 +61,8 @@ def create(
 ) -> Memory:
     """An empty memory.
 
+    Memory: O(size d).
+
     Args:
         size: how many embeddings it keeps.
         dim: the dimensions of an embedding.
@@ -111,6 +113,8 @@ def push(
 
     Of a batch that is larger than the memory, the last are kept. What is kept has no
     gradient.
+
+    Memory: O(n d), beside the copy.
 
     Args:
         memory: as `create` made it.
@@ -173,6 +177,8 @@ def references(
     They are options of every blockwise loss and miner, of retrieval and verification;
     for a distance matrix, `references` go to the metric and the rest to the loss. No
     anchor is its own positive.
+
+    Memory: O((n + size) d).
 
     Args:
         memory: of earlier batches.

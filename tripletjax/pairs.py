@@ -53,6 +53,8 @@ def pair_masks(
     $$\text{positive}_{ij} = (y_i = y_j) \wedge (i \ne j), \qquad
       \text{negative}_{ij} = (y_i \ne y_j)$$
 
+    Memory: O(n m), that of the masks.
+
     Args:
         labels: integers ``[..., n]``, one per anchor. With `match`, labels of any
             dtype: ``[n]``, or ``[..., n, k]`` where a label is a row of k numbers.

@@ -38,7 +38,7 @@ def relevance_triplets(
     $\min(\text{cap}, r_{an})$ among those with $r_{ap} - r_{an}$ at least the gap, and
     above 0. Where there are none of one kind, it is of the other.
 
-    Memory: O(n + size) beside the relevance, whose rows are read in blocks.
+    Memory: O(n + size); the relevance is read in blocks of rows.
 
     Args:
         key: a random key, ``jax.random.key(seed)``.

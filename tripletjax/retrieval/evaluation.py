@@ -56,6 +56,8 @@ Reduction = Callable[[RetrievalMetrics, Array], RetrievalMetrics]
 def mean_of_queries(metrics: RetrievalMetrics, labels: Array) -> RetrievalMetrics:
     """Every query counts the same.
 
+    Memory: O(n).
+
     Args:
         metrics: per query ``[n]``.
         labels: integers ``[n]``.
@@ -77,6 +79,8 @@ def mean_of_queries(metrics: RetrievalMetrics, labels: Array) -> RetrievalMetric
 @own_promotion
 def mean_of_classes(metrics: RetrievalMetrics, labels: Array) -> RetrievalMetrics:
     """Every class counts the same, however many queries it has.
+
+    Memory: O(n).
 
     Args:
         metrics: per query ``[n]``.
@@ -126,6 +130,8 @@ def evaluate(
 
     Other definitions of AP interpolate the precision or stop at some rank, and differ
     by a percent or more.
+
+    Memory: O((n + m) d), and blocks of up to 512 rows of distances.
 
     Args:
         embeddings: queries ``[n, d]``.
@@ -209,6 +215,8 @@ def recall_at_k(
 
     The same as `evaluate` gives, in less time: nothing is ranked but the first relevant
     reference of each query.
+
+    Memory: O((n + m) d), and up to 512 rows of distances.
 
     Args:
         embeddings, labels, ks, references, reference_labels: as in `evaluate`.

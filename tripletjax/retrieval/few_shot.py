@@ -28,8 +28,9 @@ def few_shot_accuracy(
 ) -> Array:
     """The share of queries whose nearest support has their label, per episode.
 
-    With n classes of k support vectors each, n-way k-shot accuracy. Memory is that of
-    the vectors and a block of distances, for each episode.
+    With n classes of k support vectors each, n-way k-shot accuracy.
+
+    Memory: O((s + q) d), and up to 512 rows of distances, per episode.
 
     Args:
         support: vectors ``[..., s, d]``, the labelled ones of each episode.

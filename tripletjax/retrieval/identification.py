@@ -63,7 +63,9 @@ def nearest_classes(
     """The k classes nearest to each query, each by its nearest reference.
 
     Exact; of equally far classes, the one whose nearest reference comes first. For
-    class means, give these as references. Memory is O(n k + block m).
+    class means, give these as references.
+
+    Memory: O(n k + m d), and up to 512 rows of distances.
 
     Args:
         queries: vectors ``[n, d]``.
@@ -125,7 +127,9 @@ def evaluate_identification(
     and is unknown else. Of queries whose class is not in the gallery, the share that
     get a name is the false positive identification rate (FPIR), which grows with the
     gallery; of the others the share that do not get the right one is the false negative
-    identification rate (FNIR). Memory is O(n max(ranks) + block m).
+    identification rate (FNIR).
+
+    Memory: O(n max(ranks) + m d), and up to 512 rows of distances.
 
     Args:
         embeddings: vectors ``[n, d]``, the queries.

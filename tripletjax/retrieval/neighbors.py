@@ -27,6 +27,8 @@ def nearest_neighbors(
 
     Exact, in O(n k + block m) memory.
 
+    Memory: O(n k + m d), and up to 512 rows of distances.
+
     Args:
         queries: vectors ``[n, d]``.
         references: vectors ``[m, d]``.

@@ -38,6 +38,8 @@ def similarity_precision(
 
     $$\frac{1}{|T|} \sum_{(a, p, n) \in T} [d(a, p) < d(a, n)]$$
 
+    Memory: O(n d + t d).
+
     Args:
         embeddings: vectors ``[n, d]``.
         triplets: integers ``[t, 3]``, the indices of each query, of an image that is
@@ -85,6 +87,8 @@ def score_at_top_k(
 
     A triplet counts if its positive or its negative is among the k images that are
     nearest to its query, of equally near ones those of lower indices.
+
+    Memory: O(n d + t d), and a block of distances.
 
     Args:
         embeddings: vectors ``[n, d]``.

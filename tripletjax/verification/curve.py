@@ -32,6 +32,8 @@ def roc(
 ) -> Roc:
     """The ROC of given pairs: what is accepted at every distance.
 
+    Memory: O(n).
+
     Args:
         distances: ``[n]``.
         same: bool ``[n]``, whether a pair is of the same item.

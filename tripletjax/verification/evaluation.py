@@ -73,6 +73,8 @@ def evaluate(
 ) -> VerificationMetrics:
     """Verification over all pairs, blockwise: exact, without their distances in memory.
 
+    Memory: O((n + m) d + size), and a block of distances.
+
     Args:
         embeddings: vectors ``[n, d]``.
         labels: integers ``[n]``.
@@ -288,6 +290,8 @@ def evaluate_pairs(
 ) -> VerificationMetrics:
     """Verification over given pairs.
 
+    Memory: O(n).
+
     Args:
         distances: ``[n]``.
         same: bool ``[n]``, whether a pair is of the same item.
@@ -322,6 +326,8 @@ def tar_at_far(
 ) -> Array:
     """The true accept rates of given pairs at false accept rates, FaceNet's VAL@FAR.
 
+    Memory: O(n).
+
     Args:
         distances, same, fars, where: as in `evaluate_pairs`.
 
@@ -348,6 +354,8 @@ def equal_error_rate(
     distances: ArrayLike, same: ArrayLike, *, where: ArrayLike | None = None
 ) -> Array:
     """The rate at which as many others are accepted as same ones rejected.
+
+    Memory: O(n).
 
     Args:
         distances, same, where: as in `evaluate_pairs`.

@@ -50,6 +50,8 @@ def k_fold_accuracy(
     farthest distance that has to be accepted for the best accuracy on the other folds,
     and the next; of several equally good, the least.
 
+    Memory: O(n).
+
     Args:
         distances: ``[n]``.
         same: bool ``[n]``, whether a pair is of the same item.
