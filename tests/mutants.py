@@ -218,8 +218,8 @@ MUTANTS = [
     Mutant(
         "mining-random-rank",
         "mining.py",
-        'return jnp.searchsorted(running, rank, side="right")',
-        'return jnp.searchsorted(running, rank, side="left")',
+        'column = jnp.searchsorted(running, rank, side="right")',
+        'column = jnp.searchsorted(running, rank, side="left")',
         "random triplets of masks take the wrong columns",
         "tests/test_mining.py::test_random_triplets_are_uniform",
     ),

@@ -182,7 +182,15 @@ def test_no_public_function_is_left_out():
     assert public_functions().keys() == compiled | NO_ARRAYS
 
 
-@pytest.mark.parametrize("name", sorted(public_functions().keys() - NO_ARRAYS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, function in public_functions().items()
+        # `Metric` says it for all metrics.
+        if name not in NO_ARRAYS and not isinstance(function, tj.Metric)
+    ],
+)
 def test_the_docstring_gives_the_memory(name):
     text = inspect.getdoc(public_functions()[name])
     paragraphs = text.split("\n\n")

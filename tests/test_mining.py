@@ -324,7 +324,7 @@ def test_no_column_without_weight_is_drawn():
     [
         ([0.0, 3.0, 0.0, 1.0], [1, 1, 3, 3]),
         ([1e38, 3e38, 1e38, 3e38], [0, 1, 3, 3]),
-        ([np.nan, 1.0, np.inf, 1.0], [2, 2, 2, 2]),
+        ([np.nan, 1.0, np.inf, 1.0], [1, 2, 2, 2]),
     ],
 )
 def test_columns_by_weight(weights, expected):

@@ -111,10 +111,11 @@ def columns_by_weight(weights: Array, shares: Array) -> Array:
     A column whose weight is not above 0 is never drawn, unless no weight in its row is.
     """
     positive = weights > 0
-    # Else an infinite one would leave no number to the others.
+    weights = jnp.where(positive, weights, 0)
     weights = jnp.minimum(weights, jnp.finfo(weights.dtype).max)
-    most = jnp.max(jnp.where(positive, weights, 0), axis=-1, keepdims=True)
-    scaled = jnp.where(positive, weights / most, 0)
+    # Neither the sum nor the inverse of the scale leaves the range of float32.
+    scale = jnp.clip(jnp.max(weights, axis=-1, keepdims=True), 1e-30, 1e30)
+    scaled = weights / scale
     # The sums of a parallel scan are rounded one by one: without the maximum they rise
     # or fall a little where the weight is 0.
     running = jnp.where(positive, jnp.cumsum(scaled, axis=-1), 0)

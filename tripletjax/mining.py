@@ -719,7 +719,8 @@ def _masked_candidates(pairs: Pairs) -> list[Candidates]:
             def columns(row: tuple[Array, Array]) -> Array:
                 anchor, rank = row
                 running = jnp.cumsum(mask[anchor] & real)
-                return jnp.searchsorted(running, rank, side="right")
+                column = jnp.searchsorted(running, rank, side="right")
+                return jnp.minimum(column, m - 1)
 
             return over_rows(columns, (jnp.arange(n), rank.T)).T
 
