@@ -789,11 +789,14 @@ def random_triplets(
         where=where,
         reference_where=reference_where,
     )
-    by_mask = isinstance(pairs.labels, PairMasks)
-    *lead, n = pairs.labels.positive.shape[:-1] if by_mask else pairs.labels.shape
+    if isinstance(pairs.labels, PairMasks):
+        candidates_of, of_labels = _masked_candidates, pairs.labels.positive[..., 0]
+    else:
+        candidates_of, of_labels = _class_candidates, pairs.labels
+    *lead, n = of_labels.shape
 
     def draw(key: Array, pairs: Pairs) -> Triplets:
-        sides = _masked_candidates(pairs) if by_mask else _class_candidates(pairs)
+        sides = candidates_of(pairs)
         drawn, valid = [], jnp.ones((per_anchor, n), bool)
         for side_key, (count, column_at) in zip(jax.random.split(key), sides):
             most = jnp.maximum(count, 1)

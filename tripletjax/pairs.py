@@ -248,14 +248,15 @@ class Pairs(NamedTuple):
         if (references := options["reference_labels"]) is not None:
             m = _as_labels("reference_labels", references, None).shape[-1]
         pairs = cls.of(labels, shape=(*lead, n, m), **names, **options)
-        positions = pairs.positions
+        positions, own = pairs.positions, pairs.labels
+        assert not isinstance(own, PairMasks)
         if references is None and (
             positions is not None or options["reference_where"] is not None
         ):
             # The anchors and their references then differ in more than their order.
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(n), (*lead, n))
-            pairs = pairs._replace(reference_labels=pairs.labels, positions=positions)
+            pairs = pairs._replace(reference_labels=own, positions=positions)
         return pairs
 
     def masks(self) -> PairMasks:

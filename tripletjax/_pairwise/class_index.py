@@ -40,8 +40,9 @@ class ClassIndex(NamedTuple):
     def of_pairs(cls, pairs: Pairs) -> "ClassIndex":
         labels, where, real = pairs.labels, pairs.where, pairs.reference_where
         assert not isinstance(labels, PairMasks)
-        square = pairs.reference_labels is None
-        references = labels if square else pairs.reference_labels
+        references, square = pairs.reference_labels, pairs.reference_labels is None
+        if references is None:
+            references = labels
         n, m = len(labels), len(references)
         index = jnp.arange(m)
         if real is None:
