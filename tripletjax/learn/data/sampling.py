@@ -47,7 +47,7 @@ class ClassBatches:
             small or does not fit.
 
     >>> import numpy as np
-    >>> from tripletjax.learn.sampling import ClassBatches
+    >>> from tripletjax.learn.data.sampling import ClassBatches
     >>> labels = np.arange(100) % 10
     >>> batches = ClassBatches(labels, classes=3, per_class=4, seed=0)
     >>> print(labels[batches[7]])
