@@ -405,7 +405,7 @@ def test_what_was_learnt_before_moves_at_a_tenth_of_the_rate():
     head = heads.Head(4, 2, rngs=nnx.Rngs(0))
     model = heads.BackboneEmbedder(backbone, head)
     params = nnx.state(Standardized(model, (0.0,) * 3, (1.0,) * 3), nnx.Param)
-    tx = optimizer.slowed(lambda step: 0.01, 0.0)
+    tx = optimizer.slow_backbone(lambda step: 0.01, 0.0)
     gradients = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(gradients, tx.init(params), params)
     moved = updates["model"]

@@ -260,7 +260,7 @@ def _optimizer(plan: Plan) -> optax.GradientTransformation:
         decay_steps=plan.steps,
     )
     if plan.pretrained and not plan.frozen:
-        return optimizer.slowed(schedule, plan.weight_decay)
+        return optimizer.slow_backbone(schedule, plan.weight_decay)
     return optax.adamw(schedule, weight_decay=plan.weight_decay)
 
 
