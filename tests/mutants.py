@@ -535,22 +535,6 @@ MUTANTS = [
         "tests/test_blockwise.py",
     ),
     Mutant(
-        "ring-part",
-        "_engine/by_ring.py",
-        "first = (me + i) % devices * len(y)",
-        "first = (me - i) % devices * len(y)",
-        "parts of a ring get the labels of others",
-        "tests/test_engine.py::test_references_that_go_round_four_devices",
-    ),
-    Mutant(
-        "ring-slope",
-        "_engine/by_ring.py",
-        "moving = moving.at[at].add(-rows)",
-        "moving = moving.at[at].add(rows)",
-        "the sign of a ring's gradient by references",
-        "tests/test_engine.py::test_references_that_go_round_four_devices",
-    ),
-    Mutant(
         "anchor-weights",
         "_engine/derivatives.py",
         "_, gradients = _with_gradients(spec, *inputs, cotangents.total)",

@@ -1,11 +1,7 @@
-"""Parts of blockwise losses: a class index, reductions, several panels, a ring."""
+"""Parts of blockwise losses: a class index, reductions, several panels."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 
 import tripletjax as tj
 from tripletjax._engine.reductions import min_and_index
@@ -59,15 +55,3 @@ def test_anchors_of_overlapping_panels_count_once(monkeypatch):
     assert (expected.active > 0).any()
     for one, other in zip(got, expected):
         np.testing.assert_allclose(one, other, rtol=1e-5)
-
-
-def test_references_that_go_round_four_devices():
-    x, labels = vectors(12), np.arange(12) % 4
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-    loss = functools.partial(tj.blockwise.batch_hard_loss, margin=2.0)
-    expected = jax.value_and_grad(lambda x: loss(x, labels))(x)
-    with jax.set_mesh(mesh):
-        over = lambda x: loss(x, labels, axis_name="data", ring=True)  # noqa: E731
-        got = jax.jit(jax.value_and_grad(over))(x)
-    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
-    np.testing.assert_allclose(got[1], expected[1], atol=1e-5)

@@ -19,7 +19,6 @@ where two vectors nearly coincide. Of negatives that are equally far up to round
 two forms may choose different ones.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -63,7 +62,6 @@ def _of_anchors(result: Any, n: int, options: dict[str, Any]) -> Any:
 @over_mesh(together=_of_anchors)
 @jitted(
     callables=("metric", "reduce_fn"),
-    flags=("ring",),
     static=("hinge", "axis_name", "block_size"),
     nonnegative=("margin",),
     optional=("reduce_fn",),
@@ -83,7 +81,6 @@ def batch_all_loss(
     reference_where: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     block_size: int | None = None,
-    ring: bool = False,
     reduce_fn: Reduction | None = mean_active,
 ) -> Any:
     r"""The triplet loss of all triplets, straight from embeddings.
@@ -107,9 +104,6 @@ def batch_all_loss(
         block_size: how many vectors are compared with how many at a time; if not
             given, 512 on CPUs and 2,048 on accelerators. The result does not depend on
             it.
-        ring: with `axis_name`, whether the devices' references go round a ring, a part
-            at a time, and are never together: O(n d / devices) memory in place of
-            O(n d), in more steps. Of metrics made of products, and labels.
         reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
             terms. With `mean_valid`, `mean_active` and any `SumReduction` the gradient
             is made along with the value, with others by a second pass and in reverse
@@ -147,7 +141,6 @@ def batch_all_loss(
         reference_where=reference_where,
         axis_name=axis_name,
         block_size=block_size,
-        ring=ring,
         reduce_fn=reduce_fn,
     )
 
@@ -155,7 +148,6 @@ def batch_all_loss(
 @over_mesh(together=_of_anchors)
 @jitted(
     callables=("metric", "reduce_fn"),
-    flags=("ring",),
     static=("hinge", "axis_name", "block_size"),
     nonnegative=("margin",),
     optional=("reduce_fn",),
@@ -175,7 +167,6 @@ def batch_hard_loss(
     reference_where: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     block_size: int | None = None,
-    ring: bool = False,
     reduce_fn: Reduction | None = mean_valid,
 ) -> Any:
     r"""The triplet loss of each anchor's farthest positive and nearest negative.
@@ -200,9 +191,6 @@ def batch_hard_loss(
         block_size: how many vectors are compared with how many at a time; if not
             given, 512 on CPUs and 2,048 on accelerators. The result does not depend on
             it.
-        ring: with `axis_name`, whether the devices' references go round a ring, a part
-            at a time, and are never together: O(n d / devices) memory in place of
-            O(n d), in more steps. Of metrics made of products, and labels.
         reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
             terms. With `mean_valid`, `mean_active` and any `SumReduction` the gradient
             is made along with the value, with others by a second pass and in reverse
@@ -240,7 +228,6 @@ def batch_hard_loss(
         reference_where=reference_where,
         axis_name=axis_name,
         block_size=block_size,
-        ring=ring,
         reduce_fn=reduce_fn,
     )
 
@@ -248,7 +235,7 @@ def batch_hard_loss(
 @over_mesh(together=_of_anchors)
 @jitted(
     callables=("metric", "reduce_fn"),
-    flags=("fallback", "ring"),
+    flags=("fallback",),
     static=("hinge", "axis_name", "block_size"),
     nonnegative=("margin",),
     optional=("reduce_fn",),
@@ -269,7 +256,6 @@ def batch_semi_hard_loss(
     reference_where: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     block_size: int | None = None,
-    ring: bool = False,
     reduce_fn: Reduction | None = mean_valid,
 ) -> Any:
     r"""The triplet loss of each positive pair with the nearest negative beyond it.
@@ -295,9 +281,6 @@ def batch_semi_hard_loss(
         block_size: how many vectors are compared with how many at a time; if not
             given, 512 on CPUs and 2,048 on accelerators. The result does not depend on
             it.
-        ring: with `axis_name`, whether the devices' references go round a ring, a part
-            at a time, and are never together: O(n d / devices) memory in place of
-            O(n d), in more steps. Of metrics made of products, and labels.
         reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
             terms. With `mean_valid`, `mean_active` and any `SumReduction` the gradient
             is made along with the value, with others by a second pass and in reverse
@@ -335,7 +318,6 @@ def batch_semi_hard_loss(
         reference_where=reference_where,
         axis_name=axis_name,
         block_size=block_size,
-        ring=ring,
         reduce_fn=reduce_fn,
     )
 
@@ -530,17 +512,11 @@ def _loss(
     fallback: bool = True,
     axis_name: AxisName | None,
     block_size: int | None,
-    ring: bool,
     reduce_fn: Reduction | None,
     **pairs: ArrayLike | None,
 ) -> Any:
     spec = _spec(mining, metric, hinge=hinge, fallback=fallback, block_size=block_size)
-    if ring:
-        _check_ring(metric, labels, axis_name)
-        spec = dataclasses.replace(spec, ring=axis_name)
-    batch, lead = as_batch(
-        metric, embeddings, labels, axis_name=axis_name, gather=not ring, **pairs
-    )
+    batch, lead = as_batch(metric, embeddings, labels, axis_name=axis_name, **pairs)
     margin = jnp.broadcast_to(as_margin(margin, batch.anchors), lead)
 
     def one(batch_and_margin: tuple[Batch, Array]) -> Any:
@@ -549,11 +525,6 @@ def _loss(
         if axis_name is not None:
             n *= lax.axis_size(axis_name)
         by_autodiff = needs_autodiff(spec, batch)
-        if by_autodiff and ring:
-            raise ValueError(
-                "ring cannot be combined with a metric or a hinge that closes over "
-                "traced arrays; use ring=False."
-            )
         if (
             not by_autodiff
             and reduce_fn is not None
@@ -574,17 +545,6 @@ def _loss(
         return reduced(terms, reduce_fn)
 
     return for_each_batch(lead, one, (batch, margin))
-
-
-def _check_ring(
-    metric: Metric, labels: ArrayLike | PairMasks, axis_name: AxisName | None
-) -> None:
-    if axis_name is None:
-        raise ValueError("ring needs axis_name, the mesh axes that it goes along.")
-    if metric.products is None:
-        raise ValueError(f"ring needs a metric made of inner products, got {metric}.")
-    if isinstance(labels, PairMasks):
-        raise ValueError("ring needs labels that are integers, got PairMasks.")
 
 
 def _varying(batch: Batch, margin: Array) -> tuple[Batch, Array]:

@@ -280,19 +280,16 @@ class Products(NamedTuple):
         return 0.5 * jnp.sum(jnp.square(x - offset), axis=-1) + self.own(x)
 
 
-def common_offset(x: Array, axis_name: str | tuple[str, ...] | None = None) -> Array:
+def common_offset(x: Array) -> Array:
     """What all vectors have in common, where that is most of what they have.
 
     Rounding errors of inner products grow with the norms, distances do not depend on
     the origin. The offset has few digits, so that vectors of small integers, and ties
-    between their distances, stay exact. With mesh axes, over which they are split, it
-    is that of the vectors of all devices.
+    between their distances, stay exact.
     """
     x = jax.lax.stop_gradient(x)
     x = jnp.where(jnp.isfinite(x), x, 0)
     mean, squares = jnp.mean(x, axis=0), jnp.mean(x * x, axis=0)
-    if axis_name is not None:
-        mean, squares = jax.lax.pmean((mean, squares), axis_name)
     rounded = jax.lax.reduce_precision(mean, exponent_bits=8, mantissa_bits=7)
     # The mean is over four standard deviations.
     common = mean * mean > 16 / 17 * squares

@@ -82,10 +82,6 @@ def _with_gradients(
 @_with_gradients.defjvp
 @own_promotion
 def _with_gradients_jvp(spec: LossSpec, primals: tuple, tangents: tuple) -> tuple:
-    if spec.ring is not None:
-        raise NotImplementedError(
-            "ring=True has first derivatives alone: second ones need all references."
-        )
     out = _with_gradients(spec, *primals)
     (batch, margin, weights), (*dot, weights_dot) = primals, tangents
     if weights is None:

@@ -9,7 +9,6 @@ from jax import Array
 
 from tripletjax._pairwise.batch import Batch
 from tripletjax._pairwise.cuts import CPU, Cut, by_platform
-from tripletjax._pairwise.mesh import AxisName
 from tripletjax._pairwise.slices import Index, add_rows
 from tripletjax.distances import Metric
 from tripletjax.losses import RELU, Cost
@@ -36,7 +35,6 @@ class LossSpec:
         fallback: whether a pair without a semi-hard negative takes the farthest.
         cut: how the work is cut up.
         block_size: how many vectors a tile has a side, if not as the cut says.
-        ring: the mesh axes along which references go round, if they do.
     """
 
     mining: Mining
@@ -45,7 +43,6 @@ class LossSpec:
     fallback: bool = True
     block_size: int | None = None
     cut: Cut = CPU
-    ring: AxisName | None = None
 
     def by_platform(self, compute: Callable[["LossSpec"], T], n: int) -> T:
         """What is computed of n vectors, with the cut that is best where it runs."""

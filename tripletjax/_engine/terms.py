@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from tripletjax._engine.by_panels import mined_panel, sums_by_panels
-from tripletjax._engine.by_ring import sums_by_ring
 from tripletjax._engine.by_tiles import mined_by_tiles, sums_by_tiles
 from tripletjax._engine.panels import Panels
 from tripletjax._engine.search import MAX_TILE_POSITIVES
@@ -33,13 +32,11 @@ def terms_and_gradients(
     gradient: bool,
 ) -> tuple[TripletTerms, Gradients | None]:
     """The terms per anchor, and the gradient of their total weighted per anchor."""
-    ring, classes = spec.ring, None
-    if ring is None and spec.metric.products is not None and batch.has_classes:
+    classes = None
+    if spec.metric.products is not None and batch.has_classes:
         classes = ClassIndex.of(batch)
 
     def terms(spec: LossSpec) -> tuple[TripletTerms, Gradients | None]:
-        if ring is not None:
-            return sums_by_ring(spec, batch, margin, weights, ring, gradient)
         if classes is None:
             return sums_by_panels(spec, batch, margin, weights, gradient)
         return lax.cond(

@@ -70,7 +70,6 @@ def as_batch(
     *,
     references: ArrayLike | None = None,
     axis_name: AxisName | None = None,
-    gather: bool = True,
     **pairs: Any,
 ) -> tuple[Batch, tuple[int, ...]]:
     """Checks the arguments; a batch with leading dimensions in front, and these.
@@ -81,8 +80,6 @@ def as_batch(
         labels: integers ``[..., n]``, or `PairMasks`.
         references: vectors ``[..., m, d]``, or None.
         axis_name: of mesh axes over which the batch is split, or None.
-        gather: whether the references' vectors are brought together along them, or
-            only what is said about them.
         **pairs: `reference_labels`, `positions`, `where` and `reference_where`.
     """
     if not isinstance(metric, Metric):
@@ -141,11 +138,9 @@ def as_batch(
                     positions += lax.axis_index(axis_name) * n
             told = told._replace(reference_labels=told.labels, positions=positions)
     if axis_name is not None:
-        if gather:
-            y = gather_rows(y, axis_name, len(lead))
-        reference_labels, reference_where = jax.tree.map(
+        y, reference_labels, reference_where = jax.tree.map(
             lambda x: gather_rows(x, axis_name, len(lead)),
-            (told.reference_labels, told.reference_where),
+            (y, told.reference_labels, told.reference_where),
         )
         told = told._replace(
             reference_labels=reference_labels, reference_where=reference_where
