@@ -243,8 +243,8 @@ MUTANTS = [
     Mutant(
         "loss-mean-valid",
         "losses.py",
-        "return _ratio(terms.total, terms.valid)",
-        "return _ratio(terms.total, terms.active)",
+        "return sums.total / jnp.maximum(sums.valid, 1)",
+        "return sums.total / jnp.maximum(sums.active, 1)",
         "mean_valid divides by active triplets",
         "tests/test_losses.py::test_reductions",
     ),

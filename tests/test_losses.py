@@ -1,5 +1,8 @@
 """Explicit triplets, reductions and costs, by hand and against the oracles."""
 
+import functools
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,6 +141,35 @@ def test_reductions():
     total = tj.batch_all_loss(d, labels, reduce_fn=lambda terms: terms.total.sum())
     parts = tj.batch_all_loss(d, labels, reduce_fn=None)
     np.testing.assert_allclose(total, parts.total.sum(), rtol=1e-6)
+
+
+def test_reductions_keep_batch_dimensions():
+    """Also where one is part of another, which sees sums."""
+    both = tj.SumReduction(lambda sums: (tj.mean_valid.of_sums(sums), sums.valid))
+    terms = tj.TripletTerms(*jnp.arange(18.0).reshape(3, 2, 3))
+    mean, valid = both(terms)
+    np.testing.assert_allclose(mean, terms.total.sum(1) / terms.valid.sum(1))
+    np.testing.assert_array_equal(valid, terms.valid.sum(1))
+
+
+def test_equal_reductions_are_one():
+    def reduction():
+        return tj.SumReduction(lambda sums: sums.total / 7)
+
+    assert reduction() == reduction()
+    assert hash(reduction()) == hash(reduction())
+    assert tj.mean_valid != tj.mean_active
+    assert pickle.loads(pickle.dumps(tj.mean_valid)) == tj.mean_valid
+    assert "Mean cost of all triplets" in tj.mean_valid.__doc__
+
+
+@pytest.mark.parametrize(
+    "reduce_fn", [jnp.mean, np.mean, sum, functools.partial(jnp.sum, axis=-1)]
+)
+@pytest.mark.parametrize("loss", [tj.batch_hard_loss, tj.blockwise.batch_hard_loss])
+def test_reductions_of_one_array_are_refused(loss, reduce_fn):
+    with pytest.raises(TypeError, match=r"reduce_fn must take TripletTerms, got .*use"):
+        loss(np.ones((4, 4)), [0, 0, 1, 1], reduce_fn=reduce_fn)
 
 
 @pytest.mark.parametrize(

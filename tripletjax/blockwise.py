@@ -40,12 +40,12 @@ from tripletjax.distances import Metric, euclidean
 from tripletjax.losses import (
     Hinge,
     Reduction,
+    SumReduction,
     TripletTerms,
     as_cost,
     as_margin,
     mean_active,
     mean_valid,
-    needs_sums_alone,
     reduced,
 )
 from tripletjax.mining import CountedTriplets, Triplets
@@ -521,23 +521,12 @@ def _loss(
 
     def one(batch_and_margin: tuple[Batch, Array]) -> Any:
         batch, margin = _varying(*batch_and_margin)
-        n = len(batch.anchors)
-        if axis_name is not None:
-            n *= lax.axis_size(axis_name)
         by_autodiff = needs_autodiff(spec, batch)
-        if (
-            not by_autodiff
-            and reduce_fn is not None
-            and needs_sums_alone(reduce_fn, n, batch.anchors.dtype)
-        ):
-            # It treats all anchors alike, so that the gradient of the plain total is
-            # its own but for a factor. The first stands for all.
+        if isinstance(reduce_fn, SumReduction) and not by_autodiff:
             sums = total_terms(spec, batch, margin)
             if axis_name is not None:
                 sums = lax.psum(sums, axis_name)
-            return reduce_fn(
-                TripletTerms(*(jnp.pad(x[None], (0, n - 1)) for x in sums))
-            )
+            return reduce_fn.of_sums(sums)
         terms_of = terms_by_autodiff if by_autodiff else terms_per_anchor
         terms = terms_of(spec, batch, margin)
         if axis_name is not None:

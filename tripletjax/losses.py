@@ -34,7 +34,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import Var
 from jax.typing import ArrayLike, DTypeLike
 
 from tripletjax._api import jitted, own_promotion, unjitted
@@ -76,8 +75,49 @@ class TripletTerms(NamedTuple):
 Reduction = Callable[[TripletTerms], Any]
 
 
-def mean_valid(terms: TripletTerms) -> Array:
-    r"""The mean cost of all triplets, 0 if there are none.
+@dataclasses.dataclass(frozen=True)
+class SumReduction:
+    """A reduction that needs only the sums of the terms over the anchors.
+
+    `mean_valid` and `mean_active` are such reductions. `tripletjax.blockwise` computes
+    their value and gradient in one walk over the pairs. Any other reduction takes a
+    second walk for its gradient.
+
+    Reductions of the same function are equal and hash alike.
+
+    Args:
+        of_sums: a function from `TripletTerms` ``[...]``, summed over the anchors, to
+            the result.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> @tj.SumReduction
+    ... def loss_and_active_share(sums):
+    ...     return tj.mean_valid.of_sums(sums), sums.active / sums.valid
+    >>> x = jnp.array([[0.0], [2.0], [1.0], [3.5]])
+    >>> loss, share = tj.blockwise.batch_all_loss(
+    ...     x, jnp.array([0, 0, 1, 1]), margin=0.5, reduce_fn=loss_and_active_share)
+    >>> print(loss, share)
+    1.1875 0.75
+    """
+
+    of_sums: Callable[[TripletTerms], Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "of_sums", canonical(self.of_sums))
+        object.__setattr__(self, "__doc__", self.of_sums.__doc__)
+
+    def __call__(self, terms: TripletTerms) -> Any:
+        """The result of `TripletTerms` ``[..., n]``, or of the terms of one anchor."""
+        sums = (jnp.sum(x, axis=-1) if jnp.ndim(x) else x for x in terms)
+        return self.of_sums(TripletTerms(*sums))
+
+
+# The docstrings of these functions are those of the public reductions.
+
+
+def _mean_valid(sums: TripletTerms) -> Array:
+    r"""Mean cost of all triplets, 0 if there are none.
 
     $$\frac{\sum_a \text{total}_a}{\sum_a \text{valid}_a}$$
 
@@ -93,11 +133,11 @@ def mean_valid(terms: TripletTerms) -> Array:
     >>> print(tj.mean_valid(terms), tj.mean_active(terms))
     0.5 1.0
     """
-    return _ratio(terms.total, terms.valid)
+    return sums.total / jnp.maximum(sums.valid, 1)
 
 
-def mean_active(terms: TripletTerms) -> Array:
-    r"""The mean cost of the triplets that cost anything, 0 if none does.
+def _mean_active(sums: TripletTerms) -> Array:
+    r"""Mean cost of the triplets with a positive cost, 0 if there are none.
 
     $$\frac{\sum_a \text{total}_a}{\sum_a \text{active}_a}$$
 
@@ -118,78 +158,34 @@ def mean_active(terms: TripletTerms) -> Array:
     >>> print(tj.mean_active(tj.TripletTerms(*jnp.zeros((3, 5)))))
     0.0
     """
-    return _ratio(terms.total, terms.active)
+    return sums.total / jnp.maximum(sums.active, 1)
 
 
-def _ratio(total: Array, count: Array) -> Array:
-    if total.ndim:
-        total, count = jnp.sum(total, axis=-1), jnp.sum(count, axis=-1)
-    return total / jnp.maximum(count, 1)
+mean_valid = SumReduction(_mean_valid)
+mean_active = SumReduction(_mean_active)
 
 
-@dataclasses.dataclass(frozen=True)
-class SumReduction:
-    """A reduction that needs the terms' sums over anchors alone.
-
-    Like `mean_valid` and `mean_active`, and unlike other reductions, it gets value and
-    gradient in one pass from `tripletjax.blockwise`.
-
-    Args:
-        function: from `TripletTerms` ``[...]``, summed over the anchors, to the result.
-
-    >>> import jax.numpy as jnp
-    >>> import tripletjax as tj
-    >>> @tj.SumReduction
-    ... def loss_and_active_share(sums):
-    ...     return tj.mean_valid(sums), sums.active / sums.valid
-    >>> x = jnp.array([[0.0], [2.0], [1.0], [3.5]])
-    >>> loss, share = tj.blockwise.batch_all_loss(
-    ...     x, jnp.array([0, 0, 1, 1]), margin=0.5, reduce_fn=loss_and_active_share)
-    >>> print(loss, share)
-    1.1875 0.75
-    """
-
-    function: Callable[[TripletTerms], Any]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "function", canonical(self.function))
-
-    def __call__(self, terms: TripletTerms) -> Any:
-        return self.function(TripletTerms(*(jnp.sum(term, axis=-1) for term in terms)))
+def reduced(terms: TripletTerms, reduce_fn: Reduction | None) -> Any:
+    """The result of a reduction; the terms themselves if it is None."""
+    if reduce_fn is None:
+        return terms
+    check_reduction(reduce_fn)
+    return reduce_fn(terms)
 
 
-def needs_sums_alone(reduce_fn: Reduction, n: int, dtype: DTypeLike) -> bool:
-    """Whether a reduction does nothing with terms ``[n]`` but sum them over anchors.
-
-    Then it does not matter which anchor has how much of a term. Read from the steps
-    that it traces to; where these do not show it, the answer is no.
-    """
-    if isinstance(reduce_fn, SumReduction):
-        return True
-    each: Any = jax.ShapeDtypeStruct((n,), dtype)
-    terms = TripletTerms(each, each, each)
-    try:
-        closed = jax.make_jaxpr(reduce_fn)(terms)
-    except Exception:  # Whatever is wrong with it is told where it is used.
-        return False
-    return _sums_alone(closed.jaxpr, set(closed.jaxpr.invars))
-
-
-def _sums_alone(jaxpr: Any, terms: set) -> bool:
-    """Whether all that becomes of some variables are their sums."""
-    if terms & {x for x in jaxpr.outvars if isinstance(x, Var)}:
-        return False
-    for step in jaxpr.eqns:
-        used = [isinstance(x, Var) and x in terms for x in step.invars]
-        if not any(used) or step.primitive.name == "reduce_sum":
-            continue
-        inner = step.params.get("jaxpr") if step.primitive.name == "jit" else None
-        if inner is None:
-            return False
-        inside = {x for x, mine in zip(inner.jaxpr.invars, used) if mine}
-        if not _sums_alone(inner.jaxpr, inside):
-            return False
-    return True
+def check_reduction(reduce_fn: Reduction) -> None:
+    """Raises for functions of one array, such as ``jnp.mean`` and ``sum``."""
+    function: Any = reduce_fn
+    while isinstance(function, functools.partial):
+        function = function.func
+    module = getattr(function, "__module__", None) or ""
+    if module.partition(".")[0] in ("jax", "numpy", "builtins"):
+        name = f"{module}.{getattr(function, '__name__', function)}"
+        raise TypeError(
+            f"reduce_fn must take TripletTerms, got {name}; use "
+            "reduce_fn=tripletjax.mean_valid, or a function of the terms such as "
+            "lambda terms: jnp.mean(terms.total)."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,28 +232,18 @@ Cost = GapCost | TripletCost
 
 
 def as_cost(hinge: Any) -> Cost:
-    """Checks a hinge; functions that compute what relu or softplus do are these."""
+    """The cost of a hinge: `RELU` and `SOFTPLUS` for ``jax.nn.relu`` and ``softplus``.
+
+    Any other function is a `GapCost` of unknown properties.
+    """
     if isinstance(hinge, TripletCost):
         return hinge
     if not callable(hinge):
         raise TypeError(f"hinge must be callable, got {hinge!r}.")
-    for known in (RELU, SOFTPLUS):
-        if hinge == known.function:
-            return known
-    try:
-        program = _with_derivative(hinge)
-    except Exception:  # Whatever is wrong with it is told where it is used.
-        return GapCost(hinge)
-    for known in (RELU, SOFTPLUS):
-        if program == _with_derivative(known.function):
-            return known
+    for cost in (RELU, SOFTPLUS):
+        if hinge is cost.function:
+            return cost
     return GapCost(hinge)
-
-
-def _with_derivative(function: Callable[[Array], Array]) -> str:
-    """What a function of a scalar and its derivative compute, step by step."""
-    x = jax.ShapeDtypeStruct((), jnp.float32)
-    return str(jax.make_jaxpr(lambda x, dot: jax.jvp(function, (x,), (dot,)))(x, x))
 
 
 def closes_over_arrays(cost: Cost, dtype: DTypeLike) -> bool:
@@ -903,7 +889,3 @@ def sums_of(costs: Array, valid: Array) -> TripletTerms:
     """The terms of anchors that have a row of triplets each."""
     terms = (costs, costs > 0, valid)
     return TripletTerms(*(jnp.sum(t, axis=-1, dtype=costs.dtype) for t in terms))
-
-
-def reduced(terms: TripletTerms, reduce_fn: Reduction | None) -> Any:
-    return terms if reduce_fn is None else reduce_fn(terms)
