@@ -4,6 +4,7 @@ The rules that hold for all losses are in `test_contract`.
 """
 
 import functools
+import inspect
 import itertools
 
 import jax
@@ -20,6 +21,7 @@ from problems import (
     LABELS,
     LOSSES,
     in_lanes,
+    public_names,
     unless_slow,
     vectors,
 )
@@ -592,6 +594,13 @@ def test_bad_input_is_named(loss, change, error, words):
     arguments = {"embeddings": np.ones((4, 3)), "labels": [0, 0, 1, 1]} | change
     with pytest.raises(error, match=words):
         loss(arguments.pop("embeddings"), arguments.pop("labels"), **arguments)
+
+
+@pytest.mark.parametrize("name", public_names(blockwise))
+def test_options_are_given_by_name(name):
+    parameters = inspect.signature(getattr(blockwise, name)).parameters.values()
+    by_place = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    assert by_place in (["embeddings", "labels"], ["embeddings", "triplets"])
 
 
 def test_labels_of_other_dtypes():

@@ -161,6 +161,7 @@ def test_equal_reductions_are_one():
     assert tj.mean_valid != tj.mean_active
     assert pickle.loads(pickle.dumps(tj.mean_valid)) == tj.mean_valid
     assert "Mean cost of all triplets" in tj.mean_valid.__doc__
+    assert repr(tj.mean_valid) == "SumReduction(mean_valid)"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ two forms may choose different ones.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -51,22 +52,38 @@ from tripletjax.losses import (
 from tripletjax.mining import CountedTriplets, Triplets
 from tripletjax.pairs import PairMasks
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def _of_anchors(result: Any, n: int, options: dict[str, Any]) -> Any:
-    """The same; of terms per anchor, those that are not of padding."""
+
+def _terms_of_anchors(result: Any, n: int, options: dict[str, Any]) -> Any:
+    """The result of a loss over a mesh; terms lose the rows of padding."""
     if options.get("reduce_fn", mean_valid) is not None:
         return result
     return TripletTerms(*(x[:n] for x in result))
 
 
-@over_mesh(together=_of_anchors)
-@jitted(
-    callables=("metric", "reduce_fn"),
-    static=("hinge", "axis_name", "block_size"),
-    nonnegative=("margin",),
-    optional=("reduce_fn",),
-    check=check_not_distances,
-)
+def _blockwise_loss(
+    *, flags: tuple[str, ...] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes a loss of embeddings jitted, and splits its work over a mesh.
+
+    Args:
+        flags: options that must be booleans.
+    """
+    compiled = jitted(
+        callables=("metric", "reduce_fn"),
+        flags=flags,
+        static=("hinge", "axis_name", "block_size"),
+        nonnegative=("margin",),
+        optional=("reduce_fn",),
+        check=check_not_distances,
+    )
+    split = over_mesh(together=_terms_of_anchors)
+    return lambda function: split(compiled(function))
+
+
+@_blockwise_loss()
 def batch_all_loss(
     embeddings: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -98,16 +115,15 @@ def batch_all_loss(
         references: vectors ``[..., m, d]``, with `reference_labels`. If not given, the
             anchors are their own references.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
-        axis_name: inside ``jax.shard_map``, the mesh axes over which the batch is
-            split: every device mines against the references of all, and all get the
-            same result. `positions` count along the references of all.
-        block_size: how many vectors are compared with how many at a time; if not
-            given, 512 on CPUs and 2,048 on accelerators. The result does not depend on
-            it.
+        axis_name: the mesh axes over which the batch is split. Each device mines its
+            anchors against the references of all devices, and all devices get the
+            same result. `positions` count along the references of all devices.
+        block_size: vectors on each side of a block of pairs. If not given, 512 on CPUs
+            and 2,048 on accelerators. The result does not depend on it.
         reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
-            terms. With `mean_valid`, `mean_active` and any `SumReduction` the gradient
-            is made along with the value, with others by a second pass and in reverse
-            mode only.
+            terms. With a `SumReduction`, such as `mean_valid` and `mean_active`, one
+            walk over the pairs gives value and gradient. With any other function, the
+            gradient takes a second walk and reverse mode.
 
     Returns:
         With the default `reduce_fn` the mean over triplets that cost anything,
@@ -145,14 +161,7 @@ def batch_all_loss(
     )
 
 
-@over_mesh(together=_of_anchors)
-@jitted(
-    callables=("metric", "reduce_fn"),
-    static=("hinge", "axis_name", "block_size"),
-    nonnegative=("margin",),
-    optional=("reduce_fn",),
-    check=check_not_distances,
-)
+@_blockwise_loss()
 def batch_hard_loss(
     embeddings: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -179,22 +188,12 @@ def batch_hard_loss(
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
-        metric: how far two vectors are apart.
-        margin: a scalar, in units of the metric.
-        hinge: as in `triplet_margin_loss`.
-        references: vectors ``[..., m, d]``, with `reference_labels`. If not given, the
-            anchors are their own references.
+        metric, margin, hinge: as in `batch_all_loss`.
+        references: vectors ``[..., m, d]``, or None, as in `batch_all_loss`.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
-        axis_name: inside ``jax.shard_map``, the mesh axes over which the batch is
-            split: every device mines against the references of all, and all get the
-            same result. `positions` count along the references of all.
-        block_size: how many vectors are compared with how many at a time; if not
-            given, 512 on CPUs and 2,048 on accelerators. The result does not depend on
-            it.
-        reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
-            terms. With `mean_valid`, `mean_active` and any `SumReduction` the gradient
-            is made along with the value, with others by a second pass and in reverse
-            mode only.
+        axis_name, block_size: as in `batch_all_loss`.
+        reduce_fn: from `TripletTerms` ``[..., n]`` to the result, as in
+            `batch_all_loss`; None returns the terms.
 
     Returns:
         With the default `reduce_fn` the mean over anchors that have a positive and a
@@ -232,15 +231,7 @@ def batch_hard_loss(
     )
 
 
-@over_mesh(together=_of_anchors)
-@jitted(
-    callables=("metric", "reduce_fn"),
-    flags=("fallback",),
-    static=("hinge", "axis_name", "block_size"),
-    nonnegative=("margin",),
-    optional=("reduce_fn",),
-    check=check_not_distances,
-)
+@_blockwise_loss(flags=("fallback",))
 def batch_semi_hard_loss(
     embeddings: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -268,23 +259,13 @@ def batch_semi_hard_loss(
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
-        metric: how far two vectors are apart.
-        margin: a scalar, in units of the metric.
-        hinge: as in `triplet_margin_loss`.
+        metric, margin, hinge: as in `batch_all_loss`.
         fallback: if False, a pair without a negative beyond has no triplet.
-        references: vectors ``[..., m, d]``, with `reference_labels`. If not given, the
-            anchors are their own references.
+        references: vectors ``[..., m, d]``, or None, as in `batch_all_loss`.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
-        axis_name: inside ``jax.shard_map``, the mesh axes over which the batch is
-            split: every device mines against the references of all, and all get the
-            same result. `positions` count along the references of all.
-        block_size: how many vectors are compared with how many at a time; if not
-            given, 512 on CPUs and 2,048 on accelerators. The result does not depend on
-            it.
-        reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
-            terms. With `mean_valid`, `mean_active` and any `SumReduction` the gradient
-            is made along with the value, with others by a second pass and in reverse
-            mode only.
+        axis_name, block_size: as in `batch_all_loss`.
+        reduce_fn: from `TripletTerms` ``[..., n]`` to the result, as in
+            `batch_all_loss`; None returns the terms.
 
     Returns:
         With the default `reduce_fn` the mean over anchor-positive pairs, ``[...]``.
@@ -374,7 +355,7 @@ def batch_hard_triplets(
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
-        metric, references, axis_name, block_size: as in `batch_hard_loss`.
+        metric, references, axis_name, block_size: as in `batch_all_loss`.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
 
     Returns:
@@ -444,7 +425,7 @@ def batch_semi_hard_triplets(
         labels: integers ``[..., n]``, or `PairMasks`.
         size: how many triplets there is room for: n (K - 1) for classes of K.
         fallback: if False, a pair without a negative beyond has no triplet.
-        metric, references, axis_name, block_size: as in `batch_semi_hard_loss`.
+        metric, references, axis_name, block_size: as in `batch_all_loss`.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
 
     Returns:

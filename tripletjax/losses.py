@@ -75,7 +75,7 @@ class TripletTerms(NamedTuple):
 Reduction = Callable[[TripletTerms], Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SumReduction:
     """A reduction that needs only the sums of the terms over the anchors.
 
@@ -111,6 +111,10 @@ class SumReduction:
         """The result of `TripletTerms` ``[..., n]``, or of the terms of one anchor."""
         sums = (jnp.sum(x, axis=-1) if jnp.ndim(x) else x for x in terms)
         return self.of_sums(TripletTerms(*sums))
+
+    def __repr__(self) -> str:
+        name = getattr(self.of_sums, "__name__", repr(self.of_sums))
+        return f"SumReduction({name.strip('_')})"
 
 
 # The docstrings of these functions are those of the public reductions.
