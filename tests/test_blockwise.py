@@ -596,6 +596,98 @@ def test_bad_input_is_named(loss, change, error, words):
         loss(arguments.pop("embeddings"), arguments.pop("labels"), **arguments)
 
 
+def drawn_triplets(n, m, k=50):
+    random = np.random.default_rng(0)
+    indices = [random.integers(0, size, k) for size in (n, m, m)]
+    return tj.Triplets(*indices, random.random(k) < 0.8)
+
+
+@pytest.mark.parametrize("metric", [tj.euclidean, tj.cosine, tj.manhattan])
+def test_triplets_of_embeddings_and_references(metric, monkeypatch):
+    """Value and gradients are those of explicit triplets, in blocks of seven."""
+    monkeypatch.setattr(cuts, "CPU", cuts.CPU._replace(panel=7 * 6))
+    x, y, triplets = vectors(), vectors(53, seed=1), drawn_triplets(40, 53)
+    anchor, positive, negative, valid = triplets
+
+    def explicit(x, y, margin):
+        return tj.triplet_margin_loss(
+            x[anchor], y[positive], y[negative], where=valid, metric=metric,
+            margin=margin,
+        )  # fmt: skip
+
+    def mined(x, y, margin):
+        return blockwise.triplet_loss(
+            x, triplets, references=y, metric=metric, margin=margin
+        )
+
+    check(*(jax.value_and_grad(f, (0, 1, 2))(x, y, 0.3) for f in (mined, explicit)))
+    check(*(jax.jvp(lambda x: f(x, y, 0.3), (x,), (x,)) for f in (mined, explicit)))  # noqa: B023
+
+
+def test_triplets_keep_the_digits_of_near_duplicates():
+    x = near_pair(1e-4)
+    triplets = tj.Triplets(*(jnp.array([i]) for i in (0, 0, 1)), jnp.array([True]))
+    exact = oracles.euclidean(*np.asarray(x[:2], float))
+    value = blockwise.triplet_loss(x, triplets, hinge=only("negative"))
+    np.testing.assert_allclose(value, exact, rtol=1e-6)
+
+
+def test_triplets_that_are_not_valid_have_no_gradient():
+    """Their indices may compare a vector with itself: this root has no slope there."""
+    metric = tj.Metric(lambda a, b: jnp.sqrt(jnp.sum((a - b) ** 2)))
+    triplets = blockwise.batch_hard_triplets(vectors(4), [0, 0, 1, 2])
+    assert triplets.valid.tolist() == [True, True, False, False]
+    gradient = jax.grad(lambda x: blockwise.triplet_loss(x, triplets, metric=metric))
+    assert jnp.isfinite(gradient(vectors(4))).all()
+
+
+def test_triplets_of_batches_of_embeddings():
+    x, labels = vectors(24).reshape(2, 12, 6), np.arange(12) % 3
+    triplets = jax.vmap(lambda x: blockwise.batch_hard_triplets(x, labels))(x)
+    got = blockwise.triplet_loss(x, triplets, margin=0.3)
+    expected = blockwise.batch_hard_loss(x, labels, margin=0.3)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("field", ["anchor", "positive", "negative"])
+def test_triplets_out_of_range_are_named_or_give_nan(field):
+    x, y = vectors(3), vectors(5)
+    right = tj.Triplets(*(jnp.array([i]) for i in (0, 4, 3)), jnp.array([True]))
+    loss = functools.partial(blockwise.triplet_loss, references=y)
+    assert jnp.isfinite(loss(x, right))
+    last = 2 if field == "anchor" else 4
+    for index in (last + 1, -1):
+        wrong = right._replace(**{field: jnp.array([index])})
+        words = f"triplets.{field} must be from 0 to {last}, got {index}: there are 3"
+        with pytest.raises(ValueError, match=words):
+            loss(x, wrong)
+        assert jnp.isnan(jax.jit(loss)(x, wrong))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"embeddings": np.ones(3)}, ValueError, r"embeddings must be \[..., n, d\]"),
+        ({"triplets": (0, 1, 2)}, TypeError, "triplets must be Triplets"),
+        ({"triplets": drawn_triplets(4, 4)._replace(valid=[1])}, ValueError, "shape"),
+        ({"embeddings": np.ones((2, 4, 3))}, ValueError, r"\(2, 4, 3\), got shape"),
+        ({"references": np.ones((5, 2))}, ValueError, r"\(5, 2\) and \(4, 3\)"),
+        ({"metric": np.subtract}, TypeError, "metric must be a Metric"),
+        ({"hinge": jnp.sum}, ValueError, "hinge must be elementwise"),
+        ({"margin": -1.0}, ValueError, "margin must be finite and not negative"),
+        ({"reduce_fn": jnp.mean}, TypeError, "reduce_fn must take TripletTerms"),
+        ({"labels": [0, 1]}, TypeError, "unexpected keyword argument 'labels'"),
+    ],
+)
+def test_bad_triplets_of_embeddings_are_named(change, error, words):
+    arguments = {"embeddings": np.ones((4, 3)), "triplets": drawn_triplets(4, 4)}
+    arguments |= change
+    with pytest.raises(error, match=words):
+        blockwise.triplet_loss(
+            arguments.pop("embeddings"), arguments.pop("triplets"), **arguments
+        )
+
+
 @pytest.mark.parametrize("name", public_names(blockwise))
 def test_options_are_given_by_name(name):
     parameters = inspect.signature(getattr(blockwise, name)).parameters.values()

@@ -25,16 +25,26 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from tripletjax._api import as_integer, jitted
-from tripletjax._engine.by_autodiff import needs_autodiff, terms_by_autodiff
+from tripletjax._engine.by_autodiff import (
+    needs_autodiff,
+    terms_by_autodiff,
+    terms_of_triplets,
+)
 from tripletjax._engine.derivatives import terms_per_anchor, total_terms
 from tripletjax._engine.spec import LossSpec, Mining
 from tripletjax._engine.terms import hard_triplets, semi_hard_triplets
 from tripletjax._matrices import check_not_distances
-from tripletjax._pairwise.batch import Batch, as_batch, for_each_batch
+from tripletjax._pairwise.batch import (
+    Batch,
+    as_batch,
+    as_pair_of_vectors,
+    for_each_batch,
+)
 from tripletjax._pairwise.mesh import AxisName, gather_terms
 from tripletjax._pairwise.over_mesh import over_mesh
 from tripletjax.distances import Metric, euclidean
@@ -45,6 +55,8 @@ from tripletjax.losses import (
     TripletTerms,
     as_cost,
     as_margin,
+    check_indices,
+    check_triplets,
     mean_active,
     mean_valid,
     reduced,
@@ -301,6 +313,89 @@ def batch_semi_hard_loss(
         block_size=block_size,
         reduce_fn=reduce_fn,
     )
+
+
+def _check_triplets_of_embeddings(
+    embeddings: Any,
+    triplets: Any,
+    *,
+    references: Any = None,
+    **options: Any,
+) -> None:
+    shapes = [np.shape(x) for x in (embeddings, references) if x is not None]
+    if all(len(shape) >= 2 for shape in shapes):
+        n, m = shapes[0][-2], shapes[-1][-2]
+        hint = f"there are {n} embeddings and {m} references."
+        check_indices(triplets, n, m, hint=hint)
+
+
+@jitted(
+    callables=("metric", "reduce_fn"),
+    static=("hinge",),
+    nonnegative=("margin",),
+    optional=("reduce_fn",),
+    check=_check_triplets_of_embeddings,
+)
+def triplet_loss(
+    embeddings: ArrayLike,
+    triplets: Triplets,
+    *,
+    references: ArrayLike | None = None,
+    metric: Metric = euclidean,
+    margin: ArrayLike = 0.1,
+    hinge: Hinge = jax.nn.relu,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    r"""The triplet loss of mined triplets, straight from embeddings.
+
+    $$\ell = h(d_{ap} - d_{an} + \text{margin})$$
+
+    `tripletjax.triplet_loss` without the distance matrix. Only the distances of the
+    triplets' pairs are computed, from the differences of their vectors, some triplets
+    at a time.
+
+    Args:
+        embeddings: vectors of anchors ``[..., n, d]``.
+        triplets: `Triplets` of any miner: ``[..., k]`` or ``[..., n, k]``, where the
+            leading dimensions are those of `embeddings`. Positives and negatives are
+            indices of references. Indices out of range give an error; those that are
+            traced, over 65,536, or on an accelerator give NaN.
+        references: vectors ``[..., m, d]``. If not given, the anchors are their own
+            references.
+        metric: a distance between vectors.
+        margin: a scalar, in units of the metric.
+        hinge: as in `triplet_margin_loss`.
+        reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
+            terms.
+
+    Returns:
+        With the default `reduce_fn` the mean over all valid triplets, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, the margin is negative or not finite, or
+            indices are out of range.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> x, labels = jnp.array([[0.0], [1.0], [1.5]]), jnp.array([0, 0, 1])
+    >>> triplets = tj.blockwise.batch_hard_triplets(x, labels)
+    >>> print(tj.blockwise.triplet_loss(x, triplets, reduce_fn=None).total)
+    [0.  0.6 0. ]
+    """
+    cost = as_cost(hinge)
+    x, y = as_pair_of_vectors(metric, embeddings, references)
+    lead = x.shape[:-2]
+    check_triplets(triplets, lead, of=f"embeddings, whose shape is {x.shape}")
+    margins = jnp.broadcast_to(as_margin(margin, x), lead)
+    flat = [jnp.reshape(field, (*lead, -1)) for field in triplets[:4]]
+
+    def one(parts: tuple) -> TripletTerms:
+        x, y, margin, triplets = parts
+        return terms_of_triplets(metric, cost, x, y, margin, triplets)
+
+    terms = for_each_batch(lead, one, (x, y, margins, flat))
+    return reduced(terms, reduce_fn)
 
 
 def _from_first_row(triplets: Triplets, first: Array) -> Triplets:

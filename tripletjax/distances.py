@@ -212,6 +212,36 @@ def _every_pair(
     return jax.lax.map(row, (itself, x), batch_size=rows)
 
 
+@jitted()
+def normalize(x: ArrayLike) -> Array:
+    r"""Scale vectors to unit norm.
+
+    $$x / \lVert x \rVert_2$$
+
+    A zero vector stays zero, and its gradient is 0. The squares of very large and very
+    small numbers neither overflow nor vanish.
+
+    Args:
+        x: vectors ``[..., d]``, finite. float16 and bfloat16 vectors are computed and
+            returned in float32.
+
+    Returns:
+        Vectors of the same shape.
+
+    Raises:
+        TypeError: if `x` is complex.
+        ValueError: if `x` is a scalar or empty.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> print(tj.normalize(jnp.array([[3.0, 4.0], [0.0, 0.0]])))
+    [[0.6 0.8]
+     [0.  0. ]]
+    """
+    (x,) = as_vectors(("x", x), rank=1)
+    return _direction(x)
+
+
 def as_vectors(*named: tuple[str, ArrayLike], rank: int) -> list[Array]:
     """Checks ranks and dtypes; at least float32, and one dtype for all."""
     arrays = []

@@ -396,15 +396,21 @@ def triplet_margin_loss(
     return reduced(sums_of(costs[..., None], valid[..., None]), reduce_fn)
 
 
-def _check_triplets(distances: Any, triplets: Any, **options: Any) -> None:
-    """Raises for indices that are at hand and out of range."""
-    limits = [*np.shape(distances)[-2:], np.shape(distances)[-1]]
-    if not isinstance(triplets, Triplets) or len(limits) < 3:
+def check_indices(triplets: Any, n: int, m: int, *, hint: str) -> None:
+    """Raises for indices that are out of range, if their values are on the host.
+
+    Args:
+        triplets: the triplets. Anything else is left to `check_triplets`.
+        n: number of anchors.
+        m: number of references.
+        hint: end of the message.
+    """
+    if not isinstance(triplets, Triplets):
         return
     valid = values_at_hand(triplets.valid)
     if valid is None:
         return
-    for name, indices, limit in zip(triplets._fields, triplets, limits):
+    for name, indices, limit in zip(triplets._fields, triplets, (n, m, m)):
         indices = values_at_hand(indices)
         if (
             indices is None
@@ -415,17 +421,58 @@ def _check_triplets(distances: Any, triplets: Any, **options: Any) -> None:
         wrong = indices[valid.astype(bool) & ((indices < 0) | (indices >= limit))]
         if wrong.size:
             raise ValueError(
-                f"triplets.{name} must be from 0 to {limit - 1}, got {wrong[0]}: "
-                f"distances has shape {np.shape(distances)}. If these are embeddings, "
-                "use tripletjax.triplet_margin_loss."
+                f"triplets.{name} must be from 0 to {limit - 1}, got {wrong[0]}: {hint}"
             )
+
+
+def check_triplets(triplets: Any, lead: tuple[int, ...], *, of: str) -> None:
+    """Raises for triplets whose type, shapes or dtypes are wrong.
+
+    Args:
+        triplets: the triplets.
+        lead: batch dimensions, with which their shape has to begin.
+        of: the array that has these dimensions, and its shape.
+    """
+    if not isinstance(triplets, Triplets):
+        raise TypeError(f"triplets must be Triplets, got {type(triplets).__name__}.")
+    shape = jnp.shape(triplets.valid)
+    if any(jnp.shape(field) != shape for field in triplets):
+        raise ValueError(
+            "the fields of triplets must have one shape, got "
+            f"{', '.join(str(jnp.shape(field)) for field in triplets)}."
+        )
+    if shape[: len(lead)] != lead or len(shape) == len(lead):
+        raise ValueError(
+            f"triplets must begin with the batch dimensions of {of}, got shape {shape}."
+        )
+    expected = (*[("integers", jnp.integer)] * 3, ("boolean", jnp.bool_))
+    for name, field, (word, dtype) in zip(triplets._fields, triplets, expected):
+        if not jnp.issubdtype(jnp.result_type(field), dtype):
+            raise TypeError(
+                f"triplets.{name} must be {word}, got dtype {jnp.result_type(field)}."
+            )
+
+
+def outside_as(limit: int, index: Array) -> Array:
+    """Indices with `limit` in place of negative ones, which JAX would wrap."""
+    return jnp.where(index < 0, jnp.asarray(limit, index.dtype), index)
+
+
+def _check_triplets_of_distances(distances: Any, triplets: Any, **options: Any) -> None:
+    shape = np.shape(distances)
+    if len(shape) >= 2:
+        hint = (
+            f"distances has shape {shape}. If these are embeddings, use "
+            "tripletjax.blockwise.triplet_loss."
+        )
+        check_indices(triplets, *shape[-2:], hint=hint)
 
 
 @jitted(
     callables=("reduce_fn",),
     static=("hinge",),
     nonnegative=("margin",),
-    check=_check_triplets,
+    check=_check_triplets_of_distances,
     optional=("reduce_fn",),
 )
 def triplet_loss(
@@ -467,34 +514,13 @@ def triplet_loss(
     """
     cost = as_cost(hinge)
     distances = as_distances(distances)
-    if not isinstance(triplets, Triplets):
-        raise TypeError(f"triplets must be Triplets, got {type(triplets).__name__}.")
     batch = distances.shape[:-2]
-    shape = jnp.shape(triplets.valid)
-    if any(jnp.shape(field) != shape for field in triplets):
-        raise ValueError(
-            "the fields of triplets must have one shape, got "
-            f"{', '.join(str(jnp.shape(field)) for field in triplets)}."
-        )
-    if shape[: len(batch)] != batch or len(shape) == len(batch):
-        raise ValueError(
-            f"triplets have shape {shape}, which does not begin with the batch "
-            f"dimensions of distances, whose shape is {distances.shape}."
-        )
-    expected = (*[("integers", jnp.integer)] * 3, ("boolean", jnp.bool_))
-    for name, field, (word, dtype) in zip(triplets._fields, triplets, expected):
-        if not jnp.issubdtype(jnp.result_type(field), dtype):
-            raise TypeError(
-                f"triplets.{name} must be {word}, got dtype {jnp.result_type(field)}."
-            )
+    check_triplets(triplets, batch, of=f"distances, whose shape is {distances.shape}")
 
     # Indices out of range would be clipped, wrapped or dropped: they give NaN instead.
     def one(distances: Array, a: Array, p: Array, n: Array, valid: Array) -> tuple:
         at, (rows, columns) = distances.at, distances.shape
-        a, p, n = (
-            jnp.where(index < 0, jnp.int32(most), index)
-            for index, most in ((a, rows), (p, columns), (n, columns))
-        )
+        a, p, n = map(outside_as, (rows, columns, columns), (a, p, n))
         d_ap = at[a, p].get(mode="fill", fill_value=jnp.nan)
         d_an = at[a, n].get(mode="fill", fill_value=jnp.nan)
         costs = costs_of(d_ap, d_an, valid, as_margin(margin, distances), cost)

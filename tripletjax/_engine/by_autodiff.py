@@ -5,6 +5,8 @@ margin alone. Here panels of rows are computed by differentiable operations, and
 in the backward pass, so that memory is still that of a panel.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -19,13 +21,17 @@ from tripletjax._engine.terms import hard_triplets
 from tripletjax._matrices import for_each_true_column
 from tripletjax._pairwise.batch import Batch
 from tripletjax._pairwise.class_index import ClassIndex
+from tripletjax._pairwise.cuts import Cut, by_platform
+from tripletjax._pairwise.slices import Blocks
 from tripletjax._pairwise.tiles import Tiles
 from tripletjax.distances import Metric, cosine, euclidean, manhattan, squared_euclidean
 from tripletjax.losses import (
+    Cost,
     TripletTerms,
     batch_all_sums_by_autodiff,
     closes_over_arrays,
     costs_of,
+    outside_as,
     sums_of,
 )
 
@@ -84,23 +90,83 @@ def terms_by_autodiff(spec: LossSpec, batch: Batch, margin: Array) -> TripletTer
 def _explicit_terms(
     spec: LossSpec, batch: Batch, margin: Array, triplets: TripletRows
 ) -> TripletTerms:
-    """The terms of given triplets, whose distances come from differences."""
+    """The terms of the triplets of every anchor."""
     a, y = batch.anchors, batch.reference_side[0]
 
     @jax.checkpoint
     def of_row(row: tuple[Array, Array, Array]) -> TripletTerms:
-        *pair, valid = row
-        # An anchor without a triplet is not compared with itself: many a distance has
-        # no gradient there.
-        d_ap, d_an = (
-            jax.vmap(spec.metric.between)(a, jnp.where(valid[:, None], y[index], a + 1))
-            for index in pair
+        positive, negative, valid = row
+        costs = _costs_of_vectors(
+            spec.metric, spec.cost, margin, a, y[positive], y[negative], valid
         )
-        costs = costs_of(d_ap, d_an, valid, margin, spec.cost)
         return sums_of(costs[:, None], valid[:, None])
 
     terms = lax.map(of_row, (triplets.positive, triplets.negative, triplets.valid))
     return TripletTerms(*(jnp.sum(x, axis=0) for x in terms))
+
+
+def terms_of_triplets(
+    metric: Metric,
+    cost: Cost,
+    x: Array,
+    y: Array,
+    margin: Array,
+    triplets: Sequence[Array],
+) -> TripletTerms:
+    """The terms ``[n]`` of triplets ``[k]``, some at a time.
+
+    Args:
+        metric: a distance.
+        cost: the cost of a triplet.
+        x: vectors of anchors ``[n, d]``, as `Batch` has them.
+        y: vectors of references ``[m, d]``.
+        margin: a scalar.
+        triplets: anchors, positives, negatives and whether they are valid.
+    """
+    n, k = len(x), len(triplets[0])
+
+    # Indices out of range would be clipped, wrapped or dropped: they give NaN instead.
+    def rows(x: Array, index: Array) -> Array:
+        at = x.at[outside_as(len(x), index)]
+        return at.get(mode="fill", fill_value=jnp.nan)
+
+    # The state is the terms of all anchors.
+    @jax.checkpoint
+    def add(terms: TripletTerms, part: list[Array]) -> tuple[TripletTerms, None]:
+        anchor, positive, negative, valid = part
+        vectors = rows(x, anchor), rows(y, positive), rows(y, negative)
+        costs = _costs_of_vectors(metric, cost, margin, *vectors, valid)
+        index = jnp.minimum(outside_as(n, anchor), n - 1)
+        new = costs, costs > 0, valid
+        return TripletTerms(
+            *(old.at[index].add(one.astype(old.dtype)) for old, one in zip(terms, new))
+        ), None
+
+    def in_blocks(cut: Cut) -> TripletTerms:
+        size = Blocks.of(k, cut.panel // x.shape[1]).size
+        parts = [jnp.pad(f, (0, -k % size)).reshape(-1, size) for f in triplets]
+        none = jnp.zeros_like(x[:, 0])
+        return lax.scan(add, TripletTerms(none, none, none), parts)[0]
+
+    return by_platform(in_blocks, k)
+
+
+def _costs_of_vectors(
+    metric: Metric,
+    cost: Cost,
+    margin: Array,
+    a: Array,
+    p: Array,
+    n: Array,
+    valid: Array,
+) -> Array:
+    """The costs ``[k]`` of triplets of vectors ``[k, d]``, by differences."""
+    # Triplets that are not valid may compare an anchor with itself, where many a
+    # distance has no gradient.
+    d_ap, d_an = (
+        jax.vmap(metric.between)(a, jnp.where(valid[:, None], b, a + 1)) for b in (p, n)
+    )
+    return costs_of(d_ap, d_an, valid, margin, cost)
 
 
 def _terms_by_panels(spec: LossSpec, batch: Batch, margin: Array) -> TripletTerms:

@@ -82,22 +82,8 @@ def as_batch(
         axis_name: of mesh axes over which the batch is split, or None.
         **pairs: `reference_labels`, `positions`, `where` and `reference_where`.
     """
-    if not isinstance(metric, Metric):
-        raise TypeError(f"metric must be a Metric, got {metric!r}.")
-    named = [("embeddings", embeddings)]
-    if references is not None:
-        named.append(("references", references))
-    x, *rest = as_vectors(*named, rank=2)
-    if axis_name is not None:
-        for (what, _), vectors in zip(named, (x, *rest)):
-            check_split(vectors, axis_name, what=what)
-    y = rest[0] if rest else None
-    lead, (n, d) = x.shape[:-2], x.shape[-2:]
-    if y is not None and (y.shape[-1] != d or y.shape[:-2] != lead):
-        raise ValueError(
-            "references must be vectors of the same length and batch dimensions as "
-            f"embeddings, got {y.shape} and {x.shape}."
-        )
+    x, y = _checked_vectors(metric, embeddings, references, axis_name)
+    lead, n = x.shape[:-2], x.shape[-2]
     has_classes = not isinstance(labels, PairMasks)
     if has_classes and (y is None) != (pairs.get("reference_labels") is None):
         raise ValueError("references and reference_labels go together: give both.")
@@ -117,8 +103,7 @@ def as_batch(
         both = _of_one_dtype(told.labels, told.reference_labels)
         told = told._replace(labels=both[0], reference_labels=both[1])
 
-    products = metric.products
-    vectors = (lambda x: x) if products is None else products.vectors
+    vectors = _vectors_of(metric)
 
     def ready(x: Array, where: Array | None) -> Array:
         # Whatever padding holds, it must not reach the products.
@@ -146,6 +131,46 @@ def as_batch(
             reference_labels=reference_labels, reference_where=reference_where
         )
     return Batch(x, y, told), lead
+
+
+def _checked_vectors(
+    metric: Metric,
+    embeddings: ArrayLike,
+    references: ArrayLike | None,
+    axis_name: AxisName | None,
+) -> tuple[Array, Array | None]:
+    """Embeddings ``[..., n, d]`` and references ``[..., m, d]``, if there are any."""
+    if not isinstance(metric, Metric):
+        raise TypeError(f"metric must be a Metric, got {metric!r}.")
+    named = [("embeddings", embeddings)]
+    if references is not None:
+        named.append(("references", references))
+    x, *rest = as_vectors(*named, rank=2)
+    if axis_name is not None:
+        for (what, _), vectors in zip(named, (x, *rest)):
+            check_split(vectors, axis_name, what=what)
+    y = rest[0] if rest else None
+    if y is not None and (y.shape[-1] != x.shape[-1] or y.shape[:-2] != x.shape[:-2]):
+        raise ValueError(
+            "references must be vectors of the same length and batch dimensions as "
+            f"embeddings, got {y.shape} and {x.shape}."
+        )
+    return x, y
+
+
+def _vectors_of(metric: Metric) -> Callable[[Array], Array]:
+    """The function from embeddings to the vectors whose products a metric takes."""
+    return (lambda x: x) if metric.products is None else metric.products.vectors
+
+
+def as_pair_of_vectors(
+    metric: Metric, embeddings: ArrayLike, references: ArrayLike | None
+) -> tuple[Array, Array]:
+    """Checked anchors and references; the anchors twice if there are no references."""
+    x, y = _checked_vectors(metric, embeddings, references, None)
+    vectors = _vectors_of(metric)
+    x = vectors(x)
+    return x, x if y is None else vectors(y)
 
 
 def single_batch(
