@@ -77,7 +77,7 @@ MUTANTS = [
     Mutant(
         "distance-diagonal",
         "distances.py",
-        "return jnp.where(jnp.arange(len(y)) == itself[:, None], 0, matrix(x, y))",
+        "return jnp.where(jnp.arange(len(y)) == own_index[:, None], 0, matrix(x, y))",
         "return matrix(x, y)",
         "rounding errors on the diagonal",
         "tests/test_distances.py::test_diagonal_is_exactly_zero_and_flat",
@@ -294,8 +294,8 @@ MUTANTS = [
     Mutant(
         "loss-negative-index",
         "losses.py",
-        "jnp.where(index < 0, jnp.int32(most), index)",
-        "index",
+        "return jnp.where(index < 0, jnp.asarray(limit, index.dtype), index)",
+        "return index",
         "a negative index wraps around",
         "tests/test_losses.py::test_triplets_that_are_not_there_are_named_or_give_nan",
     ),
@@ -311,8 +311,8 @@ MUTANTS = [
     Mutant(
         "batch-padding-vectors",
         "_pairwise/batch.py",
-        "return vectors(x if where is None else jnp.where(where[..., None], x, 0))",
-        "return vectors(x)",
+        "return x if where is None else jnp.where(where[..., None], x, 0)",
+        "return x",
         "a NaN in padding reaches the result",
         "tests/test_retrieval.py::test_padding",
     ),
@@ -335,7 +335,7 @@ MUTANTS = [
     Mutant(
         "class-own-negative",
         "_pairwise/class_index.py",
-        "negatives = size - alike - (itself & ~matches)",
+        "negatives = size - alike - (is_reference & ~matches)",
         "negatives = size - alike",
         "an anchor counts as its own negative",
         "tests/test_blockwise.py",
@@ -383,8 +383,8 @@ MUTANTS = [
     Mutant(
         "tile-cancellation",
         "_pairwise/tiles.py",
-        "near = counts & (squares < CANCELLATION_SHARE * scale)",
-        "near = counts & (squares < 0 * scale)",
+        "near = counts & (squares < CANCELLATION_SHARE * _scale(parts))",
+        "near = counts & (squares < 0 * _scale(parts))",
         "distances of near duplicates are noise",
         "tests/test_verification.py::test_near_duplicates_keep_their_order",
     ),
@@ -432,19 +432,16 @@ MUTANTS = [
     Mutant(
         "tiles-fallback",
         "_engine/by_tiles.py",
-        "negative = jnp.where(beyond, negative, farthest_negatives(tiles, alone)[1])",
-        (
-            "negative = jnp.where(beyond, negative, 0 * farthest_negatives(tiles, "
-            "alone)[1])"
-        ),
+        "negative = jnp.where(beyond, negative, farthest_negatives(tiles, alone))",
+        "negative = jnp.where(beyond, negative, 0 * farthest_negatives(tiles, alone))",
         "semi-hard falls back to the first reference",
         "tests/test_blockwise.py",
     ),
     Mutant(
         "tiles-hardest",
         "_engine/by_tiles.py",
-        "hardest = jnp.argmax(jnp.where(found, squares, -1), axis=0)[None]",
-        "hardest = jnp.argmin(jnp.where(found, squares, jnp.inf), axis=0)[None]",
+        "hardest = jnp.argmax(jnp.where(valid, squares, -1), axis=0)[None]",
+        "hardest = jnp.argmin(jnp.where(valid, squares, jnp.inf), axis=0)[None]",
         "the nearest positive is mined as the hardest",
         "tests/test_blockwise.py",
     ),
@@ -513,8 +510,8 @@ MUTANTS = [
     Mutant(
         "panels-total",
         "_engine/by_panels.py",
-        "total = total + jnp.sum(-by_negative * gaps, axis=-1)",
-        "total = total + jnp.sum(by_negative * gaps, axis=-1)",
+        "total = total + jnp.sum(counts * gaps, axis=-1)",
+        "total = total - jnp.sum(counts * gaps, axis=-1)",
         "the sign of the negatives' part of a sum",
         "tests/test_blockwise.py",
     ),
@@ -529,8 +526,8 @@ MUTANTS = [
     Mutant(
         "panels-nearest",
         "_engine/by_panels.py",
-        "return _if_above(least + ours, d_ap), run * RUN + within",
-        "return _if_above(least + ours, d_ap), run * RUN",
+        "return _if_above(least + limits, d_ap), run * RUN + within",
+        "return _if_above(least + limits, d_ap), run * RUN",
         "the negative of a run is its first column",
         "tests/test_blockwise.py",
     ),

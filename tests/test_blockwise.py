@@ -29,7 +29,7 @@ from problems import (
 import tripletjax as tj
 from tripletjax import blockwise
 from tripletjax._engine.search import MAX_TILE_POSITIVES
-from tripletjax._pairwise import cuts
+from tripletjax._pairwise import block_sizes
 from tripletjax._pairwise.slices import Blocks
 from tripletjax.losses import RELU, SOFTPLUS, GapCost, as_cost
 
@@ -385,21 +385,21 @@ def test_pair_masks_with_references(loss, metric):
 
 
 @in_lanes(
-    ("name", "cut", "most"),
+    ("name", "sizes", "most"),
     [
-        (name, cut, most)
+        (name, sizes, most)
         for name in THREE
-        for cut, most in ((cuts.CPU, 64), (cuts.ACCELERATOR, 256))
+        for sizes, most in ((block_sizes.CPU, 64), (block_sizes.ACCELERATOR, 256))
     ],
-    slow=lambda name, cut, most: cut == cuts.CPU or name == "batch all",
+    slow=lambda name, sizes, most: sizes == block_sizes.CPU or name == "batch all",
 )
-def test_memory_does_not_grow_with_the_matrix(loss, cut, most, monkeypatch):
-    monkeypatch.setattr(cuts, "CPU", cut)
+def test_memory_does_not_grow_with_the_matrix(loss, sizes, most, monkeypatch):
+    monkeypatch.setattr(block_sizes, "CPU", sizes)
     n = 65_536
     x = jax.ShapeDtypeStruct((n, 128), jnp.float32)
     labels = jax.ShapeDtypeStruct((n,), jnp.int32)
     # Nothing else is traced with these options, and remembered.
-    with_cut = functools.partial(loss, block_size=cut.tile)
+    with_cut = functools.partial(loss, block_size=sizes.tile)
     compiled = jax.jit(jax.value_and_grad(with_cut)).lower(x, labels).compile()
     # The matrix alone would be 16 GiB.
     assert compiled.memory_analysis().temp_size_in_bytes <= most * 2**20
@@ -424,7 +424,9 @@ def test_memory_does_not_grow_with_the_matrix(loss, cut, most, monkeypatch):
 )
 def test_the_forms_of_accelerators(hinge, with_references, loss, matrix, monkeypatch):
     """Plain reductions, in panels and tiles, agree with those for CPUs."""
-    monkeypatch.setattr(cuts, "CPU", cuts.ACCELERATOR._replace(tile=64, panel=320))
+    monkeypatch.setattr(
+        block_sizes, "CPU", block_sizes.ACCELERATOR._replace(tile=64, panel=320)
+    )
     # Nothing else is traced with this block size, and remembered.
     options = {"margin": 0.5, "hinge": HINGES[hinge][0]}
 
@@ -605,7 +607,7 @@ def drawn_triplets(n, m, k=50):
 @pytest.mark.parametrize("metric", [tj.euclidean, tj.cosine, tj.manhattan])
 def test_triplets_of_embeddings_and_references(metric, monkeypatch):
     """Value and gradients are those of explicit triplets, in blocks of seven."""
-    monkeypatch.setattr(cuts, "CPU", cuts.CPU._replace(panel=7 * 6))
+    monkeypatch.setattr(block_sizes, "CPU", block_sizes.CPU._replace(panel=7 * 6))
     x, y, triplets = vectors(), vectors(53, seed=1), drawn_triplets(40, 53)
     anchor, positive, negative, valid = triplets
 

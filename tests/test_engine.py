@@ -5,7 +5,7 @@ import numpy as np
 
 import tripletjax as tj
 from tripletjax._engine.reductions import min_and_index
-from tripletjax._pairwise import cuts
+from tripletjax._pairwise import block_sizes
 from tripletjax._pairwise.batch import single_batch
 from tripletjax._pairwise.class_index import ClassIndex
 
@@ -46,7 +46,7 @@ def test_the_least_beyond_a_limit():
 
 def test_anchors_of_overlapping_panels_count_once(monkeypatch):
     # Four rows at a time: the last two blocks of eleven anchors share one.
-    monkeypatch.setattr(cuts, "CPU", cuts.CPU._replace(panel=44))
+    monkeypatch.setattr(block_sizes, "CPU", block_sizes.CPU._replace(panel=44))
     x, labels = vectors(11), np.arange(11) % 3
     got = tj.blockwise.batch_hard_loss(
         x, labels, metric=tj.manhattan, margin=2.0, reduce_fn=None

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import BUILT_IN, LOSSES, batch, in_lanes, unless_slow
 
 import tripletjax as tj
-from tripletjax._pairwise import cuts
+from tripletjax._pairwise import block_sizes
 
 every_loss = pytest.mark.parametrize("name", unless_slow(BUILT_IN, ["batch hard"]))
 KINDS = AxisType.Auto, AxisType.Explicit
@@ -317,8 +317,8 @@ def test_metrics(kind, classes, shape):
 @pytest.mark.parametrize("references", [False, True])
 def test_devices_share_the_pairs_of_a_verification(references, monkeypatch):
     # Five blocks of eight: ten pairs of blocks or, of two kinds of vectors, 25.
-    monkeypatch.setattr(cuts, "CPU", cuts.CPU._replace(tile=8))
-    monkeypatch.setattr(cuts, "ACCELERATOR", cuts.CPU)
+    monkeypatch.setattr(block_sizes, "CPU", block_sizes.CPU._replace(tile=8))
+    monkeypatch.setattr(block_sizes, "ACCELERATOR", block_sizes.CPU)
     x, labels = (np.asarray(a) for a in batch(40))
     given = {"embeddings": x, "labels": labels, "where": np.arange(40) % 7 > 0}
     if references:

@@ -1,4 +1,4 @@
-r"""What it costs, straight from embeddings: exact losses without a distance matrix.
+r"""Exact losses and miners straight from embeddings, without a distance matrix.
 
 The losses and miners of `tripletjax.losses` and `tripletjax.mining` with embeddings in
 place of distances, in O(n d + n block) memory:
@@ -13,10 +13,10 @@ place of distances, in O(n d + n block) memory:
 >>> print(f"{tj.blockwise.batch_hard_loss(x, labels, margin=0.2):.4f}")
 3.5414
 
-They keep digits that a distance matrix does not have: distances of positives and of
-mined pairs are taken from the differences of the vectors, so that they are right also
-where two vectors nearly coincide. Of negatives that are equally far up to rounding, the
-two forms may choose different ones.
+Distances of positives and of mined pairs come from the differences of the vectors. They
+are right where two vectors nearly coincide, and a distance matrix has no digits left.
+Among negatives that are equally far up to rounding, the two forms may choose different
+ones.
 """
 
 import functools
@@ -121,7 +121,7 @@ def batch_all_loss(
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
-        metric: how far two vectors are apart.
+        metric: a distance between vectors.
         margin: a scalar, in units of the metric.
         hinge: as in `triplet_margin_loss`.
         references: vectors ``[..., m, d]``, with `reference_labels`. If not given, the
@@ -265,8 +265,8 @@ def batch_semi_hard_loss(
 
     $$\ell_a = \sum_{p \in P_a} h(d_{ap} - d_{a n_{ap}} + \text{margin})$$
 
-    `tripletjax.batch_semi_hard_loss` without the distance matrix. There it says which
-    negative that is.
+    `tripletjax.batch_semi_hard_loss`, which defines that negative, without the distance
+    matrix.
 
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
@@ -399,7 +399,7 @@ def triplet_loss(
 
 
 def _from_first_row(triplets: Triplets, first: Array) -> Triplets:
-    """A device's triplets, with anchors counted along those of all."""
+    """The triplets of a device, with indices of anchors among those of all devices."""
     triplets = triplets._replace(anchor=triplets.anchor + first)
     if isinstance(triplets, CountedTriplets):
         return triplets._replace(count=triplets.count[None])
@@ -413,7 +413,7 @@ def _without_padding(triplets: Triplets, n: int, options: dict[str, Any]) -> Tri
 def _compacted(
     triplets: CountedTriplets, n: int, options: dict[str, Any]
 ) -> CountedTriplets:
-    """Of the devices' triplets, in their order, as many as there is room for."""
+    """The first `size` triplets of all devices, in order of the devices."""
     size = options["size"]
     (slots,) = jnp.nonzero(triplets.valid, size=size, fill_value=len(triplets.valid))
     anchor, positive, negative = (
@@ -518,7 +518,7 @@ def batch_semi_hard_triplets(
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
-        size: how many triplets there is room for: n (K - 1) for classes of K.
+        size: the most triplets to return: n (K - 1) for classes of K.
         fallback: if False, a pair without a negative beyond has no triplet.
         metric, references, axis_name, block_size: as in `batch_all_loss`.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
@@ -613,7 +613,7 @@ def _loss(
 
 
 def _varying(batch: Batch, margin: Array) -> tuple[Batch, Array]:
-    """The same; inside shard_map, all of it varies over the same mesh axes."""
+    """Batch and margin, all of which vary over the same mesh axes inside shard_map."""
     zero = sum(
         jnp.zeros_like(leaf[(0,) * leaf.ndim]).astype(batch.anchors.dtype)
         for leaf in jax.tree.leaves((batch, margin))

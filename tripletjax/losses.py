@@ -1,10 +1,10 @@
-"""What it costs: triplet losses over a distance matrix, or over explicit triplets.
+"""Triplet losses over a distance matrix, or over explicit triplets.
 
 All losses are one formula, the cost of a triplet,
 
 $$\\ell(a, p, n) = h(d_{ap} - d_{an} + \\text{margin}),$$
 
-summed per anchor over the triplets of its kind into `TripletTerms`, and reduced.
+summed per anchor over its triplets into `TripletTerms`, and reduced.
 
 >>> import jax
 >>> import jax.numpy as jnp
@@ -55,15 +55,15 @@ from tripletjax.pairs import PairMasks, masks_for
 
 
 class TripletTerms(NamedTuple):
-    """What a loss is made of, per anchor; adds up over blocks, devices and steps.
+    """Sums of a loss per anchor, which add up over blocks, devices and steps.
 
     The counts are floating-point numbers, which do not wrap: 4,096 items of 8 classes
     already make 7.5e9 triplets. ``active.sum() / valid.sum()`` is the share of triplets
-    that still teach something.
+    that still have a gradient.
 
     Attributes:
         total: summed cost ``[..., n]``.
-        active: number of triplets that cost anything ``[..., n]``.
+        active: number of triplets with a positive cost ``[..., n]``.
         valid: number of triplets ``[..., n]``.
     """
 
@@ -194,7 +194,7 @@ def check_reduction(reduce_fn: Reduction) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TripletCost:
-    """A cost of both distances: a `hinge` for when their difference says too little.
+    """A `hinge` of both distances, for costs that are no function of their gap.
 
     Args:
         function: elementwise ``(d_ap, d_an, margin) -> cost``.
@@ -216,12 +216,12 @@ class TripletCost:
 
 @dataclasses.dataclass(frozen=True)
 class GapCost:
-    """A cost of the gap ``d_ap - d_an + margin`` alone, and what is known of it.
+    """A cost of the gap ``d_ap - d_an + margin`` alone, with its properties.
 
     Attributes:
         function: elementwise ``gap -> cost``.
         vanishes: whether cost and slope are 0 at minus infinity.
-        counts: whether the slope is 1 where a triplet costs anything, and else 0.
+        counts: whether the slope is 1 where the cost is positive, and else 0.
     """
 
     function: Callable[[Array], Array]
@@ -283,7 +283,7 @@ def selectively_contrastive(
         temperature: τ, in units of cosine similarity.
 
     Returns:
-        A `TripletCost`, to be given as `hinge`.
+        A `TripletCost` for the option `hinge`.
 
     Raises:
         ValueError: if an option is not finite and positive.
@@ -342,7 +342,7 @@ def triplet_margin_loss(
         positives: vectors of the same shape.
         negatives: vectors of the same shape.
         margin: a scalar, in units of the metric.
-        metric: how far two vectors are apart.
+        metric: a distance between vectors.
         swap: whether the positive takes the anchor's place where it is nearer to the
             negative: d(a, n) becomes min(d(a, n), d(p, n)).
         hinge: the cost of a gap: ``jax.nn.relu``, ``jax.nn.softplus`` (soft margin,
@@ -633,8 +633,8 @@ def batch_semi_hard_loss(
     $$\ell_a = \sum_{p \in P_a} h(d_{ap} - d_{a n_{ap}} + \text{margin})$$
 
     where $n_{ap}$ is the nearest negative strictly farther than the positive, and the
-    farthest negative if there is none. `tripletjax.mining` tables what else is called
-    semi-hard.
+    farthest negative if there is none. `tripletjax.mining` lists the other published
+    meanings of semi-hard.
 
     Args:
         distances: ``[..., n, m]``.
@@ -767,8 +767,8 @@ def batch_all_sums(
 ) -> tuple[Array, Array]:
     """Summed cost and number of active triplets per anchor."""
 
-    def add(sums: tuple[Array, Array], column: Array, found: Array):
-        costs = _costs_with(cost, column, found, distances, margins, negative)
+    def add(sums: tuple[Array, Array], column: Array, exists: Array):
+        costs = _costs_with(cost, column, exists, distances, margins, negative)
         active = jnp.sum(costs > 0, axis=-1, dtype=costs.dtype)
         return sums[0] + jnp.sum(costs, axis=-1), sums[1] + active
 
@@ -794,9 +794,9 @@ def _batch_all_weights(
 ) -> tuple[Array, Array]:
     """The derivatives of an anchor's summed cost by its distances and its margin."""
 
-    def add(weights: tuple[Array, Array], column: Array, found: Array):
+    def add(weights: tuple[Array, Array], column: Array, exists: Array):
         def costs(distances: Array, margins: Array) -> Array:
-            return _costs_with(cost, column, found, distances, margins, negative)
+            return _costs_with(cost, column, exists, distances, margins, negative)
 
         _, pull = jax.vjp(costs, distances, margins)
         return jax.tree.map(jnp.add, weights, pull(jnp.ones_like(distances)))
@@ -815,9 +815,9 @@ def _batch_all_weights_jvp(cost: Cost, primals: tuple, tangents: tuple) -> tuple
     def total(distances: Array, margins: Array) -> Array:
         @jax.checkpoint
         def add(total: Array, column: Array) -> tuple[Array, None]:
-            found = positive[..., column]
-            columns = jnp.broadcast_to(column, found.shape)
-            costs = _costs_with(cost, columns, found, distances, margins, negative)
+            exists = positive[..., column]
+            columns = jnp.broadcast_to(column, exists.shape)
+            costs = _costs_with(cost, columns, exists, distances, margins, negative)
             return total + jnp.sum(costs), None
 
         none = jnp.zeros_like(distances.ravel()[0])
@@ -872,14 +872,14 @@ def batch_all_sums_by_autodiff(
 def _costs_with(
     cost: Cost,
     column: Array,
-    found: Array,
+    exists: Array,
     distances: Array,
     margins: Array,
     negative: Array,
 ) -> Array:
-    """The costs of one positive of each anchor, if found, with all its negatives."""
+    """Costs of one positive of each anchor, where it exists, with all negatives."""
     d_ap = take(distances, column)[..., None]
-    valid = negative & found[..., None]
+    valid = negative & exists[..., None]
     return costs_of(d_ap, distances, valid, margins[..., None], cost)
 
 
@@ -907,7 +907,7 @@ def costs_of(
 
 
 def check_elementwise(costs: Array, gaps: Array) -> None:
-    """Checks what a hinge returned for gaps."""
+    """Raises for costs of a hinge that have another shape than the gaps."""
     if jnp.shape(costs) != gaps.shape:
         raise ValueError(
             f"hinge must be elementwise: for shape {gaps.shape} it returned shape "

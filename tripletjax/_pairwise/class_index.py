@@ -1,4 +1,4 @@
-"""The positives of every anchor, from labels sorted once."""
+"""Positives of every anchor, from labels that are sorted once."""
 
 from typing import NamedTuple
 
@@ -11,15 +11,15 @@ from tripletjax._pairwise.slices import Index, rows_at
 
 
 class ClassIndex(NamedTuple):
-    """The positives of every anchor, by sorting the references once.
+    """Positives of every anchor, as runs of the references in the order of labels.
 
     Attributes:
-        order: references sorted by label ``[m]``, those that are padding last.
-        start: where an anchor's class begins in it ``[n]``.
-        rank: the anchor's own rank in its class, or m ``[n]``.
-        positives: how many positives an anchor has ``[n]``; none if it is padding.
-        negatives: how many negatives ``[n]``.
-        max_positives: the most positives of any anchor.
+        order: indices of the references sorted by label ``[m]``, padding last.
+        start: position in `order` where an anchor's class begins ``[n]``.
+        rank: the anchor's rank in its class; m if it is not a reference ``[n]``.
+        positives: number of positives of an anchor ``[n]``, 0 for padding.
+        negatives: number of negatives of an anchor ``[n]``, 0 for padding.
+        max_positives: the largest number of positives of an anchor with negatives.
     """
 
     order: Array
@@ -32,7 +32,6 @@ class ClassIndex(NamedTuple):
     @classmethod
     def of(cls, batch: Batch) -> "ClassIndex":
         labels, where = batch.labels, batch.pairs.where
-        n = len(labels)
         _, references, real = batch.reference_side
         m = len(references)
         index = jnp.arange(m)
@@ -42,12 +41,12 @@ class ClassIndex(NamedTuple):
         else:
             _, ordered, order = lax.sort((~real, references, index), num_keys=2)
             size = jnp.sum(real)
-            # Padding, whose labels are not in order, does not take part in a search.
+            # The labels of padding are not in order: a search must not see them.
             last = jnp.iinfo(ordered.dtype).max
             ordered = jnp.where(index < size, ordered, last)
         inverse = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
         if batch.square:
-            # Every anchor is in there, and need not be searched for.
+            # Every anchor is a reference, which needs no search.
             first = (ordered != jnp.roll(ordered, 1)) | (index == 0) | (index == size)
             last = jnp.roll(first, -1)
             start = lax.cummax(jnp.where(first, index, 0))[inverse]
@@ -59,26 +58,21 @@ class ClassIndex(NamedTuple):
         start = jnp.minimum(start, end)
         alike = end - start
 
-        positions = jnp.arange(n) if batch.square else batch.pairs.positions
-        if positions is None:
-            itself = matches = jnp.zeros_like(labels, bool)
-            rank = jnp.full_like(start, m)
-        else:
-            own = jnp.clip(positions, 0, m - 1)
-            itself = own == positions
-            if real is not None:
-                itself &= real[own]
-            matches = itself & (references[own] == labels)
-            rank = jnp.where(matches, inverse[own] - start, m)
+        own = jnp.clip(batch.own_index, 0, m - 1)
+        is_reference = own == batch.own_index
+        if real is not None:
+            is_reference &= real[own]
+        matches = is_reference & (references[own] == labels)
+        rank = jnp.where(matches, inverse[own] - start, m)
         positives = alike - matches
-        negatives = size - alike - (itself & ~matches)
+        negatives = size - alike - (is_reference & ~matches)
         if where is not None:
             positives, negatives = positives * where, negatives * where
         most = jnp.max(jnp.where(negatives > 0, positives, 0))
         return cls(order, start, rank, positives, negatives, most)
 
     def positive(self, r: Index, start: Index, size: int) -> tuple[Array, Array]:
-        """The r-th positives of a block of anchors, and whether there are such."""
+        """The r-th positives of a block of anchors, and whether they exist."""
         first, rank, count = (
             rows_at(x, start, size) for x in (self.start, self.rank, self.positives)
         )
@@ -86,7 +80,7 @@ class ClassIndex(NamedTuple):
         return self.order[slot], r < count
 
     def count_triplets(self, start: Index, size: int, like: Array) -> Array:
-        """How many triplets a block of anchors has, as numbers of an array's dtype."""
+        """Number of triplets of each anchor of a block, in the dtype of an array."""
         positives, negatives = (
             rows_at(x, start, size).astype(like.dtype)
             for x in (self.positives, self.negatives)
@@ -96,7 +90,7 @@ class ClassIndex(NamedTuple):
     def positives_slice(
         self, first: Index, count: int, start: Index, size: int
     ) -> tuple[Array, Array]:
-        """The positives from the first on ``[size, count]`` of a block of anchors."""
+        """Positives ``[size, count]`` of a block of anchors from the first rank on."""
         ranks = first + jnp.arange(count)
-        index, found = jax.vmap(lambda r: self.positive(r, start, size))(ranks)
-        return index.T, found.T
+        index, exists = jax.vmap(lambda r: self.positive(r, start, size))(ranks)
+        return index.T, exists.T
