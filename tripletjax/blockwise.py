@@ -61,7 +61,7 @@ from tripletjax.losses import (
     mean_valid,
     reduced,
 )
-from tripletjax.mining import CountedTriplets, Triplets
+from tripletjax.mining import CountedTriplets, Triplets, as_triplets
 from tripletjax.pairs import PairMasks
 
 P = ParamSpec("P")
@@ -338,7 +338,7 @@ def _check_triplets_of_embeddings(
 )
 def triplet_loss(
     embeddings: ArrayLike,
-    triplets: Triplets,
+    triplets: Triplets | CountedTriplets,
     *,
     references: ArrayLike | None = None,
     metric: Metric = euclidean,
@@ -386,9 +386,10 @@ def triplet_loss(
     cost = as_cost(hinge)
     x, y = as_pair_of_vectors(metric, embeddings, references)
     lead = x.shape[:-2]
+    triplets = as_triplets(triplets)
     check_triplets(triplets, lead, of=f"embeddings, whose shape is {x.shape}")
     margins = jnp.broadcast_to(as_margin(margin, x), lead)
-    flat = [jnp.reshape(field, (*lead, -1)) for field in triplets[:4]]
+    flat = [jnp.reshape(field, (*lead, -1)) for field in triplets]
 
     def one(parts: tuple) -> TripletTerms:
         x, y, margin, triplets = parts
@@ -398,7 +399,9 @@ def triplet_loss(
     return reduced(terms, reduce_fn)
 
 
-def _from_first_row(triplets: Triplets, first: Array) -> Triplets:
+def _from_first_row(
+    triplets: Triplets | CountedTriplets, first: Array
+) -> Triplets | CountedTriplets:
     """The triplets of a device, with indices of anchors among those of all devices."""
     triplets = triplets._replace(anchor=triplets.anchor + first)
     if isinstance(triplets, CountedTriplets):

@@ -47,7 +47,9 @@ from tripletjax._matrices import (
 )
 from tripletjax.distances import Metric, euclidean
 from tripletjax.mining import (
+    CountedTriplets,
     Triplets,
+    as_triplets,
     batch_hard_triplets,
     batch_semi_hard_triplets,
 )
@@ -400,12 +402,12 @@ def check_indices(triplets: Any, n: int, m: int, *, hint: str) -> None:
     """Raises for indices that are out of range, if their values are on the host.
 
     Args:
-        triplets: the triplets. Anything else is left to `check_triplets`.
+        triplets: the triplets. Any other value is left to `as_triplets`.
         n: number of anchors.
         m: number of references.
         hint: end of the message.
     """
-    if not isinstance(triplets, Triplets):
+    if not isinstance(triplets, Triplets | CountedTriplets):
         return
     valid = values_at_hand(triplets.valid)
     if valid is None:
@@ -425,16 +427,14 @@ def check_indices(triplets: Any, n: int, m: int, *, hint: str) -> None:
             )
 
 
-def check_triplets(triplets: Any, lead: tuple[int, ...], *, of: str) -> None:
-    """Raises for triplets whose type, shapes or dtypes are wrong.
+def check_triplets(triplets: Triplets, lead: tuple[int, ...], *, of: str) -> None:
+    """Raises for triplets whose shapes or dtypes are wrong.
 
     Args:
         triplets: the triplets.
         lead: batch dimensions, with which their shape has to begin.
         of: the array that has these dimensions, and its shape.
     """
-    if not isinstance(triplets, Triplets):
-        raise TypeError(f"triplets must be Triplets, got {type(triplets).__name__}.")
     shape = jnp.shape(triplets.valid)
     if any(jnp.shape(field) != shape for field in triplets):
         raise ValueError(
@@ -477,7 +477,7 @@ def _check_triplets_of_distances(distances: Any, triplets: Any, **options: Any) 
 )
 def triplet_loss(
     distances: ArrayLike,
-    triplets: Triplets,
+    triplets: Triplets | CountedTriplets,
     *,
     margin: ArrayLike = 0.1,
     hinge: Hinge = jax.nn.relu,
@@ -514,6 +514,7 @@ def triplet_loss(
     """
     cost = as_cost(hinge)
     distances = as_distances(distances)
+    triplets = as_triplets(triplets)
     batch = distances.shape[:-2]
     check_triplets(triplets, batch, of=f"distances, whose shape is {distances.shape}")
 
