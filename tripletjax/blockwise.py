@@ -118,6 +118,8 @@ def batch_all_loss(
 
     `tripletjax.batch_all_loss` without the distance matrix.
 
+    Memory: O(n d + m d + block_size^2), also of the gradient.
+
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
@@ -197,6 +199,8 @@ def batch_hard_loss(
 
     `tripletjax.batch_hard_loss` without the distance matrix.
 
+    Memory: O(n d + m d + block_size^2), also of the gradient.
+
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
@@ -267,6 +271,8 @@ def batch_semi_hard_loss(
 
     `tripletjax.batch_semi_hard_loss`, which defines that negative, without the distance
     matrix.
+
+    Memory: O(n d + m d + block_size^2), also of the gradient.
 
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
@@ -450,6 +456,8 @@ def batch_hard_triplets(
 
     `tripletjax.batch_hard_triplets` without the distance matrix.
 
+    Memory: O(n d + m d + block_size^2).
+
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
@@ -517,6 +525,8 @@ def batch_semi_hard_triplets(
 
     `tripletjax.batch_semi_hard_triplets` without the distance matrix. There the
     triplets have the matrix's shape; here they are compacted to a fixed size.
+
+    Memory: O(n d + m d + block_size^2 + size).
 
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.

@@ -127,6 +127,8 @@ def _mean_valid(sums: TripletTerms) -> Array:
 
     $$\frac{\sum_a \text{total}_a}{\sum_a \text{valid}_a}$$
 
+    Memory: O(1).
+
     Args:
         terms: `TripletTerms` ``[..., n]``.
 
@@ -148,6 +150,8 @@ def _mean_active(sums: TripletTerms) -> Array:
     $$\frac{\sum_a \text{total}_a}{\sum_a \text{active}_a}$$
 
     Unlike `mean_valid` it does not fade as triplets become satisfied.
+
+    Memory: O(1).
 
     Args:
         terms: `TripletTerms` ``[..., n]``.
@@ -280,6 +284,8 @@ def selectively_contrastive(
         triplets = tj.batch_easy_hard_triplets(d, labels, negative=hardest_negative)
         tj.triplet_loss(d, triplets, hinge=tj.selectively_contrastive())
 
+    Memory: O(1) for each triplet.
+
     Args:
         hard_weight: λ, the weight of triplets with a hard negative.
         temperature: τ, in units of cosine similarity.
@@ -338,6 +344,8 @@ def triplet_margin_loss(
     r"""The triplet loss of given triplets.
 
     $$\ell = h(d(a, p) - d(a, n) + \text{margin})$$
+
+    Memory: O(n d).
 
     Args:
         anchors: vectors ``[..., t, d]``, or one vector ``[d]``.
@@ -487,6 +495,8 @@ def triplet_loss(
 
     $$\ell = h(d_{ap} - d_{an} + \text{margin})$$
 
+    Memory: O(n m) for the gradient, and O(1) for each triplet.
+
     Args:
         distances: ``[..., n, m]``.
         triplets: `Triplets` of any miner: ``[..., k]`` or ``[..., n, k]``, where the
@@ -564,6 +574,8 @@ def batch_hard_loss(
     From a cold start it is prone to collapse to one point, where every triplet costs
     the margin: warm up with `batch_all_loss`, or see `selectively_contrastive`.
 
+    Memory: O(n m), at most the size of the distances.
+
     Args:
         distances: ``[..., n, m]``.
         labels: integers ``[..., n]``, or `PairMasks`.
@@ -637,6 +649,8 @@ def batch_semi_hard_loss(
     farthest negative if there is none. `tripletjax.mining` lists the other published
     meanings of semi-hard.
 
+    Memory: O(n m), at most 8 times the size of the distances.
+
     Args:
         distances: ``[..., n, m]``.
         labels: integers ``[..., n]``, or `PairMasks`.
@@ -709,6 +723,8 @@ def batch_all_loss(
 
     Exact in O(n m) memory: the positives of all anchors are taken one at a time, as
     many times as the anchor with the most of them has.
+
+    Memory: O(n m), at most twice the size of the distances.
 
     Args:
         distances: ``[..., n, m]``.
