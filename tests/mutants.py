@@ -351,8 +351,8 @@ MUTANTS = [
     Mutant(
         "class-own-negative",
         "_pairwise/class_index.py",
-        "negatives = size - alike - (itself & ~matches)",
-        "negatives = size - alike",
+        "negatives = size - class_size - (in_references & ~matches)",
+        "negatives = size - class_size",
         "an anchor counts as its own negative",
         "tests/test_blockwise.py",
     ),
@@ -1054,7 +1054,7 @@ MUTANTS = [
     Mutant(
         "checkpoint-read-back",
         "learn/training/checkpoints.py",
-        "            self._load(step, state)\n",
+        "            self._load(step, arrays)\n",
         "            pass\n",
         "a written state is not read back",
         "tests/test_learn.py::test_a_state_is_read_back_before_the_last_good_one_goes",
@@ -1087,8 +1087,8 @@ MUTANTS = [
     Mutant(
         "step-chunk-statistics",
         "learn/training/steps.py",
-        "x, rest = _train_embed_jitted(state.params, rests[-1], some, graph=graph)",
-        "x, rest = _train_embed_jitted(state.params, rests[0], some, graph=graph)",
+        "x, rest = _train_embed_jitted(state.params, rests[-1], chunk, graph=graph)",
+        "x, rest = _train_embed_jitted(state.params, rests[0], chunk, graph=graph)",
         "statistics follow the last chunk alone",
         "tests/test_training.py::test_statistics_are_of_all_chunks",
     ),

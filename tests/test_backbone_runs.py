@@ -235,13 +235,13 @@ def test_a_head_on_kept_features_is_the_whole_network(run_of):
 def test_features_are_made_once(folder, resnet, run_of, tmp_path, monkeypatch):
     run_of("frozen")
     calls = []
-    made = feature_cache.FeatureCache._made
+    compute = feature_cache.FeatureCache._compute
 
     def counted(self, images, *rest):
         calls.append(len(images))
-        return made(self, images, *rest)
+        return compute(self, images, *rest)
 
-    monkeypatch.setattr(feature_cache.FeatureCache, "_made", counted)
+    monkeypatch.setattr(feature_cache.FeatureCache, "_compute", counted)
     config = configured(folder, resnet, "frozen", dim=8)
     learn.run(config, tmp_path / "same", progress=False)
     assert calls == []

@@ -852,10 +852,10 @@ def _serve(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     folders = [given["index"], given["gallery"]]
     indexes = [_updated(f, given, embedder)[0] for f in folders if f is not None]
     index, *gallery = indexes
-    served = serve.served(
+    app = serve.App.of(
         index, calibration=calibration, gallery_index=gallery[0] if gallery else None
     )
-    serve.run(served, host=given["host"], port=given["port"])
+    serve.run(app, host=given["host"], port=given["port"])
     return 0
 
 
