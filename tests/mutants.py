@@ -1338,8 +1338,8 @@ MUTANTS = [
     Mutant(
         "identify-itself",
         "apps/identification/gallery.py",
-        "kept = np.array([one != path for one in self.paths])",
-        "kept = np.array([True for one in self.paths])",
+        "kept = np.array([other != path for other in self.paths])",
+        "kept = np.array([True for other in self.paths])",
         "an image of the gallery is taken for itself",
         "tests/test_identify.py::test_an_image_of_the_gallery_is_not_taken_for_itself",
     ),

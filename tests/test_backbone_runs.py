@@ -317,7 +317,9 @@ def test_a_trained_backbone_is_written_for_another_run(
 @pytest.mark.xdist_group("frozen backbone")
 @pytest.mark.slow
 def test_a_backbone_that_was_not_trained_is_not_written(run_of, tmp_path):
-    with pytest.raises(ValueError, match="was not trained"):
+    with pytest.raises(
+        ValueError, match="requires a trained backbone, got a frozen one"
+    ):
         export(learn.load_embedder(run_of("frozen")), tmp_path / "no.safetensors")
 
 

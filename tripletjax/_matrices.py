@@ -76,9 +76,9 @@ def check_not_embeddings(distances: Any, labels: Any, **options: Any) -> None:
         return
     if (values < 0).any() and values.diagonal().any() and (values != values.T).any():
         raise ValueError(
-            "distances must be non-negative, symmetric or 0 on the diagonal, got none of "
-            "these; if these are embeddings, use tripletjax.blockwise or a metric; "
-            "if rows and columns are different items, give reference_labels."
+            "distances must be non-negative, symmetric or 0 on the diagonal, got "
+            "none of these; if these are embeddings, use tripletjax.blockwise or a "
+            "metric; if rows and columns are different items, give reference_labels."
         )
 
 

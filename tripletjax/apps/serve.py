@@ -210,7 +210,7 @@ class App:
         threshold = self.calibration.threshold
         text = f"Threshold {threshold:.3f}"
         if count := len(self.strangers.distances):
-            fpir = 100 * self.strangers.named(threshold) / count
+            fpir = 100 * self.strangers.count_named(threshold) / count
             text += f"; false positives at this gallery: {fpir:.0f} %"
         return f"{text}."
 

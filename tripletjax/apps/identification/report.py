@@ -33,7 +33,7 @@ def of_gallery(
         "others": None,
     }
     if calibration is not None and strangers is not None:
-        count, named = len(strangers.distances), strangers.named(threshold)
+        count, named = len(strangers.distances), strangers.count_named(threshold)
         told["others"] = {
             "data": calibration.data,
             "images": count,

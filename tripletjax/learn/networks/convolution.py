@@ -166,9 +166,11 @@ def _gradient_of_kernel(
     ``dk[i, j] = sum over n, r, c of x[n, s r + i, s c + j]^T along[n, r, c]``
 
     With a stride, these are products of the pixels of x at each (i, j) and ``along``.
-    Without one, they are products of the rows i of x and ``along`` shifted by j columns,
-    which copies less. A product takes images far apart in the batch: if the batch is
-    split over devices, so is every product.
+    Without one, they are products of the rows i of x and ``along``, shifted by j
+    columns, which copies less.
+
+    A product takes images far apart in the batch: if the batch is split over devices, so
+    is every product.
     """
     (height, width), (n, rows, columns) = kernel.shape[:2], along.shape[:3]
     at_once = max(PIXELS // (rows * columns), 1)
