@@ -47,6 +47,7 @@ from tripletjax.learn.image_cache import Decoding
 from tripletjax.learn.metrics_log import MetricsLog
 from tripletjax.learn.objectives import mined_loss
 from tripletjax.learn.record import RunRecord
+from tripletjax.learn.selection import MIN_CLASSES, Validation
 
 pytestmark = pytest.mark.usefixtures("own_data_dir")
 
@@ -814,19 +815,86 @@ def test_signals_between_two_lines_are_the_callers(own_data_dir, request):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_the_best_validation_is_kept(tmp_path):
-    values = iter([3.0, 5.0, 4.0, 5.0, float("nan")])
-    kept, seen = Checkpoints(tmp_path / "best"), []
+SPREAD = np.array([-1.0, 1, -2, 2, 0, 3, -3, 0])
+CLEAR, OUTLIER = np.full(8, 10.0), np.array([90.0, -1, 0, 1, -1, 0, 1, -1])
+
+
+@pytest.mark.parametrize(
+    ("gains", "steps"),
+    [
+        # The gains of each validation over the last one, and the steps that are kept.
+        ([CLEAR, 0], [4, 4]),
+        ([CLEAR + SPREAD / 4, 0], [4, 4]),
+        ([CLEAR, CLEAR], [4, 8]),
+        ([OUTLIER, 0], [4, 8]),
+        ([SPREAD / 100, 0], [4, 8]),
+        ([-CLEAR, CLEAR, 0, CLEAR / 2], [4, 8, 8, 8]),
+        ([CLEAR, 2 * CLEAR, 0, 3 * CLEAR], [4, 8, 8, 16]),
+        # Too few classes.
+        ([CLEAR[:7], np.zeros(7)], [4, 8]),
+        ([np.array([50.0, 50]), np.zeros(2)], [4, 8]),
+        ([np.zeros(0), np.zeros(0)], [4, 8]),
+        ([np.full(8, np.nan), 0], [4, 8]),
+        ([CLEAR, np.nan], [4, 8]),
+    ],
+)
+def test_an_earlier_model_is_kept_if_it_exceeds_noise(tmp_path, gains, steps):
+    classes = len(gains[0])
+    values = iter([50 + gain + np.zeros(classes) for gain in gains])
+    kept, seen = Checkpoints(tmp_path / "best"), {}
 
     def validate(model):
-        seen.append(jax.tree.map(jnp.copy, nnx.state(model)))
-        return {"score": next(values)}
+        seen[4 * (len(seen) + 1)] = jax.tree.map(jnp.copy, nnx.state(model))
+        return Validation({}, next(values))
 
-    options = {"validate": validate, "validate_every": 4, "best": "score"}
-    trained(16, best_checkpoints=kept, **options)
-    assert kept.steps == [8, 16]
-    _, best, _ = kept.restore(seen[0])
-    jax.tree.map(np.testing.assert_array_equal, best, seen[3])
+    _, lines = trained(
+        4 * len(gains),
+        validate=validate,
+        validate_every=4,
+        validation_classes=classes,
+        kept_model=kept,
+    )
+    assert [line["kept_step"] for line in lines if "kept_step" in line] == steps
+    _, model, _ = kept.restore(seen[4])
+    jax.tree.map(np.testing.assert_array_equal, model, seen[steps[-1]])
+
+
+@pytest.mark.parametrize("stop", [4, 6, 8, 11])
+def test_the_candidate_survives_a_resume(tmp_path, stop):
+    gains = {4: CLEAR, 8: 0 * CLEAR, 12: 0 * CLEAR}
+
+    def fit(steps, name):
+        done = iter([step for step in gains if step > resumed])
+        return trained(
+            steps,
+            validate=lambda model: Validation({}, gains[next(done)]),
+            validate_every=4,
+            validation_classes=8,
+            checkpoints=Checkpoints(tmp_path / name / "states"),
+            kept_model=Checkpoints(tmp_path / name / "best"),
+        )
+
+    resumed = 0
+    _, lines = fit(12, "whole")
+    assert lines[-1]["kept_step"] == 4
+    first, gains = gains, {4: CLEAR, stop: 0 * CLEAR}
+    fit(stop, "stopped")
+    gains, resumed = first, stop
+    _, rest = fit(12, "stopped")
+    assert rest[-1] == lines[-1]
+    found = [
+        Checkpoints(tmp_path / name / "best")
+        ._orbax.checkpointables_metadata(12)
+        .custom_metadata
+        for name in ("whole", "stopped")
+    ]
+    assert found[0] == found[1]
+
+
+def test_validation_has_a_value_of_each_class():
+    options = {"validate": lambda model: Validation({}, np.zeros(9))}
+    with pytest.raises(ValueError, match=r"by_class must be \[8\].*got shape \(9,\)"):
+        trained(2, validate_every=1, validation_classes=8, **options)
 
 
 # Checkpoints.
@@ -1670,20 +1738,25 @@ class ScaledModel(nnx.Module):
 
 
 @pytest.mark.parametrize(
-    ("shape", "options"),
-    [((), {}), ((8,), {"ema_decay": 0.5, "memory": 100, "memory_momentum": 0.5})],
+    ("shape", "classes", "options"),
+    [
+        ((), 0, {}),
+        ((8,), 8, {"ema_decay": 0.5, "memory": 100, "memory_momentum": 0.5}),
+    ],
 )
-def test_a_weak_type_compiles_no_step_again(tmp_path, shape, options):
+def test_a_weak_type_compiles_no_step_again(tmp_path, shape, classes, options):
     model = ScaledModel(jnp.full(shape, 1.0))
     assert model.scale[...].weak_type
     tx = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
     images = np.zeros((5, 8, 8, 1), np.uint8)
 
     def validate(model):
-        return {"sum": float(training.embed_images(model, images).sum())}
+        total = float(training.embed_images(model, images).sum())
+        return Validation({"sum": total}, np.full(classes, total))
 
     options |= {"progress": False, "log_every": 1, "loss": ALL}
     options |= {"validate": validate, "validate_every": 1}
+    options |= {"validation_classes": classes}
     with compilations() as lines:
         kept = Checkpoints(tmp_path / "states")
         more = options | {"checkpoints": kept}

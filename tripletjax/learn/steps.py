@@ -19,6 +19,20 @@ from tripletjax.learn.placement import ONE_DEVICE, Placement
 from tripletjax.memory import Memory
 
 
+class Candidate(NamedTuple):
+    """The model of the validation with the highest mean over classes so far.
+
+    Attributes:
+        step: the step of the validation.
+        model: the state of the model that was validated.
+        by_class: its values ``[classes]``.
+    """
+
+    step: Array
+    model: nnx.State
+    by_class: Array
+
+
 class TrainState(NamedTuple):
     """Everything that one step hands to the next.
 
@@ -28,7 +42,7 @@ class TrainState(NamedTuple):
         optimizer: the state of the optimizer.
         average: an exponential average of the parameters, or None.
         finite: whether all losses and gradients have been finite.
-        best: the best validation so far.
+        candidate: the model that the last one is compared with, or None.
         memory: embeddings of earlier batches, or None.
         slow: an average of the parameters that the memory's embeddings are made with,
             or None for those of the batch themselves.
@@ -39,7 +53,7 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
     average: nnx.State | None
     finite: Array
-    best: Array
+    candidate: Candidate | None = None
     memory: Memory | None = None
     slow: nnx.State | None = None
 

@@ -23,6 +23,7 @@ import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from tqdm import tqdm
 
 import tripletjax as tj
@@ -31,7 +32,13 @@ from tripletjax.learn.embedder import as_floats, check_static, strongly_typed
 from tripletjax.learn.embedder import embed_images as embed_images
 from tripletjax.learn.objectives import Loss, mined_loss
 from tripletjax.learn.placement import Placement
-from tripletjax.learn.steps import TrainState, train_step, train_step_in_chunks
+from tripletjax.learn.selection import MIN_CLASSES, Validation, exceeds_noise
+from tripletjax.learn.steps import (
+    Candidate,
+    TrainState,
+    train_step,
+    train_step_in_chunks,
+)
 
 # Embeddings that are so close together, in multiples of their length, have collapsed.
 COLLAPSED = 0.02
@@ -108,12 +115,12 @@ def fit(
     embed_chunk_size: int | None = None,
     mesh: Mesh | None = None,
     log_every: int = 10,
-    validate: Callable[[nnx.Module], dict[str, float]] | None = None,
+    validate: Callable[[nnx.Module], Validation] | None = None,
     validate_every: int | None = None,
-    best: str | None = None,
+    validation_classes: int = 0,
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 100,
-    best_checkpoints: Checkpoints | None = None,
+    kept_model: Checkpoints | None = None,
     interrupts: Interrupts | None = None,
     progress: bool = True,
 ) -> Iterator[dict[str, Any]]:
@@ -153,13 +160,16 @@ def fit(
             with a `shard` in `sampling`; the first process alone validates, and all
             share the directories of checkpoints.
         log_every: how many steps there are between two lines.
-        validate: metrics of a model, made every `validate_every` steps and at the end.
+        validate: the `Validation` of a model, made every `validate_every` steps and at
+            the end.
         validate_every: see there; only at the end if not given.
-        best: the metric of which the largest is best; if not given, or where there is
-            none, the last validation is.
+        validation_classes: the number of values in `Validation.by_class`. From
+            `selection.MIN_CLASSES` on, the model with the highest mean over classes is
+            part of the state, and is kept in place of the last one if
+            `selection.exceeds_noise` of it.
         checkpoints: where states are kept.
         checkpoint_every: how many steps there are between two states.
-        best_checkpoints: where the parameters of the best validation are kept.
+        kept_model: where each validation writes the model that the rule keeps.
         interrupts: what notes that the process is asked to stop, if the caller watches
             itself; if not given, signals are watched while a step is in progress.
         progress: whether to show a progress bar.
@@ -168,8 +178,9 @@ def fit(
         First, if it goes on from a checkpoint, ``{"step": ..., "resumed": True,
         "damaged": [...]}``. Then, every `log_every` steps and after the last, the step,
         the loss, its metrics, and the spread of the embeddings of the batch: the root
-        of their mean squared distance. After every validation, the step and
-        ``"validation"``.
+        of their mean squared distance. After every validation, the step,
+        ``"validation"`` with its metrics, and ``"kept_step"``, the step of the model
+        that is kept so far.
 
     Raises:
         FloatingPointError: if the loss or a gradient becomes infinite or NaN; the last
@@ -230,8 +241,11 @@ def fit(
         optimizer=tx.init(params),
         average=jax.tree.map(jnp.copy, params) if ema_decay else None,
         finite=jnp.array(True),
-        best=jnp.array(-jnp.inf, jnp.float32),
     )
+    if validate and validation_classes >= MIN_CLASSES:
+        # The first validation takes its place.
+        nothing = np.zeros(validation_classes)
+        state = state._replace(candidate=_candidate(0, model, nothing))
     if memory:
         images, labels = batches[0]
         # A copy, since a model with statistics changes them.
@@ -317,17 +331,19 @@ def fit(
             if validate and (last or (validate_every and done % validate_every == 0)):
                 _check_finite(state, done)
                 update_model()
-                values = on.of_first(functools.partial(validate, model))
+                values, by_class = on.of_first(functools.partial(validate, model))
+                now = on.everywhere(_candidate(done, model, by_class))
                 model.train()
-                # Of equals the last, which was trained the longest; without a number,
-                # the last of all.
-                value = np.float32(values.get(best or "", np.nan))
-                if not value < state.best:
-                    state = state._replace(best=jnp.maximum(state.best, value))
-                    if best_checkpoints is not None:
-                        best_checkpoints.save(done, on.everywhere(nnx.state(model)))
+                candidate, kept = _select(state.candidate, now)
+                state = state._replace(candidate=candidate)
+                if kept_model is not None:
+                    kept_model.save(done, kept.model)
                 with outside():
-                    yield {"step": done, "validation": values}
+                    yield {
+                        "step": done,
+                        "validation": values,
+                        "kept_step": int(kept.step),
+                    }
             # Processes agree where they wait for each other anyway.
             stop = interrupts.asked
             if on.processes > 1:
@@ -341,6 +357,35 @@ def fit(
                 update_model()
                 raise Stopped(f"stopped after step {done}")
     update_model()
+
+
+def _candidate(step: int, model: nnx.Module, by_class: ArrayLike) -> Candidate:
+    """A copy of a model, since a step gives the memory of its state away."""
+    return Candidate(
+        jnp.array(step, jnp.int32),
+        jax.tree.map(jnp.copy, strongly_typed(nnx.state(model))),
+        jnp.asarray(by_class, jnp.float32),
+    )
+
+
+def _select(
+    candidate: Candidate | None, now: Candidate
+) -> tuple[Candidate | None, Candidate]:
+    """The next candidate, and the model to keep if training ended here."""
+    if candidate is None:
+        return None, now
+    earlier, last = (np.asarray(x.by_class) for x in (candidate, now))
+    if earlier.shape != last.shape:
+        raise ValueError(
+            f"by_class must be [{len(earlier)}], as validation_classes says, got shape "
+            f"{last.shape}."
+        )
+    if candidate.step == 0:
+        return now, now
+    kept = candidate if exceeds_noise(earlier, last) else now
+    # Of equals the later one.
+    highest = candidate if earlier.mean() > last.mean() else now
+    return highest, kept
 
 
 def _check_finite(state: TrainState, step: int) -> None:

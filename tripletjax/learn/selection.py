@@ -1,0 +1,102 @@
+"""The checkpoint that a run keeps, and intervals over classes: functions of NumPy.
+
+Images of one class succeed or fail together, so that the classes, not the images, are
+the sample of which a standard error is taken.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+# The probability that an earlier checkpoint is kept where it is no better than the
+# last, and the number of classes below which no earlier checkpoint is kept
+# (benchmarks/checkpoints.py).
+SIGNIFICANCE, MIN_CLASSES = 0.01, 8
+CONFIDENCE = 0.95
+
+
+class Validation(NamedTuple):
+    """The result of one validation.
+
+    Attributes:
+        metrics: numbers by name, as they are logged.
+        by_class: one value per class, larger for better, by which checkpoints are
+            compared; of given triplets, one value per anchor.
+    """
+
+    metrics: dict[str, float]
+    by_class: np.ndarray = np.zeros(0)
+
+
+def exceeds_noise(earlier: np.ndarray, last: np.ndarray) -> bool:
+    """Whether an earlier checkpoint is better than the last by more than chance.
+
+    A one-sided paired t-test: the mean over classes of the difference must exceed its
+    standard error times the quantile 1 - `SIGNIFICANCE` of Student's t. Of fewer than
+    `MIN_CLASSES` classes the answer is no.
+
+    Args:
+        earlier: values ``[classes]`` of the earlier checkpoint.
+        last: values of the same classes of the last checkpoint.
+
+    >>> last = np.array([60.0, 70.0, 80.0, 90.0, 50.0, 75.0, 85.0, 65.0])
+    >>> exceeds_noise(last + [9, 11, 10, 9, 10, 11, 10, 10], last)
+    True
+    >>> exceeds_noise(last + [80, -1, 2, -3, 0, 1, 2, -1], last)
+    False
+    """
+    difference = np.asarray(earlier, float) - np.asarray(last, float)
+    n = len(difference)
+    if n < MIN_CLASSES:
+        return False
+    error = np.std(difference, ddof=1) / np.sqrt(n)
+    return bool(np.mean(difference) > stdtrit(n - 1, 1 - SIGNIFICANCE) * error)
+
+
+def note_of(classes: int, unit: str) -> list[str]:
+    """The note of a run whose validation has too few classes to choose by."""
+    if classes >= MIN_CLASSES:
+        return []
+    return [
+        f"the last checkpoint is kept: validation has {classes} {unit}, and a choice "
+        f"needs at least {MIN_CLASSES}"
+    ]
+
+
+def class_means(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Mean of the values ``[n]`` of each class, in the order of the labels."""
+    _, rows = np.unique(labels, return_inverse=True)
+    return np.bincount(rows, values) / np.bincount(rows)
+
+
+def interval_over_classes(
+    values: np.ndarray, labels: np.ndarray
+) -> tuple[float, float] | None:
+    """Interval of a mean over items whose classes are drawn at random.
+
+    The mean is a ratio of two sums over classes: its standard error is that of the sums
+    of deviations, and its quantiles are those of Student's t.
+
+    Args:
+        values: numbers ``[n]`` from 0 to 100, one per item.
+        labels: integers ``[n]``, the class of each item.
+
+    Returns:
+        The ends of the `CONFIDENCE` interval within 0 to 100; None of one class.
+
+    >>> labels = np.repeat(np.arange(4), 2)
+    >>> values = np.array([90.0, 80.0, 70.0, 80.0, 60.0, 70.0, 80.0, 90.0])
+    >>> print(*np.round(interval_over_classes(values, labels), 1))
+    62.3 92.7
+    """
+    values = np.asarray(values, float)
+    mean = values.mean()
+    _, rows = np.unique(labels, return_inverse=True)
+    deviations = np.bincount(rows, values - mean)
+    n = len(deviations)
+    if n < 2:
+        return None
+    error = np.sqrt(n / (n - 1) * np.sum(deviations**2)) / len(values)
+    half = stdtrit(n - 1, (1 + CONFIDENCE) / 2) * error
+    return max(0.0, mean - half), min(100.0, mean + half)
