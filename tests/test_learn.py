@@ -859,30 +859,26 @@ def test_an_earlier_model_is_kept_if_it_exceeds_noise(tmp_path, gains, steps):
     jax.tree.map(np.testing.assert_array_equal, model, seen[steps[-1]])
 
 
-@pytest.mark.parametrize("stop", [4, 6, 8, 11])
+@pytest.mark.parametrize("stop", [4, 6, 9])
 def test_the_candidate_survives_a_resume(tmp_path, stop):
-    gains = {4: CLEAR, 8: 0 * CLEAR, 12: 0 * CLEAR}
-
-    def fit(steps, name):
-        done = iter([step for step in gains if step > resumed])
+    def fit(name, start, steps):
+        due = iter([s for s in range(start + 1, steps + 1) if s % 4 == 0 or s == steps])
+        gains = {4: CLEAR}
         return trained(
             steps,
-            validate=lambda model: Validation({}, gains[next(done)]),
+            validate=lambda model: Validation({}, gains.get(next(due), 0 * CLEAR)),
             validate_every=4,
             validation_classes=8,
             checkpoints=Checkpoints(tmp_path / name / "states"),
             kept_model=Checkpoints(tmp_path / name / "best"),
-        )
+        )[1]
 
-    resumed = 0
-    _, lines = fit(12, "whole")
-    assert lines[-1]["kept_step"] == 4
-    first, gains = gains, {4: CLEAR, stop: 0 * CLEAR}
-    fit(stop, "stopped")
-    gains, resumed = first, stop
-    _, rest = fit(12, "stopped")
-    assert rest[-1] == lines[-1]
+    whole = fit("whole", 0, 12)
+    assert whole[-1]["kept_step"] == 4
+    fit("stopped", 0, stop)
+    assert fit("stopped", stop, 12)[-1] == whole[-1]
     found = [
+        # A digest of every number of the model.
         Checkpoints(tmp_path / name / "best")
         ._orbax.checkpointables_metadata(12)
         .custom_metadata
