@@ -19,9 +19,12 @@ import numpy as np
 import optax
 from flax import nnx
 
-from tripletjax.learn import backbones, objectives, pretrained, sampling, training
-from tripletjax.learn.features import AnyView
-from tripletjax.learn.image_cache import KeptFeatures
+from tripletjax import learn
+from tripletjax.learn.data import sampling
+from tripletjax.learn.data.image_array import KeptFeatures
+from tripletjax.learn.networks import backbones, heads
+from tripletjax.learn.training import loop, objectives
+from tripletjax.learn.training.feature_cache import AnyView
 
 BATCH = 16
 IMAGES, CLASSES, VIEWS, FEATURES = 10_000, 500, 4, 512
@@ -86,7 +89,7 @@ def compare() -> None:
         model = model.to(memory_format=torch.channels_last)
 
         def ours(network: nnx.Module = network, images: np.ndarray = images) -> None:
-            training.embed_images(network, images).block_until_ready()
+            learn.embed_images(network, images).block_until_ready()
 
         def peer(model: Callable = model, theirs: torch.Tensor = theirs) -> None:
             with torch.inference_mode():
@@ -106,9 +109,9 @@ def head(steps: int) -> None:
     features = (middles[labels] + 2 * noise).astype(np.float32)
     images = KeptFeatures(np.zeros((IMAGES, 1, 1, 1), np.uint8), features)
     start = time.perf_counter()
-    model = pretrained.Head(FEATURES, 128, mirror=True, rngs=nnx.Rngs(0))
+    model = heads.Head(FEATURES, 128, mirror=True, rngs=nnx.Rngs(0))
     model.fit(features[:2048, 0])
-    lines = training.fit(
+    lines = loop.fit(
         model,
         optax.adamw(1e-3),
         sampling.ImageBatches(images, labels, 40, 4),
@@ -119,7 +122,7 @@ def head(steps: int) -> None:
         progress=False,
     )
     *_, last = lines
-    training.embed_images(model, images).block_until_ready()
+    learn.embed_images(model, images).block_until_ready()
     taken = time.perf_counter() - start
     print(
         f"\na head on kept features of {IMAGES:,} images, {steps} steps of 160 and all "

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tripletjax.learn import objectives, runs
+from tripletjax import learn
+from tripletjax.learn.training import objectives
 
 
 def main() -> None:
@@ -27,10 +28,10 @@ def main() -> None:
     print("".join(f"{name:>18}" for name in ("", *names)))
     rows = []
     for seed in range(arguments.seeds):
-        config = runs.Config(seed=seed, mining=arguments.mining)
+        config = learn.Config(seed=seed, mining=arguments.mining)
         with tempfile.TemporaryDirectory() as directory:
             start = time.perf_counter()
-            metrics = runs.run(config, Path(directory) / "run", progress=False)
+            metrics = learn.run(config, Path(directory) / "run", progress=False)
             seconds = time.perf_counter() - start
         if seed == 0:
             show("raw pixels", list(metrics["raw pixels"].values()))

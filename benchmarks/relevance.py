@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 
 import tripletjax as tj
-from tripletjax.learn import config, datasets, hierarchy, runs
+from tripletjax import learn
+from tripletjax.learn.data import datasets, hierarchy
 from tripletjax.learn.embedder import load_embedder
+from tripletjax.learn.runs import config
 
 TRIPLETS, K = 20_000, 30
 
@@ -59,8 +61,8 @@ def main() -> None:
     for relevance in arguments.relevance:
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "run"
-            runs.run(
-                runs.Config(
+            learn.run(
+                learn.Config(
                     data=arguments.data,
                     split="classes",
                     relevance=relevance,

@@ -79,18 +79,19 @@ def read_and_embedded(n: int) -> None:
     """Images a second, from files and from memory."""
     from flax import nnx
 
-    from tripletjax.learn import embedder, image_io, models
+    from tripletjax.learn.data import image_shape
+    from tripletjax.learn.networks import embedding, embedding_networks
 
-    model = models.EmbeddingCNN(DIM, in_channels=3, rngs=nnx.Rngs(0))
+    model = embedding_networks.EmbeddingCNN(DIM, in_channels=3, rngs=nnx.Rngs(0))
     model.eval()
-    spec = image_io.ImageSpec(64, 64, 3, 65535, "white")
+    spec = image_shape.ImageSpec(64, 64, 3, 65535, "white")
 
     class Network:
         key, prepare = "network", staticmethod(spec.fit)
 
         @staticmethod
         def embed(images):
-            return np.asarray(embedder.embed_images(model, np.stack(images)))
+            return np.asarray(embedding.embed_images(model, np.stack(images)))
 
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)

@@ -28,20 +28,22 @@ def cases() -> Iterator[tuple[str, Callable]]:
     """What is timed, by name."""
 
     def learn() -> None:
-        from tripletjax.learn import models, runs  # noqa: F401
+        from tripletjax.learn.runs import train  # noqa: F401
 
-    yield "import tripletjax.learn.runs", learn
+    yield "import tripletjax.learn.runs.train", learn
 
     import tripletjax as tj
-    from tripletjax.learn import models
+    from tripletjax.learn.networks import embedding_networks
 
     for name in NETWORKS:
-        network = getattr(models, name)
+        network = getattr(embedding_networks, name)
         yield f"{name}()", lambda network=network: network(rngs=nnx.Rngs(0))
     images = jnp.ones((40, 32, 32, 3))
     for name in NETWORKS:
         graph, params, rest = nnx.split(
-            getattr(models, name)(rngs=nnx.Rngs(0), in_channels=3), nnx.Param, ...
+            getattr(embedding_networks, name)(rngs=nnx.Rngs(0), in_channels=3),
+            nnx.Param,
+            ...,
         )
 
         def cost(params: nnx.State, graph=graph, rest=rest) -> jax.Array:

@@ -25,16 +25,12 @@ import optax
 from flax import nnx
 from PIL import Image
 
-from tripletjax.learn import (
-    convolution,
-    defaults,
-    image_cache,
-    models,
-    objectives,
-    sampling,
-    training,
-)
-from tripletjax.learn.embedder import as_floats
+from tripletjax import learn
+from tripletjax.learn.data import image_cache, sampling
+from tripletjax.learn.networks import convolution, embedding_networks
+from tripletjax.learn.networks.embedding import as_floats
+from tripletjax.learn.runs import defaults
+from tripletjax.learn.training import loop, objectives
 
 
 def median_time(function, repeats: int) -> float:
@@ -77,9 +73,9 @@ def main() -> None:
     batches = sampling.ImageBatches(images, labels, n // 4, 4)
     batch = batches[0]
 
-    model = models.EmbeddingResNet(128, rngs=nnx.Rngs(0))
+    model = embedding_networks.EmbeddingResNet(128, rngs=nnx.Rngs(0))
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    x = training.embed_images(model, batch[0])
+    x = learn.embed_images(model, batch[0])
 
     def step_time(loss) -> float:
         @jax.jit
@@ -212,25 +208,25 @@ def compare_with_pytorch(repeats: int) -> None:
     for name, ours, theirs, (side, channels) in (
         (
             "EmbeddingCNN, two stages",
-            models.EmbeddingCNN(128, channels=small, rngs=rngs),
+            embedding_networks.EmbeddingCNN(128, channels=small, rngs=rngs),
             lambda: Cnn(small),
             (32, 1),
         ),
         (
             "EmbeddingCNN, three stages",
-            models.EmbeddingCNN(128, channels=large, rngs=rngs),
+            embedding_networks.EmbeddingCNN(128, channels=large, rngs=rngs),
             lambda: Cnn(large),
             (32, 1),
         ),
         (
             "EmbeddingResNet",
-            models.EmbeddingResNet(128, rngs=rngs),
+            embedding_networks.EmbeddingResNet(128, rngs=rngs),
             ResNet,
             (64, 3),
         ),
         (
             "EmbeddingPhotoNet",
-            models.EmbeddingPhotoNet(128, in_channels=3, rngs=rngs),
+            embedding_networks.EmbeddingPhotoNet(128, in_channels=3, rngs=rngs),
             ResNet,
             (64, 3),
         ),
@@ -250,8 +246,8 @@ def compare_with_pytorch(repeats: int) -> None:
 
 def fit_time(source, repeats: int) -> float:
     """Seconds between two steps of `fit`."""
-    model = models.EmbeddingResNet(128, rngs=nnx.Rngs(0))
-    lines = training.fit(
+    model = embedding_networks.EmbeddingResNet(128, rngs=nnx.Rngs(0))
+    lines = loop.fit(
         model,
         optax.adam(1e-3),
         source,

@@ -27,8 +27,8 @@ import numpy as np
 
 import tripletjax as tj
 from tripletjax import learn
-from tripletjax.learn import datasets, image_io, runs
-from tripletjax.learn.folder_listing import find_files
+from tripletjax.learn.data import datasets, image_files, image_shape
+from tripletjax.learn.data.folder_listing import find_files
 
 EPISODES = 1000
 
@@ -85,7 +85,7 @@ def show(name: str, values) -> None:
 def files_in(folder: Path, images: int | None) -> dict[Path, list[Path]]:
     """The image files of each class, at random if only some are wanted."""
     classes = defaultdict(list)
-    for file in filter(image_io.is_image, find_files(folder).files):
+    for file in filter(image_files.is_image, find_files(folder).files):
         classes[file.parent].append(file)
     if images is None:
         return dict(classes)
@@ -119,8 +119,8 @@ def measure_classes(embed, classes: dict[Path, list[Path]]) -> list[float]:
 def trained(data_name: str, seed: int, unseen: dict[Path, list[Path]]) -> list[float]:
     with tempfile.TemporaryDirectory() as directory:
         start = time.perf_counter()
-        config = runs.Config(data=data_name, seed=seed)
-        runs.run(config, Path(directory) / "run", progress=False)
+        config = learn.Config(data=data_name, seed=seed)
+        learn.run(config, Path(directory) / "run", progress=False)
         seconds = time.perf_counter() - start
         embed = learn.load_embedder(Path(directory) / "run")
         measured = measure_classes(embed, unseen)
@@ -165,12 +165,14 @@ def main() -> None:
                 show(f"{title}, fold {fold}", rows[title][-1])
     else:
         unseen = files_in(arguments.unseen, arguments.images)
-        shape = image_io.ImageSpec(
+        shape = image_shape.ImageSpec(
             *datasets.load(arguments.data).train.images.shape[1:]
         )
 
         def pixels(files):
-            images = np.stack([shape.fit(image_io.open_image(file)) for file in files])
+            images = np.stack(
+                [shape.fit(image_files.open_image(file)) for file in files]
+            )
             return images.reshape(len(files), -1) / np.float32(255)
 
         show("raw pixels", measure_classes(pixels, unseen))

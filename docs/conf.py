@@ -113,7 +113,7 @@ def find_elsewhere(app, env, node, text):
     """Docstrings name what is public as users do, without the module of the page."""
     target = node.get("reftarget", "").removeprefix("tj.").partition("(")[0]
     objects = env.domains["py"].objects
-    for prefix in ("", "learn.", "learn.training.", "apps."):
+    for prefix in ("", "learn.", "learn.training.loop.", "apps."):
         if found := objects.get(f"tripletjax.{prefix}{target}"):
             return make_refnode(
                 app.builder, node["refdoc"], found.docname, found.node_id, text

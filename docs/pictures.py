@@ -12,17 +12,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tripletjax.apps import (
-    identify,
-    identify_report,
-    search,
-    search_report,
-    verify,
-    verify_report,
-)
+from tripletjax.apps import identification, search, verification
 from tripletjax.apps.embedders import embedder_of, vectors_of
+from tripletjax.apps.identification import report as identification_report
 from tripletjax.apps.images import opened
-from tripletjax.learn.class_folders import find_classes
+from tripletjax.apps.search import report as search_report
+from tripletjax.apps.verification import report as verification_report
+from tripletjax.learn.data.class_folders import find_classes
 
 # Of every third class nobody is in the gallery; of the others so many images.
 UNKNOWN, KNOWN = 3, 3
@@ -50,10 +46,10 @@ def main() -> None:
         hits = search_report.found(index, queries, k=8)
         search_report.draw_found(index, hits, out / "search.png")
 
-        measured = verify.evaluate(embedder, arguments.unseen, progress=True)
-        for line in verify_report.lines(measured.report):
+        measured = verification.evaluate(embedder, arguments.unseen, progress=True)
+        for line in verification_report.lines(measured.report):
             print(line)
-        verify_report.draw(measured, root)
+        verification_report.draw(measured, root)
         for name in ("distances", "errors"):
             shutil.copy(root / f"{name}.png", out / f"verify_{name}.png")
 
@@ -68,19 +64,21 @@ def main() -> None:
                 probes.append(files[KNOWN])
         gallery_index = search.Index(root / "gallery", root / "index", embedder)
         gallery_index.update()
-        gallery = identify.Gallery.of(gallery_index)
+        gallery = identification.Gallery.of(gallery_index)
         x = vectors_of(embedder, [opened(file) for file in probes])
         assert measured.calibration is not None
         calibration = measured.calibration
         threshold = calibration.threshold
-        strangers = identify.Strangers.of(gallery, calibration)
-        report = identify_report.of_gallery(gallery, threshold, calibration, strangers)
-        for line in identify_report.told(report):
+        strangers = identification.Strangers.of(gallery, calibration)
+        report = identification_report.of_gallery(
+            gallery, threshold, calibration, strangers
+        )
+        for line in identification_report.told(report):
             print(line)
-        named = identify.identify(gallery, x, threshold=threshold)
-        for line in identify_report.lines(probes, named):
+        named = identification.identify(gallery, x, threshold=threshold)
+        for line in identification_report.lines(probes, named):
             print(line)
-        identify_report.draw(gallery_index, probes, named, out / "identify.png")
+        identification_report.draw(gallery_index, probes, named, out / "identify.png")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 
 import tripletjax as tj
 from tripletjax import learn
-from tripletjax.learn import sampling, training
+from tripletjax.learn.data import sampling
 
 
 class TheirNetwork(nnx.Module):
@@ -86,9 +86,9 @@ def main() -> None:
     images = (15 * digits).astype("uint8").reshape(-1, 8, 8, 1)
     model = Embedder(network, 32, rngs=nnx.Rngs(0))
     batches = sampling.ImageBatches(images[:898], labels[:898], 10, 8)
-    for line in training.fit(model, optax.adam(3e-3), batches, steps=200, log_every=50):
+    for line in learn.fit(model, optax.adam(3e-3), batches, steps=200, log_every=50):
         print({name: round(value, 3) for name, value in line.items()})
-    x = training.embed_images(model, images[898:])
+    x = learn.embed_images(model, images[898:])
     recall = tj.retrieval.recall_at_k(x, labels[898:], ks=(1,))
     print(f"recall@1 of images never seen: {float(recall[0]):.3f}")
 

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import tripletjax as tj
-from tripletjax.learn.models import MultiScaleCNN
+from tripletjax.learn.networks.embedding_networks import MultiScaleCNN
 
 STEPS, SIZE, GAP, DECAY = 400, 48, 0.3, 1e-3
 # How relevance is counted, and triplets drawn: none counts for more than CAP, and two

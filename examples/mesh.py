@@ -24,8 +24,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tripletjax as tj
-from tripletjax.learn import datasets
-from tripletjax.learn.sampling import ClassBatches
+from tripletjax.learn.data import datasets
+from tripletjax.learn.data.sampling import ClassBatches
 
 
 class Network(nnx.Module):

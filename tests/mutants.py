@@ -774,7 +774,7 @@ MUTANTS = [
     # Verification.
     Mutant(
         "far-tie",
-        "verification.py",
+        "verification/evaluation.py",
         "within = jnp.sum(false(curve.up_to) <= far)",
         "within = jnp.sum(false(curve.below) <= far)",
         "negatives at the threshold are not counted",
@@ -782,7 +782,7 @@ MUTANTS = [
     ),
     Mutant(
         "far-strict",
-        "verification.py",
+        "verification/evaluation.py",
         "within = jnp.sum(false(curve.up_to) <= far)",
         "within = jnp.sum(false(curve.up_to) < far)",
         "a FAR that is met exactly is refused",
@@ -790,7 +790,7 @@ MUTANTS = [
     ),
     Mutant(
         "far-not-shown",
-        "verification.py",
+        "verification/evaluation.py",
         "shown = negatives * far >= 1 - 1e-6",
         "shown = negatives * far >= 0",
         "a FAR that too few negatives can show has a rate",
@@ -798,7 +798,7 @@ MUTANTS = [
     ),
     Mutant(
         "area-tie",
-        "verification.py",
+        "verification/evaluation.py",
         "ahead = 1 - (false(curve.below) + false(curve.up_to)) / 2",
         "ahead = 1 - false(curve.up_to)",
         "ties do not count in the area",
@@ -806,7 +806,7 @@ MUTANTS = [
     ),
     Mutant(
         "accuracy-threshold",
-        "verification.py",
+        "verification/curve.py",
         "most = jnp.argmax(right)",
         "most = len(right) - 1 - jnp.argmax(right[::-1])",
         "the largest of equally good thresholds",
@@ -825,18 +825,18 @@ MUTANTS = [
     ),
     Mutant(
         "k-fold-leak",
-        "verification.py",
+        "verification/folds.py",
         (
-            "curve = _Curve.of_pairs(distances, positive & ~held_out, negative & "
+            "curve = Curve.of_pairs(distances, positive & ~held_out, negative & "
             "~held_out)"
         ),
-        "curve = _Curve.of_pairs(distances, positive, negative)",
+        "curve = Curve.of_pairs(distances, positive, negative)",
         "a fold chooses its own threshold",
         "tests/test_verification.py::test_folds",
     ),
     Mutant(
         "k-fold-error",
-        "verification.py",
+        "verification/folds.py",
         "error = jnp.std(accuracies, ddof=1) / math.sqrt(folds)",
         "error = jnp.std(accuracies) / math.sqrt(folds)",
         "the standard error is too small",
@@ -844,7 +844,7 @@ MUTANTS = [
     ),
     Mutant(
         "bootstrap-copies",
-        "verification.py",
+        "verification/resampling.py",
         "weights, others = copies[us], copies[them[:, 0]] * copies[them[:, 1]]",
         "weights, others = copies[us], copies[them[:, 0]]",
         "pairs of identities that are not drawn count",
@@ -852,7 +852,7 @@ MUTANTS = [
     ),
     Mutant(
         "verification-own-pair",
-        "verification.py",
+        "verification/evaluation.py",
         "at += before[anchor] + 1",
         "at += before[anchor]",
         "an item is paired with itself",
@@ -860,7 +860,7 @@ MUTANTS = [
     ),
     Mutant(
         "verification-64-bits",
-        "verification.py",
+        "verification/curve.py",
         "and distances.dtype.itemsize == 8",
         "and distances.dtype.itemsize == 16",
         "distances of 64 bits are compared in 32",
@@ -897,7 +897,7 @@ MUTANTS = [
     # Learning: batches.
     Mutant(
         "sampling-repeats",
-        "learn/sampling.py",
+        "learn/data/sampling.py",
         "replace=len(self.members[c]) < self.per_class,",
         "replace=len(self.members[c]) <= self.per_class,",
         "a class of exactly K images repeats some",
@@ -905,7 +905,7 @@ MUTANTS = [
     ),
     Mutant(
         "sampling-step",
-        "learn/sampling.py",
+        "learn/data/sampling.py",
         "draw = np.random.default_rng((self.seed, 1, step))",
         "draw = np.random.default_rng((self.seed, 1, 0))",
         "every step draws with the same numbers",
@@ -913,7 +913,7 @@ MUTANTS = [
     ),
     Mutant(
         "sampling-frequency",
-        "learn/sampling.py",
+        "learn/data/sampling.py",
         "return draw.choice(len(counts), self.classes, replace=False, p=share)",
         "return draw.choice(len(counts), self.classes, replace=False)",
         "frequency draws classes uniformly",
@@ -921,7 +921,7 @@ MUTANTS = [
     ),
     Mutant(
         "sampling-half-turns",
-        "learn/sampling.py",
+        "learn/data/sampling.py",
         "quarters = 2 * turn if self.rotation_classes == 2 else turn % 4",
         "quarters = turn % 4",
         "half turns are quarter turns",
@@ -929,7 +929,7 @@ MUTANTS = [
     ),
     Mutant(
         "sampling-shard",
-        "learn/sampling.py",
+        "learn/data/sampling.py",
         "return np.split(batch, count)[index]",
         "return np.split(batch, count)[0]",
         "all processes have the first part of a batch",
@@ -937,7 +937,7 @@ MUTANTS = [
     ),
     Mutant(
         "sampling-roles",
-        "learn/sampling.py",
+        "learn/data/sampling.py",
         "indices = self.triplets[_sharded(chosen, self.shard)].T.ravel()",
         "indices = self.triplets[_sharded(chosen, self.shard)].ravel()",
         "roles of given triplets are mixed",
@@ -945,7 +945,7 @@ MUTANTS = [
     ),
     Mutant(
         "hierarchy-level",
-        "learn/hierarchy.py",
+        "learn/data/hierarchy.py",
         "if 0 < groups.max(initial=0) < finer.max(initial=0):",
         "if 0 < groups.max(initial=0) <= finer.max(initial=0):",
         "a level that groups nothing is kept",
@@ -953,7 +953,7 @@ MUTANTS = [
     ),
     Mutant(
         "hierarchy-turns",
-        "learn/hierarchy.py",
+        "learn/data/hierarchy.py",
         (
             "levels + turn * (levels.max(axis=1, keepdims=True) + 1) for turn in "
             "range(turns)"
@@ -964,7 +964,7 @@ MUTANTS = [
     ),
     Mutant(
         "hierarchy-weights",
-        "learn/objectives.py",
+        "learn/training/objectives.py",
         "weights = [2.0**-level for level in range(len(levels) + 1)]",
         "weights = [2.0**level for level in range(len(levels) + 1)]",
         "coarse levels weigh more",
@@ -972,7 +972,7 @@ MUTANTS = [
     ),
     Mutant(
         "given-parts",
-        "learn/objectives.py",
+        "learn/training/objectives.py",
         "triplets = jnp.moveaxis(of_parts, 1, 0).reshape(3, -1, x.shape[-1])",
         "triplets = of_parts.reshape(3, -1, x.shape[-1])",
         "triplets of several processes are mixed",
@@ -984,7 +984,7 @@ MUTANTS = [
     # Learning: checkpoints.
     Mutant(
         "checkpoint-newest",
-        "learn/checkpoints.py",
+        "learn/training/checkpoints.py",
         "for step in reversed(self.steps):",
         "for step in self.steps:",
         "the oldest state is restored",
@@ -997,7 +997,7 @@ MUTANTS = [
     ),
     Mutant(
         "checkpoint-content",
-        "learn/checkpoints.py",
+        "learn/training/checkpoints.py",
         'if metadata["digest"] != _digest(loaded):',
         "if False:",
         "a damaged state is restored",
@@ -1005,7 +1005,7 @@ MUTANTS = [
     ),
     Mutant(
         "checkpoint-dtype",
-        "learn/checkpoints.py",
+        "learn/distributed/keys.py",
         (
             'kinds = [f"{np.shape(x)}{jax.dtypes.canonicalize_dtype(x.dtype)}" for x '
             "in arrays]"
@@ -1016,7 +1016,7 @@ MUTANTS = [
     ),
     Mutant(
         "checkpoint-unreadable",
-        "learn/checkpoints.py",
+        "learn/training/checkpoints.py",
         "return bool(written) and _file_digests(self.directory / str(step)) != written",
         "return bool(written)",
         "a state that cannot be read is moved aside as damaged",
@@ -1024,7 +1024,7 @@ MUTANTS = [
     ),
     Mutant(
         "checkpoint-read-back",
-        "learn/checkpoints.py",
+        "learn/training/checkpoints.py",
         "            self._load(step, state)\n",
         "            pass\n",
         "a written state is not read back",
@@ -1033,7 +1033,7 @@ MUTANTS = [
     # Learning: the loop.
     Mutant(
         "step-ema-decay",
-        "learn/steps.py",
+        "learn/training/steps.py",
         "averaged: Any = optax.incremental_update(params, averaged, 1 - ema_decay)",
         "averaged: Any = optax.incremental_update(params, averaged, ema_decay)",
         "the average keeps what it should forget",
@@ -1041,7 +1041,7 @@ MUTANTS = [
     ),
     Mutant(
         "step-memory-momentum",
-        "learn/steps.py",
+        "learn/training/steps.py",
         "slow: Any = optax.incremental_update(params, slow, 1 - memory_momentum)",
         "slow: Any = optax.incremental_update(params, slow, memory_momentum)",
         "the slow network follows at once",
@@ -1049,7 +1049,7 @@ MUTANTS = [
     ),
     Mutant(
         "step-warmup",
-        "learn/steps.py",
+        "learn/training/steps.py",
         "where = jnp.broadcast_to(remember, labels.shape)",
         "where = jnp.broadcast_to(True, labels.shape)",
         "the memory keeps batches of its warm-up",
@@ -1057,7 +1057,7 @@ MUTANTS = [
     ),
     Mutant(
         "step-chunk-statistics",
-        "learn/steps.py",
+        "learn/training/steps.py",
         "x, rest = _train_embed_jitted(state.params, rests[-1], some, graph=graph)",
         "x, rest = _train_embed_jitted(state.params, rests[0], some, graph=graph)",
         "statistics follow the last chunk alone",
@@ -1065,7 +1065,7 @@ MUTANTS = [
     ),
     Mutant(
         "training-average",
-        "learn/training.py",
+        "learn/training/loop.py",
         "params = state.params if state.average is None else state.average",
         "params = state.params",
         "the model is left without its average",
@@ -1073,7 +1073,7 @@ MUTANTS = [
     ),
     Mutant(
         "training-resume-step",
-        "learn/training.py",
+        "learn/training/loop.py",
         "start, state, damaged = found",
         "_, state, damaged = found",
         "a resumed run begins at step 0",
@@ -1081,7 +1081,7 @@ MUTANTS = [
     ),
     Mutant(
         "training-resume-batch",
-        "learn/training.py",
+        "learn/training/loop.py",
         "return self.batches[self.start + int(step)]",
         "return self.batches[int(step)]",
         "a resumed run repeats the first batches",
@@ -1089,7 +1089,7 @@ MUTANTS = [
     ),
     Mutant(
         "training-key",
-        "learn/training.py",
+        "learn/training/loop.py",
         "batch = images, labels, jax.random.fold_in(key, step), remember",
         "batch = images, labels, jax.random.fold_in(key, 0), remember",
         "every step augments alike",
@@ -1097,7 +1097,7 @@ MUTANTS = [
     ),
     Mutant(
         "training-warmup",
-        "learn/training.py",
+        "learn/training/loop.py",
         "remember = step >= memory_warmup",
         "remember = step > memory_warmup",
         "the memory warms up one step too long",
@@ -1105,7 +1105,7 @@ MUTANTS = [
     ),
     Mutant(
         "training-best",
-        "learn/training.py",
+        "learn/training/loop.py",
         "if not value < state.best:",
         "if value > state.best:",
         "of equal validations the first is kept",
@@ -1114,7 +1114,7 @@ MUTANTS = [
     # Images and splits.
     Mutant(
         "image-turned",
-        "learn/image_io.py",
+        "learn/data/image_files.py",
         "    6: Image.Transpose.ROTATE_270,",
         "    6: Image.Transpose.ROTATE_90,",
         "photographs are turned the wrong way",
@@ -1122,7 +1122,7 @@ MUTANTS = [
     ),
     Mutant(
         "image-mirrored",
-        "learn/image_io.py",
+        "learn/data/image_files.py",
         "    2: Image.Transpose.FLIP_LEFT_RIGHT,",
         "    2: Image.Transpose.FLIP_TOP_BOTTOM,",
         "mirrored photographs are flipped the other way",
@@ -1130,7 +1130,7 @@ MUTANTS = [
     ),
     Mutant(
         "image-transparency",
-        "learn/image_io.py",
+        "learn/data/image_shape.py",
         'behind = Image.new("RGBA", image.size, background)',
         'behind = Image.new("RGBA", image.size, "black")',
         "black always shows through transparency",
@@ -1138,7 +1138,7 @@ MUTANTS = [
     ),
     Mutant(
         "image-16-bits",
-        "learn/image_io.py",
+        "learn/data/image_shape.py",
         "top = white_of(peak(image)) if white is None else white",
         "top = 255",
         "grey of 16 bits is cut off at 255",
@@ -1146,7 +1146,7 @@ MUTANTS = [
     ),
     Mutant(
         "image-white",
-        "learn/image_io.py",
+        "learn/data/image_shape.py",
         "return next((white for white in WHITES if peak <= white), peak)",
         "return next((white for white in WHITES if peak < white), peak)",
         "white of 8 bits counts as grey of 10",
@@ -1154,7 +1154,7 @@ MUTANTS = [
     ),
     Mutant(
         "image-border",
-        "learn/image_io.py",
+        "learn/data/image_shape.py",
         "mean = np.concatenate(border).mean(axis=0).round().astype(np.uint8)",
         "mean = pixels.mean(axis=(0, 1)).round().astype(np.uint8)",
         "bars have the colour of the whole image",
@@ -1162,7 +1162,7 @@ MUTANTS = [
     ),
     Mutant(
         "split-copies",
-        "learn/splits.py",
+        "learn/data/splits.py",
         "units = [list(same) for _, same in copies]",
         "units = [[index] for _, same in copies for index in same]",
         "copies of a test image are trained on",
@@ -1170,7 +1170,7 @@ MUTANTS = [
     ),
     Mutant(
         "split-names",
-        "learn/splits.py",
+        "learn/data/splits.py",
         (
             "return [sorted(indices, key=lambda index: digests[index]) for indices in "
             "members]"
@@ -1181,7 +1181,7 @@ MUTANTS = [
     ),
     Mutant(
         "split-share",
-        "learn/splits.py",
+        "learn/data/splits.py",
         "return [max(least, int(share * n + 0.5)) for share in shares]",
         "return [max(least, int(share * n)) for share in shares]",
         "held out shares are rounded down",
@@ -1190,7 +1190,7 @@ MUTANTS = [
     # Applications.
     Mutant(
         "search-tie",
-        "apps/search.py",
+        "apps/search/index.py",
         "kept.sort(key=lambda hit: (hit.distance, hit.path))",
         "kept.sort(key=lambda hit: hit.distance)",
         "equally near hits come in any order",
@@ -1201,7 +1201,7 @@ MUTANTS = [
     ),
     Mutant(
         "search-cut",
-        "apps/search.py",
+        "apps/search/index.py",
         "and len(kept) >= k",
         "and False",
         "ties at the k-th hit are cut off in any order",
@@ -1212,7 +1212,7 @@ MUTANTS = [
     ),
     Mutant(
         "search-removed",
-        "apps/search.py",
+        "apps/search/index.py",
         "removed = [",
         "removed = [] and [",
         "removed images are still found",
@@ -1220,7 +1220,7 @@ MUTANTS = [
     ),
     Mutant(
         "search-changed",
-        "apps/search.py",
+        "apps/search/index.py",
         "before.get(path, (None, None))[0]",
         "(stamps[path] if path in before else None)",
         "changed images keep their old vectors",
@@ -1228,7 +1228,7 @@ MUTANTS = [
     ),
     Mutant(
         "search-embedder",
-        "apps/search.py",
+        "apps/search/index.py",
         'what = "another embedder, or another state of the run"',
         "return",
         "vectors of two embedders are compared",
@@ -1236,7 +1236,7 @@ MUTANTS = [
     ),
     Mutant(
         "search-duplicates",
-        "apps/search.py",
+        "apps/search/index.py",
         "np.linalg.norm(x[o",
         "0.0 * np.linalg.norm(x[o",
         "images a little too far apart are duplicates",
@@ -1244,7 +1244,7 @@ MUTANTS = [
     ),
     Mutant(
         "calibration-needed",
-        "apps/calibration.py",
+        "apps/verification/calibration.py",
         "if different * far < NEEDED - 1e-6:",
         "if different * far < 1 - 1e-6:",
         "a threshold rests on one false accept",
@@ -1252,7 +1252,7 @@ MUTANTS = [
     ),
     Mutant(
         "calibration-balance",
-        "apps/calibration.py",
+        "apps/verification/calibration.py",
         'fitted = LogisticRegression(class_weight="balanced").fit(',
         "fitted = LogisticRegression().fit(",
         "the probability is that of rare pairs",
@@ -1260,7 +1260,7 @@ MUTANTS = [
     ),
     Mutant(
         "calibration-key",
-        "apps/calibration.py",
+        "apps/verification/calibration.py",
         "if found.embedder != key:",
         "if False:",
         "a threshold of another embedding is used",
@@ -1268,7 +1268,7 @@ MUTANTS = [
     ),
     Mutant(
         "verify-side",
-        "apps/verify.py",
+        "apps/verification/decision.py",
         "distance <= calibration.threshold,",
         "distance >= calibration.threshold,",
         "images that are far apart are taken for the same",
@@ -1276,7 +1276,7 @@ MUTANTS = [
     ),
     Mutant(
         "verify-folds",
-        "apps/verify.py",
+        "apps/verification/intervals.py",
         "within = np.flatnonzero((where[images] == k).all(axis=1))",
         "within = np.flatnonzero((where[images] == k).any(axis=1))",
         "folds share classes",
@@ -1284,7 +1284,7 @@ MUTANTS = [
     ),
     Mutant(
         "verify-trained",
-        "apps/verify.py",
+        "apps/verification/evaluation.py",
         "of not in without and (needed is None or _stem(path) in needed)",
         "needed is None or _stem(path) in needed",
         "a threshold is chosen on classes that were trained on",
@@ -1292,7 +1292,7 @@ MUTANTS = [
     ),
     Mutant(
         "identify-itself",
-        "apps/identify.py",
+        "apps/identification/gallery.py",
         "kept = np.array([one != path for one in self.paths])",
         "kept = np.array([True for one in self.paths])",
         "an image of the gallery is taken for itself",
@@ -1300,7 +1300,7 @@ MUTANTS = [
     ),
     Mutant(
         "identify-threshold",
-        "apps/identify.py",
+        "apps/identification/gallery.py",
         "gallery.names[labels[0]] if distances[0] <= threshold else None,",
         "gallery.names[labels[0]] if distances[0] >= threshold else None,",
         "probes that are far from every class get a name",

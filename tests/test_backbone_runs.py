@@ -15,10 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from tripletjax import cli, learn
 from tripletjax.apps.export import export
-from tripletjax.learn import backbones, features, runs
-from tripletjax.learn.embedder import load_model
-from tripletjax.learn.record import RunRecord
-from tripletjax.learn.weights import COUNTER, Frozen
+from tripletjax.learn.data.augment import Augment
+from tripletjax.learn.networks import backbones
+from tripletjax.learn.networks.weights import COUNTER, Frozen
+from tripletjax.learn.runs import train
+from tripletjax.learn.runs.model import load_model
+from tripletjax.learn.runs.record import RunRecord
+from tripletjax.learn.training import feature_cache
 
 OPTIONS = {
     "size": 32,
@@ -127,7 +130,7 @@ def test_resumed_is_bit_identical(run_of, folder, resnet, training, tmp_path):
     class Killed(Exception):
         pass
 
-    saved = runs.Checkpoints.save
+    saved = train.Checkpoints.save
 
     def killed(self, step, state):
         saved(self, step, state)
@@ -135,7 +138,7 @@ def test_resumed_is_bit_identical(run_of, folder, resnet, training, tmp_path):
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.Checkpoints, "save", killed)
+        patch.setattr(train.Checkpoints, "save", killed)
         with pytest.raises(Killed):
             learn.run(config, out, progress=False)
     # The file that it began with need not be there.
@@ -185,9 +188,9 @@ def test_a_head_on_kept_features_is_the_whole_network(run_of):
     lines = (run / "metrics.jsonl").read_text().splitlines()
     metrics = json.loads(lines[-1])["metrics"]
     config = RunRecord.read(run).requested
-    task = runs.tasks.load(config, size=32, progress=False)
+    task = train.tasks.load(config, size=32, progress=False)
     task = task.seen(embedder.record.plan)
-    again = task.evaluate(lambda images: runs.embed_images(embedder.model, images))
+    again = task.evaluate(lambda images: train.embed_images(embedder.model, images))
     assert metrics == pytest.approx(again, abs=1e-3)
 
 
@@ -196,13 +199,13 @@ def test_a_head_on_kept_features_is_the_whole_network(run_of):
 def test_features_are_made_once(folder, resnet, run_of, tmp_path, monkeypatch):
     run_of("frozen")
     calls = []
-    made = features.FeatureCache._made
+    made = feature_cache.FeatureCache._made
 
     def counted(self, images, *rest):
         calls.append(len(images))
         return made(self, images, *rest)
 
-    monkeypatch.setattr(features.FeatureCache, "_made", counted)
+    monkeypatch.setattr(feature_cache.FeatureCache, "_made", counted)
     config = configured(folder, resnet, "frozen", dim=8)
     learn.run(config, tmp_path / "same", progress=False)
     assert calls == []
@@ -211,8 +214,8 @@ def test_features_are_made_once(folder, resnet, run_of, tmp_path, monkeypatch):
     shutil.copytree(folder, more)
     image = next(iter(sorted(more.rglob("0.png"))))
     extra = image.with_name("extra.png")
-    pixels = 255 - np.asarray(runs.tasks.datasets.open_image(image))
-    runs.tasks.datasets.Image.fromarray(pixels).save(extra)
+    pixels = 255 - np.asarray(train.tasks.datasets.open_image(image))
+    train.tasks.datasets.Image.fromarray(pixels).save(extra)
     learn.run(configured(more, resnet, "frozen"), tmp_path / "more run", progress=False)
     assert 0 < sum(calls) <= 3 * 8
     calls.clear()
@@ -236,9 +239,9 @@ def test_the_mirror_image_is_a_view_that_is_told(
 @pytest.mark.slow
 def test_a_damaged_file_of_features_is_made_again(tmp_path):
     network, _ = _saved_network(tmp_path)
-    cache = features.FeatureCache(network, "key", data_dir=tmp_path)
+    cache = feature_cache.FeatureCache(network, "key", data_dir=tmp_path)
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    views = features.views_of(True, learn.augment.Augment(shift=0.1), 3)
+    views = feature_cache.views_of(True, Augment(shift=0.1), 3)
     first = cache.of(images, views, what="images", progress=False)
     for file in cache.directory.rglob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])

@@ -12,11 +12,12 @@ from flax import nnx
 from problems import in_lanes
 from safetensors.numpy import load_file, save_file
 
-from tripletjax.learn import backbones, pretrained, weights
-from tripletjax.learn.backbones import vit
-from tripletjax.learn.backbones.layers import BatchNorm, Conv, max_pool
-from tripletjax.learn.embedder import embed_images
-from tripletjax.learn.models import Standardized
+from tripletjax.learn.networks import backbones, heads, weights
+from tripletjax.learn.networks.backbones import vit
+from tripletjax.learn.networks.backbones.layers import BatchNorm, Conv, max_pool
+from tripletjax.learn.networks.embedding import embed_images
+from tripletjax.learn.networks.embedding_networks import Standardized
+from tripletjax.learn.training import optimizer
 
 # A file of each family, its network by hand, and two sizes of images.
 NETWORKS = {
@@ -378,7 +379,7 @@ def test_what_is_frozen(tmp_path):
         ("top", weights.Frozen, nnx.Param),
     ):
         network, _ = backbones.load(written(tmp_path, by_hand.small_resnet()))
-        pretrained.freeze(network, training)
+        heads.freeze(network, training)
         assert type(network.conv1.kernel) is first
         assert type(network.layer3[0].bn1.scale) is first
         assert type(network.layer4[0].conv1.kernel) is last
@@ -390,7 +391,7 @@ def test_a_head_begins_with_the_directions_of_most_variance():
     draw = np.random.default_rng(0)
     features = draw.normal(size=(300, 3)) @ draw.normal(size=(3, 20)) + 5
     features += 0.01 * draw.normal(size=features.shape)
-    head = pretrained.Head(20, 4, rngs=nnx.Rngs(0))
+    head = heads.Head(20, 4, rngs=nnx.Rngs(0))
     head.fit(features)
     x = np.asarray(head(jnp.asarray(features, jnp.float32)))
     standard = (features - features.mean(0)) / features.std(0)
@@ -401,10 +402,10 @@ def test_a_head_begins_with_the_directions_of_most_variance():
 
 def test_what_was_learnt_before_moves_at_a_tenth_of_the_rate():
     backbone = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
-    head = pretrained.Head(4, 2, rngs=nnx.Rngs(0))
-    model = pretrained.BackboneEmbedder(backbone, head)
+    head = heads.Head(4, 2, rngs=nnx.Rngs(0))
+    model = heads.BackboneEmbedder(backbone, head)
     params = nnx.state(Standardized(model, (0.0,) * 3, (1.0,) * 3), nnx.Param)
-    tx = pretrained.slowed(lambda step: 0.01, 0.0)
+    tx = optimizer.slowed(lambda step: 0.01, 0.0)
     gradients = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(gradients, tx.init(params), params)
     moved = updates["model"]
@@ -414,7 +415,7 @@ def test_what_was_learnt_before_moves_at_a_tenth_of_the_rate():
 
 
 def test_kept_views_are_averaged_with_the_mirror_image_alone():
-    head = pretrained.Head(6, 4, mirror=True, rngs=nnx.Rngs(0))
+    head = heads.Head(6, 4, mirror=True, rngs=nnx.Rngs(0))
     views = np.random.default_rng(0).normal(size=(5, 3, 6)).astype(np.float32)
     both = head(views[:, 0]) + head(views[:, 1])
     expected = both / np.linalg.norm(both, axis=1, keepdims=True)

@@ -3,7 +3,7 @@
 import pytest
 from test_folder_listing import make_tree
 
-from tripletjax.learn.class_folders import find_classes, without_number
+from tripletjax.learn.data.class_folders import find_classes, without_number
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from PIL import Image
 
 import tripletjax as tj
 from tripletjax import cli, learn
-from tripletjax.apps import verify
+from tripletjax.apps import verification
 from tripletjax.learn import compile_cache, evaluation
-from tripletjax.learn.record import write_json
+from tripletjax.learn.files import write_json
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_bad_arguments_are_one_line_and_exit_2(
 
 
 def test_without_a_name_runs_have_those_of_their_data(tmp_path, monkeypatch):
-    from tripletjax.learn import runs
+    from tripletjax.learn.runs import train
 
     places = []
 
@@ -196,7 +196,7 @@ def test_without_a_name_runs_have_those_of_their_data(tmp_path, monkeypatch):
         places.append(out)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "run", interrupted)
+    monkeypatch.setattr(train, "run", interrupted)
     monkeypatch.chdir(tmp_path)
     Path("runs", "unseen").mkdir(parents=True)
     for data in ("unseen", "digits"):
@@ -369,7 +369,7 @@ def test_a_threshold_is_not_of_classes_that_were_trained_on(trained, tmp_path):
             made, requested=requested, label_names=names, seen_names=seen
         )
         embedder_of_run = dataclasses.replace(embedder, record=record)
-        return verify.evaluate(embedder_of_run, people, replicates=10).report
+        return verification.evaluate(embedder_of_run, people, replicates=10).report
 
     report = of_run(names[:3], people)
     assert report["classes"] == 5
@@ -382,12 +382,12 @@ def test_a_threshold_is_not_of_classes_that_were_trained_on(trained, tmp_path):
 
 
 def test_interrupts_exit_130(monkeypatch, capsys, tmp_path):
-    from tripletjax.learn import runs
+    from tripletjax.learn.runs import train
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "run", interrupted)
+    monkeypatch.setattr(train, "run", interrupted)
     assert cli.main(["train", "--out", str(tmp_path / "run")]) == 130
     assert "--resume" in capsys.readouterr().err
     monkeypatch.setattr(evaluation, "evaluate", interrupted)
@@ -464,7 +464,7 @@ def test_skipped_files_are_counted_by_their_reason(
         write_json(out / "summary.json", summary)
         return {"trained": {}}
 
-    monkeypatch.setattr("tripletjax.learn.runs.run", run)
+    monkeypatch.setattr("tripletjax.learn.runs.train.run", run)
     assert cli.main(["train", "--out", str(tmp_path / "run")]) == 0
     assert line in capsys.readouterr().out
 

@@ -8,9 +8,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from problems import unless_full
 
-from tripletjax.learn import convolution as module
-from tripletjax.learn import models
-from tripletjax.learn.convolution import convolution
+from tripletjax.learn.networks import convolution as module
+from tripletjax.learn.networks import embedding_networks, layers
+from tripletjax.learn.networks.convolution import convolution
 
 SAME = "SAME"
 
@@ -61,7 +61,7 @@ def test_space_to_depth_keeps_every_pixel():
 
 def test_odd_sides_are_made_even_first():
     x = jnp.arange(2 * 3 * 4 * 2.0).reshape(2, 3, 4, 2)
-    y = module.space_to_depth(models._even(x), 2)
+    y = module.space_to_depth(layers._even(x), 2)
     assert y.shape == (2, 2, 2, 8)
     np.testing.assert_array_equal(y[1, 0, 1], x[1, :2, 2:].ravel())
     np.testing.assert_array_equal(y[0, 1, 0, :4], x[0, 2, :2].ravel())
@@ -169,7 +169,10 @@ NETWORKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", unless_full(NETWORKS, ["EmbeddingPhotoNet"]))
 def test_networks_on_explicit_meshes(name):
-    network, options = getattr(models, name), NETWORKS[name] | {"in_channels": 3}
+    network, options = (
+        getattr(embedding_networks, name),
+        NETWORKS[name] | {"in_channels": 3},
+    )
     graph, params = nnx.split(network(4, **options, rngs=nnx.Rngs(0)))
     x, _ = images_and_kernel((8, 16, 18, 3), (1, 1))
 
@@ -191,7 +194,7 @@ def test_networks_on_explicit_meshes(name):
 
 @pytest.mark.parametrize("name", ["EmbeddingCNN", "EmbeddingResNet"])
 def test_networks_of_one_kind_are_compiled_once(name):
-    network = getattr(models, name)
+    network = getattr(embedding_networks, name)
     one, other = (
         nnx.graphdef(nnx.eval_shape(lambda seed=seed: network(4, rngs=nnx.Rngs(seed))))
         for seed in range(2)

@@ -18,18 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from tripletjax.learn import (
-    cache_folder,
+from tripletjax.learn.data import (
+    cache_cleanup,
     datasets,
     image_cache,
-    image_io,
+    image_files,
+    image_shape,
     sampling,
     splits,
     triplet_files,
 )
-from tripletjax.learn.catalogue import Catalogue
-from tripletjax.learn.digests import digest_of_image
-from tripletjax.learn.image_cache import StoredImages
+from tripletjax.learn.data.image_array import StoredImages
+from tripletjax.learn.data.tfds_catalogue import Catalogue
+from tripletjax.learn.files import digest_of_image
 
 pytestmark = pytest.mark.usefixtures("own_data_dir")
 
@@ -148,7 +149,7 @@ def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("where", "name"), [(image_cache, "prepare"), (image_io.ImageSpec, "of")]
+    ("where", "name"), [(image_cache, "prepare"), (image_shape.ImageSpec, "of")]
 )
 def test_another_process_decodes_the_same_folder(tmp_path, monkeypatch, where, name):
     # It is done before this one begins, or while this one decodes.
@@ -239,11 +240,11 @@ def test_of_several_frames_the_first_is_seen_and_that_is_said(tmp_path):
     frames[0].save(place, save_all=True, append_images=frames[1:])
     dataset = datasets.load(str(folder), data_dir=tmp_path / "kept")
     assert "1 image has several frames: the first is seen" in dataset.decoding.notes
-    first = image_io.open_image(place).convert("L")
+    first = image_files.open_image(place).convert("L")
     assert abs(np.asarray(first, int) - np.asarray(frames[0], int)).max() < 3
     # The second frame is cut off.
     place.write_bytes(place.read_bytes()[:-40])
-    assert image_io.open_image(place).size == (20, 20)
+    assert image_files.open_image(place).size == (20, 20)
 
 
 def test_broken_images_are_named_and_skipped(tmp_path):
@@ -320,7 +321,7 @@ def test_metadata_never_cost_an_image(tmp_path, form, exif, turned):
     if exif and form != "tiff":
         options["exif"] = exif
     Image.fromarray(pixels).save(file, format=form, **options)
-    opened = image_io.open_image(file)
+    opened = image_files.open_image(file)
     assert opened.size == ((8, 12) if turned and form != "tiff" else (12, 8))
     if turned and form == "png":
         np.testing.assert_array_equal(np.asarray(opened), np.rot90(pixels, -1))
@@ -335,7 +336,7 @@ def test_photographs_are_upright_however_the_camera_was_held(tmp_path, orientati
     Image.fromarray(pixels).save(file, exif=exif.tobytes())
     with Image.open(file) as image:
         expected = ImageOps.exif_transpose(image)
-    np.testing.assert_array_equal(image_io.open_image(file), expected)
+    np.testing.assert_array_equal(image_files.open_image(file), expected)
 
 
 @pytest.mark.parametrize(("most", "white"), [(255, 255), (256, 1023), (4095, 4095)])
@@ -541,7 +542,7 @@ def test_folders_that_cannot_be_trained_on(tmp_path, content):
 
 
 def test_images_are_made_into_one_shape_without_distortion():
-    shape = image_io.ImageSpec(20, 40, 3)
+    shape = image_shape.ImageSpec(20, 40, 3)
     wide = Image.new("RGB", (80, 40), (9, 8, 7))
     np.testing.assert_array_equal(shape.fit(wide), np.full((20, 40, 3), (9, 8, 7)))
     square = Image.new("RGB", (10, 10), (50, 0, 0))
@@ -565,11 +566,11 @@ def test_every_kind_of_picture_is_read(tmp_path):
         "indexed.png": Image.fromarray(grey).convert("P"),
         "bits.png": Image.fromarray(grey > 50),
     }
-    shape = image_io.ImageSpec(10, 10, 1)
+    shape = image_shape.ImageSpec(10, 10, 1)
     for name, image in kinds.items():
         image.save(tmp_path / name)
         expected = 255 * (grey > 50) if name == "bits.png" else grey
-        read = shape.fit(image_io.open_image(tmp_path / name))[..., 0]
+        read = shape.fit(image_files.open_image(tmp_path / name))[..., 0]
         np.testing.assert_allclose(read, expected, atol=1, err_msg=name)
     clear = Image.new("LA", (10, 10), (0, 0))
     assert (shape.fit(clear) == 255).all()
@@ -578,21 +579,29 @@ def test_every_kind_of_picture_is_read(tmp_path):
 def test_colour_is_what_is_seen(tmp_path):
     grey = Image.fromarray(np.uint8(np.arange(100).reshape(10, 10)))
     grey.convert("RGB").save(tmp_path / "grey.jpg")
-    assert not image_io.is_colour(image_io.open_image(tmp_path / "grey.jpg"))
+    assert not image_shape.is_colour(image_files.open_image(tmp_path / "grey.jpg"))
     Image.new("RGB", (9, 9), (200, 30, 30)).save(tmp_path / "red.jpg")
-    assert image_io.is_colour(image_io.open_image(tmp_path / "red.jpg"))
-    assert not image_io.is_colour(grey.convert("P"))
+    assert image_shape.is_colour(image_files.open_image(tmp_path / "red.jpg"))
+    assert not image_shape.is_colour(grey.convert("P"))
     red = Image.new("RGB", (9, 9), (200, 30, 30)).quantize(4)
     assert red.mode == "P"
-    assert image_io.is_colour(red)
+    assert image_shape.is_colour(red)
 
 
 def test_the_shape_is_that_of_the_median_image():
     sizes = [(100, 50), (200, 100), (90, 45)]
-    assert image_io.ImageSpec.of(sizes, False, None) == image_io.ImageSpec(16, 32, 1)
-    assert image_io.ImageSpec.of(sizes, True, None) == image_io.ImageSpec(32, 64, 3)
-    assert image_io.ImageSpec.of(sizes, True, 100) == image_io.ImageSpec(50, 100, 3)
-    assert image_io.ImageSpec.of([(8, 8)], False, None) == image_io.ImageSpec(8, 8, 1)
+    assert image_shape.ImageSpec.of(sizes, False, None) == image_shape.ImageSpec(
+        16, 32, 1
+    )
+    assert image_shape.ImageSpec.of(sizes, True, None) == image_shape.ImageSpec(
+        32, 64, 3
+    )
+    assert image_shape.ImageSpec.of(sizes, True, 100) == image_shape.ImageSpec(
+        50, 100, 3
+    )
+    assert image_shape.ImageSpec.of([(8, 8)], False, None) == image_shape.ImageSpec(
+        8, 8, 1
+    )
 
 
 @pytest.mark.slow
@@ -757,10 +766,10 @@ def test_triplets_of_a_file(tmp_path):
         assert [len(part) for part in anchors] == [7, 1, 1]
         assert not anchors[0] & (anchors[1] | anchors[2])
         # Every triplet is of the pictures that the file names.
-        shape = image_io.ImageSpec(*triplets.images.shape[1:])
+        shape = image_shape.ImageSpec(*triplets.images.shape[1:])
         files = {name: tmp_path / name for row in rows for name in row}
         content = {
-            name: shape.fit(image_io.open_image(file)).tobytes()
+            name: shape.fit(image_files.open_image(file)).tobytes()
             for name, file in files.items()
         }
         expected = sorted(tuple(content[name] for name in row) for row in rows)
@@ -1083,7 +1092,7 @@ def test_a_data_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         return opened(path, flags, *more, **options)
 
     monkeypatch.setattr(os, "open", read_only)
-    monkeypatch.setattr(cache_folder, "_held", {})
+    monkeypatch.setattr(cache_cleanup, "_held", {})
     with pytest.raises(OSError, match=r"Permission denied. Set TFDS_DATA_DIR to"):
         datasets.load(folder, data_dir=tmp_path / "new", size=8)
     # What is decoded already is read.

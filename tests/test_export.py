@@ -18,11 +18,14 @@ from problems import in_lanes
 from tripletjax import cli
 from tripletjax.apps import export as exports
 from tripletjax.apps.export import DifferenceError, export, resampling
-from tripletjax.learn.config import MODELS, Config
-from tripletjax.learn.embedder import Embedder, build_model
-from tripletjax.learn.image_io import ImageSpec, View, open_image, prepare_images
-from tripletjax.learn.plan import ClassBatchPlan, Plan
-from tripletjax.learn.record import ImageRecord, RunRecord
+from tripletjax.learn.data.image_files import open_image
+from tripletjax.learn.data.image_shape import ImageSpec, View, prepare_images
+from tripletjax.learn.embedder import Embedder
+from tripletjax.learn.networks.embedding_networks import MODELS
+from tripletjax.learn.runs.config import Config
+from tripletjax.learn.runs.model import build_model
+from tripletjax.learn.runs.plan import ClassBatchPlan, Plan
+from tripletjax.learn.runs.record import ImageRecord, RunRecord
 
 ROOT = Path(__file__).parent.parent
 SHAPE = (20, 24, 1)
@@ -297,7 +300,7 @@ def test_preparation_needs_no_training_packages(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from tripletjax.learn.image_io import ImageSpec, prepare_images
+from tripletjax.learn.data.image_shape import ImageSpec, prepare_images
 files = sorted(Path({str(tmp_path)!r}).iterdir())
 assert prepare_images(files, ImageSpec(9, 9, 3)).shape == (5, 9, 9, 3)
 outside = {{name.partition(".")[0] for name in sys.modules}}

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tripletjax.learn import digests, folder_listing, image_io
-from tripletjax.learn.class_folders import find_classes
-from tripletjax.learn.folder_listing import find_files
+from tripletjax.learn import files
+from tripletjax.learn.data import folder_listing, image_files
+from tripletjax.learn.data.class_folders import find_classes
+from tripletjax.learn.data.folder_listing import find_files
 
 # The first bytes of a PNG image, which decide that a file is one.
 PNG = (
@@ -116,10 +117,10 @@ def test_only_regular_files_are_opened(tree, special, monkeypatch):
     assert paths_of(listing, tree) == ALL
     assert reasons_of(listing) == {"ant/odd.png": reason}
     # Files that are named one by one, as in a file of triplets.
-    for function in (image_io.open_image, digests.digest_of_file):
+    for function in (image_files.open_image, files.digest_of_file):
         with pytest.raises(OSError, match="it is not a regular file"):
             function(odd)
-    assert not image_io.is_image(odd)
+    assert not image_files.is_image(odd)
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ from folders import shapes
 from problems import unless_full
 
 import tripletjax as tj
-from tripletjax.learn import hierarchy, objectives, runs, sampling
-from tripletjax.learn.config import Config
+from tripletjax import learn
+from tripletjax.learn.data import hierarchy, sampling
+from tripletjax.learn.runs.config import Config
+from tripletjax.learn.training import objectives
 
 
 def test_levels_are_the_folders_that_are_shared():
@@ -106,7 +108,7 @@ def test_a_run_by_folders(own_data_dir, tmp_path):
     small = {"channels": (8,), "dim": 8, "steps": 3, "log_every": 1}
     config = Config(data=str(folder), relevance="folders", rotation_classes=2, **small)
     out = tmp_path / "run"
-    runs.run(config, out, progress=False)
+    learn.run(config, out, progress=False)
     told = json.loads((out / "config.json").read_text())
     assert told["plan"]["batches"]["relevance"] == "folders"
     assert "6 classes in 2 groups" in " ".join(told["notes"])
@@ -118,7 +120,7 @@ def test_a_run_by_folders(own_data_dir, tmp_path):
     (tmp_path / "more" / "group0" / "kind0").rename(flat / "b")
     (flat / "group0").rmdir()
     with pytest.raises(ValueError, match="relevance is folders, but no folders hold"):
-        runs.run(
+        learn.run(
             Config(data=str(flat), relevance="folders", **small),
             tmp_path / "other",
             progress=False,

@@ -11,10 +11,12 @@ from PIL import Image
 from test_verify import EMBEDDER
 
 import tripletjax as tj
-from tripletjax.apps import identify, identify_report, search, verify
-from tripletjax.apps.calibration import TooFewPairsError
+from tripletjax.apps import identification, search, verification
 from tripletjax.apps.embedders import vectors_of
-from tripletjax.apps.identify import Gallery, Strangers
+from tripletjax.apps.identification import report as identification_report
+from tripletjax.apps.identification.evaluation import Strangers
+from tripletjax.apps.identification.gallery import Gallery
+from tripletjax.apps.verification.calibration import TooFewPairsError
 
 # Fixtures of the module are made once, by one worker.
 pytestmark = pytest.mark.xdist_group("identification")
@@ -39,7 +41,7 @@ def index(root):
 
 @pytest.fixture(scope="module")
 def calibration(root):
-    found = verify.evaluate(EMBEDDER, root / "others", replicates=10)
+    found = verification.evaluate(EMBEDDER, root / "others", replicates=10)
     names = np.array([f"other/{name}" for name in found.calibration.names])
     return dataclasses.replace(found.calibration, names=names)
 
@@ -61,7 +63,7 @@ def test_names_are_of_the_nearest_class(root, index, means):
     d = np.linalg.norm(x[:, None] - references, axis=-1)
     of_class = np.stack([d[:, labels == c].min(1) for c in range(6)], axis=1)
     threshold = float(np.median(of_class.min(axis=1)))
-    found = identify.identify(gallery, x, threshold=threshold)
+    found = identification.identify(gallery, x, threshold=threshold)
     for one, distances in zip(found, of_class):
         order = np.argsort(distances)
         assert one.nearest == gallery.names[order[0]]
@@ -72,10 +74,10 @@ def test_names_are_of_the_nearest_class(root, index, means):
         assert one.name == (one.nearest if one.distance <= threshold else None)
         assert one.path.startswith(one.nearest)
     assert {one.name for one in found} > {None}
-    told = [*identify_report.lines(files, found)]
+    told = [*identification_report.lines(files, found)]
     assert sum("unknown" in line for line in told) == sum(o.name is None for o in found)
 
-    report = identify.evaluate(gallery, x, names, threshold)
+    report = identification.evaluate(gallery, x, names, threshold)
     known = np.array([name in gallery.names for name in names])
     right = np.array([one.nearest for one in found]) == names
     named = np.array([one.name is not None for one in found])
@@ -88,26 +90,26 @@ def test_names_are_of_the_nearest_class(root, index, means):
     np.testing.assert_allclose(at["fnir"], 100 * (1 - (named & right)[known].mean()))
     # A rate of 0.1 is not shown by 8 unknown ones, and nothing is said of it.
     assert [one["fpir"] for one in report["at_fpir"]] in ([], [100.0])
-    assert "identified at rank 1" in "\n".join(identify_report.measured(report))
+    assert "identified at rank 1" in "\n".join(identification_report.measured(report))
 
 
 def test_an_image_of_the_gallery_is_not_taken_for_itself(index):
     gallery = Gallery.of(index)
     x, path = gallery.vectors[:1], gallery.paths[0]
-    (itself,) = identify.identify(gallery, x, threshold=1.0)
+    (itself,) = identification.identify(gallery, x, threshold=1.0)
     assert itself.distance < 1e-5
     assert itself.path == path
-    (other,) = identify.identify(gallery, x, threshold=1.0, own=[path])
+    (other,) = identification.identify(gallery, x, threshold=1.0, own=[path])
     assert other.distance > 1e-3
     assert other.path != path
     alone = dataclasses.replace(
         gallery, vectors=x, labels=gallery.labels[:1], paths=(path,)
     )
-    (one,) = identify.identify(alone, x, threshold=1.0)
+    (one,) = identification.identify(alone, x, threshold=1.0)
     assert (one.runner_up, one.runner_up_distance) == (None, None)
     with pytest.raises(ValueError, match="holds the probe alone"):
-        identify.identify(alone, x, threshold=1.0, own=[path])
-    (always,) = identify.identify(gallery, -x, threshold=float("inf"))
+        identification.identify(alone, x, threshold=1.0, own=[path])
+    (always,) = identification.identify(gallery, -x, threshold=float("inf"))
     assert always.name == always.nearest
 
 
@@ -148,22 +150,22 @@ def test_the_known_are_no_strangers(index, calibration):
     changed = dataclasses.replace(calibration, names=names, vectors=vectors)
     strangers = Strangers.of(gallery, changed)
     assert (len(strangers.distances), strangers.left_out) == (66, 6)
-    report = identify_report.of_gallery(gallery, 0.5, changed, strangers)
-    assert "6 images of" in "\n".join(identify_report.told(report))
+    report = identification_report.of_gallery(gallery, 0.5, changed, strangers)
+    assert "6 images of" in "\n".join(identification_report.told(report))
     all_known = dataclasses.replace(
         calibration, names=np.array([gallery.names[0]] * len(names))
     )
     strangers = Strangers.of(gallery, all_known)
-    report = identify_report.of_gallery(gallery, 0.5, all_known, strangers)
+    report = identification_report.of_gallery(gallery, 0.5, all_known, strangers)
     assert report["others"]["fpir"] is None
-    assert "there are no others" in "\n".join(identify_report.told(report))
+    assert "there are no others" in "\n".join(identification_report.told(report))
 
 
 def test_few_shot_classification_is_naming_without_a_threshold(root, index):
     gallery = Gallery.of(index, means=True)
     _, x, names = embedded(root / "probes")
     known = np.isin(names, gallery.names)
-    found = identify.identify(gallery, x[known], threshold=float("inf"))
+    found = identification.identify(gallery, x[known], threshold=float("inf"))
     right = np.mean([one.name for one in found] == np.array(names)[known])
     numbers = {name: number for number, name in enumerate(gallery.names)}
     references, labels = gallery.references
@@ -180,20 +182,20 @@ def test_few_shot_classification_is_naming_without_a_threshold(root, index):
 def test_probes_that_are_all_known_or_all_unknown(index, name):
     gallery = Gallery.of(index)
     x = np.repeat(gallery.vectors[:1], 12, axis=0)
-    report = identify.evaluate(gallery, x, [name] * 12, 0.5)
+    report = identification.evaluate(gallery, x, [name] * 12, 0.5)
     assert report["known"] + report["unknown"] == 12
     assert 0 in (report["known"], report["unknown"])
     json.dumps(report, allow_nan=False)
-    assert [*identify_report.measured(report)]
+    assert [*identification_report.measured(report)]
 
 
 def test_copies_in_the_gallery_are_said(index):
     gallery = Gallery.of(index)
     names = [gallery.names[label] for label in gallery.labels]
-    report = identify.evaluate(gallery, gallery.vectors, names, 0.5)
+    report = identification.evaluate(gallery, gallery.vectors, names, 0.5)
     assert report["copies"] == len(gallery.paths)
     assert "are copies of images of the gallery" in "\n".join(
-        identify_report.measured(report)
+        identification_report.measured(report)
     )
 
 
@@ -214,8 +216,8 @@ def test_a_gallery_of_one_image_per_person_in_one_folder(root, tmp_path):
     assert gallery.notes == ("images lie in one folder: their names are classes",)
     # A probe of the gallery is compared with the others alone, which is printed.
     own = [f"kind{k}.png" for k in range(6)]
-    found = identify.identify(gallery, gallery.vectors, threshold=np.inf, own=own)
-    elsewhere = identify.identify(
+    found = identification.identify(gallery, gallery.vectors, threshold=np.inf, own=own)
+    elsewhere = identification.identify(
         gallery, gallery.vectors, threshold=np.inf, own=["no/such.png", *[None] * 5]
     )
     for k, (alone, copy) in enumerate(zip(found, elsewhere)):
@@ -224,9 +226,11 @@ def test_a_gallery_of_one_image_per_person_in_one_folder(root, tmp_path):
         assert (copy.own, copy.name, copy.distance) == (None, f"kind{k}", 0)
     probes = [known / name for name in own]
     left_out = "  (itself is left out of the gallery)"
-    assert all(s.endswith(left_out) for s in identify_report.lines(probes, found))
-    assert not any(left_out in s for s in identify_report.lines(probes, elsewhere))
-    assert identify_report.of_probes(probes, found)[2]["own"] == "kind2.png"
+    assert all(s.endswith(left_out) for s in identification_report.lines(probes, found))
+    assert not any(
+        left_out in s for s in identification_report.lines(probes, elsewhere)
+    )
+    assert identification_report.of_probes(probes, found)[2]["own"] == "kind2.png"
     # Probes in one folder have the names of the gallery, with or without a number.
     assert [
         *map(gallery.name_of_probe, ("kind1", "kind1_02", "kind1 (2)", "eve_2"))
@@ -245,18 +249,18 @@ def test_verification_of_images_in_one_folder(root, tmp_path):
     for file, name, number in zip(files, names, numbers):
         short = name.rpartition("/")[2]
         shutil.copy(file, flat / f"{short}_{number:04d}{file.suffix}")
-    ours = verify.evaluate(EMBEDDER, flat, far=0.2, replicates=10)
-    others = verify.evaluate(EMBEDDER, root / "gallery", far=0.2, replicates=10)
+    ours = verification.evaluate(EMBEDDER, flat, far=0.2, replicates=10)
+    others = verification.evaluate(EMBEDDER, root / "gallery", far=0.2, replicates=10)
     for key in ("images", "classes", "verification"):
         assert ours.report[key] == others.report[key]
     assert "their names are classes" in ours.report["notes"][0]
     pairs = tmp_path / "pairs.txt"
     pairs.write_text("2\nkind0 1 2\nkind1 2 3\nkind0 1 kind1 1\nkind2 1 kind3 1\n")
-    given = verify.evaluate(EMBEDDER, flat, pairs_file=pairs, replicates=10)
+    given = verification.evaluate(EMBEDDER, flat, pairs_file=pairs, replicates=10)
     assert (len(given.pairs.same), len(given.pairs.different)) == (2, 2)
     for file in flat.glob("*_000[23].*"):
         file.unlink()
     with pytest.raises(
         ValueError, match=r"no pair of the same class.*ann_1\.png, ann_2"
     ):
-        verify.evaluate(EMBEDDER, flat, replicates=10)
+        verification.evaluate(EMBEDDER, flat, replicates=10)

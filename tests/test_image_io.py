@@ -11,15 +11,15 @@ import pytest
 from PIL import Image, ImageFile
 
 import tripletjax
-from tripletjax.learn import image_io
-from tripletjax.learn.image_io import (
+from tripletjax.learn.data import image_files, image_shape
+from tripletjax.learn.data.image_files import (
     ImageError,
-    ImageSpec,
     ImageTooLargeError,
     is_image,
     open_image,
     read_image_file,
 )
+from tripletjax.learn.data.image_shape import ImageSpec
 
 PIXELS = np.arange(768, dtype=np.uint8).reshape(16, 16, 3)
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
@@ -59,8 +59,10 @@ def test_foreign_files_are_refused_with_a_reason(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "WMF", "MPEG", "IM", "SPIDER"])
 def test_formats_that_start_programs_or_have_no_signature_are_not_opened(kind):
-    assert kind not in image_io.formats()
-    assert {"PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM"} <= {*image_io.formats()}
+    assert kind not in image_files.formats()
+    assert {"PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM"} <= {
+        *image_files.formats()
+    }
 
 
 def test_postscript_starts_no_program(tmp_path, monkeypatch):
@@ -145,14 +147,14 @@ def test_pillow_heif_decodes_heic(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "EXTENSION", {**Image.EXTENSION})
     file = tmp_path / "photo.heic"
     file.write_bytes(HEIC)
-    image_io.formats.cache_clear()
+    image_files.formats.cache_clear()
     try:
         assert (np.asarray(open_image(file)) == np.full((2, 3), 7)).all()
         file.write_bytes(HEIC.replace(b"heic", b"heix"))
         with pytest.raises(ImageError, match="it is a HEIC image that is broken"):
             open_image(file)
     finally:
-        image_io.formats.cache_clear()
+        image_files.formats.cache_clear()
 
 
 def test_numbers_that_are_none_are_black(tmp_path):
@@ -165,7 +167,7 @@ def test_numbers_that_are_none_are_black(tmp_path):
     Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "none.tif")
     nothing = ImageSpec(8, 8, 1, white=1).fit(open_image(tmp_path / "none.tif"))
     with pytest.raises(ImageError, match="blank"):
-        image_io.check_not_blank(nothing)
+        image_shape.check_not_blank(nothing)
 
 
 def test_every_image_is_opened_in_one_place():
@@ -177,5 +179,5 @@ def test_every_image_is_opened_in_one_place():
         for line in file.read_text().splitlines()
         if "Image.open(" in line
     }
-    assert {file for file, _ in uses} == {"learn/image_io.py"}
+    assert {file for file, _ in uses} == {"learn/data/image_files.py"}
     assert all("formats=formats()" in line for _, line in uses)

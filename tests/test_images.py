@@ -6,7 +6,8 @@ from PIL import Image
 
 from tripletjax.apps.embedders import embedder_of
 from tripletjax.apps.images import SIDE, thumbnail
-from tripletjax.learn.image_io import ImageSpec, open_image
+from tripletjax.learn.data.image_files import open_image
+from tripletjax.learn.data.image_shape import ImageSpec
 
 STRIPES = np.arange(256).reshape(16, 16) // 4 % 2
 FORMS = {

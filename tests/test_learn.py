@@ -25,29 +25,20 @@ from programs import compilations, quickly, repeatable
 
 import tripletjax as tj
 from tripletjax import learn
-from tripletjax.learn import (
-    augment,
-    datasets,
-    defaults,
-    image_analysis,
-    models,
-    objectives,
-    placement,
-    plots,
-    preparation,
-    record,
-    runs,
-    sampling,
-    tasks,
-    training,
-)
-from tripletjax.learn.checkpoints import Checkpoints
-from tripletjax.learn.embedder import as_floats
-from tripletjax.learn.image_cache import Decoding
-from tripletjax.learn.metrics_log import MetricsLog
-from tripletjax.learn.objectives import mined_loss
-from tripletjax.learn.record import RunRecord
-from tripletjax.learn.selection import MIN_CLASSES, Validation
+from tripletjax.learn import plots
+from tripletjax.learn.data import augment, datasets, image_analysis, sampling
+from tripletjax.learn.data.image_cache import Decoding
+from tripletjax.learn.distributed import placement
+from tripletjax.learn.networks import embedding_networks, layers
+from tripletjax.learn.networks.embedding import as_floats
+from tripletjax.learn.runs import config, defaults, preparation, record, tasks
+from tripletjax.learn.runs import model as model_of_run
+from tripletjax.learn.runs.record import RunRecord
+from tripletjax.learn.training import loop, objectives
+from tripletjax.learn.training.checkpoints import Checkpoints
+from tripletjax.learn.training.metrics_log import MetricsLog
+from tripletjax.learn.training.objectives import mined_loss
+from tripletjax.learn.training.selection import Validation
 
 pytestmark = pytest.mark.usefixtures("own_data_dir")
 
@@ -55,7 +46,9 @@ pytestmark = pytest.mark.usefixtures("own_data_dir")
 def small(**options):
     # As many dimensions as digits have pixels, so that one evaluation is compiled.
     settings = {"steps": 20, "channels": (8, 16), "dim": 64, "per_class": 4}
-    return runs.Config(**settings | {"learning_rate": 1e-2, "ema_decay": 0.5} | options)
+    return learn.Config(
+        **settings | {"learning_rate": 1e-2, "ema_decay": 0.5} | options
+    )
 
 
 def requested_of(out):
@@ -65,7 +58,7 @@ def requested_of(out):
 @pytest.fixture(scope="module")
 def finished(own_data_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "small"
-    return out, runs.run(small(), out, progress=False)
+    return out, learn.run(small(), out, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +71,7 @@ def finished_exactly(own_data_dir, tmp_path_factory):
     """The same run to the last bit, for others to be compared with."""
     out = tmp_path_factory.mktemp("runs") / "exact"
     with repeatable():
-        runs.run(small(), out, progress=False)
+        learn.run(small(), out, progress=False)
     return out
 
 
@@ -101,8 +94,7 @@ def test_what_is_lazy_is_there():
     for name in learn.__all__:
         assert getattr(learn, name) is not None
         assert name in dir(learn)
-    assert learn.Config is runs.Config
-    assert tuple(objectives.MINING) == learn.config.MINING
+    assert learn.Config is config.Config
     with pytest.raises(AttributeError, match="no attribute 'fits'"):
         _ = learn.fits
 
@@ -160,7 +152,7 @@ def test_erasing_makes_a_rectangle_grey():
 @pytest.mark.slow
 def test_group_norm_is_that_of_flax():
     x = 2 + jax.random.normal(jax.random.key(0), (3, 5, 4, 16))
-    flax, ours = nnx.GroupNorm(16, num_groups=8, rngs=nnx.Rngs(0)), models.GroupNorm(16)
+    flax, ours = nnx.GroupNorm(16, num_groups=8, rngs=nnx.Rngs(0)), layers.GroupNorm(16)
     scale, shift = jax.random.normal(jax.random.key(1), (2, 16))
     flax.scale.set_value(scale)
     flax.bias.set_value(shift)
@@ -170,20 +162,20 @@ def test_group_norm_is_that_of_flax():
     gradients = [jax.grad(lambda x, f=f: jnp.sum(f(x) ** 3))(x) for f in (ours, flax)]
     np.testing.assert_allclose(*gradients, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="channels must be a multiple of 8, got 12"):
-        models.GroupNorm(12)
+        layers.GroupNorm(12)
 
 
 def test_a_photo_network_says_what_it_takes():
     with pytest.raises(ValueError, match="head must be one of grid, mean, got 'flat'"):
-        models.EmbeddingPhotoNet(head="flat", rngs=nnx.Rngs(0))
-    model = models.EmbeddingPhotoNet(size=(16, 12), rngs=nnx.Rngs(0))
+        embedding_networks.EmbeddingPhotoNet(head="flat", rngs=nnx.Rngs(0))
+    model = embedding_networks.EmbeddingPhotoNet(size=(16, 12), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="must be 16 x 12 pixels, got 12 x 16"):
         model(jnp.zeros((1, 12, 16, 1)))
 
 
 def test_mirrored_embeddings_are_those_of_the_mirror_image():
-    inner = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
-    model = models.Standardized(inner, [0.5], [0.2], mirror=True)
+    inner = embedding_networks.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
+    model = embedding_networks.Standardized(inner, [0.5], [0.2], mirror=True)
     images = jax.random.uniform(jax.random.key(0), (3, 9, 8, 1))
     plain = model(images)
     model.eval()
@@ -199,7 +191,7 @@ def test_the_largest_has_the_gradient_of_the_maximum():
     weights = jax.random.normal(jax.random.key(1), (3,))
     got, expected = (
         jax.value_and_grad(lambda x, f=f: weights @ f(x, (1, 2)))(x)
-        for f in (models.largest, jnp.max)
+        for f in (layers.largest, jnp.max)
     )
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
@@ -210,7 +202,7 @@ def test_the_largest_has_the_gradient_of_the_maximum():
 def test_gradients_are_finite_however_it_is_compiled(kind, optimize):
     """What is computed twice may be rounded in two ways, and equal itself nowhere."""
     options = {"head": "mean", "size": (16, 16)} if kind == "photo" else {}
-    model = learn.config.MODELS[kind](
+    model = embedding_networks.MODELS[kind](
         16, channels=(8, 16), in_channels=1, rngs=nnx.Rngs(0), **options
     )
     graph, state = nnx.split(model)
@@ -262,7 +254,7 @@ def test_augmentation_is_off_by_default_and_checked():
 
 NETWORKS = [
     (kind, dtype, shape)
-    for kind in learn.config.MODELS
+    for kind in embedding_networks.MODELS
     for dtype in (None, jnp.bfloat16)
     for shape in ((8, 8, 1), (17, 33, 3), (1, 1, 1))
 ]
@@ -284,7 +276,7 @@ SLOW_NETWORKS = [
 )
 def test_any_image_size_gives_unit_vectors(kind, dtype, shape):
     options = {"size": shape[:2]} if kind == "photo" else {}
-    model = learn.config.MODELS[kind](
+    model = embedding_networks.MODELS[kind](
         16,
         channels=(16, 32),
         in_channels=shape[-1],
@@ -303,7 +295,7 @@ def test_any_image_size_gives_unit_vectors(kind, dtype, shape):
 @pytest.mark.parametrize("shape", [(8, 6), (7, 5), (1, 1)])
 def test_halving_is_pooling_by_windows(shape):
     x = jax.random.normal(jax.random.key(0), (3, *shape, 2))
-    halved, pull_back = jax.vjp(models.halved, x)
+    halved, pull_back = jax.vjp(layers.halved, x)
     pooled, window_pull_back = jax.vjp(
         lambda x: nnx.max_pool(x, (2, 2), strides=(2, 2), padding="SAME"), x
     )
@@ -315,7 +307,7 @@ def test_halving_is_pooling_by_windows(shape):
 @pytest.mark.parametrize(("stride", "side"), [(1, 4), (2, 2)])
 def test_the_first_stride_of_the_residual_network(stride, side):
     def stages(x):
-        model = models.EmbeddingResNet(
+        model = embedding_networks.EmbeddingResNet(
             channels=(8, 16, 16), stride=stride, rngs=nnx.Rngs(0)
         )
         x = model.stem(x)
@@ -331,13 +323,13 @@ def test_the_first_stride_of_the_residual_network(stride, side):
     ("kind", "count"), [("cnn", 73_440), ("resnet", 704_736), ("multiscale", 381_856)]
 )
 def test_number_of_parameters(kind, count):
-    network = learn.config.MODELS[kind]
+    network = embedding_networks.MODELS[kind]
     model = nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
     assert sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
 
 
 def test_a_zero_vector_has_a_finite_gradient():
-    gradient = jax.grad(lambda x: models.unit_norm(x).sum())(jnp.zeros((1, 4)))
+    gradient = jax.grad(lambda x: layers.unit_norm(x).sum())(jnp.zeros((1, 4)))
     assert jnp.isfinite(gradient).all()
 
 
@@ -371,7 +363,8 @@ def test_a_run_leaves_everything_behind(finished):
         "skipped": 0,
     }
     count = sum(
-        x.size for x in jax.tree.leaves(nnx.state(runs.build_model(made), nnx.Param))
+        x.size
+        for x in jax.tree.leaves(nnx.state(model_of_run.build_model(made), nnx.Param))
     )
     assert summary["parameters"] == count
     lines = (out / "metrics.jsonl").read_text().splitlines()
@@ -448,10 +441,10 @@ def test_the_embedder_names_what_it_cannot_take(embed, images, error, words):
 @pytest.mark.usefixtures("exact")
 def test_a_run_is_repeatable(finished_exactly, tmp_path):
     again = tmp_path / "again"
-    runs.run(small(), again, progress=False)
+    learn.run(small(), again, progress=False)
     lines = [(d / "metrics.jsonl").read_text() for d in (finished_exactly, again)]
     assert lines[0] == lines[1]
-    runs.run(small(seed=1), tmp_path / "other", progress=False)
+    learn.run(small(seed=1), tmp_path / "other", progress=False)
     assert (tmp_path / "other" / "metrics.jsonl").read_text() != lines[0]
 
 
@@ -466,9 +459,11 @@ ADAM, SGD = optax.adam(1e-2), optax.sgd(0.1)
 
 def trained(steps=20, *, model=None, **options):
     """A small model and the lines of its training."""
-    model = model or models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
+    model = model or embedding_networks.EmbeddingCNN(
+        8, channels=(8, 8), rngs=nnx.Rngs(0)
+    )
     options = {"tx": ADAM, "batches": digits_batches()} | options
-    return model, list(training.fit(model, steps=steps, progress=False, **options))
+    return model, list(loop.fit(model, steps=steps, progress=False, **options))
 
 
 def assert_same_model(one, two):
@@ -543,7 +538,7 @@ def test_chunks_have_the_loss_of_the_whole_batch(chunk):
 def test_the_average_of_parameters():
     tx = SGD
     paths = [trained(steps, tx=tx)[0] for steps in (1, 2)]
-    start = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
+    start = embedding_networks.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
     first, second = (nnx.state(model, nnx.Param) for model in paths)
     expected = jax.tree.map(
         lambda a, b, c: 0.9 * (0.9 * a + 0.1 * b) + 0.1 * c,
@@ -613,21 +608,19 @@ def test_ten_lines_for_own_images_and_model():
     images[np.arange(40), labels] = 255
     model = WithStatistics()
     batches = sampling.ImageBatches(images, labels, classes=4, per_class=4)
-    lines = list(training.fit(model, ADAM, batches, steps=60, progress=False))
+    lines = list(loop.fit(model, ADAM, batches, steps=60, progress=False))
     assert lines[-1]["active"] < lines[0]["active"]
     # The model is left as it is used: without dropout.
-    one, two = (training.embed_images(model, images) for _ in range(2))
+    one, two = (learn.embed_images(model, images) for _ in range(2))
     assert one.shape == (40, 8)
     np.testing.assert_array_equal(one, two)
 
 
 def test_a_model_has_learnt_when_training_is_left_early():
     expected, lines = trained(4, log_every=2)
-    model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
+    model = embedding_networks.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
     tx, batches = ADAM, digits_batches()
-    for line in training.fit(
-        model, tx, batches, steps=100, log_every=2, progress=False
-    ):
+    for line in loop.fit(model, tx, batches, steps=100, log_every=2, progress=False):
         if line["step"] == 4:
             break
     assert line == lines[-1]
@@ -754,10 +747,10 @@ def test_wrong_memories(options, words):
 
 def test_floats_from_0_to_1_stay_as_they_are():
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
-    model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
+    model = embedding_networks.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
     np.testing.assert_allclose(
-        training.embed_images(model, images),
-        training.embed_images(model, np.float32(images) / 255),
+        learn.embed_images(model, images),
+        learn.embed_images(model, np.float32(images) / 255),
         atol=1e-5,
     )
     np.testing.assert_array_equal(as_floats(jnp.ones(2, jnp.bfloat16)), jnp.ones(2))
@@ -789,9 +782,9 @@ def test_collapse_is_told():
             x = self.weight[...] * images.reshape(len(images), -1)
             return x + 1.0
 
-    with pytest.warns(training.CollapseWarning, match=r"collapsed at step 10.*all"):
+    with pytest.warns(loop.CollapseWarning, match=r"collapsed at step 10.*all"):
         list(
-            training.fit(
+            loop.fit(
                 Collapsing(), optax.sgd(0.0), digits_batches(), steps=20, progress=False
             )
         )
@@ -802,8 +795,8 @@ def test_signals_between_two_lines_are_the_callers(own_data_dir, request):
     own = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, own))
     before = signal.getsignal(signal.SIGINT)
-    model = models.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
-    lines = training.fit(
+    model = embedding_networks.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
+    lines = loop.fit(
         model, ADAM, digits_batches(), steps=4, log_every=1, progress=False
     )
     assert next(lines)["step"] == 1
@@ -1049,7 +1042,7 @@ def test_nothing_is_overwritten(finished):
     out, _ = finished
     before = (out / "metrics.jsonl").read_text()
     with pytest.raises(preparation.RunExistsError, match="not an empty directory"):
-        runs.run(small(), out)
+        learn.run(small(), out)
     assert (out / "metrics.jsonl").read_text() == before
 
 
@@ -1063,7 +1056,7 @@ def test_nothing_is_overwritten(finished):
 )
 def test_bad_configurations_are_named(options, words):
     with pytest.raises(ValueError, match=words):
-        runs.Config(**options)
+        learn.Config(**options)
 
 
 @pytest.mark.xdist_group("finished")
@@ -1114,7 +1107,7 @@ def with_images(shape, kinds, each):
     ],
 )
 def test_choices_by_the_data(shape, kinds, each, expected):
-    plan, _ = tasks.LabelTask(with_images(shape, kinds, each)).plan(runs.Config())
+    plan, _ = tasks.LabelTask(with_images(shape, kinds, each)).plan(learn.Config())
     of = plan.batches
     made = (plan.model, of.classes, of.per_class, of.rotation_classes, plan.channels)
     assert made == expected
@@ -1123,7 +1116,7 @@ def test_choices_by_the_data(shape, kinds, each, expected):
     assert [name for name, x in dataclasses.asdict(plan).items() if x is None] == [
         "backbone"
     ]
-    own = runs.Config(
+    own = learn.Config(
         model="multiscale", classes=2, per_class=3, rotation_classes=1, steps=5
     )
     kept, _ = tasks.LabelTask(with_images(shape, kinds, each)).plan(own)
@@ -1151,7 +1144,7 @@ def test_classes_of_one_image_are_told(several, words):
         ]
     )
     few = dataclasses.replace(dataset, train=dataset.train.part(kept))
-    _, notes = tasks.LabelTask(few).plan(runs.Config())
+    _, notes = tasks.LabelTask(few).plan(learn.Config())
     told = [note for note in notes if "one training image" in note]
     assert len(told) == (words is not None)
     assert all(note.startswith(words) for note in told)
@@ -1159,14 +1152,14 @@ def test_classes_of_one_image_are_told(several, words):
 
 def test_mirrored_classes_are_not_mirrored_at_random():
     task = tasks.LabelTask(with_images((12, 12, 3), 40, 5))
-    assert task.plan(runs.Config(rotation_classes=4))[0].augment.flip
-    assert not task.plan(runs.Config(rotation_classes=8))[0].augment.flip
+    assert task.plan(learn.Config(rotation_classes=4))[0].augment.flip
+    assert not task.plan(learn.Config(rotation_classes=8))[0].augment.flip
     grey = tasks.LabelTask(with_images((32, 32, 1), 40, 5))
-    assert grey.plan(runs.Config())[0].batches.rotation_classes == 8
-    drawn = runs.Config(augment=defaults.CHARACTERS)
+    assert grey.plan(learn.Config())[0].batches.rotation_classes == 8
+    drawn = learn.Config(augment=defaults.CHARACTERS)
     assert grey.plan(drawn)[0].batches.rotation_classes == 8
     with pytest.raises(ValueError, match=r"rotation_classes is 8.*augment mirrors"):
-        grey.plan(runs.Config(augment=defaults.PHOTOS, rotation_classes=8))
+        grey.plan(learn.Config(augment=defaults.PHOTOS, rotation_classes=8))
 
 
 def faces(people, each, *, place=(20, 12), size=24, seed=0, noise=5):
@@ -1213,7 +1206,7 @@ def test_photographs_are_seen_where_classes_differ(tmp_path):
         file = tmp_path / "people" / str(label) / f"{number}.png"
         Image.fromarray(image[..., 0]).save(file)
     config = small(data=str(tmp_path / "people"), kind="photos", steps=2)
-    runs.run(config, tmp_path / "run", progress=False)
+    learn.run(config, tmp_path / "run", progress=False)
     made = RunRecord.read(tmp_path / "run")
     assert (made.plan.model, made.plan.head) == ("photo", "grid")
     assert made.plan.mirror
@@ -1251,12 +1244,12 @@ def test_symmetric_classes_are_not_turned(drawn, turns):
 @pytest.mark.xdist_group("finished")
 def test_a_run_is_not_gone_on_with_by_accident(finished, tmp_path):
     out, evaluations = finished
-    assert runs.run(small(), out, resume=True) == evaluations
+    assert learn.run(small(), out, resume=True) == evaluations
     with pytest.raises(ValueError, match="another configuration: seed was 0, got 1"):
-        runs.run(small(seed=1), out, resume=True)
+        learn.run(small(seed=1), out, resume=True)
     (tmp_path / "notes.txt").write_text("precious")
     with pytest.raises(preparation.RunExistsError, match="not the directory of a run"):
-        runs.run(small(), tmp_path, resume=True)
+        learn.run(small(), tmp_path, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -1276,11 +1269,11 @@ def test_a_run_killed_before_its_first_state_begins_again(
     with monkeypatch.context() as patch:
         patch.setattr(MetricsLog, "add", killed)
         with pytest.raises(MemoryError):
-            runs.run(small(), out, progress=False)
+            learn.run(small(), out, progress=False)
     assert steps_of(out) == 10
     # Choices stay, whatever would be chosen now.
     monkeypatch.setattr(defaults, "CHARACTERS", augment.Augment(rotation=90.0))
-    runs.run(small(), out, resume=True, progress=False)
+    learn.run(small(), out, resume=True, progress=False)
     assert_same_run(out, finished_exactly)
 
 
@@ -1321,9 +1314,9 @@ def test_a_margin_that_cannot_be_reached_is_named(tmp_path):
 @pytest.mark.usefixtures("exact")
 def test_a_finished_run_is_lengthened(tmp_path, own_data_dir):
     out = tmp_path / "run"
-    runs.run(small(steps=4, checkpoint_every=2), out, progress=False)
+    learn.run(small(steps=4, checkpoint_every=2), out, progress=False)
     longer = small(steps=8, checkpoint_every=2)
-    runs.run(longer, out, resume=True, progress=False)
+    learn.run(longer, out, resume=True, progress=False)
     assert steps_of(out) == 8
     made = RunRecord.read(out)
     assert made.plan.steps == made.requested.steps == 8
@@ -1331,10 +1324,10 @@ def test_a_finished_run_is_lengthened(tmp_path, own_data_dir):
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if x.get("evaluation") == "trained"] == [8]
     # It stays so long, also without its options.
-    again = runs.Config(**requested_of(out))
+    again = learn.Config(**requested_of(out))
     assert again == longer
     with pytest.raises(ValueError, match=r"8 steps, got steps 6.*not shortened"):
-        runs.run(small(steps=6, checkpoint_every=2), out, resume=True, progress=False)
+        learn.run(small(steps=6, checkpoint_every=2), out, resume=True, progress=False)
 
 
 def test_a_summary_of_fewer_steps_does_not_finish_a_lengthened_run(finished, tmp_path):
@@ -1351,8 +1344,8 @@ def test_a_summary_of_fewer_steps_does_not_finish_a_lengthened_run(finished, tmp
         made, requested=small(steps=30), plan=dataclasses.replace(made.plan, steps=30)
     )
     longer.write(out)
-    for config in (small(steps=30), runs.Config(**requested_of(out))):
-        assert preparation.find_run(out, config, True) == (longer, None)
+    for wish in (small(steps=30), learn.Config(**requested_of(out))):
+        assert preparation.find_run(out, wish, True) == (longer, None)
 
 
 @pytest.mark.slow
@@ -1360,7 +1353,7 @@ def test_a_summary_of_fewer_steps_does_not_finish_a_lengthened_run(finished, tmp
 def test_a_killed_lengthening_goes_on_to_its_new_goal(tmp_path, monkeypatch):
     def longer(out, steps):
         config = small(steps=steps, checkpoint_every=2, log_every=1)
-        return runs.run(config, out, resume=steps > 4, progress=False)
+        return learn.run(config, out, resume=steps > 4, progress=False)
 
     out, whole = tmp_path / "run", tmp_path / "whole"
     first = longer(out, 4)
@@ -1376,8 +1369,8 @@ def test_a_killed_lengthening_goes_on_to_its_new_goal(tmp_path, monkeypatch):
         with pytest.raises(MemoryError):
             longer(out, 10)
     assert json.loads((out / "summary.json").read_text())["evaluations"] == first
-    evaluations = runs.run(
-        runs.Config(**requested_of(out)), out, resume=True, progress=False
+    evaluations = learn.run(
+        learn.Config(**requested_of(out)), out, resume=True, progress=False
     )
     assert steps_of(out) == 10
     assert evaluations["trained"] != first["trained"]
@@ -1391,28 +1384,28 @@ def test_a_run_goes_on_without_its_options_and_with_moved_data(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     folder, out = shapes(tmp_path / "pictures", each=4), tmp_path / "exp[v2]"
     config = small(data=str(folder), steps=4, checkpoint_every=2)
-    evaluations = runs.run(config, out, progress=False)
+    evaluations = learn.run(config, out, progress=False)
     moved = folder.rename(tmp_path / "moved")
     requested = requested_of(out)
     assert requested["steps"] == 4
-    elsewhere = runs.Config(**requested | {"data": "moved"})
+    elsewhere = learn.Config(**requested | {"data": "moved"})
     assert elsewhere == dataclasses.replace(config, data="moved")
     (out / "summary.json").unlink()
-    assert runs.run(elsewhere, out.name, resume=True, progress=False) == evaluations
+    assert learn.run(elsewhere, out.name, resume=True, progress=False) == evaluations
     # From now on it is found there.
-    again = runs.Config(**requested_of(out))
+    again = learn.Config(**requested_of(out))
     assert again.data == str(moved)
     (out / "summary.json").unlink()
-    assert runs.run(again, out, resume=True, progress=False) == evaluations
+    assert learn.run(again, out, resume=True, progress=False) == evaluations
     # A run that has lost its states does not begin again without a word.
     (out / "summary.json").unlink()
     shutil.rmtree(out / "checkpoints")
     with pytest.raises(ValueError, match=r"reached step 4 but has no checkpoint"):
-        runs.run(again, out, resume=True, progress=False)
+        learn.run(again, out, resume=True, progress=False)
     # Nor does one go on with other images.
     Image.new("L", (24, 20), 77).save(moved / "group0" / "kind0" / "0.png")
     with pytest.raises(ValueError, match="no longer what the run"):
-        runs.run(again, out, resume=True, progress=False)
+        learn.run(again, out, resume=True, progress=False)
 
 
 @pytest.mark.slow
@@ -1421,7 +1414,7 @@ def test_a_run_on_a_folder_with_broken_images(tmp_path):
     (folder / "group1").rename(folder / "from_$1_to_$2_")
     (folder / "group0" / "kind0" / "broken.png").write_bytes(b"")
     config = small(data=str(folder), steps=3, split="classes")
-    evaluations = runs.run(config, tmp_path / "run", progress=False)
+    evaluations = learn.run(config, tmp_path / "run", progress=False)
     made = RunRecord.read(tmp_path / "run")
     assert made.skipped[0].startswith("group0/kind0/broken.png")
     assert {*made.seen_names} < {*made.label_names}
@@ -1439,8 +1432,8 @@ def test_a_run_on_a_folder_with_broken_images(tmp_path):
 def test_a_tiny_folder_is_trained_on(tmp_path, kinds_and_each):
     kinds, each = kinds_and_each
     folder = shapes(tmp_path / "pictures", kinds=kinds, each=each)
-    config = runs.Config(data=str(folder), steps=2, channels=(8, 16), dim=8)
-    evaluations = runs.run(config, tmp_path / "run", progress=False)
+    config = learn.Config(data=str(folder), steps=2, channels=(8, 16), dim=8)
+    evaluations = learn.run(config, tmp_path / "run", progress=False)
     assert bool(evaluations["trained"]) == (each == 8)
     assert (tmp_path / "run" / "neighbors.png").exists()
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -1456,8 +1449,8 @@ def test_a_test_of_one_image(tmp_path):
         next((folder / "group0").rglob(f"{number}.*")).unlink()
     for file in sorted((folder / "group1").rglob("*.*"))[8:]:
         file.unlink()
-    config = runs.Config(data=str(folder), steps=2, channels=(8, 16), dim=8)
-    evaluations = runs.run(config, tmp_path / "run", progress=False)
+    config = learn.Config(data=str(folder), steps=2, channels=(8, 16), dim=8)
+    evaluations = learn.run(config, tmp_path / "run", progress=False)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["counts"]["test"] == 1
     assert evaluations["trained"].keys() == {"gallery_recall_at_1"}
@@ -1479,7 +1472,7 @@ def test_a_run_on_given_triplets(tmp_path, repeated):
     options = {"kind": "characters", "steps": 40, "triplets_per_batch": 16}
     config = small(triplets=str(tmp_path / "t.csv"), **options)
     out = tmp_path / "run"
-    evaluations = runs.run(config, out, progress=False)
+    evaluations = learn.run(config, out, progress=False)
     assert evaluations["trained"]["triplet_accuracy"] > 95
     assert (
         evaluations["untrained"]["triplet_accuracy"]
@@ -1490,7 +1483,7 @@ def test_a_run_on_given_triplets(tmp_path, repeated):
     lines = MetricsLog(out / "metrics.jsonl").lines
     assert 0 <= lines[-2]["validation"]["triplet_accuracy"] <= 100
     if repeated:
-        again = runs.run(config, tmp_path / "again", progress=False)
+        again = learn.run(config, tmp_path / "again", progress=False)
         assert again == evaluations
 
 
@@ -1508,10 +1501,10 @@ def test_the_loss_of_given_triplets_is_the_mean_of_theirs():
 def test_a_run_on_images_that_do_not_fit_in_memory(tmp_path, monkeypatch):
     folder = shapes(tmp_path / "pictures", each=14)
     config = small(data=str(folder), steps=6, class_sampling="frequency")
-    whole = runs.run(config, tmp_path / "one", progress=False)
+    whole = learn.run(config, tmp_path / "one", progress=False)
     less = functools.partial(datasets.load, in_memory=100)
     monkeypatch.setattr(datasets, "load", less)
-    stored = runs.run(config, tmp_path / "two", progress=False)
+    stored = learn.run(config, tmp_path / "two", progress=False)
     del whole["raw pixels"]
     assert stored == whole
     assert (tmp_path / "two" / "neighbors.png").exists()
@@ -1560,7 +1553,7 @@ def test_what_tensorboard_reads(tmp_path):
 @pytest.mark.full
 def test_a_run_for_tensorboard(tmp_path):
     out = tmp_path / "run"
-    runs.run(small(steps=4), out, tensorboard=True, progress=False)
+    learn.run(small(steps=4), out, tensorboard=True, progress=False)
     names = {name for name, _, _ in shown_in(out / "tensorboard")}
     assert {"train/loss", "trained/map_at_r", "validation/map_at_r"} <= names
 
@@ -1568,7 +1561,7 @@ def test_a_run_for_tensorboard(tmp_path):
 def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ImportError, match=r"tripletjax\[tensorboard\]"):
-        runs.run(small(), tmp_path / "run", tensorboard=True, progress=False)
+        learn.run(small(), tmp_path / "run", tensorboard=True, progress=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -1582,7 +1575,7 @@ config = runs.Config(
 if sys.argv[2:]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 try:
-    runs.run(config, sys.argv[1], resume=True, progress=False)
+    learn.run(config, sys.argv[1], resume=True, progress=False)
 except KeyboardInterrupt as error:
     sys.exit(f"interrupted: {error}")
 except OSError as error:
@@ -1623,7 +1616,7 @@ def wait_for(out, step, process):
 def assert_same_run(one, two):
     for name in ("config.json", "metrics.jsonl", "summary.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    assert_same_model(runs.load_model(one)[0], runs.load_model(two)[0])
+    assert_same_model(model_of_run.load_model(one)[0], model_of_run.load_model(two)[0])
     kept = [Checkpoints(out / "checkpoints") for out in (one, two)]
     assert kept[0].steps == kept[1].steps
     # A digest of every number of the state is written with it.
@@ -1689,7 +1682,9 @@ def test_an_interrupted_run_saves_and_goes_on(whole, tmp_path, number):
         out.joinpath("metrics.jsonl").read_text() for out in (tmp_path / "run", whole)
     ]
     assert lines[0] == lines[1]
-    assert_same_model(*(runs.load_model(out)[0] for out in (tmp_path / "run", whole)))
+    assert_same_model(
+        *(model_of_run.load_model(out)[0] for out in (tmp_path / "run", whole))
+    )
 
 
 @pytest.mark.xdist_group("whole")
@@ -1730,7 +1725,7 @@ class ScaledModel(nnx.Module):
     def __call__(self, x):
         self.seen[...] = 0.5 * self.seen[...] + 0.5
         x = self.layer(x.reshape(len(x), -1)) * self.scale[...]
-        return models.unit_norm(x)
+        return layers.unit_norm(x)
 
 
 @pytest.mark.parametrize(
@@ -1747,7 +1742,7 @@ def test_a_weak_type_compiles_no_step_again(tmp_path, shape, classes, options):
     images = np.zeros((5, 8, 8, 1), np.uint8)
 
     def validate(model):
-        total = float(training.embed_images(model, images).sum())
+        total = float(learn.embed_images(model, images).sum())
         return Validation({"sum": total}, np.full(classes, total))
 
     options |= {"progress": False, "log_every": 1, "loss": ALL}
@@ -1756,11 +1751,11 @@ def test_a_weak_type_compiles_no_step_again(tmp_path, shape, classes, options):
     with compilations() as lines:
         kept = Checkpoints(tmp_path / "states")
         more = options | {"checkpoints": kept}
-        list(training.fit(model, tx, digits_batches(), steps=3, **more))
+        list(loop.fit(model, tx, digits_batches(), steps=3, **more))
         again = ScaledModel(jnp.full(shape, 1.0))
         kept = Checkpoints(tmp_path / "states")
         more = options | {"checkpoints": kept}
-        rest = list(training.fit(again, tx, digits_batches(), steps=5, **more))
+        rest = list(loop.fit(again, tx, digits_batches(), steps=5, **more))
     assert rest[0]["resumed"]
     for name in ("jit(train_step)", "jit(_embed)"):
         assert sum(line.startswith(name) for line in lines) == 1, lines
@@ -1779,7 +1774,7 @@ def test_a_weak_type_compiles_no_step_again(tmp_path, shape, classes, options):
 )
 def test_a_run_compiles_each_program_once(tmp_path, name, channels):
     folder = shapes(tmp_path / "pictures", kinds=3, each=20, mode="RGB")
-    config = runs.Config(
+    config = learn.Config(
         data=str(folder),
         model=name,
         steps=4,
@@ -1790,7 +1785,7 @@ def test_a_run_compiles_each_program_once(tmp_path, name, channels):
         classes=3,
     )
     with compilations() as lines:
-        runs.run(config, tmp_path / "run", progress=False)
+        learn.run(config, tmp_path / "run", progress=False)
     steps, embedded, evaluated = (
         [line for line in lines if line.startswith(f"jit({function})")]
         for function in ("train_step", "_embed", "_evaluate")

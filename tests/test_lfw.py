@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tripletjax.learn import lfw
+from tripletjax.apps.verification import lfw
 
 PAIRS = """2\t1
 Ada\t1\t2

@@ -31,8 +31,9 @@ assert not outside, outside
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# Each imports from those before it, and the core from nothing but JAX and NumPy.
-ROOMS = (
+# Rooms, from the bottom: each imports from rooms above it in this list.
+# The core imports nothing but JAX and NumPy.
+CORE = (
     ("_closures",),
     ("_api",),
     ("distances", "pairs", "_matrices", "_thresholds"),
@@ -43,12 +44,25 @@ ROOMS = (
     ("_engine",),
     ("blockwise",),
     ("memory",),
+)
+ROOMS = (
+    *CORE,
+    ("learn.errors", "learn.files", "learn.compile_cache"),
+    ("learn.data", "learn.reports"),
+    ("learn.networks", "learn.distributed", "learn.plots"),
+    ("learn.training",),
+    ("learn.runs",),
+    ("learn.embedder",),
+    ("learn.evaluation",),
     ("learn",),
+    ("apps.embedders", "apps.images"),
+    ("apps.search", "apps.verification", "apps.export"),
+    ("apps.identification",),
+    ("apps.serve",),
     ("apps",),
     ("cli",),
     ("__main__",),
 )
-CORE = [name for room in ROOMS[:-4] for name in room]
 # Evaluation stands beside mining and the losses, and on neither.
 APART = {
     "retrieval": ("mining", "losses"),
@@ -58,55 +72,77 @@ APART = {
     "losses": ("_pairwise", "retrieval", "verification", "collapse"),
     "blockwise": ("retrieval", "verification", "collapse"),
 }
+FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 
 
-def imports_of(file):
+def modules():
+    """Modules of the package with their files; names leave out ``tripletjax.``."""
+    root = Path(tj.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).with_suffix("").parts
+        if name := ".".join(parts).removesuffix("__init__").removesuffix("."):
+            yield name, file
+
+
+def room_of(module):
+    """The room of a module: its longest prefix that names one."""
+    parts = module.split(".")
+    prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    return next(prefix for prefix in prefixes if prefix in FLOORS)
+
+
+def imports_of(file, known):
     """Names of modules that a file imports, in functions too."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file} imports relatively"
-            if node.module in ("tripletjax", "tripletjax.learn"):
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
-            else:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            inside = {name.removeprefix("tripletjax.") for name in names} & known
+            yield from (f"tripletjax.{name}" for name in sorted(inside))
+            if len(inside) < len(names):
                 yield node.module
 
 
+def test_every_room_exists():
+    names = {name for name, _ in modules()}
+    assert set(FLOORS) <= names
+    assert {name for name in names if "." not in name} <= set(FLOORS)
+
+
 def test_imports_point_downwards():
-    root = Path(tj.__file__).parent
-    floor = {name: level for level, room in enumerate(ROOMS) for name in room}
-    packages = {path.parent.name for path in root.glob("*/__init__.py")}
-    found = {path.stem for path in root.glob("*.py")} | packages
-    assert found - {"__init__"} == set(floor)
-    for name, level in floor.items():
-        files = [root / f"{name}.py"]
-        if name in packages:
-            files = sorted((root / name).rglob("*.py"))
-        for module in (module for file in files for module in imports_of(file)):
+    known = {name for name, _ in modules()}
+    core = {room for rooms in CORE for room in rooms}
+    for name, file in modules():
+        # `learn` and `apps` import their public names when they are first used.
+        if name in ("learn", "apps"):
+            continue
+        room = room_of(name)
+        for module in imports_of(file, known):
             top, _, rest = module.partition(".")
             if top != "tripletjax":
                 allowed = {"jax", "numpy", *sys.stdlib_module_names}
-                assert name not in CORE or top in allowed, (name, module)
-            elif rest and (below := rest.split(".")[0]) in floor and below != name:
-                assert floor[below] < level, (name, module)
-                assert below not in APART.get(name, ()), (name, module)
+                assert room not in core or top in allowed, (name, module)
+            elif rest and (other := room_of(rest)) != room:
+                assert FLOORS[other] < FLOORS[room], (name, module)
+                assert other not in APART.get(room, ()), (name, module)
 
 
-def test_modules_of_learning_import_in_no_circle():
-    folder = Path(tj.__file__).parent / "learn"
-    modules = {file.stem for file in folder.glob("[!_]*.py")}
-    imported = {}
-    for file in folder.glob("[!_]*.py"):
-        prefix = "tripletjax.learn."
-        found = {
-            name.removeprefix(prefix).split(".")[0]
-            for name in imports_of(file)
-            if name.startswith(prefix)
+def test_modules_import_in_no_circle():
+    known = {name for name, _ in modules()}
+    graph = {
+        name: {
+            module.removeprefix("tripletjax.")
+            for module in imports_of(file, known)
+            if module.startswith("tripletjax.")
         }
-        imported[file.stem] = found & modules
-    order = [*graphlib.TopologicalSorter(imported).static_order()]
-    assert order.index("image_io") < order.index("runs")
+        - {name}
+        for name, file in modules()
+        if not file.name.startswith("__init__")
+    }
+    order = [*graphlib.TopologicalSorter(graph).static_order()]
+    assert order.index("learn.data.image_files") < order.index("learn.runs.train")
 
 
 def test_everything_public_is_documented():

@@ -22,12 +22,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tripletjax as tj
-from tripletjax.apps import rejections, search, search_report, search_table
+from tripletjax.apps import search
 from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.images import decoded as of_text
 from tripletjax.apps.images import encoded as as_text
-from tripletjax.learn import folder_listing
-from tripletjax.learn.record import write_json
+from tripletjax.apps.search import index as index_module
+from tripletjax.apps.search import rejections
+from tripletjax.apps.search import report as search_report
+from tripletjax.apps.search import table as search_table
+from tripletjax.learn.data import folder_listing
+from tripletjax.learn.files import write_json
 
 
 class Thumbnails:
@@ -149,8 +153,8 @@ def test_an_index_follows_its_folder(folder, tmp_path):
 
 def test_contents_that_change_places(tmp_path, monkeypatch):
     # Committed one by one: what the first file held is gone when the second needs it.
-    one_by_one = functools.partial(search.read_ahead, size=1)
-    monkeypatch.setattr(search, "read_ahead", one_by_one)
+    one_by_one = functools.partial(index_module.read_ahead, size=1)
+    monkeypatch.setattr(index_module, "read_ahead", one_by_one)
     folder = tmp_path / "pictures"
     for number in range(9):
         content(folder / f"{number}.png", number, size=(3, 3))
@@ -503,13 +507,13 @@ def test_rejected_files_are_read_once(folder, tmp_path, monkeypatch):
     assert {line.split(":")[0] for line in first.skipped} == {
         f"group0/kind0/{name}" for name in ("half.png", "notes.txt", "clip.mp4")
     }
-    read, read_image_file = [], search.read_image_file
+    read, read_image_file = [], index_module.read_image_file
 
     def counted(file):
         read.append(file.name)
         return read_image_file(file)
 
-    monkeypatch.setattr(search, "read_image_file", counted)
+    monkeypatch.setattr(index_module, "read_image_file", counted)
     again = index.update()
     assert sorted(again.skipped) == sorted(first.skipped)
     assert read == []
@@ -783,7 +787,7 @@ def test_groups_of_near_equal_frames_need_no_list_of_their_pairs():
 
 @pytest.mark.parametrize("pairs", [1, 50, 2**23])
 def test_groups_are_those_of_all_links(monkeypatch, pairs):
-    monkeypatch.setattr(search, "PAIRS", pairs)
+    monkeypatch.setattr(index_module, "PAIRS", pairs)
     draw = np.random.default_rng(1)
     x = draw.integers(0, 9, size=(60, 2)).astype(float)
     distances = np.linalg.norm(x[:, None] - x, axis=-1)

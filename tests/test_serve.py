@@ -25,7 +25,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from test_verify import EMBEDDER
 
 from tripletjax import cli
-from tripletjax.apps import search, serve, verify
+from tripletjax.apps import search, serve, verification
 
 # Fixtures of the module are made once, by one worker.
 pytestmark = pytest.mark.xdist_group("page")
@@ -43,7 +43,7 @@ def served(root):
     index = search.Index(root / "pictures", root / "database", EMBEDDER)
     index.update()
     others = shapes(root / "others", kinds=8, each=9, seed=3)
-    found = verify.evaluate(EMBEDDER, others, replicates=10)
+    found = verification.evaluate(EMBEDDER, others, replicates=10)
     return serve.served(index, calibration=found.calibration)
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from tripletjax.learn import lfw, triplet_files
-from tripletjax.learn.text_files import read_lines, read_rows
+from tripletjax.apps.verification import lfw
+from tripletjax.learn.data import triplet_files
+from tripletjax.learn.data.text_files import read_lines, read_rows
 
 READERS = (
     lambda file: read_rows(file, columns=3),

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from tripletjax.learn import steps, training
+from tripletjax.learn.training import loop, steps
 
 
 def test_averages_keep_what_their_decay_says():
@@ -50,11 +50,7 @@ def test_statistics_are_of_all_chunks():
     images = np.random.default_rng(0).random((6, 2, 2, 1), np.float32)
     options = {"loss": sum_of_squares, "embed_chunk_size": 2, "progress": False}
     model, expected = Model(), Model()
-    list(
-        training.fit(
-            model, optax.sgd(0.0), [(images, np.arange(6))], steps=1, **options
-        )
-    )
+    list(loop.fit(model, optax.sgd(0.0), [(images, np.arange(6))], steps=1, **options))
     for chunk in np.split(images, 3):
         expected(chunk)
     for one, other in (
@@ -76,10 +72,6 @@ def test_every_step_augments_with_its_own_key():
     batches = [(np.zeros((3, 2, 2, 1), np.uint8), np.arange(3))] * 3
     options = {"loss": sum_of_squares, "augment": augment, "progress": False}
     for seed in (0, 1):
-        list(
-            training.fit(
-                Model(), optax.sgd(0.1), batches, steps=3, seed=seed, **options
-            )
-        )
+        list(loop.fit(Model(), optax.sgd(0.1), batches, steps=3, seed=seed, **options))
     jax.effects_barrier()
     assert len(keys) == len({*keys}) == 6

@@ -18,6 +18,7 @@ from sklearn import metrics as sk
 import tripletjax as tj
 from tripletjax import verification
 from tripletjax._pairwise import cuts
+from tripletjax.verification import evaluation
 
 
 def pairs_of(seed, n=30, tied=False):
@@ -313,7 +314,7 @@ def test_padded_pairs():
 
 @pytest.mark.parametrize("same", [True, False])
 def test_one_kind_of_pairs_is_nan(same):
-    got = verification._evaluate_pairs(
+    got = evaluation._evaluate_pairs(
         np.arange(4.0), np.full(4, same), fars=(0.5,), where=None
     )
     for name, value in got._asdict().items():

@@ -13,17 +13,19 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 import tripletjax as tj
-from tripletjax.apps import pairs as pairs_module
-from tripletjax.apps import verify, verify_report
-from tripletjax.apps.calibration import (
+from tripletjax.apps import verification
+from tripletjax.apps.embedders import embedder_of, vectors_of
+from tripletjax.apps.verification import evaluation, intervals
+from tripletjax.apps.verification import pair_distances as pairs_module
+from tripletjax.apps.verification import report as verification_report
+from tripletjax.apps.verification.calibration import (
     Calibration,
     TooFewPairsError,
     calibrate,
     check_enough,
 )
-from tripletjax.apps.embedders import embedder_of, vectors_of
-from tripletjax.apps.pairs import PairDistances, distances_of
-from tripletjax.learn import datasets
+from tripletjax.apps.verification.pair_distances import PairDistances, distances_of
+from tripletjax.learn.data import datasets
 
 # Fixtures of the module are made once, by one worker.
 pytestmark = pytest.mark.xdist_group("verification")
@@ -46,7 +48,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    return verify.evaluate(EMBEDDER, folder, replicates=200)
+    return verification.evaluate(EMBEDDER, folder, replicates=200)
 
 
 def test_rates_are_those_of_all_pairs(folder, found):
@@ -124,7 +126,7 @@ def test_folds_share_no_class(found):
         same=np.arange(count),
         different=count + np.arange(len(pairs.different)),
     )
-    number, same, fold, folds = verify._own_folds(numbered, pairs.labels)
+    number, same, fold, folds = intervals._own_folds(numbered, pairs.labels)
     assert folds == 4
     images = np.concatenate([pairs.same_images, pairs.different_images])[number]
     classes = [{*pairs.labels[images[fold == k]].ravel()} for k in range(folds)]
@@ -132,7 +134,7 @@ def test_folds_share_no_class(found):
     assert sum(map(len, classes)) == len(set.union(*classes))
     for k in range(folds):
         assert same[fold == k].mean() == 0.5
-    distances, same, fold, _ = verify._own_folds(pairs, pairs.labels)
+    distances, same, fold, _ = intervals._own_folds(pairs, pairs.labels)
     expected = tj.verification.k_fold_accuracy(distances, same, folds=4, fold=fold)
     told = found.report["k_fold"]
     np.testing.assert_allclose(told["accuracy"], 100 * expected.accuracy, rtol=1e-5)
@@ -147,18 +149,18 @@ def test_the_worst_pairs_are_of_every_two_classes_one(found):
     assert (np.diff(distances) >= 0).all()
     assert (np.diff(far) <= 0).all()
     who = [tuple(sorted(pairs.labels[two])) for two in images]
-    assert len({*who}) == len(who) == verify.WORST
+    assert len({*who}) == len(who) == evaluation.WORST
     assert len({*pairs.labels[rejects[:, 0]]}) == len(rejects)
 
 
 def test_a_threshold_decides_about_two_images(folder, found, tmp_path):
     chosen = found.calibration
     one, other = (Image.open(file) for file in found.files[:2])
-    decision = verify.decide(EMBEDDER, one, other, chosen)
+    decision = verification.decide(EMBEDDER, one, other, chosen)
     x = vectors_of(EMBEDDER, [one, other])
     np.testing.assert_allclose(decision.distance, np.linalg.norm(x[0] - x[1]), 1e-5)
     assert decision.same == (decision.distance <= chosen.threshold)
-    assert verify.decide(EMBEDDER, one, one, chosen).same
+    assert verification.decide(EMBEDDER, one, one, chosen).same
     # It is kept, and read again.
     assert chosen.write(tmp_path) is None
     again = Calibration.read(tmp_path, EMBEDDER.key)
@@ -181,27 +183,27 @@ def test_a_threshold_decides_about_two_images(folder, found, tmp_path):
 def test_rates_that_are_not_shown_are_refused(folder):
     words = "2,268 pairs of different classes: 10,000 are needed"
     with pytest.raises(TooFewPairsError, match=words):
-        verify.evaluate(EMBEDDER, folder, far=0.001, replicates=10)
+        verification.evaluate(EMBEDDER, folder, far=0.001, replicates=10)
     check_enough(10_000, 0.001)
     with pytest.raises(TooFewPairsError, match="9,999 pairs"):
         check_enough(9_999, 0.001)
     for far in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="far must be a share"):
-            verify.evaluate(EMBEDDER, folder, far=far)
+            verification.evaluate(EMBEDDER, folder, far=far)
 
 
 def test_without_enough_pairs_there_is_no_threshold_by_default(tmp_path):
     small = shapes(tmp_path / "small", kinds=3, each=3)
-    found = verify.evaluate(EMBEDDER, small, replicates=10)
+    found = verification.evaluate(EMBEDDER, small, replicates=10)
     assert found.calibration is None
     assert found.report["calibration"] is None
     assert "no threshold is chosen" in " ".join(found.report["notes"])
-    verify_report.write(found, tmp_path / "out")
+    verification_report.write(found, tmp_path / "out")
     alone = shapes(tmp_path / "alone", kinds=3, each=1)
     with pytest.raises(ValueError, match="no pair of the same class"):
-        verify.evaluate(EMBEDDER, alone)
+        verification.evaluate(EMBEDDER, alone)
     with pytest.raises(FileNotFoundError, match="no folder"):
-        verify.evaluate(EMBEDDER, tmp_path / "none")
+        verification.evaluate(EMBEDDER, tmp_path / "none")
 
 
 def test_copies_in_different_classes_leave_no_threshold(tmp_path):
@@ -212,9 +214,9 @@ def test_copies_in_different_classes_leave_no_threshold(tmp_path):
     (folder / "group0" / "kind0" / "empty.png").touch()
     zeros = embedder_of(lambda images: np.ones((len(images), 2)), key="ones")
     for embedder in (EMBEDDER, zeros):
-        found = verify.evaluate(embedder, folder, replicates=10)
-        verify_report.write(found, tmp_path / embedder.key / "out")
-        told = "\n".join(verify_report.lines(found.report))
+        found = verification.evaluate(embedder, folder, replicates=10)
+        verification_report.write(found, tmp_path / embedder.key / "out")
+        told = "\n".join(verification_report.lines(found.report))
         assert "copies of others" in told
         assert "empty.png" in told
     # With enough pairs of them it is chosen below all distances.
@@ -236,8 +238,10 @@ def test_copies_in_different_classes_leave_no_threshold(tmp_path):
 
 def test_classes_that_were_trained_on_are_left_out(folder, monkeypatch):
     seen = frozenset({"group0/kind0", "group1/kind3"})
-    monkeypatch.setattr(verify, "_not_trained_on", lambda *of: (seen, ["2 left out"]))
-    found = verify.evaluate(EMBEDDER, folder, replicates=10)
+    monkeypatch.setattr(
+        evaluation, "_not_trained_on", lambda *of: (seen, ["2 left out"])
+    )
+    found = verification.evaluate(EMBEDDER, folder, replicates=10)
     assert (found.report["images"], found.report["classes"]) == (54, 6)
     assert not {*found.calibration.names} & seen
     assert "2 left out" in found.report["notes"]
@@ -246,23 +250,23 @@ def test_classes_that_were_trained_on_are_left_out(folder, monkeypatch):
 def test_vectors_that_are_not_finite_are_named(folder):
     nan = embedder_of(lambda images: [[np.nan]] * len(images), key="nan")
     with pytest.raises(ValueError, match="not finite"):
-        verify.evaluate(nan, folder)
+        verification.evaluate(nan, folder)
 
 
 def test_vectors_of_any_length_are_compared_and_shown(folder, tmp_path):
     far = embedder_of(lambda images: 50 * unit(images), key="far")
-    found = verify.evaluate(far, folder, replicates=10)
+    found = verification.evaluate(far, folder, replicates=10)
     assert 2 < found.calibration.threshold < 100
-    verify_report.write(found, tmp_path / "out")
+    verification_report.write(found, tmp_path / "out")
 
 
 def test_pictures_and_lines_of_a_report(found, tmp_path):
-    verify_report.write(found, tmp_path / "out")
+    verification_report.write(found, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == found.report
     for name in ("roc", "distances", "errors"):
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert np.ptp(np.asarray(picture)) > 0
-    told = "\n".join(verify_report.lines(found.report))
+    told = "\n".join(verification_report.lines(found.report))
     assert "72 images of 8 classes" in told
     assert f"{found.report['verification']['equal_error_rate']:.2f} %" in told
 
@@ -289,7 +293,7 @@ def labeled_faces(root, people=6, each=3):
 
 def test_given_pairs_in_their_folds(tmp_path):
     folder, file = labeled_faces(tmp_path)
-    found = verify.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
+    found = verification.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
     told = found.report["verification"]
     assert (told["positives"], told["negatives"]) == (6, 6)
     # Images of no pair are not read: of each person the first, and the second or third.
@@ -316,32 +320,32 @@ def test_given_pairs_in_their_folds(tmp_path):
     # What cannot be read is said; what is missing is an error.
     broken = folder / "Person_0" / "Person_0_0002.png"
     broken.write_bytes(b"\x89PNG none")
-    less = verify.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
+    less = verification.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
     assert less.report["verification"]["positives"] == 5
     assert "1 pairs are left out" in " ".join(less.report["notes"])
     # The single outer folder of an archive changes nothing.
     (tmp_path / "archive").mkdir()
     folder.rename(tmp_path / "archive" / "lfw")
-    again = verify.evaluate(
+    again = verification.evaluate(
         EMBEDDER, tmp_path / "archive", pairs_file=file, replicates=10
     )
     assert again.report["verification"] == less.report["verification"]
     (tmp_path / "archive" / "lfw").rename(folder)
     broken.unlink()
     with pytest.raises(FileNotFoundError, match="1 images that are not in"):
-        verify.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
+        verification.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
 
 
 @pytest.mark.slow
 def test_a_prepared_dataset_is_measured_as_a_folder(own_data_dir):
     datasets.load("digits")
-    with verify.folder_of("elsewhere") as folder:
+    with verification.folder_of("elsewhere") as folder:
         assert folder == Path("elsewhere")
-    with verify.folder_of("tfds:digits:test") as folder:
-        found = verify.evaluate(
+    with verification.folder_of("tfds:digits:test") as folder:
+        found = verification.evaluate(
             EMBEDDER, folder, name="tfds:digits:test", replicates=10
         )
-        verify_report.write(found, folder / "out")
+        verification_report.write(found, folder / "out")
     assert not folder.exists()
     assert found.report["data"] == found.calibration.data == "tfds:digits:test"
     assert (found.report["images"], found.report["classes"]) == (899, 10)

@@ -8,7 +8,7 @@ import threading
 import processes
 import pytest
 
-from tripletjax.learn import watchdog
+from tripletjax.learn.distributed import watchdog
 
 
 @pytest.fixture

@@ -113,7 +113,9 @@ def _missing(
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
-    from tripletjax.learn import backbones, config, image_analysis, pretrained
+    from tripletjax.learn.data import image_analysis
+    from tripletjax.learn.networks import backbones, heads
+    from tripletjax.learn.runs import config
 
     parser.epilog = (
         "What is not given is chosen by the data, and written to config.json."
@@ -198,7 +200,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
             "the network; resnet18 and so on are torchvision's, from nothing",
         ),
         (
-            *(how, "backbone-training", pretrained.TRAININGS),
+            *(how, "backbone-training", heads.TRAININGS),
             "what of --backbone is trained: a head on it, its last stages, too, or "
             "all (default: frozen for less than 5,000 images on CPUs, or top)",
         ),
@@ -249,7 +251,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     """Trains in this process, alone or as one of several, or begins several."""
-    from tripletjax.learn import processes
+    from tripletjax.learn.distributed import processes
 
     argv, asked, coordinator, index, launched = (
         given.pop(name)
@@ -317,8 +319,9 @@ def _asked_of(
     parser: argparse.ArgumentParser, given: dict[str, Any]
 ) -> tuple[Any, Path]:
     """What is to be trained, and in which run directory."""
-    from tripletjax.learn import augment, config, defaults, image_analysis, record
-    from tripletjax.learn.checkpoints import free_path
+    from tripletjax.learn.data import augment, image_analysis
+    from tripletjax.learn.files import free_path
+    from tripletjax.learn.runs import config, defaults, record
 
     out, resume = given.pop("out"), given.pop("resume")
     options = {name: value for name, value in given.items() if value is not None}
@@ -348,7 +351,10 @@ def _asked_of(
 
 def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     """Trains in this process."""
-    from tripletjax.learn import placement, preparation, runs, training
+    from tripletjax import learn
+    from tripletjax.learn.distributed import placement
+    from tripletjax.learn.runs import preparation
+    from tripletjax.learn.training import interrupts
 
     resume, tensorboard = given["resume"], given.pop("tensorboard")
     on = placement.Placement(placement.mesh_of(given.pop("devices")))
@@ -362,7 +368,7 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     config, out = on.of_first(lambda: _asked_of(parser, given))
     config = dataclasses.replace(config, **locations)
     try:
-        evaluations = runs.run(
+        evaluations = learn.run(
             config, out, resume=resume, tensorboard=tensorboard, mesh=on.mesh
         )
     except KeyboardInterrupt as error:
@@ -372,7 +378,7 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
                 f"with --out {out} --resume",
                 file=sys.stderr,
             )
-        if on.processes > 1 and not isinstance(error, training.Stopped):
+        if on.processes > 1 and not isinstance(error, interrupts.Stopped):
             raise
         return 130
     if not on.first:
@@ -459,19 +465,19 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
-    from tripletjax.learn import evaluation
-    from tripletjax.learn.checkpoints import free_path
+    from tripletjax.learn import evaluation, reports
+    from tripletjax.learn.files import free_path
 
     run, folder, out = given["run"], given["data"], given["out"]
     if given["json"] is not None:
-        evaluation.check_replaceable(given["json"])
+        reports.check_replaceable(given["json"])
     if out is None:
         out = free_path(run / "evaluations" / (folder.resolve().name or "data"))
     report = evaluation.evaluate(
         run, folder, out=out, classes_from=given["classes_from"], progress=True
     )
     if given["json"] is not None:
-        evaluation.write_report(report, given["json"])
+        reports.write_report(report, given["json"])
 
     classes = f"{report['classes']:,} classes in {_shown(folder)}"
     print(f"{report['images']:,} images of {classes}")
@@ -566,9 +572,9 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
 
 def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     try:
-        from tripletjax.apps import search_report
         from tripletjax.apps.embedders import embedder_of
-        from tripletjax.learn.record import write_json
+        from tripletjax.apps.search import report as search_report
+        from tripletjax.learn.files import write_json
     except ImportError as error:
         _missing(parser, error, "train,search")
 
@@ -664,12 +670,13 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
-    from tripletjax.apps import verify, verify_report
-    from tripletjax.apps.calibration import Calibration
+    from tripletjax.apps import verification
     from tripletjax.apps.embedders import embedder_of
     from tripletjax.apps.images import opened
-    from tripletjax.learn import evaluation
-    from tripletjax.learn.checkpoints import free_path
+    from tripletjax.apps.verification import report as verification_report
+    from tripletjax.apps.verification.calibration import Calibration
+    from tripletjax.learn import reports
+    from tripletjax.learn.files import free_path
 
     run, images, folder = given["run"], given["images"], given["data"]
     if (folder is None) == (not images):
@@ -682,16 +689,16 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
                 name = option.replace("_", "-")
                 parser.error(f"--{name} requires --data")
     if given["json"] is not None:
-        evaluation.check_replaceable(given["json"])
+        reports.check_replaceable(given["json"])
     embedder = embedder_of(run)
     if folder is None:
         calibration = Calibration.read(run, embedder.key)
         first, second = map(opened, images)
-        decision = verify.decide(embedder, first, second, calibration)
+        decision = verification.decide(embedder, first, second, calibration)
         if given["json"] is not None:
-            report = verify_report.of_decision(images, decision, calibration)
-            evaluation.write_report(report, given["json"])
-        print(verify_report.decided(decision, calibration))
+            report = verification_report.of_decision(images, decision, calibration)
+            reports.write_report(report, given["json"])
+        print(verification_report.decided(decision, calibration))
         return 0
 
     out = given["out"]
@@ -699,9 +706,9 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     if out is None:
         called = name.replace(":", "-") if name else folder.resolve().name
         out = free_path(run / "verifications" / (called or "data"))
-    evaluation.check_empty(out)
-    with verify.folder_of(str(folder)) as path:
-        found = verify.evaluate(
+    reports.check_empty(out)
+    with verification.folder_of(str(folder)) as path:
+        found = verification.evaluate(
             embedder,
             path,
             far=given["far"],
@@ -710,16 +717,16 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             name=name,
             progress=True,
         )
-        verify_report.write(found, out)
+        verification_report.write(found, out)
     if given["json"] is not None:
-        evaluation.write_report(found.report, given["json"])
+        reports.write_report(found.report, given["json"])
     calibration = found.calibration
     earlier = None if calibration is None else calibration.write(run)
-    for line in verify_report.lines(found.report):
+    for line in verification_report.lines(found.report):
         print(line)
     print()
     if calibration is not None:
-        print(verify_report.chosen(calibration))
+        print(verification_report.chosen(calibration))
         if earlier is not None:
             print(f"It is used from now on; the one before is in {earlier.name}.")
     print(f"Everything is in {_shown(out)}: look at roc, distances and errors.png.")
@@ -779,11 +786,12 @@ def _identify_options(parser: argparse.ArgumentParser) -> None:
 
 def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     try:
-        from tripletjax.apps import identify, identify_report
-        from tripletjax.apps.calibration import Calibration
+        from tripletjax.apps import identification
         from tripletjax.apps.embedders import embedder_of, vectors_of
+        from tripletjax.apps.identification import report as identification_report
         from tripletjax.apps.images import opened
-        from tripletjax.learn import evaluation
+        from tripletjax.apps.verification.calibration import Calibration
+        from tripletjax.learn import evaluation, reports
     except ImportError as error:
         _missing(parser, error, "train,search")
 
@@ -795,7 +803,7 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             parser.error("--out requires images to name")
         _check_new_picture(parser, given["out"])
     if given["json"] is not None:
-        evaluation.check_replaceable(given["json"])
+        reports.check_replaceable(given["json"])
     if given["within"] is not None and not given["within"] >= 0:
         parser.error(f"--within must be at least 0, got {given['within']}")
     _check_images(parser, images)
@@ -807,20 +815,22 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         if given["within"] is None and not given["closed"]:
             parser.error(f"{error} Or give --within DISTANCE, or --closed")
     index, _ = _updated(given["gallery"], given, embedder)
-    gallery = identify.Gallery.of(
+    gallery = identification.Gallery.of(
         index, means=given["means"], classes_from=given["classes_from"], flat=True
     )
     strangers = None
     threshold = float("inf") if given["closed"] else given["within"]
     if calibration is not None:
-        strangers = identify.Strangers.of(gallery, calibration)
+        strangers = identification.Strangers.of(gallery, calibration)
         if given["fpir"] is not None:
             threshold = strangers.threshold_at(given["fpir"])
         elif threshold is None:
             threshold = calibration.threshold
-    report = identify_report.of_gallery(gallery, threshold, calibration, strangers)
+    report = identification_report.of_gallery(
+        gallery, threshold, calibration, strangers
+    )
     lines = [f"- {line}" for line in gallery.notes]
-    lines += [*identify_report.told(report), ""]
+    lines += [*identification_report.told(report), ""]
     if folder is not None:
         probes = evaluation.embed_folder(
             embedder,
@@ -831,19 +841,21 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         )
         lines += [f"- {line}" for line in (*probes.notes, *probes.skipped)]
         names = [probes.names[label] for label in probes.labels]
-        report["evaluation"] = identify.evaluate(gallery, probes.x, names, threshold)
-        lines += identify_report.measured(report["evaluation"])
+        report["evaluation"] = identification.evaluate(
+            gallery, probes.x, names, threshold
+        )
+        lines += identification_report.measured(report["evaluation"])
     else:
         x = vectors_of(embedder, [opened(image) for image in images])
         own = [index.path_of(image) for image in images]
-        found = identify.identify(gallery, x, threshold=threshold, own=own)
-        report["probes"] = identify_report.of_probes(images, found)
-        lines += identify_report.lines(images, found)
+        found = identification.identify(gallery, x, threshold=threshold, own=own)
+        report["probes"] = identification_report.of_probes(images, found)
+        lines += identification_report.lines(images, found)
         if given["out"] is not None:
-            identify_report.draw(index, images, found, given["out"])
+            identification_report.draw(index, images, found, given["out"])
             lines.append(f"{_shown(given['out'])} is written")
     if given["json"] is not None:
-        evaluation.write_report(report, given["json"])
+        reports.write_report(report, given["json"])
     for line in lines:
         print(line)
     return 0
@@ -873,8 +885,8 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
 def _serve(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     try:
         from tripletjax.apps import serve
-        from tripletjax.apps.calibration import Calibration
         from tripletjax.apps.embedders import embedder_of
+        from tripletjax.apps.verification.calibration import Calibration
     except ImportError as error:
         _missing(parser, error, "train,search,serve")
 
@@ -939,7 +951,7 @@ def _export(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
 
 
 def _classes_from(parser: argparse.ArgumentParser) -> None:
-    from tripletjax.learn import config
+    from tripletjax.learn.runs import config
 
     parser.add_argument(
         "--classes-from",
@@ -989,7 +1001,8 @@ def _report_option(parser: argparse.ArgumentParser) -> None:
 
 def _updated(folder: Path, given: dict[str, Any], embedder: Any) -> tuple[Any, Any]:
     """The index of a folder, brought up to date, and what has changed."""
-    from tripletjax.apps import search, search_report
+    from tripletjax.apps import search
+    from tripletjax.apps.search import report as search_report
 
     index = search.Index(folder, given["database"] or given["run"] / "index", embedder)
     changes = index.update(

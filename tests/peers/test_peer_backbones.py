@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 from programs import NEWER_LOOPS
 
-from tripletjax.learn import backbones
-from tripletjax.learn.weights import shapes_of
+from tripletjax.learn.networks import backbones
+from tripletjax.learn.networks.weights import shapes_of
 
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -237,7 +237,7 @@ def test_embeddings_and_gradients(name, tmp_path):
 
 def test_positions_as_dinov2_itself_interpolates_them(tmp_path):
     """Without registers it adds 0.1 to the size, which changes the scale a little."""
-    from tripletjax.learn.backbones.layers import cubic_weights
+    from tripletjax.learn.networks.backbones.layers import cubic_weights
 
     grid = torch.tensor(np.random.default_rng(0).normal(size=(1, 4, 37, 37)))
     scale = (16 + 0.1) / 37
@@ -262,7 +262,7 @@ def test_what_is_written_loads_strictly_there(tmp_path):
     file, again = tmp_path / "weights.safetensors", tmp_path / "again.safetensors"
     safetensors.save_file(model.state_dict(), file)
     network, _ = backbones.load(file)
-    from tripletjax.learn.weights import save_weights
+    from tripletjax.learn.networks.weights import save_weights
 
     save_weights(network, again)
     assert set(shapes_of(again)) == set(shapes_of(file))

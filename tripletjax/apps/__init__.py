@@ -9,23 +9,17 @@ import importlib
 import os
 from typing import Any
 
-# What LanceDB says of its cells is of no use to who searches.
+# Silence LanceDB's log of index partitions.
 os.environ.setdefault("LANCEDB_LOG", "error")
 
 __all__ = [
-    "calibration",
     "embedders",
     "export",
-    "identify",
-    "identify_report",
+    "identification",
     "images",
-    "pairs",
-    "rejections",
     "search",
-    "search_report",
     "serve",
-    "verify",
-    "verify_report",
+    "verification",
 ]
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from PIL import Image
 
+from tripletjax.learn.data.image_shape import to_rgb
 from tripletjax.learn.embedder import ImageEmbedder, load_embedder
-from tripletjax.learn.image_io import to_rgb
 
 Function = Callable[[list[Image.Image]], ArrayLike]
 

@@ -26,14 +26,17 @@ from flax import nnx
 from jax import Array
 from PIL import Image
 
-from tripletjax.learn import backbones, pretrained
-from tripletjax.learn.backbones.layers import whole_depthwise
-from tripletjax.learn.embedder import BACKBONE, Embedder, as_floats, build_model
-from tripletjax.learn.folder_listing import find_files
-from tripletjax.learn.image_io import View, open_image
-from tripletjax.learn.models import Standardized
-from tripletjax.learn.record import write_json
-from tripletjax.learn.weights import save_weights, shapes_of
+from tripletjax.learn.data.folder_listing import find_files
+from tripletjax.learn.data.image_files import open_image
+from tripletjax.learn.data.image_shape import View
+from tripletjax.learn.embedder import Embedder
+from tripletjax.learn.files import write_json
+from tripletjax.learn.networks import backbones, heads
+from tripletjax.learn.networks.backbones.layers import whole_depthwise
+from tripletjax.learn.networks.embedding import as_floats
+from tripletjax.learn.networks.embedding_networks import Standardized
+from tripletjax.learn.networks.weights import save_weights, shapes_of
+from tripletjax.learn.runs.model import BACKBONE, build_model
 
 # Of each file the largest difference from the run that is let through.
 TOLERANCE = 1e-4
@@ -90,7 +93,7 @@ def export(
             the weights of a backbone that was trained, without the head, under the
             names of the file that it began with, or torchvision's. Beside a function,
             ``FILE.json`` holds the preparation of images, for
-            `learn.image_io.prepare_images`.
+            `learn.data.image_shape.prepare_images`.
         check: a folder with images that they are compared on. If not given, images that
             the run has learnt from, if they are still there, and else noise.
 
@@ -171,7 +174,7 @@ def _check_trained_backbone(embedder: Embedder) -> None:
 def _write_weights(embedder: Embedder, path: Path) -> None:
     """The weights of a run's backbone, under the names that it began with."""
     plan, run_dir = embedder.record.plan.backbone, embedder.run_dir
-    backbone = pretrained.backbone_of(embedder.model)
+    backbone = heads.backbone_of(embedder.model)
     if plan is None or plan.digest is None or run_dir is None:
         save_weights(backbone, path)
         return
@@ -181,7 +184,7 @@ def _write_weights(embedder: Embedder, path: Path) -> None:
 
 
 def _backbone_features(embedder: Embedder) -> Callable[[np.ndarray], np.ndarray]:
-    model = pretrained.features_of(embedder.model)
+    model = heads.features_of(embedder.model)
     return lambda images: np.asarray(
         dataclasses.replace(embedder, model=model).of_shape(images)
     )

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tripletjax.learn.image_io import open_image, to_rgb
+from tripletjax.learn.data.image_files import open_image
+from tripletjax.learn.data.image_shape import to_rgb
 
 # The longer side of images in a picture, in pixels.
 SIDE = 112

@@ -23,12 +23,12 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
-from tripletjax.apps import identify, verify
-from tripletjax.apps.calibration import Calibration
+from tripletjax.apps import identification, verification
 from tripletjax.apps.embedders import vectors_of
 from tripletjax.apps.images import shrunk, thumbnail
-from tripletjax.apps.search import Index
-from tripletjax.learn.image_io import ImageError, ImageTooLargeError, open_image
+from tripletjax.apps.search.index import Index
+from tripletjax.apps.verification.calibration import Calibration
+from tripletjax.learn.data.image_files import ImageError, ImageTooLargeError, open_image
 
 # What is larger is refused before it is decoded.
 MOST_BYTES, MOST_PIXELS = "20mb", 40_000_000
@@ -54,16 +54,16 @@ class Served:
 
     index: Index
     paths: tuple[str, ...]
-    gallery: identify.Gallery | None
+    gallery: identification.Gallery | None
     gallery_index: Index
     calibration: Calibration | None
 
     @functools.cached_property
-    def strangers(self) -> identify.Strangers:
+    def strangers(self) -> identification.Strangers:
         """Who is not in the gallery, compared with it once for all visitors."""
         assert self.gallery is not None
         assert self.calibration is not None
-        return identify.Strangers.of(self.gallery, self.calibration)
+        return identification.Strangers.of(self.gallery, self.calibration)
 
     def read(self, file: str | None) -> Image.Image:
         """An uploaded image.
@@ -112,7 +112,9 @@ class Served:
                 "threshold was chosen with `tripletjax verify`."
             )
         try:
-            told = verify.decide(self.index.embedder, first, second, self.calibration)
+            told = verification.decide(
+                self.index.embedder, first, second, self.calibration
+            )
         except OSError as error:
             raise RefusedError(f"The image cannot be used: {error}.") from None
         return (
@@ -132,7 +134,7 @@ class Served:
         threshold = float("inf")
         if self.calibration is not None:
             threshold = self.calibration.threshold
-        (found,) = identify.identify(
+        (found,) = identification.identify(
             self.gallery, self.vector(image), threshold=threshold
         )
         told = f"**{found.name or 'Unknown'}**: the nearest is {found.nearest}, at a "
@@ -168,7 +170,7 @@ def served(
     of = index if gallery_index is None else gallery_index
     gallery = None
     try:
-        gallery = identify.Gallery.of(of)
+        gallery = identification.Gallery.of(of)
     except ValueError:
         if gallery_index is not None:
             raise

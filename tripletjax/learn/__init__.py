@@ -1,7 +1,7 @@
 """Training an embedding, from images to a run directory, and using it.
 
 Needs the extra ``train``: ``pip install -e '.[train]'`` in a copy of the repository.
-Modules are imported when they are first used: `load_embedder` needs none of what reads
+Names are imported when they are first used: `load_embedder` needs no module that reads
 datasets or draws.
 """
 
@@ -9,68 +9,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tripletjax.learn.config import Config
     from tripletjax.learn.embedder import load_embedder
-    from tripletjax.learn.runs import run
-    from tripletjax.learn.training import fit
-    from tripletjax.learn.weights import load_weights
+    from tripletjax.learn.networks.embedding import embed_images
+    from tripletjax.learn.networks.weights import load_weights
+    from tripletjax.learn.runs.config import Config
+    from tripletjax.learn.runs.train import run
+    from tripletjax.learn.training.loop import fit
 
-MODULES = (
-    "augment",
-    "backbones",
-    "cache_folder",
-    "checkpoints",
-    "class_folders",
-    "compile_cache",
-    "config",
-    "convolution",
-    "datasets",
-    "defaults",
-    "digests",
-    "embedder",
-    "errors",
-    "evaluation",
-    "features",
-    "folder_listing",
-    "image_analysis",
-    "image_cache",
-    "image_io",
-    "lfw",
-    "metrics_log",
-    "models",
-    "objectives",
-    "placement",
-    "plan",
-    "plots",
-    "preparation",
-    "pretrained",
-    "processes",
-    "record",
-    "runs",
-    "sampling",
-    "splits",
-    "steps",
-    "tasks",
-    "text_files",
-    "training",
-    "triplet_files",
-    "watchdog",
-    "weights",
-)
-# What is here for short, and where it is.
+ROOMS = ("data", "distributed", "networks", "runs", "training")
+# Public names, and the module of each.
 NAMES = {
-    "Config": "config",
-    "fit": "training",
+    "Config": "runs.config",
+    "embed_images": "networks.embedding",
+    "fit": "training.loop",
     "load_embedder": "embedder",
-    "load_weights": "weights",
-    "run": "runs",
+    "load_weights": "networks.weights",
+    "run": "runs.train",
 }
 
-__all__ = [*MODULES, "Config", "fit", "load_embedder", "load_weights", "run"]
+__all__ = [
+    *ROOMS,
+    "Config",
+    "embed_images",
+    "fit",
+    "load_embedder",
+    "load_weights",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in MODULES:
+    if name in ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
     if name in NAMES:
         return getattr(importlib.import_module(f"{__name__}.{NAMES[name]}"), name)
@@ -78,4 +47,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *MODULES, *NAMES})
+    return sorted({*globals(), *ROOMS, *NAMES})

@@ -10,100 +10,28 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 from PIL import Image
 
-from tripletjax.learn import backbones, pretrained, record
-from tripletjax.learn.checkpoints import Checkpoints
-from tripletjax.learn.config import MODELS
-from tripletjax.learn.convolution import jit
-from tripletjax.learn.digests import digest_of, digest_of_file
-from tripletjax.learn.image_io import (
-    ImageSource,
-    ImageSpec,
-    View,
-    check_not_blank,
-    open_image,
-    upright,
+from tripletjax.learn.data.image_files import open_image, upright
+from tripletjax.learn.data.image_shape import ImageSpec, View, check_not_blank
+from tripletjax.learn.files import digest_of
+from tripletjax.learn.networks.embedding import (
+    embed_images,
 )
-from tripletjax.learn.models import Standardized
-from tripletjax.learn.placement import ONE_DEVICE, Placement
-from tripletjax.learn.plan import BackbonePlan
-from tripletjax.learn.record import RunRecord
-from tripletjax.learn.weights import Loaded
-
-
-def load_model(
-    run_dir: str | Path, on: Placement = ONE_DEVICE
-) -> tuple[Standardized, RunRecord]:
-    """The best model of a run, on one device, and the record of the run.
-
-    Args:
-        run_dir: a run directory.
-        on: how the processes that load it together are placed, if there are several.
-
-    Raises:
-        FileNotFoundError: if there is none yet.
-        ValueError: if the record is of another version.
-    """
-    run_dir = Path(run_dir).resolve()
-    for part in (record.FILE, "best"):
-        if not (run_dir / part).exists():
-            raise FileNotFoundError(f"no trained model in {run_dir}: no {part}.")
-    made = RunRecord.read(run_dir)
-    # Of parameters that are read, none need to be drawn first.
-    model = nnx.eval_shape(lambda: build_model(made))
-    part = pretrained.trained_part(model, made.plan.backbone_training)
-    if made.plan.frozen:
-        fill_backbone(model, made, run_dir)
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on.sharding),
-        nnx.state(part),
-    )
-    best = Checkpoints(run_dir / "best", writable=False)
-    found = best.restore(like)
-    best.close()
-    if found is None:
-        raise FileNotFoundError(f"no trained model in {run_dir}: best is empty.")
-    nnx.update(part, on.here(found[1]))
-    model.eval()
-    return model, made
-
-
-def fill_backbone(model: Standardized, made: RunRecord, run_dir: Path) -> Loaded:
-    """Loads the weights that a run began with, of which it has a copy.
-
-    Raises:
-        ValueError: if the copy is not what it was.
-    """
-    plan, file = made.plan.backbone, run_dir / BACKBONE
-    if plan is None or plan.digest is None:
-        raise ValueError(f"the run in {run_dir} began with no backbone.")
-    if digest_of_file(file) != plan.digest:
-        raise ValueError(f"{file} is damaged: it is not what the run began with.")
-    backbone = backbones.Backbone(plan.family, plan.options)
-    return backbone.fill(pretrained.backbone_of(model), file)
-
-
-# The weights that a run began with.
-BACKBONE = "backbone.safetensors"
-# Of a plan, what an embedding depends on.
-NETWORK = (
-    *("box", "size", "model", "head", "channels", "stride", "dim", "mirror"),
-    *("bfloat16", "backbone"),
+from tripletjax.learn.networks.embedding_networks import Standardized
+from tripletjax.learn.runs.model import (
+    NETWORK,
+    load_model,
 )
+from tripletjax.learn.runs.record import RunRecord
 
-# So many pixels are embedded at a time.
-PIXELS = 2**20
-
-Tree = TypeVar("Tree")
 ImageInputs = ArrayLike | Sequence[np.ndarray | str | Path | Image.Image]
 
 
@@ -234,107 +162,3 @@ def _picture(image: ArrayLike | str | Path | Image.Image) -> Image.Image:
             f"with 1, 3 or 4 channels; one of them is {image.shape}."
         )
     return Image.fromarray(image)
-
-
-def build_model(made: RunRecord) -> Standardized:
-    """The untrained model of a run."""
-    plan, shape = made.plan, made.images.shape
-    if plan.backbone is not None:
-        return _on_backbone(made, plan.backbone)
-    view = plan.view_of(shape)
-    height, width = shape[:2] if view is None else (view.height, view.width)
-    options: dict[str, dict[str, Any]] = {
-        "resnet": {"stride": plan.stride},
-        "photo": {"size": (height, width), "head": plan.head},
-    }
-    model = MODELS[plan.model](
-        plan.dim,
-        channels=plan.channels,
-        in_channels=shape[-1],
-        dtype=jnp.bfloat16 if plan.bfloat16 else None,
-        rngs=nnx.Rngs(plan.seed),
-        **options.get(plan.model, {}),
-    )
-    return Standardized(model, made.images.mean, made.images.std, mirror=plan.mirror)
-
-
-def _on_backbone(made: RunRecord, plan: BackbonePlan) -> Standardized:
-    rngs = nnx.Rngs(made.plan.seed)
-    options = {"learn_statistics": True} if plan.digest is None else {}
-    dtype = jnp.bfloat16 if made.plan.bfloat16 else None
-    made_of = backbones.Backbone(plan.family, plan.options)
-    backbone: Any = made_of.build(dtype=dtype, rngs=rngs, **options)
-    mirror = made.plan.mirror
-    head = pretrained.Head(
-        backbone.features, made.plan.dim, hidden=plan.hidden, mirror=mirror, rngs=rngs
-    )
-    if plan.training != "all":
-        pretrained.freeze(backbone, plan.training)
-    model = pretrained.BackboneEmbedder(backbone, head)
-    return Standardized(model, made.images.mean, made.images.std, mirror=mirror)
-
-
-@functools.partial(jit, static_argnames="graph")
-def _embed(graph: nnx.GraphDef, state: nnx.State, images: Array) -> Array:
-    return nnx.merge(graph, state)(as_floats(images))
-
-
-def check_static(graph: nnx.GraphDef) -> None:
-    """Raises TypeError for a model that cannot be told from others when compiled."""
-    try:
-        hash(graph)
-    except TypeError as error:
-        raise TypeError(
-            f"model has a static attribute that cannot be hashed ({error}): make lists "
-            "of numbers tuples, lists of modules nnx.List."
-        ) from None
-
-
-def batch_size_for(images: ImageSource) -> int:
-    """How many images are embedded at a time, if nothing is asked for."""
-    if len(images.shape) != 4:
-        return 4096
-    return max(1, min(256, PIXELS // (images.shape[1] * images.shape[2])))
-
-
-def embed_images(
-    model: nnx.Module, images: ImageSource, *, batch_size: int | None = None
-) -> Array:
-    """Embeds images ``[n, height, width, channels]``, a batch at a time.
-
-    They are uint8, or floats from 0 to 1.
-    """
-    graph, state = nnx.split(model)
-    check_static(graph)
-    state = strongly_typed(state)
-    batch_size = batch_size or batch_size_for(images)
-    # Fewer images are filled up to a power of two, so that few sizes are compiled.
-    batch_size = min(batch_size, 2 ** (len(images) - 1).bit_length())
-    embeddings = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        missing = batch_size - len(batch)
-        padded = np.pad(batch, [(0, missing)] + [(0, 0)] * (batch.ndim - 1))
-        embeddings.append(_embed(graph, state, padded)[: len(batch)])
-    return jnp.concatenate(embeddings)
-
-
-def as_floats(images: ArrayLike) -> Array:
-    """Images from 0 to 255 as floats from 0 to 1; floats stay as they are."""
-    x = jnp.asarray(images)
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return x.astype(jnp.float32)
-    return x.astype(jnp.float32) / 255
-
-
-def strongly_typed(tree: Tree) -> Tree:
-    """The same arrays, none of which has a weak type, as `jnp.asarray(1.0)` has.
-
-    A step gives strong types: it would be compiled again for each array that was weak.
-    """
-
-    def strong(x: Any) -> Any:
-        weak = getattr(jax.typeof(x), "weak_type", False)
-        return lax.convert_element_type(x, jnp.result_type(x)) if weak else x
-
-    return jax.tree.map(strong, tree)

@@ -11,8 +11,6 @@ None.
 """
 
 import dataclasses
-import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,19 @@ import numpy as np
 from tqdm import tqdm
 
 import tripletjax as tj
-from tripletjax.learn import image_io, plots
-from tripletjax.learn.class_folders import find_classes
-from tripletjax.learn.digests import digest_of_image
+from tripletjax.learn import plots
+from tripletjax.learn.data import image_files
+from tripletjax.learn.data.class_folders import find_classes
+from tripletjax.learn.data.folder_listing import printable
 from tripletjax.learn.embedder import ImageEmbedder, load_embedder
-from tripletjax.learn.folder_listing import printable
-from tripletjax.learn.record import write_json
+from tripletjax.learn.files import digest_of_image
+from tripletjax.learn.reports import (
+    OURS,
+    check_empty,
+    number,
+    percent,
+    write_report,
+)
 from tripletjax.verification import VerificationMetrics
 
 KS = (1, 2, 4, 8)
@@ -39,7 +44,6 @@ GALLERY, ROWS = 2048, 4096
 BLOCK = 256
 # Distances are counted in so many steps.
 STEPS = 2000
-OURS = "tripletjax "
 REPORT = f"{OURS}evaluation"
 
 
@@ -178,13 +182,13 @@ def embed_folder(
     skipped += found.skipped
 
     def read(file: Path) -> Any:
-        return embedder.prepare(image_io.open_image(file))
+        return embedder.prepare(image_files.open_image(file))
 
     bar = tqdm(
         total=len(found.files), desc="embedding", unit="image", disable=not progress
     )
     with bar:
-        for indices, made in image_io.read_ahead(found.files, read):
+        for indices, made in image_files.read_ahead(found.files, read):
             whole = []
             for index, image in zip(indices, made):
                 if isinstance(image, OSError):
@@ -314,34 +318,6 @@ def draw(found: Embedded, pairs: dict[str, Any], out: Path) -> None:
     )
 
 
-def write_report(report: dict[str, Any], file: Path) -> None:
-    """Writes a report, in place of an earlier report alone.
-
-    Raises:
-        FileExistsError: if the file is there and is something else.
-    """
-    check_replaceable(file)
-    write_json(file, report)
-
-
-def check_empty(out: Path) -> None:
-    """Raises FileExistsError if something is there, and is no empty directory."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} is there and is no empty directory.")
-
-
-def check_replaceable(file: Path) -> None:
-    """Raises FileExistsError if a file is there and is no report."""
-    if not file.exists():
-        return
-    try:
-        ours = json.loads(file.read_text(encoding="utf-8"))["what"].startswith(OURS)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        ours = False
-    if not ours:
-        raise FileExistsError(f"{file} is there and is no report; it is left as it is.")
-
-
 def sizes_worth_telling(labels: np.ndarray) -> str | None:
     """Whether most pairs are of one class, or classes have nobody to find."""
     counts = np.unique(labels, return_counts=True)[1]
@@ -358,12 +334,3 @@ def sizes_worth_telling(labels: np.ndarray) -> str | None:
             "pairs of the same class"
         )
     return "; ".join(told) or None
-
-
-def number(value: Any) -> float | None:
-    value = float(value)
-    return value if math.isfinite(value) else None
-
-
-def percent(value: Any) -> float | None:
-    return number(100 * float(value))

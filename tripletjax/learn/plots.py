@@ -15,7 +15,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 
 import tripletjax as tj
-from tripletjax.learn.image_io import ImageSource
+from tripletjax.learn.data.image_array import ImageSource
 
 # Blue and orange, which nearly everybody can tell apart.
 RIGHT, WRONG, QUERY, BEYOND = "#0072b2", "#d55e00", "#444444", "#cccccc"

@@ -1,0 +1,6 @@
+"""Names for images from a gallery, or "unknown"."""
+
+from tripletjax.apps.identification.evaluation import Strangers, evaluate
+from tripletjax.apps.identification.gallery import Gallery, Identity, identify
+
+__all__ = ["Gallery", "Identity", "Strangers", "evaluate", "identify"]

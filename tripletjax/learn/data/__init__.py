@@ -1,0 +1,1 @@
+"""Images in files, folders and datasets, their splits, augmentation and sampling."""

@@ -1,0 +1,1 @@
+"""Run directories: from a `Config` by way of defaults and a plan to a trained model."""

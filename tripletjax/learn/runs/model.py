@@ -1,0 +1,117 @@
+"""The network of a run, built from its record and filled."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tripletjax.learn.distributed.placement import ONE_DEVICE, Placement
+from tripletjax.learn.files import digest_of_file
+from tripletjax.learn.networks import backbones, heads
+from tripletjax.learn.networks.embedding_networks import MODELS, Standardized
+from tripletjax.learn.networks.weights import Loaded
+from tripletjax.learn.runs import record
+from tripletjax.learn.runs.plan import BackbonePlan
+from tripletjax.learn.runs.record import RunRecord
+from tripletjax.learn.training.checkpoints import Checkpoints
+
+
+def load_model(
+    run_dir: str | Path, on: Placement = ONE_DEVICE
+) -> tuple[Standardized, RunRecord]:
+    """The best model of a run, on one device, and the record of the run.
+
+    Args:
+        run_dir: a run directory.
+        on: how the processes that load it together are placed, if there are several.
+
+    Raises:
+        FileNotFoundError: if there is none yet.
+        ValueError: if the record is of another version.
+    """
+    run_dir = Path(run_dir).resolve()
+    for part in (record.FILE, "best"):
+        if not (run_dir / part).exists():
+            raise FileNotFoundError(f"no trained model in {run_dir}: no {part}.")
+    made = RunRecord.read(run_dir)
+    # Of parameters that are read, none need to be drawn first.
+    model = nnx.eval_shape(lambda: build_model(made))
+    part = heads.trained_part(model, made.plan.backbone_training)
+    if made.plan.frozen:
+        fill_backbone(model, made, run_dir)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on.sharding),
+        nnx.state(part),
+    )
+    best = Checkpoints(run_dir / "best", writable=False)
+    found = best.restore(like)
+    best.close()
+    if found is None:
+        raise FileNotFoundError(f"no trained model in {run_dir}: best is empty.")
+    nnx.update(part, on.here(found[1]))
+    model.eval()
+    return model, made
+
+
+def fill_backbone(model: Standardized, made: RunRecord, run_dir: Path) -> Loaded:
+    """Loads the weights that a run began with, of which it has a copy.
+
+    Raises:
+        ValueError: if the copy is not what it was.
+    """
+    plan, file = made.plan.backbone, run_dir / BACKBONE
+    if plan is None or plan.digest is None:
+        raise ValueError(f"the run in {run_dir} began with no backbone.")
+    if digest_of_file(file) != plan.digest:
+        raise ValueError(f"{file} is damaged: it is not what the run began with.")
+    backbone = backbones.Backbone(plan.family, plan.options)
+    return backbone.fill(heads.backbone_of(model), file)
+
+
+# The weights that a run began with.
+BACKBONE = "backbone.safetensors"
+# Of a plan, what an embedding depends on.
+NETWORK = (
+    *("box", "size", "model", "head", "channels", "stride", "dim", "mirror"),
+    *("bfloat16", "backbone"),
+)
+
+
+def build_model(made: RunRecord) -> Standardized:
+    """The untrained model of a run."""
+    plan, shape = made.plan, made.images.shape
+    if plan.backbone is not None:
+        return _on_backbone(made, plan.backbone)
+    view = plan.view_of(shape)
+    height, width = shape[:2] if view is None else (view.height, view.width)
+    options: dict[str, dict[str, Any]] = {
+        "resnet": {"stride": plan.stride},
+        "photo": {"size": (height, width), "head": plan.head},
+    }
+    model = MODELS[plan.model](
+        plan.dim,
+        channels=plan.channels,
+        in_channels=shape[-1],
+        dtype=jnp.bfloat16 if plan.bfloat16 else None,
+        rngs=nnx.Rngs(plan.seed),
+        **options.get(plan.model, {}),
+    )
+    return Standardized(model, made.images.mean, made.images.std, mirror=plan.mirror)
+
+
+def _on_backbone(made: RunRecord, plan: BackbonePlan) -> Standardized:
+    rngs = nnx.Rngs(made.plan.seed)
+    options = {"learn_statistics": True} if plan.digest is None else {}
+    dtype = jnp.bfloat16 if made.plan.bfloat16 else None
+    made_of = backbones.Backbone(plan.family, plan.options)
+    backbone: Any = made_of.build(dtype=dtype, rngs=rngs, **options)
+    mirror = made.plan.mirror
+    head = heads.Head(
+        backbone.features, made.plan.dim, hidden=plan.hidden, mirror=mirror, rngs=rngs
+    )
+    if plan.training != "all":
+        heads.freeze(backbone, plan.training)
+    model = heads.BackboneEmbedder(backbone, head)
+    return Standardized(model, made.images.mean, made.images.std, mirror=mirror)

@@ -1,0 +1,258 @@
+"""What a run is to do: from what is asked for, what is there already, and the data."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tripletjax.learn.data.image_array import ImageArray
+from tripletjax.learn.distributed.placement import Placement
+from tripletjax.learn.files import digest_of_file
+from tripletjax.learn.networks import backbones
+from tripletjax.learn.runs import record, tasks
+from tripletjax.learn.runs.config import Config
+from tripletjax.learn.runs.defaults import Start
+from tripletjax.learn.runs.model import BACKBONE
+from tripletjax.learn.runs.plan import Plan
+from tripletjax.learn.runs.record import ImageRecord, RunRecord
+
+# So many images tell the mean and the standard deviation of all, so many at a time.
+SAMPLE, LOOK = 4096, 256
+# The largest Euclidean distance of unit vectors.
+FARTHEST = 2.0
+# Options that say where data are.
+LOCATIONS = ("data", "triplets", "backbone")
+
+
+class RunExistsError(FileExistsError):
+    """The run directory already holds something."""
+
+
+def normalized(config: Config) -> Config:
+    """The same, from wherever it is resumed and however it is written."""
+    changes: dict[str, Any] = {"data": os.fspath(config.data)}
+    if changes["data"] != "digits" and Path(config.data).is_dir():
+        changes["data"] = str(Path(config.data).resolve())
+    for name in ("triplets", "backbone"):
+        if (value := getattr(config, name)) is not None:
+            changes[name] = str(Path(value).resolve())
+    # As they are read back.
+    for name in ("channels", "box"):
+        if (value := getattr(config, name)) is not None:
+            changes[name] = tuple(value)
+    return dataclasses.replace(config, **changes)
+
+
+def find_run(
+    out: Path, config: Config, resume: bool
+) -> tuple[RunRecord | None, dict[str, Any] | None]:
+    """The record of the run to resume, and its evaluations if the run is finished.
+
+    A run is finished when its summary is that of its last step: a run that is being
+    lengthened still has the summary of its earlier goal.
+    """
+    old = _old_run(out, config, resume)
+    if old is None or not (out / record.SUMMARY).exists():
+        return old, None
+    summary = json.loads((out / record.SUMMARY).read_text(encoding="utf-8"))
+    finished = summary.get("steps") == (config.steps or old.plan.steps)
+    return old, summary["evaluations"] if finished else None
+
+
+def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:
+    """The record of the run that is to go on, or None if it is to begin."""
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise RunExistsError(f"{out} already exists and is not a directory.")
+    # What a run that was killed at its start may leave behind.
+    begun = [path.name for path in out.iterdir() if path.name != f"{record.FILE}.part"]
+    if not begun:
+        return None
+    if not resume:
+        again = " To go on with it, resume it." if record.FILE in begun else ""
+        raise RunExistsError(
+            f"{out} already exists and is not an empty directory.{again}"
+        )
+    if record.FILE not in begun:
+        raise RunExistsError(f"{out} is not the directory of a run: no {record.FILE}.")
+    old = RunRecord.read(out)
+    changed = []
+    for field in dataclasses.fields(Config):
+        was, now = (getattr(x, field.name) for x in (old.requested, config))
+        # Data may have moved: what they hold is compared when they are read.
+        moved = field.name in LOCATIONS and None not in (was, now)
+        if was != now and field.name != "steps" and not moved:
+            changed.append(f"{field.name} was {was!r}, got {now!r}")
+    if changed:
+        raise ValueError(
+            f"the run in {out} has another configuration: {', '.join(changed)}."
+        )
+    if config.steps is not None and config.steps < old.plan.steps:
+        raise ValueError(
+            f"the run in {out} was made with {old.plan.steps} steps, got steps "
+            f"{config.steps}: a run can be lengthened, not shortened."
+        )
+    return old
+
+
+def start_of(config: Config, old: RunRecord | None) -> Start | None:
+    """What the network begins with, None if it is one of this library's own."""
+    if old is not None:
+        plan = old.plan.backbone
+        if plan is None:
+            return None
+        if config.backbone is not None and Path(config.backbone).exists():
+            _check_same(config.backbone, plan.digest)
+        return Start(backbones.Backbone(plan.family, plan.options), plan.digest)
+    if config.model in backbones.UNTRAINED:
+        options = backbones.UNTRAINED[config.model]
+        return Start(backbones.Backbone("resnet", options), None)
+    if config.backbone is None:
+        return None
+    backbone = backbones.recognise(config.backbone)
+    _, loaded = backbones.load(config.backbone)
+    told = (
+        f"{config.backbone} is {backbone.title}, {loaded.parameters:,} parameters",
+        *loaded.notes,
+    )
+    return Start(backbone, digest_of_file(config.backbone), told)
+
+
+def planned(
+    config: Config,
+    old: RunRecord | None,
+    start: Start | None,
+    out: Path,
+    on: Placement,
+    progress: bool,
+) -> tuple[RunRecord, tasks.Task]:
+    """The record of the run, and its images as the network sees them."""
+    size = config.size if start is None else start.size(config)
+    # What the first process makes of data to read them faster, others find.
+    task = on.in_turn(lambda: tasks.load(config, size=size, progress=progress))
+    if old is None:
+        plan, notes = on.of_first(lambda: task.plan(config, start))
+        seen = task.seen(plan)
+        made = on.of_first(lambda: _begin(config, task, seen, plan, notes, start))
+    else:
+        made = on.of_first(lambda: _go_on(old, config, task, out))
+        seen = task.seen(made.plan)
+    if task.dataset.key != made.data_key:
+        raise ValueError(
+            f"{task.dataset.name!r} is not the same here and in the first process."
+        )
+    return made, seen
+
+
+def _begin(
+    config: Config,
+    task: tasks.Task,
+    seen: tasks.Task,
+    plan: Plan,
+    notes: list[str],
+    start: Start | None,
+) -> RunRecord:
+    """The record of a run that is to begin, with its images as the network sees them.
+
+    These are those of `seen`; those of `task` are as they were read.
+    """
+    if plan.margin >= FARTHEST:
+        notes = [
+            *notes,
+            f"warning: no triplet can satisfy a margin of {plan.margin:g}: unit "
+            f"vectors are at most {FARTHEST:g} apart",
+        ]
+    dataset = task.dataset
+    _, height, width, channels = task.images.shape
+    if start is None:
+        mean, std = _statistics(seen.images)
+    else:
+        mean, std = (
+            np.array(x) for x in (start.backbone.of.mean, start.backbone.of.std)
+        )
+    return RunRecord(
+        requested=config,
+        plan=plan,
+        images=ImageRecord(
+            shape=(height, width, channels),
+            white=dataset.decoding.white,
+            background=dataset.decoding.background,
+            mean=tuple(mean.tolist()),
+            std=tuple(np.maximum(std, 1e-3).tolist()),
+        ),
+        data_key=dataset.key,
+        label_names=task.label_names,
+        seen_names=task.seen_names,
+        skipped=dataset.skipped,
+        notes=(*dataset.decoding.notes, *notes),
+    )
+
+
+def _go_on(old: RunRecord, config: Config, task: tasks.Task, out: Path) -> RunRecord:
+    """The record of a run that goes on, or is lengthened.
+
+    What another version would choose otherwise stays as it was.
+    """
+    if old.data_key != task.dataset.key:
+        raise ValueError(
+            f"{task.dataset.name!r} is no longer what the run in {out} was made with."
+        )
+    locations = {name: getattr(config, name) for name in LOCATIONS}
+    requested = dataclasses.replace(old.requested, **locations)
+    steps = config.steps or old.plan.steps
+    if steps == old.plan.steps:
+        return dataclasses.replace(old, requested=requested)
+    told = (
+        f"lengthened from {old.plan.steps} to {steps} steps: from where it goes on, "
+        "the learning rate is that of a run of this length"
+    )
+    return dataclasses.replace(
+        old,
+        requested=dataclasses.replace(requested, steps=steps),
+        plan=dataclasses.replace(old.plan, steps=steps),
+        notes=(*old.notes, told),
+    )
+
+
+def _statistics(images: ImageArray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, of images from 0 to 1."""
+    sums, n = np.zeros((2, images.shape[-1])), 0
+    indices = np.arange(0, len(images), -(-len(images) // SAMPLE))
+    for start in range(0, len(indices), LOOK):
+        x = images[indices[start : start + LOOK]] / 255
+        sums += [x.sum(axis=(0, 1, 2)), (x * x).sum(axis=(0, 1, 2))]
+        n += x[..., 0].size
+    mean, square = sums / n
+    return mean, np.sqrt(np.maximum(square - mean**2, 0))
+
+
+def write(
+    made: RunRecord, old: RunRecord | None, start: Start | None, out: Path
+) -> None:
+    """Writes the record, and the weights that the run begins with."""
+    if made != old:
+        out.mkdir(parents=True, exist_ok=True)
+        made.write(out)
+    if start is not None and start.digest is not None:
+        _keep_backbone(made.requested, start.digest, out)
+
+
+def _keep_backbone(config: Config, digest: str, out: Path) -> None:
+    """Copies the weights that a run begins with into its directory, once."""
+    kept = out / BACKBONE
+    if kept.exists() or config.backbone is None:
+        return
+    part = kept.with_name(f"{BACKBONE}.part")
+    shutil.copyfile(config.backbone, part)
+    _check_same(part, digest)
+    part.replace(kept)
+
+
+def _check_same(file: str | Path, digest: str | None) -> None:
+    if digest_of_file(file) != digest:
+        raise ValueError(f"{file} is no longer what the run began with.")

@@ -1,0 +1,444 @@
+"""What a run learns from: images with labels, or given triplets of images.
+
+Either knows its batches and losses, and how to tell what an embedding is worth.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+import tripletjax as tj
+from tripletjax.learn import plots
+from tripletjax.learn.data import datasets, hierarchy, sampling, triplet_files
+from tripletjax.learn.data.image_array import (
+    ImageArray,
+    ImageSource,
+    KeptFeatures,
+    StoredImages,
+    part_of,
+    pixels_of,
+)
+from tripletjax.learn.distributed.placement import ONE_DEVICE, Placement
+from tripletjax.learn.networks.embedding import embed_images
+from tripletjax.learn.runs import defaults
+from tripletjax.learn.runs.config import Config
+from tripletjax.learn.runs.defaults import Start
+from tripletjax.learn.runs.plan import ClassBatchPlan, Plan, TripletBatchPlan
+from tripletjax.learn.training import loop, objectives
+from tripletjax.learn.training.selection import (
+    Validation,
+    class_means,
+    interval_over_classes,
+    note_of,
+)
+
+# Validation and pictures have at most so many images, of all.
+GALLERY = 2048
+
+Embed = Callable[[ImageSource], Array]
+# By metric, one value per item in percent, and the class of each item.
+Measured = dict[str, tuple[np.ndarray, np.ndarray]]
+# From images, and what they are for, to what is learnt from in their place.
+OfImages = Callable[[ImageArray, str], ImageArray]
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelTask:
+    """Images with labels, of which triplets are mined in each batch."""
+
+    dataset: datasets.Dataset
+
+    @property
+    def images(self) -> ImageArray:
+        """What is trained on."""
+        return self.dataset.train.images
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.dataset.label_names
+
+    @property
+    def seen_names(self) -> tuple[str, ...]:
+        """Of classes that are trained on, or that the best model is chosen by."""
+        parts = self.dataset.train, self.dataset.validation
+        seen = np.unique(np.concatenate([part.labels for part in parts]))
+        return tuple(self.label_names[label] for label in seen)
+
+    @property
+    def description(self) -> str:
+        names = self.label_names
+        return f"images of {len(names):,} classes, {names[0]} to {names[-1]}"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        parts = "train", "validation", "test"
+        return {part: len(getattr(self.dataset, part)) for part in parts}
+
+    def plan(
+        self, config: Config, start: Start | None = None
+    ) -> tuple[Plan, list[str]]:
+        plan, notes = defaults.plan_for_classes(config, self.dataset, start)
+        return plan, [*notes, *note_of(self.validation_classes, "classes")]
+
+    def seen(self, plan: Plan) -> "LabelTask":
+        """The same with images as the network sees them."""
+        return self._with(lambda images, what: _seen(images, plan))
+
+    def on_features(self, features: OfImages) -> "LabelTask":
+        """The same with features of the images, by what these are: train or others."""
+        return self._with(features)
+
+    def _with(self, of: OfImages) -> "LabelTask":
+        parts = {
+            name: dataclasses.replace(part, images=of(part.images, name))
+            for name in ("train", "validation", "test")
+            for part in [getattr(self.dataset, name)]
+        }
+        return LabelTask(dataclasses.replace(self.dataset, **parts))
+
+    def _trained(self, of: ClassBatchPlan) -> datasets.Images:
+        """What is trained on: classes of one image have no positive."""
+        train = self.dataset.train
+        values, counts = np.unique(train.labels, return_counts=True)
+        several = values[counts > 1]
+        if of.rotation_classes == 1 and len(several) >= of.classes:
+            train = train.part(np.flatnonzero(np.isin(train.labels, several)))
+        return train
+
+    def _levels(self, of: ClassBatchPlan) -> np.ndarray:
+        """Groups ``[levels, k]`` of the labels of batches, none but by folders."""
+        labels = np.unique(self._trained(of).labels)
+        if of.relevance != "folders":
+            return np.zeros((0, len(labels) * of.rotation_classes), np.int32)
+        levels = hierarchy.levels_of([self.label_names[label] for label in labels])
+        return hierarchy.with_turns(levels, of.rotation_classes)
+
+    def batches(self, plan: Plan, on: Placement = ONE_DEVICE) -> loop.Batches:
+        """Batches, of which this process has its part."""
+        of = _batches_of(plan, ClassBatchPlan)
+        _check_splits(on, "classes * per_class", of.classes * of.per_class)
+        train, levels = self._trained(of), self._levels(of)
+        return sampling.ImageBatches(
+            train.images,
+            train.labels,
+            of.classes,
+            of.per_class,
+            plan.seed,
+            of.rotation_classes,
+            of.class_sampling,
+            on.shard,
+            groups=levels[0] if len(levels) else None,
+        )
+
+    def losses(
+        self, plan: Plan, on: Placement = ONE_DEVICE
+    ) -> list[tuple[int, objectives.Loss]]:
+        """Losses, and the steps from which they hold."""
+        options: dict[str, Any] = {"margin": plan.margin, "axis_name": on.axis_name}
+        of = _batches_of(plan, ClassBatchPlan)
+        levels = tuple(map(tuple, self._levels(of).tolist()))
+
+        def loss(mining: str) -> objectives.Loss:
+            if not levels:
+                return objectives.mined_loss(mining, **options)
+            return objectives.relevance_loss(mining, levels, **options)
+
+        warm = int(of.batch_all_fraction * plan.steps)
+        if of.mining != "hard" or warm == 0:
+            return [(0, loss(of.mining))]
+        return [(0, loss("all")), (warm, loss(of.mining))]
+
+    def evaluate(self, embed: Embed) -> dict[str, Any]:
+        """How well an embedding finds test images of the same class, in percent.
+
+        Args:
+            embed: from uint8 images to embeddings ``[n, d]``.
+
+        Returns:
+            MAP@R, R-precision and recall@1 within the test images, and the share of
+            test images whose nearest training image is of their class, if these are of
+            the same classes; without what the test images are too few for. With them
+            ``"classes"``, the number of classes of the test images, and
+            ``"intervals"`` over classes, by metric.
+        """
+        train, test = self.dataset.train, self.dataset.test
+        if not len(test):
+            return {}
+        x, labels = embed(test.images), test.labels
+        measured: Measured = {}
+        if len(test) > 1:
+            within = tj.retrieval.evaluate(x, labels, reduce_fn=None)
+            measured = _of_queries(within, labels)
+        metrics = _summary(measured, "classes")
+        if np.isin(test.labels, train.labels).any():
+            found = tj.retrieval.recall_at_k(
+                x,
+                test.labels,
+                ks=(1,),
+                references=embed(train.images),
+                reference_labels=train.labels,
+            )
+            metrics["gallery_recall_at_1"] = 100 * float(found[0])
+        return metrics
+
+    @property
+    def validation_classes(self) -> int:
+        """The number of classes of validation images that have others to find."""
+        held_out, gallery = self._validation_rows
+        labels = self.dataset.validation.labels[held_out]
+        classes, counts = np.unique(labels, return_counts=True)
+        if gallery is None:
+            return int((counts > 1).sum())
+        return int(np.isin(classes, self.dataset.train.labels[gallery]).sum())
+
+    @property
+    def _validation_rows(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows of validation images, and of the training images to find.
+
+        None where the classes are not trained on: images then find one another.
+        """
+        train, held_out = self.dataset.train, self.dataset.validation
+        rows = _fixed_subsample(len(held_out))
+        if not np.isin(held_out.labels[rows], train.labels).any():
+            return rows, None
+        return rows, _fixed_subsample(len(train))
+
+    def validate(self, model: nnx.Module) -> Validation:
+        """MAP@R and recall@1 of the validation images, in percent.
+
+        Among themselves where their classes are not trained on, and else against
+        training images; MAP@R also by class. Nothing if too few images are held out
+        for validation.
+        """
+        if not len(self.dataset.validation):
+            return Validation({})
+        rows, gallery = self._validation_rows
+        held_out = self.dataset.validation.part(rows)
+        options: dict[str, Any] = {}
+        if gallery is not None:
+            known = self.dataset.train.part(gallery)
+            options = {
+                "references": embed_images(model, known.images),
+                "reference_labels": known.labels,
+            }
+        x = embed_images(model, held_out.images)
+        of_queries = tj.retrieval.evaluate(
+            x, held_out.labels, reduce_fn=None, **options
+        )
+        measured = _of_queries(of_queries, held_out.labels)
+        if not measured:
+            return Validation({})
+        metrics = {
+            name: float(np.mean(measured[name][0]))
+            for name in ("map_at_r", "recall_at_1")
+        }
+        return Validation(metrics, class_means(*measured["map_at_r"]))
+
+    def draw(self, embeddings: dict[str, Embed], out: Path) -> None:
+        """Draws held-out images and their nearest neighbours into a directory."""
+        held_out = len(self.dataset.test) > 1
+        shown = self.dataset.test if held_out else self.dataset.train
+        shown = shown.part(_fixed_subsample(len(shown)))
+        plots.neighbors(
+            pixels_of(shown.images)[:],
+            shown.labels,
+            {name: embed(shown.images) for name, embed in embeddings.items()},
+            self.dataset.label_names,
+            out / "neighbors.png",
+            what="test images" if held_out else "training images",
+            k=min(8, len(shown) - 1),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TripletTask:
+    """Triplets that somebody has chosen, trained on as they are."""
+
+    dataset: triplet_files.TripletDataset
+
+    @property
+    def images(self) -> ImageArray:
+        return self.dataset.images
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def seen_names(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def description(self) -> str:
+        return f"triplets of {len(self.images):,} images"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        parts = "train", "validation", "test"
+        counts = {part: len(getattr(self.dataset, part)) for part in parts}
+        return counts | {"left_out": self.dataset.left_out}
+
+    def plan(
+        self, config: Config, start: Start | None = None
+    ) -> tuple[Plan, list[str]]:
+        plan, notes = defaults.plan_for_triplets(config, self.dataset, start)
+        return plan, [*notes, *note_of(self.validation_classes, "anchors")]
+
+    def seen(self, plan: Plan) -> "TripletTask":
+        """The same with images as the network sees them."""
+        return self._with(_seen(self.images, plan))
+
+    def on_features(self, features: OfImages) -> "TripletTask":
+        """The same with features of the images."""
+        return self._with(features(self.images, "train"))
+
+    def _with(self, images: ImageArray) -> "TripletTask":
+        return TripletTask(dataclasses.replace(self.dataset, images=images))
+
+    def batches(self, plan: Plan, on: Placement = ONE_DEVICE) -> loop.Batches:
+        """Batches, of which this process has its part."""
+        of = _batches_of(plan, TripletBatchPlan)
+        _check_splits(on, "triplets_per_batch", of.triplets_per_batch)
+        return sampling.TripletBatches(
+            self.images, self.dataset.train, of.triplets_per_batch, plan.seed, on.shard
+        )
+
+    def losses(
+        self, plan: Plan, on: Placement = ONE_DEVICE
+    ) -> list[tuple[int, objectives.Loss]]:
+        return [(0, objectives.given_loss(margin=plan.margin, parts=on.processes))]
+
+    def evaluate(self, embed: Embed) -> dict[str, Any]:
+        """The share of test triplets whose positive is nearer than the negative.
+
+        In percent, with its interval over anchors; nothing if no triplet is held out.
+        """
+        test = self.dataset.test
+        if not len(test):
+            return {}
+        right = self._are_right(embed, test)
+        return _summary({"triplet_accuracy": (right, test[:, 0])}, "anchors")
+
+    @property
+    def _validation_triplets(self) -> np.ndarray:
+        held_out = self.dataset.validation
+        return held_out[_fixed_subsample(len(held_out))]
+
+    @property
+    def validation_classes(self) -> int:
+        """The number of anchors of validation triplets."""
+        return len(np.unique(self._validation_triplets[:, 0]))
+
+    def validate(self, model: nnx.Module) -> Validation:
+        """The same share of validation triplets, also by anchor."""
+        held_out = self._validation_triplets
+        if not len(held_out):
+            return Validation({})
+        right = self._are_right(functools.partial(embed_images, model), held_out)
+        metrics = {"triplet_accuracy": float(np.mean(right))}
+        return Validation(metrics, class_means(right, held_out[:, 0]))
+
+    def draw(self, embeddings: dict[str, Embed], out: Path) -> None:
+        """Draws held-out triplets in the order of distance into a directory."""
+        held_out = len(self.dataset.test) > 0
+        shown = self.dataset.test if held_out else self.dataset.train
+        shown = shown[_fixed_subsample(len(shown))]
+        distances = {
+            name: self._distances(embed, shown) for name, embed in embeddings.items()
+        }
+        what = "test triplets" if held_out else "training triplets"
+        pixels = pixels_of(self.images)
+        plots.triplets(pixels, shown, distances, out / "triplets.png", what=what)
+
+    def _are_right(self, embed: Embed, triplets: np.ndarray) -> np.ndarray:
+        """100 where the positive is nearer than the negative, or else 0."""
+        positive, negative = self._distances(embed, triplets)
+        return 100.0 * (positive < negative)
+
+    def _distances(self, embed: Embed, triplets: np.ndarray) -> np.ndarray:
+        """From anchors to positives and to negatives, ``[2, t]``."""
+        indices, rows = np.unique(triplets, return_inverse=True)
+        x = embed(part_of(self.images, indices))
+        a, p, n = jnp.moveaxis(x[rows.reshape(-1, 3)], 1, 0)
+        return np.stack([tj.euclidean.paired(a, p), tj.euclidean.paired(a, n)])
+
+
+Task = LabelTask | TripletTask
+
+
+def load(config: Config, *, size: int | None, progress: bool) -> Task:
+    """What a configuration asks to learn from, seen at a size if one is given."""
+    options: dict[str, Any] = {
+        "size": size,
+        "kind": config.kind,
+        "progress": progress,
+    }
+    if config.triplets is not None:
+        return TripletTask(triplet_files.load_triplets(config.triplets, **options))
+    options |= {"split": config.split, "classes_from": config.classes_from}
+    return LabelTask(datasets.load(config.data, **options))
+
+
+BatchPlan = TypeVar("BatchPlan", ClassBatchPlan, TripletBatchPlan)
+
+
+def _batches_of(plan: Plan, kind: type[BatchPlan]) -> BatchPlan:
+    if not isinstance(plan.batches, kind):
+        raise TypeError(f"plan must have a {kind.__name__}, got {plan.batches!r}.")
+    return plan.batches
+
+
+def _check_splits(on: Placement, name: str, size: int) -> None:
+    if size % on.count:
+        raise ValueError(
+            f"{name} must be a multiple of the {on.count} devices that batches are "
+            f"split over, got {size}."
+        )
+
+
+def _seen(images: ImageArray, plan: Plan) -> ImageArray:
+    view = plan.view_of(images.shape[1:])
+    if view is None or isinstance(images, KeptFeatures):
+        return images
+    return images.seen(view) if isinstance(images, StoredImages) else view(images)
+
+
+def _of_queries(of: tj.retrieval.RetrievalMetrics, labels: np.ndarray) -> Measured:
+    """In percent, of queries that have another item of their class to find."""
+    where = np.asarray(of.queries) > 0
+    if not where.any():
+        return {}
+    columns = {
+        "map_at_r": of.map_at_r,
+        "r_precision": of.r_precision,
+        "recall_at_1": of.precision_at_1,
+    }
+    return {
+        name: (100 * np.asarray(values, float)[where], labels[where])
+        for name, values in columns.items()
+    }
+
+
+def _summary(measured: Measured, unit: str) -> dict[str, Any]:
+    """Means, their intervals over classes or anchors, and how many these are."""
+    if not measured:
+        return {}
+    summary: dict[str, Any] = {
+        name: float(x.mean()) for name, (x, _) in measured.items()
+    }
+    _, labels = next(iter(measured.values()))
+    summary[unit] = len(np.unique(labels))
+    intervals = {name: interval_over_classes(*of) for name, of in measured.items()}
+    return summary | {"intervals": {k: list(v) for k, v in intervals.items() if v}}
+
+
+def _fixed_subsample(n: int) -> np.ndarray:
+    """At most so many indices as are looked at while training, always the same."""
+    return np.sort(np.random.default_rng(0).permutation(n)[:GALLERY])

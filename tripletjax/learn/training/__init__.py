@@ -1,0 +1,1 @@
+"""Training steps, objectives and checkpoints, in a loop that can be stopped."""

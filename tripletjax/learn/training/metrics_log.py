@@ -1,0 +1,85 @@
+"""The numbers of a run, line by line: ``metrics.jsonl``, and TensorBoard's files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tripletjax.learn.files import write_text
+
+
+class MetricsLog:
+    """Lines of numbers in a file, each there as soon as it is added.
+
+    Args:
+        path: the file; lines that it has are read, and the rest of a broken one is
+            dropped.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        self._board = None
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n"):
+                    self.lines.append(json.loads(line))
+        self._write_all()
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._show(line)
+
+    def truncate_after(self, step: int) -> None:
+        """Drops what comes after a step, and the evaluation at the end."""
+        self.lines = [
+            line
+            for line in self.lines
+            if line["step"] <= step and line.get("evaluation") != "trained"
+        ]
+        self._write_all()
+        if self._board is not None:
+            self.show_in(Path(self._board.logdir))
+
+    def show_in(self, directory: Path) -> None:
+        """Shows all lines to TensorBoard, too, in place of what it was shown before."""
+        self.close()
+        for old in directory.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._board = summary_writer()(str(directory), flush_secs=10)
+        for line in self.lines:
+            self._show(line)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if self._board is None:
+            return
+        group = line.get(
+            "evaluation", "validation" if "validation" in line else "train"
+        )
+        numbers = line.get("metrics", line.get("validation", line))
+        for name, value in numbers.items():
+            if name not in ("step", "intervals"):
+                self._board.add_scalar(f"{group}/{name}", value, line["step"])
+
+    def _write_all(self) -> None:
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+
+def summary_writer() -> type:
+    """What writes for TensorBoard.
+
+    Raises:
+        ImportError: if tensorboardX is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            'tensorboard needs tensorboardX: pip install "tripletjax[tensorboard]"'
+        ) from error
+    return SummaryWriter
