@@ -21,7 +21,6 @@ import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
 from tqdm import tqdm
 
 import tripletjax as tj
@@ -30,13 +29,13 @@ from tripletjax.learn.networks.embedding import as_floats, check_static, strongl
 from tripletjax.learn.training.checkpoints import Checkpoints
 from tripletjax.learn.training.interrupts import Interrupts, Stopped
 from tripletjax.learn.training.objectives import Loss, mined_loss
-from tripletjax.learn.training.selection import MIN_CLASSES, Validation, exceeds_noise
-from tripletjax.learn.training.steps import (
-    Candidate,
-    TrainState,
-    train_step,
-    train_step_in_chunks,
+from tripletjax.learn.training.selection import (
+    Validation,
+    candidate_of,
+    first_candidate,
+    select,
 )
+from tripletjax.learn.training.steps import TrainState, train_step, train_step_in_chunks
 
 # Embeddings that are so close together, in multiples of their length, have collapsed.
 COLLAPSED = 0.02
@@ -197,11 +196,8 @@ def fit(
         optimizer=tx.init(params),
         average=jax.tree.map(jnp.copy, params) if ema_decay else None,
         finite=jnp.array(True),
+        candidate=first_candidate(model, validation_classes),
     )
-    if validate and validation_classes >= MIN_CLASSES:
-        # The first validation takes its place.
-        nothing = np.zeros(validation_classes)
-        state = state._replace(candidate=_candidate(0, model, nothing))
     if memory:
         images, labels = batches[0]
         # A copy, since a model with statistics changes them.
@@ -288,9 +284,9 @@ def fit(
                 _check_finite(state, done)
                 update_model()
                 values, by_class = on.of_first(functools.partial(validate, model))
-                now = on.everywhere(_candidate(done, model, by_class))
+                now = on.everywhere(candidate_of(model, done, by_class))
                 model.train()
-                candidate, kept = _select(state.candidate, now)
+                candidate, kept = select(state.candidate, now)
                 state = state._replace(candidate=candidate)
                 if kept_model is not None:
                     kept_model.save(done, kept.model)
@@ -313,35 +309,6 @@ def fit(
                 update_model()
                 raise Stopped(f"stopped after step {done}")
     update_model()
-
-
-def _candidate(step: int, model: nnx.Module, by_class: ArrayLike) -> Candidate:
-    """A copy of a model, since a step gives the memory of its state away."""
-    return Candidate(
-        jnp.array(step, jnp.int32),
-        jax.tree.map(jnp.copy, strongly_typed(nnx.state(model))),
-        jnp.asarray(by_class, jnp.float32),
-    )
-
-
-def _select(
-    candidate: Candidate | None, now: Candidate
-) -> tuple[Candidate | None, Candidate]:
-    """The next candidate, and the model to keep if training ended here."""
-    if candidate is None:
-        return None, now
-    earlier, last = (np.asarray(x.by_class) for x in (candidate, now))
-    if earlier.shape != last.shape:
-        raise ValueError(
-            f"by_class must be [{len(earlier)}], as validation_classes says, got shape "
-            f"{last.shape}."
-        )
-    if candidate.step == 0:
-        return now, now
-    kept = candidate if exceeds_noise(earlier, last) else now
-    # Of equals the later one.
-    highest = candidate if earlier.mean() > last.mean() else now
-    return highest, kept
 
 
 def _check_finite(state: TrainState, step: int) -> None:

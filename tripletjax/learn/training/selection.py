@@ -1,4 +1,4 @@
-"""The checkpoint that a run keeps, and intervals over classes: functions of NumPy.
+"""The checkpoint that a run keeps, and intervals of its final numbers.
 
 Images of one class succeed or fail together, so that the classes, not the images, are
 the sample of which a standard error is taken.
@@ -6,14 +6,19 @@ the sample of which a standard error is taken.
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax import Array
 from scipy.special import stdtrit
 
-# The probability that an earlier checkpoint is kept where it is no better than the
-# last, and the number of classes below which no earlier checkpoint is kept
-# (benchmarks/checkpoints.py).
-SIGNIFICANCE, MIN_CLASSES = 0.01, 8
-CONFIDENCE = 0.95
+from tripletjax.learn.data.splits import MIN_CLASSES
+from tripletjax.learn.networks.embedding import strongly_typed
+
+# The probability that an earlier checkpoint is kept where it is no better than the last
+# (benchmarks/checkpoints.py), and that of an interval to hold the mean of all classes.
+SIGNIFICANCE, CONFIDENCE = 0.01, 0.95
 
 
 class Validation(NamedTuple):
@@ -27,6 +32,61 @@ class Validation(NamedTuple):
 
     metrics: dict[str, float]
     by_class: np.ndarray = np.zeros(0)
+
+
+class Candidate(NamedTuple):
+    """The model of the validation with the highest mean over classes so far.
+
+    Attributes:
+        step: the step of the validation.
+        model: the state of the model that was validated.
+        by_class: its values ``[classes]``.
+    """
+
+    step: Array
+    model: nnx.State
+    by_class: Array
+
+
+def first_candidate(model: nnx.Module, classes: int) -> Candidate | None:
+    """The candidate before the first validation, which takes its place.
+
+    None of fewer than `MIN_CLASSES` classes, where the last model is kept.
+    """
+    return candidate_of(model, 0, np.zeros(classes)) if classes >= MIN_CLASSES else None
+
+
+def candidate_of(model: nnx.Module, step: int, by_class: np.ndarray) -> Candidate:
+    """A copy of a model, since a training step gives the memory of its state away."""
+    return Candidate(
+        jnp.array(step, jnp.int32),
+        jax.tree.map(jnp.copy, strongly_typed(nnx.state(model))),
+        jnp.asarray(by_class, jnp.float32),
+    )
+
+
+def select(
+    candidate: Candidate | None, now: Candidate
+) -> tuple[Candidate | None, Candidate]:
+    """The next candidate, and the model to keep if training ended here.
+
+    Raises:
+        ValueError: if the two have different numbers of classes.
+    """
+    if candidate is None:
+        return None, now
+    earlier, last = (np.asarray(x.by_class) for x in (candidate, now))
+    if earlier.shape != last.shape:
+        raise ValueError(
+            f"by_class must be [{len(earlier)}], as validation_classes says, got shape "
+            f"{last.shape}."
+        )
+    if candidate.step == 0:
+        return now, now
+    kept = candidate if exceeds_noise(earlier, last) else now
+    # Of equals the later one.
+    highest = candidate if earlier.mean() > last.mean() else now
+    return highest, kept
 
 
 def exceeds_noise(earlier: np.ndarray, last: np.ndarray) -> bool:

@@ -16,21 +16,8 @@ from tripletjax.learn.distributed.placement import ONE_DEVICE, Placement
 from tripletjax.learn.networks.convolution import jit
 from tripletjax.learn.networks.embedding import as_floats, strongly_typed
 from tripletjax.learn.training.objectives import Loss
+from tripletjax.learn.training.selection import Candidate
 from tripletjax.memory import Memory
-
-
-class Candidate(NamedTuple):
-    """The model of the validation with the highest mean over classes so far.
-
-    Attributes:
-        step: the step of the validation.
-        model: the state of the model that was validated.
-        by_class: its values ``[classes]``.
-    """
-
-    step: Array
-    model: nnx.State
-    by_class: Array
 
 
 class TrainState(NamedTuple):
