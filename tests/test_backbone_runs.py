@@ -106,7 +106,7 @@ def test_what_a_run_trains_and_keeps(run_of, resnet, training):
     _, loaded = backbones.load(resnet)
     assert f"ResNet-like, {loaded.parameters:,} parameters" in notes
     assert "images are grey" in notes
-    assert "not needed of the file: fc.bias, fc.weight" in notes
+    assert "skipped arrays of the file: fc.bias, fc.weight" in notes
     assert (out / "backbone.safetensors").read_bytes() == resnet.read_bytes()
     network, _ = backbones.load(resnet)
     before = dict(nnx.to_flat_state(nnx.state(network)))

@@ -241,7 +241,7 @@ def retrieval(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         "map_at_r": percent(metrics.map_at_r),
         "r_precision": percent(metrics.r_precision),
         "recall_at_k": {
-            str(k): percent(value) for k, value in zip(KS, metrics.recall_at_k)
+            str(k): percent(value) for k, value in metrics.recall_at_k.items()
         },
         "mean_average_precision": percent(metrics.mean_average_precision),
         "mean_reciprocal_rank": percent(metrics.mean_reciprocal_rank),

@@ -178,14 +178,14 @@ class LabelTask:
             measured = _of_queries(within, labels)
         metrics = _summary(measured, "classes")
         if np.isin(test.labels, train.labels).any():
-            found = tj.retrieval.recall_at_k(
+            recall = tj.retrieval.recall_at_k(
                 x,
                 test.labels,
                 ks=(1,),
                 references=embed(train.images),
                 reference_labels=train.labels,
             )
-            metrics["gallery_recall_at_1"] = 100 * float(found[0])
+            metrics["gallery_recall_at_1"] = 100 * float(recall[1])
         return metrics
 
     @property

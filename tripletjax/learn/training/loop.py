@@ -297,7 +297,7 @@ def fit(
                         "kept_step": int(kept.step),
                     }
             # Processes agree where they wait for each other anyway.
-            stop = interrupts.asked
+            stop = interrupts.received
             if on.processes > 1:
                 stop = done % log_every == 0 and on.any_of(stop)
             if checkpoints is not None and (
