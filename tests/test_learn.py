@@ -34,7 +34,7 @@ from tripletjax.learn.networks.embedding import as_floats
 from tripletjax.learn.runs import config, defaults, preparation, record, tasks
 from tripletjax.learn.runs import model as model_of_run
 from tripletjax.learn.runs.record import RunRecord
-from tripletjax.learn.training import loop, objectives
+from tripletjax.learn.training import loop, objectives, selection
 from tripletjax.learn.training.checkpoints import Checkpoints
 from tripletjax.learn.training.metrics_log import MetricsLog
 from tripletjax.learn.training.objectives import mined_loss
@@ -808,8 +808,8 @@ def test_signals_between_two_lines_are_the_callers(own_data_dir, request):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-SPREAD = np.array([-1.0, 1, -2, 2, 0, 3, -3, 0])
-CLEAR, OUTLIER = np.full(8, 10.0), np.array([90.0, -1, 0, 1, -1, 0, 1, -1])
+SPREAD = np.tile([-1.0, 1, -2, 2, 0, 3, -3, 0], 2)
+CLEAR, OUTLIER = np.full(16, 10.0), np.array([90.0, -1, 0, 1, -1] + 11 * [0])
 
 
 @pytest.mark.parametrize(
@@ -824,10 +824,10 @@ CLEAR, OUTLIER = np.full(8, 10.0), np.array([90.0, -1, 0, 1, -1, 0, 1, -1])
         ([-CLEAR, CLEAR, 0, CLEAR / 2], [4, 8, 8, 8]),
         ([CLEAR, 2 * CLEAR, 0, 3 * CLEAR], [4, 8, 8, 16]),
         # Too few classes.
-        ([CLEAR[:7], np.zeros(7)], [4, 8]),
+        ([CLEAR[:15], np.zeros(15)], [4, 8]),
         ([np.array([50.0, 50]), np.zeros(2)], [4, 8]),
         ([np.zeros(0), np.zeros(0)], [4, 8]),
-        ([np.full(8, np.nan), 0], [4, 8]),
+        ([np.full(16, np.nan), 0], [4, 8]),
         ([CLEAR, np.nan], [4, 8]),
     ],
 )
@@ -861,7 +861,7 @@ def test_the_candidate_survives_a_resume(tmp_path, stop):
             steps,
             validate=lambda model: Validation({}, gains.get(next(due), 0 * CLEAR)),
             validate_every=4,
-            validation_classes=8,
+            validation_classes=16,
             checkpoints=Checkpoints(tmp_path / name / "states"),
             kept_model=Checkpoints(tmp_path / name / "best"),
         )[1]
@@ -880,10 +880,61 @@ def test_the_candidate_survives_a_resume(tmp_path, stop):
     assert found[0] == found[1]
 
 
+def test_a_noisy_early_peak_of_two_classes_is_not_kept(tmp_path, monkeypatch):
+    folder = shapes(tmp_path / "pictures", size=(9, 9), kinds=8, each=4)
+    peaks = iter([99.0, 40.0, 60.0])
+
+    def validate(task, model):
+        assert task.validation_classes == 2
+        value = next(peaks)
+        return Validation({"map_at_r": value}, np.full(2, value))
+
+    monkeypatch.setattr(tasks.LabelTask, "validate", validate)
+    out = tmp_path / "run"
+    config = small(data=str(folder), steps=3, split="classes", validate_every=1)
+    evaluations = learn.run(config, out, progress=False)
+    assert json.loads((out / "summary.json").read_text())["kept_step"] == 3
+    (note,) = [n for n in RunRecord.read(out).notes if "checkpoint" in n]
+    assert note.startswith("the last checkpoint is kept: validation has 2 classes")
+    assert evaluations["trained"]["classes"] == 2
+    low, high = evaluations["trained"]["intervals"]["map_at_r"]
+    assert 0 <= low <= evaluations["trained"]["map_at_r"] <= high <= 100
+
+
+def validated(task):
+    """Validation by a model that does not need to learn."""
+    model = embedding_networks.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
+    return task.validate(model)
+
+
+def test_validation_by_class():
+    task = tasks.LabelTask(datasets.load("digits"))
+    metrics, by_class = validated(task)
+    assert by_class.shape == (task.validation_classes,) == (10,)
+    counts = np.bincount(task.dataset.validation.labels)
+    np.testing.assert_allclose(counts @ by_class / counts.sum(), metrics["map_at_r"])
+    apart = tasks.LabelTask(datasets.load("digits", split="classes"))
+    _, by_class = validated(apart)
+    assert by_class.shape == (apart.validation_classes,) == (2,)
+
+
+def test_an_interval_holds_the_mean_of_all_classes_as_often_as_it_says():
+    draw = np.random.default_rng(0)
+    held = []
+    for _ in range(1000):
+        sizes = draw.integers(1, 9, 12)
+        labels = np.repeat(np.arange(12), sizes)
+        values = 50 + 5 * draw.normal(size=12)[labels] + draw.normal(size=len(labels))
+        low, high = selection.interval_over_classes(values, labels)
+        held.append(low <= 50 <= high)
+    assert 0.92 < np.mean(held) < 0.98
+    assert selection.interval_over_classes(np.ones(3), np.zeros(3, int)) is None
+
+
 def test_validation_has_a_value_of_each_class():
     options = {"validate": lambda model: Validation({}, np.zeros(9))}
-    with pytest.raises(ValueError, match=r"by_class must be \[8\].*got shape \(9,\)"):
-        trained(2, validate_every=1, validation_classes=8, **options)
+    with pytest.raises(ValueError, match=r"by_class must be \[16\].*got shape \(9,\)"):
+        trained(2, validate_every=1, validation_classes=16, **options)
 
 
 # Checkpoints.
@@ -1732,7 +1783,7 @@ class ScaledModel(nnx.Module):
     ("shape", "classes", "options"),
     [
         ((), 0, {}),
-        ((8,), 8, {"ema_decay": 0.5, "memory": 100, "memory_momentum": 0.5}),
+        ((8,), 16, {"ema_decay": 0.5, "memory": 100, "memory_momentum": 0.5}),
     ],
 )
 def test_a_weak_type_compiles_no_step_again(tmp_path, shape, classes, options):

@@ -12,7 +12,7 @@ SPLITS = ("images", "classes")
 TEST, VALIDATION = 0.15, 0.1
 # The number of classes that tell differences from noise. So many are held out for the
 # test and for validation each where at least three quarters are left to train on.
-MIN_CLASSES = 8
+MIN_CLASSES = 16
 
 
 def held_out_images(

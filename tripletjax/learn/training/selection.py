@@ -100,10 +100,11 @@ def exceeds_noise(earlier: np.ndarray, last: np.ndarray) -> bool:
         earlier: values ``[classes]`` of the earlier checkpoint.
         last: values of the same classes of the last checkpoint.
 
-    >>> last = np.array([60.0, 70.0, 80.0, 90.0, 50.0, 75.0, 85.0, 65.0])
-    >>> exceeds_noise(last + [9, 11, 10, 9, 10, 11, 10, 10], last)
+    >>> last = np.linspace(50, 90, 16)
+    >>> spread = np.tile([1, -1], 8)
+    >>> exceeds_noise(last + 10 + spread, last)
     True
-    >>> exceeds_noise(last + [80, -1, 2, -3, 0, 1, 2, -1], last)
+    >>> exceeds_noise(last + spread + 90 * (last == 50), last)
     False
     """
     difference = np.asarray(earlier, float) - np.asarray(last, float)
