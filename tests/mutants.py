@@ -1285,8 +1285,8 @@ MUTANTS = [
     Mutant(
         "verify-trained",
         "apps/verification/evaluation.py",
-        "of not in without and (needed is None or _stem(path) in needed)",
-        "needed is None or _stem(path) in needed",
+        "of not in trained_on and stem(path) in named",
+        "stem(path) in named",
         "a threshold is chosen on classes that were trained on",
         "tests/test_verify.py::test_classes_that_were_trained_on_are_left_out",
     ),
