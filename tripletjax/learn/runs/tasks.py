@@ -66,7 +66,7 @@ class LabelTask:
 
     @property
     def seen_names(self) -> tuple[str, ...]:
-        """Of classes that are trained on, or that the best model is chosen by."""
+        """Names of the classes of training and of validation."""
         parts = self.dataset.train, self.dataset.validation
         seen = np.unique(np.concatenate([part.labels for part in parts]))
         return tuple(self.label_names[label] for label in seen)

@@ -89,16 +89,19 @@ def select(
     return highest, kept
 
 
-def exceeds_noise(earlier: np.ndarray, last: np.ndarray) -> bool:
+def exceeds_noise(
+    earlier: np.ndarray, last: np.ndarray, *, min_classes: int = MIN_CLASSES
+) -> bool:
     """Whether an earlier checkpoint is better than the last by more than chance.
 
     A one-sided paired t-test: the mean over classes of the difference must exceed its
     standard error times the quantile 1 - `SIGNIFICANCE` of Student's t. Of fewer than
-    `MIN_CLASSES` classes the answer is no.
+    `min_classes` classes the answer is no.
 
     Args:
         earlier: values ``[classes]`` of the earlier checkpoint.
         last: values of the same classes of the last checkpoint.
+        min_classes: the least number of classes, at least 2.
 
     >>> last = np.linspace(50, 90, 16)
     >>> spread = np.tile([1, -1], 8)
@@ -109,7 +112,7 @@ def exceeds_noise(earlier: np.ndarray, last: np.ndarray) -> bool:
     """
     difference = np.asarray(earlier, float) - np.asarray(last, float)
     n = len(difference)
-    if n < MIN_CLASSES:
+    if n < min_classes:
         return False
     error = np.std(difference, ddof=1) / np.sqrt(n)
     return bool(np.mean(difference) > stdtrit(n - 1, 1 - SIGNIFICANCE) * error)
