@@ -949,6 +949,23 @@ def damage(directory):
     file.write_bytes(content)
 
 
+def test_states_that_a_killed_process_was_removing_go(tmp_path):
+    directory = tmp_path / "kept"
+    checkpoints = Checkpoints(directory)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"x": jnp.full(3, step)})
+    checkpoints.close()
+    # Part of a state of an earlier step, as a removal leaves it.
+    shutil.copytree(directory / "3", directory / "1")
+    (directory / "1" / "_CHECKPOINT_METADATA").unlink()
+    again = Checkpoints(directory)
+    assert again.steps == [2, 3]
+    assert not (directory / "1").exists()
+    step, state, damaged = again.restore({"x": jnp.zeros(3, jnp.int32)})
+    assert (step, state["x"].tolist(), damaged) == (3, [3, 3, 3], [])
+
+
+
 def test_damaged_checkpoints_fall_back(tmp_path):
     state = {"x": jnp.arange(1000.0), "key": jax.random.key(3), "none": None}
     kept = Checkpoints(tmp_path / "kept")
@@ -1618,8 +1635,8 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
 
 TRAIN = """
 import resource, sys
-from tripletjax.learn import runs
-config = runs.Config(
+from tripletjax import learn
+config = learn.Config(
     steps=120, channels=(8, 16), dim=64, per_class=4, ema_decay=0.5,
     checkpoint_every=7, validate_every=30,
 )
