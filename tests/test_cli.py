@@ -97,12 +97,15 @@ def test_every_option_is_explained(name, capsys):
         (["train", "--resume"], "--resume needs --out"),
         (["evaluate", "--run", "r"], "required: --data"),
         (["evaluate", "--run", "r", "--data", "."], "no trained model"),
-        (["evaluate", "--run", "r", "--data", "none"], "there is no folder none"),
+        (["evaluate", "--run", "r", "--data", "none"], "folder none does not exist"),
         (
             ["evaluate", "--run", "r", "--data", ".", "--json", "precious"],
-            "precious is there and is no report",
+            "precious exists and is not a tripletjax report",
         ),
-        (["evaluate", "--run", "r", "--data", ".", "--out", "."], "no empty directory"),
+        (
+            ["evaluate", "--run", "r", "--data", ".", "--out", "."],
+            "not an empty directory",
+        ),
         (["search", "--run", "r"], "required: --index"),
         (["search", "--run", "r", "--index", "."], "no trained model"),
         (["search", "--run", "r", "--index", ".", "--together"], "--together requires"),
@@ -132,7 +135,7 @@ def test_every_option_is_explained(name, capsys):
         (["verify", "--run", "r", "a", "b"], "no trained model"),
         (
             ["verify", "--run", "r", "--data", ".", "--json", "precious"],
-            "precious is there and is no report",
+            "precious exists and is not a tripletjax report",
         ),
         (["serve", "--run", "r"], "required: --index"),
         (["serve", "--run", "r", "--index", "."], "no trained model"),
