@@ -116,8 +116,12 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     from tripletjax.learn.networks import backbones, heads
     from tripletjax.learn.runs import config
 
+    from tripletjax.learn.data.splits import MIN_CLASSES
+
     parser.epilog = (
-        "What is not given is chosen by the data, and written to config.json."
+        "What is not given is chosen by the data, and written to config.json. The run "
+        "keeps its last model, unless an earlier one is better by more than the "
+        f"standard error over classes, of at least {MIN_CLASSES} validation classes."
     )
     what = parser.add_argument_group("what to learn from")
     what.add_argument(
