@@ -113,10 +113,9 @@ def _missing(
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
     from tripletjax.learn.data import image_analysis
+    from tripletjax.learn.data.splits import MIN_CLASSES
     from tripletjax.learn.networks import backbones, heads
     from tripletjax.learn.runs import config
-
-    from tripletjax.learn.data.splits import MIN_CLASSES
 
     parser.epilog = (
         "What is not given is chosen by the data, and written to config.json. The run "
@@ -384,7 +383,9 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         more = "" if of_triplets else "; --split classes holds out whole classes"
         print(f"\nThere are too few to hold any out for a test{more}.")
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    print(f"\nThe kept checkpoint is of step {_kept_of(summary)}.")
+    # A run of an earlier version has no such entry.
+    if "kept_step" in summary:
+        print(f"\nThe kept checkpoint is of step {_kept_of(summary)}.")
     skipped = summary["counts"].pop("skipped")
     counts = (
         f"{n:,} {part.replace('_', ' ')}" for part, n in summary["counts"].items()
