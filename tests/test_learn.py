@@ -1618,8 +1618,11 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
 
 TRAIN = """
 import resource, sys
-from tripletjax.learn import runs
-config = runs.Config(
+from tripletjax import learn
+from tripletjax.learn.training import selection
+# Ten digits are then enough for a candidate, which is part of the state.
+selection.MIN_CLASSES = 10
+config = learn.Config(
     steps=120, channels=(8, 16), dim=64, per_class=4, ema_decay=0.5,
     checkpoint_every=7, validate_every=30,
 )
