@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from problems import (
     BLOCKWISE,
@@ -325,6 +325,21 @@ def test_near_duplicates_keep_their_digits(name, loss, role):
         np.testing.assert_allclose(jnp.linalg.norm(gradient[0]), count, rtol=1e-5)
 
 
+def test_a_second_derivative_is_that_of_the_matrix():
+    x, labels = vectors(8, 3), np.arange(8) // 2
+    options = {"margin": 0.5, "hinge": jax.nn.softplus}
+
+    def of_gradient(form):
+        squared = lambda x: jnp.sum(jax.grad(form)(x) ** 2)  # noqa: E731
+        return jax.jit(jax.grad(squared))(x)
+
+    got = of_gradient(lambda x: blockwise.batch_hard_loss(x, labels, **options))
+    expected = of_gradient(
+        lambda x: tj.batch_hard_loss(tj.euclidean(x), labels, **options)
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", unless_slow(THREE, [], slow=["batch all"]))
 def test_forward_mode_and_second_order(loss, matrix):
     options = {"margin": 0.5, "hinge": jax.nn.softplus}
@@ -522,7 +537,11 @@ def test_triplets_split_over_devices():
         in_specs=(spec, spec),
         out_specs=spec,
     )(x, labels)
-    expected = blockwise.batch_hard_triplets(x, labels)[1:]
+    expected = blockwise.batch_hard_triplets(x, labels)
+    jax.tree.map(np.testing.assert_array_equal, tuple(got), tuple(expected[1:]))
+    # From outside, anchors are counted along the rows of all devices.
+    sharding = NamedSharding(mesh(AxisType.Explicit), spec)
+    got = blockwise.batch_hard_triplets(*jax.device_put((x, labels), sharding))
     jax.tree.map(np.testing.assert_array_equal, tuple(got), tuple(expected))
 
 

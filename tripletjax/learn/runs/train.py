@@ -286,7 +286,10 @@ def _finish(
     shown = {name: e for name, e in compared.items() if name == RAW_PIXELS}
     task.draw(shown | {"trained": embed}, out)
     parameters = jax.tree.leaves(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
-    skipped = {name: n for name, n in task.dataset.skip_counts.items() if n}
+    skipped, entries = (
+        {name: n for name, n in counts.items() if n}
+        for counts in (task.dataset.skip_counts, task.dataset.entry_counts)
+    )
     summary = {
         "steps": plan.steps,
         "kept_step": kept_step,
@@ -294,6 +297,7 @@ def _finish(
         "parameters": sum(x.size for x in parameters),
         "counts": task.counts | {"skipped": sum(skipped.values())},
         "skipped": skipped,
+        "skipped_entries": entries,
     }
     write_json(out / record.SUMMARY, summary)
     log.close()
