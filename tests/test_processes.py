@@ -59,13 +59,13 @@ def test_gradients_of_large_parts():
 
 
 @pytest.mark.parametrize(
-    ("count", "devices", "kind", "names", "ring"),
+    ("count", "devices", "kind", "names"),
     [
-        (2, 2, "Auto", ("hard", "all"), False),
-        pytest.param(*(4, 1, "Explicit", ("semi_hard",), True), marks=pytest.mark.full),
+        (2, 2, "Auto", ("hard", "all")),
+        pytest.param(*(4, 1, "Explicit", ("semi_hard",)), marks=pytest.mark.full),
     ],
 )
-def test_losses_over_processes(count, devices, kind, names, ring):
+def test_losses_over_processes(count, devices, kind, names):
     told = processes.run(
         """
         import numpy as np
@@ -85,7 +85,7 @@ def test_losses_over_processes(count, devices, kind, names, ring):
         put = lambda a: jax.make_array_from_process_local_data(rows, a[part])
         for name in names:
             loss = getattr(tj.blockwise, f"batch_{name}_loss")
-            options = {"margin": 0.3, "axis_name": "data", "ring": ring}
+            options = {"margin": 0.3, "axis_name": "data"}
             of = lambda x, y, w: loss(x, y, where=w, **options)
             with jax.set_mesh(mesh):
                 step = jax.jit(jax.value_and_grad(of))
@@ -99,7 +99,7 @@ def test_losses_over_processes(count, devices, kind, names, ring):
         """,
         processes=count,
         devices=devices,
-        given=f"kind, names, ring = {kind!r}, {names}, {ring}",
+        given=f"kind, names = {kind!r}, {names}",
     )
     assert told == [["right"]] * count
 
