@@ -883,6 +883,24 @@ def test_the_candidate_survives_a_resume(tmp_path, stop):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
+def test_the_candidate_over_a_mesh(tmp_path):
+    values = iter([CLEAR, 0 * CLEAR])
+    kept, seen = Checkpoints(tmp_path / "best"), []
+
+    def validate(model):
+        seen.append(jax.tree.map(jnp.copy, nnx.state(model)))
+        return Validation({}, next(values))
+
+    options = {"validate": validate, "validate_every": 2, "validation_classes": 16}
+    mesh = {"mesh": over(4), "loss": ALL_OVER_MESH}
+    states = Checkpoints(tmp_path / "states")
+    _, lines = trained(4, checkpoints=states, kept_model=kept, **options, **mesh)
+    assert lines[-1]["kept_step"] == 2
+    _, model, _ = kept.restore(seen[0])
+    jax.tree.map(np.testing.assert_array_equal, model, seen[0])
+
+
 def test_a_noisy_early_peak_of_two_classes_is_not_kept(tmp_path, monkeypatch):
     folder = shapes(tmp_path / "pictures", size=(9, 9), kinds=8, each=4)
     peaks = iter([99.0, 40.0, 60.0])
@@ -1639,6 +1657,9 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
 TRAIN = """
 import resource, sys
 from tripletjax import learn
+from tripletjax.learn.training import selection
+# Ten digits are then enough for a candidate, which is part of the state.
+selection.MIN_CLASSES = 10
 config = learn.Config(
     steps=120, channels=(8, 16), dim=64, per_class=4, ema_decay=0.5,
     checkpoint_every=7, validate_every=30,

@@ -109,8 +109,12 @@ def _missing(
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
+    from tripletjax.learn.data.splits import MIN_CLASSES
+
     parser.epilog = (
-        "What is not given is chosen by the data, and written to config.json."
+        "What is not given is chosen by the data, and written to config.json. The run "
+        "keeps its last model, unless an earlier one is better by more than the "
+        f"standard error over classes, of at least {MIN_CLASSES} validation classes."
     )
     what = parser.add_argument_group("what to learn from")
     what.add_argument(
@@ -373,7 +377,9 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         more = "" if of_triplets else "; --split classes holds out whole classes"
         print(f"\nThere are too few to hold any out for a test{more}.")
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    print(f"\nThe kept checkpoint is of step {_kept_of(summary)}.")
+    # A run of an earlier version has no such entry.
+    if "kept_step" in summary:
+        print(f"\nThe kept checkpoint is of step {_kept_of(summary)}.")
     skipped = summary["counts"].pop("skipped")
     counts = (
         f"{n:,} {part.replace('_', ' ')}" for part, n in summary["counts"].items()

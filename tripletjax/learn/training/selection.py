@@ -81,7 +81,7 @@ def select(
             f"by_class must be [{len(earlier)}], as validation_classes says, got shape "
             f"{last.shape}."
         )
-    if candidate.step == 0:
+    if int(candidate.step) == 0:
         return now, now
     kept = candidate if exceeds_noise(earlier, last) else now
     # Of equals the later one.
