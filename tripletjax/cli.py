@@ -109,8 +109,12 @@ def _missing(
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
+    from tripletjax.learn.data.splits import MIN_CLASSES
+
     parser.epilog = (
-        "What is not given is chosen by the data, and written to config.json."
+        "What is not given is chosen by the data, and written to config.json. The run "
+        "keeps its last model, unless an earlier one is better by more than the "
+        f"standard error over classes, of at least {MIN_CLASSES} validation classes."
     )
     what = parser.add_argument_group("what to learn from")
     what.add_argument(
@@ -367,10 +371,15 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         for name, metrics in evaluations.items():
             values = (f"{metrics[k]:{len(v)}.1f}" for k, v in columns.items())
             print(f"{name:<19}  " + "  ".join(values))
+        for line in _interval_lines(evaluations["trained"], columns):
+            print(line)
     else:
         more = "" if of_triplets else "; --split classes holds out whole classes"
         print(f"\nThere are too few to hold any out for a test{more}.")
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    # A run of an earlier version has no such entry.
+    if "kept_step" in summary:
+        print(f"\nThe kept checkpoint is of step {_kept_of(summary)}.")
     skipped = summary["counts"].pop("skipped")
     counts = (
         f"{n:,} {part.replace('_', ' ')}" for part, n in summary["counts"].items()
@@ -388,6 +397,22 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         print("config.json names each entry with its reason.")
     print(f"Everything is in {_shown(out)}: look at {picture}.png.")
     return 0
+
+
+def _kept_of(summary: dict[str, Any]) -> str:
+    """The kept step, and of how many."""
+    step, steps = summary["kept_step"], summary["steps"]
+    return f"{step:,}, the last" if step == steps else f"{step:,} of {steps:,}"
+
+
+def _interval_lines(trained: dict[str, Any], columns: dict[str, str]) -> list[str]:
+    """Lines with the intervals of the final numbers, if there are any."""
+    unit = "anchors" if "anchors" in trained else "classes"
+    return [
+        f"{columns[name]} {trained[name]:.1f} % [{low:.1f}, {high:.1f}] over "
+        f"{trained[unit]:,} {unit} (95 % interval)"
+        for name, (low, high) in trained.get("intervals", {}).items()
+    ]
 
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:

@@ -169,8 +169,8 @@ def _gradient_of_kernel(
     Without one, they are products of the rows i of x and ``along``, shifted by j
     columns, which copies less.
 
-    A product takes images far apart in the batch: if devices share the batch, they share
-    every product.
+    A product takes images far apart in the batch: on several devices, each has
+    a share of every product.
     """
     (height, width), (n, rows, columns) = kernel.shape[:2], along.shape[:3]
     at_once = max(PIXELS // (rows * columns), 1)
