@@ -74,7 +74,7 @@ def test_names_are_of_the_nearest_class(root, index, means):
         assert one.name == (one.nearest if one.distance <= threshold else None)
         assert one.path.startswith(one.nearest)
     assert {one.name for one in found} > {None}
-    told = [*identification_report.lines(files, found)]
+    told = [*identification_report.format_identities(files, found)]
     assert sum("unknown" in line for line in told) == sum(o.name is None for o in found)
 
     report = identification.evaluate(gallery, x, names, threshold)
@@ -90,7 +90,9 @@ def test_names_are_of_the_nearest_class(root, index, means):
     np.testing.assert_allclose(at["fnir"], 100 * (1 - (named & right)[known].mean()))
     # A rate of 0.1 is not shown by 8 unknown ones, and nothing is said of it.
     assert [one["fpir"] for one in report["at_fpir"]] in ([], [100.0])
-    assert "identified at rank 1" in "\n".join(identification_report.measured(report))
+    assert "identified at rank 1" in "\n".join(
+        identification_report.format_evaluation(report)
+    )
 
 
 def test_an_image_of_the_gallery_is_not_taken_for_itself(index):
@@ -150,15 +152,19 @@ def test_the_known_are_no_strangers(index, calibration):
     changed = dataclasses.replace(calibration, names=names, vectors=vectors)
     strangers = Strangers.of(gallery, changed)
     assert (len(strangers.distances), strangers.left_out) == (66, 6)
-    report = identification_report.of_gallery(gallery, 0.5, changed, strangers)
-    assert "6 images of" in "\n".join(identification_report.told(report))
+    report = identification_report.make_gallery_report(gallery, 0.5, changed, strangers)
+    assert "6 images of" in "\n".join(identification_report.format_gallery(report))
     all_known = dataclasses.replace(
         calibration, names=np.array([gallery.names[0]] * len(names))
     )
     strangers = Strangers.of(gallery, all_known)
-    report = identification_report.of_gallery(gallery, 0.5, all_known, strangers)
+    report = identification_report.make_gallery_report(
+        gallery, 0.5, all_known, strangers
+    )
     assert report["others"]["fpir"] is None
-    assert "there are no others" in "\n".join(identification_report.told(report))
+    assert "no other class was calibrated" in "\n".join(
+        identification_report.format_gallery(report)
+    )
 
 
 def test_few_shot_classification_is_naming_without_a_threshold(root, index):
@@ -186,7 +192,7 @@ def test_probes_that_are_all_known_or_all_unknown(index, name):
     assert report["known"] + report["unknown"] == 12
     assert 0 in (report["known"], report["unknown"])
     json.dumps(report, allow_nan=False)
-    assert [*identification_report.measured(report)]
+    assert [*identification_report.format_evaluation(report)]
 
 
 def test_copies_in_the_gallery_are_said(index):
@@ -195,7 +201,7 @@ def test_copies_in_the_gallery_are_said(index):
     report = identification.evaluate(gallery, gallery.vectors, names, 0.5)
     assert report["copies"] == len(gallery.paths)
     assert "are copies of images of the gallery" in "\n".join(
-        identification_report.measured(report)
+        identification_report.format_evaluation(report)
     )
 
 
@@ -225,12 +231,18 @@ def test_a_gallery_of_one_image_per_person_in_one_folder(root, tmp_path):
         assert alone.name != f"kind{k}"
         assert (copy.own, copy.name, copy.distance) == (None, f"kind{k}", 0)
     probes = [known / name for name in own]
-    left_out = "  (itself is left out of the gallery)"
-    assert all(s.endswith(left_out) for s in identification_report.lines(probes, found))
-    assert not any(
-        left_out in s for s in identification_report.lines(probes, elsewhere)
+    left_out = "  (this image of the gallery is left out)"
+    assert all(
+        s.endswith(left_out)
+        for s in identification_report.format_identities(probes, found)
     )
-    assert identification_report.of_probes(probes, found)[2]["own"] == "kind2.png"
+    assert not any(
+        left_out in s
+        for s in identification_report.format_identities(probes, elsewhere)
+    )
+    assert (
+        identification_report.make_probe_reports(probes, found)[2]["own"] == "kind2.png"
+    )
     # Probes in one folder have the names of the gallery, with or without a number.
     assert [
         *map(gallery.name_of_probe, ("kind1", "kind1_02", "kind1 (2)", "eve_2"))

@@ -672,9 +672,11 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         first, second = map(opened, images)
         decision = verification.decide(embedder, first, second, calibration)
         if given["json"] is not None:
-            report = verification_report.of_decision(images, decision, calibration)
+            report = verification_report.make_decision_report(
+                images, decision, calibration
+            )
             reports.write_report(report, given["json"])
-        print(verification_report.decided(decision, calibration))
+        print(verification_report.format_decision(decision, calibration))
         return 0
 
     out = given["out"]
@@ -698,11 +700,11 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         reports.write_report(found.report, given["json"])
     calibration = found.calibration
     earlier = None if calibration is None else calibration.write(run)
-    for line in verification_report.lines(found.report):
+    for line in verification_report.format_report(found.report):
         print(line)
     print()
     if calibration is not None:
-        print(verification_report.chosen(calibration))
+        print(verification_report.format_threshold(calibration))
         if earlier is not None:
             print(f"It is used from now on; the one before is in {earlier.name}.")
     elif (run / FOLDER).exists():
@@ -804,11 +806,11 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             threshold = strangers.threshold_at(given["fpir"])
         elif threshold is None:
             threshold = calibration.threshold
-    report = identification_report.of_gallery(
+    report = identification_report.make_gallery_report(
         gallery, threshold, calibration, strangers
     )
     lines = [f"- {line}" for line in gallery.notes]
-    lines += [*identification_report.told(report), ""]
+    lines += [*identification_report.format_gallery(report), ""]
     if folder is not None:
         probes = evaluation.embed_folder(
             embedder,
@@ -822,13 +824,13 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         report["evaluation"] = identification.evaluate(
             gallery, probes.x, names, threshold
         )
-        lines += identification_report.measured(report["evaluation"])
+        lines += identification_report.format_evaluation(report["evaluation"])
     else:
         x = vectors_of(embedder, [opened(image) for image in images])
         own = [index.path_of(image) for image in images]
         found = identification.identify(gallery, x, threshold=threshold, own=own)
-        report["probes"] = identification_report.of_probes(images, found)
-        lines += identification_report.lines(images, found)
+        report["probes"] = identification_report.make_probe_reports(images, found)
+        lines += identification_report.format_identities(images, found)
         if given["out"] is not None:
             identification_report.draw(index, images, found, given["out"])
             lines.append(f"{_shown(given['out'])} is written")
