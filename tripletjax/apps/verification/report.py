@@ -63,8 +63,8 @@ def format_decision(decision: Decision, calibration: Calibration) -> str:
     verdict = "same" if decision.same else "different"
     return (
         f"{verdict}  distance {decision.distance:.4f}  "
-        f"threshold {decision.threshold:.4f} (FAR {100 * calibration.far:g} %)  match probability "
-        f"{decision.probability:.3f} (equal priors)"
+        f"threshold {decision.threshold:.4f} (FAR {100 * calibration.far:g} %)  "
+        f"match probability {decision.probability:.3f} (equal priors)"
     )
 
 
