@@ -157,6 +157,14 @@ MUTANTS = [
     ),
     # Mining.
     Mutant(
+        "mining-saturation",
+        "mining.py",
+        "return jnp.where(a > most - b, most, a + b)",
+        "return a + b",
+        "counts of more than 2**31 triplets are negative",
+        "tests/test_mining.py::test_sums_beyond_the_integers_stop_there",
+    ),
+    Mutant(
         "mining-farthest-mask",
         "mining.py",
         "index = jnp.argmax(jnp.where(mask, distances, -jnp.inf), axis=-1)",
@@ -420,6 +428,14 @@ MUTANTS = [
         "rows that fill up a mesh count",
         "tests/test_retrieval.py::test_queries_that_fill_up_a_mesh_do_not_count",
     ),
+    Mutant(
+        "mesh-anchors",
+        "blockwise.py",
+        "triplets = triplets._replace(anchor=triplets.anchor + first)",
+        "triplets = triplets._replace(anchor=triplets.anchor)",
+        "mined anchors are counted along the rows of their device",
+        "tests/test_blockwise.py::test_triplets_split_over_devices",
+    ),
     # The engine of blockwise losses.
     Mutant(
         "tiles-diagonal",
@@ -477,6 +493,14 @@ MUTANTS = [
         "value = jnp.min(jnp.where(x >= limit, x, jnp.inf), axis=axis)",
         "a semi-hard negative is as near as the positive, by tiles",
         "tests/test_engine.py::test_the_least_beyond_a_limit",
+    ),
+    Mutant(
+        "reductions-plain",
+        "_engine/reductions.py",
+        "return jnp.min(x, axis), jnp.argmin(x, axis).astype(jnp.int32)",
+        "return jnp.min(x, axis), jnp.argmax(x, axis).astype(jnp.int32)",
+        "on accelerators the farthest negative is mined",
+        "tests/test_engine.py::test_the_least_of_all",
     ),
     Mutant(
         "panels-padding",
@@ -557,6 +581,14 @@ MUTANTS = [
         "_, gradients = _with_gradients(spec, *inputs, None)",
         "terms per anchor are differentiated without their weights",
         "tests/test_blockwise.py",
+    ),
+    Mutant(
+        "second-derivatives",
+        "_engine/derivatives.py",
+        "margin=floats.margin,",
+        "margin=2 * floats.margin,",
+        "second derivatives are at another margin",
+        "tests/test_blockwise.py::test_forward_mode_and_second_order",
     ),
     Mutant(
         "products-slope",
@@ -1053,7 +1085,7 @@ MUTANTS = [
         "where = jnp.broadcast_to(remember, labels.shape)",
         "where = jnp.broadcast_to(True, labels.shape)",
         "the memory keeps batches of its warm-up",
-        "tests/test_learn.py",
+        "tests/test_learn.py::test_a_batch_is_compared_with_those_before",
     ),
     Mutant(
         "step-chunk-statistics",
@@ -1069,7 +1101,7 @@ MUTANTS = [
         "params = state.params if state.average is None else state.average",
         "params = state.params",
         "the model is left without its average",
-        "tests/test_learn.py",
+        "tests/test_learn.py::test_the_average_of_parameters",
     ),
     Mutant(
         "training-resume-step",
@@ -1077,7 +1109,7 @@ MUTANTS = [
         "start, state, damaged = found",
         "_, state, damaged = found",
         "a resumed run begins at step 0",
-        "tests/test_learn.py",
+        "tests/test_learn.py::test_training_goes_on_where_it_stopped",
     ),
     Mutant(
         "training-resume-batch",
@@ -1085,7 +1117,7 @@ MUTANTS = [
         "return self.batches[self.start + int(step)]",
         "return self.batches[int(step)]",
         "a resumed run repeats the first batches",
-        "tests/test_learn.py",
+        "tests/test_learn.py::test_training_goes_on_where_it_stopped",
     ),
     Mutant(
         "training-key",
@@ -1101,7 +1133,7 @@ MUTANTS = [
         "remember = step >= memory_warmup",
         "remember = step > memory_warmup",
         "the memory warms up one step too long",
-        "tests/test_learn.py",
+        "tests/test_learn.py::test_a_batch_is_compared_with_those_before",
     ),
     Mutant(
         "training-best",
@@ -1259,6 +1291,14 @@ MUTANTS = [
         "tests/test_verify.py::test_the_probability_is_a_logistic_regression",
     ),
     Mutant(
+        "calibration-lowest",
+        "apps/verification/calibration.py",
+        "threshold=max(threshold, -1.0),",
+        "threshold=threshold,",
+        "a threshold that accepts nothing is no finite number",
+        "tests/test_verify.py::test_copies_in_different_classes_leave_no_threshold",
+    ),
+    Mutant(
         "calibration-key",
         "apps/verification/calibration.py",
         "if found.embedder != key:",
@@ -1291,6 +1331,14 @@ MUTANTS = [
         "tests/test_verify.py::test_classes_that_were_trained_on_are_left_out",
     ),
     Mutant(
+        "verify-same-folder",
+        "apps/verification/evaluation.py",
+        "same = learnt == name or Path(learnt).resolve() == folder.resolve()",
+        "same = learnt == name",
+        "a threshold is chosen on the folder that the run was trained on",
+        "tests/test_verify.py::test_classes_of_the_folder_of_a_run_are_left_out",
+    ),
+    Mutant(
         "identify-itself",
         "apps/identification/gallery.py",
         "kept = np.array([one != path for one in self.paths])",
@@ -1305,6 +1353,14 @@ MUTANTS = [
         "gallery.names[labels[0]] if distances[0] >= threshold else None,",
         "probes that are far from every class get a name",
         "tests/test_identify.py::test_names_are_of_the_nearest_class",
+    ),
+    Mutant(
+        "identify-ties",
+        "apps/identification/evaluation.py",
+        "if last == following:",
+        "if False:",
+        "a threshold at tied distances lets through more than its rate",
+        "tests/test_identify.py::test_strangers_tell_the_rate_at_this_gallery",
     ),
 ]
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from problems import (
     BLOCKWISE,
@@ -522,7 +522,11 @@ def test_triplets_split_over_devices():
         in_specs=(spec, spec),
         out_specs=spec,
     )(x, labels)
-    expected = blockwise.batch_hard_triplets(x, labels)[1:]
+    expected = blockwise.batch_hard_triplets(x, labels)
+    jax.tree.map(np.testing.assert_array_equal, tuple(got), tuple(expected[1:]))
+    # From outside, anchors are counted along the rows of all devices.
+    sharding = NamedSharding(mesh(AxisType.Explicit), spec)
+    got = blockwise.batch_hard_triplets(*jax.device_put((x, labels), sharding))
     jax.tree.map(np.testing.assert_array_equal, tuple(got), tuple(expected))
 
 

@@ -5,10 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType
 
 import tripletjax as tj
-from tripletjax._engine.reductions import min_and_index
+from tripletjax._engine.reductions import min_and_index, min_and_index_of_all
 from tripletjax._pairwise import cuts
 from tripletjax._pairwise.batch import single_batch
 from tripletjax._pairwise.class_index import ClassIndex
@@ -46,6 +47,16 @@ def test_the_least_beyond_a_limit():
     assert (value.tolist(), index.tolist()) == ([2, 5], [2, 0])
     value, _ = min_and_index(x, jnp.array([[3.0], [5.0]]), axis=1)
     assert value.tolist() == [np.inf, np.inf]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_least_of_all(axis, plain):
+    # With ties, along runs of 32 and along one of 7.
+    x = np.random.default_rng(0).integers(0, 9, size=(64, 7)).astype(np.float32)
+    value, index = min_and_index_of_all(jnp.asarray(x), axis, plain=plain)
+    np.testing.assert_array_equal(value, x.min(axis))
+    np.testing.assert_array_equal(index, x.argmin(axis))
 
 
 def test_anchors_of_overlapping_panels_count_once(monkeypatch):

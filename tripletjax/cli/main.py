@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tripletjax as tj
-from tripletjax.learn import compile_cache
+from tripletjax.learn import choices, compile_cache
 
 # What has a meaning for images with labels alone, and for given triplets alone.
 OF_CLASSES = (
@@ -38,6 +38,7 @@ OF_CLASSES = (
 OF_TRIPLETS = ("triplets_per_batch",)
 # Errors that a line tells all about.
 FAULTS = ValueError, OSError, ImportError, FloatingPointError
+AGAIN = "To go on, run the same with the run's --out and --resume"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,18 +82,15 @@ def _main(argv: list[str]) -> int:
             name, help=what, description=f"{what.capitalize()}."
         )
         command.set_defaults(call=call, parser=command)
-        # What options there are takes seconds to import.
-        if argv[:1] == [name]:
-            try:
-                options(command)
-            except ImportError as error:
-                _missing(command, error, "train")
+        options(command)
     given = vars(parser.parse_args(argv))
     call, command = given.pop("call"), given.pop("parser")
     del given["command"]
     compile_cache.keep_programs()
     try:
-        return call(command, given)
+        return call(command, given | {"argv": argv})
+    except ModuleNotFoundError as error:
+        _missing(command, error, "train")
     except FAULTS as error:
         print(f"{command.prog}: {error}", file=sys.stderr)
         return 2
@@ -112,10 +110,6 @@ def _missing(
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
-    from tripletjax.learn.data import image_analysis
-    from tripletjax.learn.networks import backbones, heads
-    from tripletjax.learn.runs import config
-
     parser.epilog = (
         "What is not given is chosen by the data, and written to config.json."
     )
@@ -151,58 +145,60 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--processes",
         metavar="N",
-        help="train in N processes: start this command once for each, with "
-        "--coordinator and --process; in the processes of a cluster that JAX knows "
-        "(Slurm, Open MPI, Kubernetes, TPU pods): cluster",
+        help="train in N processes on this machine, each with devices of its own; in "
+        "those of a cluster that JAX knows (Slurm, Open MPI, Kubernetes, TPU pods): "
+        "cluster; with --coordinator and --process, on any machines",
     )
     run.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="address of process 0, the same in every process; the port must be free",
+        help="where process 0 is, the same in every process; the port must be free",
     )
     run.add_argument(
-        "--process", type=int, metavar="K", help="number of this process, from 0"
+        "--process", type=int, metavar="K", help="which of N this one is, from 0"
     )
+    # Begun by --processes N, whose end it does not outlive.
+    run.add_argument("--launched", action="store_true", help=argparse.SUPPRESS)
     run.add_argument(
         "--tensorboard",
         action="store_true",
         help="write what TensorBoard reads, too (needs tensorboardX)",
     )
-    for group, name, choices, told in (
-        (what, "split", config.SPLITS, "what is held out (default: images)"),
+    for group, name, values, help_text in (
+        (what, "split", choices.SPLITS, "what is held out (default: images)"),
         (
-            *(what, "classes-from", config.CLASSES_FROM),
+            *(what, "classes-from", choices.CLASSES_FROM),
             "which of nested folders are classes",
         ),
         (
-            *(what, "augment", (*image_analysis.KINDS, "none", "more")),
+            *(what, "augment", (*choices.KINDS, "none", "more")),
             "how images are changed at random while training: photos and characters "
             "say what they are, so that their size and network follow",
         ),
         (
-            *(how, "mining", config.MINING),
+            *(how, "mining", choices.MINING),
             "which triplets to train on (default: semi-hard)",
         ),
         (
-            *(how, "class-sampling", config.CLASS_SAMPLING),
+            *(how, "class-sampling", choices.CLASS_SAMPLING),
             "how classes are drawn (default: uniform)",
         ),
         (
-            *(how, "relevance", config.RELEVANCE),
+            *(how, "relevance", choices.RELEVANCE),
             "who is to be nearer: images of one class, or those that share more "
             "folders (default: classes)",
         ),
         (
-            *(how, "model", (*config.MODELS, *backbones.UNTRAINED)),
+            *(how, "model", choices.MODELS),
             "the network; resnet18 and so on are torchvision's, from nothing",
         ),
         (
-            *(how, "backbone-training", heads.TRAININGS),
+            *(how, "backbone-training", choices.TRAININGS),
             "what of --backbone is trained: a head on it, its last stages, too, or "
             "all (default: frozen for less than 5,000 images on CPUs, or top)",
         ),
     ):
-        group.add_argument(f"--{name}", choices=choices, help=told)
+        group.add_argument(f"--{name}", choices=values, help=help_text)
     for group, name, kind, told in (
         (run, "steps", int, "how many steps to train"),
         (run, "seed", int, "of everything that is random (default: 0)"),
@@ -247,27 +243,35 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
-    """Train in this process, alone or as one of several."""
+    """Trains in this process, alone or as one of several, or begins several."""
     from tripletjax.learn.distributed import processes
 
-    number, coordinator, index = (
-        given.pop(name) for name in ("processes", "coordinator", "process")
+    argv, asked, coordinator, index, launched = (
+        given.pop(name)
+        for name in ("argv", "processes", "coordinator", "process", "launched")
     )
-    if number is None:
+    if asked is None:
         if coordinator is not None or index is not None:
-            parser.error("--coordinator and --process require --processes")
+            parser.error("--coordinator and --process need --processes")
         return _train_here(parser, given)
-    count = int(number) if number.isdecimal() else None
-    if number != "cluster" and not count:
-        parser.error(f"--processes must be a number or cluster, got {number}")
+    count = int(asked) if asked.isdecimal() else None
+    if asked != "cluster" and not count:
+        parser.error(f"--processes must be a number or cluster, got {asked}")
     if given["devices"] not in (None, "all"):
-        parser.error("--devices must be all with --processes")
+        parser.error("--devices: all those of all processes are trained on")
     given["devices"] = "all"
-    if (coordinator is None, index is None) != (count is None, count is None):
-        parser.error(
-            "--processes N requires --coordinator and --process, --processes cluster "
-            "neither; one process uses all devices of a machine by --devices all"
-        )
+    if (coordinator is None) != (index is None):
+        parser.error("--coordinator and --process need each other")
+    if coordinator is not None and count is None:
+        parser.error("--coordinator needs --processes N: a cluster is asked by JAX")
+    if count is not None and index is None:
+        # Modules are found where they are here.
+        safe = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
+        command = [sys.executable, *safe, "-m", "tripletjax", *argv, "--launched"]
+        status, told = processes.launch(command, count)
+        if told is not None:
+            print(f"{parser.prog}: {told}. {AGAIN}", file=sys.stderr)
+        return status
     if index is not None and not 0 <= index < (count or 0):
         parser.error(f"--process must be 0 to {count} - 1, got {index}")
     if coordinator is not None:
@@ -275,11 +279,27 @@ def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             processes.check_coordinator(coordinator, first=index == 0)
         except ValueError as error:
             parser.error(f"--coordinator {error}")
+    if launched:
+        processes.end_with_parent()
+
+    # What all of them know, the first one says.
+    quiet = launched and index != 0
+
+    def lost(told: str, by_itself: bool) -> NoReturn:
+        said = quiet and by_itself
+        processes.end("" if said else f"{parser.prog}: {told}. {AGAIN}")
+
     try:
-        with processes.joined(coordinator=coordinator, count=count, index=index):
+        with processes.joined(
+            coordinator=coordinator,
+            count=count,
+            index=index,
+            devices=[index] if launched and index is not None else None,
+            on_loss=lost,
+        ):
             return _train_here(parser, given)
     except (*FAULTS, processes.OtherProcessError) as error:
-        processes.end(f"{parser.prog}: {error}")
+        processes.end("" if quiet else f"{parser.prog}: {error}")
     except KeyboardInterrupt:
         processes.end("", 130)
     except SystemExit:
@@ -292,7 +312,7 @@ def _asked_of(
     parser: argparse.ArgumentParser, given: dict[str, Any]
 ) -> tuple[Any, Path]:
     """What is to be trained, and in which run directory."""
-    from tripletjax.learn.data import augment, image_analysis
+    from tripletjax.learn.data import augment
     from tripletjax.learn.files import free_path
     from tripletjax.learn.runs import config, defaults, record
 
@@ -310,7 +330,7 @@ def _asked_of(
             rule = "cannot be combined with" if of_triplets else "requires"
             parser.error(f"--{name.replace('_', '-')} {rule} --triplets")
     augments = {"none": augment.Augment(), "more": defaults.SCARCE_CHARACTERS}
-    if options.get("augment") in image_analysis.KINDS:
+    if options.get("augment") in choices.KINDS:
         options["kind"] = options.pop("augment")
     elif "augment" in options:
         options["augment"] = augments[options["augment"]]
@@ -383,13 +403,16 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         f"{n:,} {part.replace('_', ' ')}" for part, n in summary["counts"].items()
     )
     print(f"\n{summary['parameters']:,} parameters; {what}: {', '.join(counts)}.")
+    reasons, entries = (
+        ", ".join(f"{reason}: {n:,}" for reason, n in summary.get(key, {}).items())
+        for key in ("skipped", "skipped_entries")
+    )
     if skipped:
-        counts = summary.get("skipped", {}).items()
-        reasons = ", ".join(f"{reason}: {n:,}" for reason, n in counts)
-        print(
-            f"{skipped:,} files or folders are left out{reasons and f' ({reasons})'}. "
-            "config.json names each with its reason."
-        )
+        print(f"{skipped:,} images are left out{reasons and f' ({reasons})'}.")
+    if entries:
+        print(f"Other entries that are left out: {entries}.")
+    if skipped or entries:
+        print("config.json names each entry with its reason.")
     print(f"Everything is in {_shown(out)}: look at {picture}.png.")
     return 0
 
@@ -611,7 +634,8 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
         "--far",
         type=float,
         metavar="SHARE",
-        help="the false accept rate of the threshold (default: 0.01)",
+        help="the false accept rate of the threshold (default: 0.01); no threshold is "
+        "chosen if there are too few pairs to show this rate",
     )
     _classes_from(parser)
     parser.add_argument(
@@ -628,7 +652,7 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     from tripletjax.apps.embedders import embedder_of
     from tripletjax.apps.images import opened
     from tripletjax.apps.verification import report as verification_report
-    from tripletjax.apps.verification.calibration import Calibration
+    from tripletjax.apps.verification.calibration import FOLDER, Calibration
     from tripletjax.learn import reports
     from tripletjax.learn.files import free_path
 
@@ -665,7 +689,7 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         found = verification.evaluate(
             embedder,
             path,
-            far=given["far"],
+            far=verification.FAR if given["far"] is None else given["far"],
             pairs_file=given["pairs"],
             classes_from=given["classes_from"],
             name=name,
@@ -683,6 +707,8 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         print(verification_report.chosen(calibration))
         if earlier is not None:
             print(f"It is used from now on; the one before is in {earlier.name}.")
+    elif (run / FOLDER).exists():
+        print(f"The threshold in {_shown(run / FOLDER)} stays in use.")
     print(f"Everything is in {_shown(out)}: look at roc, distances and errors.png.")
     return 0
 
@@ -905,11 +931,9 @@ def _export(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
 
 
 def _classes_from(parser: argparse.ArgumentParser) -> None:
-    from tripletjax.learn.runs import config
-
     parser.add_argument(
         "--classes-from",
-        choices=config.CLASSES_FROM,
+        choices=choices.CLASSES_FROM,
         help="which of nested folders are classes",
     )
 

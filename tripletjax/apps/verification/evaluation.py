@@ -12,7 +12,6 @@ from tripletjax.apps.verification.calibration import (
     Calibration,
     TooFewPairsError,
     calibrate,
-    check_enough,
 )
 from tripletjax.apps.verification.intervals import REPLICATES, _folds, _intervals
 from tripletjax.apps.verification.lfw import read_pairs
@@ -57,7 +56,7 @@ def evaluate(
     embedder: ImageEmbedder,
     folder: str | Path,
     *,
-    far: float | None = None,
+    far: float = FAR,
     pairs_file: str | Path | None = None,
     classes_from: str | None = None,
     name: str | None = None,
@@ -73,8 +72,8 @@ def evaluate(
         embedder: of a run, or of any function.
         folder: one folder of images per class, or images alone: their names without
             numbers are the classes.
-        far: the false accept rate of the threshold, a share. If not given, 0.01, and
-            no threshold where there are too few pairs to show it.
+        far: the false accept rate of the threshold, a share. With too few pairs to
+            show the rate, the report has no threshold, and a note with the reason.
         pairs_file: a ``pairs.txt`` in the format of Labeled Faces in the Wild; if not
             given, all pairs of images.
         classes_from: which of nested folders are classes, as in `datasets.load`.
@@ -87,13 +86,12 @@ def evaluate(
 
     Raises:
         FileNotFoundError: if there is no such folder, or images of pairs are missing.
-        TooFewPairsError: if there are too few pairs to show the rate asked for.
         ValueError: if there is nothing to compare, or `far` is no share.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}.")
-    if far is not None and not 0 < far < 1:
+    if not 0 < far < 1:
         raise ValueError(f"far must be a share between 0 and 1, got {far}.")
     protocol = None if pairs_file is None else read_pairs(pairs_file)
     called = encoded(folder.resolve()) if name is None else name
@@ -132,8 +130,6 @@ def evaluate(
             f"{folder} has no pair of {kind}. It must hold one folder of images per "
             "class, or images with names such as ann_1.png, ann_2.png and bob_1.png."
         )
-    if far is not None:
-        check_enough(pairs.all_different, far)
     for kind, listed, of in (
         ("the same class", pairs.same, pairs.all_same),
         ("different classes", pairs.different, pairs.all_different),
@@ -145,9 +141,8 @@ def evaluate(
             )
 
     fars = tuple(f for f in evaluation.FARS if f * pairs.all_different >= 1)
-    chosen_far = FAR if far is None else far
     # All pairs are gone over once, for the report and for the threshold.
-    metrics = pairs.evaluate((*fars, chosen_far))
+    metrics = pairs.evaluate((*fars, far))
     report = {
         "what": REPORT,
         "embedder": embedder.key,
@@ -168,14 +163,13 @@ def evaluate(
             pairs,
             embedder=embedder.key,
             data=called,
-            far=chosen_far,
+            far=far,
             threshold=float(metrics.thresholds[-1]),
             tar=float(metrics.tar_at_far[-1]),
             vectors=found.x,
             names=names,
         )
     except TooFewPairsError as error:
-        # What was asked for has been checked above.
         notes.append(f"no threshold is chosen: {error}")
     report |= {
         "calibration": None if calibration is None else calibration.summary(),

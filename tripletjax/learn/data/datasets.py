@@ -16,9 +16,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tripletjax.learn.data.class_folders import CLASSES_FROM, find_classes
+from tripletjax.learn.choices import CLASSES_FROM, KINDS, SPLITS
+from tripletjax.learn.data.class_folders import find_classes
 from tripletjax.learn.data.folder_listing import format_names, printable
-from tripletjax.learn.data.image_analysis import KINDS
 from tripletjax.learn.data.image_array import ImageArray, part_of
 from tripletjax.learn.data.image_cache import (
     FORMAT,
@@ -34,7 +34,6 @@ from tripletjax.learn.data.image_cache import (
 from tripletjax.learn.data.image_files import open_image
 from tripletjax.learn.data.image_shape import ImageSpec
 from tripletjax.learn.data.splits import (
-    SPLITS,
     TEST,
     VALIDATION,
     held_out_images,
@@ -81,7 +80,8 @@ class Dataset:
         label_names: what each label stands for.
         key: a digest of all of it.
         skipped: files and folders that are left out, each with the reason.
-        skip_counts: how many they are, by the kind of reason.
+        skip_counts: number of images that are left out, by the type of reason.
+        entry_counts: number of other entries that are left out, by their type.
         decoding: what was decided of the pictures.
     """
 
@@ -93,6 +93,7 @@ class Dataset:
     key: str
     skipped: tuple[str, ...] = ()
     skip_counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    entry_counts: dict[str, int] = dataclasses.field(default_factory=dict)
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
 
 
@@ -106,7 +107,8 @@ class _Source:
         pictures: the names of all pictures.
         label_names: the name of each label.
         skipped: files and folders that are left out, each with the reason.
-        skip_counts: how many they are, by the kind of reason.
+        skip_counts: number of images that are left out, by the type of reason.
+        entry_counts: number of other entries that are left out, by their type.
     """
 
     stored: DecodedImages
@@ -115,6 +117,7 @@ class _Source:
     label_names: tuple[str, ...]
     skipped: tuple[str, ...]
     skip_counts: dict[str, int]
+    entry_counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def load(
@@ -203,7 +206,10 @@ def load(
         stored.decoding,
     )
     return dataclasses.replace(
-        dataset, skipped=source.skipped, skip_counts=source.skip_counts
+        dataset,
+        skipped=source.skipped,
+        skip_counts=source.skip_counts,
+        entry_counts=source.entry_counts,
     )
 
 
@@ -307,14 +313,23 @@ def _from_folder(
         )
     stored = _noted(stored, tuple(notes))
     skipped += [f"{name}: nothing in this folder can be used" for name in empty]
-    counts = stored.skip_counts
-    counts["unreadable"] += len(found.loose)
-    counts |= {"links, special files or unreadable folders": len(found.skipped)}
-    counts |= {"folders without images": len(empty)}
+    entries = {
+        "files outside the folders of classes": len(found.loose),
+        "links, special files or unreadable folders": len(found.skipped),
+        "folders without images": len(empty),
+    }
     names, skipped, pictures = (
         tuple(map(printable, some)) for some in (names, skipped, relative)
     )
-    return _Source(stored, np.array(labels, np.int32), pictures, names, skipped, counts)
+    return _Source(
+        stored,
+        np.array(labels, np.int32),
+        pictures,
+        names,
+        skipped,
+        stored.skip_counts,
+        entries,
+    )
 
 
 def _noted(stored: DecodedImages, notes: tuple[str, ...]) -> DecodedImages:

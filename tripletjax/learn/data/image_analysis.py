@@ -14,7 +14,6 @@ from tripletjax.learn.data.image_shape import WHOLE, Box
 # the median image of drawings, scans and icons it is below a tenth.
 TONES = 0.15
 # What images may be.
-KINDS = ("photos", "characters")
 # Images are looked at in so many pixels, and so many at a time.
 LOOK_SIZE, AT_A_TIME = 128, 256
 # So many classes of several images tell where they differ, of at most so many images.

@@ -9,10 +9,9 @@ import dataclasses
 
 import numpy as np
 
+from tripletjax.learn.choices import CLASS_SAMPLING
 from tripletjax.learn.data.image_array import ImageArray, KeptFeatures
 
-# Classes are drawn alike, or by their number of images.
-CLASS_SAMPLING = ("uniform", "frequency")
 # So many classes of a group come together.
 TOGETHER = 4
 

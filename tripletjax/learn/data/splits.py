@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Held out are images of every class, or whole classes.
-SPLITS = ("images", "classes")
 # Held out of every class, or of the classes, or of the anchors of triplets, for the
 # test and for validation.
 TEST, VALIDATION = 0.15, 0.1

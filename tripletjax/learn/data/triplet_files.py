@@ -31,7 +31,9 @@ class TripletDataset:
         test: the same, held out to evaluate on.
         key: a digest of all of it.
         skipped: files that are left out, each with the reason.
-        skip_counts: how many they are, by the kind of reason.
+        skip_counts: number of images that are left out, by the type of reason.
+        entry_counts: number of other entries that are left out; a list of triplets has
+            none.
         left_out: how many triplets have such a file.
         decoding: what was decided of the pictures.
     """
@@ -44,6 +46,7 @@ class TripletDataset:
     key: str
     skipped: tuple[str, ...] = ()
     skip_counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    entry_counts: dict[str, int] = dataclasses.field(default_factory=dict)
     left_out: int = 0
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
 

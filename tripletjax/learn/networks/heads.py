@@ -17,9 +17,6 @@ from tripletjax.learn.networks.embedding_networks import Standardized
 from tripletjax.learn.networks.layers import unit_norm
 from tripletjax.learn.networks.weights import Frozen
 
-# What of a network is trained, from little to much.
-TRAININGS = ("frozen", "top", "all")
-
 
 class FeatureStat(nnx.Variable):
     """How features are spread, from before training."""

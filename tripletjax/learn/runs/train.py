@@ -283,13 +283,17 @@ def _finish(
     shown = {name: e for name, e in compared.items() if name == RAW_PIXELS}
     task.draw(shown | {"trained": embed}, out)
     parameters = jax.tree.leaves(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
-    skipped = {name: n for name, n in task.dataset.skip_counts.items() if n}
+    skipped, entries = (
+        {name: n for name, n in counts.items() if n}
+        for counts in (task.dataset.skip_counts, task.dataset.entry_counts)
+    )
     summary = {
         "steps": plan.steps,
         "evaluations": evaluations,
         "parameters": sum(x.size for x in parameters),
         "counts": task.counts | {"skipped": sum(skipped.values())},
         "skipped": skipped,
+        "skipped_entries": entries,
     }
     write_json(out / record.SUMMARY, summary)
     log.close()
