@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from tripletjax.learn import evaluation
+from tripletjax.learn.data.sources import parse_source
 
 
 @contextlib.contextmanager
 def folder_of(data: str) -> Iterator[Path]:
     """A folder as it is, or one that a prepared dataset ``tfds:NAME`` is written to."""
-    if not data.startswith("tfds:"):
+    if not parse_source(data).in_tfds:
         yield Path(data)
         return
     # Which knows the digits, too.

@@ -120,8 +120,8 @@ def load_triplets(
         digest_of(of),
         tuple(skipped),
         stored.skip_counts,
-        len(rows) - len(whole),
-        stored.decoding,
+        left_out=len(rows) - len(whole),
+        decoding=stored.decoding,
     )
 
 
