@@ -1149,7 +1149,7 @@ def test_photographs_are_seen_where_classes_differ(tmp_path):
     assert made.images.shape == (64, 48, 1)
     top, _, bottom, _ = made.plan.box
     assert bottom - top < 0.7
-    assert any("what is seen is" in note for note in made.notes)
+    assert any("% of the height" in note for note in made.notes)
     embed = learn.load_embedder(tmp_path / "run")
     one = np.asarray(embed(images[:2]))
     np.testing.assert_allclose(np.linalg.norm(one, axis=1), 1, rtol=1e-5)
