@@ -207,8 +207,8 @@ def test_training_over_processes(tmp_path, devices, options):
     first, second = ended(*commands(2, "--out", several, *options, devices=devices))
     assert (first[0], second[0]) == (0, 0), (first, second)
     assert f"split over {2 * devices} devices of 2 processes" in first[1]
-    assert first[1].count("Everything is in") == 1
-    assert "Everything is in" not in second[1]
+    assert first[1].count("Run directory: ") == 1
+    assert "Run directory: " not in second[1]
     assert_same_curve(alone, several)
     one, other = (
         json.loads((out / "summary.json").read_text()) for out in (alone, several)
@@ -324,8 +324,8 @@ def test_processes_of_a_cluster(tmp_path):
         of = [dict.fromkeys(index, str(i)) for i in (0, 1)]
         told = ended(*(command(*given, **common, **one) for one in of))
         assert [status for status, _ in told] == [0, 0], told
-        assert "Everything is in" in told[0][1]
-        assert "Everything is in" not in told[1][1]
+        assert "Run directory: " in told[0][1]
+        assert "Run directory: " not in told[1][1]
         assert list(lines_of(out)) == [10]
 
 

@@ -246,7 +246,7 @@ class Evaluate(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search(Options):
-    """Find the images of a folder that are nearest to given ones, or near-duplicates.
+    """Search a folder for images like given ones, or for near-duplicates.
 
     The command first updates the index: new and changed images are embedded, deleted
     ones removed. Distances are Euclidean, of unit vectors: from 0 to 2.

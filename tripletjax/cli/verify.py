@@ -63,7 +63,7 @@ def _calibrate(options: Verify, embedder: ImageEmbedder, data: str) -> None:
     if calibration is not None:
         print(verification_report.chosen(calibration))
         if earlier is not None:
-            print(f"The threshold is in use; the one before is in {earlier.name}.")
+            print(f"The threshold is in use; the earlier one is in {earlier.name}.")
     elif (run / FOLDER).exists():
         print(f"The threshold in {shown(run / FOLDER)} stays in use.")
     print(f"Report directory: {shown(out)}; see roc, distances and errors.png.")
