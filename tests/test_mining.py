@@ -102,7 +102,8 @@ def test_five_meanings_of_semi_hard_differ():
     within = tj.all_triplets(
         anchor, size=9, distances=d, band=tj.semi_hard_band(0.5), **options
     )
-    assert [(int(p), int(n)) for _, p, n, v in zip(*within) if v] == [(1, 4)]
+    _, positive, negative, valid = mining.as_triplets(within)
+    assert [(positive[0], negative[0]), *valid.tolist()] == [(1, 4), True, *[False] * 8]
     easy = tj.batch_easy_hard_triplets(d, anchor, **options)
     assert (easy.positive[0], easy.negative[0]) == (1, 4)
     hard = tj.batch_easy_hard_triplets(
@@ -116,7 +117,7 @@ def test_five_meanings_of_semi_hard_differ():
     assert drawn.negative[0, 2] == 6
 
 
-def test_a_choice_of_ones_own():
+def test_a_function_as_selector():
     def second_nearest(distances, candidates, other):
         ordered = jnp.argsort(jnp.where(candidates, distances, jnp.inf), axis=-1)
         return ordered[..., 1], candidates.sum(-1) > 1
@@ -152,49 +153,49 @@ def test_more_pairs_than_the_integers_count():
     assert triplets.anchor.shape == (4,)
 
 
-def test_counted_triplets_are_triplets():
+def test_counted_triplets():
+    """A plain record with the count, which every transform and every copy keeps."""
     triplets = tj.all_triplets([0, 0, 1], size=5)
-    assert isinstance(triplets, tj.Triplets)
-    assert len(triplets) == 4
+    assert triplets._fields == ("anchor", "positive", "negative", "valid", "count")
     assert triplets.valid.sum() == triplets.count == 2
-    doubled = jax.tree.map(lambda x: 2 * x.astype(int), triplets)
-    assert doubled.count == 4
-    assert "count=" in repr(triplets)
     batched = jax.vmap(lambda y: tj.all_triplets(y, size=5))(jnp.array([[0, 0, 1]] * 2))
-    assert batched.count.shape == (2,)
+    assert batched.count.tolist() == [2, 2]
+    for other in (
+        jax.tree.map(lambda x: x, triplets),
+        copy.deepcopy(triplets),
+        pickle.loads(pickle.dumps(triplets)),
+    ):
+        assert type(other) is tj.CountedTriplets
+        assert other.count == 2
+        np.testing.assert_array_equal(other.negative, triplets.negative)
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [
-        copy.copy,
-        copy.deepcopy,
-        lambda triplets: pickle.loads(pickle.dumps(triplets)),
-        lambda triplets: triplets._replace(valid=triplets.valid),
-        lambda triplets: tj.CountedTriplets(**triplets._asdict()),
-    ],
-    ids=["copy", "deepcopy", "pickle", "replace", "asdict"],
-)
-def test_copies_of_counted_triplets_keep_the_count(copied):
-    triplets = tj.all_triplets([0, 0, 1], size=5)
-    other = copied(triplets)
-    assert type(other) is tj.CountedTriplets
-    for leaf, expected in zip(jax.tree.leaves(other), jax.tree.leaves(triplets)):
-        np.testing.assert_array_equal(leaf, expected)
-    assert triplets._replace(count=7).count == 7
-    with pytest.raises(ValueError, match="no counts"):
-        triplets._replace(counts=7)
-
-
-def test_a_choice_of_ones_own_relative_to_the_other():
-    """And what is taken where there is none, if it is asked for."""
-    nearest_beyond = mining.relative(fallback=mining.easiest_negative)(
-        lambda d, candidates, other: mining.hardest_negative(
-            d, candidates & (d > other[..., None] + 0.75), other
-        )
-    )
+def test_the_loss_takes_counted_triplets():
     d = tj.euclidean(LINE)
-    mine = functools.partial(tj.batch_easy_hard_triplets, d, LABELS)
+    counted = tj.all_triplets(LABELS, size=40)
+    without = mining.as_triplets(counted)
+    assert type(without) is tj.Triplets
+    assert mining.as_triplets(without) is without
+    loss = tj.triplet_loss(d, counted)
+    assert loss == tj.triplet_loss(d, without) > 0
+    batched = jax.vmap(lambda y: tj.all_triplets(y, size=40))(jnp.stack([LABELS] * 2))
+    losses = tj.triplet_loss(jnp.stack([d, d]), batched)
+    np.testing.assert_allclose(losses, [loss, loss], rtol=1e-6)
+    with pytest.raises(TypeError, match="Triplets or CountedTriplets, got tuple"):
+        mining.as_triplets(tuple(counted))
+    with pytest.raises(ValueError, match=r"triplets\.anchor must be from 0 to 1"):
+        tj.triplet_loss(d[:2, :2], counted)
+
+
+def test_a_relative_selector_and_its_fallback():
+    def farther_by(distances, candidates, other):
+        beyond = candidates & (distances > other[..., None] + 0.75)
+        return mining.hardest_negative(distances, beyond)
+
+    nearest_beyond = mining.Selector(
+        farther_by, relative=True, fallback=mining.easiest_negative
+    )
+    mine = functools.partial(tj.batch_easy_hard_triplets, tj.euclidean(LINE), LABELS)
     strict = mine(negative=nearest_beyond)
     lenient = mine(negative=nearest_beyond, fallback=True)
     far = mine(negative=mining.easiest_negative)
@@ -203,8 +204,88 @@ def test_a_choice_of_ones_own_relative_to_the_other():
     np.testing.assert_array_equal(
         lenient.negative, jnp.where(strict.valid, strict.negative, far.negative)
     )
-    with pytest.raises(ValueError, match="fallback goes with"):
-        mine(negative=lambda *of: mining.hardest_negative(*of), fallback=True)
+
+
+def test_selectors_do_not_change_functions():
+    """One function makes several selectors, and has no attribute from any of them."""
+
+    def nearest(distances, candidates, other):
+        return mining.hardest_negative(distances, candidates)
+
+    relative = mining.Selector(nearest, relative=True)
+    assert not vars(nearest)
+    assert relative != mining.Selector(nearest) == mining.Selector(nearest)
+    of_builtin = mining.Selector(functools.partial(nearest, other=None))
+    triplets = tj.batch_easy_hard_triplets(
+        tj.euclidean(LINE),
+        LABELS,
+        negative=lambda d, c, other: of_builtin.function(d, c),
+    )
+    np.testing.assert_array_equal(triplets.negative, [3, 3, 3, 2, 2])
+
+
+def test_selectors_of_the_same_code_share_a_program():
+    def selector():
+        return mining.Selector(lambda d, c, _: mining.easiest_negative(d, c))
+
+    assert selector() == selector()
+    assert hash(selector()) == hash(selector())
+
+
+def test_selectors_pickle_and_are_documented():
+    for name, selector in vars(mining).items():
+        if isinstance(selector, mining.Selector):
+            assert pickle.loads(pickle.dumps(selector)) == selector
+            assert selector.__doc__ != mining.Selector.__doc__, name
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"function": "nearest"}, TypeError, "function must be callable"),
+        ({"relative": 1}, TypeError, "relative must be a bool"),
+        ({"fallback": "easiest"}, TypeError, "fallback must be a Selector or None"),
+    ],
+)
+def test_bad_selectors_are_named(options, error, words):
+    with pytest.raises(error, match=words):
+        mining.Selector(**{"function": mining.easiest_negative} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {
+                "positive": mining.semi_hard_positive,
+                "negative": mining.semi_hard_negative,
+            },
+            "cannot both be relative",
+        ),
+        (
+            {"positive": mining.all_candidates, "negative": mining.all_candidates},
+            "use all_triplets",
+        ),
+        ({"positive": mining.all_candidates}, "all_triplets with semi_hard_band"),
+        (
+            {
+                "positive": mining.semi_hard_positive,
+                "negative": mining.all_candidates,
+            },
+            "all_triplets with semi_hard_band",
+        ),
+        (
+            {
+                "negative": lambda *of: mining.hardest_negative(*of),
+                "fallback": True,
+            },
+            "requires a selector with a fallback",
+        ),
+    ],
+)
+def test_selectors_that_do_not_fit_together(options, words):
+    with pytest.raises(ValueError, match=words):
+        tj.batch_easy_hard_triplets(tj.euclidean(LINE), LABELS, **options)
 
 
 @pytest.mark.slow
@@ -313,7 +394,7 @@ def test_random_miners_are_uniform():
         (
             lambda: tj.all_triplets([0, 1], size=2, band=tj.hard_band()),
             ValueError,
-            "band needs distances",
+            "band requires distances",
         ),
         (
             lambda: tj.all_triplets(
@@ -345,16 +426,6 @@ def test_random_miners_are_uniform():
             lambda: tj.batch_easy_hard_triplets(np.eye(2), [0, 1], positive="easy"),
             TypeError,
             "positive must be callable",
-        ),
-        (
-            lambda: tj.batch_easy_hard_triplets(
-                np.eye(2),
-                [0, 1],
-                positive=mining.all_candidates,
-                negative=mining.all_candidates,
-            ),
-            ValueError,
-            "all_triplets",
         ),
     ],
 )

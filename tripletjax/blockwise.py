@@ -340,7 +340,9 @@ def batch_semi_hard_loss(
     )
 
 
-def _from_first_row(triplets: Triplets, first: Array) -> Triplets:
+def _from_first_row(
+    triplets: Triplets | CountedTriplets, first: Array
+) -> Triplets | CountedTriplets:
     """A device's triplets, with anchors counted along those of all."""
     triplets = triplets._replace(anchor=triplets.anchor + first)
     if isinstance(triplets, CountedTriplets):

@@ -48,7 +48,9 @@ from tripletjax._matrices import (
 )
 from tripletjax.distances import Metric, euclidean
 from tripletjax.mining import (
+    CountedTriplets,
     Triplets,
+    as_triplets,
     batch_hard_triplets,
     batch_semi_hard_triplets,
 )
@@ -409,7 +411,7 @@ def triplet_margin_loss(
 def _check_triplets(distances: Any, triplets: Any, **options: Any) -> None:
     """Raises for indices that are at hand and out of range."""
     limits = [*np.shape(distances)[-2:], np.shape(distances)[-1]]
-    if not isinstance(triplets, Triplets) or len(limits) < 3:
+    if not isinstance(triplets, Triplets | CountedTriplets) or len(limits) < 3:
         return
     valid = values_at_hand(triplets.valid)
     if valid is None:
@@ -440,7 +442,7 @@ def _check_triplets(distances: Any, triplets: Any, **options: Any) -> None:
 )
 def triplet_loss(
     distances: ArrayLike,
-    triplets: Triplets,
+    triplets: Triplets | CountedTriplets,
     *,
     margin: ArrayLike = 0.1,
     hinge: Hinge = jax.nn.relu,
@@ -477,8 +479,7 @@ def triplet_loss(
     """
     cost = as_cost(hinge)
     distances = as_distances(distances)
-    if not isinstance(triplets, Triplets):
-        raise TypeError(f"triplets must be Triplets, got {type(triplets).__name__}.")
+    triplets = as_triplets(triplets)
     batch = distances.shape[:-2]
     shape = jnp.shape(triplets.valid)
     if any(jnp.shape(field) != shape for field in triplets):

@@ -1,4 +1,4 @@
-"""Triplets by how relevant items are to each other, as Deep Ranking draws them."""
+"""Triplets of graded relevance, sampled as in Deep Ranking."""
 
 import jax
 import jax.numpy as jnp
@@ -22,31 +22,32 @@ def relevance_triplets(
     out_of_category: ArrayLike = 0.5,
     where: ArrayLike | None = None,
 ) -> Triplets:
-    r"""Random triplets whose positive is more relevant to the anchor than the negative.
+    r"""Draw triplets whose positive is more relevant to the anchor than the negative.
 
     $$P(a) \propto \sum_{j \in C_a} r_{aj}, \qquad
       P(p \mid a) \propto \min(\text{cap}, r_{ap}), \; p \in C_a$$
 
-    where $C_a$ has the other items of the anchor's category. The negative is drawn
-    evenly from all other categories; or else within the category, in proportion to
-    $\min(\text{cap}, r_{an})$ among those with $r_{ap} - r_{an}$ at least the gap, and
-    above 0. Where there are none of one kind, it is of the other. Memory is
-    O(n^2 + n size): some 4 bytes for each pair of items, and 40 for each item and
-    triplet.
+    where $C_a$ has the other items of the anchor's category. With probability
+    `out_of_category` the negative is uniform over the items of other categories. Else
+    it is an item of the category with $r_{ap} - r_{an} > 0$ and at least the gap, drawn
+    in proportion to $\min(\text{cap}, r_{an})$. If one of the two sets is empty, the
+    negative comes from the other set. Memory is O(n^2 + n size): some 4 bytes for each
+    pair of items, and 40 for each item and triplet.
 
     Args:
         key: a random key, ``jax.random.key(seed)``.
-        relevance: ``[n, n]``, how relevant the second item is to the first, at least 0.
+        relevance: floats ``[n, n]`` of at least 0: entry (i, j) is the relevance of
+            item j to item i.
         categories: integers ``[n]``.
-        size: how many triplets to draw.
-        cap: relevance above it counts as this much, so that copies are not all.
-        gap: the least difference in relevance within a category.
-        out_of_category: the chance of a negative from another category, 0 to 1.
+        size: the number of triplets to draw, at least 1.
+        cap: the greatest weight of a relevance, so that near-copies do not dominate.
+        gap: the least difference $r_{ap} - r_{an}$ within a category.
+        out_of_category: the probability of a negative of another category, 0 to 1.
         where: bool ``[n]``, False for padding.
 
     Returns:
-        Triplets ``[size]``; not valid are those whose anchor has no relevant item, or
-        no negative.
+        Triplets ``[size]``. A triplet whose anchor has no relevant item or no negative
+        is not valid.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
@@ -86,11 +87,11 @@ def relevance_triplets(
 
     keys = jax.random.split(key, 5)
     anchor = draw(keys[0], total, (size,))
-    ours = weights[anchor]
-    positive = draw(keys[1], ours, (size,))
-    closer = jnp.take_along_axis(r[anchor], positive[:, None], axis=1)
-    apart = closer - r[anchor]
-    inside = jnp.where((apart >= gap) & (apart > 0), ours, 0)
+    anchor_weights = weights[anchor]
+    positive = draw(keys[1], anchor_weights, (size,))
+    of_positive = jnp.take_along_axis(r[anchor], positive[:, None], axis=1)
+    apart = of_positive - r[anchor]
+    inside = jnp.where((apart >= gap) & (apart > 0), anchor_weights, 0)
     outside = (real & (categories != categories[anchor][:, None])).astype(r.dtype)
     has_inside, has_outside = (jnp.any(w > 0, axis=1) for w in (inside, outside))
     out = jax.random.bernoulli(keys[2], out_of_category, (size,))
@@ -98,5 +99,5 @@ def relevance_triplets(
     negative = jnp.where(
         out, draw(keys[3], outside, (size,)), draw(keys[4], inside, (size,))
     )
-    valid = (total[anchor] > 0) & jnp.any(ours > 0, axis=1)
+    valid = (total[anchor] > 0) & jnp.any(anchor_weights > 0, axis=1)
     return Triplets(anchor, positive, negative, valid & (has_inside | has_outside))

@@ -2,14 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from tripletjax.learn.data.image_shape import (
-    View,
-)
 from tripletjax.learn.errors import one_line_errors
+
+if TYPE_CHECKING:  # Pillow, which arrays do without.
+    from tripletjax.learn.data.image_shape import View
 
 # So many images are read from disk, or decoded, at a time, where all are.
 READ = 4096
@@ -32,7 +32,7 @@ class StoredImages:
     indices: np.ndarray
     shape: tuple[int, int, int, int]
     stored: tuple[int, int, int]
-    view: View | None = None
+    view: "View | None" = None
     directory: Path = Path()
 
     dtype = np.dtype(np.uint8)
@@ -60,7 +60,7 @@ class StoredImages:
         shape = len(indices), *self.shape[1:]
         return dataclasses.replace(self, indices=indices, shape=shape)
 
-    def seen(self, view: View) -> "StoredImages":
+    def seen(self, view: "View") -> "StoredImages":
         """What is seen of them, still on disk."""
         shape = len(self), view.height, view.width, self.shape[-1]
         return dataclasses.replace(self, shape=shape, view=view)
