@@ -266,8 +266,8 @@ def test_classes_of_the_folder_of_a_run_are_left_out(folder, tmp_path):
     names, notes = left_out(embedder_of_run(str(folder / ".." / folder.name), "ab"))
     assert names == {"a", "b"}
     assert notes == [
-        "2 classes of the folder are left out, because the run was trained on them; 2 "
-        "were held out"
+        "2 classes of the folder are left out: the run was trained on them; 2 were "
+        "held out"
     ]
     with pytest.raises(ValueError, match="trained on the classes of"):
         left_out(embedder_of_run(str(folder), "abc"))

@@ -57,8 +57,8 @@ def told(report: dict[str, Any]) -> Iterator[str]:
         return
     if others["left_out"]:
         yield (
-            f"- {others['left_out']:,} images of {others['data']} are of classes of the "
-            "gallery, or copies of its images, and are not counted"
+            f"- {others['left_out']:,} images of {others['data']} are of classes of "
+            "the gallery, or copies of its images, and are not counted"
         )
     if others["fpir"] is None:
         yield "false positives at this gallery: unknown, no other class was calibrated"
