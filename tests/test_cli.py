@@ -322,7 +322,7 @@ def test_what_an_evaluation_skips_and_finds_is_named(trained, unseen, tmp_path):
     assert any("1 images are copies" in note for note in report["notes"])
     assert "2 images are skipped" in report["notes"]
     assert "1 entries that are no images of a class are skipped" in report["notes"]
-    with pytest.raises(ValueError, match="at least 2 folders of readable images, .* got 1"):
+    with pytest.raises(ValueError, match="at least 2 folders of readable"):
         evaluation.evaluate(trained, folder / "group0")
 
 
