@@ -226,10 +226,18 @@ MUTANTS = [
     Mutant(
         "mining-random-rank",
         "mining.py",
-        'return search_rows(running, rank, side="right"), count > 0',
-        'return search_rows(running, rank, side="left"), count > 0',
-        "random triplets take the wrong columns",
-        "tests/test_mining.py::test_random_miners_are_uniform",
+        'column = jnp.searchsorted(running, rank, side="right")',
+        'column = jnp.searchsorted(running, rank, side="left")',
+        "random triplets of masks take the wrong columns",
+        "tests/test_mining.py::test_random_triplets_are_uniform",
+    ),
+    Mutant(
+        "weights-rounded",
+        "_matrices.py",
+        "running = jax.lax.cummax(running, axis=running.ndim - 1)",
+        "running = jnp.cumsum(scaled, axis=-1)",
+        "a draw by weight takes columns whose weight is 0",
+        "tests/test_mining.py::test_no_column_without_weight_is_drawn",
     ),
     Mutant(
         "mining-within-margin",
@@ -347,6 +355,14 @@ MUTANTS = [
         "negatives = size - alike",
         "an anchor counts as its own negative",
         "tests/test_blockwise.py",
+    ),
+    Mutant(
+        "class-own-draw",
+        "_pairwise/class_index.py",
+        "slot = r + ((own < first) & (r >= own))",
+        "slot = r",
+        "a random negative is the anchor itself",
+        "tests/test_mining.py::test_random_triplets_are_uniform",
     ),
     Mutant(
         "class-padded-anchors",
@@ -588,7 +604,7 @@ MUTANTS = [
         "margin=floats.margin,",
         "margin=2 * floats.margin,",
         "second derivatives are at another margin",
-        "tests/test_blockwise.py::test_forward_mode_and_second_order",
+        "tests/test_blockwise.py::test_a_second_derivative_is_that_of_the_matrix",
     ),
     Mutant(
         "products-slope",
@@ -669,16 +685,16 @@ MUTANTS = [
     Mutant(
         "relevance-cap",
         "relevance.py",
-        "weights = jnp.where(within, jnp.minimum(r, cap), 0)",
-        "weights = jnp.where(within, r, 0)",
+        "weights = jnp.where(within, jnp.minimum(row, cap), 0)",
+        "weights = jnp.where(within, row, 0)",
         "copies are drawn as often as their relevance",
         "tests/test_relevance.py::test_triplets_are_drawn_as_often_as_they_should",
     ),
     Mutant(
         "relevance-equal",
         "relevance.py",
-        "inside = jnp.where((apart >= gap) & (apart > 0), anchor_weights, 0)",
-        "inside = jnp.where(apart >= gap, anchor_weights, 0)",
+        "inside = jnp.where((apart >= gap) & (apart > 0), weights, 0)",
+        "inside = jnp.where(apart >= gap, weights, 0)",
         "equally relevant items make a triplet",
         "tests/test_relevance.py::test_padding_is_not_drawn_and_nothing_is_not_valid",
     ),
@@ -823,8 +839,8 @@ MUTANTS = [
     Mutant(
         "far-not-shown",
         "verification/evaluation.py",
-        "shown = negatives * far >= 1 - 1e-6",
-        "shown = negatives * far >= 0",
+        "measurable = negatives * far >= 1 - 1e-6",
+        "measurable = negatives * far >= 0",
         "a FAR that too few negatives can show has a rate",
         "tests/test_verification.py::test_a_far_that_few_negatives_cannot_show_is_nan",
     ),
@@ -877,8 +893,8 @@ MUTANTS = [
     Mutant(
         "bootstrap-copies",
         "verification/resampling.py",
-        "weights, others = copies[us], copies[them[:, 0]] * copies[them[:, 1]]",
-        "weights, others = copies[us], copies[them[:, 0]]",
+        "copies[different_identities[:, 0]] * copies[different_identities[:, 1]],",
+        "copies[different_identities[:, 0]],",
         "pairs of identities that are not drawn count",
         "tests/test_verification.py::test_a_replicate_is_the_pairs_of_its_draw",
     ),
@@ -1037,12 +1053,12 @@ MUTANTS = [
     ),
     Mutant(
         "checkpoint-dtype",
-        "learn/distributed/keys.py",
+        "learn/training/checkpoints.py",
         (
-            'kinds = [f"{np.shape(x)}{jax.dtypes.canonicalize_dtype(x.dtype)}" for x '
+            'types = [f"{np.shape(x)}{jax.dtypes.canonicalize_dtype(x.dtype)}" for x '
             "in arrays]"
         ),
-        'kinds = [f"{np.shape(x)}" for x in arrays]',
+        'types = [f"{np.shape(x)}" for x in arrays]',
         "a state of another dtype is restored",
         "tests/test_learn.py::test_states_of_another_model_are_left_alone",
     ),
@@ -1285,8 +1301,8 @@ MUTANTS = [
     Mutant(
         "calibration-balance",
         "apps/verification/calibration.py",
-        'fitted = LogisticRegression(class_weight="balanced").fit(',
-        "fitted = LogisticRegression().fit(",
+        'regression = LogisticRegression(class_weight="balanced").fit(',
+        "regression = LogisticRegression().fit(",
         "the probability is that of rare pairs",
         "tests/test_verify.py::test_the_probability_is_a_logistic_regression",
     ),
@@ -1301,7 +1317,7 @@ MUTANTS = [
     Mutant(
         "calibration-key",
         "apps/verification/calibration.py",
-        "if found.embedder != key:",
+        "if calibration.embedder != key:",
         "if False:",
         "a threshold of another embedding is used",
         "tests/test_verify.py::test_a_threshold_decides_about_two_images",
@@ -1333,8 +1349,8 @@ MUTANTS = [
     Mutant(
         "verify-same-folder",
         "apps/verification/evaluation.py",
-        "same = learnt == name or Path(learnt).resolve() == folder.resolve()",
-        "same = learnt == name",
+        "same = data == name or Path(data).resolve() == folder.resolve()",
+        "same = data == name",
         "a threshold is chosen on the folder that the run was trained on",
         "tests/test_verify.py::test_classes_of_the_folder_of_a_run_are_left_out",
     ),

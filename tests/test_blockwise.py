@@ -325,6 +325,21 @@ def test_near_duplicates_keep_their_digits(name, loss, role):
         np.testing.assert_allclose(jnp.linalg.norm(gradient[0]), count, rtol=1e-5)
 
 
+def test_a_second_derivative_is_that_of_the_matrix():
+    x, labels = vectors(8, 3), np.arange(8) // 2
+    options = {"margin": 0.5, "hinge": jax.nn.softplus}
+
+    def of_gradient(form):
+        squared = lambda x: jnp.sum(jax.grad(form)(x) ** 2)  # noqa: E731
+        return jax.jit(jax.grad(squared))(x)
+
+    got = of_gradient(lambda x: blockwise.batch_hard_loss(x, labels, **options))
+    expected = of_gradient(
+        lambda x: tj.batch_hard_loss(tj.euclidean(x), labels, **options)
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", unless_slow(THREE, [], slow=["batch all"]))
 def test_forward_mode_and_second_order(loss, matrix):
     options = {"margin": 0.5, "hinge": jax.nn.softplus}

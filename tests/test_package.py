@@ -85,7 +85,7 @@ APART = {
     "retrieval": ("mining", "losses"),
     "verification": ("mining", "losses"),
     "collapse": ("mining", "losses"),
-    "mining": ("_pairwise", "retrieval", "verification", "collapse"),
+    "mining": ("retrieval", "verification", "collapse"),
     "losses": ("_pairwise", "retrieval", "verification", "collapse"),
     "blockwise": ("retrieval", "verification", "collapse"),
 }

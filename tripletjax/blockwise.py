@@ -92,6 +92,8 @@ def batch_all_loss(
 
     `tripletjax.batch_all_loss` without the distance matrix.
 
+    Memory: O(n d + m d + block_size^2), also of the gradient.
+
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
@@ -184,6 +186,8 @@ def batch_hard_loss(
       + \text{margin}\Bigr)$$
 
     `tripletjax.batch_hard_loss` without the distance matrix.
+
+    Memory: O(n d + m d + block_size^2), also of the gradient.
 
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
@@ -278,6 +282,8 @@ def batch_semi_hard_loss(
 
     `tripletjax.batch_semi_hard_loss` without the distance matrix. There it says which
     negative that is.
+
+    Memory: O(n d + m d + block_size^2), also of the gradient.
 
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
@@ -391,6 +397,8 @@ def batch_hard_triplets(
 
     `tripletjax.batch_hard_triplets` without the distance matrix.
 
+    Memory: O(n d + m d + block_size^2).
+
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
@@ -458,6 +466,8 @@ def batch_semi_hard_triplets(
 
     `tripletjax.batch_semi_hard_triplets` without the distance matrix. There the
     triplets have the matrix's shape; here they are compacted to a fixed size.
+
+    Memory: O(n d + m d + block_size^2 + size).
 
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.

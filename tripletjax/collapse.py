@@ -54,8 +54,9 @@ def report(
     $$\exp\Bigl(-\sum_i p_i \log p_i\Bigr), \qquad
       p_i = \frac{\sigma_i}{\sum_j \sigma_j}$$
 
-    and 1 if all are 0. Distances are over the n (n - 1) / 2 pairs. Memory is O(n d),
-    and that of a block of pairs.
+    and 1 if all are 0. Distances are over the n (n - 1) / 2 pairs.
+
+    Memory: O(n d + d^2), and a block of distances.
 
     Args:
         embeddings: vectors ``[n, d]``.

@@ -83,6 +83,8 @@ def mean_valid(terms: TripletTerms) -> Array:
 
     $$\frac{\sum_a \text{total}_a}{\sum_a \text{valid}_a}$$
 
+    Memory: O(1).
+
     Args:
         terms: `TripletTerms` ``[..., n]``.
 
@@ -104,6 +106,8 @@ def mean_active(terms: TripletTerms) -> Array:
     $$\frac{\sum_a \text{total}_a}{\sum_a \text{active}_a}$$
 
     Unlike `mean_valid` it does not fade as triplets become satisfied.
+
+    Memory: O(1).
 
     Args:
         terms: `TripletTerms` ``[..., n]``.
@@ -290,6 +294,8 @@ def selectively_contrastive(
         triplets = tj.batch_easy_hard_triplets(d, labels, negative=hardest_negative)
         tj.triplet_loss(d, triplets, hinge=tj.selectively_contrastive())
 
+    Memory: O(1) for each triplet.
+
     Args:
         hard_weight: λ, the weight of triplets with a hard negative.
         temperature: τ, in units of cosine similarity.
@@ -348,6 +354,8 @@ def triplet_margin_loss(
     r"""The triplet loss of given triplets.
 
     $$\ell = h(d(a, p) - d(a, n) + \text{margin})$$
+
+    Memory: O(n d).
 
     Args:
         anchors: vectors ``[..., t, d]``, or one vector ``[d]``.
@@ -452,6 +460,8 @@ def triplet_loss(
 
     $$\ell = h(d_{ap} - d_{an} + \text{margin})$$
 
+    Memory: O(n m) for the gradient, and O(1) for each triplet.
+
     Args:
         distances: ``[..., n, m]``.
         triplets: `Triplets` of any miner: ``[..., k]`` or ``[..., n, k]``, where the
@@ -548,6 +558,8 @@ def batch_hard_loss(
     From a cold start it is prone to collapse to one point, where every triplet costs
     the margin: warm up with `batch_all_loss`, or see `selectively_contrastive`.
 
+    Memory: O(n m), at most the size of the distances.
+
     Args:
         distances: ``[..., n, m]``.
         labels: integers ``[..., n]``, or `PairMasks`.
@@ -621,6 +633,8 @@ def batch_semi_hard_loss(
     farthest negative if there is none. `tripletjax.mining` tables what else is called
     semi-hard.
 
+    Memory: O(n m), at most 8 times the size of the distances.
+
     Args:
         distances: ``[..., n, m]``.
         labels: integers ``[..., n]``, or `PairMasks`.
@@ -693,6 +707,8 @@ def batch_all_loss(
 
     Exact in O(n m) memory: the positives of all anchors are taken one at a time, as
     many times as the anchor with the most of them has.
+
+    Memory: O(n m), at most twice the size of the distances.
 
     Args:
         distances: ``[..., n, m]``.

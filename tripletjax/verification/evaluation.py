@@ -75,6 +75,8 @@ def evaluate(
 
     `VerificationMetrics` defines TAR at FAR, equal error rate and accuracy.
 
+    Memory: O((n + m) d + size), and a block of distances.
+
     Args:
         embeddings: vectors ``[n, d]``.
         labels: integers ``[n]``.
@@ -290,6 +292,8 @@ def evaluate_pairs(
 ) -> VerificationMetrics:
     """Verification metrics of given pairs.
 
+    Memory: O(n).
+
     Args:
         distances: of each pair ``[n]``.
         same: bool ``[n]``, True for pairs of the same item.
@@ -326,6 +330,8 @@ def tar_at_far(
 
     The largest TAR whose FAR is at most each of `fars`.
 
+    Memory: O(n).
+
     Args:
         distances: of each pair ``[n]``.
         same: bool ``[n]``, True for pairs of the same item.
@@ -358,6 +364,8 @@ def equal_error_rate(
     """Equal error rate: the rate e where FAR = FRR = e.
 
     Interpolated linearly between the points of the ROC.
+
+    Memory: O(n).
 
     Args:
         distances: of each pair ``[n]``.

@@ -68,8 +68,8 @@ def evaluate(
         embedder: of a run, or of any function.
         folder: one folder of images per class, or images alone, whose names without
             numbers are the classes.
-        far: false accept rate of the threshold, between 0 and 1. With too few pairs to
-            measure it, the report has no threshold, and a note with the reason.
+        far: false accept rate of the threshold, between 0 and 1. If there are too few
+            pairs to measure it, the report has a note and no threshold.
         pairs_file: a ``pairs.txt`` in the format of Labeled Faces in the Wild. If not
             given, all pairs of images.
         classes_from: the level of nested folders that makes classes, as in
