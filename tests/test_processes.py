@@ -354,13 +354,12 @@ def test_wrong_options_end_all_processes(tmp_path, options, words):
     [
         (["--processes", 2], "requires --coordinator and --process"),
         (["--processes", "cluster", "--process", 0], "--processes cluster neither"),
-        (["--coordinator", "host:1"], "require --processes"),
+        (["--coordinator", "host:1"], "--coordinator requires --processes."),
         (["--processes", "two"], "must be a number or cluster, got two"),
     ],
 )
 def test_options_of_processes(options, words, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["train", *map(str, options)])
+    assert cli.main(["train", *map(str, options)]) == 2
     assert words in capsys.readouterr().err
 
 
