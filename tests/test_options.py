@@ -16,7 +16,7 @@ from tripletjax.learn.runs import defaults, options, plan, preparation, record
 CHECKED = [
     (field.name, declared)
     for field, declared in options.options_of(learn.Config)
-    if declared.choices is not None or declared.check is not None
+    if declared.choices is not None or declared.rule is not None
 ]
 
 

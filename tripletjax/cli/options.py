@@ -14,9 +14,6 @@ from typing import Any, ClassVar, Self, get_args, get_type_hints
 from tripletjax.learn import choices
 from tripletjax.learn.runs.config import DATA, Config, classes_from_option
 from tripletjax.learn.runs.options import (
-    AT_LEAST_0,
-    AT_LEAST_1,
-    Check,
     OptionError,
     check_options,
     flag,
@@ -27,7 +24,6 @@ from tripletjax.learn.runs.options import (
 
 # Names of values in the help, by their type.
 METAVARS = {int: "N", float: "NUMBER", Path: "PATH", str: "TEXT"}
-IS_PNG = Check("a .png file", lambda path: path.suffix == ".png")
 
 # Options of several commands.
 run_option = partial(
@@ -269,13 +265,13 @@ class Search(Options):
     )
     together: bool = option("search once, by the mean of all queries", default=False)
     k: int = option(
-        "largest number of hits of a query", default=8, metavar="K", check=AT_LEAST_1
+        "largest number of hits of a query", default=8, metavar="K", rule="at least 1"
     )
     within: float | None = option(
         "largest distance of a hit, or of two duplicates (default: any distance, 0.1 "
         "for duplicates)",
         metavar="DISTANCE",
-        check=AT_LEAST_0,
+        rule="at least 0",
     )
     classes: tuple[str, ...] = option(
         "folders of the index to search in, at any depth", default=(), metavar="FOLDER"
@@ -292,8 +288,8 @@ class Search(Options):
         self.require("query", "together", "classes", "approximate")
         if self.out is not None and not (self.query or self.duplicates):
             raise OptionError("{out} requires {query} or {duplicates}.")
-        if self.out is not None and self.query and not IS_PNG.holds(self.out):
-            raise OptionError(f"{{out}} must be {IS_PNG.rule}, got {self.out}.")
+        if self.out is not None and self.query and self.out.suffix != ".png":
+            raise OptionError(f"{{out}} must be a .png file, got {self.out}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -375,7 +371,7 @@ class Identify(Options):
         "largest distance at which a class gives its name (default: the threshold of "
         "tripletjax verify)",
         metavar="DISTANCE",
-        check=AT_LEAST_0,
+        rule="at least 0",
     )
     closed: bool = option(
         "name every image after its nearest class, at any distance", default=False
@@ -386,7 +382,7 @@ class Identify(Options):
     out: Path | None = option(
         "picture of the images beside the nearest of the gallery",
         metavar="FILE.png",
-        check=IS_PNG,
+        rule="a .png file",
     )
     json: Path | None = json_option()
 
@@ -451,11 +447,6 @@ class Export(Options):
 
 
 COMMANDS: dict[str, type[Options]] = {
-    "train": Train,
-    "evaluate": Evaluate,
-    "search": Search,
-    "verify": Verify,
-    "identify": Identify,
-    "serve": Serve,
-    "export": Export,
+    cls.__name__.lower(): cls
+    for cls in (Train, Evaluate, Search, Verify, Identify, Serve, Export)
 }

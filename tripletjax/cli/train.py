@@ -82,23 +82,20 @@ def _train(options: Train) -> int:
 def _request(options: Train, on: Placement) -> tuple[Config, Path]:
     """The configuration and the run directory, those of process 0 but for locations."""
     # Data may be elsewhere on another machine; all else must be the same.
-    locations = {
-        name: value
-        for name, value in options.requested.items()
-        if name in preparation.LOCATIONS
-    }
-    same = {k: v for k, v in options.requested.items() if k not in locations}
-    same |= {"augment": options.augment, "resume": options.resume}
-    if (first := on.of_first(lambda: same)) != same:
-        names = sorted(first.keys() | same.keys())
-        differ = [name for name in names if first.get(name) != same.get(name)]
+    requested, names = options.requested, preparation.LOCATIONS
+    locations = {name: requested[name] for name in names if name in requested}
+    own = {k: v for k, v in requested.items() if k not in locations}
+    own |= {"augment": options.augment, "resume": options.resume}
+    first = on.of_first(lambda: own)
+    differ = [k for k in sorted(first | own) if first.get(k) != own.get(k)]
+    if differ:
         raise OptionError(
             "options must be those of process 0, got others for "
             f"{', '.join(f'{{{name}}}' for name in differ)}."
         )
     config, out = on.of_first(
         lambda: preparation.make_request(
-            options.requested,
+            requested,
             augment=options.augment,
             out=options.out,
             resume=options.resume,

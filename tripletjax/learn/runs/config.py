@@ -5,18 +5,7 @@ from functools import partial
 
 from tripletjax.learn import choices
 from tripletjax.learn.data.augment import Augment
-from tripletjax.learn.runs.options import (
-    AT_LEAST_0,
-    AT_LEAST_1,
-    BELOW_1,
-    FINITE,
-    SHARE,
-    Check,
-    OptionError,
-    check_options,
-    documented,
-    option,
-)
+from tripletjax.learn.runs.options import OptionError, check_options, documented, option
 from tripletjax.learn.training.objectives import MINING
 
 # Groups of options, in the order of the help.
@@ -33,10 +22,6 @@ classes_from_option = partial(
     "nested folders that are classes: the top ones, or the leaves, which hold images "
     "(default: leaves, except folders by date or session)",
     choices=choices.CLASSES_FROM,
-)
-INSIDE = Check(
-    "top, left, bottom, right with 0 <= top < bottom <= 1 and 0 <= left < right <= 1",
-    lambda box: 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1,
 )
 
 
@@ -68,12 +53,12 @@ class Config:
     size: int | None = _data(
         "image size, longer side in pixels (default: that of the median image, at most "
         "32 for greyscale characters, else 64)",
-        check=AT_LEAST_1,
+        rule="at least 1",
     )
     box: tuple[float, float, float, float] | None = _api(
         "part of every image that the network sees: top, left, bottom and right, as "
         "shares of height and width",
-        check=INSIDE,
+        rule="shares from 0 to 1 with top < bottom and left < right",
     )
     rotation_classes: int | None = _data_of_classes(
         "number of turned and mirrored copies of each class that are classes of their "
@@ -99,23 +84,23 @@ class Config:
     )
     hidden: int | None = _network(
         "width of the first of two layers of the head on a backbone; 0 for one layer",
-        check=AT_LEAST_0,
+        rule="at least 0",
     )
     views: int | None = _network(
         "number of views of each image for a frozen backbone (default: 2)",
-        check=AT_LEAST_1,
+        rule="at least 1",
     )
     mirror: bool | None = _api(
         "whether an embedding is the mean of an image's and its mirror image's"
     )
     dim: int | None = _network(
-        "number of dimensions of the embedding", check=AT_LEAST_1
+        "number of dimensions of the embedding", rule="at least 1"
     )
     channels: tuple[int, ...] | None = _api(
         "number of channels of each stage of the network"
     )
     stride: int | None = _api(
-        "stride of the first convolution of a residual network", check=AT_LEAST_1
+        "stride of the first convolution of a residual network", rule="at least 1"
     )
     bfloat16: bool = _network("compute the network in bfloat16", default=False)
     mining: str = _batches_of_classes(
@@ -124,13 +109,13 @@ class Config:
     margin: float = _batches(
         "margin of the triplet loss, in Euclidean distance between unit vectors",
         default=0.2,
-        check=FINITE,
+        rule="finite and at least 0",
     )
     batch_all_fraction: float = _api(
         "share of the steps that hard mining begins with all triplets, without which "
         "it collapses",
         default=0.5,
-        check=SHARE,
+        rule="0 to 1",
     )
     classes: int | None = _batches_of_classes("number of classes in a batch")
     per_class: int | None = _batches_of_classes(
@@ -151,40 +136,44 @@ class Config:
     memory: int = _batches_of_classes(
         "number of embeddings of earlier batches in the cross-batch memory",
         default=0,
-        check=AT_LEAST_0,
+        rule="at least 0",
     )
     memory_warmup: float = _batches_of_classes(
-        "share of the steps before the memory is used", default=0.1, check=SHARE
+        "share of the steps before the memory is used", default=0.1, rule="0 to 1"
     )
     memory_momentum: float | None = _batches_of_classes(
         "momentum of the EMA network whose embeddings the memory holds; 0 for the "
         "trained network itself (default: 0.99)",
-        check=BELOW_1,
+        rule="at least 0 and below 1",
     )
     triplets_per_batch: int | None = _batches(
-        "number of given triplets in a batch", check=AT_LEAST_1, task="triplets"
+        "number of given triplets in a batch", rule="at least 1", task="triplets"
     )
     embed_chunk_size: int | None = _batches(
-        "number of images embedded at a time, to bound the memory", check=AT_LEAST_1
+        "number of images embedded at a time, to bound the memory", rule="at least 1"
     )
-    steps: int | None = _training("number of training steps", check=AT_LEAST_1)
+    steps: int | None = _training("number of training steps", rule="at least 1")
     seed: int = _training(
-        "seed of parameters, batches and augmentation", default=0, check=AT_LEAST_0
+        "seed of parameters, batches and augmentation", default=0, rule="at least 0"
     )
-    learning_rate: float | None = _training("peak learning rate", check=FINITE)
-    weight_decay: float | None = _api("weight decay of AdamW", check=FINITE)
+    learning_rate: float | None = _training(
+        "peak learning rate", rule="finite and at least 0"
+    )
+    weight_decay: float | None = _api(
+        "weight decay of AdamW", rule="finite and at least 0"
+    )
     ema_decay: float = _api(
         "decay of the exponential moving average of the parameters", default=0.98
     )
     augment: Augment | None = _api("random changes of the images while training")
     log_every: int = _api(
-        "number of steps between two records of metrics", default=10, check=AT_LEAST_1
+        "number of steps between two records of metrics", default=10, rule="at least 1"
     )
     validate_every: int | None = _api(
-        "number of steps between two validations", check=AT_LEAST_1
+        "number of steps between two validations", rule="at least 1"
     )
     checkpoint_every: int = _api(
-        "number of steps between two checkpoints", default=100, check=AT_LEAST_1
+        "number of steps between two checkpoints", default=100, rule="at least 1"
     )
 
     def __post_init__(self) -> None:

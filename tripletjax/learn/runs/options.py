@@ -1,6 +1,6 @@
 """Options as fields of dataclasses: one declaration of each.
 
-A field made by `option` carries its help, group, choices and check. From these follow
+A field made by `option` carries its help, group, choices and rule. From these follow
 the rows of the command, the check of values, and the documentation.
 """
 
@@ -30,19 +30,18 @@ class OptionError(ValueError):
         return re.sub(r"\{(\w+)\}", lambda name: flag(name[1]), self.text)
 
 
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """A rule for values, such as ``Check("at least 1", lambda x: x >= 1)``."""
-
-    rule: str
-    holds: Callable[[Any], bool]
-
-
-AT_LEAST_1 = Check("at least 1", lambda x: x >= 1)
-AT_LEAST_0 = Check("at least 0", lambda x: x >= 0)
-FINITE = Check("finite and at least 0", lambda x: 0 <= x < float("inf"))
-SHARE = Check("0 to 1", lambda x: 0 <= x <= 1)
-BELOW_1 = Check("at least 0 and below 1", lambda x: 0 <= x < 1)
+# Rules for values, by the words that an error has for them.
+RULES: dict[str, Callable[[Any], bool]] = {
+    "at least 1": lambda x: x >= 1,
+    "at least 0": lambda x: x >= 0,
+    "finite and at least 0": lambda x: 0 <= x < float("inf"),
+    "0 to 1": lambda x: 0 <= x <= 1,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+    "shares from 0 to 1 with top < bottom and left < right": (
+        lambda box: 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
+    ),
+    "a .png file": lambda path: path.suffix == ".png",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ class Option:
         help: noun phrase or imperative that makes sense without the option's name.
         group: title of its group in the help; None for no group.
         choices: words that are accepted; None for any value.
-        check: rule for values other than None.
+        rule: rule of `RULES` for values other than None.
         metavar: name of the value in the help; by the type if None.
         task: "classes" or "triplets" if the option requires that task; None for both.
         positional: whether the command takes the values without a name.
@@ -63,7 +62,7 @@ class Option:
     help: str
     group: str | None = None
     choices: tuple[str, ...] | None = None
-    check: Check | None = None
+    rule: str | None = None
     metavar: str | None = None
     task: str | None = None
     positional: bool = False
@@ -111,8 +110,8 @@ def check_options(values: Any) -> None:
             continue
         if declared.choices is not None and value not in declared.choices:
             rule = f"one of {', '.join(declared.choices)}"
-        elif declared.check is not None and not declared.check.holds(value):
-            rule = declared.check.rule
+        elif declared.rule is not None and not RULES[declared.rule](value):
+            rule = declared.rule
         else:
             continue
         raise OptionError(f"{{{field.name}}} must be {rule}, got {value!r}.")
