@@ -138,7 +138,9 @@ def _row(
 class Train(Options):
     """Train an embedding of images and evaluate it on held-out images.
 
-    Options that are not given are chosen from the data and written to config.json.
+    Options that are not given are chosen from the data and written to config.json. The
+    run keeps its last model, unless an earlier one is better by more than the standard
+    error over the validation classes.
     """
 
     requested: dict[str, Any]

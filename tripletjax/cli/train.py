@@ -115,10 +115,15 @@ def _print_results(
         for name, metrics in evaluations.items():
             values = (f"{metrics[k]:{len(v)}.1f}" for k, v in columns.items())
             print(f"{name:<19}  " + "  ".join(values))
+        for line in _interval_lines(evaluations["trained"]):
+            print(line)
     else:
         more = "; --split classes holds out whole classes" if items == "images" else ""
         print(f"\nNo test: there are too few {items} to hold any out{more}.")
     summary = json.loads((out / record.SUMMARY).read_text(encoding="utf-8"))
+    # A run of an earlier version has no such entry.
+    if "kept_step" in summary:
+        print(f"\nThe kept checkpoint is of step {_kept_step(summary)}.")
     skipped = summary["counts"].pop("skipped")
     counts = (
         f"{n:,} {part.replace('_', ' ')}" for part, n in summary["counts"].items()
@@ -136,3 +141,19 @@ def _print_results(
         print("config.json names each entry with its reason.")
     picture = "neighbors" if items == "images" else items
     print(f"Run directory: {shown(out)}; see {picture}.png.")
+
+
+def _kept_step(summary: dict[str, Any]) -> str:
+    """The kept step, and the number of steps."""
+    step, steps = summary["kept_step"], summary["steps"]
+    return f"{step:,}, the last" if step == steps else f"{step:,} of {steps:,}"
+
+
+def _interval_lines(trained: dict[str, Any]) -> list[str]:
+    """Lines with the intervals of the final numbers, if there are any."""
+    unit = "anchors" if "anchors" in trained else "classes"
+    return [
+        f"{COLUMNS[name]} {trained[name]:.1f} % [{low:.1f}, {high:.1f}] over "
+        f"{trained[unit]:,} {unit} (95 % interval)"
+        for name, (low, high) in trained.get("intervals", {}).items()
+    ]

@@ -303,7 +303,7 @@ def _largest_jvp(axis: tuple[int, ...], primals: tuple, tangents: tuple) -> tupl
 
 
 def halved(x: Array, of: Callable[..., Array] = largest) -> Array:
-    """Pool every 2 x 2 pixels by the maximum or ``of``; odd sides repeat the last pixel.
+    """Pool every 2 x 2 pixels by the maximum or ``of``; odd sides repeat a pixel.
 
     XLA's gradient of pooling by windows takes 7 times as long on CPUs.
     """
