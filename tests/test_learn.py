@@ -983,7 +983,6 @@ def test_states_that_a_killed_process_was_removing_go(tmp_path):
     assert (step, state["x"].tolist(), damaged) == (3, [3, 3, 3], [])
 
 
-
 def test_damaged_checkpoints_fall_back(tmp_path):
     state = {"x": jnp.arange(1000.0), "key": jax.random.key(3), "none": None}
     kept = Checkpoints(tmp_path / "kept")
