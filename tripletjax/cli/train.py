@@ -123,7 +123,7 @@ def _print_results(
     summary = json.loads((out / record.SUMMARY).read_text(encoding="utf-8"))
     # A run of an earlier version has no such entry.
     if "kept_step" in summary:
-        print(f"\nThe kept checkpoint is of step {_kept_step(summary)}.")
+        print(f"\nKept checkpoint: step {_kept_step(summary)}.")
     skipped = summary["counts"].pop("skipped")
     counts = (
         f"{n:,} {part.replace('_', ' ')}" for part, n in summary["counts"].items()
