@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from tripletjax import learn
+from tripletjax.cli import train
 from tripletjax.cli.main import build_parser
+from tripletjax.cli.options import Train
 from tripletjax.learn.data.augment import Augment
 from tripletjax.learn.data.sources import parse_source
 from tripletjax.learn.runs import defaults, options, plan, preparation, record
@@ -202,3 +204,21 @@ def test_sources_by_name(tmp_path, monkeypatch):
     ]
     assert [source.is_digits for source in sources] == [True] + [False] * 5
     assert [source.in_tfds for source in sources] == [False, True] + [False] * 4
+
+
+# Processes.
+
+
+def test_options_other_than_those_of_process_0():
+    class Second:
+        """A process whose first one was given a step number and the same seed."""
+
+        def of_first(self, make):
+            return {"steps": 3, "seed": 1, "augment": None, "resume": False}
+
+    values = vars(build_parser().parse_args(["train", "--seed", "1"]))
+    given = Train.of({**values, "augment": "more"})
+    del given.requested["command"]
+    with pytest.raises(options.OptionError) as raised:
+        train._request(given, Second())
+    assert raised.value.as_typed.endswith("got others for --augment, --steps.")
