@@ -25,11 +25,11 @@ from programs import compilations, quickly, repeatable
 
 import tripletjax as tj
 from tripletjax import learn
-from tripletjax.learn import choices, plots
+from tripletjax.learn import plots
 from tripletjax.learn.data import augment, datasets, image_analysis, sampling
 from tripletjax.learn.data.image_cache import Decoding
 from tripletjax.learn.distributed import placement
-from tripletjax.learn.networks import backbones, embedding_networks, layers
+from tripletjax.learn.networks import embedding_networks, layers
 from tripletjax.learn.networks.embedding import as_floats
 from tripletjax.learn.runs import config, defaults, preparation, record, tasks
 from tripletjax.learn.runs import model as model_of_run
@@ -52,7 +52,7 @@ def small(**options):
 
 
 def requested_of(out):
-    return record.options_of(RunRecord.read(out).requested)
+    return record.requested_options(RunRecord.read(out).requested)
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,6 @@ def test_what_is_lazy_is_there():
         assert getattr(learn, name) is not None
         assert name in dir(learn)
     assert learn.Config is config.Config
-    assert tuple(objectives.MINING) == choices.MINING
-    models = (*embedding_networks.MODELS, *backbones.UNTRAINED)
-    assert models == choices.MODELS
     with pytest.raises(AttributeError, match="no attribute 'fits'"):
         _ = learn.fits
 
