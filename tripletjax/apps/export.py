@@ -13,7 +13,6 @@ import functools
 import io
 import logging
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from tripletjax.learn.data.folder_listing import find_files
 from tripletjax.learn.data.image_files import open_image
 from tripletjax.learn.data.image_shape import View
 from tripletjax.learn.embedder import Embedder
-from tripletjax.learn.files import write_json
+from tripletjax.learn.files import replaced, write_json
 from tripletjax.learn.networks import backbones, heads
 from tripletjax.learn.networks.backbones.layers import whole_depthwise
 from tripletjax.learn.networks.embedding import as_floats
@@ -125,8 +124,7 @@ def export(
     spec = embedder.shape
     shape = spec.height, spec.width, spec.channels
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    try:
+    with replaced(out) as part:
         if weights:
             expected = _backbone_features(embedder)(images)
             _write_weights(embedder, part)
@@ -149,9 +147,6 @@ def export(
             )
         if preparation is not None:
             write_json(preparation, dataclasses.asdict(spec))
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
     size, dim = out.stat().st_size, expected.shape[1]
     return Exported(
         out, preparation, size, shape, dim, len(images), of, difference, notes

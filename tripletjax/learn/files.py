@@ -1,10 +1,12 @@
 """Digests of files, files written aside and renamed, and free paths."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +51,50 @@ def free_path(wanted: Path) -> Path:
     return path
 
 
+def part_of(path: Path) -> Path:
+    """The path beside a file at which `replaced` writes its new content."""
+    return path.with_name(f"{path.name}.part")
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Write a file, or a new directory, whole or not at all.
+
+    The body writes to the path that it receives. Its end flushes the content to disk
+    and renames it to `path`. After an exception, `path` is as before and no part is
+    left. A part of a killed process is removed by the next call.
+
+    Args:
+        path: replaced if it is a file; a directory must not exist at the end.
+    """
+    part = part_of(path)
+    _remove(part)
+    try:
+        yield part
+        for file in (part, *part.rglob("*")):
+            if file.is_file():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+        part.replace(path)
+    except BaseException:
+        _remove(part)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, values: Any) -> None:
-    """Writes a file of JSON whole or not at all, in a folder that need not be there."""
+    """Write a JSON file whole or not at all, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    """Write a text file in UTF-8 whole or not at all."""
+    with replaced(path) as part:
+        part.write_text(text, encoding="utf-8")
