@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -148,37 +149,50 @@ def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
     assert datasets.load(str(folder), data_dir=tmp_path / "kept").key != one.key
 
 
-@pytest.mark.parametrize(
-    ("where", "name"), [(image_cache, "prepare"), (image_shape.ImageSpec, "of")]
-)
-def test_another_process_decodes_the_same_folder(tmp_path, monkeypatch, where, name):
-    # It is done before this one begins, or while this one decodes.
+def test_a_second_decode_of_the_same_folder_waits_for_the_first(
+    tmp_path, monkeypatch, capsys
+):
     folder, kept = str(shapes(tmp_path / "pictures")), tmp_path / "kept"
-    function, other = getattr(where, name), []
+    prepare, calls, second = image_cache.prepare, [], []
+    begun = threading.Event()
 
-    def beaten(*args, **options):
-        monkeypatch.undo()
-        other.append(datasets.load(folder, data_dir=kept))
-        return function(*args, **options)
+    def load():
+        second.append(datasets.load(folder, data_dir=kept, progress=True))
 
-    monkeypatch.setattr(where, name, beaten)
-    dataset = datasets.load(folder, data_dir=kept)
-    assert [dataset.key] == [one.key for one in other]
-    np.testing.assert_array_equal(dataset.test.images, other[0].test.images)
+    def slow(builder):
+        if not calls:
+            calls.append(builder)
+            other.start()
+            begun.wait(0.5)
+            assert not second
+        else:
+            # The first decode has ended.
+            assert builder.data_path.exists()
+            calls.append(builder)
+        prepare(builder)
+
+    other = threading.Thread(target=load)
+    monkeypatch.setattr(image_cache, "prepare", slow)
+    first = datasets.load(folder, data_dir=kept)
+    other.join()
+    assert len(calls) == 2
+    assert "waiting for another process" in capsys.readouterr().err
+    assert second[0].key == first.key
+    np.testing.assert_array_equal(first.test.images, second[0].test.images)
     assert not list(kept.rglob("*incomplete*"))
 
 
 KILLED = """
 import os, sys
-from tripletjax.learn import datasets, image_io
+from tripletjax.learn.data import datasets, image_shape
 def stop(*args):
     os.kill(os.getpid(), 9)
-image_io.ImageSpec.fit = stop
+image_shape.ImageSpec.fit = stop
 datasets.load(sys.argv[1], data_dir=sys.argv[2])
 """
 HOLDS = """
 import sys
-from tripletjax.learn import datasets
+from tripletjax.learn.data import datasets
 datasets.load(sys.argv[1], data_dir=sys.argv[2])
 print("held", flush=True)
 sys.stdin.read()
@@ -190,7 +204,7 @@ def test_what_nobody_needs_is_removed(tmp_path):
     folder, cache = shapes(tmp_path / "pictures"), tmp_path / "kept"
 
     def entries():
-        return set((cache / "tripletjax").iterdir())
+        return {path for path in (cache / "tripletjax").iterdir() if path.is_dir()}
 
     def python(program):
         command = [sys.executable, "-c", program, str(folder), str(cache)]
@@ -219,9 +233,7 @@ def test_what_nobody_needs_is_removed(tmp_path):
     two = datasets.load(str(folder), data_dir=cache)
     assert old not in entries()
     assert len(entries()) == 1
-    assert any(
-        "removed an earlier copy of these images" in n for n in two.decoding.notes
-    )
+    assert any("removed an earlier copy of images" in n for n in two.decoding.notes)
     # Another folder of the same images shares what is kept.
     copy = shutil.copytree(folder, tmp_path / "copy")
     datasets.load(str(copy), data_dir=cache)
@@ -1092,7 +1104,7 @@ def test_a_data_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         return opened(path, flags, *more, **options)
 
     monkeypatch.setattr(os, "open", read_only)
-    monkeypatch.setattr(cache_cleanup, "_held", {})
+    monkeypatch.setattr(cache_cleanup, "_used", {})
     with pytest.raises(OSError, match=r"Permission denied. Set TFDS_DATA_DIR to"):
         datasets.load(folder, data_dir=tmp_path / "new", size=8)
     # What is decoded already is read.

@@ -121,7 +121,8 @@ def files_key(
 
 def cache_directory(data_dir: str | Path | None, key: str) -> Path:
     """Where decoded images of this key are, or are to be."""
-    return Path(data_dir or tfds.core.constants.DATA_DIR) / "tripletjax" / key
+    folder = Path(data_dir or tfds.core.constants.DATA_DIR).resolve()
+    return folder / "tripletjax" / key
 
 
 def decode_and_cache(
@@ -151,8 +152,11 @@ def decode_and_cache(
     Raises:
         ValueError: if none can be read.
     """
-    with one_line_errors(directory, "written"):
-        tidied = cache_cleanup.hold(directory)
+    source = f"{source}, size {size}, kind {kind}"
+    with (
+        one_line_errors(directory, "written"),
+        cache_cleanup.open_entry(directory, source, progress=progress) as notes,
+    ):
         builder = ImageCacheBuilder(
             pictures=pictures,
             open_picture=open_picture,
@@ -162,15 +166,15 @@ def decode_and_cache(
             data_dir=directory,
             file_format="array_record",
         )
-    prepare(builder)
+        prepare(builder)
     summary = json.loads(builder.info.metadata["summary"])
     skipped = {int(index): why for index, why in summary["skipped"].items()}
     digests = summary["digests"]
     n = len(digests)
     with one_line_errors(directory, "read"):
-        source = builder.as_data_source("all_images")
+        records = builder.as_data_source("all_images")
     images = StoredImages(
-        source,
+        records,
         np.arange(n),
         (n, *summary["shape"]),
         tuple(summary["shape"]),
@@ -178,7 +182,7 @@ def decode_and_cache(
     )
     if np.prod(images.shape, dtype=float) <= in_memory:
         images = images[:]
-    tidied += cache_cleanup.tidy(directory, f"{source}, size {size}, kind {kind}")
+    notes += cache_cleanup.remove_stale(directory, source)
     return DecodedImages(
         images,
         digests,
@@ -189,7 +193,7 @@ def decode_and_cache(
             summary["kind_by"],
             summary["white"],
             summary["background"],
-            (*summary["notes"], *tidied),
+            (*summary["notes"], *notes),
         ),
     )
 
@@ -375,10 +379,5 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
     with one_line_errors(Path(builder.data_path), "prepared"):
         # It announces a download, on standard output, also where there is none.
         with contextlib.redirect_stdout(io.StringIO()):
-            try:
-                builder.download_and_prepare()
-            except OSError:
-                # Another process may have been faster, and its files serve as well.
-                if not builder.data_path.exists():
-                    raise
+            builder.download_and_prepare()
         builder.info.read_from_directory(builder.data_path)
