@@ -25,6 +25,7 @@ from flax import nnx
 from jax import Array
 from PIL import Image
 
+from tripletjax.learn.data.digits import digits
 from tripletjax.learn.data.folder_listing import find_files
 from tripletjax.learn.data.image_files import open_image
 from tripletjax.learn.data.image_shape import View
@@ -349,12 +350,8 @@ def _some_images(
     learnt = embedder.record.requested.data
     folder = Path(learnt if check is None else check)
     if check is None and learnt == "digits":
-        from sklearn.datasets import load_digits
-
-        pixels, _ = load_digits(return_X_y=True)
-        some = np.asarray(pixels)[:COMPARED].reshape(-1, 8, 8) * (255 / 16)
-        digits = [Image.fromarray(image) for image in some.astype(np.uint8)]
-        images = [embedder.prepare(digit) for digit in digits]
+        pixels = digits()[0][:COMPARED, ..., 0]
+        images = [embedder.prepare(Image.fromarray(image)) for image in pixels]
         return np.stack(images), f"{len(images)} digits"
     if folder.is_dir():
         images = [*_readable(embedder, find_files(folder).files)]

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from tripletjax.learn.data.class_folders import CLASSES_FROM, find_classes
+from tripletjax.learn.data.digits import TRAIN, digits
 from tripletjax.learn.data.folder_listing import format_names, printable
 from tripletjax.learn.data.image_analysis import KINDS
 from tripletjax.learn.data.image_array import ImageArray, part_of
@@ -25,11 +25,9 @@ from tripletjax.learn.data.image_cache import (
     IN_MEMORY,
     DecodedImages,
     Decoding,
-    Digits,
     cache_directory,
     decode_and_cache,
     files_key,
-    prepare,
 )
 from tripletjax.learn.data.image_files import open_image
 from tripletjax.learn.data.image_shape import ImageSpec
@@ -41,7 +39,6 @@ from tripletjax.learn.data.splits import (
     share_out_images,
 )
 from tripletjax.learn.data.tfds_catalogue import Catalogue
-from tripletjax.learn.errors import one_line_errors
 from tripletjax.learn.files import digest_of, digest_of_image
 
 # What is held out of every class: of photographs less, since a network learns them
@@ -172,7 +169,7 @@ def load(
             f"{classes_from!r}."
         )
     if name == "digits":
-        return _digits(data_dir, split, size)
+        return _digits(split, size)
     options = {
         "size": size,
         "kind": kind,
@@ -207,35 +204,21 @@ def load(
     )
 
 
-def _digits(data_dir: str | Path | None, split: str, size: int | None) -> Dataset:
-    directory = Path(data_dir or tfds.core.constants.DATA_DIR) / Digits.name
-    with one_line_errors(directory, "read"):
-        builder = Digits(data_dir=data_dir, file_format="array_record")
-    prepare(builder)
-    records = []
-    with one_line_errors(Path(builder.data_path), "read"):
-        for part in ("train", "test"):
-            source = builder.as_data_source(part)
-            some = source.__getitems__(range(len(source)))
-            records += sorted(some, key=lambda record: record["index"])
-    shape = ImageSpec.of([(8, 8)], False, size)
-    images = Images(
-        images=np.stack(
-            [shape.fit(Image.fromarray(record["image"][..., 0])) for record in records]
-        ),
-        labels=np.array([record["label"] for record in records], np.int32),
-    )
-    digests = np.array([digest_of_image(image) for image in images.images])
+def _digits(split: str, size: int | None) -> Dataset:
+    pixels, labels = digits()
+    spec = ImageSpec.of([(8, 8)], False, size)
+    images = np.stack([spec.fit(Image.fromarray(image[..., 0])) for image in pixels])
+    digests = np.array([digest_of_image(image) for image in images])
     if split == "classes":
-        parts = held_out_images(images.labels, digests, split)
+        parts = held_out_images(labels, digests, split)
     else:
-        half = Digits.TRAIN
-        labels = images.labels[:half]
-        train, validation = share_out_images(labels, digests[:half], [VALIDATION])
-        parts = train, validation, np.arange(half, len(images))
-    names = builder.info.features["label"].names
+        train, validation = share_out_images(
+            labels[:TRAIN], digests[:TRAIN], [VALIDATION]
+        )
+        parts = train, validation, np.arange(TRAIN, len(images))
+    names = [str(digit) for digit in range(10)]
     decoding = Decoding(kind_by="they are handwritten digits")
-    return _dataset("digits", images, digests, parts, names, decoding)
+    return _dataset("digits", Images(images, labels), digests, parts, names, decoding)
 
 
 def _dataset(

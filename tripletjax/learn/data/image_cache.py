@@ -326,54 +326,6 @@ class ImageCacheBuilder(tfds.core.GeneratorBasedBuilder):
         )
 
 
-class Digits(tfds.core.GeneratorBasedBuilder):
-    """Handwritten digits of 13 writers, 8 x 8 pixels, in the order of the file.
-
-    The first half trains and the second half tests. Writers follow one another in the
-    file, so that a random split would show the test writers while training.
-    """
-
-    VERSION = tfds.core.Version("1.1.0")
-    TRAIN = 898
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
-                "label": tfds.features.ClassLabel(num_classes=10),
-                # Records are stored in no particular order.
-                "index": np.int64,
-            }
-        )
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="The handwritten digits that come with scikit-learn.",
-            citation=(
-                "Alpaydin, Kaynak. Optical Recognition of Handwritten Digits. "
-                "UCI Machine Learning Repository, 1998. doi:10.24432/C50P49"
-            ),
-            features=features,
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        from sklearn.datasets import load_digits
-
-        digits: Any = load_digits()
-        # 17 levels, 0 to 16, spread over 0 to 240: exactly proportional.
-        images = (digits.images * 15).astype(np.uint8)[..., None]
-        half = slice(None, self.TRAIN), slice(self.TRAIN, None)
-        return {
-            split: self._generate_examples(images[part], digits.target[part])
-            for split, part in zip(("train", "test"), half)
-        }
-
-    def _generate_examples(
-        self, images: np.ndarray, labels: np.ndarray
-    ) -> Iterator[tuple[int, dict]]:
-        for index, (image, label) in enumerate(zip(images, labels)):
-            yield index, {"image": image, "label": int(label), "index": index}
-
-
 def prepare(builder: tfds.core.DatasetBuilder) -> None:
     tfds.disable_progress_bar()
     with one_line_errors(Path(builder.data_path), "prepared"):
