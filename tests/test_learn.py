@@ -27,6 +27,7 @@ import tripletjax as tj
 from tripletjax import learn
 from tripletjax.learn import plots
 from tripletjax.learn.data import augment, datasets, image_analysis, sampling
+from tripletjax.learn.data.image_array import ArrayImages
 from tripletjax.learn.data.image_cache import Decoding
 from tripletjax.learn.distributed import placement
 from tripletjax.learn.networks import embedding_networks, layers
@@ -1014,7 +1015,7 @@ def with_images(shape, kinds, each):
     images = (
         patterns[labels] + np.uint8(np.arange(len(labels)) % 9)[:, None, None, None]
     )
-    train = datasets.Images(images, labels)
+    train = datasets.Images(ArrayImages.of(images), labels)
     none = train.part(slice(0))
     names = tuple(map(str, range(kinds)))
     kind = "photos" if shape[-1] == 3 else "characters"

@@ -19,7 +19,7 @@ from tripletjax.learn.data.class_folders import CLASSES_FROM, find_classes
 from tripletjax.learn.data.digits import TRAIN, digits
 from tripletjax.learn.data.folder_listing import format_names, printable
 from tripletjax.learn.data.image_analysis import KINDS
-from tripletjax.learn.data.image_array import ImageArray, part_of
+from tripletjax.learn.data.image_array import ArrayImages, ImageArray
 from tripletjax.learn.data.image_cache import (
     FORMAT,
     IN_MEMORY,
@@ -63,7 +63,7 @@ class Images:
         return len(self.labels)
 
     def part(self, index: Any) -> "Images":
-        return Images(part_of(self.images, index), self.labels[index])
+        return Images(self.images.part(index), self.labels[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +207,8 @@ def load(
 def _digits(split: str, size: int | None) -> Dataset:
     pixels, labels = digits()
     spec = ImageSpec.of([(8, 8)], False, size)
-    images = np.stack([spec.fit(Image.fromarray(image[..., 0])) for image in pixels])
+    fitted = [spec.fit(Image.fromarray(image[..., 0])) for image in pixels]
+    images = ArrayImages.of(np.stack(fitted))
     digests = np.array([digest_of_image(image) for image in images])
     if split == "classes":
         parts = held_out_images(labels, digests, split)
@@ -331,7 +332,7 @@ def _without_contradictions(source: _Source) -> _Source:
     )
     stored = dataclasses.replace(
         stored,
-        images=part_of(stored.images, np.array(rows)),
+        images=stored.images.part(np.array(rows)),
         digests=[stored.digests[row] for row in rows],
         kept=[stored.kept[row] for row in rows],
     )

@@ -23,6 +23,7 @@ from tripletjax.learn.data import cache_cleanup
 from tripletjax.learn.data.image_analysis import kind_of, tone_share
 from tripletjax.learn.data.image_array import (
     READ,
+    ArrayImages,
     ImageArray,
     StoredImages,
 )
@@ -181,7 +182,7 @@ def decode_and_cache(
         directory=directory,
     )
     if np.prod(images.shape, dtype=float) <= in_memory:
-        images = images[:]
+        images = ArrayImages.of(images[:])
     notes += cache_cleanup.remove_stale(directory, source)
     return DecodedImages(
         images,

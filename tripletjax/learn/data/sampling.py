@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from tripletjax.learn.data.image_array import ImageArray, KeptFeatures
+from tripletjax.learn.data.image_array import ImageSource, KeptFeatures
 
 # Classes are drawn alike, or by their number of images.
 CLASS_SAMPLING = ("uniform", "frequency")
@@ -155,7 +155,7 @@ class ImageBatches:
         ValueError: as `ClassBatches`, and if `rotation_classes` does not fit.
     """
 
-    images: ImageArray
+    images: ImageSource
     labels: np.ndarray
     classes: int
     per_class: int
@@ -239,7 +239,7 @@ class TripletBatches:
             range.
     """
 
-    images: ImageArray
+    images: ImageSource
     triplets: np.ndarray
     size: int
     seed: int = 0

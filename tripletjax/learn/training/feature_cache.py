@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from tripletjax.learn.data.augment import Augment
-from tripletjax.learn.data.image_array import KeptFeatures, Pixels
+from tripletjax.learn.data.image_array import ImageArray, KeptFeatures
 from tripletjax.learn.errors import one_line_errors
 from tripletjax.learn.files import digest_of, digest_of_image, replaced
 from tripletjax.learn.networks.embedding import as_floats, batch_size_for, embed_images
@@ -82,7 +82,7 @@ class FeatureCache:
         self.network, self.directory = network, root / digest_of([f"{FORMAT} {key}"])
 
     def of(
-        self, images: Pixels, views: Sequence[View], *, what: str, progress: bool
+        self, images: ImageArray, views: Sequence[View], *, what: str, progress: bool
     ) -> KeptFeatures:
         """The features of images, made now where they are not kept.
 
