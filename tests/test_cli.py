@@ -436,7 +436,7 @@ def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
         assert cli.main([*command, "--duplicates", "--out", str(table)]) == 0
         assert "copy.png" in table.read_text()
         assert cli.main(command) == 0
-        assert "21 images in the index (as before)" in capsys.readouterr().out
+        assert "21 images in the index (no change)" in capsys.readouterr().out
     finally:
         Path(copy).unlink()
     assert cli.main([*command, "--query", str(file)]) == 2

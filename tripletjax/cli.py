@@ -572,13 +572,13 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         _check_new_picture(parser, given["out"])
     _check_images(parser, given["query"] or ())
     index, changes = _updated(given["index"], given, embedder_of(given["run"]))
-    report: dict[str, Any] = {"index": search_report.of_changes(index, changes)}
+    report: dict[str, Any] = {"index": search_report.report_changes(index, changes)}
     lines: list[str] = []
     if given["approximate"] and not index.has_approximate:
         print("sharing out the vectors into cells, once")
         index.build_approximate()
     if given["query"]:
-        found = search_report.found(
+        found = search_report.search_files(
             index,
             given["query"],
             k=given["k"],
@@ -590,7 +590,7 @@ def _search(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         report["queries"] = found
         lines += search_report.ranked_lines(found)
         if given["out"] is not None:
-            search_report.draw_found(index, found, given["out"])
+            search_report.draw_hits(index, found, given["out"])
     elif given["duplicates"]:
         within = 0.1 if given["within"] is None else given["within"]
         groups = index.duplicates(within)
@@ -653,7 +653,7 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
 def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     from tripletjax.apps import verification
     from tripletjax.apps.embedders import embedder_of
-    from tripletjax.apps.images import opened
+    from tripletjax.apps.images import load_image
     from tripletjax.apps.verification import report as verification_report
     from tripletjax.apps.verification.calibration import Calibration
     from tripletjax.learn import reports
@@ -674,7 +674,7 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     embedder = embedder_of(run)
     if folder is None:
         calibration = Calibration.read(run, embedder.key)
-        first, second = map(opened, images)
+        first, second = map(load_image, images)
         decision = verification.decide(embedder, first, second, calibration)
         if given["json"] is not None:
             report = verification_report.of_decision(images, decision, calibration)
@@ -770,7 +770,7 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         from tripletjax.apps import identification
         from tripletjax.apps.embedders import embedder_of, vectors_of
         from tripletjax.apps.identification import report as identification_report
-        from tripletjax.apps.images import opened
+        from tripletjax.apps.images import load_image
         from tripletjax.apps.verification.calibration import Calibration
         from tripletjax.learn import evaluation, reports
     except ImportError as error:
@@ -827,7 +827,7 @@ def _identify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         )
         lines += identification_report.measured(report["evaluation"])
     else:
-        x = vectors_of(embedder, [opened(image) for image in images])
+        x = vectors_of(embedder, [load_image(image) for image in images])
         own = [index.path_of(image) for image in images]
         found = identification.identify(gallery, x, threshold=threshold, own=own)
         report["probes"] = identification_report.of_probes(images, found)
@@ -983,7 +983,6 @@ def _report_option(parser: argparse.ArgumentParser) -> None:
 def _updated(folder: Path, given: dict[str, Any], embedder: Any) -> tuple[Any, Any]:
     """The index of a folder, brought up to date, and what has changed."""
     from tripletjax.apps import search
-    from tripletjax.apps.search import report as search_report
 
     index = search.Index(folder, given["database"] or given["run"] / "index", embedder)
     changes = index.update(
@@ -991,7 +990,7 @@ def _updated(folder: Path, given: dict[str, Any], embedder: Any) -> tuple[Any, A
         waiting=lambda: print("another process updates an index here: waiting for it"),
         remove_missing=given["remove_missing"],
     )
-    print(search_report.changes(changes))
+    print(changes)
     for line in (*changes.notes, *changes.skipped):
         print(f"- {line}")
     return index, changes

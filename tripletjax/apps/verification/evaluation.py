@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tripletjax.apps.images import encoded
+from tripletjax.apps.images import encode_path
 from tripletjax.apps.verification.calibration import (
     Calibration,
     TooFewPairsError,
@@ -96,7 +96,7 @@ def evaluate(
     if far is not None and not 0 < far < 1:
         raise ValueError(f"far must be a share between 0 and 1, got {far}.")
     protocol = None if pairs_file is None else read_pairs(pairs_file)
-    called = encoded(folder.resolve()) if name is None else name
+    called = encode_path(folder.resolve()) if name is None else name
     without, notes = _not_trained_on(embedder, folder, name)
     needed = None
     if protocol is not None:
@@ -154,7 +154,7 @@ def evaluate(
         "data": called,
         "pairs": "all"
         if protocol is None
-        else encoded(Path(pairs_file or "").resolve()),
+        else encode_path(Path(pairs_file or "").resolve()),
         "images": len(found.labels),
         "classes": len(found.names),
         "verification": evaluation.of_metrics(metrics, fars),
