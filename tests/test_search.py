@@ -360,7 +360,7 @@ def test_bad_embedders_are_named(folder, tmp_path):
     nan = opened(folder, tmp_path / "db", lambda images: [[np.nan]] * len(images))
     with pytest.raises(ValueError, match="finite vectors, got NaN"):
         nan[0].update()
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         opened(tmp_path / "nowhere", tmp_path / "db")
 
 
