@@ -251,7 +251,7 @@ def test_of_several_frames_the_first_is_seen_and_that_is_said(tmp_path):
     place = folder / "group0" / "kind0" / "moving.gif"
     frames[0].save(place, save_all=True, append_images=frames[1:])
     dataset = datasets.load(str(folder), data_dir=tmp_path / "kept")
-    assert "1 image has several frames: the first is seen" in dataset.decoding.notes
+    assert "1 image has several frames: the first one is used" in dataset.decoding.notes
     first = image_files.open_image(place).convert("L")
     assert abs(np.asarray(first, int) - np.asarray(frames[0], int)).max() < 3
     # The second frame is cut off.
