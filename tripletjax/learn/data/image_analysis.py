@@ -26,6 +26,8 @@ LAYOUT = 0.15
 # Parts of images are compared by the classes of at most so many images, of at most so
 # many each, in a grid of so many cells, by so many principal components.
 JUDGED, JUDGED_EACH, PART_CELLS, COMPONENTS = 2048, 10, 12, 100
+# The shrinkage of the covariance within classes towards a multiple of the identity.
+SHRINKAGE = 0.1
 # The longer side of images in which edges are taken for it, in pixels.
 JUDGED_SIZE = 64
 # A part has at least so many of `CELLS` each way. It is taken in place of a wider one
@@ -222,11 +224,10 @@ def _blurred(x: np.ndarray) -> np.ndarray:
 
 
 class _Judge:
-    """How badly the edges in a part of images tell apart classes of other images.
+    """The error with which edges in a part of images verify other classes.
 
-    The share of pairs, one of the same class and one of different classes, of which the
-    second is nearer. Distances are cosines of principal components in which the
-    covariance within other classes is whitened, as linear discriminant analysis does.
+    The error is 1 - AUC of pairs of images, by the cosine of principal components of
+    the edges, whitened by the covariance within other classes, as in LDA.
 
     Args:
         images: uint8 ``[n, height, width, channels]``.
@@ -240,25 +241,27 @@ class _Judge:
             rank[members] = np.arange(len(members))
         several = np.bincount(classes)[classes] > 1
         # Whole classes, in an order that does not depend on their names.
-        luck = np.random.default_rng(0).permutation(classes.max() + 1)[classes]
+        order = np.random.default_rng(0).permutation(classes.max() + 1)[classes]
         kept = np.flatnonzero(several & (rank < JUDGED_EACH))
-        kept = np.sort(kept[np.argsort(luck[kept], kind="stable")][:JUDGED])
-        self.classes = luck[kept]
+        kept = np.sort(kept[np.argsort(order[kept], kind="stable")][:JUDGED])
+        self.classes = order[kept]
         self.sums = _summed_edges(images[kept])
-        folds = 2 if len(np.unique(self.classes)) >= 100 else 4
         values = np.unique(self.classes)
+        folds = 2 if len(values) >= 100 else 4
         self.folds = [np.isin(self.classes, values[k::folds]) for k in range(folds)]
         self.errors: dict[Cells, float] = {}
 
     def __call__(self, box: "Cells") -> float:
         if box not in self.errors:
             x = self._components(box)
-            self.errors[box] = float(
-                np.mean([self._error(x, test) for test in self.folds])
-            )
+            errors = [self._error(x, test) for test in self.folds]
+            self.errors[box] = float(np.mean(errors))
         return self.errors[box]
 
     def _components(self, box: "Cells") -> np.ndarray:
+        # The import takes a second.
+        from sklearn.decomposition import PCA
+
         n, height, width, _ = self.sums.shape
         top, left, bottom, right = box
         rows, columns = (
@@ -273,34 +276,25 @@ class _Judge:
         # Differences of sums may round to less than 0.
         cells = np.maximum(np.diff(np.diff(corners, axis=1), axis=2), 0)
         x = _relative(cells).reshape(n, -1)
-        x -= x.mean(axis=0)
-        # The smaller of the two products has the same principal components.
-        if n < x.shape[1]:
-            values, vectors = np.linalg.eigh(x @ x.T)
-            return (vectors * np.sqrt(np.maximum(values, 0)))[:, -COMPONENTS:]
-        return x @ np.linalg.eigh(x.T @ x)[1][:, -COMPONENTS:]
+        pca = PCA(min(COMPONENTS, n), svd_solver="covariance_eigh")
+        return pca.fit_transform(x)
 
     def _error(self, x: np.ndarray, test: np.ndarray) -> float:
-        _, classes = np.unique(self.classes[~test], return_inverse=True)
-        counts = np.bincount(classes)[:, None]
-        means = np.zeros((len(counts), x.shape[1]))
-        np.add.at(means, classes, x[~test])
-        means /= counts
-        around = x[~test] - means[classes]
-        within = around.T @ around / max(1, len(around) - len(counts))
-        # Images of a class may be all the same.
-        ridge = 0.1 * np.trace(within) / len(within) + 1e-6 * x.var() + 1e-12
-        within += ridge * np.eye(len(within))
-        x = (x[test] - means.mean(axis=0)) @ np.linalg.inv(np.linalg.cholesky(within)).T
-        x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-        rows, columns = np.triu_indices(len(x), 1)
-        same = (self.classes[test][:, None] == self.classes[test])[rows, columns]
-        nearest = np.argsort(-(x @ x.T)[rows, columns], kind="stable")
-        ranks = np.flatnonzero(same[nearest])
-        n, m = len(ranks), len(same) - len(ranks)
-        # How many of the others come before each pair of the same class.
-        before = ranks - np.arange(n)
-        return before.sum() / max(n * m, 1)
+        from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+        from sklearn.metrics import roc_auc_score
+        from sklearn.preprocessing import normalize
+
+        lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE)
+        lda.fit(x[~test], self.classes[~test])
+        # Images of a class may all be the same.
+        least = 1e-6 * x.var() + 1e-12
+        within = lda.covariance_ + least * np.eye(x.shape[1])
+        whitening = np.linalg.inv(np.linalg.cholesky(within)).T
+        y = normalize((x[test] - lda.means_.mean(axis=0)) @ whitening)
+        rows, columns = np.triu_indices(len(y), 1)
+        classes = self.classes[test]
+        same = classes[rows] == classes[columns]
+        return 1 - roc_auc_score(same, (y @ y.T)[rows, columns])
 
 
 # Top, left, bottom and right, in `CELLS`.
