@@ -45,7 +45,7 @@ def with_tripletjax(name: str, x: np.ndarray, labels: np.ndarray) -> dict:
     return {
         "seconds": seconds,
         "bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "metrics": {k: np.asarray(v).tolist() for k, v in result.items()},
+        "metrics": jax.tree.map(float, result),
     }
 
 
@@ -68,7 +68,7 @@ def with_faiss(x: np.ndarray, labels: np.ndarray, k: int) -> dict:
     within = relevant & (rank <= count[:, None])
     first = np.where(relevant.any(axis=1), relevant.argmax(axis=1) + 1, np.inf)
     metrics = {
-        "recall_at_k": [float(np.mean(first <= at)) for at in (1, 2, 4, 8)],
+        "recall_at_k": {k: float(np.mean(first <= k)) for k in (1, 2, 4, 8)},
         "precision_at_1": float(np.mean(relevant[:, 0])),
         "r_precision": float(np.mean(within.sum(axis=1) / count)),
         "map_at_r": float(np.mean((precision * within).sum(axis=1) / count)),
@@ -106,7 +106,8 @@ def main() -> None:
             print(f" {out['bytes'] / 2**20:8.0f} MiB temporary", end="")
         print()
         for metric, value in out["metrics"].items():
-            print(f"    {metric:24} {np.round(value, 5)}")
+            values = [*value.values()] if metric == "recall_at_k" else value
+            print(f"    {metric:24} {np.round(values, 5)}")
 
 
 if __name__ == "__main__":

@@ -264,7 +264,7 @@ def retrieval(x, y, ks, references=None, reference_labels=None, ranks=None):
         precision = [sum(relevant[: k + 1]) / (k + 1) for k in range(len(relevant))]
         rows.append(
             {
-                "recall_at_k": np.array([first <= k for k in ks], float),
+                "recall_at_k": {k: float(first <= k) for k in ks},
                 "precision_at_1": float(relevant[0]),
                 "r_precision": sum(relevant[:r]) / r,
                 "map_at_r": sum(p for p, rel in zip(precision[:r], relevant) if rel)
@@ -284,8 +284,10 @@ def retrieval(x, y, ks, references=None, reference_labels=None, ranks=None):
         "mean_reciprocal_rank",
     )
     means = {name: sum(row[name] for row in rows) / max(len(rows), 1) for name in names}
-    recall = sum((row["recall_at_k"] for row in rows), np.zeros(len(ks)))
-    return means | {"recall_at_k": recall / max(len(rows), 1), "queries": len(rows)}
+    recall = {
+        k: sum(row["recall_at_k"][k] for row in rows) / max(len(rows), 1) for k in ks
+    }
+    return means | {"recall_at_k": recall, "queries": len(rows)}
 
 
 # Verification.

@@ -270,6 +270,21 @@ def public_names(module):
     ]
 
 
+def public_functions():
+    """Functions and metrics of the core, by names such as ``memory.push``."""
+    modules = {"": tj} | {
+        f"{name}.": getattr(tj, name)
+        for name in ("blockwise", "memory", "retrieval", "verification", "collapse")
+    }
+    types = {"Metric", "selectively_contrastive"}
+    return {
+        prefix + name: getattr(module, name)
+        for prefix, module in modules.items()
+        for name in public_names(module)
+        if callable(getattr(module, name)) and (name[0].islower() or name in types)
+    }
+
+
 def batch(n=12, dim=5, classes=3, seed=0):
     """Unit-norm embeddings with labels, every class present more than once."""
     random = np.random.default_rng(seed)

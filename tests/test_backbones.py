@@ -189,7 +189,7 @@ def test_statistics_stay_unless_they_are_to_be_learnt():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda x: x.pop("layer2.0.conv1.weight"), "of no network that is known"),
+        (lambda x: x.pop("layer2.0.conv1.weight"), "of no known network"),
         (lambda x: x.pop("layer2.0.conv2.weight"), "missing: layer2.0.conv2.kernel"),
         (lambda x: x.update(extra=np.ones(3, np.float32)), "left over: extra [3]"),
         (
@@ -309,9 +309,9 @@ def test_half_precision_is_cast_and_told(tmp_path):
         for name, value in arrays.items()
     }
     network, loaded = backbones.load(written(tmp_path, halves))
-    assert loaded.notes[-1] == "its arrays are float16; they are made float32"
+    assert loaded.notes[-1] == "arrays of float16 are cast to float32"
     assert network.conv1.kernel[...].dtype == jnp.float32
-    assert loaded.notes[0] == "not needed of the file: fc.bias, fc.weight"
+    assert loaded.notes[0] == "skipped arrays of the file: fc.bias, fc.weight"
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -405,7 +405,7 @@ def test_what_was_learnt_before_moves_at_a_tenth_of_the_rate():
     head = heads.Head(4, 2, rngs=nnx.Rngs(0))
     model = heads.BackboneEmbedder(backbone, head)
     params = nnx.state(Standardized(model, (0.0,) * 3, (1.0,) * 3), nnx.Param)
-    tx = optimizer.slowed(lambda step: 0.01, 0.0)
+    tx = optimizer.slow_backbone(lambda step: 0.01, 0.0)
     gradients = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(gradients, tx.init(params), params)
     moved = updates["model"]

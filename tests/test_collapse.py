@@ -43,13 +43,6 @@ def test_report_of_several_tiles(monkeypatch):
     np.testing.assert_allclose(got, expected(x), rtol=1e-4)
 
 
-def test_memory():
-    """No array of all pairs, nor a full factor of the singular values."""
-    x = jax.ShapeDtypeStruct((16_384, 16), jnp.float32)
-    program = jax.jit(collapse.report).lower(x).compile()
-    assert program.memory_analysis().temp_size_in_bytes < 64 * 2**20
-
-
 def test_padding_and_metric():
     random = np.random.default_rng(0)
     x, where = random.normal(size=(30, 4)), random.random(30) < 0.6

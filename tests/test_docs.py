@@ -16,6 +16,7 @@ from programs import quickly
 
 import tripletjax as tj
 from tripletjax import learn
+from tripletjax.learn.runs import defaults
 
 ROOT = Path(__file__).parent.parent
 
@@ -134,3 +135,23 @@ def test_the_default_training_keeps_its_promise(tmp_path):
     )
     (mean,) = re.findall(r"^mean +([\d.]+)", done.stdout, re.MULTILINE)
     assert float(mean) >= 96
+
+
+def test_training_has_the_table_of_defaults():
+    """The starting points, as the code has them."""
+    names = ("batch", "per_class", "dim", "steps", "learning_rate", "weight_decay")
+    rows = ["| data | " + " | ".join(name.replace("_", " ") for name in names) + " |"]
+    for data, recipe in defaults.RECIPES.items():
+        values = (f"{getattr(recipe, name):g}" for name in names)
+        rows.append(f"| {data} | {' | '.join(values)} |")
+    rows.append("| change | values | reason |")
+    for name, (options, reason) in defaults.CHANGES.items():
+        values = (
+            f"{option.replace('_', ' ')} {value:g}"
+            if isinstance(value, float | int)
+            else f"stronger {option}"
+            for option, value in options.items()
+        )
+        rows.append(f"| {name} | {', '.join(values)} | {reason} |")
+    page = (DOCS / "training.md").read_text().splitlines()
+    assert [row for row in rows if row not in page] == []

@@ -119,7 +119,7 @@ def test_a_run_by_folders(own_data_dir, tmp_path):
     shapes(tmp_path / "more", kinds=1, each=6, seed=1)
     (tmp_path / "more" / "group0" / "kind0").rename(flat / "b")
     (flat / "group0").rmdir()
-    with pytest.raises(ValueError, match="relevance is folders, but no folders hold"):
+    with pytest.raises(ValueError, match="requires folders of folders"):
         learn.run(
             Config(data=str(flat), relevance="folders", **small),
             tmp_path / "other",

@@ -425,8 +425,8 @@ def test_the_embedder_takes_images_of_any_kind(embed, tmp_path):
         (np.zeros((2, 8, 8, 2), np.uint8), ValueError, "1, 3 or 4 channels"),
         (np.zeros((8,), np.uint8), ValueError, r"must be \[n, height, width\]"),
         ([], ValueError, "must not be empty"),
-        ("a.png", TypeError, "put it into a list"),
-        (Image.new("L", (8, 8)), TypeError, "put it into a list"),
+        ("a.png", TypeError, "got one image"),
+        (Image.new("L", (8, 8)), TypeError, "got one image"),
         (np.zeros((8, 9, 3), np.uint8), ValueError, "one image in colour"),
         (["nowhere.png"], FileNotFoundError, "nowhere.png"),
     ],
@@ -1150,7 +1150,7 @@ def test_photographs_are_seen_where_classes_differ(tmp_path):
     assert made.images.shape == (64, 48, 1)
     top, _, bottom, _ = made.plan.box
     assert bottom - top < 0.7
-    assert any("what is seen is" in note for note in made.notes)
+    assert any("% of the height" in note for note in made.notes)
     embed = learn.load_embedder(tmp_path / "run")
     one = np.asarray(embed(images[:2]))
     np.testing.assert_allclose(np.linalg.norm(one, axis=1), 1, rtol=1e-5)

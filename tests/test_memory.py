@@ -300,7 +300,7 @@ def test_split_over_devices(name, kind, shape):
         (
             lambda m, x, y: tj.memory.push(m, x, y.astype(np.uint32)),
             TypeError,
-            "labels are uint32",
+            "got dtype uint32",
         ),
         (lambda m, x, y: tj.memory.push(m._asdict(), x, y), TypeError, "be a Memory"),
         (

@@ -15,6 +15,7 @@ from scipy import stats
 import tripletjax as tj
 from tripletjax import mining
 from tripletjax._api import own_promotion
+from tripletjax._matrices import columns_by_weight
 
 LINE = jnp.array([[0.0], [1.0], [3.0], [3.5], [7.0]])
 LABELS = jnp.array([0, 0, 0, 1, 1])
@@ -102,7 +103,8 @@ def test_five_meanings_of_semi_hard_differ():
     within = tj.all_triplets(
         anchor, size=9, distances=d, band=tj.semi_hard_band(0.5), **options
     )
-    assert [(int(p), int(n)) for _, p, n, v in zip(*within) if v] == [(1, 4)]
+    _, positive, negative, valid = mining.as_triplets(within)
+    assert [(positive[0], negative[0]), *valid.tolist()] == [(1, 4), True, *[False] * 8]
     easy = tj.batch_easy_hard_triplets(d, anchor, **options)
     assert (easy.positive[0], easy.negative[0]) == (1, 4)
     hard = tj.batch_easy_hard_triplets(
@@ -116,7 +118,7 @@ def test_five_meanings_of_semi_hard_differ():
     assert drawn.negative[0, 2] == 6
 
 
-def test_a_choice_of_ones_own():
+def test_a_function_as_selector():
     def second_nearest(distances, candidates, other):
         ordered = jnp.argsort(jnp.where(candidates, distances, jnp.inf), axis=-1)
         return ordered[..., 1], candidates.sum(-1) > 1
@@ -144,49 +146,49 @@ def test_more_pairs_than_the_integers_count():
     assert triplets.anchor.shape == (4,)
 
 
-def test_counted_triplets_are_triplets():
+def test_counted_triplets():
+    """A plain record with the count, which every transform and every copy keeps."""
     triplets = tj.all_triplets([0, 0, 1], size=5)
-    assert isinstance(triplets, tj.Triplets)
-    assert len(triplets) == 4
+    assert triplets._fields == ("anchor", "positive", "negative", "valid", "count")
     assert triplets.valid.sum() == triplets.count == 2
-    doubled = jax.tree.map(lambda x: 2 * x.astype(int), triplets)
-    assert doubled.count == 4
-    assert "count=" in repr(triplets)
     batched = jax.vmap(lambda y: tj.all_triplets(y, size=5))(jnp.array([[0, 0, 1]] * 2))
-    assert batched.count.shape == (2,)
+    assert batched.count.tolist() == [2, 2]
+    for other in (
+        jax.tree.map(lambda x: x, triplets),
+        copy.deepcopy(triplets),
+        pickle.loads(pickle.dumps(triplets)),
+    ):
+        assert type(other) is tj.CountedTriplets
+        assert other.count == 2
+        np.testing.assert_array_equal(other.negative, triplets.negative)
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [
-        copy.copy,
-        copy.deepcopy,
-        lambda triplets: pickle.loads(pickle.dumps(triplets)),
-        lambda triplets: triplets._replace(valid=triplets.valid),
-        lambda triplets: tj.CountedTriplets(**triplets._asdict()),
-    ],
-    ids=["copy", "deepcopy", "pickle", "replace", "asdict"],
-)
-def test_copies_of_counted_triplets_keep_the_count(copied):
-    triplets = tj.all_triplets([0, 0, 1], size=5)
-    other = copied(triplets)
-    assert type(other) is tj.CountedTriplets
-    for leaf, expected in zip(jax.tree.leaves(other), jax.tree.leaves(triplets)):
-        np.testing.assert_array_equal(leaf, expected)
-    assert triplets._replace(count=7).count == 7
-    with pytest.raises(ValueError, match="no counts"):
-        triplets._replace(counts=7)
-
-
-def test_a_choice_of_ones_own_relative_to_the_other():
-    """And what is taken where there is none, if it is asked for."""
-    nearest_beyond = mining.relative(fallback=mining.easiest_negative)(
-        lambda d, candidates, other: mining.hardest_negative(
-            d, candidates & (d > other[..., None] + 0.75), other
-        )
-    )
+def test_the_loss_takes_counted_triplets():
     d = tj.euclidean(LINE)
-    mine = functools.partial(tj.batch_easy_hard_triplets, d, LABELS)
+    counted = tj.all_triplets(LABELS, size=40)
+    without = mining.as_triplets(counted)
+    assert type(without) is tj.Triplets
+    assert mining.as_triplets(without) is without
+    loss = tj.triplet_loss(d, counted)
+    assert loss == tj.triplet_loss(d, without) > 0
+    batched = jax.vmap(lambda y: tj.all_triplets(y, size=40))(jnp.stack([LABELS] * 2))
+    losses = tj.triplet_loss(jnp.stack([d, d]), batched)
+    np.testing.assert_allclose(losses, [loss, loss], rtol=1e-6)
+    with pytest.raises(TypeError, match="Triplets or CountedTriplets, got tuple"):
+        mining.as_triplets(tuple(counted))
+    with pytest.raises(ValueError, match=r"triplets\.anchor must be from 0 to 1"):
+        tj.triplet_loss(d[:2, :2], counted)
+
+
+def test_a_relative_selector_and_its_fallback():
+    def farther_by(distances, candidates, other):
+        beyond = candidates & (distances > other[..., None] + 0.75)
+        return mining.hardest_negative(distances, beyond)
+
+    nearest_beyond = mining.Selector(
+        farther_by, relative=True, fallback=mining.easiest_negative
+    )
+    mine = functools.partial(tj.batch_easy_hard_triplets, tj.euclidean(LINE), LABELS)
     strict = mine(negative=nearest_beyond)
     lenient = mine(negative=nearest_beyond, fallback=True)
     far = mine(negative=mining.easiest_negative)
@@ -195,27 +197,88 @@ def test_a_choice_of_ones_own_relative_to_the_other():
     np.testing.assert_array_equal(
         lenient.negative, jnp.where(strict.valid, strict.negative, far.negative)
     )
-    with pytest.raises(ValueError, match="fallback goes with"):
-        mine(negative=lambda *of: mining.hardest_negative(*of), fallback=True)
 
 
-@pytest.mark.slow
-def test_no_cubic_memory():
-    """The mask of all triplets would be 512 MiB."""
-    n = 512
-    d = jax.ShapeDtypeStruct((n, n), jnp.float32)
-    labels = jax.ShapeDtypeStruct((n,), jnp.int32)
-    functions = (
-        lambda d, y: tj.all_triplets(y, size=n, distances=d, band=tj.hard_band()),
-        tj.batch_semi_hard_triplets,
-        jax.grad(tj.batch_all_loss),
-        jax.grad(tj.batch_semi_hard_loss),
-        lambda d, y: tj.random_semi_hard_triplets(jax.random.key(0), d, y),
-        lambda d, y: tj.distance_weighted_triplets(jax.random.key(0), d, y, dim=8),
+def test_selectors_do_not_change_functions():
+    """One function makes several selectors, and has no attribute from any of them."""
+
+    def nearest(distances, candidates, other):
+        return mining.hardest_negative(distances, candidates)
+
+    relative = mining.Selector(nearest, relative=True)
+    assert not vars(nearest)
+    assert relative != mining.Selector(nearest) == mining.Selector(nearest)
+    of_builtin = mining.Selector(functools.partial(nearest, other=None))
+    triplets = tj.batch_easy_hard_triplets(
+        tj.euclidean(LINE),
+        LABELS,
+        negative=lambda d, c, other: of_builtin.function(d, c),
     )
-    for function in functions:
-        memory = jax.jit(function).lower(d, labels).compile().memory_analysis()
-        assert memory.temp_size_in_bytes < 24 * n * n * 4
+    np.testing.assert_array_equal(triplets.negative, [3, 3, 3, 2, 2])
+
+
+def test_selectors_of_the_same_code_share_a_program():
+    def selector():
+        return mining.Selector(lambda d, c, _: mining.easiest_negative(d, c))
+
+    assert selector() == selector()
+    assert hash(selector()) == hash(selector())
+
+
+def test_selectors_pickle_and_are_documented():
+    for name, selector in vars(mining).items():
+        if isinstance(selector, mining.Selector):
+            assert pickle.loads(pickle.dumps(selector)) == selector
+            assert selector.__doc__ != mining.Selector.__doc__, name
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"function": "nearest"}, TypeError, "function must be callable"),
+        ({"relative": 1}, TypeError, "relative must be a bool"),
+        ({"fallback": "easiest"}, TypeError, "fallback must be a Selector or None"),
+    ],
+)
+def test_bad_selectors_are_named(options, error, words):
+    with pytest.raises(error, match=words):
+        mining.Selector(**{"function": mining.easiest_negative} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {
+                "positive": mining.semi_hard_positive,
+                "negative": mining.semi_hard_negative,
+            },
+            "cannot both be relative",
+        ),
+        (
+            {"positive": mining.all_candidates, "negative": mining.all_candidates},
+            "use all_triplets",
+        ),
+        ({"positive": mining.all_candidates}, "all_triplets with semi_hard_band"),
+        (
+            {
+                "positive": mining.semi_hard_positive,
+                "negative": mining.all_candidates,
+            },
+            "all_triplets with semi_hard_band",
+        ),
+        (
+            {
+                "negative": lambda *of: mining.hardest_negative(*of),
+                "fallback": True,
+            },
+            "requires a selector with a fallback",
+        ),
+    ],
+)
+def test_selectors_that_do_not_fit_together(options, words):
+    with pytest.raises(ValueError, match=words):
+        tj.batch_easy_hard_triplets(tj.euclidean(LINE), LABELS, **options)
 
 
 def counts(draw, anchor, column, draws=2000):
@@ -274,12 +337,84 @@ def test_distance_weighted_is_stable_in_many_dimensions():
     assert agrees(observed, negative[2] / 14)
 
 
-def test_random_miners_are_uniform():
-    labels = np.repeat(np.arange(4), 4)
-    _, negative = oracles.pair_masks(labels)
-    observed = counts(lambda key: tj.random_triplets(key, labels, per_anchor=2), 5, 1)
-    assert agrees(observed, negative[5] / negative[5].sum())
-    d = jnp.tile(jnp.arange(16) / 100, (16, 1))
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("position", [None, 2, 7, 14, -1])
+def test_random_triplets_are_uniform(masked, position):
+    """One anchor of class 1; the reference that it is may be of another class."""
+    references, real = np.repeat(np.arange(4), 4), np.arange(16) % 5 > 0
+    options = {"reference_where": real}
+    if position is None:
+        labels, anchor = references, 5
+    else:
+        labels, anchor = np.array([1]), 0
+        options |= {"reference_labels": references, "positions": np.array([position])}
+    sides = oracles.pair_masks(labels, **options)
+    if masked:
+        labels, options = tj.PairMasks(*tj.pair_masks(labels, **options)), {}
+    keys = jax.random.split(jax.random.key(1), 2000)
+    draw = functools.partial(tj.random_triplets, labels=labels, per_anchor=2, **options)
+    drawn = jax.vmap(draw)(keys)
+    assert drawn.valid[:, anchor].all()
+    for indices, side in zip((drawn.positive, drawn.negative), sides):
+        observed = np.bincount(np.ravel(indices[:, anchor]), minlength=16)
+        assert agrees(observed, side[anchor] / side[anchor].sum())
+
+
+def test_random_triplets_of_signed_and_unsigned_labels():
+    """All bits set is -1 in one and 2**32 - 1 in the other."""
+    labels, theirs = np.int32([-1, 1]), np.uint32([2**32 - 1, 1, 1])
+    options = {"reference_labels": theirs, "positions": np.array([-1, 1])}
+    draw = functools.partial(tj.random_triplets, jax.random.key(0), per_anchor=20)
+    drawn = draw(labels, **options)
+    np.testing.assert_array_equal(drawn.valid[:, 0], [False, True])
+    assert (drawn.positive[1] == 2).all()
+    assert (drawn.negative[1] == 0).all()
+    assert not draw(theirs[:1], reference_labels=labels).valid.any()
+
+
+def test_random_triplets_of_batches():
+    """Padding alone may have leading dimensions; each batch has its own draws."""
+    labels, where = np.array([0, 0, 1, 1, 2]), np.arange(5) < [[5], [4]]
+    sides = zip(*[oracles.pair_masks(labels, where=one) for one in where])
+    masks = tj.PairMasks(*map(np.stack, sides))
+    draw = functools.partial(tj.random_triplets, jax.random.key(0), per_anchor=3)
+    for triplets in (draw(labels, where=where), draw(masks)):
+        assert triplets.anchor.shape == (2, 5, 3)
+        np.testing.assert_array_equal(
+            triplets.valid, np.broadcast_to(np.arange(5)[:, None] < 4, (2, 5, 3))
+        )
+        batch = np.arange(2)[:, None, None]
+        for indices, mask in zip((triplets.positive, triplets.negative), masks):
+            assert mask[batch, triplets.anchor, indices][triplets.valid].all()
+        assert (triplets.negative[0] != triplets.negative[1]).any()
+
+
+def test_no_column_without_weight_is_drawn():
+    """Sums of a parallel scan are rounded so that they rise where a weight is 0."""
+    random = np.random.default_rng(0)
+    weights = np.exp(3 * random.normal(size=(8, 5000)))
+    weights[random.random((8, 5000)) < 0.5] = 0
+    weights = jnp.asarray(weights, jnp.float32)
+    ends = jnp.cumsum(weights, axis=-1)
+    drawn = columns_by_weight(weights, ends / ends[:, -1:])
+    assert (jnp.take_along_axis(weights, drawn, -1) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([0.0, 3.0, 0.0, 1.0], [1, 1, 3, 3]),
+        ([1e38, 3e38, 1e38, 3e38], [0, 1, 3, 3]),
+        ([np.nan, 1.0, np.inf, 1.0], [1, 2, 2, 2]),
+    ],
+)
+def test_columns_by_weight(weights, expected):
+    shares = jnp.array([0.0, 0.4, 0.76, 1.0])
+    assert columns_by_weight(jnp.array(weights), shares).tolist() == expected
+
+
+def test_random_semi_hard_triplets_are_uniform():
+    d, labels = jnp.tile(jnp.arange(16) / 100, (16, 1)), np.repeat(np.arange(4), 4)
     observed = counts(
         lambda key: tj.random_semi_hard_triplets(key, d, labels, margin=0.055), 0, 3
     )
@@ -305,7 +440,7 @@ def test_random_miners_are_uniform():
         (
             lambda: tj.all_triplets([0, 1], size=2, band=tj.hard_band()),
             ValueError,
-            "band needs distances",
+            "band requires distances",
         ),
         (
             lambda: tj.all_triplets(
@@ -337,16 +472,6 @@ def test_random_miners_are_uniform():
             lambda: tj.batch_easy_hard_triplets(np.eye(2), [0, 1], positive="easy"),
             TypeError,
             "positive must be callable",
-        ),
-        (
-            lambda: tj.batch_easy_hard_triplets(
-                np.eye(2),
-                [0, 1],
-                positive=mining.all_candidates,
-                negative=mining.all_candidates,
-            ),
-            ValueError,
-            "all_triplets",
         ),
     ],
 )

@@ -31,6 +31,23 @@ assert not outside, outside
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_batches_need_no_extra():
+    """The sampler with every package of the extras blocked."""
+    blocked = (*HEAVY, "PIL", "grain", "array_record", "safetensors", "tqdm")
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({blocked})
+import numpy as np
+from tripletjax.learn.data import sampling
+labels = np.arange(40) % 5
+batch = labels[sampling.ClassBatches(labels, classes=3, per_class=4)[0]]
+assert [len(set(row)) for row in batch.reshape(3, 4)] == [1, 1, 1], batch
+images, y = sampling.ImageBatches(np.zeros((40, 4, 4, 1)), labels, 3, 4)[0]
+assert images.shape == (12, 4, 4, 1) and len(set(y.tolist())) == 3
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # Rooms, from the bottom: each imports from rooms above it in this list.
 # The core imports nothing but JAX and NumPy.
 CORE = (
@@ -68,7 +85,7 @@ APART = {
     "retrieval": ("mining", "losses"),
     "verification": ("mining", "losses"),
     "collapse": ("mining", "losses"),
-    "mining": ("_pairwise", "retrieval", "verification", "collapse"),
+    "mining": ("retrieval", "verification", "collapse"),
     "losses": ("_pairwise", "retrieval", "verification", "collapse"),
     "blockwise": ("retrieval", "verification", "collapse"),
 }

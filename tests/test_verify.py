@@ -125,7 +125,7 @@ def test_folds_share_no_class(found):
         same=np.arange(count),
         different=count + np.arange(len(pairs.different)),
     )
-    number, same, fold, folds = intervals._own_folds(numbered, pairs.labels)
+    number, same, fold, folds = intervals._folds_of_classes(numbered, pairs.labels)
     assert folds == 4
     images = np.concatenate([pairs.same_images, pairs.different_images])[number]
     classes = [{*pairs.labels[images[fold == k]].ravel()} for k in range(folds)]
@@ -133,7 +133,7 @@ def test_folds_share_no_class(found):
     assert sum(map(len, classes)) == len(set.union(*classes))
     for k in range(folds):
         assert same[fold == k].mean() == 0.5
-    distances, same, fold, _ = intervals._own_folds(pairs, pairs.labels)
+    distances, same, fold, _ = intervals._folds_of_classes(pairs, pairs.labels)
     expected = tj.verification.k_fold_accuracy(distances, same, folds=4, fold=fold)
     told = found.report["k_fold"]
     np.testing.assert_allclose(told["accuracy"], 100 * expected.accuracy, rtol=1e-5)
@@ -196,12 +196,12 @@ def test_without_enough_pairs_there_is_no_threshold_by_default(tmp_path):
     found = verification.evaluate(EMBEDDER, small, replicates=10)
     assert found.calibration is None
     assert found.report["calibration"] is None
-    assert "no threshold is chosen" in " ".join(found.report["notes"])
+    assert "no threshold: " in " ".join(found.report["notes"])
     verification_report.write(found, tmp_path / "out")
     alone = shapes(tmp_path / "alone", kinds=3, each=1)
     with pytest.raises(ValueError, match="no pair of the same class"):
         verification.evaluate(EMBEDDER, alone)
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         verification.evaluate(EMBEDDER, tmp_path / "none")
 
 
@@ -321,7 +321,7 @@ def test_given_pairs_in_their_folds(tmp_path):
     broken.write_bytes(b"\x89PNG none")
     less = verification.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
     assert less.report["verification"]["positives"] == 5
-    assert "1 pairs are left out" in " ".join(less.report["notes"])
+    assert "1 pairs of skipped images are left out" in " ".join(less.report["notes"])
     # The single outer folder of an archive changes nothing.
     (tmp_path / "archive").mkdir()
     folder.rename(tmp_path / "archive" / "lfw")
@@ -331,7 +331,7 @@ def test_given_pairs_in_their_folds(tmp_path):
     assert again.report["verification"] == less.report["verification"]
     (tmp_path / "archive" / "lfw").rename(folder)
     broken.unlink()
-    with pytest.raises(FileNotFoundError, match="1 images that are not in"):
+    with pytest.raises(FileNotFoundError, match="1 images that do not exist in"):
         verification.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
 
 

@@ -92,6 +92,8 @@ def batch_all_loss(
 
     `tripletjax.batch_all_loss` without the distance matrix.
 
+    Memory: O(n d + m d + block_size^2), also of the gradient.
+
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
@@ -184,6 +186,8 @@ def batch_hard_loss(
       + \text{margin}\Bigr)$$
 
     `tripletjax.batch_hard_loss` without the distance matrix.
+
+    Memory: O(n d + m d + block_size^2), also of the gradient.
 
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
@@ -279,6 +283,8 @@ def batch_semi_hard_loss(
     `tripletjax.batch_semi_hard_loss` without the distance matrix. There it says which
     negative that is.
 
+    Memory: O(n d + m d + block_size^2), also of the gradient.
+
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
@@ -340,7 +346,9 @@ def batch_semi_hard_loss(
     )
 
 
-def _from_first_row(triplets: Triplets, first: Array) -> Triplets:
+def _from_first_row(
+    triplets: Triplets | CountedTriplets, first: Array
+) -> Triplets | CountedTriplets:
     """A device's triplets, with anchors counted along those of all."""
     triplets = triplets._replace(anchor=triplets.anchor + first)
     if isinstance(triplets, CountedTriplets):
@@ -388,6 +396,8 @@ def batch_hard_triplets(
     $$p_a = \arg\max_{p \in P_a} d_{ap}, \qquad n_a = \arg\min_{n \in N_a} d_{an}$$
 
     `tripletjax.batch_hard_triplets` without the distance matrix.
+
+    Memory: O(n d + m d + block_size^2).
 
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
@@ -456,6 +466,8 @@ def batch_semi_hard_triplets(
 
     `tripletjax.batch_semi_hard_triplets` without the distance matrix. There the
     triplets have the matrix's shape; here they are compacted to a fixed size.
+
+    Memory: O(n d + m d + block_size^2 + size).
 
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.

@@ -38,7 +38,6 @@ OF_CLASSES = (
 OF_TRIPLETS = ("triplets_per_batch",)
 # Errors that a line tells all about.
 FAULTS = ValueError, OSError, ImportError, FloatingPointError
-AGAIN = "To go on, run the same with the run's --out and --resume"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +92,7 @@ def _main(argv: list[str]) -> int:
     del given["command"]
     compile_cache.keep_programs()
     try:
-        return call(command, given | {"argv": argv})
+        return call(command, given)
     except FAULTS as error:
         print(f"{command.prog}: {error}", file=sys.stderr)
         return 2
@@ -152,20 +151,18 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--processes",
         metavar="N",
-        help="train in N processes on this machine, each with devices of its own; in "
-        "those of a cluster that JAX knows (Slurm, Open MPI, Kubernetes, TPU pods): "
-        "cluster; with --coordinator and --process, on any machines",
+        help="train in N processes: start this command once for each, with "
+        "--coordinator and --process; in the processes of a cluster that JAX knows "
+        "(Slurm, Open MPI, Kubernetes, TPU pods): cluster",
     )
     run.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="where process 0 is, the same in every process; the port must be free",
+        help="address of process 0, the same in every process; the port must be free",
     )
     run.add_argument(
-        "--process", type=int, metavar="K", help="which of N this one is, from 0"
+        "--process", type=int, metavar="K", help="number of this process, from 0"
     )
-    # Begun by --processes N, whose end it does not outlive.
-    run.add_argument("--launched", action="store_true", help=argparse.SUPPRESS)
     run.add_argument(
         "--tensorboard",
         action="store_true",
@@ -250,35 +247,27 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
-    """Trains in this process, alone or as one of several, or begins several."""
+    """Train in this process, alone or as one of several."""
     from tripletjax.learn.distributed import processes
 
-    argv, asked, coordinator, index, launched = (
-        given.pop(name)
-        for name in ("argv", "processes", "coordinator", "process", "launched")
+    number, coordinator, index = (
+        given.pop(name) for name in ("processes", "coordinator", "process")
     )
-    if asked is None:
+    if number is None:
         if coordinator is not None or index is not None:
-            parser.error("--coordinator and --process need --processes")
+            parser.error("--coordinator and --process require --processes")
         return _train_here(parser, given)
-    count = int(asked) if asked.isdecimal() else None
-    if asked != "cluster" and not count:
-        parser.error(f"--processes must be a number or cluster, got {asked}")
+    count = int(number) if number.isdecimal() else None
+    if number != "cluster" and not count:
+        parser.error(f"--processes must be a number or cluster, got {number}")
     if given["devices"] not in (None, "all"):
-        parser.error("--devices: all those of all processes are trained on")
+        parser.error("--devices must be all with --processes")
     given["devices"] = "all"
-    if (coordinator is None) != (index is None):
-        parser.error("--coordinator and --process need each other")
-    if coordinator is not None and count is None:
-        parser.error("--coordinator needs --processes N: a cluster is asked by JAX")
-    if count is not None and index is None:
-        # Modules are found where they are here.
-        safe = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
-        command = [sys.executable, *safe, "-m", "tripletjax", *argv, "--launched"]
-        status, told = processes.launch(command, count)
-        if told is not None:
-            print(f"{parser.prog}: {told}. {AGAIN}", file=sys.stderr)
-        return status
+    if (coordinator is None, index is None) != (count is None, count is None):
+        parser.error(
+            "--processes N requires --coordinator and --process, --processes cluster "
+            "neither; one process uses all devices of a machine by --devices all"
+        )
     if index is not None and not 0 <= index < (count or 0):
         parser.error(f"--process must be 0 to {count} - 1, got {index}")
     if coordinator is not None:
@@ -286,27 +275,11 @@ def _train(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
             processes.check_coordinator(coordinator, first=index == 0)
         except ValueError as error:
             parser.error(f"--coordinator {error}")
-    if launched:
-        processes.end_with_parent()
-
-    # What all of them know, the first one says.
-    quiet = launched and index != 0
-
-    def lost(told: str, by_itself: bool) -> NoReturn:
-        said = quiet and by_itself
-        processes.end("" if said else f"{parser.prog}: {told}. {AGAIN}")
-
     try:
-        with processes.joined(
-            coordinator=coordinator,
-            count=count,
-            index=index,
-            devices=[index] if launched and index is not None else None,
-            on_loss=lost,
-        ):
+        with processes.joined(coordinator=coordinator, count=count, index=index):
             return _train_here(parser, given)
     except (*FAULTS, processes.OtherProcessError) as error:
-        processes.end("" if quiet else f"{parser.prog}: {error}")
+        processes.end(f"{parser.prog}: {error}")
     except KeyboardInterrupt:
         processes.end("", 130)
     except SystemExit:

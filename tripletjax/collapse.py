@@ -1,7 +1,8 @@
-"""Has training collapsed? Embeddings that are all alike, or differ in few directions.
+"""Collapse report: the spread and the effective rank of embeddings.
 
-A triplet loss that stays at its margin usually means that all embeddings have become
-one point. Short of that, they may fill far fewer dimensions than they have.
+A triplet loss that stays at its margin usually means that all embeddings have collapsed
+to one point. In partial collapse, they vary in far fewer directions than they have
+dimensions.
 """
 
 from typing import NamedTuple
@@ -18,14 +19,17 @@ from tripletjax.distances import Metric, as_vectors, euclidean
 
 
 class CollapseReport(NamedTuple):
-    """How embeddings are spread; everything is near 0, but the rank 1, if collapsed.
+    """Spread of embeddings.
+
+    After collapse, `mean_distance` and `distance_std` are near 0 and `effective_rank`
+    is 1.
 
     Attributes:
-        mean_distance: of all pairs.
-        distance_std: standard deviation of the distances of all pairs.
-        effective_rank: how many directions are in use, 1 to d.
-        mean_norm: of the embeddings.
-        norm_std: standard deviation of their norms.
+        mean_distance: the mean distance of all pairs.
+        distance_std: the standard deviation of the distances of all pairs.
+        effective_rank: the effective number of directions, 1 to d.
+        mean_norm: the mean Euclidean norm of the embeddings.
+        norm_std: the standard deviation of the norms.
     """
 
     mean_distance: Array
@@ -42,7 +46,7 @@ def report(
     metric: Metric = euclidean,
     where: ArrayLike | None = None,
 ) -> CollapseReport:
-    r"""How embeddings are spread: what tells that training has collapsed.
+    r"""Compute the mean distance, its spread, and the effective rank of embeddings.
 
     With $\sigma_i$ the singular values of the centred embeddings, the effective rank
     is
@@ -50,15 +54,18 @@ def report(
     $$\exp\Bigl(-\sum_i p_i \log p_i\Bigr), \qquad
       p_i = \frac{\sigma_i}{\sum_j \sigma_j}$$
 
-    and 1 if all are 0. Memory is O(n d) and that of a block of pairs.
+    and 1 if all are 0. Distances are over the n (n - 1) / 2 pairs.
+
+    Memory: O(n d + d^2), and a block of distances.
 
     Args:
         embeddings: vectors ``[n, d]``.
-        metric: how far two vectors are apart.
+        metric: the `Metric` of the distances.
         where: bool ``[n]``, False for padding.
 
     Returns:
-        `CollapseReport`. What takes two embeddings is NaN if there are fewer.
+        `CollapseReport`. Distances and rank are NaN for fewer than two embeddings, and
+        the norms without any.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
@@ -79,6 +86,8 @@ def report(
     where = batch.pairs.where
 
     def visit(state: tuple[Array, ...], distances: Array, pair: Array) -> tuple:
+        # Scalars: the number of pairs so far, their mean, and their summed squared
+        # deviations from it, updated by the parallel algorithm of Chan et al.
         count, mean, deviations = state
         new = jnp.sum(pair, dtype=distances.dtype)
         new_mean = jnp.sum(jnp.where(pair, distances, 0)) / jnp.maximum(new, 1)
@@ -102,11 +111,11 @@ def report(
     x = jnp.where(real[:, None], x, 0)
     norms = jnp.linalg.norm(x, axis=-1)
     centred = jnp.where(real[:, None], x - jnp.sum(x, axis=0) / count, 0)
-    known = pairs > 0
+    has_pairs = pairs > 0
     return CollapseReport(
-        jnp.where(known, mean, jnp.nan),
-        jnp.where(known, jnp.sqrt(deviations / pairs), jnp.nan),
-        jnp.where(known, _effective_rank(centred), jnp.nan),
+        jnp.where(has_pairs, mean, jnp.nan),
+        jnp.where(has_pairs, jnp.sqrt(deviations / pairs), jnp.nan),
+        jnp.where(has_pairs, _effective_rank(centred), jnp.nan),
         jnp.mean(norms, where=real),
         jnp.std(norms, where=real),
     )
@@ -114,7 +123,7 @@ def report(
 
 def _effective_rank(x: Array) -> Array:
     values = jnp.linalg.svd(x, compute_uv=False, full_matrices=False)
-    # Rounding errors are no directions.
+    # Smaller singular values are rounding errors.
     least = max(x.shape) * jnp.finfo(x.dtype).eps * values[0]
     shares = jnp.where(values > least, values, 0)
     shares = shares / jnp.where(values[0] > 0, jnp.sum(shares), 1)

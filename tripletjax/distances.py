@@ -45,6 +45,8 @@ class Metric:
     Metrics made from the same functions are equal and hash alike, so that they can be
     static arguments of jitted code.
 
+    Memory: O(n m) for a matrix, O(n d) pair by pair.
+
     Args:
         paired: any function of two vectors ``[d], [d] -> scalar``. Its value is used
             as it is; where two different items may coincide, its gradient there must

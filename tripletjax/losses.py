@@ -48,7 +48,9 @@ from tripletjax._matrices import (
 )
 from tripletjax.distances import Metric, euclidean
 from tripletjax.mining import (
+    CountedTriplets,
     Triplets,
+    as_triplets,
     batch_hard_triplets,
     batch_semi_hard_triplets,
 )
@@ -81,6 +83,8 @@ def mean_valid(terms: TripletTerms) -> Array:
 
     $$\frac{\sum_a \text{total}_a}{\sum_a \text{valid}_a}$$
 
+    Memory: O(1).
+
     Args:
         terms: `TripletTerms` ``[..., n]``.
 
@@ -102,6 +106,8 @@ def mean_active(terms: TripletTerms) -> Array:
     $$\frac{\sum_a \text{total}_a}{\sum_a \text{active}_a}$$
 
     Unlike `mean_valid` it does not fade as triplets become satisfied.
+
+    Memory: O(1).
 
     Args:
         terms: `TripletTerms` ``[..., n]``.
@@ -288,6 +294,8 @@ def selectively_contrastive(
         triplets = tj.batch_easy_hard_triplets(d, labels, negative=hardest_negative)
         tj.triplet_loss(d, triplets, hinge=tj.selectively_contrastive())
 
+    Memory: O(1) for each triplet.
+
     Args:
         hard_weight: λ, the weight of triplets with a hard negative.
         temperature: τ, in units of cosine similarity.
@@ -346,6 +354,8 @@ def triplet_margin_loss(
     r"""The triplet loss of given triplets.
 
     $$\ell = h(d(a, p) - d(a, n) + \text{margin})$$
+
+    Memory: O(n d).
 
     Args:
         anchors: vectors ``[..., t, d]``, or one vector ``[d]``.
@@ -409,7 +419,7 @@ def triplet_margin_loss(
 def _check_triplets(distances: Any, triplets: Any, **options: Any) -> None:
     """Raises for indices that are at hand and out of range."""
     limits = [*np.shape(distances)[-2:], np.shape(distances)[-1]]
-    if not isinstance(triplets, Triplets) or len(limits) < 3:
+    if not isinstance(triplets, Triplets | CountedTriplets) or len(limits) < 3:
         return
     valid = values_at_hand(triplets.valid)
     if valid is None:
@@ -440,7 +450,7 @@ def _check_triplets(distances: Any, triplets: Any, **options: Any) -> None:
 )
 def triplet_loss(
     distances: ArrayLike,
-    triplets: Triplets,
+    triplets: Triplets | CountedTriplets,
     *,
     margin: ArrayLike = 0.1,
     hinge: Hinge = jax.nn.relu,
@@ -449,6 +459,8 @@ def triplet_loss(
     r"""The triplet loss of mined triplets.
 
     $$\ell = h(d_{ap} - d_{an} + \text{margin})$$
+
+    Memory: O(n m) for the gradient, and O(1) for each triplet.
 
     Args:
         distances: ``[..., n, m]``.
@@ -477,8 +489,7 @@ def triplet_loss(
     """
     cost = as_cost(hinge)
     distances = as_distances(distances)
-    if not isinstance(triplets, Triplets):
-        raise TypeError(f"triplets must be Triplets, got {type(triplets).__name__}.")
+    triplets = as_triplets(triplets)
     batch = distances.shape[:-2]
     shape = jnp.shape(triplets.valid)
     if any(jnp.shape(field) != shape for field in triplets):
@@ -546,6 +557,8 @@ def batch_hard_loss(
 
     From a cold start it is prone to collapse to one point, where every triplet costs
     the margin: warm up with `batch_all_loss`, or see `selectively_contrastive`.
+
+    Memory: O(n m), at most the size of the distances.
 
     Args:
         distances: ``[..., n, m]``.
@@ -620,6 +633,8 @@ def batch_semi_hard_loss(
     farthest negative if there is none. `tripletjax.mining` tables what else is called
     semi-hard.
 
+    Memory: O(n m), at most 8 times the size of the distances.
+
     Args:
         distances: ``[..., n, m]``.
         labels: integers ``[..., n]``, or `PairMasks`.
@@ -692,6 +707,8 @@ def batch_all_loss(
 
     Exact in O(n m) memory: the positives of all anchors are taken one at a time, as
     many times as the anchor with the most of them has.
+
+    Memory: O(n m), at most twice the size of the distances.
 
     Args:
         distances: ``[..., n, m]``.

@@ -1,8 +1,8 @@
-r"""References from earlier batches: the cross-batch memory.
+r"""Cross-batch memory: references from earlier batches, in a ring buffer.
 
-A batch has few hard negatives; the embeddings of earlier batches are many more, and a
-network that learns slowly would embed their images today much as it did then. The last
-of them are kept in a ring, and go with the batch as its `references`:
+A batch has few hard negatives, while earlier batches have many more embeddings. The
+embeddings of a network that learns slowly change little from batch to batch. The ring
+buffer holds the last of them, as `references` of the next batch:
 
 >>> import jax
 >>> import jax.numpy as jnp
@@ -17,10 +17,9 @@ of them are kept in a ring, and go with the batch as its `references`:
 >>> print(pairs["references"].shape, memory.valid.sum())
 (40, 16) 24
 
-Shapes never change, so that nothing is compiled again as the memory fills. Pushing
-copies the memory unless it is given away: inside a step that is jitted with
-``donate_argnames``, or by ``jax.jit(tj.memory.push, donate_argnums=0)``, it is written
-in place.
+Shapes never change, so a step is compiled only once. `push` copies the memory, unless
+the memory is donated: a step jitted with ``donate_argnames``, or
+``jax.jit(tj.memory.push, donate_argnums=0)``, writes it in place.
 """
 
 from typing import Any, NamedTuple
@@ -36,13 +35,13 @@ from tripletjax.pairs import per_item
 
 
 class Memory(NamedTuple):
-    """A ring of embeddings with their labels.
+    """Ring buffer of embeddings with their labels.
 
     Attributes:
-        embeddings: ``[size, d]``.
+        embeddings: floats ``[size, d]``.
         labels: integers ``[size, ...]``.
-        valid: bool ``[size]``, which slots are filled.
-        position: int32, the slot that is written next.
+        valid: bool ``[size]``, True for filled slots.
+        position: int32 scalar, the slot that `push` writes next.
     """
 
     embeddings: Array
@@ -59,22 +58,27 @@ def create(
     label_dtype: DTypeLike = int,
     label_shape: tuple[int, ...] = (),
 ) -> Memory:
-    """An empty memory.
+    """Create an empty memory.
+
+    Memory: O(size d).
 
     Args:
-        size: how many embeddings it keeps.
-        dim: the dimensions of an embedding.
-        dtype: of the embeddings; bfloat16 takes half the memory of float32. Numbers
-            beyond its range, which for float16 ends at 65,504, become its largest.
-        label_dtype: of the labels; as a rule int32, or int64 under jax_enable_x64.
-        label_shape: of one label, where it is not a number, such as tags ``(k,)``.
+        size: the number of embeddings that the memory holds, at least 1.
+        dim: the number of dimensions of an embedding, at least 1.
+        dtype: floating dtype of the embeddings; bfloat16 takes half the memory of
+            float32. Numbers beyond its range, which for float16 ends at 65,504, become
+            its largest number.
+        label_dtype: integer dtype of the labels; by default int32, or int64 under
+            jax_enable_x64.
+        label_shape: the shape of one label, such as ``(k,)`` for tags.
 
     Returns:
-        A `Memory`.
+        A `Memory` without valid embeddings.
 
     Raises:
-        TypeError: if a size is no integer, or a dtype is not of its kind.
-        ValueError: if a size is not positive.
+        TypeError: if a size is not an integer, `dtype` not a floating dtype, or
+            `label_dtype` not an integer dtype.
+        ValueError: if a size is less than 1.
 
     >>> import tripletjax as tj
     >>> memory = tj.memory.create(1024, 128)
@@ -85,12 +89,12 @@ def create(
     for name, value in (("size", size), ("dim", dim)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    for name, value, wanted, told in (
+    for name, value, wanted, rule in (
         ("dtype", dtype, jnp.floating, "a floating dtype"),
         ("label_dtype", label_dtype, jnp.integer, "an integer dtype"),
     ):
         if not jnp.issubdtype(jnp.dtype(value), wanted):
-            raise TypeError(f"{name} must be {told}, got {value!r}.")
+            raise TypeError(f"{name} must be {rule}, got {value!r}.")
     return Memory(
         jnp.zeros((size, dim), dtype),
         jnp.zeros((size, *label_shape), label_dtype),
@@ -107,16 +111,19 @@ def push(
     *,
     where: ArrayLike | None = None,
 ) -> Memory:
-    """Writes a batch over the oldest embeddings.
+    """Write a batch over the oldest embeddings.
 
-    Of a batch that is larger than the memory, the last are kept. What is kept has no
-    gradient.
+    Embedding i of the batch goes to slot ``(position + i) % size``. Of a batch larger
+    than the memory, only the last `size` embeddings remain. Gradients do not flow into
+    the memory.
+
+    Memory: O(n d), beside the copy.
 
     Args:
-        memory: as `create` made it.
+        memory: a `Memory` from `create` or `push`.
         embeddings: vectors ``[n, d]``.
         labels: integers ``[n, ...]``.
-        where: bool ``[n]``, False for what is not to be written, as padding.
+        where: bool ``[n]``, False for embeddings to skip, such as padding.
 
     Returns:
         The next `Memory`.
@@ -143,7 +150,7 @@ def push(
     written = jnp.ones(n, bool) if where is None else where
     rank = jnp.cumsum(written, dtype=jnp.int32) - 1
     count = rank[-1] + 1
-    # Of what would be written twice, the last is.
+    # The last `size` embeddings have distinct slots.
     written &= rank >= count - size
     slot = jnp.where(written, (memory.position + rank) % size, size)
 
@@ -168,23 +175,26 @@ def references(
     where: ArrayLike | None = None,
     axis_name: AxisName | None = None,
 ) -> dict[str, Any]:
-    """A batch followed by a memory, as what its anchors are compared with.
+    """Build the references of a batch: the batch itself, followed by a memory.
 
-    They are options of every blockwise loss and miner, of retrieval and verification;
-    for a distance matrix, `references` go to the metric and the rest to the loss. No
-    anchor is its own positive.
+    The result has options of every blockwise loss and miner, of retrieval and of
+    verification. With a distance matrix, pass `references` to the metric and the other
+    options to the loss. An anchor is never its own positive.
+
+    Memory: O((n + size) d).
 
     Args:
-        memory: of earlier batches.
-        embeddings: vectors ``[n, d]`` of the batch, through which gradients go.
+        memory: a `Memory` of earlier batches.
+        embeddings: vectors ``[n, d]`` of the batch; gradients flow through them.
         labels: integers ``[n, ...]``.
         where: bool ``[n]``, False for padding.
         axis_name: inside ``jax.shard_map``, the mesh axes over which batch and memory
             are split: each device has a memory of its own part.
 
     Returns:
-        `references` ``[n + size, d]``, in the dtype of the embeddings,
-        `reference_labels`, `reference_where` and `positions`.
+        A dict of `references` ``[n + size, d]`` in the dtype of the embeddings,
+        `reference_labels` (integers ``[n + size, ...]``), `reference_where` (bool
+        ``[n + size]``) and `positions` (integers ``[n]``).
 
     Raises:
         TypeError: if an argument has the wrong dtype.
@@ -216,7 +226,7 @@ def references(
 
 
 def _within_range(x: Array, dtype: DTypeLike) -> Array:
-    """Finite numbers that a dtype cannot hold, as its largest; others as they are."""
+    """Clip finite numbers to the range of a dtype; NaN and infinity stay."""
     if not jnp.issubdtype(dtype, jnp.floating):
         return x
     limits = jnp.finfo(dtype)
@@ -247,8 +257,8 @@ def _checked(
         )
     if jnp.iinfo(labels.dtype).max > jnp.iinfo(memory.labels.dtype).max:
         raise TypeError(
-            f"labels are {labels.dtype} and would not fit into those of memory, "
-            f"{memory.labels.dtype}: create it with label_dtype."
+            f"labels must fit into the labels of memory, {memory.labels.dtype}, got "
+            f"dtype {labels.dtype}; create the memory with label_dtype."
         )
     if where is not None:
         where = per_item("where", where, len(x), "embeddings", jnp.bool_)

@@ -1,6 +1,6 @@
 """The embedding of a run, as a function of images.
 
-It needs neither the data that it was trained on nor what reads data or draws.
+Needs neither the training data nor the packages that read datasets or draw.
 """
 
 import dataclasses
@@ -22,34 +22,29 @@ from PIL import Image
 from tripletjax.learn.data.image_files import open_image, upright
 from tripletjax.learn.data.image_shape import ImageSpec, View, check_not_blank
 from tripletjax.learn.files import digest_of
-from tripletjax.learn.networks.embedding import (
-    embed_images,
-)
+from tripletjax.learn.networks.embedding import embed_images
 from tripletjax.learn.networks.embedding_networks import Standardized
-from tripletjax.learn.runs.model import (
-    NETWORK,
-    load_model,
-)
+from tripletjax.learn.runs.model import NETWORK, load_model
 from tripletjax.learn.runs.record import RunRecord
 
 ImageInputs = ArrayLike | Sequence[np.ndarray | str | Path | Image.Image]
 
 
 class ImageEmbedder(Protocol):
-    """What makes vectors of images, in two steps: of a run, or of any function.
+    """From images to vectors in two steps, of a run or of any function.
 
     Attributes:
-        key: a name of the embedding: vectors of two keys are not compared.
+        key: name of the embedding; vectors of different keys are never compared.
     """
 
     @property
     def key(self) -> str: ...
 
     def prepare(self, image: Image.Image, /) -> Any:
-        """What `embed` takes, from one image; done by several threads."""
+        """Prepare one image for `embed`; several threads call this."""
 
     def embed(self, prepared: Sequence[Any], /) -> np.ndarray:
-        """Vectors ``[n, d]`` of images that are prepared."""
+        """Vectors ``[n, d]`` of prepared images."""
         ...
 
 
@@ -59,10 +54,10 @@ class Embedder:
 
     Attributes:
         model: from float images, as the network sees them, to unit vectors.
-        shape: what every image is made into.
-        view: the part of it that the network sees, all of it if None.
-        record: what the run was made with.
-        run_dir: where the run is, if it is one.
+        shape: size, channels and background of prepared images.
+        view: the part of prepared images that the network sees; None for all.
+        record: of the run.
+        run_dir: the run directory, if any.
     """
 
     model: Standardized
@@ -73,62 +68,64 @@ class Embedder:
 
     @functools.cached_property
     def key(self) -> str:
-        """A digest of all that the vectors of an image depend on."""
+        """Digest of everything that determines the vector of an image."""
         plan = dataclasses.asdict(self.record.plan)
-        made = {name: plan[name] for name in NETWORK}
+        network = {name: plan[name] for name in NETWORK}
         images = dataclasses.asdict(self.record.images)
         leaves = jax.tree.leaves(nnx.state(self.model))
         arrays = (np.ascontiguousarray(x).tobytes() for x in leaves)
-        return f"run {digest_of(itertools.chain([json.dumps([made, images])], arrays))}"
+        return (
+            f"run {digest_of(itertools.chain([json.dumps([network, images])], arrays))}"
+        )
 
     def __call__(self, images: ImageInputs) -> Array:
-        """Unit vectors ``[n, d]`` of images of any kind."""
+        """Unit vectors ``[n, d]`` of arrays, Pillow images or paths."""
         return self.of_shape(_to_batch(images, self.shape))
 
     def prepare(self, image: Image.Image, /) -> np.ndarray:
-        """What an image is made into, uint8 ``[height, width, c]``.
+        """Prepare an image as uint8 ``[height, width, c]``.
 
         Raises:
-            OSError: if there is nothing to see on it.
+            OSError: if all pixels of the image are the same.
         """
         pixels = self.shape.fit(image)
         check_not_blank(pixels)
         return pixels
 
     def embed(self, prepared: Sequence[np.ndarray], /) -> np.ndarray:
-        """Unit vectors ``[n, d]`` of what `prepare` made of images."""
+        """Unit vectors ``[n, d]`` of prepared images."""
         return np.asarray(self.of_shape(np.stack(prepared)))
 
     def of_shape(self, images: np.ndarray) -> Array:
-        """The same of images that have the shape, uint8 ``[n, height, width, c]``."""
+        """Unit vectors ``[n, d]`` of prepared images, ``[n, height, width, c]``."""
         seen = images if self.view is None else self.view(images)
         return embed_images(self.model, seen)
 
 
 def load_embedder(run_dir: str | Path) -> Embedder:
-    """The trained embedding of a run.
+    """Load the trained embedding of a run.
 
     Args:
         run_dir: a run directory.
 
     Returns:
-        A function to unit vectors ``[n, d]``, from uint8 images of any size, grey or
-        colour: ``[n, height, width]`` or ``[n, height, width, channels]``; or a
-        sequence of arrays of different sizes, Pillow's images or paths of image files.
-        Images are made into what the run was trained with.
+        A function from images to unit vectors ``[n, d]``. Images are a uint8 array
+        ``[n, height, width]`` or ``[n, height, width, channels]`` of any size, or a
+        sequence of arrays of different sizes, Pillow images or paths. They are
+        prepared as the images that the run was trained with.
 
     Raises:
         FileNotFoundError: if there is no trained model.
     """
-    model, made = load_model(run_dir)
-    view = made.plan.view_of(made.images.shape)
-    return Embedder(model, made.images.spec, view, made, Path(run_dir).resolve())
+    model, record = load_model(run_dir)
+    view = record.plan.view_of(record.images.shape)
+    return Embedder(model, record.images.spec, view, record, Path(run_dir).resolve())
 
 
 def _to_batch(images: ImageInputs, shape: ImageSpec) -> np.ndarray:
-    """Images of any kind as uint8 ``[n, height, width, channels]``."""
+    """Prepare images as uint8 ``[n, height, width, channels]``."""
     if isinstance(images, str | Path | Image.Image):
-        raise TypeError("images must be several, got one; put it into a list.")
+        raise TypeError("images must be a list or an array of images, got one image.")
     several: Any = images
     if not hasattr(several, "dtype") or several.dtype.kind == "U":
         several = list(several)
@@ -140,11 +137,11 @@ def _to_batch(images: ImageInputs, shape: ImageSpec) -> np.ndarray:
             "it several."
         )
     with ThreadPoolExecutor() as pool:
-        fitted = pool.map(lambda image: shape.fit(_picture(image)), several)
+        fitted = pool.map(lambda image: shape.fit(_open(image)), several)
         return np.stack(list(fitted))
 
 
-def _picture(image: ArrayLike | str | Path | Image.Image) -> Image.Image:
+def _open(image: ArrayLike | str | Path | Image.Image) -> Image.Image:
     if isinstance(image, str | Path):
         return open_image(image)
     if isinstance(image, Image.Image):

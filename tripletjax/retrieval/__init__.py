@@ -1,11 +1,13 @@
-"""Is it any good, ranked: neighbours, and metrics of how early the right ones come.
+"""Retrieval: nearest neighbours, ranking metrics, few-shot accuracy, identification.
 
 Every query ranks the references by distance, the nearest first and ties by the lower
-index; references with the query's label are relevant. A query is never its own
-reference, and one without any relevant reference is left out of the means and counted.
+index. References with the query's label are relevant. A query is never its own
+reference. The means leave out queries without a relevant reference, and `queries`
+counts the rest.
 
-A vector that is not finite cannot be ranked: metrics are NaN of every query that is one
-or has one among its references, and so are their means. Padding may hold anything.
+A vector that is not finite has no rank. If a query or one of its references is not
+finite, the metrics of the query are NaN, and so are their means. Padding may have any
+value.
 """
 
 from tripletjax.retrieval.evaluation import (

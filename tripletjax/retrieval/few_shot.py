@@ -1,4 +1,4 @@
-"""Few-shot classification, by the nearest of a few labelled vectors."""
+"""Few-shot classification by the nearest support vector or class mean."""
 
 import functools
 from typing import Any
@@ -26,25 +26,30 @@ def few_shot_accuracy(
     support_where: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """The share of queries whose nearest support has their label, per episode.
+    r"""Compute the accuracy of classification by the nearest support, per episode.
 
-    With n classes of k support vectors each, n-way k-shot accuracy. Memory is that of
-    the vectors and a block of distances, for each episode.
+    $$\frac{1}{|Q|} \sum_{q \in Q} [y_{s(q)} = y_q], \qquad
+      s(q) = \arg\min_{s \in S} d(q, s)$$
+
+    with queries Q and support S; ties by the lower index. With n classes of k support
+    vectors each, the result is the n-way k-shot accuracy.
+
+    Memory: O((s + q) d), and up to 512 rows of distances, per episode.
 
     Args:
-        support: vectors ``[..., s, d]``, the labelled ones of each episode.
+        support: vectors ``[..., s, d]``, the labelled examples of each episode.
         support_labels: integers ``[..., s]``.
         queries: vectors ``[..., q, d]``.
         query_labels: integers ``[..., q]``.
-        metric: how far two vectors are apart.
-        class_means: whether to compare with the mean vector of each class instead of
-            every support vector.
+        metric: the `Metric` that defines d.
+        class_means: whether S has the mean vector of each class instead of every
+            support vector.
         support_where: bool ``[..., s]``, False for padding.
-        where: bool ``[..., q]``, likewise.
+        where: bool ``[..., q]``, False for padding.
 
     Returns:
-        ``[...]``; NaN for an episode without a query or without support, or with a
-        vector that is not finite.
+        Shares ``[...]`` from 0 to 1. NaN for an episode without a query, without
+        support, or with a vector that is not finite.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
@@ -74,43 +79,50 @@ def few_shot_accuracy(
             f"{y.shape} and {x.shape}."
         )
 
-    def each(name: str, values: Any, of: Array, what: str, dtype: type) -> Array:
-        values = per_item(name, values, of.shape[-2], what, dtype)
-        if values.ndim > of.ndim - 1:
-            raise ValueError(
-                f"{name} has shape {values.shape}, but {what} have {of.shape[:-1]}."
-            )
-        return jnp.broadcast_to(values, of.shape[:-1])
-
-    ours = each("query_labels", query_labels, x, "queries", jnp.integer)
-    theirs = each("support_labels", support_labels, y, "support vectors", jnp.integer)
-    ones = jnp.ones(x.shape[:-1], bool), jnp.ones(y.shape[:-1], bool)
-    real, known = ones
+    labels = _for_each(x, "query_labels", query_labels, "queries", jnp.integer)
+    support_labels = _for_each(
+        y, "support_labels", support_labels, "support vectors", jnp.integer
+    )
+    real, real_support = jnp.ones(x.shape[:-1], bool), jnp.ones(y.shape[:-1], bool)
     if where is not None:
-        real = each("where", where, x, "queries", jnp.bool_)
+        real = _for_each(x, "where", where, "queries", jnp.bool_)
         x = jnp.where(real[..., None], x, 0)
     if support_where is not None:
-        known = each("support_where", support_where, y, "support vectors", jnp.bool_)
-        y = jnp.where(known[..., None], y, 0)
+        real_support = _for_each(
+            y, "support_where", support_where, "support vectors", jnp.bool_
+        )
+        y = jnp.where(real_support[..., None], y, 0)
     if class_means:
         y = jnp.vectorize(_class_means, signature="(s,d),(s),(s)->(s,d)")(
-            y, theirs, known
+            y, support_labels, real_support
         )
     nearest = jnp.vectorize(
         functools.partial(nearest_one, metric=metric),
         signature="(q,d),(s,d),(s)->(q)",
-    )(x, y, known)
-    right = same_labels(jnp.take_along_axis(theirs, nearest, axis=-1), ours)
+    )(x, y, real_support)
+    predicted = jnp.take_along_axis(support_labels, nearest, axis=-1)
+    correct = same_labels(predicted, labels)
     count = jnp.sum(real, axis=-1)
-    share = jnp.sum(right & real, axis=-1) / jnp.maximum(count, 1)
+    share = jnp.sum(correct & real, axis=-1) / jnp.maximum(count, 1)
     finite = [jnp.isfinite(v).all(axis=(-2, -1)) for v in (x, y)]
-    told = (count > 0) & jnp.any(known, axis=-1) & finite[0] & finite[1]
-    return jnp.where(told, share, jnp.nan)
+    defined = (count > 0) & jnp.any(real_support, axis=-1) & finite[0] & finite[1]
+    return jnp.where(defined, share, jnp.nan)
+
+
+def _for_each(vectors: Array, name: str, values: Any, what: str, dtype: type) -> Array:
+    """Checked values ``[...]``, one for each of some vectors ``[..., d]``."""
+    values = per_item(name, values, vectors.shape[-2], what, dtype)
+    if values.ndim > vectors.ndim - 1:
+        raise ValueError(
+            f"{name} must have one entry for each of the {what}, "
+            f"{vectors.shape[:-1]}, got shape {values.shape}."
+        )
+    return jnp.broadcast_to(values, vectors.shape[:-1])
 
 
 def _class_means(x: Array, labels: Array, where: Array) -> Array:
-    """For each vector ``[s, d]`` the mean of the real ones of its class."""
-    # The class of a label is the place of the first of its kind in sorted order.
+    """The mean ``[s, d]`` of the real vectors of each vector's class."""
+    # The number of a class is the position of its first label in sorted order.
     of_class = jnp.searchsorted(jnp.sort(labels), labels)
     add_up = functools.partial(
         jax.ops.segment_sum, segment_ids=of_class, num_segments=len(labels)

@@ -1,4 +1,4 @@
-"""Who is it, if anybody known: identification among the classes of a gallery."""
+"""Identification: the nearest classes of a gallery, FNIR and FPIR."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -15,12 +15,12 @@ from tripletjax.retrieval.neighbors import check_vectors, nearest_of_classes
 
 
 class NearestClasses(NamedTuple):
-    """The classes nearest to each query, the nearest first.
+    """The k nearest classes of each query, the nearest first.
 
     Attributes:
         distances: ``[n, k]``, to the nearest reference of each class.
-        labels: integers ``[n, k]``, of the classes; -1 where there are fewer than k.
-        indices: integers ``[n, k]``, these references; -1 likewise.
+        labels: integers ``[n, k]``, the classes; -1 where there are fewer than k.
+        indices: integers ``[n, k]``, the nearest reference of each class, or -1.
     """
 
     distances: Array
@@ -29,18 +29,18 @@ class NearestClasses(NamedTuple):
 
 
 class IdentificationMetrics(NamedTuple):
-    """How well queries are named by the nearest class of a gallery, or as unknown.
+    """Closed-set and open-set identification rates, each from 0 to 1.
 
     Attributes:
-        rate_at_rank: ``[len(ranks)]``, the identification rates: of known queries the
-            share whose class is among so many nearest classes.
-        fnir_at_fpir: ``[len(fpirs)]``, the false negative identification rates: of
-            known queries the share that are not named, or not rightly, at the largest
-            threshold whose false positive identification rate is not above each.
-        thresholds: ``[len(fpirs)]``, at most which distances get a name then; negative
-            if none does, and minus infinity where distances may be negative.
+        rate_at_rank: ``[len(ranks)]``, the identification rate: the share of known
+            queries whose class is among the nearest classes up to this rank.
+        fnir_at_fpir: ``[len(fpirs)]``, the FNIR at the largest threshold whose FPIR is
+            not above each of `fpirs`.
+        thresholds: ``[len(fpirs)]``, these thresholds, in units of the distances. A
+            negative threshold accepts no query (minus infinity if a distance may be
+            negative).
         known: the number of queries whose class is in the gallery.
-        unknown: the number of others.
+        unknown: the number of queries whose class is not in the gallery.
     """
 
     rate_at_rank: Array
@@ -60,33 +60,42 @@ def nearest_classes(
     metric: Metric = euclidean,
     reference_where: ArrayLike | None = None,
 ) -> NearestClasses:
-    """The k classes nearest to each query, each by its nearest reference.
+    r"""Find the k nearest classes of each query, each by its nearest reference.
 
-    Exact; of equally far classes, the one whose nearest reference comes first. For
-    class means, give these as references. Memory is O(n k + block m).
+    $$d(q, c) = \min_{j : y_j = c} d(q, r_j)$$
+
+    with references $r_j$ of class $y_j$. The classes come in order of d, ties by the
+    lower index of the nearest reference. The search is exact. To compare with class
+    means, pass the means as references.
+
+    Memory: O(n k + m d), and up to 512 rows of distances.
 
     Args:
         queries: vectors ``[n, d]``.
         references: vectors ``[m, d]``.
-        reference_labels: integers ``[m]``, their classes.
-        k: how many classes.
-        metric: how far two vectors are apart.
+        reference_labels: integers ``[m]``, the class of each reference.
+        k: the number of classes, 1 to m.
+        metric: the `Metric` that defines d.
         reference_where: bool ``[m]``, False for padding.
 
     Returns:
-        `NearestClasses`. Where there are fewer than k classes, the rest are infinitely
-        far. A query that is not finite has distances NaN.
+        `NearestClasses`. If there are fewer than k classes, the rest have an infinite
+        distance. A query that is not finite has distances NaN.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
         ValueError: if shapes do not fit, or k is not from 1 to m.
 
+    References:
+        Cover, Hart. Nearest Neighbor Pattern Classification. 1967. IEEE Transactions on
+        Information Theory 13(1)
+
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
     >>> gallery, classes = jnp.array([[0.0], [1.0], [5.0]]), jnp.array([7, 7, 8])
-    >>> found = tj.retrieval.nearest_classes(
+    >>> nearest = tj.retrieval.nearest_classes(
     ...     jnp.array([[1.5]]), gallery, classes, k=2)
-    >>> print(found.labels, found.distances)
+    >>> print(nearest.labels, nearest.distances)
     [[7 8]] [[0.5 3.5]]
     """
     queries, references = as_vectors(
@@ -100,7 +109,7 @@ def nearest_classes(
     real = jnp.ones(m, bool) if reference_where is None else reference_where
     real = per_item("reference_where", real, m, "references", jnp.bool_)
     if not 1 <= k <= m:
-        raise ValueError(f"k must be from 1 to {m}, the references; got {k}.")
+        raise ValueError(f"k must be from 1 to {m}, the number of references, got {k}.")
     distances, index = nearest_of_classes(
         queries, references, labels, k=k, metric=metric, reference_where=real
     )
@@ -119,33 +128,41 @@ def evaluate_identification(
     where: ArrayLike | None = None,
     reference_where: ArrayLike | None = None,
 ) -> IdentificationMetrics:
-    """Identification against a gallery, of which some queries are not.
+    r"""Compute closed-set and open-set identification rates against a gallery.
 
-    A query gets the name of the nearest class if that is at most as far as a threshold,
-    and is unknown else. Of queries whose class is not in the gallery, the share that
-    get a name is the false positive identification rate (FPIR), which grows with the
-    gallery; of the others the share that do not get the right one is the false negative
-    identification rate (FNIR). Memory is O(n max(ranks) + block m).
+    Let $c_q$ be the nearest class of query q, at distance $d_q$ (`nearest_classes`),
+    and $y_q$ its true class. A query with $d_q \le t$ is accepted as $c_q$, any other
+    is rejected as unknown. Of the queries, K have a class in the gallery (known), U do
+    not (unknown):
+
+    $$\text{FPIR}(t) = \frac{|\{q \in U : d_q \le t\}|}{|U|}, \qquad
+      \text{FNIR}(t) = 1 - \frac{|\{q \in K : d_q \le t,\; c_q = y_q\}|}{|K|}$$
+
+    FNIR at an FPIR f takes the largest t with FPIR(t) at most f. FPIR grows with the
+    gallery. The identification rate at rank r is the share of K whose class is one of
+    the r nearest classes, without a threshold.
+
+    Memory: O(n max(ranks) + m d), and up to 512 rows of distances.
 
     Args:
         embeddings: vectors ``[n, d]``, the queries.
-        labels: integers ``[n]``; of unknown ones any that no reference has.
+        labels: integers ``[n]``. An unknown query has a label of no reference.
         references: vectors ``[m, d]``, the gallery.
         reference_labels: integers ``[m]``.
-        ranks: at which to report the identification rate.
-        fpirs: false positive identification rates at which to report the FNIR.
-        metric: how far two vectors are apart.
+        ranks: ranks of the identification rate, integers of at least 1.
+        fpirs: FPIRs at which to report the FNIR, over 0 and up to 1.
+        metric: the `Metric` that defines d.
         where: bool ``[n]``, False for padding.
-        reference_where: bool ``[m]``, likewise.
+        reference_where: bool ``[m]``, False for padding.
 
     Returns:
-        `IdentificationMetrics`. What no query says anything about is NaN: every rate of
-        no known query, false negative rates at an FPIR finer than one of the unknown
-        queries, and everything if the distance of a query is NaN.
+        `IdentificationMetrics`. Rates and FNIRs are NaN without a known query. An FNIR
+        is NaN at an FPIR below $1 / |U|$. All are NaN if a distance $d_q$ is NaN.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
-        ValueError: if shapes do not fit, or a rank or rate is none.
+        ValueError: if shapes do not fit, a rank is less than 1, or an FPIR is not over
+            0 and up to 1.
 
     References:
         Grother, Ngan, Hanaoka. Face Recognition Vendor Test (FRVT) Part 2:
@@ -161,7 +178,9 @@ def evaluate_identification(
     [1. 1.] [0.] 1
     """
     if not isinstance(ranks, Iterable):
-        raise TypeError(f"ranks must be a sequence of integers, got {ranks!r}.")
+        raise TypeError(
+            f"ranks must be a sequence of integers, got {ranks!r}; use ({ranks!r},)."
+        )
     ranks = tuple(as_integer("ranks", rank) for rank in ranks)
     if not ranks or min(ranks) < 1:
         raise ValueError(f"ranks must be at least 1, got {ranks}.")
@@ -197,7 +216,7 @@ def _evaluate_identification(
     labels = per_item("labels", labels, n, "embeddings", jnp.integer)
     real = jnp.ones(n, bool) if where is None else where
     real = per_item("where", real, n, "embeddings", jnp.bool_)
-    found = unjitted(nearest_classes)(
+    nearest = unjitted(nearest_classes)(
         jnp.where(real[:, None], x, 0),
         y,
         reference_labels,
@@ -205,40 +224,53 @@ def _evaluate_identification(
         metric=metric,
         reference_where=reference_where,
     )
-    there = _among(labels, jnp.asarray(reference_labels), reference_where)
-    known, unknown = real & there, real & ~there
-    right = same_labels(found.labels, labels[:, None]) & (found.indices >= 0)
-    count, others = jnp.sum(known), jnp.sum(unknown)
-    share = lambda hit: jnp.sum(hit & known) / jnp.maximum(count, 1)  # noqa: E731
+    in_gallery = _contains(jnp.asarray(reference_labels), reference_where, labels)
+    known, unknown = real & in_gallery, real & ~in_gallery
+    correct = same_labels(nearest.labels, labels[:, None]) & (nearest.indices >= 0)
+    knowns, unknowns = jnp.sum(known), jnp.sum(unknown)
 
-    nearest = found.distances[:, 0]
-    of_others = jnp.sort(jnp.where(unknown, nearest, jnp.inf))
-    fnirs, thresholds = [], []
-    for fpir in fpirs:
-        # So many of the unknown may get a name, and the next must not.
-        may = jnp.floor(fpir * others + 1e-6).astype(int)
-        beyond = jnp.where(may < others, of_others[jnp.minimum(may, n - 1)], jnp.inf)
-        last = jnp.max(
-            jnp.where(real & (nearest < beyond), nearest, -jnp.inf), initial=-jnp.inf
-        )
-        threshold = between(last, beyond)
-        shown = (others * fpir >= 1 - 1e-6) & (count > 0)
-        fnir = 1 - share(right[:, 0] & (nearest <= threshold))
-        fnirs.append(jnp.where(shown, fnir, jnp.nan))
-        thresholds.append(jnp.where(shown, threshold, jnp.nan))
-    rates = [jnp.where(count > 0, share(right[:, :r].any(1)), jnp.nan) for r in ranks]
-    broken = jnp.any(real & jnp.isnan(nearest))
-    rates, fnirs, thresholds = (
-        jnp.where(broken, jnp.nan, jnp.stack(x)) for x in (rates, fnirs, thresholds)
+    def share_of_known(hit: Array) -> Array:
+        share = jnp.sum(hit & known) / jnp.maximum(knowns, 1)
+        return jnp.where(knowns > 0, share, jnp.nan)
+
+    distance = nearest.distances[:, 0]
+    thresholds = _thresholds_at(fpirs, distance, unknown, real)
+    fnirs = [1 - share_of_known(correct[:, 0] & (distance <= t)) for t in thresholds]
+    rates = jnp.stack([share_of_known(correct[:, :r].any(1)) for r in ranks])
+    measurable = (unknowns * jnp.asarray(fpirs) >= 1 - 1e-6) & (knowns > 0)
+    broken = jnp.any(real & jnp.isnan(distance))
+    return IdentificationMetrics(
+        jnp.where(broken, jnp.nan, rates),
+        jnp.where(measurable & ~broken, jnp.stack(fnirs), jnp.nan),
+        jnp.where(measurable & ~broken, thresholds, jnp.nan),
+        knowns,
+        unknowns,
     )
-    return IdentificationMetrics(rates, fnirs, thresholds, count, others)
 
 
-def _among(labels: Array, others: Array, where: ArrayLike | None) -> Array:
-    """Which labels are among others ``[m]`` that are real, in O(n + m) memory."""
-    padding = jnp.zeros(len(others), bool) if where is None else ~jnp.asarray(where)
-    # Of equal ones, a real one comes first.
-    others, padding = lax.sort((others, padding), num_keys=2)
-    index = jnp.searchsorted(others, labels.astype(others.dtype))
-    index = jnp.minimum(index, len(others) - 1)
-    return same_labels(others[index], labels) & ~padding[index]
+def _thresholds_at(
+    fpirs: tuple[float, ...], distance: Array, unknown: Array, real: Array
+) -> Array:
+    """The largest threshold ``[len(fpirs)]`` whose FPIR is not above each of `fpirs`.
+
+    It lies between the last accepted distance and the first rejected one.
+    """
+    unknowns = jnp.sum(unknown)
+    of_unknown = jnp.sort(jnp.where(unknown, distance, jnp.inf))
+    # The number of unknown queries that may be accepted; the next one is rejected.
+    accepted = jnp.floor(jnp.asarray(fpirs) * unknowns + 1e-6).astype(int)
+    rejected = of_unknown[jnp.minimum(accepted, len(distance) - 1)]
+    rejected = jnp.where(accepted < unknowns, rejected, jnp.inf)
+    nearer = real & (distance < rejected[:, None])
+    last = jnp.max(jnp.where(nearer, distance, -jnp.inf), axis=1, initial=-jnp.inf)
+    return between(last, rejected)
+
+
+def _contains(gallery: Array, where: ArrayLike | None, labels: Array) -> Array:
+    """Whether a gallery ``[m]`` has each of the labels ``[n]``, in O(n + m) memory."""
+    padding = jnp.zeros(len(gallery), bool) if where is None else ~jnp.asarray(where)
+    # Among equal labels, real ones come before padding.
+    gallery, padding = lax.sort((gallery, padding), num_keys=2)
+    index = jnp.searchsorted(gallery, labels.astype(gallery.dtype))
+    index = jnp.minimum(index, len(gallery) - 1)
+    return same_labels(gallery[index], labels) & ~padding[index]

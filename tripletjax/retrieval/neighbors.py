@@ -1,4 +1,4 @@
-"""The nearest references of each query."""
+"""Exact nearest-neighbour search."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,29 +23,35 @@ def nearest_neighbors(
     positions: ArrayLike | None = None,
     reference_where: ArrayLike | None = None,
 ) -> tuple[Array, Array]:
-    """The k nearest references of each query, nearest first, ties by the lower index.
+    r"""Find the k nearest references of each query.
 
-    Exact, in O(n k + block m) memory.
+    $$i_1, \dots, i_k = \text{the } k \text{ indices } j \text{ of least } d(q, r_j)$$
+
+    The nearest comes first, ties by the lower index. The search is exact and takes
+    O(n k + b m) memory, with blocks of b <= 512 queries.
+
+    Memory: O(n k + m d), and up to 512 rows of distances.
 
     Args:
         queries: vectors ``[n, d]``.
         references: vectors ``[m, d]``.
-        k: how many neighbours.
-        metric: how far two vectors are apart. Where it is made of inner products,
-            these choose the neighbours, and differences put them in order.
+        k: the number of neighbours, at least 1.
+        metric: the `Metric` that defines d. If it is made of inner products, these
+            select the neighbours, and distances of differences order them.
         positions: integers ``[n]``, the index of each query among the references, so
-            that it is not its own neighbour; -1 for nowhere.
-        reference_where: bool ``[m]``, False for padding; or ``[n, m]``, which of them
-            each query may have.
+            that it is not its own neighbour; -1 if it is not among them.
+        reference_where: bool ``[m]``, False for padding; or bool ``[n, m]``, True for
+            the references that each query may have.
 
     Returns:
-        Distances and indices of the references, both ``[n, k]``. Where padding leaves
-        fewer than k, the rest are infinitely far, with index -1. A query that is not
-        finite has distances NaN and indices -1; references that are not come last.
+        Distances ``[n, k]`` and indices of references, integers ``[n, k]``. If fewer
+        than k references are left, the rest have an infinite distance and index -1. A
+        query that is not finite has distances NaN and indices -1. References that are
+        not finite come last.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
-        ValueError: if shapes do not fit, or there are not k references to choose from.
+        ValueError: if shapes do not fit, or k exceeds the number of references.
 
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
@@ -81,9 +87,10 @@ def _nearest_neighbors(
     m = len(references)
     choices = m if positions is None else m - 1
     if not 1 <= k <= choices:
-        but = "" if positions is None else " but the query itself"
+        without = "" if positions is None else " without the query itself"
         raise ValueError(
-            f"k must be from 1 to {choices}, all references{but}; got {k}."
+            f"k must be from 1 to {choices}, the number of references{without}, got "
+            f"{k}."
         )
     rankings = _rankings(metric, queries, references, positions, reference_where)
     neighbors = functools.partial(rankings.nearest, rankings.tiles(), k)
@@ -95,7 +102,7 @@ def nearest_one(
 ) -> Array:
     """The index ``[n]`` of the nearest reference of each query, -1 if there is none.
 
-    The arguments have been checked.
+    The arguments must be checked before.
     """
     rankings = _rankings(metric, queries, references, None, reference_where)
     nearest = functools.partial(rankings.nearest, rankings.tiles(), 1)
@@ -113,7 +120,7 @@ def nearest_of_classes(
 ) -> tuple[Array, Array]:
     """Distances and indices of the nearest reference of each of the k nearest classes.
 
-    The arguments have been checked.
+    The arguments must be checked before.
     """
     rankings = _rankings(metric, queries, references, None, reference_where)
     tiles = rankings.tiles()
@@ -150,7 +157,7 @@ def _rankings(
 def _with_broken(
     rankings: Rankings, nearest: Callable[[Array], Sequence[Array]]
 ) -> tuple[Array, Array]:
-    """Distances and indices of all queries; NaN and -1 of those that are not finite."""
+    """Distances and indices for all queries; NaN and -1 for those not finite."""
     distances, indices = rankings.fill(nearest)
     broken = ~jnp.isfinite(rankings.batch.anchors).all(axis=-1, keepdims=True)
     return jnp.where(broken, jnp.nan, distances), jnp.where(broken, -1, indices)

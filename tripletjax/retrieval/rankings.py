@@ -1,4 +1,4 @@
-"""The references of every query in order, some queries and a tile of them at a time."""
+"""Rankings of references: blocks of queries against tiles of references."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,18 +15,19 @@ from tripletjax._pairwise.slices import RUN, Blocks, Index
 from tripletjax.distances import Metric, common_offset
 from tripletjax.pairs import PairMasks, Pairs, as_boolean, keep_pairs, match_labels
 
-# Metrics are made for at most this many queries at a time, and of so many distances,
-# which come in tiles of so many references.
+# A block has at most MOST_ROWS queries and PANEL distances; a tile has COLUMNS
+# references.
 MOST_ROWS, PANEL, COLUMNS = 512, 2**25, 2048
-# Up to so many relevant references of a query, counting who comes before each takes
-# less time than sorting all; so many at a time, and of the last so many.
+# With at most MAX_COUNTED relevant references per query, counting the references before
+# each relevant one is faster than sorting all (`benchmarks/retrieval.py`). The relevant
+# ones are counted GROUP at a time, the last ones REST at a time.
 MAX_COUNTED, GROUP, REST = 512, 128, 16
 
 
 def per_query(
     reference_where: ArrayLike | None, n: int, m: int
 ) -> tuple[Array | None, ArrayLike | None]:
-    """What of `reference_where` is for each query, and what for all."""
+    """Split `reference_where` into a mask ``[n, m]`` or a mask ``[m]``; one is None."""
     if reference_where is None or jnp.ndim(reference_where) != 2:
         return None, reference_where
     each = as_boolean("reference_where", reference_where)
@@ -39,7 +40,7 @@ def per_query(
 
 
 def masks_of(batch: Batch, each: Array | None) -> PairMasks:
-    """Which references are relevant to each query, and which others it ranks."""
+    """Masks of the relevant references and of the others that each query ranks."""
     masks = batch.pairs.masks()
     if each is None:
         return masks
@@ -47,19 +48,19 @@ def masks_of(batch: Batch, each: Array | None) -> PairMasks:
 
 
 def with_masks(batch: Batch, masks: PairMasks) -> Batch:
-    """The batch with masks in place of labels, which say all but who is a vector."""
+    """The batch with masks in place of labels, positions and padding."""
     pairs = Pairs(masks, None, None, None, None)
     return Batch(batch.anchors, batch.reference_side[0], pairs)
 
 
 class RankedTile(NamedTuple):
-    """Some queries against some references.
+    """A block of queries against a tile of references.
 
     Attributes:
-        index: the index of each of these references.
-        keys: integers in the order of distances ``[rows, columns]``; what is no
-            reference of a query comes after everything else.
-        relevant: bool, likewise.
+        index: integers ``[columns]``, the indices of the references.
+        keys: integers ``[rows, columns]`` in the order of distances. References that
+            a query does not rank have the largest key.
+        relevant: bool ``[rows, columns]``.
     """
 
     index: Array
@@ -68,14 +69,14 @@ class RankedTile(NamedTuple):
 
 
 class ReferenceTiles(NamedTuple):
-    """References in tiles ``[tiles, columns, ...]``, the last of which is filled up.
+    """References in tiles ``[tiles, columns, ...]``, the last one padded.
 
     Attributes:
-        index: their indices.
-        vectors: less the offset.
-        halves: of products.
+        index: integers, the indices of the references.
+        vectors: the references minus the common offset.
+        halves: `Products.halves` of the references, 0 for other metrics.
         labels: integers.
-        real: whether a reference is one.
+        real: bool, False for padding.
     """
 
     index: Array
@@ -86,7 +87,7 @@ class ReferenceTiles(NamedTuple):
 
 
 class Rankings(NamedTuple):
-    """The references of every query in order, some queries at a time."""
+    """References ranked for every query, a block of queries at a time."""
 
     metric: Metric
     batch: Batch
@@ -112,7 +113,7 @@ class Rankings(NamedTuple):
         return cls(metric, batch, Blocks.of(n, rows), offset)
 
     def by_class(self, classes: ClassIndex) -> tuple["Rankings", Array]:
-        """The same with queries in the order of their classes, and that order."""
+        """The rankings with queries sorted by class, and the order of the queries."""
         batch = self.batch
         order = jnp.argsort(classes.start)
         pairs = batch.pairs._replace(
@@ -126,12 +127,12 @@ class Rankings(NamedTuple):
 
     @property
     def positions(self) -> Array:
-        """The indices of queries among the references, -1 if they are not."""
+        """The index of each query among the references, or -1."""
         assert self.batch.pairs.positions is not None
         return self.batch.pairs.positions
 
     def tiles(self, order: Array | None = None) -> ReferenceTiles:
-        """All references, in an order."""
+        """All references in tiles, in the given order or by index."""
         y, labels, real = self.batch.reference_side
         if not self.batch.has_classes:
             labels = jnp.zeros(len(y), int)
@@ -152,7 +153,7 @@ class Rankings(NamedTuple):
         return ReferenceTiles(*map(cut, (index, y - self.offset, halves, labels, real)))
 
     def full(self, shape: tuple[int, ...], value: Any) -> Array:
-        """As `jnp.full`, but varying over a mesh as queries do, for loops to carry."""
+        """`jnp.full` that varies over a mesh as queries do, as loop carries must."""
         value = jnp.asarray(value)
         return jnp.full(shape, value) + self.batch.zeros().astype(value.dtype)
 
@@ -160,14 +161,14 @@ class Rankings(NamedTuple):
         return lax.dynamic_slice_in_dim(x, start, self.blocks.size)
 
     def fill(self, function: Callable[[Array], Sequence[Array]]) -> list[Array]:
-        """What a function of the first of some queries says of each, for all."""
+        """Concatenate a function of each block's first query over all blocks."""
         blocks = self.blocks
 
         def step(_: None, block: Array) -> tuple[None, list[Array]]:
             return None, list(function(blocks.start(block)))
 
         _, parts = lax.scan(step, None, jnp.arange(blocks.count))
-        # The last block may have rows of the one before.
+        # The last block may repeat rows of the block before it.
         whole = (blocks.count - 1) * blocks.size
 
         def joined(x: Array) -> Array:
@@ -179,9 +180,11 @@ class Rankings(NamedTuple):
     def against(
         self, start: Array, itself: Array
     ) -> Callable[[Array, ReferenceTiles], RankedTile]:
-        """From an index and one tile there to the queries from a start on against it.
+        """A function that ranks one tile for the block of queries from `start`.
 
-        A query is never its own reference; `itself` are their indices in tiles.
+        The function takes the position of the tile's first reference, and the tile.
+        `itself` are the positions of the queries among all references in tiles: a query
+        does not rank itself.
         """
         products = self.metric.products
         a = self.rows(self.batch.anchors, start)
@@ -218,7 +221,7 @@ class Rankings(NamedTuple):
         visit: Callable[[Any, RankedTile], tuple[Any, Any]],
         state: Any,
     ) -> tuple[Any, Any]:
-        """`lax.scan` over all tiles, against the queries from a start on."""
+        """`lax.scan` over all tiles, for the block of queries from `start`."""
         tile = self.against(start, self.rows(self.positions, start))
 
         def step(state: Any, part: ReferenceTiles) -> tuple[Any, Any]:
@@ -229,14 +232,17 @@ class Rankings(NamedTuple):
     def first(
         self, tiles: ReferenceTiles, by_class: ReferenceTiles
     ) -> Callable[[Array], list[Array]]:
-        """The rank of the first relevant reference of queries in order of class."""
+        """Rank the first relevant reference of queries that are sorted by class."""
         columns, classes = tiles.index.shape[1], self.classes
         assert classes is not None
         dtype = ordered_bits(tiles.halves[0, 0]).dtype
         last = jnp.iinfo(dtype).max
 
         def nearest(start: Array) -> tuple[Array, Array]:
-            """The nearest relevant reference, which only some tiles can have."""
+            """Key and index of the nearest relevant reference.
+
+            References are sorted by class, too: only some tiles can have relevant ones.
+            """
             begin, rank, positives = (
                 self.rows(x, start)
                 for x in (classes.start, classes.rank, classes.positives)
@@ -246,30 +252,33 @@ class Rankings(NamedTuple):
             end = jnp.max(jnp.where(positives > 0, begin + positives + (rank < m), 0))
             tile = self.against(start, itself)
 
-            # The nearest in each column of tiles, the first of several.
             def visit(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-                least, found = state
+                # Both [rows, columns]: the least key in each column of the tiles so
+                # far, and the index of its reference, the first one of equals.
+                least, nearest = state
                 part = jax.tree.map(lambda x: x[i], by_class)
                 index, keys, relevant = tile(i * columns, part)
                 closer = relevant & (keys < least)
-                return jnp.where(closer, keys, least), jnp.where(closer, index, found)
+                least = jnp.where(closer, keys, least)
+                return least, jnp.where(closer, index, nearest)
 
             shape = self.blocks.size, columns
             none = self.full(shape, jnp.array(last, dtype)), self.full(shape, m)
-            least, found = lax.fori_loop(
+            least, nearest = lax.fori_loop(
                 begin[0] // columns, -(-end // columns), visit, none
             )
-            nearest = jnp.min(least, axis=1, keepdims=True)
-            found = jnp.where(least == nearest, found, m)
-            return nearest, jnp.min(found, axis=1, keepdims=True)
+            limit = jnp.min(least, axis=1, keepdims=True)
+            index = jnp.where(least == limit, nearest, m)
+            return limit, jnp.min(index, axis=1, keepdims=True)
 
         def rank(start: Array) -> list[Array]:
-            limit, found = nearest(start)
+            limit, index = nearest(start)
 
             def visit(before: Array, tile: RankedTile) -> tuple[Array, None]:
-                # Of equally far ones those of a lower index come before. That indices
-                # follow one another is said so that the loop is vectorised.
-                lower = jnp.arange(columns) < found - tile.index[0]
+                # `before` [rows, columns] counts nearer references in each column.
+                # Among equal distances the lower index is nearer. Indices are written
+                # as a range so that XLA vectorises the loop.
+                lower = jnp.arange(columns) < index - tile.index[0]
                 keys = jnp.where(tile.relevant, last, tile.keys)
                 return before + (keys < jnp.where(lower, limit + 1, limit)), None
 
@@ -282,15 +291,15 @@ class Rankings(NamedTuple):
     def nearest(
         self, tiles: ReferenceTiles, k: int, start: Array
     ) -> tuple[Array, Array]:
-        """Distances and indices of the k nearest."""
-        # The lowest index comes first among equals.
+        """Distances and indices of the k nearest references."""
+        # Among equals, top_k returns the lowest index first.
         near, index = lax.top_k(self._nearness(tiles, start), k)
         return self._by_differences(start, near, index)
 
     def nearest_of_classes(
         self, tiles: ReferenceTiles, labels: Array, k: int, start: Array
     ) -> tuple[Array, Array]:
-        """Distances and indices of the nearest of each of the k nearest classes."""
+        """Distances and indices of the nearest reference of the k nearest classes."""
         nearness = self._nearness(tiles, start)
         labels = jnp.pad(labels, (0, nearness.shape[1] - len(labels)))
 
@@ -304,9 +313,9 @@ class Rankings(NamedTuple):
         return self._by_differences(start, near.T, index.T)
 
     def _nearness(self, tiles: ReferenceTiles, start: Array) -> Array:
-        """Floats ``[rows, columns]`` that grow as distances fall.
+        """Floats ``[rows, columns]`` in the reverse order of distances.
 
-        Minus infinity for what is no reference of a query.
+        Minus infinity for references that a query does not rank.
         """
         _, panel = self.scan(
             start, tiles, lambda _, tile: (None, -_as_floats(tile.keys)), None
@@ -316,23 +325,23 @@ class Rankings(NamedTuple):
     def _by_differences(
         self, start: Array, near: Array, index: Array
     ) -> tuple[Array, Array]:
-        """Distances, which have more digits than by products, and indices in order."""
+        """Distances of differences, without cancellation, and indices in order."""
         m = len(self.batch.reference_side[0])
         a = self.rows(self.batch.anchors, start)
         partners = self.batch.reference_side[0][index]
         each = jax.vmap(jax.vmap(self.metric.between, (None, 0)))
         distances = each(a, partners)
-        key, found = ordered_bits(distances), near > -jnp.inf
+        key, exists = ordered_bits(distances), near > -jnp.inf
         last = jnp.iinfo(key.dtype).max
-        key, index = jnp.where(found, key, last), jnp.where(found, index, m)
+        key, index = jnp.where(exists, key, last), jnp.where(exists, index, m)
         _, index, distances = lax.sort((key, index, distances), num_keys=2)
-        found = index < m
-        return jnp.where(found, distances, jnp.inf), jnp.where(found, index, -1)
+        exists = index < m
+        return jnp.where(exists, distances, jnp.inf), jnp.where(exists, index, -1)
 
     def by_counting(self, tiles: ReferenceTiles, start: Array) -> tuple[Array, ...]:
-        """Rank of the first, R-precision, MAP@R and average precision.
+        """Rank of the first relevant reference, R-precision, MAP@R, average precision.
 
-        By counting who comes before each relevant reference.
+        Counts the references before each relevant one.
         """
         _, panel = self.scan(
             start, tiles, lambda _, tile: (None, _as_runs(tile.keys)), None
@@ -346,19 +355,19 @@ class Rankings(NamedTuple):
         most = jnp.max(classes.positives)
 
         def rank(first: Index, size: int, ranks: Array) -> Array:
-            index, found = classes.positives_slice(first, size, start, rows)
+            index, exists = classes.positives_slice(first, size, start, rows)
             run = index // RUN
-            own = jnp.where(found, panel[run, row, index % RUN], last - 1)
-            # Of equally far ones those of a lower index come before; those of the same
-            # run are looked at one by one.
+            own = jnp.where(exists, panel[run, row, index % RUN], last - 1)
+            # Among equal distances the lower index comes first. Earlier runs have lower
+            # indices; within the same run, indices are compared one by one.
             before = _count_below(panel, lambda i: own + (i < run))
             equal = panel[run, row] == own[..., None]
             lower = jnp.arange(RUN) < (index % RUN)[..., None]
             before += jnp.sum(equal & lower, axis=-1)
-            rank = jnp.where(found, before + 1, nowhere)
+            rank = jnp.where(exists, before + 1, nowhere)
             return lax.dynamic_update_slice_in_dim(ranks, rank, first, axis=1)
 
-        # No class is larger than all references.
+        # A class has at most as many members as there are references.
         width = min(MAX_COUNTED, runs * RUN + -(runs * RUN) % GROUP)
         ranks = _in_groups(most, rank, self.full((rows, width), nowhere))
         relevant = lax.dynamic_slice_in_dim(classes.positives, start, rows)
@@ -378,7 +387,7 @@ class Rankings(NamedTuple):
         return jnp.min(ranks, axis=1), *(x / divisor for x in sums)
 
     def by_sorting(self, tiles: ReferenceTiles, start: Array) -> tuple[Array, ...]:
-        """The same, by sorting all references."""
+        """The results of `by_counting`, by sorting all references."""
 
         def visit(_: None, tile: RankedTile) -> tuple[None, tuple[Array, Array]]:
             return None, (tile.keys, tile.relevant.astype(jnp.int8))
@@ -400,16 +409,16 @@ class Rankings(NamedTuple):
 
 
 def _columns_at(mask: Array, first: Array, count: int) -> Array:
-    """Some columns of a mask, False beyond its end."""
+    """Columns of a mask from `first` on, False beyond its end."""
     padded = jnp.pad(mask, ((0, 0), (0, -mask.shape[1] % count)))
     return lax.dynamic_slice_in_dim(padded, first, count, axis=1)
 
 
 def _as_floats(keys: Array) -> Array:
-    """What `ordered_bits` made keys of; what is nowhere comes at infinity.
+    """Invert `ordered_bits`: floats in the order of keys, infinity for the last key.
 
-    Of floats XLA finds the least several times faster. Overflown distances and NaN
-    come just before.
+    XLA finds the least float several times faster than the least integer. Overflowed
+    distances and NaN become the largest finite number.
     """
     last = jnp.iinfo(keys.dtype).max
     dtype = jnp.float64 if keys.dtype == jnp.int64 else jnp.float32
@@ -426,9 +435,9 @@ def _as_runs(x: Array) -> Array:
 
 
 def _count_below(runs: Array, limit: Callable[[Array], Array]) -> Array:
-    """How many of each row are below limits ``[rows, k]``, which depend on the run.
+    """Count the numbers of each row below the limits ``[rows, k]`` of their run.
 
-    A sum of comparisons, written out: reductions are several times slower.
+    A Python loop over columns: on CPUs, XLA's reductions are several times slower.
     """
 
     def step(below: Array, run: tuple[Array, Array]) -> tuple[Array, None]:
@@ -446,11 +455,11 @@ def _count_below(runs: Array, limit: Callable[[Array], Array]) -> Array:
 def _in_groups(
     count: Array, visit: Callable[[Array | int, int, Array], Array], state: Array
 ) -> Array:
-    """``visit(first, size, state)`` until all columns up to a count had their turn.
+    """Call ``visit(first, size, state)`` for groups of columns up to a count.
 
-    Comparing with many at a time costs less for each; the last are fewer at a time, so
-    that little is wasted. Every size is a program of its own, which takes a second to
-    compile: there are two, and one where no more than `GROUP` can be counted.
+    Large groups cost less per column; small groups at the end waste fewer columns.
+    Every size is compiled separately, which takes a second: there are two sizes, and
+    one if the columns fit into one group.
     """
     first: Array | int = 0
     if state.shape[1] > GROUP:

@@ -1,4 +1,4 @@
-"""Are images in the order of their relevance: the measures of Deep Ranking."""
+"""Metrics of graded relevance: similarity precision and score at top K."""
 
 from typing import NamedTuple
 
@@ -10,16 +10,16 @@ from tripletjax._api import jitted
 from tripletjax.distances import Metric, as_vectors, euclidean
 from tripletjax.pairs import per_item
 
-# So many values of differences are made at a time.
+# The number of differences of vector components that are computed at a time.
 VALUES = 2**22
 
 
 class ScoreAtTopK(NamedTuple):
-    """How triplets are ordered whose images are found early.
+    """Result of `score_at_top_k`, over the triplets that count.
 
     Attributes:
-        score: those in the right order less those that are not.
-        count: how many there are.
+        score: the number of triplets in the right order, minus the number of others.
+        count: the number of triplets that count.
     """
 
     score: Array
@@ -34,19 +34,21 @@ def similarity_precision(
     metric: Metric = euclidean,
     where: ArrayLike | None = None,
 ) -> Array:
-    r"""The share of triplets whose positive is nearer than their negative.
+    r"""Compute the share of triplets whose positive is nearer than their negative.
 
     $$\frac{1}{|T|} \sum_{(a, p, n) \in T} [d(a, p) < d(a, n)]$$
 
+    Memory: O(n d + t d).
+
     Args:
         embeddings: vectors ``[n, d]``.
-        triplets: integers ``[t, 3]``, the indices of each query, of an image that is
-            more relevant to it, and of one that is less.
-        metric: how far two vectors are apart.
+        triplets: integers ``[t, 3]``: indices of a query, of an item that is more
+            relevant to the query, and of an item that is less relevant.
+        metric: the `Metric` d.
         where: bool ``[t]``, False for padding.
 
     Returns:
-        A scalar; NaN if there is no triplet, or a distance is NaN.
+        A scalar from 0 to 1; NaN if there is no triplet, or a distance is NaN.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
@@ -66,9 +68,9 @@ def similarity_precision(
     anchor, positive, negative = (x[triplets[:, i]] for i in range(3))
     near, far = metric.paired(anchor, positive), metric.paired(anchor, negative)
     count = jnp.sum(real)
-    right = jnp.sum((near < far) & real)
-    known = (count > 0) & ~jnp.any(real & (jnp.isnan(near) | jnp.isnan(far)))
-    return jnp.where(known, right / jnp.maximum(count, 1), jnp.nan)
+    correct = jnp.sum((near < far) & real)
+    defined = (count > 0) & ~jnp.any(real & (jnp.isnan(near) | jnp.isnan(far)))
+    return jnp.where(defined, correct / jnp.maximum(count, 1), jnp.nan)
 
 
 @jitted(callables=("metric",), sizes=("k",))
@@ -81,22 +83,27 @@ def score_at_top_k(
     metric: Metric = euclidean,
     where: ArrayLike | None = None,
 ) -> ScoreAtTopK:
-    """How many triplets are in order, less those that are not, of what is found early.
+    r"""Compute the score at top K: correctly minus incorrectly ordered triplets.
 
-    A triplet counts if its positive or its negative is among the k images that are
-    nearest to its query, of equally near ones those of lower indices.
+    $$\sum_{(a, p, n) \in T_k} \begin{cases} 1 & d(a, p) < d(a, n) \\ -1 &
+      \text{otherwise} \end{cases}$$
+
+    with $T_k$ the triplets whose positive or negative is among the k items nearest to
+    the query a, ties by the lower index.
+
+    Memory: O(n d + t d), and a block of distances.
 
     Args:
         embeddings: vectors ``[n, d]``.
         triplets: integers ``[t, 3]``, as in `similarity_precision`.
-        k: how many nearest images.
-        groups: integers ``[n]``: only images of the query's group are ranked, such as
-            those that one search by text has found. If not given, all are.
-        metric: how far two vectors are apart.
+        k: the number of nearest items, at least 1.
+        groups: integers ``[n]``: a query ranks only items of its own group, such as
+            the results of one text search. If not given, all items.
+        metric: the `Metric` d.
         where: bool ``[t]``, False for padding.
 
     Returns:
-        `ScoreAtTopK`; a score of NaN if a distance of a triplet is NaN.
+        `ScoreAtTopK`; the score is NaN if a distance of a triplet is NaN.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
@@ -110,8 +117,8 @@ def score_at_top_k(
     >>> import tripletjax as tj
     >>> x = jnp.array([[0.0], [1.0], [3.0], [7.0]])
     >>> triplets = jnp.array([[0, 1, 2], [1, 2, 0], [0, 3, 2]])
-    >>> found = tj.retrieval.score_at_top_k(x, triplets, k=1)
-    >>> print(found.score, found.count)
+    >>> result = tj.retrieval.score_at_top_k(x, triplets, k=1)
+    >>> print(result.score, result.count)
     0.0 2
     """
     if k < 1:
@@ -123,26 +130,25 @@ def score_at_top_k(
     groups = per_item("groups", groups, n, "embeddings", jnp.integer)
     indices = jnp.arange(n)
 
-    def early(triplet: Array) -> tuple[Array, Array, Array]:
-        query, *both = triplet
+    def score(triplet: Array) -> tuple[Array, Array, Array]:
+        query, positive, negative = triplet
         distances = metric.paired(jnp.broadcast_to(x[query], x.shape), x)
         ranked = (groups == groups[query]) & (indices != query)
 
-        def rank(one: Array) -> Array:
-            before = distances < distances[one]
-            before |= (distances == distances[one]) & (indices < one)
-            return jnp.sum(before & ranked)
+        def in_top_k(item: Array) -> Array:
+            before = distances < distances[item]
+            before |= (distances == distances[item]) & (indices < item)
+            return (jnp.sum(before & ranked) < k) & ranked[item]
 
-        inside = [(rank(one) < k) & ranked[one] for one in both]
-        positive, negative = both
-        return inside[0] | inside[1], distances[positive], distances[negative]
+        counts = in_top_k(positive) | in_top_k(negative)
+        return counts, distances[positive], distances[negative]
 
     block = max(1, VALUES // x.size)
-    counted, near, far = lax.map(early, triplets, batch_size=block)
+    counted, near, far = lax.map(score, triplets, batch_size=block)
     counted &= real
-    score = jnp.sum(jnp.where(near < far, 1.0, -1.0), where=counted)
+    total = jnp.sum(jnp.where(near < far, 1.0, -1.0), where=counted)
     broken = jnp.any(real & (jnp.isnan(near) | jnp.isnan(far)))
-    return ScoreAtTopK(jnp.where(broken, jnp.nan, score), jnp.sum(counted))
+    return ScoreAtTopK(jnp.where(broken, jnp.nan, total), jnp.sum(counted))
 
 
 def _checked(
@@ -159,5 +165,5 @@ def _checked(
     t = len(triplets)
     real = jnp.ones(t, bool) if where is None else where
     real = per_item("where", real, t, "triplets", jnp.bool_)
-    # Whatever padding holds, it names somebody.
+    # Indices of padding may be out of range.
     return x, jnp.where(real[:, None], triplets, 0), real

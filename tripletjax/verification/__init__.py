@@ -1,9 +1,16 @@
-"""Is it any good, in pairs: "are these two the same?", decided by a threshold.
+r"""Verification metrics: same or different, decided by a threshold on the distance.
 
-A pair is accepted as the same if its distance is at most a threshold. Of all pairs of
-the same item (positives) the share that is accepted is the true accept rate (TAR, in
-FaceNet VAL), of all others the false accept rate (FAR); the curve of both over all
-thresholds is the ROC.
+A pair is accepted as the same if its distance is at most the threshold t. With d_p the
+distances of pairs of the same item (positives) and d_n those of different items
+(negatives), the true accept rate (TAR, in FaceNet VAL), the false accept rate (FAR)
+and the false reject rate (FRR) are
+
+.. math::
+
+    TAR(t) = P(d_p \le t), \quad FAR(t) = P(d_n \le t), \quad FRR(t) = 1 - TAR(t)
+
+The curve of TAR over FAR for all thresholds is the receiver operating characteristic
+(ROC).
 
 >>> import jax.numpy as jnp
 >>> import tripletjax as tj
@@ -13,14 +20,12 @@ thresholds is the ROC.
 >>> print(metrics.tar_at_far, f"{metrics.area_under_roc:.4f}")
 [1.] 0.8889
 
-What no pair says anything about is NaN: every rate of no positive or of no negative
-pair, true accept rates at a FAR finer than one pair of all negatives, and everything if
-the distance of a pair is NaN.
+Undefined values are NaN: every rate without a positive or without a negative pair, the
+TAR at a FAR below one pair of all negatives, and every value if a distance is NaN.
 
 Thresholds lie in the middle between two distances, so that ``distance <= threshold``
-accepts on the same data what the rates say. Distances of 64 bits in NumPy arrays are
-compared in 64 bits, also where jax_enable_x64 is off, and the results are NumPy arrays
-of 64 bits.
+accepts the pairs that the rates count. NumPy arrays of 64 bits are compared in 64 bits,
+also if jax_enable_x64 is off; the results are NumPy arrays of 64 bits then.
 """
 
 from tripletjax.verification.curve import Roc, roc

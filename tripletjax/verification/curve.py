@@ -1,4 +1,4 @@
-"""Receiver operating characteristic of pairs, and rates read from it."""
+"""Receiver operating characteristic (ROC) of pairs."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from tripletjax.verification.pairs import as_pairs
 
 
 class Roc(NamedTuple):
-    """The points of a ROC, from none accepted to all.
+    """Points of a ROC, from no accepted pair to all.
 
     Attributes:
         thresholds: ``[n + 1]``, sorted; the first is minus infinity.
@@ -30,16 +30,18 @@ class Roc(NamedTuple):
 def roc(
     distances: ArrayLike, same: ArrayLike, *, where: ArrayLike | None = None
 ) -> Roc:
-    """The ROC of given pairs: what is accepted at every distance.
+    """ROC of given pairs: TAR and FAR with every distance as the threshold.
+
+    Memory: O(n).
 
     Args:
-        distances: ``[n]``.
-        same: bool ``[n]``, whether a pair is of the same item.
+        distances: of each pair ``[n]``.
+        same: bool ``[n]``, True for pairs of the same item.
         where: bool ``[n]``, False for padding.
 
     Returns:
-        `Roc` ``[n + 1]``. Pairs of one distance share one point, which is repeated, as
-        is the last for padding.
+        `Roc` ``[n + 1]``. Pairs of equal distance repeat one point; padding repeats the
+        last point.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
@@ -75,10 +77,19 @@ def _roc(
 
 
 class Curve(NamedTuple):
-    """What thresholds accept, at the sorted distances ``[p]`` of positives.
+    """Counts of accepted pairs at the sorted distances ``[p]`` of positives.
 
-    Where there are fewer positives than p, the rest repeats that all are accepted, and
-    stands for no pair.
+    With fewer than p positives, padding repeats the counts of the last one.
+
+    Attributes:
+        weights: 1 for a positive, 0 for padding; numbers of copies in a replicate.
+        thresholds: the distances.
+        accepted_before: positives below the threshold.
+        accepted: positives up to the threshold.
+        below: negatives below the threshold.
+        up_to: negatives up to the threshold.
+        positives: the number of all positives.
+        negatives: the number of all negatives.
     """
 
     weights: Array
@@ -103,21 +114,21 @@ class Curve(NamedTuple):
 
     @classmethod
     def of_pairs(cls, distances: Array, positive: Array, negative: Array) -> "Curve":
-        ours, theirs = (
+        same, different = (
             jnp.sort(jnp.where(mask, distances, jnp.inf))
             for mask in (positive, negative)
         )
         positives, negatives = jnp.sum(positive), jnp.sum(negative)
         below, up_to = (
-            jnp.minimum(jnp.searchsorted(theirs, ours, side=side), negatives)
+            jnp.minimum(jnp.searchsorted(different, same, side=side), negatives)
             for side in ("left", "right")
         )
         broken = jnp.any((positive | negative) & jnp.isnan(distances))
         counts = (jnp.where(broken, -1, x) for x in (below, up_to, negatives))
-        return cls.of(ours, positives, *counts)
+        return cls.of(same, positives, *counts)
 
     def best(self) -> tuple[Array, Array]:
-        """The most pairs decided rightly, and the least threshold that does it."""
+        """The largest number of correct decisions, and its smallest threshold."""
         right = self.accepted + self.negatives - self.up_to
         most = jnp.argmax(right)
         none = self.negatives >= right[most]
@@ -128,7 +139,7 @@ class Curve(NamedTuple):
 
 
 def next_distance(distances: Array, thresholds: Array) -> Array:
-    """The least of sorted distances that is over each threshold, or infinity."""
+    """The smallest of sorted distances above each threshold, or infinity."""
     index = jnp.searchsorted(distances, thresholds, side="right")
     return jnp.append(distances, jnp.inf)[index]
 
@@ -136,7 +147,7 @@ def next_distance(distances: Array, thresholds: Array) -> Array:
 def exactly(
     function: Callable, distances: ArrayLike, *args: Any, **options: Any
 ) -> Any:
-    """Runs a function of distances in 64 bits if they are a NumPy array of 64 bits."""
+    """Call a function in 64 bits if the distances are a NumPy array of 64 bits."""
     plain = jax.tree.leaves((distances, args, options))
     wide = (
         isinstance(distances, np.ndarray | np.generic)
@@ -153,4 +164,5 @@ def exactly(
 
 
 def share(count: ArrayLike, of: Array) -> Array:
+    """A share, NaN of nothing."""
     return jnp.where(of > 0, count / jnp.where(of > 0, of, 1), jnp.nan)

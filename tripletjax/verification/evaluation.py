@@ -31,21 +31,21 @@ BLOCK = 2**19
 
 
 class VerificationMetrics(NamedTuple):
-    """How well a threshold tells pairs of the same item from others.
+    """Verification metrics of positive and negative pairs.
 
     Attributes:
-        tar_at_far: ``[len(fars)]``, for each the largest true accept rate at which the
-            false accept rate is not above it.
-        thresholds: ``[len(fars)]``, at most which distances are then accepted; negative
-            if none is, and minus infinity where distances may be negative.
-        equal_error_rate: the false accept rate where it equals the false reject rate,
-            1 - TAR, on straight lines between the points of the ROC.
-        area_under_roc: the chance that a positive is nearer than a negative; ties count
-            half.
-        accuracy: the largest share of pairs that a threshold decides rightly.
-        threshold: the least one that does, likewise.
+        tar_at_far: ``[len(fars)]``, the largest TAR whose FAR is at most each of
+            `fars`.
+        thresholds: ``[len(fars)]``, the thresholds of these rates. Where no pair is
+            accepted, a negative number, or minus infinity if distances may be negative.
+        equal_error_rate: the rate at which FAR = FRR, interpolated linearly between
+            the points of the ROC.
+        area_under_roc: the probability that a positive is nearer than a negative; ties
+            count half.
+        accuracy: the largest share of correct decisions at one threshold.
+        threshold: the smallest threshold with this accuracy.
         positives: the number of pairs of the same item.
-        negatives: the number of others.
+        negatives: the number of pairs of different items.
     """
 
     tar_at_far: Array
@@ -71,24 +71,27 @@ def evaluate(
     axis_name: AxisName | None = None,
     size: int | None = None,
 ) -> VerificationMetrics:
-    """Verification over all pairs, blockwise: exact, without their distances in memory.
+    """Verification metrics of all pairs of embeddings, exact and in blocks.
+
+    `VerificationMetrics` defines TAR at FAR, equal error rate and accuracy.
+
+    Memory: O((n + m) d + size), and a block of distances.
 
     Args:
         embeddings: vectors ``[n, d]``.
         labels: integers ``[n]``.
         fars: false accept rates at which to report the true accept rate.
-        metric: how far two vectors are apart.
-        references: vectors ``[m, d]``, with `reference_labels`: pairs are of an
+        metric: distance of two vectors.
+        references: vectors ``[m, d]``, with `reference_labels`: each pair is then an
             embedding and a reference. If not given, all pairs of embeddings.
         reference_labels: integers ``[m]``.
         where: bool ``[n]``, False for padding.
-        reference_where: bool ``[m]``, likewise.
+        reference_where: bool ``[m]``, False for padding.
         axis_name: inside ``jax.shard_map``, the mesh axes over which embeddings and
-            references are split: each device goes over its share of the pairs, and all
-            get the result of all.
-        size: how many positive pairs there is room for. If not given, the pairs are
-            counted, which takes labels that are not traced, and the next power of two
-            is compiled.
+            references are split: each device compares its share of the pairs, and all
+            devices return the metrics of all pairs.
+        size: the largest number of positive pairs. If not given, the next power of two
+            above their number, which requires labels that are not traced.
 
     Returns:
         `VerificationMetrics`, all NaN if there are more positives than `size`.
@@ -96,8 +99,8 @@ def evaluate(
     Raises:
         TypeError: if an argument has the wrong dtype, or labels are traced and `size`
             is not given.
-        ValueError: if shapes do not fit, there are more pairs than can be counted, or a
-            FAR is not a share.
+        ValueError: if shapes do not fit, a FAR is outside [0, 1], or 32 bits cannot
+            count the pairs.
 
     References:
         Schroff, Kalenichenko, Philbin. FaceNet: A Unified Embedding for Face
@@ -114,16 +117,16 @@ def evaluate(
     if (references is None) != (reference_labels is None):
         raise ValueError("references and reference_labels go together: give both.")
     fars = as_rates("fars", fars)
-    given = (labels, reference_labels, where, reference_where)
-    if not any(isinstance(x, jax.core.Tracer) for x in given):
+    described = (labels, reference_labels, where, reference_where)
+    if not any(isinstance(x, jax.core.Tracer) for x in described):
         if size is None:
             # A power of two, for few sizes to be compiled, if indices can count it.
-            count = max(_count_positives(*given), 1)
+            count = max(_count_positives(*described), 1)
             size = 1 << (count - 1).bit_length() if count <= 2**30 else count
     elif size is None:
         raise TypeError(
-            "size must be given where labels are traced: how many pairs of the same "
-            "label there may be."
+            "size must be given if labels are traced: the largest number of positive "
+            "pairs."
         )
     return _evaluate(
         embeddings,
@@ -155,7 +158,7 @@ def _evaluate(
 ) -> VerificationMetrics:
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}.")
-    given: Any = {
+    arguments: Any = {
         "embeddings": embeddings,
         "labels": labels,
         "references": references,
@@ -164,10 +167,10 @@ def _evaluate(
         "reference_where": reference_where,
     }
     if axis_name is not None:
-        given = jax.tree.map(jnp.asarray, given)
-        check_split(given["embeddings"], axis_name)
-        given = gather_terms(given, axis_name)
-    batch = single_batch(metric, **given)
+        arguments = jax.tree.map(jnp.asarray, arguments)
+        check_split(arguments["embeddings"], axis_name)
+        arguments = gather_terms(arguments, axis_name)
+    batch = single_batch(metric, **arguments)
     n, m = len(batch.anchors), len(batch.reference_side[0])
     pairs = n * (n - 1) // 2 if batch.square else n * m
     if pairs > jnp.iinfo(jax.dtypes.canonicalize_dtype(int)).max:
@@ -176,7 +179,7 @@ def _evaluate(
             "jax_enable_x64."
         )
     distances, positives = _positives(metric, batch, size)
-    # Where there are more than there is room for, or a NaN, nothing is known.
+    # With more positives than `size`, or a NaN, every metric is NaN.
     known = (positives <= size) & ~jnp.any(jnp.isnan(distances))
     positives = jnp.where(known, positives, 0)
     distances = jnp.sort(distances)
@@ -184,14 +187,14 @@ def _evaluate(
     def over_negatives(
         visit: Callable[..., Any], state: Any, of_all: Callable[..., Any]
     ) -> Any:
-        """Those of all devices put together, where each has a share."""
+        """Visit the negative pairs of this device, and combine those of all devices."""
 
         def of_device(cut: Cut) -> Any:
             tiles = Tiles.of(metric, batch, cut, axis_name=axis_name)
             return tiles.distances(visit, state)
 
-        found = by_platform(of_device, batch.size)
-        return found if axis_name is None else of_all(found, axis_name)
+        result = by_platform(of_device, batch.size)
+        return result if axis_name is None else of_all(result, axis_name)
 
     below, up_to, negatives = _negatives_within(over_negatives, distances)
     curve = Curve.of(distances, positives, below, up_to, negatives)
@@ -213,10 +216,10 @@ def _evaluate(
 
 
 def _positives(metric: Metric, batch: Batch, size: int) -> tuple[Array, Array]:
-    """The distances ``[size]`` of positive pairs, then infinity, and how many."""
+    """Distances ``[size]`` of positives, padded with infinity, and their number."""
     classes = ClassIndex.of(batch)
     x, y = batch.anchors, batch.reference_side[0]
-    # Among themselves a pair counts once: by its member that comes first in its class.
+    # A pair of embeddings counts once: for the member that comes first in its class.
     before = classes.rank if batch.square else jnp.zeros_like(classes.start)
     counts = jnp.maximum(classes.positives - before, 0)
     ends = jnp.cumsum(counts)
@@ -238,12 +241,13 @@ def _positives(metric: Metric, batch: Batch, size: int) -> tuple[Array, Array]:
 def _negatives_within(
     over_negatives: Callable[..., Any], thresholds: Array
 ) -> tuple[Array, Array, Array]:
-    """How many negatives are below sorted thresholds, how many at most them, and all.
+    """Numbers of negatives below, and up to, each sorted threshold, and of all.
 
     All are -1 if a distance is NaN.
     """
 
     def visit(state: tuple[Array, ...], d: Array, negative: Array) -> tuple:
+        # Negatives per interval of thresholds, counted two ways, and NaN distances.
         below, up_to, broken = state
         broken += jnp.any(negative & jnp.isnan(d))
         d, one = d.ravel(), negative.ravel().astype(below.dtype)
@@ -286,11 +290,13 @@ def evaluate_pairs(
     fars: Sequence[float] = (0.1, 0.01, 0.001),
     where: ArrayLike | None = None,
 ) -> VerificationMetrics:
-    """Verification over given pairs.
+    """Verification metrics of given pairs.
+
+    Memory: O(n).
 
     Args:
-        distances: ``[n]``.
-        same: bool ``[n]``, whether a pair is of the same item.
+        distances: of each pair ``[n]``.
+        same: bool ``[n]``, True for pairs of the same item.
         fars: false accept rates at which to report the true accept rate.
         where: bool ``[n]``, False for padding.
 
@@ -299,7 +305,7 @@ def evaluate_pairs(
 
     Raises:
         TypeError: if an argument has the wrong dtype.
-        ValueError: if shapes do not fit, or a FAR is not a share.
+        ValueError: if shapes do not fit, or a FAR is outside [0, 1].
 
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
@@ -320,16 +326,24 @@ def tar_at_far(
     fars: Sequence[float] = (0.1, 0.01, 0.001),
     where: ArrayLike | None = None,
 ) -> Array:
-    """The true accept rates of given pairs at false accept rates, FaceNet's VAL@FAR.
+    """True accept rates of given pairs at false accept rates, FaceNet's VAL@FAR.
+
+    The largest TAR whose FAR is at most each of `fars`.
+
+    Memory: O(n).
 
     Args:
-        distances, same, fars, where: as in `evaluate_pairs`.
+        distances: of each pair ``[n]``.
+        same: bool ``[n]``, True for pairs of the same item.
+        fars: false accept rates at which to report the true accept rate.
+        where: bool ``[n]``, False for padding.
 
     Returns:
-        ``[len(fars)]``, as `VerificationMetrics.tar_at_far`.
+        True accept rates ``[len(fars)]``.
 
     Raises:
-        TypeError, ValueError: as `evaluate_pairs`.
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if shapes do not fit.
 
     References:
         Schroff, Kalenichenko, Philbin. FaceNet: A Unified Embedding for Face
@@ -347,16 +361,23 @@ def tar_at_far(
 def equal_error_rate(
     distances: ArrayLike, same: ArrayLike, *, where: ArrayLike | None = None
 ) -> Array:
-    """The rate at which as many others are accepted as same ones rejected.
+    """Equal error rate: the rate e where FAR = FRR = e.
+
+    Interpolated linearly between the points of the ROC.
+
+    Memory: O(n).
 
     Args:
-        distances, same, where: as in `evaluate_pairs`.
+        distances: of each pair ``[n]``.
+        same: bool ``[n]``, True for pairs of the same item.
+        where: bool ``[n]``, False for padding.
 
     Returns:
-        A scalar, as `VerificationMetrics.equal_error_rate`.
+        The equal error rate, a scalar.
 
     Raises:
-        TypeError, ValueError: as `evaluate_pairs`.
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if shapes do not fit.
 
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
@@ -370,7 +391,13 @@ def equal_error_rate(
 def metrics_of(
     curve: Curve, fars: tuple[float, ...], following: Callable[[Array], Array]
 ) -> VerificationMetrics:
-    """The metrics of a curve; `following` gives the least distance over thresholds."""
+    """Compute the metrics of a curve.
+
+    Args:
+        curve: counts of accepted pairs at the distances of positives.
+        fars: false accept rates.
+        following: from thresholds to the smallest distance above each.
+    """
     positives, negatives = curve.positives, curve.negatives
     # NaN if there is nothing to take a share of.
     accept = lambda count: share(count, positives)  # noqa: E731
@@ -379,15 +406,15 @@ def metrics_of(
     for far in fars:
         within = jnp.sum(false(curve.up_to) <= far)
         last = jnp.maximum(within, 1) - 1
-        # One negative pair is the least that can be seen.
-        shown = negatives * far >= 1 - 1e-6
+        # A FAR below one pair of all negatives cannot be measured.
+        measurable = negatives * far >= 1 - 1e-6
         tar = jnp.where(within > 0, accept(curve.accepted[last]), 0 * accept(0))
-        tars.append(jnp.where(shown, tar, jnp.nan))
+        tars.append(jnp.where(measurable, tar, jnp.nan))
         threshold = jnp.where(within > 0, curve.thresholds[last], -jnp.inf)
-        thresholds.append(jnp.where(shown, threshold, jnp.nan))
+        thresholds.append(jnp.where(measurable, threshold, jnp.nan))
 
-    # The first vertical step of the ROC, or slope where distances are equal, that ends
-    # where more are falsely accepted than falsely rejected.
+    # The first vertical step of the ROC, or slope at equal distances, that ends with
+    # FAR >= FRR.
     start = 1 - accept(curve.accepted_before) - false(curve.below)
     end = 1 - accept(curve.accepted) - false(curve.up_to)
     i = jnp.argmax(end <= 0)
@@ -425,7 +452,7 @@ def _count_positives(
     where: ArrayLike | None,
     reference_where: ArrayLike | None,
 ) -> int:
-    """How many positive pairs there are."""
+    """Count the positive pairs, outside jit."""
 
     def count(labels: ArrayLike, where: ArrayLike | None) -> tuple:
         labels = np.asarray(labels).ravel()
@@ -437,5 +464,5 @@ def _count_positives(
     if reference_labels is None:
         return int(np.sum(counts * (counts - 1) // 2))
     others, other_counts = count(reference_labels, reference_where)
-    _, ours, theirs = np.intersect1d(values, others, return_indices=True)
-    return int(np.sum(counts[ours] * other_counts[theirs]))
+    _, at, at_other = np.intersect1d(values, others, return_indices=True)
+    return int(np.sum(counts[at] * other_counts[at_other]))

@@ -21,13 +21,13 @@ from tripletjax.verification.pairs import as_pairs
 
 
 class KFold(NamedTuple):
-    """Accuracy on each fold with the threshold of all others.
+    """Accuracy of each fold with the threshold of the other folds.
 
     Attributes:
         accuracy: the mean over the folds.
-        standard_error: of the mean.
-        accuracies: ``[folds]``.
-        thresholds: ``[folds]``.
+        standard_error: of the mean, the standard deviation over sqrt(folds).
+        accuracies: of each fold ``[folds]``.
+        thresholds: of each fold ``[folds]``.
     """
 
     accuracy: Array
@@ -44,26 +44,35 @@ def k_fold_accuracy(
     fold: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> KFold:
-    """The share of pairs decided rightly, each fold with a threshold from the others.
+    r"""K-fold accuracy: each fold is decided by the threshold of the other folds.
 
-    The protocol of Labeled Faces in the Wild. The threshold is the middle between the
-    farthest distance that has to be accepted for the best accuracy on the other folds,
-    and the next; of several equally good, the least.
+    The protocol of Labeled Faces in the Wild. With a_k the share of correct decisions
+    in fold k, at the threshold of the best accuracy on all other folds,
+
+    .. math::
+
+        \text{accuracy} = \frac{1}{K} \sum_k a_k, \quad
+        \text{standard error} = \frac{\mathrm{std}(a)}{\sqrt{K}}
+
+    where std divides by K - 1. Of several thresholds with the best accuracy the
+    smallest is taken, in the middle between two distances.
+
+    Memory: O(n).
 
     Args:
-        distances: ``[n]``.
-        same: bool ``[n]``, whether a pair is of the same item.
-        folds: how many folds.
-        fold: integers ``[n]`` from 0 on, the fold of each pair. If not given, pairs
-            are in order of folds of one size, give or take one.
+        distances: of each pair ``[n]``.
+        same: bool ``[n]``, True for pairs of the same item.
+        folds: K, the number of folds, at least 2.
+        fold: integers ``[n]`` from 0, the fold of each pair. If not given, consecutive
+            pairs make folds of equal size, up to one pair.
         where: bool ``[n]``, False for padding.
 
     Returns:
-        `KFold`; a fold without a pair is NaN.
+        `KFold`; the accuracy of a fold without a pair is NaN.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
-        ValueError: if shapes do not fit, or there are not at least 2 folds.
+        ValueError: if shapes do not fit, or folds is below 2.
 
     References:
         Huang, Ramesh, Berg, Learned-Miller. Labeled Faces in the Wild: A Database for

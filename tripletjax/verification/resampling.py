@@ -25,33 +25,35 @@ def bootstrap(
     replicates: int = 1000,
     size: int | None = None,
 ) -> VerificationMetrics:
-    """Verification of many draws of identities, for intervals of its rates.
+    """Bootstrap replicates of verification metrics, by identity.
 
-    Pairs are not independent: all of one person's are easy, or hard, together. So in
-    each replicate as many identities as there are get drawn with replacement. With w
-    copies of identity i, its positive pairs count w_i times, and a pair of identities i
-    and j w_i w_j times (the vertex bootstrap, without pairs of two copies of one).
+    Pairs of one person are not independent, so a replicate draws identities, not pairs:
+    as many as there are, with replacement. With w_i copies of identity i, its positive
+    pairs count w_i times, and negative pairs of identities i and j count w_i w_j times
+    (the vertex bootstrap, without pairs of two copies of one identity).
+
+    Memory: O(p + q + size), as replicates are drawn one after the other.
 
     Args:
-        key: of jax.random.
+        key: of `jax.random`.
         positives: distances ``[p]`` of pairs of the same item.
-        positive_identities: integers ``[p]`` from 0 on, the item of each.
+        positive_identities: integers ``[p]`` from 0, the item of each pair.
         negatives: distances ``[q]`` of pairs of different items.
-        negative_identities: integers ``[q, 2]``, the items of each.
+        negative_identities: integers ``[q, 2]``, the two items of each pair.
         fars: false accept rates at which to report the true accept rate.
-        replicates: how many.
-        size: the number of identities; one more than the last if not given, which takes
-            identities that are not traced.
+        replicates: the number of replicates.
+        size: the number of identities. If not given, one more than the largest, which
+            requires identities that are not traced.
 
     Returns:
-        `VerificationMetrics` with one entry per replicate in front, of which quantiles
-        are an interval; NaN where a draw has no positive, or no negative pair.
+        `VerificationMetrics` with a leading axis of replicates; its quantiles make an
+        interval. NaN in a replicate without a positive or without a negative pair.
 
     Raises:
         TypeError: if an argument has the wrong dtype, or identities are traced and
             `size` is not given.
-        ValueError: if shapes do not fit, an identity is out of range, or a FAR is not a
-            share.
+        ValueError: if shapes do not fit, an identity is out of range, or a FAR is
+            outside [0, 1].
 
     References:
         Snijders, Borgatti. Non-Parametric Standard Errors and Tests for Network
@@ -106,37 +108,42 @@ def _bootstrap(
 ) -> VerificationMetrics:
     if replicates < 1:
         raise ValueError(f"replicates must be at least 1, got {replicates}.")
-    ours, theirs = (jnp.asarray(x) for x in (positives, negatives))
-    for name, x in (("positives", ours), ("negatives", theirs)):
+    same, different = (jnp.asarray(x) for x in (positives, negatives))
+    for name, x in (("positives", same), ("negatives", different)):
         if x.ndim != 1 or x.size == 0:
             raise ValueError(f"{name} must be distances [n], got shape {x.shape}.")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} must be floats, got dtype {x.dtype}.")
-    us, them = (jnp.asarray(x) for x in (positive_identities, negative_identities))
+    same_identities, different_identities = (
+        jnp.asarray(x) for x in (positive_identities, negative_identities)
+    )
     for name, x, shape in (
-        ("positive_identities", us, ours.shape),
-        ("negative_identities", them, (*theirs.shape, 2)),
+        ("positive_identities", same_identities, same.shape),
+        ("negative_identities", different_identities, (*different.shape, 2)),
     ):
         if x.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got shape {x.shape}.")
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise TypeError(f"{name} must be integers, got dtype {x.dtype}.")
 
-    order = jnp.argsort(ours)
-    ours, us = ours[order], us[order]
-    broken = jnp.isnan(ours).any() | jnp.isnan(theirs).any()
-    # The rank of every negative among the positives, and of the last equal positive,
-    # are found once; what a replicate counts is sums of its weights.
-    slots = [jnp.searchsorted(ours, theirs, side=side) for side in ("right", "left")]
-    first, last = (jnp.searchsorted(ours, ours, side=s) for s in ("left", "right"))
+    order = jnp.argsort(same)
+    same, same_identities = same[order], same_identities[order]
+    broken = jnp.isnan(same).any() | jnp.isnan(different).any()
+    # The ranks of negatives among the positives are computed once; the counts of a
+    # replicate are sums of its weights.
+    slots = [jnp.searchsorted(same, different, side=side) for side in ("right", "left")]
+    first, last = (jnp.searchsorted(same, same, side=s) for s in ("left", "right"))
 
     def replicate(key: Array) -> VerificationMetrics:
         drawn = jax.random.randint(key, (size,), 0, size)
         copies = jnp.zeros(size, int).at[drawn].add(1)
-        weights, others = copies[us], copies[them[:, 0]] * copies[them[:, 1]]
+        weights, others = (
+            copies[same_identities],
+            copies[different_identities[:, 0]] * copies[different_identities[:, 1]],
+        )
         accepted = jnp.append(0, jnp.cumsum(weights))
         below, up_to = (
-            jnp.cumsum(jnp.zeros(len(ours) + 1, int).at[slot].add(others))[:-1]
+            jnp.cumsum(jnp.zeros(len(same) + 1, int).at[slot].add(others))[:-1]
             for slot in slots
         )
         below, up_to, all = (
@@ -144,7 +151,7 @@ def _bootstrap(
         )
         curve = Curve(
             weights,
-            ours,
+            same,
             accepted[first],
             accepted[last],
             below,

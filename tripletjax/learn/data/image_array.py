@@ -2,12 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from tripletjax.learn.data.image_shape import View
 from tripletjax.learn.errors import one_line_errors
+
+if TYPE_CHECKING:  # Pillow, which arrays do without.
+    from tripletjax.learn.data.image_shape import View
 
 # The number of images that are read from disk at a time.
 READ = 4096
@@ -36,7 +38,7 @@ class ImageArray(ImageSource, Protocol):
         """Images by their indices or a slice, where they are."""
         ...
 
-    def crop(self, view: View) -> "ImageArray":
+    def crop(self, view: "View") -> "ImageArray":
         """The part that a network sees of each image."""
         ...
 
@@ -56,7 +58,7 @@ class ArrayImages(np.ndarray):
     def part(self, index: Any) -> "ArrayImages":
         return self[index]
 
-    def crop(self, view: View) -> "ArrayImages":
+    def crop(self, view: "View") -> "ArrayImages":
         return ArrayImages.of(view(self))
 
 
@@ -77,7 +79,7 @@ class StoredImages:
     indices: np.ndarray
     shape: tuple[int, int, int, int]
     stored: tuple[int, int, int]
-    view: View | None = None
+    view: "View | None" = None
     directory: Path = Path()
 
     dtype = np.dtype(np.uint8)
@@ -108,7 +110,7 @@ class StoredImages:
         shape = len(indices), *self.shape[1:]
         return dataclasses.replace(self, indices=indices, shape=shape)
 
-    def crop(self, view: View) -> "StoredImages":
+    def crop(self, view: "View") -> "StoredImages":
         shape = len(self), view.height, view.width, self.shape[-1]
         return dataclasses.replace(self, shape=shape, view=view)
 
@@ -139,6 +141,6 @@ class KeptFeatures:
     def part(self, index: Any) -> "KeptFeatures":
         return KeptFeatures(self.pixels.part(index), self.features[index])
 
-    def crop(self, view: View) -> "KeptFeatures":
+    def crop(self, view: "View") -> "KeptFeatures":
         """Unchanged: features are of the cropped images already."""
         return self

@@ -1,8 +1,8 @@
-"""Which images make a batch: P classes with K images each.
+"""P x K sampling: batches of P classes with K images each.
 
-Triplets need a positive and a negative of each anchor, and a batch drawn at random has
-few positives. A batch here is a pure function of (seed, step), so that a run can be
-resumed anywhere. Needs the extra ``train``, as all of `tripletjax.learn`.
+Every anchor of a triplet needs a positive and a negative, and a uniform random batch
+has few positives. A batch here is a pure function of (seed, step), so that a run can
+resume at any step. This module imports NumPy alone and needs no extra.
 """
 
 import dataclasses
@@ -11,9 +11,9 @@ import numpy as np
 
 from tripletjax.learn.data.image_array import ImageSource, KeptFeatures
 
-# Classes are drawn alike, or by their number of images.
+# How the classes of a batch are drawn: all equally often, or by number of images.
 CLASS_SAMPLING = ("uniform", "frequency")
-# So many classes of a group come together.
+# The number of classes of one group that come into a batch together.
 TOGETHER = 4
 
 
@@ -21,32 +21,33 @@ TOGETHER = 4
 class ClassBatches:
     """Batches of indices, `classes` x `per_class`, grouped by class.
 
-    ``batches[step]`` is int64 ``[classes * per_class]``. Images are drawn without
-    replacement within a batch, except from a class that has fewer than `per_class`,
-    which repeats images.
+    ``batches[step]`` is int64 ``[classes * per_class]``, the indices of images. Images
+    are drawn without replacement within a batch. A class with fewer than `per_class`
+    images repeats some.
 
     Args:
-        labels: the label of each image ``[n]``.
+        labels: integers ``[n]``, the class of each image.
         classes: P, the number of classes in a batch, at least 2.
-        per_class: K, the number of images of each, at least 2.
-        seed: what the batches are drawn with.
-        class_sampling: ``"uniform"``: classes come in a new random order in each pass
-            over them, so that all are seen equally often; what is left of a pass after
-            its last whole batch waits for the next pass. ``"frequency"``: the classes
-            of each batch are drawn without replacement, each in proportion to its
-            number of images, as if images had been drawn.
-        shard: this process and how many there are, usually ``(jax.process_index(),
-            jax.process_count())``: each gets its part of the same batch, in order.
-        groups: of each class, in the order of its label, the group that it is in, if
-            any: up to four classes of a group come together, so that a batch has
-            several. Of classes drawn uniformly alone.
+        per_class: K, the number of images of each class, at least 2.
+        seed: the seed of all batches.
+        class_sampling: ``"uniform"``: every pass over the classes has a new random
+            order, so that batches have all classes equally often. Classes after the
+            last whole batch of a pass are left out until the next pass.
+            ``"frequency"``: the classes of each batch are drawn without replacement,
+            in proportion to their number of images.
+        shard: the index of this process and the number of processes, usually
+            ``(jax.process_index(), jax.process_count())``. Each process gets its part
+            of the same batch, in order.
+        groups: integers ``[number of classes]``, the group of each class in the order
+            of labels. Up to four classes of a group come into a batch together. Only
+            with ``class_sampling="uniform"``.
 
     Raises:
         ValueError: if there are fewer than `classes` classes, or an option is too
             small or does not fit.
 
     >>> import numpy as np
-    >>> from tripletjax.learn.sampling import ClassBatches
+    >>> from tripletjax.learn.data.sampling import ClassBatches
     >>> labels = np.arange(100) % 10
     >>> batches = ClassBatches(labels, classes=3, per_class=4, seed=0)
     >>> print(labels[batches[7]])

@@ -5,20 +5,17 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from tripletjax.learn.files import digest_of
 
 State = TypeVar("State")
 
 
 def plain(state: Any) -> list[Any]:
-    """The arrays of a state; keys as the numbers that they are made of."""
+    """List the arrays of a state, with the data of random keys."""
     return [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(state)]
 
 
 def from_plain(arrays: Sequence[Any], like: State) -> State:
-    """The state whose arrays these are."""
+    """Rebuild a state from the arrays of `plain`."""
     leaves = [
         jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(old))
         if _is_key(old)
@@ -26,12 +23,6 @@ def from_plain(arrays: Sequence[Any], like: State) -> State:
         for old, x in zip(jax.tree.leaves(like), arrays)
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def _kind(arrays: list[Any]) -> str:
-    """A digest of shapes and dtypes."""
-    kinds = [f"{np.shape(x)}{jax.dtypes.canonicalize_dtype(x.dtype)}" for x in arrays]
-    return digest_of([" ".join(kinds)])
 
 
 def _is_key(x: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Where training has its arrays: on one device, or over a mesh of them."""
+"""Placement of arrays in training: on one device, or over a mesh of devices."""
 
 import contextlib
 from collections.abc import Callable
@@ -22,27 +22,27 @@ from tripletjax.learn.distributed import processes
 from tripletjax.learn.distributed.keys import from_plain, plain
 
 Tree = TypeVar("Tree")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Placement:
-    """Batches are split over all axes of a mesh, and everything else is everywhere.
+    """Batches split over all axes of a mesh, and all other arrays on every device.
 
     Args:
         mesh: the mesh, or None for one device.
 
     Attributes:
-        axis_name: of the axes, None on one device.
-        count: how many devices there are.
-        processes: how many processes these are of.
-        process: which of them this is.
+        axis_name: of the axes; None on one device.
+        count: number of devices.
+        processes: number of processes that they belong to.
+        process: number of this process.
 
     Raises:
         ValueError: if devices of some processes are missing.
     """
 
     def __init__(self, mesh: Mesh | None):
-        # Whatever its axes are, how models are laid out is left to the compiler.
+        # The compiler lays out models, whatever the types of the given axes.
         self.mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
         self.axis_name: AxisName | None = None
         self.count = 1
@@ -56,48 +56,48 @@ class Placement:
             if self.processes != jax.process_count():
                 raise ValueError(
                     f"mesh has devices of {self.processes} of {jax.process_count()} "
-                    "processes: it must have some of all, or of one."
+                    "processes; it must have devices of all processes, or of one."
                 )
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and tells."""
+        """Whether this is the process that writes and prints."""
         return self.process == 0
 
     @property
     def shard(self) -> tuple[int, int]:
-        """Which part of every batch this process makes, of how many."""
+        """The part of every batch that this process makes, and the number of parts."""
         return self.process, self.processes
 
-    def of_first(self, make: Callable[[], Made]) -> Made:
-        """What the first process makes, in all of them; the others wait for it."""
+    def of_first(self, make: Callable[[], Result]) -> Result:
+        """Call a function in the first process, and return its result in all."""
         return make() if self.processes == 1 else processes.of_first(make)
 
-    def in_turn(self, make: Callable[[], Made]) -> Made:
-        """What every process makes for itself, the others after the first."""
-        made: list[Made] = []
-        self.of_first(lambda: made.append(make()))
-        return made[0] if made else make()
+    def in_turn(self, make: Callable[[], Result]) -> Result:
+        """Call a function in every process, in the first one before the others."""
+        results: list[Result] = []
+        self.of_first(lambda: results.append(make()))
+        return results[0] if results else make()
 
     def any_of(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Whether the flag is set in any process."""
         return flag if self.processes == 1 else processes.any_of(flag)
 
     def context(self) -> AbstractContextManager:
-        """Within which functions of arrays over the mesh are called."""
+        """Context for calls of functions of arrays over the mesh."""
         return (
             contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
         )
 
     @property
     def sharding(self) -> Sharding:
-        """Of arrays that are everywhere."""
+        """Sharding of arrays that are on every device."""
         if self.mesh is None:
             return SingleDeviceSharding(jax.local_devices()[0])
         return NamedSharding(self.mesh, PartitionSpec())
 
     def everywhere(self, tree: Tree) -> Tree:
-        """Arrays of the first process, on every device."""
+        """Copy the arrays of the first process to every device."""
         if self.mesh is None:
             return tree
         if self.processes > 1:
@@ -106,7 +106,7 @@ class Placement:
         return jax.device_put(tree, self.sharding)
 
     def split(self, batch: Any) -> Any:
-        """A batch, each device with its own rows; of several processes, of each part.
+        """Split the rows of a batch, or of the parts of all processes, over devices.
 
         Raises:
             ValueError: if the devices would have different numbers of rows.
@@ -126,12 +126,12 @@ class Placement:
         return jax.make_array_from_process_local_data(sharding, np.asarray(batch))
 
     def paced(self, tree: Tree) -> Tree:
-        """Arrays that are made on the way, waited for where that is needed.
+        """Wait for arrays in computation where several CPU devices are simulated.
 
-        XLA (jaxlib 0.10 to 0.12) has at most 32 programs under way on a CPU device.
-        Where one process simulates several devices, later programs can take all of
-        these places on one, while an earlier one waits there for a place and on another
-        for its like: forever.
+        XLA (jaxlib 0.10 to 0.12) runs at most 32 programs at a time on a CPU device. If
+        one process simulates several devices, later programs can take all places on
+        one device, while an earlier program waits for a place there. The training would
+        wait for ever.
         """
         if self.mesh is None:
             return tree
@@ -141,7 +141,7 @@ class Placement:
         return tree
 
     def here(self, tree: Tree) -> Tree:
-        """Arrays that are everywhere, on this process's first device."""
+        """Return the copy on this process's first device."""
         if self.mesh is None:
             return tree
         return jax.tree.map(lambda x: x.addressable_data(0), tree)
@@ -151,10 +151,10 @@ ONE_DEVICE = Placement(None)
 
 
 def mesh_of(devices: str | None) -> Mesh | None:
-    """A mesh of "all" devices, of as many as a number says, or None for one.
+    """Make a mesh of "all" devices, or of a number of them; None stands for one.
 
     Raises:
-        ValueError: if it is neither, or there are not so many.
+        ValueError: if devices is neither, or more than there are.
     """
     if devices is None:
         return None

@@ -15,7 +15,7 @@ from tripletjax.learn.networks.convolution import jit
 
 Tree = TypeVar("Tree")
 
-# So many pixels are embedded at a time.
+# Pixels that are embedded at a time.
 PIXELS = 2**20
 
 
@@ -25,7 +25,7 @@ def _embed(graph: nnx.GraphDef, state: nnx.State, images: Array) -> Array:
 
 
 def check_static(graph: nnx.GraphDef) -> None:
-    """Raises TypeError for a model that cannot be told from others when compiled."""
+    """Raise TypeError for a model whose structure cannot be hashed."""
     try:
         hash(graph)
     except TypeError as error:
@@ -36,7 +36,7 @@ def check_static(graph: nnx.GraphDef) -> None:
 
 
 def batch_size_for(images: ImageSource) -> int:
-    """How many images are embedded at a time, if nothing is asked for."""
+    """The default number of images that are embedded at a time."""
     if len(images.shape) != 4:
         return 4096
     return max(1, min(256, PIXELS // (images.shape[1] * images.shape[2])))
@@ -45,15 +45,30 @@ def batch_size_for(images: ImageSource) -> int:
 def embed_images(
     model: nnx.Module, images: ImageSource, *, batch_size: int | None = None
 ) -> Array:
-    """Embeds images ``[n, height, width, channels]``, a batch at a time.
+    """Embed images, a batch at a time.
 
-    They are uint8, or floats from 0 to 1.
+    Args:
+        model: from float images ``[n, height, width, channels]`` to embeddings
+            ``[n, d]``.
+        images: uint8 or floats from 0 to 1, ``[n, height, width, channels]``, at least
+            one.
+        batch_size: images that are embedded at a time. If not given, as many as have
+            2^20 pixels, at most 256.
+
+    Returns:
+        Embeddings ``[n, d]``.
+
+    Raises:
+        TypeError: if a static attribute of the model cannot be hashed.
+        ValueError: if there are no images.
     """
+    if not len(images):
+        raise ValueError(f"images must not be empty, got shape {images.shape}.")
     graph, state = nnx.split(model)
     check_static(graph)
     state = strongly_typed(state)
     batch_size = batch_size or batch_size_for(images)
-    # Fewer images are filled up to a power of two, so that few sizes are compiled.
+    # Fewer images are padded to a power of two, so that few sizes are compiled.
     batch_size = min(batch_size, 2 ** (len(images) - 1).bit_length())
     embeddings = []
     for start in range(0, len(images), batch_size):
@@ -65,7 +80,7 @@ def embed_images(
 
 
 def as_floats(images: ArrayLike) -> Array:
-    """Images from 0 to 255 as floats from 0 to 1; floats stay as they are."""
+    """Convert images from 0 to 255 to floats from 0 to 1; floats keep their values."""
     x = jnp.asarray(images)
     if jnp.issubdtype(x.dtype, jnp.floating):
         return x.astype(jnp.float32)
@@ -73,9 +88,9 @@ def as_floats(images: ArrayLike) -> Array:
 
 
 def strongly_typed(tree: Tree) -> Tree:
-    """The same arrays, none of which has a weak type, as `jnp.asarray(1.0)` has.
+    """Replace weakly typed arrays, such as ``jnp.asarray(1.0)``.
 
-    A step gives strong types: it would be compiled again for each array that was weak.
+    A training step returns strong types, and would be compiled again for weak ones.
     """
 
     def strong(x: Any) -> Any:

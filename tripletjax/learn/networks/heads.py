@@ -1,7 +1,8 @@
-"""A network that begins with what another has learnt: a backbone and a head.
+"""Pretrained networks in training: a backbone and a head on its features.
 
-What of it is trained is one of three: ``frozen``, the head alone, on features that are
-kept; ``top``, the backbone's last stages, too, at a lower rate; ``all``, all of it.
+The trained part is one of three: ``frozen``, the head alone, on cached features;
+``top``, also the last stages of the backbone, at a lower learning rate; ``all``, the
+whole network.
 """
 
 from collections.abc import Callable
@@ -17,26 +18,26 @@ from tripletjax.learn.networks.embedding_networks import Standardized
 from tripletjax.learn.networks.layers import unit_norm
 from tripletjax.learn.networks.weights import Frozen
 
-# What of a network is trained, from little to much.
+# The trained part of a network, from small to large.
 TRAININGS = ("frozen", "top", "all")
 
 
 class FeatureStat(nnx.Variable):
-    """How features are spread, from before training."""
+    """Statistics of features, from before training."""
 
 
 class Head(nnx.Module):
-    """From features of a backbone to unit vectors.
+    """Unit vectors from the features of a backbone.
 
-    Features are standardised by what `fit` has seen of them; then one linear layer, or
+    Features are standardised with the statistics of `fit`. One linear layer follows, or
     two with a ReLU between.
 
     Args:
-        features: how many there are.
-        dim: number of dimensions of the embedding.
-        hidden: of the first of two layers; 0 for one layer.
-        mirror: whether, after training, an embedding is the mean of an image's and its
-            mirror image's.
+        features: number of features.
+        dim: dimensions of the embedding.
+        hidden: width of the first of two layers; 0 for one layer.
+        mirror: whether the embeddings of an image and its mirror image are averaged
+            after training.
         rngs: Flax random number streams, with ``params``.
     """
 
@@ -56,13 +57,13 @@ class Head(nnx.Module):
         self.mirror = mirror
 
     def fit(self, features: np.ndarray) -> None:
-        """Notes how features ``[n, f]`` are spread.
+        """Set the statistics of features ``[n, f]``, and start from their directions.
 
-        A head of one layer begins with the directions in which they vary most, so that
-        its embedding is about as good as they are.
+        A head of one layer begins with the principal directions of the features, so
+        that its embedding is about as good as they are.
         """
         mean, deviation = features.mean(axis=0), features.std(axis=0)
-        # One that hardly varies tells nothing, and is not blown up.
+        # A feature that hardly varies carries noise, which is not amplified.
         scale = 1 / np.maximum(deviation, 0.1 * deviation.mean() + 1e-6)
         self.mean[...] = jnp.asarray(mean, jnp.float32)
         self.scale[...] = jnp.asarray(scale, jnp.float32)
@@ -72,16 +73,15 @@ class Head(nnx.Module):
                 (features - mean) * scale, full_matrices=False
             )
             some = directions[: kernel.shape[1]].T
-            # Its first dimensions; others stay as they were drawn.
+            # The first dimensions; further ones keep their random values.
             drawn = np.array(kernel[...])
             drawn[:, : some.shape[1]] = some
             kernel[...] = jnp.asarray(drawn)
 
     def __call__(self, features: Array) -> Array:
-        """Unit vectors ``[n, dim]`` of features ``[n, f]``.
+        """Unit vectors ``[n, dim]`` of features ``[n, f]`` or ``[n, views, f]``.
 
-        Or of kept ones ``[n, views, f]``: of the image itself, and of its mirror image
-        if that counts.
+        The first view is the image itself, the second its mirror image.
         """
         if features.ndim == 2:
             return self._embed(features)
@@ -96,7 +96,7 @@ class Head(nnx.Module):
 
 
 class BackboneEmbedder(nnx.Module):
-    """A backbone with a head on it: from images to unit vectors."""
+    """A backbone and a head: unit vectors from images."""
 
     def __init__(self, backbone: nnx.Module, head: Head):
         self.backbone, self.head = backbone, head
@@ -108,7 +108,7 @@ class BackboneEmbedder(nnx.Module):
 
 
 class Features(nnx.Module):
-    """The unit vectors of a backbone's features alone, before anything is learnt."""
+    """Unit vectors of the raw features of a backbone."""
 
     def __init__(self, backbone: nnx.Module):
         self.backbone = backbone
@@ -119,7 +119,7 @@ class Features(nnx.Module):
 
 
 class MeanDirection(nnx.Module):
-    """The same of features that are kept, ``[n, views, f]``."""
+    """Unit vectors of cached features ``[n, views, f]``, averaged over views."""
 
     def __init__(self, views: int):
         self.views = views
@@ -129,7 +129,7 @@ class MeanDirection(nnx.Module):
 
 
 def freeze(backbone: nnx.Module, training: str) -> None:
-    """Makes the parameters that are not to be trained `Frozen`."""
+    """Turn the parameters outside the trained part into `Frozen`."""
     top: tuple[str, ...] = getattr(backbone, "top", ()) if training == "top" else ()
     for path, module in nnx.iter_modules(backbone):
         for name, value in list(vars(module).items()):
@@ -140,7 +140,7 @@ def freeze(backbone: nnx.Module, training: str) -> None:
 
 
 def trained_part(model: Standardized, training: str | None) -> nnx.Module:
-    """What of a model is trained, and kept with the run: the head, or all of it."""
+    """The part of a model that is trained and saved: the head, or the whole model."""
     whole: Any = model.model
     return whole.head if training == "frozen" else model
 
@@ -152,6 +152,6 @@ def backbone_of(model: Standardized) -> nnx.Module:
 
 def features_of(model: Standardized) -> Standardized:
     """A model from images to the features of its backbone."""
-    made = Standardized(backbone_of(model), model.mean, model.std)
-    made.eval()
-    return made
+    features = Standardized(backbone_of(model), model.mean, model.std)
+    features.eval()
+    return features

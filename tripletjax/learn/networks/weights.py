@@ -1,6 +1,6 @@
-"""Parameters of a network from a safetensors file, and back, without gaps or guesses.
+"""Weights of a network from a safetensors file, and back: every array, or none.
 
-Files are of PyTorch's layout: kernels ``[out, in, ...]``. Pickles, as in ``.pth`` and
+Files have PyTorch's layout: kernels ``[out, in, ...]``. Pickles, as in ``.pth`` and
 ``.pt`` files, run code when they are opened, and are refused.
 """
 
@@ -19,20 +19,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 COUNTER = "num_batches_tracked"
-# So many names of a kind are told in an error.
-TOLD = 5
-# The name of one of several files that hold a network together.
+# Names that an error lists for each fault, at most.
+LISTED = 5
+# The name of a shard, one of several files of one network.
 SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)")
 JOIN = "Join the shards into one safetensors file."
 
 
 class WeightsError(ValueError):
-    """A file that is not weights, or not those of this network."""
+    """A file without weights, or with weights of another network."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A rule's target that several arrays fill: this one is the i-th of n equal parts.
+    """Target of a rule that fills the i-th of n equal parts of a variable.
 
     Attributes:
         target: the path, as of any rule.
@@ -49,21 +49,21 @@ class Frozen(nnx.Variable):
     """A parameter that is not trained."""
 
 
-# What a file is to fill.
+# Variables that a file fills.
 FILLED = nnx.Any(nnx.Param, nnx.BatchStat, Frozen)
-# What becomes of an array: the path that it fills, a part of one, or None: it is not
-# needed.
+# By the name of an array, as a regular expression: the path of the variable that it
+# fills, a part of one, or None to skip the array.
 Rules = Mapping[str, "str | Part | None"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What was made of a file.
+    """Record of a loaded file of weights.
 
     Attributes:
-        parameters: how many numbers were filled, but statistics.
-        unused: names of arrays that a rule leaves out.
-        dtypes: of the arrays that were used, as the file has them.
+        parameters: number of values loaded, not counting batch statistics.
+        unused: names of arrays that a rule skips.
+        dtypes: of the loaded arrays, in the file.
     """
 
     parameters: int
@@ -72,18 +72,18 @@ class Loaded:
 
     @property
     def notes(self) -> list[str]:
-        """What is worth telling of it."""
+        """Notes on skipped arrays and changed dtypes."""
         notes = []
-        # Counters of batches are of no interest.
+        # Counters of batches interest no one.
         if unused := [name for name in self.unused if not name.endswith(COUNTER)]:
-            notes.append(f"not needed of the file: {_several(unused)}")
+            notes.append(f"skipped arrays of the file: {_several(unused)}")
         if other := [dtype for dtype in self.dtypes if dtype != "float32"]:
-            notes.append(f"its arrays are {', '.join(other)}; they are made float32")
+            notes.append(f"arrays of {', '.join(other)} are cast to float32")
         return notes
 
 
 def shapes_of(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the arrays in a safetensors file, by name.
+    """Read the shapes of the arrays in a safetensors file, by name.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -95,32 +95,32 @@ def shapes_of(path: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:
-    r"""Fills a network with the arrays of a safetensors file, all or none.
+    r"""Load the arrays of a safetensors file into a network, all or none.
 
     Every array of the file has exactly one rule, and every parameter and statistic of
     the network (`nnx.Param`, `nnx.BatchStat`, `Frozen`) is filled once, in its shape.
-    Kernels are turned from PyTorch's ``[out, in, ...]`` to Flax's ``[..., in, out]``.
+    Kernels are transposed from ``[out, in, ...]`` to Flax's ``[..., in, out]``.
 
     Args:
         model: the network, which may be abstract, as from `nnx.eval_shape`.
         path: the file.
-        rules: by a regular expression that a whole name matches, what the array fills:
-            the path of a variable with dots between, which may hold ``\1`` for a group
-            of the expression; a `Part` of one; or None for what is not needed.
+        rules: from a regular expression for the whole name of an array to its target:
+            the dotted path of a variable, which may hold ``\1`` for a group of the
+            expression; a `Part` of a variable; or None to skip the array.
 
     Returns:
         `Loaded`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        WeightsError: if it is no whole safetensors file; or with all that is missing,
-            left over, claimed twice, misshapen or not finite.
+        WeightsError: if it is no whole safetensors file; or with every array that is
+            missing, left over, filled twice, of another shape or not finite.
 
     >>> import tempfile
     >>> import numpy as np
     >>> from flax import nnx
     >>> from safetensors.numpy import save_file
-    >>> from tripletjax.learn.weights import load_weights
+    >>> from tripletjax.learn import load_weights
     >>> file = tempfile.mkdtemp() + "/fc.safetensors"
     >>> arrays = {"fc.weight": np.ones((3, 2)), "fc.bias": np.zeros(3)}
     >>> save_file(arrays | {"step": np.ones(1)}, file)
@@ -132,7 +132,7 @@ def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:
     >>> print(model(np.ones((1, 2))))
     [[2. 2. 2.]]
     """
-    wanted = _variables(model)
+    variables = _variables(model)
     faults = _Faults()
     filled: dict[str, list[tuple[Part, np.ndarray]]] = {}
     unused, dtypes = [], set()
@@ -141,18 +141,18 @@ def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:
             matches = _targets(rules, name)
             shape = list(file.get_slice(name).get_shape())
             if len(matches) != 1:
-                kind = "left over" if not matches else "named by several rules"
-                faults.add(kind, f"{name} {shape}")
+                fault = "left over" if not matches else "named by several rules"
+                faults.add(fault, f"{name} {shape}")
                 continue
             ((part, target),) = matches
             if part is None:
                 unused.append(name)
                 continue
-            if target not in wanted:
+            if target not in variables:
                 faults.add("left over", f"{name} {shape}, for {target}")
                 continue
             array = file.get_tensor(name)
-            shape = list(wanted[target].shape)
+            shape = list(variables[target].shape)
             shape[-1:] = [shape[-1] // part.of] if shape else []
             fitted = _fitted(array, target, shape)
             if fitted is None:
@@ -166,7 +166,7 @@ def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:
             fitted = np.zeros(shape, np.float32) if fitted is None else fitted
             filled.setdefault(target, []).append((part, fitted))
     values = {}
-    for target, variable in wanted.items():
+    for target, variable in variables.items():
         parts = sorted(filled.get(target, ()), key=lambda one: one[0].index)
         indices = [part.index for part, _ in parts]
         if not parts:
@@ -182,7 +182,7 @@ def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:
     return Loaded(
         sum(
             math.prod(variable.shape)
-            for variable in wanted.values()
+            for variable in variables.values()
             if not isinstance(variable, nnx.BatchStat)
         ),
         tuple(unused),
@@ -197,19 +197,19 @@ def save_weights(
     like: str | Path | None = None,
     rules: Rules | None = None,
 ) -> None:
-    """Writes the parameters and statistics of a network as a safetensors file.
+    """Save the parameters and statistics of a network as a safetensors file.
 
-    They have PyTorch's layout and names: those of the file that the network was loaded
-    from, or ``weight`` for kernels and scales, ``running_mean`` and ``running_var``
-    after the network's own, with the counters of batches that PyTorch's strict loading
-    wants.
+    The arrays have PyTorch's layout. Their names are those of the file that the network
+    was loaded from. Otherwise kernels and scales end in ``weight``, statistics in
+    ``running_mean`` and ``running_var``, with the counters of batches that PyTorch's
+    strict loading requires.
 
     Args:
         model: the network.
         path: the file to write.
-        like: the file that it was loaded from, if from one: what was not needed of it
-            is left out.
-        rules: as of `load_weights`, of that file.
+        like: the file that the network was loaded from, if any; skipped arrays are
+            left out.
+        rules: of `load_weights` for that file.
     """
     values = {
         target: np.asarray(variable[...])
@@ -226,7 +226,7 @@ def save_weights(
                         piece = np.split(values[target], part.of, axis=-1)[part.index]
                         shape = file.get_slice(name).get_shape()
                         arrays[name] = _to_torch(piece, target).reshape(shape)
-    # Arrays that are turned are not written as they look.
+    # safetensors writes the memory of an array, which a transposed one shares.
     save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path)
 
 
@@ -241,16 +241,16 @@ def _named_by_torch(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _targets(rules: Rules, name: str) -> list[tuple[Part | None, str]]:
-    """What the rules that match a name fill, None for nothing, and its path."""
-    found = []
+    """The targets of the rules that match a name, with their paths."""
+    targets = []
     for rule, target in rules.items():
         if match := re.fullmatch(rule, name):
             part = Part(target, 0, 1) if isinstance(target, str) else target
-            found.append((part, match.expand(part.target) if part else ""))
-    return found
+            targets.append((part, match.expand(part.target) if part else ""))
+    return targets
 
 
-# What PyTorch calls what ends the path of a variable here.
+# PyTorch's name for the last part of a variable's path.
 TORCH_NAMES = {
     "kernel": "weight",
     "scale": "weight",
@@ -307,32 +307,32 @@ def _to_torch(array: np.ndarray, target: str) -> np.ndarray:
 
 
 class _Faults:
-    """What is wrong with a file, by kind."""
+    """Faults of a file, with the names of their arrays."""
 
     def __init__(self) -> None:
-        self.kinds: dict[str, list[str]] = {}
+        self.names: dict[str, list[str]] = {}
 
-    def add(self, kind: str, what: str) -> None:
-        self.kinds.setdefault(kind, []).append(what)
+    def add(self, fault: str, name: str) -> None:
+        self.names.setdefault(fault, []).append(name)
 
     def check(self, title: str) -> None:
-        if self.kinds:
-            told = (f"{kind}: {_several(of)}" for kind, of in self.kinds.items())
-            raise WeightsError(f"{title}; {'; '.join(told)}.")
+        if self.names:
+            lists = (f"{fault}: {_several(of)}" for fault, of in self.names.items())
+            raise WeightsError(f"{title}; {'; '.join(lists)}.")
 
 
 def _several(names: Iterable[str]) -> str:
     names = list(names)
-    more = f" and {len(names) - TOLD:,} more" if len(names) > TOLD else ""
-    return ", ".join(names[:TOLD]) + more
+    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 def _opened(path: str | Path) -> Any:
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is no file of weights {path}.")
+        raise FileNotFoundError(f"weights file {path} does not exist.")
     if path.is_dir():
-        raise WeightsError(f"{path} is a folder; weights are one safetensors file.")
+        raise WeightsError(f"{path} is a folder; weights must be one safetensors file.")
     with path.open("rb") as file:
         start = file.read(64)
     if not start:

@@ -1,9 +1,13 @@
-"""What is chosen by the data where nothing is asked for."""
+"""Defaults derived from the data, for options left unset.
+
+`RECIPES` is the table of starting points: one row for each sort of data. The functions
+below choose the row, adapt it to the images, and say in a note why.
+"""
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,7 +18,7 @@ from tripletjax.learn.data.datasets import Dataset
 from tripletjax.learn.data.hierarchy import levels_of
 from tripletjax.learn.data.image_cache import Decoding
 from tripletjax.learn.data.image_shape import COLOUR_SIZE as PHOTO_SIZE
-from tripletjax.learn.data.image_shape import WHOLE
+from tripletjax.learn.data.image_shape import WHOLE, Box
 from tripletjax.learn.data.triplet_files import TripletDataset
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.runs.config import Config
@@ -25,13 +29,13 @@ from tripletjax.learn.runs.plan import (
     TripletBatchPlan,
 )
 
-# From here on there are many classes, which take longer to learn.
+# Data have many classes from this number on, which take longer to learn.
 MANY = 32
-# Classes of fewer images, in the median, are too small to learn from as they are.
+# Classes are scarce below this median number of images.
 SCARCE = 30
 
 CHARACTERS = Augment(shift=0.1, rotation=12.0, zoom=0.15, shear=0.15, elastic=0.05)
-# Of few images of a class there is little to see how far it reaches.
+# A few images of a class do not show how much its drawings vary.
 SCARCE_CHARACTERS = Augment(
     shift=0.1, rotation=20.0, zoom=0.25, shear=0.3, elastic=0.05
 )
@@ -46,28 +50,80 @@ PHOTOS = Augment(
     erase=0.3,
 )
 
-# On CPUs fewer images than this are learnt from with a backbone that stays as it is.
-FEW = 5000
-# Of each image features of so many views are kept.
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A starting point of training, for one sort of data.
+
+    Attributes:
+        augment: random changes of images.
+        batch: largest number of images in a batch.
+        per_class: images of each class in a batch.
+        dim: dimensions of the embedding.
+        steps: training steps.
+        learning_rate: at its peak.
+        weight_decay: of AdamW.
+    """
+
+    augment: Augment
+    batch: int
+    per_class: int
+    dim: int
+    steps: int
+    learning_rate: float
+    weight_decay: float
+
+
+RECIPES = {
+    "characters": Recipe(CHARACTERS, 128, 8, 64, 600, 2e-3, 1e-3),
+    "characters, 32 classes or more": Recipe(CHARACTERS, 160, 4, 128, 800, 2e-3, 1e-3),
+    "photos": Recipe(PHOTOS, 128, 8, 128, 1000, 2e-3, 1e-2),
+    "photos, 32 classes or more": Recipe(PHOTOS, 160, 4, 128, 1500, 2e-3, 1e-2),
+}
+# Changes of a recipe, and their reasons.
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "scarce characters": (
+        {"augment": SCARCE_CHARACTERS},
+        "the median class has under 30 images: augmentation stands in for more",
+    ),
+    "turned characters": (
+        {"steps": 1200, "learning_rate": 4e-3},
+        "turned and mirrored copies are further classes to learn",
+    ),
+    "turned photos": (
+        {"learning_rate": 4e-3},
+        "turned and mirrored copies are further classes to learn",
+    ),
+    "frozen backbone": (
+        {"steps": 1000, "learning_rate": 1e-3},
+        "a head alone is trained",
+    ),
+    "trained backbone": (
+        {"steps": 300, "learning_rate": 1e-3},
+        "pretrained stages change little, and each step is expensive",
+    ),
+}
+
+# A backbone is frozen on CPUs with fewer images than this.
+FEW_IMAGES = 5000
+# Views of each image whose features a frozen backbone computes.
 VIEWS = 2
-# How slowly a copy of the network follows it that embeds what a memory keeps.
+# A trained backbone embeds about so many pixels at a time, and in a batch.
+CHUNK_PIXELS, BATCH_PIXELS = 2**20, 2**22
+# Momentum of the slow copy of the network whose embeddings a memory holds.
 MEMORY_MOMENTUM = 0.99
-# By what of a backbone is trained.
-STEPS = {"frozen": 1000, "top": 300, "all": 300}
-# A backbone that is trained sees about so many pixels at a time, and in a batch.
-CHUNK, BATCH = 2**20, 2**22
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a network begins with.
+    """A network of a known family that a run begins with.
 
     Attributes:
-        backbone: which network of others.
-        digest: of the file of weights, None if it begins with nothing.
-        notes: what is worth telling of the file.
+        backbone: the network.
+        digest: of the file of weights; None to train from scratch.
+        notes: facts about the file.
     """
 
     backbone: backbones.Backbone
@@ -75,7 +131,7 @@ class Start:
     notes: tuple[str, ...] = ()
 
     def size(self, config: Config) -> int | None:
-        """Of images, in pixels; None where it begins with nothing and none is asked."""
+        """Image size in pixels; None if it is unset and there are no weights."""
         if config.size is not None or self.digest is None:
             return config.size
         return self.backbone.of.size
@@ -84,76 +140,128 @@ class Start:
 def plan_for_classes(
     config: Config, dataset: Dataset, start: Start | None = None
 ) -> tuple[Plan, list[str]]:
-    """The plan of a run on images with labels, and what is worth telling of it.
+    """Plan a run on images with labels.
+
+    Returns:
+        The plan, and notes on its choices.
 
     Raises:
-        ValueError: if what is asked for excludes itself.
+        ValueError: if requested options contradict each other, or the data.
     """
     images, labels = dataset.train.images, dataset.train.labels
-    _, counts = np.unique(labels, return_counts=True)
-    photos = dataset.decoding.kind == "photos"
-    several = int((counts > 1).sum())
-    scarce = np.median(counts) < SCARCE and len(counts) >= MANY
-    # Many classes of few drawings: turned and mirrored ones are classes of their own.
-    # Photographs are mirrored at random, and stay of their class.
+    kind = dataset.decoding.kind
+    sizes = np.unique(labels, return_counts=True)[1]
+    scarce = len(sizes) >= MANY and np.median(sizes) < SCARCE
     turns = config.rotation_classes or 1
-    if config.rotation_classes is None and scarce and not photos and start is None:
+    if config.rotation_classes is None and scarce and kind != "photos" and not start:
         turns = image_analysis.most_turns(images, labels)
-    # A class of one image has no positive; enough others teach more.
-    paired = several if turns == 1 and several > 1 else len(counts)
-    many = turns * paired >= MANY
-    augment = config.augment
-    if augment is None:
-        augment = PHOTOS if photos else SCARCE_CHARACTERS if scarce else CHARACTERS
-        augment = dataclasses.replace(augment, flip=augment.flip and turns < 8)
+    # A class of one image has no positive; enough other classes teach more.
+    several = int((sizes > 1).sum())
+    classes = several if turns == 1 and several > 1 else len(sizes)
+    changes = [f"turned {kind}"] if turns > 1 else []
+    recipe = recipe_of(
+        kind,
+        many=turns * classes >= MANY,
+        changes=[f"scarce {kind}", *changes] if scarce else changes,
+    )
+    augment = recipe.augment
+    augment = dataclasses.replace(augment, flip=augment.flip and turns < 8)
+    augment = config.augment or augment
+    backbone = _backbone_plan(config, start, len(images))
+    _check_turns(turns, augment, backbone)
+    batches = _plan_batches(config, recipe, turns, classes, start, backbone)
+    plan, notes = _plan(
+        config,
+        recipe,
+        images.shape[1:],
+        batches=batches,
+        augment=augment,
+        layout=image_analysis.layout_of(images, labels) if kind == "photos" else None,
+        start=start,
+        backbone=backbone,
+    )
+    return plan, [
+        _note_on_kind(dataset.decoding),
+        *_notes_on_classes(sizes, classes, turns),
+        *_notes_on_relevance(config, dataset.label_names),
+        *_notes_on_memory(batches),
+        *notes,
+    ]
+
+
+def plan_for_triplets(
+    config: Config, dataset: TripletDataset, start: Start | None = None
+) -> tuple[Plan, list[str]]:
+    """Plan a run on given triplets.
+
+    Returns:
+        The plan, and notes on its choices.
+
+    Raises:
+        ValueError: if requested options contradict each other, or the data.
+    """
+    kind = dataset.decoding.kind
+    recipe = recipe_of(kind, many=len(dataset.images) >= 8 * MANY)
+    layout = None
+    if kind == "photos":
+        reason = "triplets do not tell where classes differ"
+        layout = image_analysis.Layout(WHOLE, False, reason)
+    batch = config.triplets_per_batch or min(48, len(dataset.train))
+    plan, notes = _plan(
+        config,
+        recipe,
+        dataset.images.shape[1:],
+        batches=TripletBatchPlan(triplets_per_batch=batch),
+        augment=config.augment or recipe.augment,
+        layout=layout,
+        start=start,
+        backbone=_backbone_plan(config, start, len(dataset.images)),
+    )
+    return plan, [_note_on_kind(dataset.decoding), *notes]
+
+
+def recipe_of(kind: str, *, many: bool, changes: Sequence[str] = ()) -> Recipe:
+    """The starting point for photos or characters, with changes that it knows."""
+    recipe = RECIPES[f"{kind}, {MANY} classes or more" if many else kind]
+    for name in changes:
+        options, _ = CHANGES.get(name, ({}, ""))
+        recipe = dataclasses.replace(recipe, **options)
+    return recipe
+
+
+def _check_turns(turns: int, augment: Augment, backbone: BackbonePlan | None) -> None:
     if turns == 8 and augment.flip:
         raise ValueError(
             "rotation_classes is 8, which makes mirror images classes of their own, "
             "but augment mirrors images at random: one excludes the other."
         )
-    notes = [_told_of(dataset.decoding)]
-    if turns > 1:
-        notes.append(f"{turns - 1} turned copies of each class are its own classes")
-    if paired < len(counts):
-        notes.append(
-            f"{len(counts) - paired:,} classes of one training image are not trained "
-            "on: no positive"
-        )
-    elif several < len(counts):
-        notes.append(
-            f"warning: {len(counts) - several:,} of {len(counts):,} classes have one "
-            "training image: their positives are copies of it, which differ by "
-            "augmentation alone"
-        )
-    if config.relevance == "folders":
-        levels = levels_of(dataset.label_names)
-        if not len(levels):
-            raise ValueError(
-                "relevance is folders, but no folders hold several folders of classes: "
-                "they are to be one within the other, as in Greek/character01."
-            )
-        groups = ", ".join(f"{1 + level.max():,} groups" for level in levels)
-        notes.append(
-            f"relevance by folders: {len(dataset.label_names):,} classes in {groups}, "
-            "whose images are to be nearer to each other than to all others"
-        )
-    backbone = _backbone_plan(config, start, len(images))
     if turns > 1 and backbone is not None and backbone.training == "frozen":
         raise ValueError(
             "rotation_classes must be 1 with a frozen backbone, whose features cannot "
             f"be turned; got {turns}."
         )
-    size = 160 if many else 128
+
+
+def _plan_batches(
+    config: Config,
+    recipe: Recipe,
+    turns: int,
+    classes: int,
+    start: Start | None,
+    backbone: BackbonePlan | None,
+) -> ClassBatchPlan:
+    """P classes with K images each, of as many images as the recipe has."""
+    batch = recipe.batch
     if start is not None and backbone is not None and backbone.training != "frozen":
         pixels = (start.size(config) or PHOTO_SIZE) ** 2
-        size = min(size, max(32, BATCH // pixels))
-    per_class = config.per_class or (4 if many else 8)
-    # What the network itself made of earlier batches is soon out of date.
+        batch = min(batch, max(32, BATCH_PIXELS // pixels))
+    per_class = config.per_class or recipe.per_class
+    # Momentum 0 stands for the network itself, whose embeddings are soon out of date.
     momentum = _either(config.memory_momentum, MEMORY_MOMENTUM) or None
-    batches = ClassBatchPlan(
+    return ClassBatchPlan(
         mining=config.mining,
         batch_all_fraction=config.batch_all_fraction,
-        classes=config.classes or min(turns * paired, max(2, size // per_class)),
+        classes=config.classes or min(turns * classes, max(2, batch // per_class)),
         per_class=per_class,
         class_sampling=config.class_sampling,
         relevance=config.relevance,
@@ -162,149 +270,139 @@ def plan_for_classes(
         memory_warmup=config.memory_warmup if config.memory else 0.0,
         memory_momentum=momentum if config.memory else None,
     )
-    if config.memory:
-        kept = "the network itself"
-        if momentum is not None:
-            kept = f"a slow copy of the network (momentum {momentum:g})"
-        notes.append(
-            f"batches are also compared with the last {config.memory:,} embeddings of "
-            f"{kept}, kept after {100 * config.memory_warmup:g} % of the steps"
-        )
-    plan, more = _plan(
-        config,
-        images.shape[1:],
-        batches=batches,
-        augment=augment,
-        layout=image_analysis.layout_of(images, labels) if photos else None,
-        many=many,
-        steps=1200 if turns > 1 else 800 if many else 600,
-        learning_rate=4e-3 if turns > 1 else 2e-3,
-        start=start,
-        backbone=backbone,
-    )
-    return plan, notes + more
-
-
-def plan_for_triplets(
-    config: Config, dataset: TripletDataset, start: Start | None = None
-) -> tuple[Plan, list[str]]:
-    """The plan of a run on given triplets, and what is worth telling of it."""
-    photos = dataset.decoding.kind == "photos"
-    many = len(dataset.images) >= 8 * MANY
-    plan, notes = _plan(
-        config,
-        dataset.images.shape[1:],
-        batches=TripletBatchPlan(
-            triplets_per_batch=config.triplets_per_batch or min(48, len(dataset.train))
-        ),
-        augment=config.augment or (PHOTOS if photos else CHARACTERS),
-        layout=image_analysis.Layout(WHOLE, False, "nothing tells where classes differ")
-        if photos
-        else None,
-        many=many,
-        steps=800 if many else 600,
-        learning_rate=2e-3,
-        start=start,
-        backbone=_backbone_plan(config, start, len(dataset.images)),
-    )
-    return plan, [_told_of(dataset.decoding), *notes]
-
-
-def _told_of(decoding: Decoding) -> str:
-    return f"images are taken for {decoding.kind}: {decoding.kind_by}"
 
 
 def _plan(
     config: Config,
+    recipe: Recipe,
     shape: Sequence[int],
     *,
     batches: ClassBatchPlan | TripletBatchPlan,
     augment: Augment,
     layout: image_analysis.Layout | None,
-    many: bool,
-    steps: int,
-    learning_rate: float,
     start: Start | None,
     backbone: BackbonePlan | None,
 ) -> tuple[Plan, list[str]]:
-    """What both have in common; `layout` is that of photographs, None of others."""
-    photos, notes = layout is not None, []
+    """Plan what classes and triplets have in common.
+
+    Args:
+        config: the request.
+        recipe: the starting point.
+        shape: height, width and channels of images.
+        batches: the plan of a batch.
+        augment: random changes of images.
+        layout: of photographs; None of other images.
+        start: the network to begin with, if not one of this library's own.
+        backbone: the plan of this network.
+    """
+    photos = layout is not None
     mirror = _either(config.mirror, photos and augment.flip)
-    longest = max(shape[:2])
-    box = config.box or (layout.box if layout else WHOLE)
-    top, left, bottom, right = box
-    sides = sorted(((bottom - top) * shape[0], (right - left) * shape[1]))
-    if layout:
-        steps = 1500 if many else 1000
-        # A narrow part is seen longer, so that there are as many pixels.
-        most = PHOTO_SIZE * math.sqrt(sides[1] / sides[0])
-        size = max(8, round(min(most, 2 * PHOTO_SIZE, sides[1])))
-        rows, columns = (
-            f"{100 * a:.0f} to {100 * b:.0f} %"
-            for a, b in ((top, bottom), (left, right))
-        )
-        told = "asked for" if config.box is not None else layout.why
-        notes.append(
-            f"what is seen is {rows} of the height, {columns} of the width: {told}"
-        )
-    else:
-        size = max(1, round(sides[1]))
+    box, size, notes = _choose_view(config, shape, layout)
     if start is not None and backbone is not None:
-        # The shorter side has to do, too.
-        least = math.ceil(start.backbone.least * sides[1] / sides[0])
-        if config.size is not None and config.size < least:
-            raise ValueError(
-                f"size must be at least {least} for {start.backbone.title}, got "
-                f"{config.size}."
-            )
-        size = max(start.size(config) or size, least)
+        size = _backbone_size(config, start, size, shape, box)
         if backbone.training == "frozen":
-            # An image's own, and its mirror image's where that counts.
+            # Features of an image, and of its mirror image where both are averaged.
             views = max(backbone.views, 1 + mirror)
             backbone = dataclasses.replace(backbone, views=views)
         if start.digest is not None:
-            steps, learning_rate = STEPS[backbone.training], 1e-3
-        notes += _about_backbone(start, backbone, shape, size)
-    chunk = config.embed_chunk_size or batches.size
-    if (
-        backbone is not None
-        and backbone.training != "frozen"
-        and not config.embed_chunk_size
-    ):
-        chunk = min(chunk, max(8, CHUNK // size**2))
-    model = (config.model if start is None else "backbone") or (
-        "photo" if photos else "resnet" if shape[-1] > 1 else "cnn"
-    )
-    channels = (32, 64) if longest <= 16 else (32, 64, 128)
-    if model == "photo":
-        channels = 16, 32, 64, 128
-    steps = config.steps or steps
+            part = "frozen" if backbone.training == "frozen" else "trained"
+            changes, _ = CHANGES[f"{part} backbone"]
+            recipe = dataclasses.replace(recipe, **changes)
+        notes += _notes_on_backbone(start, backbone, shape, size)
+    model, channels = _choose_model(config, shape, photos, start)
+    longest = max(shape[:2])
+    steps = config.steps or recipe.steps
     return Plan(
         batches=batches,
         box=box,
-        # Drawings have their size since they were decoded.
+        # Drawings have had their size since they were decoded.
         size=config.size or (size if photos or config.box or start else longest),
         model=model,
         backbone=backbone,
         head=config.head or ("grid" if layout and layout.aligned else "mean"),
         channels=config.channels or channels,
         stride=config.stride or (1 if longest <= 32 else 2),
-        dim=config.dim or (128 if photos or many else 64),
+        dim=config.dim or recipe.dim,
         mirror=mirror,
         bfloat16=config.bfloat16,
         augment=augment,
         margin=config.margin,
         steps=steps,
         seed=config.seed,
-        learning_rate=_either(config.learning_rate, learning_rate),
-        weight_decay=_either(config.weight_decay, 1e-2 if photos else 1e-3),
+        learning_rate=_either(config.learning_rate, recipe.learning_rate),
+        weight_decay=_either(config.weight_decay, recipe.weight_decay),
         ema_decay=config.ema_decay,
-        embed_chunk_size=chunk,
+        embed_chunk_size=_choose_chunk(config, batches.size, size, backbone),
         log_every=config.log_every,
         validate_every=config.validate_every
         or (max(100, steps // 8) if photos else 100),
         checkpoint_every=config.checkpoint_every,
     ), notes
+
+
+def _choose_view(
+    config: Config, shape: Sequence[int], layout: image_analysis.Layout | None
+) -> tuple[Box, int, list[str]]:
+    """The part of images that the network sees, and its longer side in pixels."""
+    box = config.box or (layout.box if layout else WHOLE)
+    shorter, longer = _sides_of(box, shape)
+    if layout is None:
+        return box, max(1, round(longer)), []
+    # A narrow part is seen longer, so that there are as many pixels.
+    most = min(PHOTO_SIZE * math.sqrt(longer / shorter), 2 * PHOTO_SIZE, longer)
+    top, left, bottom, right = (100 * share for share in box)
+    reason = "requested" if config.box is not None else layout.why
+    return (
+        box,
+        max(8, round(most)),
+        [
+            f"the network sees {top:.0f} to {bottom:.0f} % of the height, {left:.0f} "
+            f"to {right:.0f} % of the width: {reason}"
+        ],
+    )
+
+
+def _sides_of(box: Box, shape: Sequence[int]) -> tuple[float, float]:
+    """The shorter and the longer side of a part of images, in pixels."""
+    top, left, bottom, right = box
+    height, width = (bottom - top) * shape[0], (right - left) * shape[1]
+    return min(height, width), max(height, width)
+
+
+def _choose_model(
+    config: Config, shape: Sequence[int], photos: bool, start: Start | None
+) -> tuple[str, tuple[int, ...]]:
+    """The network, and the number of channels of each stage from scratch."""
+    network = "photo" if photos else "resnet" if shape[-1] > 1 else "cnn"
+    model = "backbone" if start is not None else config.model or network
+    if model == "photo":
+        return model, (16, 32, 64, 128)
+    return model, (32, 64) if max(shape[:2]) <= 16 else (32, 64, 128)
+
+
+def _choose_chunk(
+    config: Config, batch: int, size: int, backbone: BackbonePlan | None
+) -> int:
+    """The number of images that are embedded at a time."""
+    if config.embed_chunk_size:
+        return config.embed_chunk_size
+    if backbone is None or backbone.training == "frozen":
+        return batch
+    return min(batch, max(8, CHUNK_PIXELS // size**2))
+
+
+def _backbone_size(
+    config: Config, start: Start, size: int, shape: Sequence[int], box: Box
+) -> int:
+    """The longer side of images, whose shorter one is long enough for a backbone."""
+    shorter, longer = _sides_of(box, shape)
+    least = math.ceil(start.backbone.least * longer / shorter)
+    if config.size is not None and config.size < least:
+        raise ValueError(
+            f"size must be at least {least} for {start.backbone.title}, got "
+            f"{config.size}."
+        )
+    return max(start.size(config) or size, least)
 
 
 def _backbone_plan(config: Config, start: Start | None, n: int) -> BackbonePlan | None:
@@ -314,7 +412,7 @@ def _backbone_plan(config: Config, start: Start | None, n: int) -> BackbonePlan 
     if start.digest is None:
         training = "all"
     elif training is None:
-        few = n < FEW and jax.default_backend() == "cpu"
+        few = n < FEW_IMAGES and jax.default_backend() == "cpu"
         training = "frozen" if few else "top"
     return BackbonePlan(
         family=start.backbone.family,
@@ -327,22 +425,70 @@ def _backbone_plan(config: Config, start: Start | None, n: int) -> BackbonePlan 
     )
 
 
-def _about_backbone(
-    start: Start,
-    backbone: BackbonePlan,
-    shape: Sequence[int],
-    size: int,
+def _note_on_kind(decoding: Decoding) -> str:
+    return f"images are {decoding.kind}: {decoding.kind_by}"
+
+
+def _notes_on_classes(sizes: np.ndarray, classes: int, turns: int) -> list[str]:
+    """Notes on turned copies, and on classes of one image."""
+    notes = []
+    if turns > 1:
+        notes.append(f"{turns - 1} turned copies of each class are further classes")
+    alone = int((sizes == 1).sum())
+    if classes < len(sizes):
+        notes.append(
+            f"{alone:,} classes of one training image are not trained on: no positive"
+        )
+    elif alone:
+        notes.append(
+            f"warning: {alone:,} of {len(sizes):,} classes have one training image: "
+            "their positives are copies of it, which differ by augmentation alone"
+        )
+    return notes
+
+
+def _notes_on_relevance(config: Config, names: Sequence[str]) -> list[str]:
+    if config.relevance != "folders":
+        return []
+    levels = levels_of(names)
+    if not len(levels):
+        raise ValueError(
+            "relevance=folders requires folders of folders of classes, such as "
+            "Greek/character01; the data have one level."
+        )
+    groups = ", ".join(f"{1 + level.max():,} groups" for level in levels)
+    return [
+        f"relevance by folders: {len(names):,} classes in {groups}; images of a group "
+        "come nearer to each other than to all others"
+    ]
+
+
+def _notes_on_memory(batches: ClassBatchPlan) -> list[str]:
+    if not batches.memory:
+        return []
+    source = "the network itself"
+    if batches.memory_momentum is not None:
+        source = f"a slow copy of the network (momentum {batches.memory_momentum:g})"
+    return [
+        f"batches are also compared with the last {batches.memory:,} embeddings of "
+        f"{source}, kept after {100 * batches.memory_warmup:g} % of the steps"
+    ]
+
+
+def _notes_on_backbone(
+    start: Start, backbone: BackbonePlan, shape: Sequence[int], size: int
 ) -> list[str]:
-    """What is worth telling of a network that others have made."""
     title, of = start.backbone.title, start.backbone.of
     trained = {
-        "frozen": "it stays as it is: a head is trained on its features, "
+        "frozen": "the backbone is frozen: a head is trained on its features, "
         f"{backbone.views} of each image",
-        "top": "its last stages are trained, at a tenth of the rate of the head",
-        "all": "all of it is trained, at a tenth of the rate of the head",
+        "top": "the last stages of the backbone are trained, at a tenth of the "
+        "learning rate of the head",
+        "all": "the whole backbone is trained, at a tenth of the learning rate of the "
+        "head",
     }[backbone.training]
     if start.digest is None:
-        notes = [f"{title}, from nothing"]
+        notes = [f"{title}, from scratch"]
     else:
         notes = [*start.notes, trained]
     mean, std = ([round(x, 3) for x in part] for part in (of.mean, of.std))
@@ -350,12 +496,12 @@ def _about_backbone(
         f"the network sees images of {size} pixels, of mean {mean} and deviation {std}"
     )
     if shape[-1] == 1:
-        notes.append("images are grey: the network, of colour, sees them in three")
+        notes.append("grey images are repeated in three channels for the network")
     if max(shape[:2]) < size:
-        notes.append(f"images of {shape[0]} x {shape[1]} pixels are made larger for it")
+        notes.append(f"images of {shape[0]} x {shape[1]} pixels are enlarged for it")
     return notes
 
 
-def _either(asked: T | None, chosen: T) -> T:
-    """What was asked for, which may be 0, or what is chosen instead."""
-    return chosen if asked is None else asked
+def _either(requested: T | None, default: T) -> T:
+    """The requested value, which may be 0, or the default."""
+    return default if requested is None else requested

@@ -12,56 +12,55 @@ from tripletjax.learn.files import digest_of_file
 from tripletjax.learn.networks import backbones, heads
 from tripletjax.learn.networks.embedding_networks import MODELS, Standardized
 from tripletjax.learn.networks.weights import Loaded
-from tripletjax.learn.runs import record
 from tripletjax.learn.runs.plan import BackbonePlan
-from tripletjax.learn.runs.record import RunRecord
+from tripletjax.learn.runs.record import FILE, RunRecord
 from tripletjax.learn.training.checkpoints import Checkpoints
 
 
 def load_model(
     run_dir: str | Path, on: Placement = ONE_DEVICE
 ) -> tuple[Standardized, RunRecord]:
-    """The best model of a run, on one device, and the record of the run.
+    """Load the kept model of a run, on one device, and the record of the run.
 
     Args:
         run_dir: a run directory.
-        on: how the processes that load it together are placed, if there are several.
+        on: placement of the processes that load the model together.
 
     Raises:
-        FileNotFoundError: if there is none yet.
+        FileNotFoundError: if there is no trained model.
         ValueError: if the record is of another version.
     """
     run_dir = Path(run_dir).resolve()
-    for part in (record.FILE, "best"):
+    for part in (FILE, "best"):
         if not (run_dir / part).exists():
             raise FileNotFoundError(f"no trained model in {run_dir}: no {part}.")
-    made = RunRecord.read(run_dir)
-    # Of parameters that are read, none need to be drawn first.
-    model = nnx.eval_shape(lambda: build_model(made))
-    part = heads.trained_part(model, made.plan.backbone_training)
-    if made.plan.frozen:
-        fill_backbone(model, made, run_dir)
+    record = RunRecord.read(run_dir)
+    # Shapes are enough: the checkpoint has the parameters.
+    model = nnx.eval_shape(lambda: build_model(record))
+    part = heads.trained_part(model, record.plan.backbone_training)
+    if record.plan.frozen:
+        fill_backbone(model, record, run_dir)
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on.sharding),
         nnx.state(part),
     )
     best = Checkpoints(run_dir / "best", writable=False)
-    found = best.restore(like)
+    restored = best.restore(like)
     best.close()
-    if found is None:
+    if restored is None:
         raise FileNotFoundError(f"no trained model in {run_dir}: best is empty.")
-    nnx.update(part, on.here(found[1]))
+    nnx.update(part, on.here(restored[1]))
     model.eval()
-    return model, made
+    return model, record
 
 
-def fill_backbone(model: Standardized, made: RunRecord, run_dir: Path) -> Loaded:
-    """Loads the weights that a run began with, of which it has a copy.
+def fill_backbone(model: Standardized, record: RunRecord, run_dir: Path) -> Loaded:
+    """Load the weights that a run began with, from its own copy.
 
     Raises:
-        ValueError: if the copy is not what it was.
+        ValueError: if the copy is damaged.
     """
-    plan, file = made.plan.backbone, run_dir / BACKBONE
+    plan, file = record.plan.backbone, run_dir / BACKBONE
     if plan is None or plan.digest is None:
         raise ValueError(f"the run in {run_dir} began with no backbone.")
     if digest_of_file(file) != plan.digest:
@@ -70,20 +69,20 @@ def fill_backbone(model: Standardized, made: RunRecord, run_dir: Path) -> Loaded
     return backbone.fill(heads.backbone_of(model), file)
 
 
-# The weights that a run began with.
+# The run's copy of the weights that it began with.
 BACKBONE = "backbone.safetensors"
-# Of a plan, what an embedding depends on.
+# Fields of a plan that determine the embedding.
 NETWORK = (
     *("box", "size", "model", "head", "channels", "stride", "dim", "mirror"),
     *("bfloat16", "backbone"),
 )
 
 
-def build_model(made: RunRecord) -> Standardized:
-    """The untrained model of a run."""
-    plan, shape = made.plan, made.images.shape
+def build_model(record: RunRecord) -> Standardized:
+    """Build the untrained model of a run."""
+    plan, shape = record.plan, record.images.shape
     if plan.backbone is not None:
-        return _on_backbone(made, plan.backbone)
+        return _on_backbone(record, plan.backbone)
     view = plan.view_of(shape)
     height, width = shape[:2] if view is None else (view.height, view.width)
     options: dict[str, dict[str, Any]] = {
@@ -98,20 +97,22 @@ def build_model(made: RunRecord) -> Standardized:
         rngs=nnx.Rngs(plan.seed),
         **options.get(plan.model, {}),
     )
-    return Standardized(model, made.images.mean, made.images.std, mirror=plan.mirror)
+    return Standardized(
+        model, record.images.mean, record.images.std, mirror=plan.mirror
+    )
 
 
-def _on_backbone(made: RunRecord, plan: BackbonePlan) -> Standardized:
-    rngs = nnx.Rngs(made.plan.seed)
+def _on_backbone(record: RunRecord, plan: BackbonePlan) -> Standardized:
+    rngs = nnx.Rngs(record.plan.seed)
     options = {"learn_statistics": True} if plan.digest is None else {}
-    dtype = jnp.bfloat16 if made.plan.bfloat16 else None
-    made_of = backbones.Backbone(plan.family, plan.options)
-    backbone: Any = made_of.build(dtype=dtype, rngs=rngs, **options)
-    mirror = made.plan.mirror
+    dtype = jnp.bfloat16 if record.plan.bfloat16 else None
+    family = backbones.Backbone(plan.family, plan.options)
+    backbone: Any = family.build(dtype=dtype, rngs=rngs, **options)
+    mirror = record.plan.mirror
     head = heads.Head(
-        backbone.features, made.plan.dim, hidden=plan.hidden, mirror=mirror, rngs=rngs
+        backbone.features, record.plan.dim, hidden=plan.hidden, mirror=mirror, rngs=rngs
     )
     if plan.training != "all":
         heads.freeze(backbone, plan.training)
     model = heads.BackboneEmbedder(backbone, head)
-    return Standardized(model, made.images.mean, made.images.std, mirror=mirror)
+    return Standardized(model, record.images.mean, record.images.std, mirror=mirror)

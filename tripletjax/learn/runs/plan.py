@@ -23,7 +23,7 @@ class ClassBatchPlan:
         rotation_classes: as in `sampling.ImageBatches`.
         memory: how many embeddings of earlier batches there are to compare with.
         memory_warmup: share of the steps before the first is kept.
-        memory_momentum: of the network that embeds what is kept, as in `training.fit`.
+        memory_momentum: of the network that embeds what is kept, as in `learn.fit`.
     """
 
     mining: str

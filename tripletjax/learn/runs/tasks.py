@@ -170,14 +170,14 @@ class LabelTask:
                 "recall_at_1": 100 * float(within.precision_at_1),
             }
         if np.isin(test.labels, train.labels).any():
-            found = tj.retrieval.recall_at_k(
+            recall = tj.retrieval.recall_at_k(
                 x,
                 test.labels,
                 ks=(1,),
                 references=embed(train.images),
                 reference_labels=train.labels,
             )
-            metrics["gallery_recall_at_1"] = 100 * float(found[0])
+            metrics["gallery_recall_at_1"] = 100 * float(recall[1])
         return _drop_nan(metrics)
 
     def validate(self, model: nnx.Module) -> dict[str, float]:

@@ -91,7 +91,7 @@ class _Log(MetricsLog):
         self.truncate_after(0)
 
     def add_line(self, line: dict[str, Any]) -> None:
-        """A line of `training.fit`."""
+        """A line of `learn.fit`."""
         if "resumed" not in line:
             self.add(line)
             return
@@ -117,7 +117,7 @@ def run(
         resume: whether to go on with the run that is there, if there is one; with more
             steps, it is lengthened.
         tensorboard: whether to write what TensorBoard reads, too; needs tensorboardX.
-        mesh: devices to train on, as in `training.fit`; a run goes on with any. Of
+        mesh: devices to train on, as in `learn.fit`; a run goes on with any. Of
             several processes (`processes.joined`), which all call this, all read the
             data and share the run directory; the first one alone writes there, but for
             checkpoints, of which each writes a part.
@@ -256,7 +256,7 @@ def _optimizer(plan: Plan) -> optax.GradientTransformation:
         decay_steps=plan.steps,
     )
     if plan.pretrained and not plan.frozen:
-        return optimizer.slowed(schedule, plan.weight_decay)
+        return optimizer.slow_backbone(schedule, plan.weight_decay)
     return optax.adamw(schedule, weight_decay=plan.weight_decay)
 
 
@@ -300,7 +300,7 @@ def _told_of(on: Placement) -> list[str]:
 
 
 def _memory_of(plan: Plan) -> dict[str, Any]:
-    """Options of `training.fit`, of a run with a memory."""
+    """Options of `learn.fit`, of a run with a memory."""
     of = plan.batches
     if not isinstance(of, ClassBatchPlan) or not of.memory:
         return {}

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from tripletjax.learn.distributed.keys import State, _kind, from_plain, plain
+from tripletjax.learn.distributed.keys import State, from_plain, plain
 from tripletjax.learn.errors import first_line
 from tripletjax.learn.files import digest_of, digest_of_file, free_path, write_text
 
@@ -78,7 +78,7 @@ class Checkpoints:
             return
         state = plain(state)
         try:
-            metadata = {"digest": _digest(state), "kind": _kind(state)}
+            metadata = {"digest": _digest(state), "kind": _digest_of_types(state)}
             self._orbax.save(step, state, custom_metadata=metadata)
         except Exception as error:
             # Orbax and TensorStore raise whatever they come across.
@@ -170,7 +170,7 @@ class Checkpoints:
 
     def _load(self, step: int, like: list[Any]) -> list[Any]:
         metadata = self._orbax.checkpointables_metadata(step).custom_metadata
-        if metadata["kind"] != _kind(like):
+        if metadata["kind"] != _digest_of_types(like):
             raise StateMismatchError(
                 f"the checkpoint of step {step} in {self.directory} is of another "
                 "model or optimizer."
@@ -230,3 +230,9 @@ def _digest(arrays: list[Any]) -> str:
             np.ascontiguousarray(x).view(np.uint8).data,
         )
     )
+
+
+def _digest_of_types(arrays: list[Any]) -> str:
+    """A digest of shapes and dtypes."""
+    types = [f"{np.shape(x)}{jax.dtypes.canonicalize_dtype(x.dtype)}" for x in arrays]
+    return digest_of([" ".join(types)])

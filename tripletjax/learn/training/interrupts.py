@@ -8,22 +8,24 @@ from typing import Any
 
 
 class Stopped(KeyboardInterrupt):
-    """Training was asked to stop, and has, with its state saved, in all processes."""
+    """Training stopped after a signal, with its state saved, in all processes."""
 
 
 class Interrupts:
-    """Notes that the process was asked to stop; a second time stops it at once.
+    """Handler of SIGINT and SIGTERM that lets a step finish.
+
+    A second signal raises KeyboardInterrupt at once.
 
     Attributes:
-        asked: whether it was, by SIGINT or SIGTERM.
+        received: whether a signal came.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.received = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
-        # Only the main thread is told of signals.
+        # Python delivers signals to the main thread alone.
         if threading.current_thread() is threading.main_thread():
             numbers = signal.SIGINT, signal.SIGTERM
             self._before = {n: signal.signal(n, self._note) for n in numbers}
@@ -36,7 +38,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves signals to who had them before."""
+        """Give signals back to their previous handlers for a while."""
         self.__exit__()
         try:
             yield
@@ -44,6 +46,6 @@ class Interrupts:
             self.__enter__()
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if self.received:
             raise KeyboardInterrupt
-        self.asked = True
+        self.received = True

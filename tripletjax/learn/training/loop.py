@@ -285,7 +285,7 @@ def fit(
                 with outside():
                     yield {"step": done, "validation": values}
             # Processes agree where they wait for each other anyway.
-            stop = interrupts.asked
+            stop = interrupts.received
             if on.processes > 1:
                 stop = done % log_every == 0 and on.any_of(stop)
             if checkpoints is not None and (

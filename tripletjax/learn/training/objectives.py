@@ -1,4 +1,4 @@
-"""What is minimised: losses of a batch of embeddings, with their metrics."""
+"""Training objectives: losses of a batch of embeddings, with their metrics."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from jax import Array
 import tripletjax as tj
 from tripletjax.blockwise import AxisName
 
-# How triplets are mined and their costs averaged.
+# The loss and the mean of each way of mining triplets.
 MINING: dict[str, tuple[Callable, Callable]] = {
     "all": (tj.blockwise.batch_all_loss, tj.mean_active),
     "semi-hard": (tj.blockwise.batch_semi_hard_loss, tj.mean_valid),
@@ -17,7 +17,7 @@ MINING: dict[str, tuple[Callable, Callable]] = {
 }
 
 # From embeddings ``[n, d]`` and labels ``[n]`` to a scalar, or a scalar and metrics by
-# name. With a memory it is also given what `tj.memory.references` makes, by keyword.
+# name. With a memory, `tj.memory.references` gives further keywords.
 Loss = Callable[..., Array | tuple[Array, dict[str, Array]]]
 
 LABELS = "labels", "reference_labels"
@@ -30,16 +30,20 @@ def mined_loss(
     margin: float = 0.2,
     axis_name: AxisName | None = None,
 ) -> Loss:
-    """A triplet loss within the batch, with the share of active triplets as a metric.
+    """Triplet loss of the triplets mined in a batch.
 
     Args:
-        mining: which triplets: all, semi-hard or hard.
+        mining: all, semi-hard or hard triplets.
         margin: in Euclidean distance.
-        axis_name: the mesh axes over which the work is split, as in
+        axis_name: mesh axes over which the work is split, as in
             `tripletjax.blockwise`.
 
+    Returns:
+        A function from embeddings ``[n, d]`` and labels ``[n]`` to the loss, and to
+        the metric ``active``, the share of triplets with a loss above 0.
+
     Raises:
-        ValueError: if there is no such mining.
+        ValueError: if mining has another value.
     """
     return _mined(mining, margin, axis_name)
 
@@ -63,23 +67,26 @@ def relevance_loss(
     margin: float = 0.2,
     axis_name: AxisName | None = None,
 ) -> Loss:
-    r"""Who shares more is nearer: a weighted mean of a mined loss at each level.
+    r"""Weighted mean of a mined loss at each level of a hierarchy of classes.
 
     $$\sum_{l=0}^{L} 2^{-l} \, \text{loss}(x, \text{levels}_l(\text{labels}),
       (l + 1) \cdot \text{margin}) \; / \; \sum_{l=0}^{L} 2^{-l}$$
 
-    At level 0 images of one class are to be nearer than all others, by the margin; at
-    level l images of classes of one group than those of other groups, by a margin that
-    grows with the level, and with half the weight of the level below.
+    At level 0 positives are images of one class. At level l positives are images of
+    classes in one group, with a larger margin and half the weight of the level below.
 
     Args:
-        mining: which triplets: all, semi-hard or hard.
+        mining: all, semi-hard or hard triplets.
         levels: for each level from the finest, the group of each label.
-        margin: of the classes themselves, in Euclidean distance.
-        axis_name: as in `mined_loss`.
+        margin: of level 0, in Euclidean distance.
+        axis_name: mesh axes over which the work is split.
+
+    Returns:
+        A function from embeddings ``[n, d]`` and labels ``[n]`` to the loss, and to the
+        metrics ``active``, ``active_1`` and so on, one for each level.
 
     Raises:
-        ValueError: if there is no such mining.
+        ValueError: if mining has another value.
     """
     weights = [2.0**-level for level in range(len(levels) + 1)]
     losses = [
@@ -88,7 +95,7 @@ def relevance_loss(
     ]
 
     def loss(x: Array, labels: Array, **pairs: Array) -> tuple[Array, dict[str, Array]]:
-        total, told = jnp.zeros(()), {}
+        total, active = jnp.zeros(()), {}
         for level, one in enumerate(losses):
             of = dict(pairs, labels=labels)
             if level:
@@ -96,19 +103,23 @@ def relevance_loss(
                 of |= {k: groups[of[k]] for k in LABELS if k in of}
             value, metrics = one(x, **of)
             total += weights[level] / sum(weights) * value
-            told[f"active_{level}" if level else "active"] = metrics["active"]
-        return total, told
+            active[f"active_{level}" if level else "active"] = metrics["active"]
+        return total, active
 
     return loss
 
 
 @functools.lru_cache
 def given_loss(*, margin: float = 0.2, parts: int = 1) -> Loss:
-    """The mean loss of the triplets of a `sampling.TripletBatches`.
+    """Mean triplet loss of given triplets, in batches of `sampling.TripletBatches`.
 
     Args:
         margin: in Euclidean distance.
-        parts: of how many such batches this is made, as of several processes.
+        parts: number of such batches that make one, as one from each process.
+
+    Returns:
+        A function from embeddings ``[n, d]`` and indices to the loss, and to the
+        metric ``active``, the share of triplets with a loss above 0.
     """
     reduce_fn = _with_active(tj.mean_valid)
 

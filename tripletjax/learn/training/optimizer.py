@@ -7,16 +7,16 @@ import jax
 import optax
 from flax import nnx
 
-# The rate of what was learnt before, as a share of the head's.
+# Learning rate of pretrained parameters, as a share of the head's.
 RATE = 0.1
 
 
-def slowed(
+def slow_backbone(
     learning_rate: Callable[[Any], Any], weight_decay: float
 ) -> optax.GradientTransformation:
-    """AdamW, at a tenth of the rate for what was learnt before."""
+    """AdamW, with a tenth of the learning rate for the backbone."""
 
-    def rates(params: nnx.State) -> Any:
+    def parts(params: nnx.State) -> Any:
         return jax.tree_util.tree_map_with_path(
             lambda path, _: "backbone" if "backbone" in str(path[:2]) else "head",
             params,
@@ -30,5 +30,5 @@ def slowed(
             "head": optax.adamw(learning_rate, weight_decay=weight_decay),
             "backbone": optax.adamw(slow, weight_decay=weight_decay),
         },
-        rates,
+        parts,
     )

@@ -23,7 +23,7 @@ from tripletjax.learn.networks.weights import (
 )
 
 Shapes = Mapping[str, tuple[int, ...]]
-# Of the photographs of ImageNet, from 0 to 1.
+# Mean and standard deviation of ImageNet's photographs, from 0 to 1.
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # (x - 127.5) / 128 of x from 0 to 255.
 FACENET = (0.5, 0.5, 0.5), (128 / 255, 128 / 255, 128 / 255)
@@ -31,18 +31,18 @@ FACENET = (0.5, 0.5, 0.5), (128 / 255, 128 / 255, 128 / 255)
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Networks of one kind.
+    """A family of networks.
 
     Attributes:
-        network: makes one of its options.
-        options_of: the options of a file's arrays by their shapes, None if it is of
+        network: builds a network from options.
+        options_of: from the shapes of a file's arrays to options; None for a file of
             another family.
-        rules_of: how to load such a file.
-        title_of: what a network of some options is called.
-        mean: of each channel of images from 0 to 1, which they were trained with.
-        std: likewise, the standard deviation.
-        size: of the images that they were trained with, in pixels.
-        least: the smallest side of images that they take.
+        rules_of: from the shapes of a file's arrays to the rules of `load_weights`.
+        title_of: from options to the name of a network.
+        mean: per channel, of the training images, from 0 to 1.
+        std: standard deviation per channel, of the same images.
+        size: of the training images, in pixels.
+        least: smallest side of images, in pixels.
     """
 
     network: Callable[..., nnx.Module]
@@ -79,7 +79,7 @@ FAMILIES = {
         inception_resnet.InceptionResNetV1, inception_resnet, FACENET, 160, 75
     ),
 }
-# Networks that can begin from nothing, by the name of a model.
+# Networks to train from scratch, by the name of a model.
 UNTRAINED: dict[str, dict[str, Any]] = {
     f"resnet{depth}": {
         "blocks": blocks,
@@ -93,7 +93,7 @@ UNTRAINED: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """Which network a file of weights is of.
+    """A network of a family.
 
     Attributes:
         family: of `FAMILIES`.
@@ -109,12 +109,12 @@ class Backbone:
 
     @property
     def title(self) -> str:
-        """What the network is called."""
+        """Name of the network."""
         return self.of.title_of(self.options)
 
     @property
     def multiple(self) -> int:
-        """Sides of images are to be multiples of this, in pixels."""
+        """Divisor of the sides of images, in pixels."""
         return self.options.get("patch", 1)
 
     @property
@@ -125,21 +125,21 @@ class Backbone:
     def build(
         self, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs, **options: Any
     ) -> nnx.Module:
-        """The network, with random parameters."""
+        """Build the network with random parameters."""
         options = self.options | options
         return self.of.network(**options, dtype=dtype, rngs=rngs)
 
     def fill(self, network: nnx.Module, path: str | Path) -> Loaded:
-        """Loads a file of such weights into a network of this kind."""
+        """Load a file of weights into a network that `build` built."""
         return load_weights(network, path, self.of.rules_of(shapes_of(path)))
 
 
 def recognise(path: str | Path) -> Backbone:
-    """Which network a safetensors file of weights is of, by the names in it.
+    """Recognise the network of a safetensors file by the names of its arrays.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        WeightsError: if it is no whole safetensors file, or of no network known here.
+        WeightsError: if it is no whole safetensors file, or of an unknown network.
     """
     shapes = shapes_of(path)
     if (backbone := _by_names(shapes)) is not None:
@@ -157,8 +157,8 @@ def recognise(path: str | Path) -> Backbone:
             )
     some = ", ".join(sorted(shapes)[:5]) or "none"
     raise WeightsError(
-        f"{path} is of no network that is known here ({', '.join(FAMILIES)}): it has "
-        f"{len(shapes):,} arrays, {some}{', ...' if len(shapes) > 5 else ''}."
+        f"{path} is of no known network ({', '.join(FAMILIES)}). It has "
+        f"{len(shapes):,} arrays: {some}{', ...' if len(shapes) > 5 else ''}."
     )
 
 
@@ -188,19 +188,19 @@ def _prefixes(names: Iterable[str]) -> list[str]:
 def load(
     path: str | Path, *, dtype: DTypeLike | None = None
 ) -> tuple[nnx.Module, Loaded]:
-    """A pretrained network from a file of weights, to be used as it is.
+    """Load a pretrained network from a file of weights.
 
     Args:
         path: a safetensors file.
-        dtype: what is computed in; parameters are float32.
+        dtype: of the computation; parameters are float32.
 
     Returns:
         The network, from images ``[n, height, width, 3]``, standardised by its family's
-        mean and deviation, to features ``[n, f]``; and what was made of the file.
+        mean and deviation, to features ``[n, f]``; and the record of the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        WeightsError: if it is no whole safetensors file, of no network known here, or
+        WeightsError: if it is no whole safetensors file, of an unknown network, or
             does not fit its network.
     """
     backbone = recognise(path)

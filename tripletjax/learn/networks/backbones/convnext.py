@@ -145,9 +145,9 @@ def _stages(
 def _both(layers: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """Rules of the weight and the bias of layers."""
     rules = {}
-    for theirs, (ours, weight) in layers.items():
-        rules[rf"{theirs}\.weight"] = f"{ours}.{weight}"
-        rules[rf"{theirs}\.bias"] = f"{ours}.bias"
+    for name, (path, weight) in layers.items():
+        rules[rf"{name}\.weight"] = f"{path}.{weight}"
+        rules[rf"{name}\.bias"] = f"{path}.bias"
     return rules
 
 

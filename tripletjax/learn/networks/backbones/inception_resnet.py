@@ -227,9 +227,9 @@ def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
     if not {"conv2d_1a.conv.weight", "last_linear.weight"} <= set(shapes):
         return None
     repeats = []
-    for kind in (1, 2, 3):
+    for stage in (1, 2, 3):
         blocks = 0
-        while f"repeat_{kind}.{blocks}.conv2d.weight" in shapes:
+        while f"repeat_{stage}.{blocks}.conv2d.weight" in shapes:
             blocks += 1
         repeats.append(blocks)
     return {"repeats": tuple(repeats)}

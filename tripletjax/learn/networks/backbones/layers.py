@@ -17,15 +17,15 @@ from tripletjax.learn.networks.convolution import HE_NORMAL, convolution, padded
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalisation, of statistics that are frozen unless they are to be learnt.
+    """Batch normalisation with frozen or learned statistics.
 
     ``y = (x - mean) / sqrt(var + eps) * scale + bias``
 
     Args:
-        channels: of what comes in, its last axis.
+        channels: of the input, its last axis.
         eps: added to the variance.
-        learn_statistics: whether, in training, those of the batch are used, and the
-            kept ones follow them: for networks that begin from nothing.
+        learn_statistics: whether training uses the statistics of the batch, and the
+            kept ones follow them: for networks trained from scratch.
     """
 
     def __init__(
@@ -100,9 +100,9 @@ _whole = contextvars.ContextVar("whole", default=False)
 
 @contextlib.contextmanager
 def whole_depthwise() -> Iterator[None]:
-    """What is traced within has depthwise convolutions as one operation each.
+    """Trace depthwise convolutions as one operation each, for export formats.
 
-    For formats that have it: 49 shifted images would be hundreds of theirs.
+    Otherwise a 7 x 7 kernel is a sum of 49 shifted images, hundreds of operations.
     """
     token = _whole.set(True)
     try:

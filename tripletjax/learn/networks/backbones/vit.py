@@ -113,7 +113,7 @@ class ViT(nnx.Module):
         return self.norm(x[:, 0])
 
     def _positions(self, rows: int, columns: int) -> Array:
-        """Of so many patches, ``[1, rows * columns, width]``."""
+        """Positions of a grid of patches, ``[1, rows * columns, width]``."""
         trained = self.pos_embed[:, int(self.class_position) :]
         if rows == columns == self.grid:
             return trained
@@ -188,14 +188,14 @@ NAMED_BY_TRANSFORMERS: Rules = {
     rf"{_ROOT}embeddings\.patch_embeddings\.projection\.bias": "patch_embed.bias",
     # Before version 5 query, key, value and dense, now q_proj to o_proj.
     **{
-        rf"{_LAYER}\.attention\.{name}\.{theirs}": Part(
-            rf"blocks.\1.qkv.{ours}", index, 3
+        rf"{_LAYER}\.attention\.{name}\.{torch_name}": Part(
+            rf"blocks.\1.qkv.{flax_name}", index, 3
         )
         for index, name in enumerate(
             rf"(?:attention\.{name}|{name[0]}_proj)"
             for name in ("query", "key", "value")
         )
-        for theirs, ours in (("weight", "kernel"), ("bias", "bias"))
+        for torch_name, flax_name in (("weight", "kernel"), ("bias", "bias"))
     },
     rf"{_LAYER}\.attention\.(?:output\.dense|o_proj)\.weight": r"blocks.\1.proj.kernel",
     rf"{_LAYER}\.attention\.(?:output\.dense|o_proj)\.bias": r"blocks.\1.proj.bias",
