@@ -355,8 +355,8 @@ def _from_catalogue(
     """The same of a dataset of tensorflow-datasets."""
     catalogue = Catalogue.open(name, data_dir)
     labelled = catalogue.indices
-    made_of = FORMAT, size, kind, *catalogue.made_of
-    directory = cache_directory(data_dir, digest_of([str(made_of)]))
+    fingerprint = FORMAT, size, kind, *catalogue.fingerprint
+    directory = cache_directory(data_dir, digest_of([str(fingerprint)]))
     options |= {"source": f"{name} in {data_dir}", "size": size, "kind": kind}
     stored = decode_and_cache(labelled, catalogue.picture, directory, **options)
     pictures = [f"record {index}" for index in labelled]
