@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+# The size of a digest, in bytes.
 SIZE = 16
 
 
 def digest_of(parts: Iterable[str | bytes | memoryview]) -> str:
-    """A digest of texts and bytes, one after the other."""
+    """Digest of texts and bytes, one after the other."""
     digest = hashlib.blake2b(digest_size=SIZE)
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part)
@@ -24,13 +25,13 @@ def digest_of(parts: Iterable[str | bytes | memoryview]) -> str:
 
 
 def check_regular(path: str | Path) -> None:
-    """Raise OSError for a pipe, a socket or a device, whose reading may never end."""
+    """Raise OSError for a pipe, a socket or a device, whose content may never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("it is not a regular file")
 
 
 def digest_of_file(path: str | Path) -> str:
-    """A digest of what a regular file holds."""
+    """Digest of the content of a regular file."""
     check_regular(path)
     with Path(path).open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=SIZE))
@@ -38,7 +39,7 @@ def digest_of_file(path: str | Path) -> str:
 
 
 def digest_of_image(image: np.ndarray) -> str:
-    """A digest of the pixels of an image."""
+    """Digest of the pixels of an image."""
     return digest_of([np.ascontiguousarray(image).data])
 
 
