@@ -755,7 +755,7 @@ def test_an_index_that_can_only_be_read_is_searched(folder, tmp_path, monkeypatc
 
 def test_a_database_that_cannot_be_made_is_named(folder, tmp_path):
     (tmp_path / "file").write_text("no directory")
-    with pytest.raises(OSError, match=r"no index can be made in .*--database DIR"):
+    with pytest.raises(OSError, match=r"no index can be created in .*--database DIR"):
         opened(folder, tmp_path / "file" / "db")
 
 
