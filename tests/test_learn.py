@@ -1230,7 +1230,9 @@ def test_names_that_no_font_has_are_shown_as_numbers(tmp_path):
 def test_queries_have_somebody_to_find(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1), dtype=np.uint8)
     shown = []
-    monkeypatch.setattr(plots, "_shorten", lambda name, most: shown.append(name) or name)
+    monkeypatch.setattr(
+        plots, "_shorten", lambda name, most: shown.append(name) or name
+    )
     embeddings = {"trained": np.float32(images.reshape(7, -1))}
     labels, names = np.array([0, 1, 2, 2, 3, 3, 4]), tuple("abcde")
     plots.neighbors(images, labels, embeddings, names, tmp_path / "a.png", k=3)

@@ -78,8 +78,8 @@ class Dataset:
         label_names: the name of each label.
         key: a digest of images, labels and parts.
         skipped: files and folders that are left out, each with the reason.
-        skip_counts: how many they are, by the kind of reason.
-        decoding: what was decided of the pictures.
+        skip_counts: number of skipped files for each type of reason.
+        decoding: how the pictures were decoded.
     """
 
     name: str
@@ -103,7 +103,7 @@ class _Source:
         pictures: the names of all pictures.
         label_names: the name of each label.
         skipped: files and folders that are left out, each with the reason.
-        skip_counts: how many they are, by the kind of reason.
+        skip_counts: number of skipped files for each type of reason.
     """
 
     stored: DecodedImages

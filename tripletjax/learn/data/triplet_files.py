@@ -31,7 +31,7 @@ class TripletDataset:
         test: held-out triplets for the evaluation.
         key: a digest of images and triplets.
         skipped: files that are left out, each with the reason.
-        skip_counts: how many they are, by the kind of reason.
+        skip_counts: number of skipped files for each type of reason.
         left_out: number of triplets with such a file.
         decoding: how the pictures were decoded.
     """
