@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -43,7 +42,7 @@ class Embedder(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         x = self.head(self.network(images))
-        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        return tj.normalize(x)
 
 
 def a_file_of_weights() -> Path:

@@ -71,6 +71,40 @@ def test_every_option_is_explained(name, capsys):
     assert "--out" in told or "--port" in told
 
 
+WITHOUT_EXTRAS = """
+import sys
+
+class WithoutExtras:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"PIL", "flax", "optax", "tensorflow_datasets"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, WithoutExtras())
+from tripletjax import cli
+
+for arguments in [*([name, "--help"] for name in cli.COMMANDS), ["train"]]:
+    try:
+        cli.main(arguments)
+    except SystemExit as stopped:
+        print(arguments, stopped.code)
+"""
+
+
+def test_help_needs_no_extra(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    for name in cli.COMMANDS:
+        assert f"{[name, '--help']} 0" in result.stdout
+    assert "--backbone-training {frozen,top,all}" in result.stdout
+    assert "['train'] 2" in result.stdout
+    assert re.search(r"No module named '\w+': it needs pip install", result.stderr)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -260,6 +294,8 @@ def test_what_an_evaluation_skips_and_finds_is_named(trained, unseen, tmp_path):
     for name in ("broken.png", "blank.png", "notes.txt"):
         assert name in skipped
     assert any("1 images are copies" in note for note in report["notes"])
+    assert "2 images are skipped" in report["notes"]
+    assert "1 entries that are no images of a class are skipped" in report["notes"]
     with pytest.raises(ValueError, match="1 folder of images"):
         evaluation.evaluate(trained, folder / "group0")
 
@@ -307,10 +343,12 @@ def test_verification_and_naming(trained, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main([*identify, *images])
     assert "Or give --within DISTANCE" in capsys.readouterr().err
-    assert cli.main([*verify, "--data", str(people), "--far", "1e-5"]) == 2
-    assert "1,000,000 are needed" in capsys.readouterr().err
-    assert not (run / "verifications").exists()
+    assert cli.main([*verify, "--data", str(people), "--far", "1e-5"]) == 0
+    output = capsys.readouterr().out
+    assert "1,000,000 are needed" in output
+    assert "stays in use" not in output
     assert not (run / "calibration").exists()
+    shutil.rmtree(run / "verifications")
 
     assert cli.main([*verify, "--data", str(people)]) == 0
     told = capsys.readouterr().out
@@ -322,6 +360,12 @@ def test_verification_and_naming(trained, tmp_path, capsys):
     assert cli.main([*verify, "--data", str(people), "--far", "0.1"]) == 0
     assert "the one before is in calibration-before" in capsys.readouterr().out
     assert (run / "verifications" / "people-2" / "errors.png").exists()
+    # Without a new threshold the one in use stays.
+    assert cli.main([*verify, "--data", str(people), "--far", "1e-5"]) == 0
+    assert f"The threshold in {run / 'calibration'} stays in use." in (
+        capsys.readouterr().out
+    )
+    assert not (run / "calibration-before-2").exists()
 
     file = tmp_path / "two.json"
     assert cli.main([*verify, *images, "--json", str(file)]) == 0
@@ -448,29 +492,38 @@ def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("skipped", "line"),
+    ("skipped", "entries", "lines"),
     [
         (
             {"unreadable": 1, "blank": 1, "in several classes": 2},
-            "4 files or folders are left out (unreadable: 1, blank: 1, in several "
-            "classes: 2). config.json names each with its reason.",
+            {},
+            "4 images are left out (unreadable: 1, blank: 1, in several classes: 2).\n"
+            "config.json names each entry with its reason.\n",
         ),
-        ({}, "parameters; images: 8 train.\nEverything is in"),
+        (
+            {"blank": 1},
+            {"folders without images": 2},
+            "1 images are left out (blank: 1).\n"
+            "Other entries that are left out: folders without images: 2.\n"
+            "config.json names each entry with its reason.\n",
+        ),
+        ({}, {}, "parameters; images: 8 train.\nEverything is in"),
     ],
 )
-def test_skipped_files_are_counted_by_their_reason(
-    skipped, line, tmp_path, monkeypatch, capsys
+def test_skipped_images_are_counted_by_their_reason(
+    skipped, entries, lines, tmp_path, monkeypatch, capsys
 ):
     def run(config, out, **options):
         counts = {"train": 8, "skipped": sum(skipped.values())}
         summary = {"counts": counts, "skipped": skipped, "parameters": 5}
+        summary["skipped_entries"] = entries
         out.mkdir()
         write_json(out / "summary.json", summary)
         return {"trained": {}}
 
     monkeypatch.setattr("tripletjax.learn.runs.train.run", run)
     assert cli.main(["train", "--out", str(tmp_path / "run")]) == 0
-    assert line in capsys.readouterr().out
+    assert lines in capsys.readouterr().out
 
 
 # Output.

@@ -9,7 +9,7 @@ from problems import unless_slow
 
 import tripletjax as tj
 from tripletjax import collapse
-from tripletjax._pairwise import cuts
+from tripletjax._pairwise import block_sizes
 
 
 def expected(x, distance=oracles.euclidean):
@@ -35,8 +35,8 @@ def test_report(n):
 
 
 def test_report_of_several_tiles(monkeypatch):
-    monkeypatch.setattr(cuts, "CPU", cuts.CPU._replace(tile=16))
-    monkeypatch.setattr(cuts, "ACCELERATOR", cuts.CPU)
+    monkeypatch.setattr(block_sizes, "CPU", block_sizes.CPU._replace(tile=16))
+    monkeypatch.setattr(block_sizes, "ACCELERATOR", block_sizes.CPU)
     x = np.random.default_rng(0).normal(size=(37, 5)) * [1, 2, 0.1, 1, 0] + 1
     x[:12] += 5
     got = collapse.report(np.float32(x))

@@ -285,7 +285,12 @@ def test_broken_images_are_named_and_skipped(tmp_path):
             "papers",
         ]
         counts = {name: n for name, n in dataset.skip_counts.items() if n}
-        assert counts == {"unreadable": 6, "folders without images": 1}
+        assert counts == {"unreadable": 5}
+        counts = {name: n for name, n in dataset.entry_counts.items() if n}
+        assert counts == {
+            "files outside the folders of classes": 1,
+            "folders without images": 1,
+        }
         told = "an image that can be used: papers; most often, it is no image that can"
         assert sum(told in note for note in dataset.decoding.notes) == 1
         assert len(dataset.label_names) == 8
@@ -399,8 +404,8 @@ def test_blank_and_contradictory_images_are_named(tmp_path):
         "group1/kind1/same.png: the same image is in group0/kind0",
     )
     counts = {"unreadable": 0, "blank": 1, "in several classes": 2}
-    counts |= {"links, special files or unreadable folders": 0}
-    assert dataset.skip_counts == counts | {"folders without images": 0}
+    assert dataset.skip_counts == counts
+    assert not any(dataset.entry_counts.values())
     assert any(
         "2 images that are in several classes" in n for n in dataset.decoding.notes
     )
@@ -531,6 +536,18 @@ def test_small_classes_share_what_is_held_out(each):
     fewer = splits.held_out_images(labels[few], digests[few], "images")
     for part, one in zip(parts, fewer):
         np.testing.assert_array_equal(one, part[labels[part] < 50])
+
+
+@pytest.mark.parametrize(
+    ("classes", "held_out"),
+    [(20, (2, 3)), (127, (13, 19)), (128, (16, 19)), (400, (40, 60))],
+)
+def test_classes_are_held_out_that_tell_differences_from_noise(classes, held_out):
+    labels = np.repeat(np.arange(classes), 2)
+    digests = np.array([f"{row:040x}" for row in range(len(labels))])
+    parts = splits.held_out_images(labels, digests, "classes")
+    counts = [len(np.unique(labels[part])) for part in parts]
+    assert counts == [classes - sum(held_out), *held_out]
 
 
 @pytest.mark.parametrize("content", ["nothing", "loose", "one class", "all broken"])

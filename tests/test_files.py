@@ -20,9 +20,14 @@ def test_a_replaced_file_has_its_old_content_until_the_end(tmp_path):
 def test_an_error_leaves_the_old_file_and_no_part(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("old")
-    with pytest.raises(RuntimeError), replaced(file) as part:
-        part.write_text("new")
-        raise RuntimeError
+
+    def interrupted():
+        with replaced(file) as part:
+            part.write_text("new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
     assert file.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 

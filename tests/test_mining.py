@@ -138,6 +138,14 @@ def test_counts_beyond_the_integers_stop_there():
     assert triplets.valid.all()
 
 
+def test_sums_beyond_the_integers_stop_there():
+    most = 2**31 - 1
+    a = jnp.array([1, most - 5, most - 5, most, most], jnp.int32)
+    b = jnp.array([2, 5, 6, 0, most], jnp.int32)
+    sums = mining._saturating_add(a, b)
+    assert sums.tolist() == [3, most, most, most, most]
+
+
 def test_more_pairs_than_the_integers_count():
     """Only traced: the pairs of 46,341 items alone would take gigabytes."""
     triplets = jax.eval_shape(

@@ -680,7 +680,6 @@ DAMAGES = {
     "data cut": lambda table: cut(table.glob("data/*")),
     "no data": lambda table: shutil.rmtree(table / "data"),
     "empty data": lambda table: [f.write_bytes(b"") for f in table.glob("data/*")],
-    "nothing": lambda table: [shutil.rmtree(p) for p in table.iterdir()],
 }
 
 
@@ -717,6 +716,53 @@ def test_a_damaged_index_is_one_line_and_stands_in_no_other_folders_way(
     assert f"Remove {table}" in told.notes[0]
     shutil.rmtree(table)
     assert other.update().notes == ()
+
+
+def keep_only(table, *kept):
+    """Removes all parts of a table but these."""
+    for part in table.iterdir():
+        if part.name not in kept:
+            shutil.rmtree(part)
+
+
+def unlink_manifests(table):
+    """Leaves a manifest under the name that it has until it is complete."""
+    keep_only(table, "_transactions", "_versions")
+    first, *others = sorted((table / "_versions").iterdir())
+    first.rename(first.with_name(f"{first.name}#1"))
+    for file in others:
+        file.unlink()
+
+
+# States of a table in the order in which LanceDB creates it.
+INTERRUPTED = {
+    "empty": keep_only,
+    "transaction": lambda table: keep_only(table, "_transactions"),
+    "manifest": unlink_manifests,
+}
+
+
+@pytest.mark.parametrize("state", INTERRUPTED)
+def test_a_table_whose_creation_was_interrupted_is_created_again(
+    folder, tmp_path, state
+):
+    database = tmp_path / "db"
+    index, function = opened(folder, database)
+    index.update()
+    expected = index.vectors()
+    (table,) = database.glob("*.lance")
+    INTERRUPTED[state](table)
+    # Indexes of other folders pass it over.
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    changes = opened(copy, database, function)[0].update()
+    assert (changes.images, changes.notes, function.seen) == (24, (), 48)
+    index, _ = opened(folder, database, function)
+    assert len(index) == 0
+    assert index.search(expected[1][:1]) == [[]]
+    assert index.update().images == 24
+    again, _ = opened(folder, database, function)
+    assert again.vectors()[0] == expected[0]
+    np.testing.assert_array_equal(again.vectors()[1], expected[1])
 
 
 def test_a_full_disk_names_the_database(folder, tmp_path, monkeypatch):

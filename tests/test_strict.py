@@ -43,6 +43,7 @@ CALLS = {
     "cosine": lambda: tj.cosine.paired(X, X[::-1]),
     "manhattan": lambda: tj.manhattan(X, R),
     "Metric": lambda: tj.Metric(paired=lambda a, b: jnp.max(jnp.abs(a - b)))(X, R),
+    "normalize": lambda: tj.normalize(X),
     "pair_masks": lambda: tj.pair_masks(Y, RY, **PADDED),
     "batch_hard_triplets": lambda: tj.batch_hard_triplets(distances(), Y),
     "batch_easy_hard_triplets": lambda: tj.batch_easy_hard_triplets(distances(), Y),
@@ -161,6 +162,9 @@ for name, options in (
     CALLS[f"blockwise.{name}"] = functools.partial(miner, X, Y, **options)
     CALLS[f"blockwise.{name} large"] = functools.partial(miner, X, LARGE, **options)
     CALLS[f"blockwise.{name} many"] = functools.partial(miner, *MANY, **options)
+CALLS["blockwise.triplet_loss"] = lambda: gradient(
+    tj.blockwise.triplet_loss, tj.blockwise.batch_hard_triplets(X, Y)
+)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -44,6 +44,7 @@ from tripletjax.distances import (
     cosine,
     euclidean,
     manhattan,
+    normalize,
     squared_euclidean,
 )
 from tripletjax.losses import (
@@ -110,6 +111,7 @@ __all__ = [
     "mean_valid",
     "memory",
     "mining",
+    "normalize",
     "pair_masks",
     "pairs",
     "random_semi_hard_triplets",

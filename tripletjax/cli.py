@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tripletjax as tj
-from tripletjax.learn import compile_cache
+from tripletjax.learn import choices, compile_cache
 
 # What has a meaning for images with labels alone, and for given triplets alone.
 OF_CLASSES = (
@@ -81,18 +81,15 @@ def _main(argv: list[str]) -> int:
             name, help=what, description=f"{what.capitalize()}."
         )
         command.set_defaults(call=call, parser=command)
-        # What options there are takes seconds to import.
-        if argv[:1] == [name]:
-            try:
-                options(command)
-            except ImportError as error:
-                _missing(command, error, "train")
+        options(command)
     given = vars(parser.parse_args(argv))
     call, command = given.pop("call"), given.pop("parser")
     del given["command"]
     compile_cache.keep_programs()
     try:
         return call(command, given)
+    except ModuleNotFoundError as error:
+        _missing(command, error, "train")
     except FAULTS as error:
         print(f"{command.prog}: {error}", file=sys.stderr)
         return 2
@@ -112,12 +109,12 @@ def _missing(
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
-    from tripletjax.learn.data import image_analysis
-    from tripletjax.learn.networks import backbones, heads
-    from tripletjax.learn.runs import config
+    from tripletjax.learn.data.splits import MIN_CLASSES
 
     parser.epilog = (
-        "What is not given is chosen by the data, and written to config.json."
+        "What is not given is chosen by the data, and written to config.json. The run "
+        "keeps its last model, unless an earlier one is better by more than the "
+        f"standard error over classes, of at least {MIN_CLASSES} validation classes."
     )
     what = parser.add_argument_group("what to learn from")
     what.add_argument(
@@ -168,41 +165,41 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write what TensorBoard reads, too (needs tensorboardX)",
     )
-    for group, name, choices, told in (
-        (what, "split", config.SPLITS, "what is held out (default: images)"),
+    for group, name, values, help_text in (
+        (what, "split", choices.SPLITS, "what is held out (default: images)"),
         (
-            *(what, "classes-from", config.CLASSES_FROM),
+            *(what, "classes-from", choices.CLASSES_FROM),
             "which of nested folders are classes",
         ),
         (
-            *(what, "augment", (*image_analysis.KINDS, "none", "more")),
+            *(what, "augment", (*choices.KINDS, "none", "more")),
             "how images are changed at random while training: photos and characters "
             "say what they are, so that their size and network follow",
         ),
         (
-            *(how, "mining", config.MINING),
+            *(how, "mining", choices.MINING),
             "which triplets to train on (default: semi-hard)",
         ),
         (
-            *(how, "class-sampling", config.CLASS_SAMPLING),
+            *(how, "class-sampling", choices.CLASS_SAMPLING),
             "how classes are drawn (default: uniform)",
         ),
         (
-            *(how, "relevance", config.RELEVANCE),
+            *(how, "relevance", choices.RELEVANCE),
             "who is to be nearer: images of one class, or those that share more "
             "folders (default: classes)",
         ),
         (
-            *(how, "model", (*config.MODELS, *backbones.UNTRAINED)),
+            *(how, "model", choices.MODELS),
             "the network; resnet18 and so on are torchvision's, from nothing",
         ),
         (
-            *(how, "backbone-training", heads.TRAININGS),
+            *(how, "backbone-training", choices.TRAININGS),
             "what of --backbone is trained: a head on it, its last stages, too, or "
             "all (default: frozen for less than 5,000 images on CPUs, or top)",
         ),
     ):
-        group.add_argument(f"--{name}", choices=choices, help=told)
+        group.add_argument(f"--{name}", choices=values, help=help_text)
     for group, name, kind, told in (
         (run, "steps", int, "how many steps to train"),
         (run, "seed", int, "of everything that is random (default: 0)"),
@@ -292,7 +289,7 @@ def _asked_of(
     parser: argparse.ArgumentParser, given: dict[str, Any]
 ) -> tuple[Any, Path]:
     """What is to be trained, and in which run directory."""
-    from tripletjax.learn.data import augment, image_analysis
+    from tripletjax.learn.data import augment
     from tripletjax.learn.files import free_path
     from tripletjax.learn.runs import config, defaults, record
 
@@ -310,7 +307,7 @@ def _asked_of(
             rule = "cannot be combined with" if of_triplets else "requires"
             parser.error(f"--{name.replace('_', '-')} {rule} --triplets")
     augments = {"none": augment.Augment(), "more": defaults.SCARCE_CHARACTERS}
-    if options.get("augment") in image_analysis.KINDS:
+    if options.get("augment") in choices.KINDS:
         options["kind"] = options.pop("augment")
     elif "augment" in options:
         options["augment"] = augments[options["augment"]]
@@ -374,24 +371,48 @@ def _train_here(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         for name, metrics in evaluations.items():
             values = (f"{metrics[k]:{len(v)}.1f}" for k, v in columns.items())
             print(f"{name:<19}  " + "  ".join(values))
+        for line in _interval_lines(evaluations["trained"], columns):
+            print(line)
     else:
         more = "" if of_triplets else "; --split classes holds out whole classes"
         print(f"\nThere are too few to hold any out for a test{more}.")
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    # A run of an earlier version has no such entry.
+    if "kept_step" in summary:
+        print(f"\nThe kept checkpoint is of step {_kept_of(summary)}.")
     skipped = summary["counts"].pop("skipped")
     counts = (
         f"{n:,} {part.replace('_', ' ')}" for part, n in summary["counts"].items()
     )
     print(f"\n{summary['parameters']:,} parameters; {what}: {', '.join(counts)}.")
+    reasons, entries = (
+        ", ".join(f"{reason}: {n:,}" for reason, n in summary.get(key, {}).items())
+        for key in ("skipped", "skipped_entries")
+    )
     if skipped:
-        counts = summary.get("skipped", {}).items()
-        reasons = ", ".join(f"{reason}: {n:,}" for reason, n in counts)
-        print(
-            f"{skipped:,} files or folders are left out{reasons and f' ({reasons})'}. "
-            "config.json names each with its reason."
-        )
+        print(f"{skipped:,} images are left out{reasons and f' ({reasons})'}.")
+    if entries:
+        print(f"Other entries that are left out: {entries}.")
+    if skipped or entries:
+        print("config.json names each entry with its reason.")
     print(f"Everything is in {_shown(out)}: look at {picture}.png.")
     return 0
+
+
+def _kept_of(summary: dict[str, Any]) -> str:
+    """The kept step, and of how many."""
+    step, steps = summary["kept_step"], summary["steps"]
+    return f"{step:,}, the last" if step == steps else f"{step:,} of {steps:,}"
+
+
+def _interval_lines(trained: dict[str, Any], columns: dict[str, str]) -> list[str]:
+    """Lines with the intervals of the final numbers, if there are any."""
+    unit = "anchors" if "anchors" in trained else "classes"
+    return [
+        f"{columns[name]} {trained[name]:.1f} % [{low:.1f}, {high:.1f}] over "
+        f"{trained[unit]:,} {unit} (95 % interval)"
+        for name, (low, high) in trained.get("intervals", {}).items()
+    ]
 
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
@@ -611,7 +632,8 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
         "--far",
         type=float,
         metavar="SHARE",
-        help="the false accept rate of the threshold (default: 0.01)",
+        help="the false accept rate of the threshold (default: 0.01); no threshold is "
+        "chosen if there are too few pairs to show this rate",
     )
     _classes_from(parser)
     parser.add_argument(
@@ -628,7 +650,7 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
     from tripletjax.apps.embedders import embedder_of
     from tripletjax.apps.images import load_image
     from tripletjax.apps.verification import report as verification_report
-    from tripletjax.apps.verification.calibration import Calibration
+    from tripletjax.apps.verification.calibration import FOLDER, Calibration
     from tripletjax.learn import reports
     from tripletjax.learn.files import free_path
 
@@ -665,7 +687,7 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         found = verification.evaluate(
             embedder,
             path,
-            far=given["far"],
+            far=verification.FAR if given["far"] is None else given["far"],
             pairs_file=given["pairs"],
             classes_from=given["classes_from"],
             name=name,
@@ -683,6 +705,8 @@ def _verify(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
         print(verification_report.chosen(calibration))
         if earlier is not None:
             print(f"It is used from now on; the one before is in {earlier.name}.")
+    elif (run / FOLDER).exists():
+        print(f"The threshold in {_shown(run / FOLDER)} stays in use.")
     print(f"Everything is in {_shown(out)}: look at roc, distances and errors.png.")
     return 0
 
@@ -905,11 +929,9 @@ def _export(parser: argparse.ArgumentParser, given: dict[str, Any]) -> int:
 
 
 def _classes_from(parser: argparse.ArgumentParser) -> None:
-    from tripletjax.learn.runs import config
-
     parser.add_argument(
         "--classes-from",
-        choices=config.CLASSES_FROM,
+        choices=choices.CLASSES_FROM,
         help="which of nested folders are classes",
     )
 

@@ -175,6 +175,7 @@ def embed_folder(
     x, kept, digests, images, skipped = [], [], [], {}, []
     skipped += [f"{file.name}: not in a folder of a class" for file in found.loose]
     skipped += found.skipped
+    entries = len(skipped)
 
     def read(file: Path) -> Any:
         return embedder.prepare(image_files.open_image(file))
@@ -211,8 +212,10 @@ def embed_folder(
             f"{copies:,} images are copies of others: within a class they raise the "
             "metrics, between classes they lower them"
         )
-    if skipped:
-        notes.append(f"{len(skipped):,} files are skipped")
+    if images_skipped := len(skipped) - entries:
+        notes.append(f"{images_skipped:,} images are skipped")
+    if entries:
+        notes.append(f"{entries:,} entries that are no images of a class are skipped")
     rows, vectors = np.array(sorted(images)), np.concatenate(x)
     if not np.isfinite(vectors).all():
         raise ValueError("the embedder returned a vector that is not finite.")

@@ -56,8 +56,14 @@ class Database:
         return os.access(self.directory, os.W_OK)
 
     def names(self) -> list[str]:
+        """The tables, without those whose creation was interrupted.
+
+        A process that is killed inside `create` leaves a folder without a manifest and
+        without data. Such a folder holds nothing, and `create` replaces it.
+        """
         with _one_line(self.directory, "read"):
-            return [*self._lance.list_tables().tables]
+            names = self._lance.list_tables().tables
+        return [name for name in names if _is_created(self.path_of(name))]
 
     def path_of(self, name: str) -> Path:
         """The folder of a table, for advice to remove it."""
@@ -184,6 +190,11 @@ class Table:
         with _one_line(self.path, "written"):
             config = IvfFlat(distance_type="l2", num_partitions=count)
             self._lance.create_index("vector", config=config)
+
+
+def _is_created(table: Path) -> bool:
+    """Whether the folder of a table has a manifest or data."""
+    return (table / "data").exists() or any(table.glob("_versions/*.manifest"))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from tripletjax.apps.verification.calibration import (
     Calibration,
     TooFewPairsError,
     calibrate,
-    check_enough,
 )
 from tripletjax.apps.verification.intervals import REPLICATES, folds_of, intervals_of
 from tripletjax.apps.verification.lfw import PairsFile, read_pairs
@@ -53,7 +52,7 @@ def evaluate(
     embedder: ImageEmbedder,
     folder: str | Path,
     *,
-    far: float | None = None,
+    far: float = FAR,
     pairs_file: str | Path | None = None,
     classes_from: str | None = None,
     name: str | None = None,
@@ -69,8 +68,8 @@ def evaluate(
         embedder: of a run, or of any function.
         folder: one folder of images per class, or images alone, whose names without
             numbers are the classes.
-        far: false accept rate of the threshold, between 0 and 1. If not given, 0.01,
-            and no threshold if there are too few pairs to measure it.
+        far: false accept rate of the threshold, between 0 and 1. If there are too few
+            pairs to measure it, the report has a note and no threshold.
         pairs_file: a ``pairs.txt`` in the format of Labeled Faces in the Wild. If not
             given, all pairs of images.
         classes_from: the level of nested folders that makes classes, as in
@@ -84,13 +83,12 @@ def evaluate(
 
     Raises:
         FileNotFoundError: if the folder, or an image of a pair, does not exist.
-        TooFewPairsError: if there are too few pairs to measure `far`.
         ValueError: if there are no pairs to compare, or `far` is not between 0 and 1.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist.")
-    if far is not None and not 0 < far < 1:
+    if not 0 < far < 1:
         raise ValueError(f"far must be a share between 0 and 1, got {far}.")
     protocol = None if pairs_file is None else read_pairs(pairs_file)
     data = encode_path(folder.resolve()) if name is None else name
@@ -107,13 +105,10 @@ def evaluate(
     if protocol is None and not trained_on:
         notes += _note_on_same_names(embedder, images.names)
     pairs, fold, more = _pairs_of(images, protocol, folder)
-    if far is not None:
-        check_enough(pairs.all_different, far)
     notes += [*more, *_notes_on_samples(pairs)]
     fars = tuple(f for f in evaluation.FARS if f * pairs.all_different >= 1)
-    chosen_far = FAR if far is None else far
     # One pass over all pairs serves the report and the threshold.
-    metrics = pairs.evaluate((*fars, chosen_far))
+    metrics = pairs.evaluate((*fars, far))
     report = {
         "what": REPORT,
         "embedder": embedder.key,
@@ -133,14 +128,13 @@ def evaluate(
             pairs,
             embedder=embedder.key,
             data=data,
-            far=chosen_far,
+            far=far,
             threshold=float(metrics.thresholds[-1]),
             tar=float(metrics.tar_at_far[-1]),
             vectors=images.x,
             names=np.array(images.names)[images.labels],
         )
     except TooFewPairsError as error:
-        # A requested rate has been checked above.
         notes.append(f"no threshold: {error}")
     report |= {
         "calibration": None if calibration is None else calibration.summary(),

@@ -9,8 +9,6 @@ from pathlib import Path
 from tripletjax.learn.data.folder_listing import FolderListing, find_files, printable
 from tripletjax.learn.data.image_files import is_image
 
-# The folders that may be classes, where folders are nested.
-CLASSES_FROM = ("top", "leaf")
 # Sub-folders of these names hold images of one class by date or session.
 BY_DATE = re.compile(
     r"(19|20)\d\d([-_. ]?\d\d?){0,2}|(session|set|seq|sequence|day|month|visit|shoot|"

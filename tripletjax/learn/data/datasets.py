@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tripletjax.learn.data.class_folders import CLASSES_FROM, find_classes
+from tripletjax.learn.choices import CLASSES_FROM, KINDS, SPLITS
+from tripletjax.learn.data.class_folders import find_classes
 from tripletjax.learn.data.digits import TRAIN, digits
 from tripletjax.learn.data.folder_listing import format_names, printable
-from tripletjax.learn.data.image_analysis import KINDS
 from tripletjax.learn.data.image_array import ArrayImages, ImageArray
 from tripletjax.learn.data.image_cache import (
     FORMAT,
@@ -32,7 +32,6 @@ from tripletjax.learn.data.image_cache import (
 from tripletjax.learn.data.image_files import open_image
 from tripletjax.learn.data.image_shape import ImageSpec
 from tripletjax.learn.data.splits import (
-    SPLITS,
     TEST,
     VALIDATION,
     held_out_images,
@@ -78,7 +77,8 @@ class Dataset:
         label_names: the name of each label.
         key: a digest of images, labels and parts.
         skipped: files and folders that are left out, each with the reason.
-        skip_counts: number of skipped files for each type of reason.
+        skip_counts: number of images that are left out, by the type of reason.
+        entry_counts: number of other entries that are left out, by their type.
         decoding: how the pictures were decoded.
     """
 
@@ -90,6 +90,7 @@ class Dataset:
     key: str
     skipped: tuple[str, ...] = ()
     skip_counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    entry_counts: dict[str, int] = dataclasses.field(default_factory=dict)
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
 
 
@@ -103,7 +104,8 @@ class _Source:
         pictures: the names of all pictures.
         label_names: the name of each label.
         skipped: files and folders that are left out, each with the reason.
-        skip_counts: number of skipped files for each type of reason.
+        skip_counts: number of images that are left out, by the type of reason.
+        entry_counts: number of other entries that are left out, by their type.
     """
 
     stored: DecodedImages
@@ -112,6 +114,7 @@ class _Source:
     label_names: tuple[str, ...]
     skipped: tuple[str, ...]
     skip_counts: dict[str, int]
+    entry_counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def load(
@@ -198,7 +201,10 @@ def load(
         stored.decoding,
     )
     return dataclasses.replace(
-        dataset, skipped=source.skipped, skip_counts=source.skip_counts
+        dataset,
+        skipped=source.skipped,
+        skip_counts=source.skip_counts,
+        entry_counts=source.entry_counts,
     )
 
 
@@ -289,14 +295,23 @@ def _from_folder(
         )
     stored = _with_notes(stored, tuple(notes))
     skipped += [f"{name}: nothing in this folder can be used" for name in empty]
-    counts = stored.skip_counts
-    counts["unreadable"] += len(listing.loose)
-    counts |= {"links, special files or unreadable folders": len(listing.skipped)}
-    counts |= {"folders without images": len(empty)}
+    entries = {
+        "files outside the folders of classes": len(listing.loose),
+        "links, special files or unreadable folders": len(listing.skipped),
+        "folders without images": len(empty),
+    }
     names, skipped, pictures = (
         tuple(map(printable, some)) for some in (names, skipped, relative)
     )
-    return _Source(stored, np.array(labels, np.int32), pictures, names, skipped, counts)
+    return _Source(
+        stored,
+        np.array(labels, np.int32),
+        pictures,
+        names,
+        skipped,
+        stored.skip_counts,
+        entries,
+    )
 
 
 def _with_notes(stored: DecodedImages, notes: tuple[str, ...]) -> DecodedImages:

@@ -13,8 +13,6 @@ from tripletjax.learn.data.image_shape import WHOLE, Box
 # The least share of smooth, changing tones in a photograph. In the median image of
 # drawings, scans and icons the share is below a tenth.
 TONES = 0.15
-# The kinds of images.
-KINDS = ("photos", "characters")
 # The longer side of images for tones, in pixels, and the number of images at a time.
 LOOK_SIZE, AT_A_TIME = 128, 256
 # The least number of classes of several images for a layout, and the most images.

@@ -9,10 +9,9 @@ import dataclasses
 
 import numpy as np
 
+from tripletjax.learn.choices import CLASS_SAMPLING
 from tripletjax.learn.data.image_array import ImageSource, KeptFeatures
 
-# How the classes of a batch are drawn: all equally often, or by number of images.
-CLASS_SAMPLING = ("uniform", "frequency")
 # The number of classes of one group that come into a batch together.
 TOGETHER = 4
 

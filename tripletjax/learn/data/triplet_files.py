@@ -31,7 +31,9 @@ class TripletDataset:
         test: held-out triplets for the evaluation.
         key: a digest of images and triplets.
         skipped: files that are left out, each with the reason.
-        skip_counts: number of skipped files for each type of reason.
+        skip_counts: number of images that are left out, by the type of reason.
+        entry_counts: number of other entries that are left out; a list of triplets has
+            none.
         left_out: number of triplets with such a file.
         decoding: how the pictures were decoded.
     """
@@ -44,6 +46,7 @@ class TripletDataset:
     key: str
     skipped: tuple[str, ...] = ()
     skip_counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    entry_counts: dict[str, int] = dataclasses.field(default_factory=dict)
     left_out: int = 0
     decoding: Decoding = dataclasses.field(default_factory=Decoding)
 
@@ -117,8 +120,8 @@ def load_triplets(
         digest_of(content),
         tuple(skipped),
         stored.skip_counts,
-        len(rows) - len(whole),
-        stored.decoding,
+        left_out=len(rows) - len(whole),
+        decoding=stored.decoding,
     )
 
 

@@ -2,18 +2,19 @@
 
 import dataclasses
 
+from tripletjax.learn.choices import (
+    CLASS_SAMPLING,
+    CLASSES_FROM,
+    KINDS,
+    MINING,
+    RELEVANCE,
+    SPLITS,
+    TRAININGS,
+)
 from tripletjax.learn.data.augment import Augment
-from tripletjax.learn.data.class_folders import CLASSES_FROM
-from tripletjax.learn.data.image_analysis import KINDS
 from tripletjax.learn.data.image_shape import Box
-from tripletjax.learn.data.sampling import CLASS_SAMPLING
-from tripletjax.learn.data.splits import SPLITS
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.networks.embedding_networks import HEADS, MODELS
-from tripletjax.learn.networks.heads import TRAININGS
-from tripletjax.learn.training.objectives import MINING
-
-RELEVANCE = ("classes", "folders")
 
 
 @dataclasses.dataclass(frozen=True)
