@@ -110,7 +110,7 @@ def test_help_needs_no_extra(tmp_path):
     [
         ([], "required: COMMAND"),
         (["fly"], "invalid choice"),
-        (["train", "--data", "nowhere"], "no dataset 'nowhere'"),
+        (["train", "--data", "nowhere"], "tfds:NAME, got 'nowhere'"),
         (["train", "--out", "."], "not an empty directory"),
         (["train", "--steps", "0"], "steps must be at least 1"),
         (["train", "--mining", "some"], "invalid choice"),

@@ -79,7 +79,7 @@ def test_copies_of_an_image_stay_together(tmp_path):
 
 
 def test_unknown_data():
-    with pytest.raises(ValueError, match="no dataset 'faces'"):
+    with pytest.raises(ValueError, match="data must be digits"):
         datasets.load("faces")
     with pytest.raises(ValueError, match="split must be one of images, classes"):
         datasets.load("digits", split="some")
