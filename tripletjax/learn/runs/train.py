@@ -35,6 +35,7 @@ from tripletjax.learn import plots
 from tripletjax.learn.data.image_array import (
     ImageArray,
     KeptFeatures,
+    StoredImages,
 )
 from tripletjax.learn.distributed.placement import Placement
 from tripletjax.learn.files import write_json
@@ -224,7 +225,8 @@ def _compared_with(
 ) -> dict[str, tasks.Embed]:
     """What there is before training, by name."""
     name, embed = _before(model, plan)
-    if math.prod(task.images.pixels.shape) > MOST_RAW:
+    pixels = task.images.pixels
+    if isinstance(pixels, StoredImages) or math.prod(pixels.shape) > MOST_RAW:
         return {name: embed}
     return {RAW_PIXELS: _flat, name: embed}
 
