@@ -55,7 +55,7 @@ def embedder_of(
         The `ImageEmbedder`.
 
     Raises:
-        FileNotFoundError: if there is no trained model in the directory.
+        FileNotFoundError: if the directory has no trained model.
         ValueError: if a function has no key, or a run directory has one.
     """
     if callable(source):

@@ -25,7 +25,7 @@ import gradio as gr
 
 from tripletjax.apps import identification, verification
 from tripletjax.apps.embedders import vectors_of
-from tripletjax.apps.images import shrunk, thumbnail
+from tripletjax.apps.images import shrink, thumbnail
 from tripletjax.apps.search.index import Index
 from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.learn.data.image_files import ImageError, ImageTooLargeError, open_image
@@ -250,7 +250,7 @@ def _build_search(app: App, blocks: gr.Blocks) -> None:
         try:
             image = app.read_image(file)
             hits = app.search(image, k)
-            return "Nearest images of the index", shrunk(image), hits
+            return "Nearest images of the index", shrink(image), hits
         except RequestError as error:
             return str(error), None, []
 
@@ -259,7 +259,7 @@ def _build_search(app: App, blocks: gr.Blocks) -> None:
             path = app.paths[rows[click.index]]
             image = app.read_image(str(app.index.file_of(path)))
             hits = app.search(image, k, own=path)
-            return f"Nearest images to {path}", shrunk(image), hits
+            return f"Nearest images to {path}", shrink(image), hits
         except (RequestError, IndexError, TypeError) as error:
             return str(error), None, []
 
@@ -291,7 +291,7 @@ def _build_verification(app: App) -> None:
             return "Upload two images.", []
         try:
             images = app.read_image(first), app.read_image(second)
-            return app.verify(*images), [shrunk(image) for image in images]
+            return app.verify(*images), [shrink(image) for image in images]
         except RequestError as error:
             return str(error), []
 
@@ -311,7 +311,7 @@ def _build_identification(app: App) -> None:
         try:
             image = app.read_image(file)
             text, nearest = app.identify(image)
-            return text, [(shrunk(image), "query"), *nearest]
+            return text, [(shrink(image), "query"), *nearest]
         except RequestError as error:
             return str(error), []
 

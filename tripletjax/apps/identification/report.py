@@ -7,7 +7,7 @@ from typing import Any
 
 from tripletjax.apps.identification.evaluation import Strangers
 from tripletjax.apps.identification.gallery import REPORT, Gallery, Identity
-from tripletjax.apps.images import encoded, thumbnail
+from tripletjax.apps.images import encode_path, thumbnail
 from tripletjax.apps.search.index import Index
 from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.learn import plots
@@ -90,7 +90,7 @@ def format_identities(
         files: image files of the probes.
         identities: of these probes.
     """
-    paths = [encoded(file) for file in files]
+    paths = [encode_path(file) for file in files]
     names = [identity.name or "unknown" for identity in identities]
     path_width, name_width = max(map(len, paths)), max(map(len, names))
     for path, name, identity in zip(paths, names, identities):
@@ -114,7 +114,7 @@ def make_probe_reports(
         identities: of these probes.
     """
     return [
-        {"query": encoded(file), **dataclasses.asdict(identity)}
+        {"query": encode_path(file), **dataclasses.asdict(identity)}
         for file, identity in zip(files, identities)
     ]
 
