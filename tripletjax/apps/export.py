@@ -59,7 +59,7 @@ class Exported:
         shape: height, width and channels of prepared images.
         dim: size of the vectors, or number of features of a backbone.
         images: number of images that were compared.
-        of: description of these images.
+        compared_on: description of these images.
         difference: largest difference of a value from that of the run.
         notes: differences between file and run, for the user.
     """
@@ -70,7 +70,7 @@ class Exported:
     shape: tuple[int, int, int]
     dim: int
     images: int
-    of: str
+    compared_on: str
     difference: float
     notes: tuple[str, ...]
 
@@ -124,7 +124,7 @@ def export(
     if embedder.record.plan.bfloat16:
         embedder = _to_float32(embedder)
         notes = ("the run computes in bfloat16, the file in float32",)
-    images, of = _comparison_images(embedder, check)
+    images, compared_on = _comparison_images(embedder, check)
     spec = embedder.shape
     shape = spec.height, spec.width, spec.channels
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -147,13 +147,13 @@ def export(
         if not difference <= TOLERANCE:
             raise DifferenceError(
                 f"{out} must differ from the run by at most {TOLERANCE:g}, got "
-                f"{difference:.2g} on {of}; no file is written."
+                f"{difference:.2g} on {compared_on}; no file is written."
             )
         if preparation is not None:
             write_json(preparation, dataclasses.asdict(spec))
     size, dim = out.stat().st_size, expected.shape[1]
     return Exported(
-        out, preparation, size, shape, dim, len(images), of, difference, notes
+        out, preparation, size, shape, dim, len(images), compared_on, difference, notes
     )
 
 
