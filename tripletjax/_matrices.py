@@ -63,7 +63,7 @@ def _square_values(x: Any, options: dict[str, Any]) -> np.ndarray | None:
 
 
 def check_not_embeddings(distances: Any, labels: Any, **options: Any) -> None:
-    """Reject embeddings ``[n, n]`` in place of distances.
+    """Reject embeddings ``[n, n]`` instead of distances.
 
     Without `reference_labels`, distances are those of the items among themselves: such
     a matrix is symmetric, or 0 on the diagonal, or at least non-negative.
@@ -83,7 +83,7 @@ def check_not_embeddings(distances: Any, labels: Any, **options: Any) -> None:
 
 
 def check_not_distances(embeddings: Any, labels: Any, **options: Any) -> None:
-    """Reject a distance matrix in place of embeddings.
+    """Reject a distance matrix instead of embeddings.
 
     Raises:
         ValueError: if `embeddings` are symmetric, non-negative and 0 on the diagonal.

@@ -91,12 +91,13 @@ def choose_threshold(
 
     Raises:
         TooFewPairsError: if the calibration has too few images to show the rate.
-        ValueError: if the calibration is needed and None, or the rate is no share.
+        ValueError: if `calibration` is None without `within` or `closed`, or `fpir` is
+            not between 0 and 1.
     """
     threshold = float("inf") if closed else within
     if calibration is None:
         if threshold is None:
-            raise ValueError("calibration is None; give within or closed.")
+            raise ValueError("calibration must not be None without within or closed.")
         return threshold, None
     strangers = Strangers.of(gallery, calibration)
     if fpir is not None:
@@ -109,10 +110,10 @@ def choose_threshold(
 def evaluate(
     gallery: Gallery, x: np.ndarray, names: Sequence[str], threshold: float
 ) -> dict[str, Any]:
-    """Measure open-set identification of probes whose classes are given, in percent.
+    """Measure open-set identification of probes with class names, in percent.
 
-    With a threshold, FPIR is the share of unknown probes that get a name, and FNIR the
-    share of known probes that do not get theirs.
+    At a threshold, FPIR is the share of unknown probes that get a name. FNIR is the
+    share of known probes that get no name or a wrong one.
 
     Args:
         gallery: known classes.

@@ -47,7 +47,7 @@ class MetricsLog:
             self.show_in(Path(self._board.logdir))
 
     def show_in(self, directory: Path) -> None:
-        """Write all records for TensorBoard, too, in place of its earlier files."""
+        """Write all records for TensorBoard, too, instead of its earlier files."""
         self.close()
         for old in directory.glob("events.out.tfevents.*"):
             old.unlink()
