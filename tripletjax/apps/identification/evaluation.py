@@ -80,7 +80,7 @@ def choose_threshold(
     fpir: float | None = None,
     closed: bool = False,
 ) -> tuple[float, Strangers | None]:
-    """The threshold of a gallery, and the images that show its false positives.
+    """Choose the threshold of a gallery.
 
     Args:
         gallery: known classes.
@@ -88,6 +88,10 @@ def choose_threshold(
         within: a threshold to use instead.
         fpir: false positive identification rate to choose a threshold at instead.
         closed: whether every probe gets a name: the threshold is infinite.
+
+    Returns:
+        The threshold, and the images that show its false positives, or None without a
+        calibration.
 
     Raises:
         TooFewPairsError: if the calibration has too few images to show the rate.
