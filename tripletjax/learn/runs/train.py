@@ -34,6 +34,7 @@ from tripletjax.learn import plots
 from tripletjax.learn.data.image_array import (
     ImageArray,
     KeptFeatures,
+    StoredImages,
 )
 from tripletjax.learn.distributed.placement import Placement
 from tripletjax.learn.files import write_json
