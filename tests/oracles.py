@@ -441,3 +441,67 @@ def relevance_probabilities(r, categories, cap, gap, out_of_category):
                 for j, share in shares(of).items() if of and part else ():
                     chances[a, p, j] = of_anchor * of_positive * part * share
     return chances
+
+
+# Hard examples of a whole data set.
+
+
+def hard_examples(
+    d,
+    positive,
+    negative,
+    k,
+    *,
+    of_positives=False,
+    range_min=0,
+    range_max=None,
+    margin=None,
+    relative=None,
+    farthest=False,
+):
+    """Indices and exclusions of each anchor, by sorting all its candidates.
+
+    `relative` is a function of the positive's distance: how much farther negatives
+    must be.
+    """
+    results = []
+    for a in range(len(d)):
+        candidates = (positive if of_positives else negative)[a]
+        candidates = [j for j in range(len(d[a])) if candidates[j]]
+        finite = [j for j in candidates if math.isfinite(d[a][j])]
+        ranked = [j for j in finite if d[a][j] > 0]
+        ranked.sort(key=lambda j: (-d[a][j] if of_positives else d[a][j], j))
+        own = [
+            d[a][p]
+            for p in range(len(d[a]))
+            if positive[a][p] and math.isfinite(d[a][p]) and d[a][p] > 0
+        ]
+        thresholds = [-math.inf, -math.inf]
+        if own:
+            d_ap = max(own) if farthest else min(own)
+            if margin is not None:
+                thresholds[0] = d_ap + margin
+            if relative is not None:
+                thresholds[1] = d_ap + relative(d_ap)
+        counts = {
+            "not_finite": len(candidates) - len(finite),
+            "duplicates": len(finite) - len(ranked),
+            "margin": 0,
+            "relative_margin": 0,
+            "range_min": 0,
+            "range_max": 0,
+        }
+        left = []
+        for rank, j in enumerate(ranked):
+            if d[a][j] < thresholds[0]:
+                counts["margin"] += 1
+            elif d[a][j] < thresholds[1]:
+                counts["relative_margin"] += 1
+            elif rank < range_min:
+                counts["range_min"] += 1
+            elif range_max is not None and rank >= range_max:
+                counts["range_max"] += 1
+            else:
+                left.append(j)
+        results.append((left[:k], counts, left))
+    return results

@@ -26,7 +26,9 @@ R = TypeVar("R")
 # What has a row for each anchor, and what for each reference.
 ANCHOR_ROWS = "embeddings", "labels", "positions", "where"
 REFERENCE_ROWS = "references", "reference_labels", "reference_where"
-ARRAYS = (*ANCHOR_ROWS, *REFERENCE_ROWS, "margin")
+# Arrays that every device has whole.
+WHOLE = "margin", "relative_margin", "key"
+ARRAYS = (*ANCHOR_ROWS, *REFERENCE_ROWS, *WHOLE)
 
 # From a device's result and the index of its first row to what the devices' results
 # are then concatenated of; and from that, the number of rows and the options to the
@@ -40,6 +42,7 @@ def over_mesh(
     of_device: OfDevice | None = None,
     together: Together | None = None,
     suits: Callable[[dict[str, Any]], bool] | None = None,
+    nonnegative: tuple[str, ...] = ("margin",),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Splits the work of a function with `axis_name` over a mesh, wherever it can.
 
@@ -52,6 +55,7 @@ def over_mesh(
             all have the same.
         suits: of the arguments, whether work on Explicit axes is split. If not given,
             it always is.
+        nonnegative: numeric options that must be finite and at least 0.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -65,8 +69,8 @@ def over_mesh(
             mesh, axis_name = found
             given["axis_name"] = axis_name
             arrays = {name: given.pop(name) for name in ARRAYS if name in given}
-            if "margin" in arrays:
-                check_nonnegative("margin", arrays["margin"])
+            for name in arrays.keys() & {*nonnegative}:
+                check_nonnegative(name, arrays[name])
             arrays = {
                 name: jax.tree.map(jnp.asarray, as_arrays(name, x))
                 for name, x in arrays.items()
@@ -86,7 +90,7 @@ def over_mesh(
             arrays = _divisible(arrays, devices)
             specs = {
                 name: jax.tree.map(
-                    lambda _, s=same if name == "margin" else split: s, x
+                    lambda _, s=same if name in WHOLE else split: s, x
                 )
                 for name, x in arrays.items()
             }
