@@ -505,3 +505,56 @@ def hard_examples(
                 left.append(j)
         results.append((left[:k], counts, left))
     return results
+
+
+# Re-ranking.
+
+
+def k_reciprocal(d, k1, k2, distance_weight):
+    """Distances of Zhong et al. (2017) among all items, from a distance matrix."""
+    items = range(len(d))
+
+    def nearest(p, k):
+        """The item and its k nearest others."""
+        others = sorted((j for j in items if j != p), key=lambda j: (d[p][j], j))
+        return [p, *others[:k]]
+
+    def reciprocal(p, k):
+        return {g for g in nearest(p, k) if p in nearest(g, k)}
+
+    encodings = []
+    for p in items:
+        own = reciprocal(p, k1)
+        expanded = set(own)
+        for q in own:
+            theirs = reciprocal(q, max(k1 // 2, 1))
+            if 3 * len(own & theirs) >= 2 * len(theirs):
+                expanded |= theirs
+        encodings.append([math.exp(-d[p][j]) if j in expanded else 0 for j in items])
+    means = []
+    for p in items:
+        near = nearest(p, k2 - 1)
+        means.append([sum(encodings[q][j] for q in near) / len(near) for j in items])
+    result = np.zeros((len(d), len(d)))
+    for p, q in itertools.product(items, items):
+        shared = sum(map(min, means[p], means[q]))
+        jaccard = 1 - shared / sum(map(max, means[p], means[q]))
+        result[p, q] = (1 - distance_weight) * jaccard + distance_weight * d[p][q]
+    return result
+
+
+def expanded_query(q, references, k, alpha):
+    """Radenović et al. (2018): the weighted mean of a query and its k nearest."""
+
+    def unit(v):
+        norm = math.sqrt(sum(float(s) ** 2 for s in v))
+        return [float(s) / norm for s in v]
+
+    q, references = unit(q), [unit(r) for r in references]
+    similarities = [sum(s * t for s, t in zip(q, r)) for r in references]
+    order = sorted(range(len(references)), key=lambda j: (-similarities[j], j))[:k]
+    total = list(q)
+    for j in order:
+        weight = max(similarities[j], 0) ** alpha
+        total = [s + weight * t for s, t in zip(total, references[j])]
+    return unit(total)

@@ -113,9 +113,7 @@ def test_queries_and_references(of_masks, seed):
 def test_triplets_have_one_positive(seed, farthest):
     random = np.random.default_rng(seed)
     x, labels = grid(random, 30), random.integers(0, 8, 30)
-    mined = tj.mine_triplets(
-        x, labels, k=3, margin=0.0, farthest_positive=farthest
-    )
+    mined = tj.mine_triplets(x, labels, k=3, margin=0.0, farthest_positive=farthest)
     d = oracles.matrix(oracles.euclidean, x)
     masks = oracles.pair_masks(labels)
     negatives = oracles.hard_examples(d, *masks, 3, margin=0.0, farthest=farthest)
@@ -332,12 +330,12 @@ def test_inside_shard_map():
 def test_margins_are_traced():
     x, labels = blobs(40)
     margins = jnp.array([-1.0, 0.0, 1.0])
-    got = jax.jit(
-        jax.vmap(lambda m: tj.mine_hard_negatives(x, labels, k=3, margin=m))
-    )(margins)
-    for i, margin in enumerate(margins):
-        expected = tj.mine_hard_negatives(x, labels, k=3, margin=margin)
-        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[i], b), got, expected)
+    got = jax.jit(jax.vmap(lambda m: tj.mine_hard_negatives(x, labels, k=3, margin=m)))(
+        margins
+    )
+    expected = [tj.mine_hard_negatives(x, labels, k=3, margin=m) for m in margins]
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 def test_strict_promotion():

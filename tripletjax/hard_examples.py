@@ -6,7 +6,6 @@ negatives are wrongly labelled positives: ranges and margins exclude them, and e
 result counts the exclusions of each rule.
 """
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from tripletjax._matrices import (
 from tripletjax._pairwise.batch import single_batch
 from tripletjax._pairwise.mesh import AxisName
 from tripletjax._pairwise.over_mesh import over_mesh
-from tripletjax._pairwise.slices import RUN
+from tripletjax._pairwise.slices import RUN, materialize
 from tripletjax.distances import Metric, cosine, euclidean
 from tripletjax.mining import Triplets
 from tripletjax.pairs import PairMasks
@@ -190,8 +189,8 @@ def mine_hard_negatives(
     For the cosine similarity $s = 1 - d$, these are the rules of NV-Retriever:
     ``margin=0.05`` keeps negatives with $s_{an} \le s_{ap} - 0.05$, and
     ``relative_margin=0.05`` those with $s_{an} \le 0.95 s_{ap}$. The rule of Qwen3
-    Embedding, which excludes negatives with $s_{an} > s_{ap} + 0.1$, is ``margin=-0.1``.
-    An anchor without a positive has no margins.
+    Embedding, which excludes negatives with $s_{an} > s_{ap} + 0.1$, is
+    ``margin=-0.1``. An anchor without a positive has no margins.
 
     Memory is O(n k + b m), with blocks of b <= 512 anchors and at most 2**25 distances.
 
@@ -504,6 +503,29 @@ def _mine(
     return rankings.fill(search.block)
 
 
+class _Pairs(NamedTuple):
+    """All pairs of a block of anchors, in tiles.
+
+    Attributes:
+        values: floats ``[tiles, rows, columns]`` in the order of distances, infinite
+            for references that an anchor does not rank.
+        relevant: bool of the same shape, whether the pair is positive.
+    """
+
+    values: Array
+    relevant: Array
+
+    @property
+    def finite(self) -> Array:
+        # `as_floats` makes the largest number of overflowed distances and NaN.
+        return self.values < jnp.finfo(self.values.dtype).max / 2
+
+    @property
+    def ranked(self) -> Array:
+        """Pairs at a finite distance that are no duplicates."""
+        return self.finite & (self.values != 0)
+
+
 class _Search(NamedTuple):
     """The search for hard examples of blocks of anchors."""
 
@@ -522,96 +544,72 @@ class _Search(NamedTuple):
 
     def block(self, start: Array) -> _Mined:
         """The examples of the anchors from `start`."""
-        panel, totals, positive = self.walk(start)
-        thresholds = self.thresholds(positive)
-        eligible, counts = self.eligible(panel, thresholds)
-        below = functools.reduce(jnp.maximum, counts)
+        pairs = self.walk(start)
+        positive = self.positive(start, pairs) if self.needs_positive else None
+        below = self.below(pairs, positive)
+        wanted = pairs.relevant if self.of_positives else ~pairs.relevant
+        wanted &= pairs.values < jnp.inf
+        eligible = wanted & pairs.ranked
+        counts = _count_runs(
+            wanted,
+            wanted & ~pairs.finite,
+            wanted & (pairs.values == 0),
+            *(eligible & mask for mask in below if mask is not None),
+        )
+        for mask in below:
+            if mask is not None:
+                eligible &= ~mask
         sign = -1 if self.of_positives else 1
-        columns = panel.shape[0] * panel.shape[2]
+        columns = wanted.shape[0] * wanted.shape[2]
         most = self.range_min + self.k if self.key is None else self.range_max
         assert most is not None
         values, index = least_of_panel(
-            jnp.where(eligible, sign * panel, jnp.inf), min(most, columns)
+            jnp.where(eligible, sign * pairs.values, jnp.inf), min(most, columns)
         )
         indices, distances = self.in_order(start, index, values < jnp.inf)
-        chosen = self.choose(start, indices >= 0, below)
+        excluded, skipped = self.exclusions(
+            counts, [mask is not None for mask in below]
+        )
+        chosen = self.choose(start, indices >= 0, skipped)
         pad = ((0, 0), (0, max(0, self.k - chosen.shape[1])))
-        chosen = jnp.pad(chosen, pad, constant_values=-1)[:, : self.k]
+        chosen = jnp.pad(chosen, pad, constant_values=-1)
         valid = chosen >= 0
 
         def pick(x: Array, fill: Any) -> Array:
             return jnp.where(valid, jnp.take_along_axis(x, chosen, axis=1), fill)
 
         examples = HardExamples(
-            pick(indices, -1),
-            pick(distances, jnp.inf),
-            valid,
-            self.exclusions(totals, counts, below),
+            pick(indices, -1), pick(distances, jnp.inf), valid, excluded
         )
         return _Mined(examples, positive)
 
-    def walk(self, start: Array) -> tuple[Array, tuple[Array, ...], _Positive | None]:
-        """Half squares or distances of all candidates, in tiles.
-
-        Returns:
-            Floats ``[tiles, rows, columns]``: infinite for references that are no
-            candidates, or that are at no finite distance, and 0 for duplicates. Then
-            the numbers of candidates, of those not finite and of duplicates ``[rows]``,
-            and the positive that margins start from.
-        """
+    def walk(self, start: Array) -> "_Pairs":
+        """All pairs of the anchors from `start`, in tiles."""
         rankings = self.rankings
-        rows, columns = rankings.blocks.size, self.tiles.index.shape[1]
         tile_of = rankings.against(start, rankings.rows(rankings.positions, start))
         real = rankings.rows(self.real, start)[:, None]
-        side = -1 if self.farthest_positive else 1
 
-        def visit(
-            state: tuple[Array, Array] | None, part: ReferenceTiles
-        ) -> tuple[Any, Any]:
+        def visit(_: None, part: ReferenceTiles) -> tuple[None, _Pairs]:
             tile = tile_of(part.index[0], part)
-            values = as_floats(tile.keys)
-            ranked = (values < jnp.inf) & real
-            values = self.from_differences(start, part, values, ranked)
-            finite = values < jnp.finfo(values.dtype).max / 2
-            if self.needs_positive:
-                assert state is not None
-                best, index = state
-                counts = tile.relevant & ranked & finite & (values > 0)
-                own = jnp.where(counts, side * values, jnp.inf)
-                better = own < best
-                state = (
-                    jnp.where(better, own, best),
-                    jnp.where(better, part.index, index),
-                )
-            wanted = ranked & (
-                tile.relevant if self.of_positives else ~tile.relevant
-            )
-            totals = _count(wanted, wanted & ~finite, wanted & (values == 0))
-            return state, (jnp.where(wanted & finite, values, jnp.inf), totals)
+            values = jnp.where(real, as_floats(tile.keys), jnp.inf)
+            values = self.from_differences(start, part, materialize(values))
+            return None, _Pairs(values, tile.relevant)
 
-        state = None
-        if self.needs_positive:
-            best = rankings.full((rows, columns), jnp.array(jnp.inf, self.dtype))
-            state = best, rankings.full((rows, columns), 0)
-        state, (panel, totals) = lax.scan(visit, state, self.tiles)
-        totals = tuple(jnp.sum(x, axis=0) for x in totals)
-        if state is None:
-            return panel, totals, None
-        best, index = state
-        least = jnp.min(best, axis=1, keepdims=True)
-        m = len(rankings.batch.reference_side[0])
-        index = jnp.min(jnp.where(best == least, index, m), axis=1)
-        exists = least[:, 0] < jnp.inf
-        index = jnp.where(exists, index, 0)
+        return lax.scan(visit, None, self.tiles)[1]
+
+    def positive(self, start: Array, pairs: "_Pairs") -> _Positive:
+        """The positive that margins start from."""
+        sign = -1 if self.farthest_positive else 1
+        own = pairs.relevant & pairs.ranked
+        own = jnp.where(own, sign * pairs.values, jnp.inf)
+        value, index = least_of_panel(own, 1)
+        exists = value[:, 0] < jnp.inf
+        index = jnp.where(exists, index[:, 0], 0)
         distance = self.distances(start, index[:, None])[:, 0]
-        return panel, totals, _Positive(index, distance, exists)
-
-    @property
-    def dtype(self) -> Any:
-        return self.rankings.batch.anchors.dtype
+        return _Positive(index, distance, exists)
 
     def from_differences(
-        self, start: Array, part: ReferenceTiles, values: Array, ranked: Array
+        self, start: Array, part: ReferenceTiles, values: Array
     ) -> Array:
         """The values, computed from differences where inner products have few digits.
 
@@ -623,25 +621,28 @@ class _Search(NamedTuple):
             return values
         y = rankings.batch.reference_side[0]
         a = rankings.rows(rankings.batch.anchors, start)
-        scale = products.halves(a, rankings.offset)[:, None] + part.halves
-        near = ranked & (values < NEAR_SHARE * scale)
+        halves = products.halves(a, rankings.offset)[:, None]
+        near = values < NEAR_SHARE * (halves + part.halves)
+        (count,) = _count_runs(near[None])
         row = jnp.arange(len(a))
 
-        def some(values: Array) -> Array:
-            def direct(values: Array, column: Array, found: Array) -> Array:
+        def one_by_one(values: Array) -> Array:
+            def direct(values: Array, column: Array, exists: Array) -> Array:
                 new = products.half_square(a, y[part.index[column]])
-                new = jnp.where(found, new, values[row, column])
+                new = jnp.where(exists, new, values[row, column])
                 return values.at[row, column].set(new)
 
             return for_each_true_column(near, direct, values)
 
-        def every(values: Array) -> Array:
+        def all_at_once(values: Array) -> Array:
             b = y[part.index]
             new = lax.map(lambda one: products.half_square(one, b), a)
             return jnp.where(near, new, values)
 
-        most = jnp.max(jnp.sum(near, axis=1))
-        return lax.cond(most > MOST_NEAR, every, some, values)
+        most = jnp.max(count)
+        branch = (most > 0).astype(int) + (most > MOST_NEAR)
+        branches = [lambda values: values, one_by_one, all_at_once]
+        return lax.switch(branch, branches, values)
 
     def distances(self, start: Array, index: Array) -> Array:
         """Distances ``[rows, k]`` of references by index, from differences."""
@@ -662,23 +663,22 @@ class _Search(NamedTuple):
             for share, scale in ((margin, 1), (relative, unit))
         ]
 
-    def eligible(
-        self, panel: Array, thresholds: list[Array | None]
-    ) -> tuple[Array, tuple[Array, ...]]:
-        """Which candidates no margin excludes, and how many each margin excludes."""
-        ranked = (panel > 0) & (panel < jnp.inf)
+    def below(
+        self, pairs: _Pairs, positive: _Positive | None
+    ) -> tuple[Array | None, Array | None]:
+        """Pairs at a distance below the threshold of each margin."""
         products = self.rankings.metric.products
-        rows = panel.shape[1]
-        excluded = []
-        for threshold in thresholds:
-            if threshold is not None:
-                distances = products.distance(panel) if products else panel
-                excluded.append(ranked & (distances < threshold[:, None]))
-        counts = tuple(jnp.sum(x, axis=0) for x in _count(*excluded))
-        none = self.rankings.full((rows,), 0)
-        given = iter(counts)
-        each = tuple(none if t is None else next(given) for t in thresholds)
-        return functools.reduce(lambda x, out: x & ~out, excluded, ranked), each
+
+        def compare(threshold: Array | None) -> Array | None:
+            if threshold is None:
+                return None
+            values = pairs.values
+            return (products.distance(values) if products else values) < threshold[
+                :, None
+            ]
+
+        margin, relative = self.thresholds(positive)
+        return compare(margin), compare(relative)
 
     def in_order(
         self, start: Array, index: Array, exists: Array
@@ -716,29 +716,38 @@ class _Search(NamedTuple):
         return jnp.where(chosen < count, chosen, -1)
 
     def exclusions(
-        self, totals: tuple[Array, ...], counts: tuple[Array, ...], below: Array
-    ) -> Exclusions:
-        total, not_finite, duplicates = totals
-        margin, relative = counts
+        self, counts: list[Array], has_margins: list[bool]
+    ) -> tuple[Exclusions, Array]:
+        """The exclusions, and how many ranked candidates margins exclude."""
+        total, not_finite, duplicates, *by_margins = counts
+        left = iter(by_margins)
+        margin, relative = (
+            next(left) if given else jnp.zeros_like(total) for given in has_margins
+        )
         ranked = total - not_finite - duplicates
+        # Each margin excludes the first ranks up to some rank.
+        below = jnp.maximum(margin, relative)
         skipped = jnp.clip(self.range_min, below, jnp.maximum(ranked, below))
         beyond = jnp.zeros_like(total)
         if self.range_max is not None:
             last = jnp.maximum(skipped, self.range_max)
             beyond = jnp.maximum(ranked - last, 0)
-        return Exclusions(
-            not_finite,
-            duplicates,
-            margin,
-            below - margin,
-            skipped - below,
-            beyond,
+        excluded = Exclusions(
+            not_finite, duplicates, margin, below - margin, skipped - below, beyond
         )
+        return excluded, below
 
 
-def _count(*masks: Array) -> tuple[Array, ...]:
-    """Count every mask ``[..., rows, columns]`` along its columns."""
-    return tuple(
-        jnp.sum(jnp.sum(x.reshape(*x.shape[:-1], -1, RUN), axis=-1), axis=-1)
-        for x in masks
-    )
+def _count_runs(*masks: Array) -> list[Array]:
+    """Count each of up to 5 masks ``[tiles, rows, columns]`` in every row.
+
+    One pass over all: a run of RUN = 32 columns takes 6 bits of an integer per mask.
+    """
+    bits = RUN.bit_length()
+    packed = sum(x.astype(jnp.int32) << (bits * i) for i, x in enumerate(masks))
+    tiles, rows, columns = masks[0].shape
+    packed = jnp.sum(jnp.reshape(packed, (tiles, rows, columns // RUN, RUN)), axis=-1)
+    return [
+        jnp.sum((packed >> (bits * i)) & (2**bits - 1), axis=(0, 2))
+        for i in range(len(masks))
+    ]

@@ -89,9 +89,7 @@ def over_mesh(
             devices = math.prod(mesh.shape[name] for name in names_of(axis_name))
             arrays = _divisible(arrays, devices)
             specs = {
-                name: jax.tree.map(
-                    lambda _, s=same if name in WHOLE else split: s, x
-                )
+                name: jax.tree.map(lambda _, s=same if name in WHOLE else split: s, x)
                 for name, x in arrays.items()
             }
             explicit = AxisType.Explicit in mesh.axis_types
