@@ -58,7 +58,7 @@ def expand_queries(
     >>> import tripletjax as tj
     >>> x = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
     >>> print(tj.retrieval.expand_queries(x[:1], x[1:], k=1))
-    [[0.97700304 0.21322592]]
+    [[0.97706604 0.21293609]]
 
     Database augmentation is the same function over the references:
 
@@ -84,7 +84,8 @@ def expand_queries(
     )
     # Missing neighbours and references that are not finite have no weight.
     exists = (indices >= 0) & jnp.isfinite(similarity)
-    weights = jnp.where(exists, similarity, 0) ** jnp.asarray(alpha, q.dtype)
+    similarity = jnp.where(exists, jnp.maximum(similarity, 0), 0)
+    weights = similarity ** jnp.asarray(alpha, q.dtype)
     weights = jnp.where(exists, weights, 0)
     partners = jnp.where(exists[..., None], partners, 0)
     return unit(q + jnp.einsum("nk,nkd->nd", weights, partners, precision="highest"))
@@ -152,10 +153,12 @@ def k_reciprocal_distances(
 
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
-    >>> x = jnp.array([[0.0], [0.3], [0.4], [-0.29], [-0.9]])
-    >>> distances, indices = tj.retrieval.k_reciprocal_distances(x, k=2, k1=2, k2=1)
+    >>> x = jnp.array([[0.0], [0.2], [0.3], [0.35], [-0.19], [-0.3], [-0.35], [-0.4]])
+    >>> print(tj.retrieval.nearest_neighbors(x, x, 2, positions=jnp.arange(8))[1][0])
+    [4 1]
+    >>> distances, indices = tj.retrieval.k_reciprocal_distances(x, k=2, k1=3, k2=1)
     >>> print(indices[0])
-    [1 3]
+    [1 4]
     """
     square = references is None
     x, y = as_vectors(
