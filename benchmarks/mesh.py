@@ -1,7 +1,6 @@
 """What loss and gradient of a global batch need on each device of a mesh.
 
     python benchmarks/mesh.py
-    python benchmarks/mesh.py --ring
     python benchmarks/mesh.py --devices 8 --n 16384 --loss hard
     python benchmarks/mesh.py --devices 256 --topology v5e:16x16    # pip install libtpu
 
@@ -34,7 +33,6 @@ def main() -> None:
     parser.add_argument("--n", type=int, nargs="+", default=SIZES, help="embeddings")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--loss", choices=LOSSES, nargs="+", default=LOSSES)
-    parser.add_argument("--ring", action="store_true", help="a part at a time")
     parser.add_argument("--topology", help="of a TPU, such as v5e:16x16")
     arguments = parser.parse_args()
 
@@ -54,16 +52,14 @@ def main() -> None:
         for n in arguments.n:
             for devices in arguments.devices:
                 own = n // devices * arguments.dim * 4 / 2**20
-                memory, counts = compiled(
-                    loss, n, arguments.dim, every[:devices], ring=arguments.ring
-                )
+                memory, counts = compiled(loss, n, arguments.dim, every[:devices])
                 told = " | ".join(str(counts[name]) for name in COLLECTIVES)
                 row = f"{loss} | {n:,} | {devices} | {own:.1f} | {memory:.1f} | {told}"
                 print(f"| {row} |", flush=True)
 
 
 def compiled(
-    loss: str, n: int, dim: int, devices: list, *, ring: bool
+    loss: str, n: int, dim: int, devices: list
 ) -> tuple[float, dict[str, int]]:
     """Temporary memory in MiB, and how many collectives of each kind there are."""
     import jax
@@ -80,8 +76,7 @@ def compiled(
     labels = jax.ShapeDtypeStruct((n,), jnp.int32, sharding=rows)
     of = getattr(tj.blockwise, f"batch_{loss.replace('-', '_')}_loss")
     with jax.set_mesh(mesh):
-        step = jax.value_and_grad(lambda x, labels: of(x, labels, ring=ring))
-        program = jax.jit(step).lower(x, labels).compile()
+        program = jax.jit(jax.value_and_grad(of)).lower(x, labels).compile()
     text = program.as_text()
     counts = {
         name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES

@@ -3,6 +3,7 @@
     python benchmarks/step.py
     python benchmarks/step.py --batch 64 --size 32
     python benchmarks/step.py --peers
+    python benchmarks/step.py --gradients
 
 `EmbeddingResNet` on random colour images: the step of `training.fit` with each mining,
 beside the same step with a loss that costs nothing (a sum), and beside the loss with
@@ -11,11 +12,15 @@ hand, with batches drawn by `ImageBatches` from memory, and from disk.
 
 With `--peers`, a step with AdamW of each network beside the same network in PyTorch, in
 turn; of `EmbeddingPhotoNet` beside PyTorch's residual network, in whose place it is.
+
+With `--gradients`, such a step with the own gradients of `convolution` beside the same
+step with XLA's gradients, each by `convolution.jit` and by `jax.jit`.
 """
 
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -61,7 +66,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--peers", action="store_true", help="compare with PyTorch")
+    parser.add_argument(
+        "--gradients", action="store_true", help="compare own gradients with XLA's"
+    )
     arguments = parser.parse_args()
+    if arguments.gradients:
+        compare_gradients(arguments.repeats)
+        return
     if arguments.peers:
         compare_with_pytorch(arguments.repeats)
         return
@@ -184,24 +195,8 @@ def compare_with_pytorch(repeats: int) -> None:
         return min(times)
 
     def jax_time(model: nnx.Module, shape: tuple[int, ...]) -> float:
-        graph, params, rest = nnx.split(model, nnx.Param, ...)
-        tx, x = optax.adamw(1e-3), jax.random.uniform(jax.random.key(0), shape)
-        state = tx.init(params)
-
-        @convolution.jit
-        def step(params, state):
-            def loss(params):
-                return jnp.sum(nnx.merge(graph, params, rest, copy=True)(x) ** 3)
-
-            updates, state = tx.update(jax.grad(loss)(params), state, params)
-            return optax.apply_updates(params, updates), state
-
-        times = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            params, state = jax.block_until_ready(step(params, state))
-            times.append(time.perf_counter() - start)
-        return min(times)
+        step = adamw_step(model, shape, convolution.jit)
+        return min(step() for _ in range(repeats + 1))
 
     rngs, n = nnx.Rngs(0), 160
     small, large = (32, 64), (32, 64, 128)
@@ -242,6 +237,57 @@ def compare_with_pytorch(repeats: int) -> None:
                 flush=True,
             )
         print(f"    {np.median(ratios):.2f} times")
+
+
+def adamw_step(
+    model: nnx.Module, shape: tuple[int, ...], jit: Callable
+) -> Callable[[], float]:
+    """A function that takes a step with AdamW and returns its seconds."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    tx, x = optax.adamw(1e-3), jax.random.uniform(jax.random.key(0), shape)
+
+    @jit
+    def step(params, state):
+        def loss(params):
+            return jnp.sum(nnx.merge(graph, params, rest, copy=True)(x) ** 3)
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = params, tx.init(params)
+
+    def timed() -> float:
+        nonlocal state
+        start = time.perf_counter()
+        state = jax.block_until_ready(step(*state))
+        return time.perf_counter() - start
+
+    return timed
+
+
+def compare_gradients(repeats: int) -> None:
+    small, large, own = (32, 64), (32, 64, 128), convolution._convolved
+    for network, options, (side, channels) in (
+        (embedding_networks.EmbeddingCNN, {"channels": small}, (32, 1)),
+        (embedding_networks.EmbeddingCNN, {"channels": large}, (32, 1)),
+        (embedding_networks.EmbeddingResNet, {}, (64, 3)),
+        (embedding_networks.EmbeddingPhotoNet, {"in_channels": 3}, (64, 3)),
+        (embedding_networks.MultiScaleCNN, {}, (64, 3)),
+    ):
+        steps = {}
+        for how, jit in (("convolution.jit", convolution.jit), ("jax.jit", jax.jit)):
+            for name, convolved in (("own", own), ("XLA's", convolution._by_xla)):
+                convolution._convolved = convolved
+                model = network(128, **options, rngs=nnx.Rngs(0))
+                step = adamw_step(model, (160, side, side, channels), jit)
+                step()
+                steps[f"{name}, {how}"] = step
+        convolution._convolved = own
+        times = [[step() for step in steps.values()] for _ in range(repeats)]
+        medians = np.median(times, axis=0)
+        print(f"{network.__name__} {options}: {1e3 * medians[0]:.0f} ms")
+        for name, seconds in zip(steps, medians):
+            print(f"    {name:>22}: {seconds / medians[0]:.2f} times", flush=True)
 
 
 def fit_time(source, repeats: int) -> float:

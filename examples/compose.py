@@ -22,7 +22,7 @@ class Network(nnx.Module):
 
     def __call__(self, x):
         x = self.out(jax.nn.relu(self.hidden(x)))
-        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        return tj.normalize(x)
 
 
 def sample(key):

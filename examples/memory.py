@@ -33,7 +33,7 @@ class Network(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.out(jax.nn.relu(self.hidden(x)))
-        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        return tj.normalize(x)
 
 
 def batches(classes: int, seed: int):

@@ -36,7 +36,7 @@ class Network(nnx.Module):
     def __call__(self, images):
         x = images.reshape(len(images), -1).astype(jnp.float32) / 255
         x = self.out(jax.nn.relu(self.hidden(x)))
-        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        return tj.normalize(x)
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 
 import tripletjax as tj
 
-embeddings = jax.random.normal(jax.random.key(0), (32, 16))
-embeddings /= jnp.linalg.norm(embeddings, axis=1, keepdims=True)
+embeddings = tj.normalize(jax.random.normal(jax.random.key(0), (32, 16)))
 labels = jnp.arange(32) % 8
 
 # Distances, then a loss. Any metric, any loss over them.

@@ -37,7 +37,7 @@ class CNN(nnx.Module):
         x = nnx.max_pool(nnx.relu(self.first(x)), (2, 2), (2, 2))
         x = nnx.relu(self.norm(self.second(x)))
         x = self.head(x.reshape(len(x), -1))
-        return x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-6)
+        return tj.normalize(x)
 
 
 # Batches of P classes with K images each: every anchor has K - 1 positives.

@@ -54,6 +54,7 @@ def pytest_runtest_teardown():
 STRICT = {
     "test_blockwise",
     "test_collapse",
+    "test_compiled_memory",
     "test_contract",
     "test_distances",
     "test_identification",

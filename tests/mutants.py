@@ -77,7 +77,7 @@ MUTANTS = [
     Mutant(
         "distance-diagonal",
         "distances.py",
-        "return jnp.where(jnp.arange(len(y)) == itself[:, None], 0, matrix(x, y))",
+        "return jnp.where(jnp.arange(len(y)) == own_index[:, None], 0, matrix(x, y))",
         "return matrix(x, y)",
         "rounding errors on the diagonal",
         "tests/test_distances.py::test_diagonal_is_exactly_zero_and_flat",
@@ -157,6 +157,14 @@ MUTANTS = [
     ),
     # Mining.
     Mutant(
+        "mining-saturation",
+        "mining.py",
+        "return jnp.where(a > most - b, most, a + b)",
+        "return a + b",
+        "counts of more than 2**31 triplets are negative",
+        "tests/test_mining.py::test_sums_beyond_the_integers_stop_there",
+    ),
+    Mutant(
         "mining-farthest-mask",
         "mining.py",
         "index = jnp.argmax(jnp.where(mask, distances, -jnp.inf), axis=-1)",
@@ -218,10 +226,18 @@ MUTANTS = [
     Mutant(
         "mining-random-rank",
         "mining.py",
-        'return search_rows(running, rank, side="right"), count > 0',
-        'return search_rows(running, rank, side="left"), count > 0',
-        "random triplets take the wrong columns",
-        "tests/test_mining.py::test_random_miners_are_uniform",
+        'column = jnp.searchsorted(running, rank, side="right")',
+        'column = jnp.searchsorted(running, rank, side="left")',
+        "random triplets of masks take the wrong columns",
+        "tests/test_mining.py::test_random_triplets_are_uniform",
+    ),
+    Mutant(
+        "weights-rounded",
+        "_matrices.py",
+        "running = jax.lax.cummax(running, axis=running.ndim - 1)",
+        "running = jnp.cumsum(scaled, axis=-1)",
+        "a draw by weight takes columns whose weight is 0",
+        "tests/test_mining.py::test_no_column_without_weight_is_drawn",
     ),
     Mutant(
         "mining-within-margin",
@@ -243,8 +259,8 @@ MUTANTS = [
     Mutant(
         "loss-mean-valid",
         "losses.py",
-        "return _ratio(terms.total, terms.valid)",
-        "return _ratio(terms.total, terms.active)",
+        "return sums.total / jnp.maximum(sums.valid, 1)",
+        "return sums.total / jnp.maximum(sums.active, 1)",
         "mean_valid divides by active triplets",
         "tests/test_losses.py::test_reductions",
     ),
@@ -294,8 +310,8 @@ MUTANTS = [
     Mutant(
         "loss-negative-index",
         "losses.py",
-        "jnp.where(index < 0, jnp.int32(most), index)",
-        "index",
+        "return jnp.where(index < 0, jnp.asarray(limit, index.dtype), index)",
+        "return index",
         "a negative index wraps around",
         "tests/test_losses.py::test_triplets_that_are_not_there_are_named_or_give_nan",
     ),
@@ -311,8 +327,8 @@ MUTANTS = [
     Mutant(
         "batch-padding-vectors",
         "_pairwise/batch.py",
-        "return vectors(x if where is None else jnp.where(where[..., None], x, 0))",
-        "return vectors(x)",
+        "return x if where is None else jnp.where(where[..., None], x, 0)",
+        "return x",
         "a NaN in padding reaches the result",
         "tests/test_retrieval.py::test_padding",
     ),
@@ -339,6 +355,14 @@ MUTANTS = [
         "negatives = size - alike",
         "an anchor counts as its own negative",
         "tests/test_blockwise.py",
+    ),
+    Mutant(
+        "class-own-draw",
+        "_pairwise/class_index.py",
+        "slot = r + ((own < first) & (r >= own))",
+        "slot = r",
+        "a random negative is the anchor itself",
+        "tests/test_mining.py::test_random_triplets_are_uniform",
     ),
     Mutant(
         "class-padded-anchors",
@@ -383,8 +407,8 @@ MUTANTS = [
     Mutant(
         "tile-cancellation",
         "_pairwise/tiles.py",
-        "near = counts & (squares < CANCELLATION_SHARE * scale)",
-        "near = counts & (squares < 0 * scale)",
+        "near = counts & (squares < CANCELLATION_SHARE * _scale(parts))",
+        "near = counts & (squares < 0 * _scale(parts))",
         "distances of near duplicates are noise",
         "tests/test_verification.py::test_near_duplicates_keep_their_order",
     ),
@@ -420,6 +444,14 @@ MUTANTS = [
         "rows that fill up a mesh count",
         "tests/test_retrieval.py::test_queries_that_fill_up_a_mesh_do_not_count",
     ),
+    Mutant(
+        "mesh-anchors",
+        "blockwise.py",
+        "triplets = triplets._replace(anchor=triplets.anchor + first)",
+        "triplets = triplets._replace(anchor=triplets.anchor)",
+        "mined anchors are counted along the rows of their device",
+        "tests/test_blockwise.py::test_triplets_split_over_devices",
+    ),
     # The engine of blockwise losses.
     Mutant(
         "tiles-diagonal",
@@ -432,19 +464,16 @@ MUTANTS = [
     Mutant(
         "tiles-fallback",
         "_engine/by_tiles.py",
-        "negative = jnp.where(beyond, negative, farthest_negatives(tiles, alone)[1])",
-        (
-            "negative = jnp.where(beyond, negative, 0 * farthest_negatives(tiles, "
-            "alone)[1])"
-        ),
+        "negative = jnp.where(beyond, negative, farthest_negatives(tiles, alone))",
+        "negative = jnp.where(beyond, negative, 0 * farthest_negatives(tiles, alone))",
         "semi-hard falls back to the first reference",
         "tests/test_blockwise.py",
     ),
     Mutant(
         "tiles-hardest",
         "_engine/by_tiles.py",
-        "hardest = jnp.argmax(jnp.where(found, squares, -1), axis=0)[None]",
-        "hardest = jnp.argmin(jnp.where(found, squares, jnp.inf), axis=0)[None]",
+        "hardest = jnp.argmax(jnp.where(valid, squares, -1), axis=0)[None]",
+        "hardest = jnp.argmin(jnp.where(valid, squares, jnp.inf), axis=0)[None]",
         "the nearest positive is mined as the hardest",
         "tests/test_blockwise.py",
     ),
@@ -477,6 +506,14 @@ MUTANTS = [
         "value = jnp.min(jnp.where(x >= limit, x, jnp.inf), axis=axis)",
         "a semi-hard negative is as near as the positive, by tiles",
         "tests/test_engine.py::test_the_least_beyond_a_limit",
+    ),
+    Mutant(
+        "reductions-plain",
+        "_engine/reductions.py",
+        "return jnp.min(x, axis), jnp.argmin(x, axis).astype(jnp.int32)",
+        "return jnp.min(x, axis), jnp.argmax(x, axis).astype(jnp.int32)",
+        "on accelerators the farthest negative is mined",
+        "tests/test_engine.py::test_the_least_of_all",
     ),
     Mutant(
         "panels-padding",
@@ -513,8 +550,8 @@ MUTANTS = [
     Mutant(
         "panels-total",
         "_engine/by_panels.py",
-        "total = total + jnp.sum(-by_negative * gaps, axis=-1)",
-        "total = total + jnp.sum(by_negative * gaps, axis=-1)",
+        "total = total + jnp.sum(counts * gaps, axis=-1)",
+        "total = total - jnp.sum(counts * gaps, axis=-1)",
         "the sign of the negatives' part of a sum",
         "tests/test_blockwise.py",
     ),
@@ -529,26 +566,10 @@ MUTANTS = [
     Mutant(
         "panels-nearest",
         "_engine/by_panels.py",
-        "return _if_above(least + ours, d_ap), run * RUN + within",
-        "return _if_above(least + ours, d_ap), run * RUN",
+        "return _if_above(least + limits, d_ap), run * RUN + within",
+        "return _if_above(least + limits, d_ap), run * RUN",
         "the negative of a run is its first column",
         "tests/test_blockwise.py",
-    ),
-    Mutant(
-        "ring-part",
-        "_engine/by_ring.py",
-        "first = (me + i) % devices * len(y)",
-        "first = (me - i) % devices * len(y)",
-        "parts of a ring get the labels of others",
-        "tests/test_engine.py::test_references_that_go_round_four_devices",
-    ),
-    Mutant(
-        "ring-slope",
-        "_engine/by_ring.py",
-        "moving = moving.at[at].add(-rows)",
-        "moving = moving.at[at].add(rows)",
-        "the sign of a ring's gradient by references",
-        "tests/test_engine.py::test_references_that_go_round_four_devices",
     ),
     Mutant(
         "anchor-weights",
@@ -557,6 +578,14 @@ MUTANTS = [
         "_, gradients = _with_gradients(spec, *inputs, None)",
         "terms per anchor are differentiated without their weights",
         "tests/test_blockwise.py",
+    ),
+    Mutant(
+        "second-derivatives",
+        "_engine/derivatives.py",
+        "margin=floats.margin,",
+        "margin=2 * floats.margin,",
+        "second derivatives are at another margin",
+        "tests/test_blockwise.py::test_a_second_derivative_is_that_of_the_matrix",
     ),
     Mutant(
         "products-slope",
@@ -637,16 +666,16 @@ MUTANTS = [
     Mutant(
         "relevance-cap",
         "relevance.py",
-        "weights = jnp.where(within, jnp.minimum(r, cap), 0)",
-        "weights = jnp.where(within, r, 0)",
+        "weights = jnp.where(within, jnp.minimum(row, cap), 0)",
+        "weights = jnp.where(within, row, 0)",
         "copies are drawn as often as their relevance",
         "tests/test_relevance.py::test_triplets_are_drawn_as_often_as_they_should",
     ),
     Mutant(
         "relevance-equal",
         "relevance.py",
-        "inside = jnp.where((apart >= gap) & (apart > 0), anchor_weights, 0)",
-        "inside = jnp.where(apart >= gap, anchor_weights, 0)",
+        "inside = jnp.where((apart >= gap) & (apart > 0), weights, 0)",
+        "inside = jnp.where(apart >= gap, weights, 0)",
         "equally relevant items make a triplet",
         "tests/test_relevance.py::test_padding_is_not_drawn_and_nothing_is_not_valid",
     ),
@@ -791,8 +820,8 @@ MUTANTS = [
     Mutant(
         "far-not-shown",
         "verification/evaluation.py",
-        "shown = negatives * far >= 1 - 1e-6",
-        "shown = negatives * far >= 0",
+        "measurable = negatives * far >= 1 - 1e-6",
+        "measurable = negatives * far >= 0",
         "a FAR that too few negatives can show has a rate",
         "tests/test_verification.py::test_a_far_that_few_negatives_cannot_show_is_nan",
     ),
@@ -845,8 +874,8 @@ MUTANTS = [
     Mutant(
         "bootstrap-copies",
         "verification/resampling.py",
-        "weights, others = copies[us], copies[them[:, 0]] * copies[them[:, 1]]",
-        "weights, others = copies[us], copies[them[:, 0]]",
+        "copies[different_identities[:, 0]] * copies[different_identities[:, 1]],",
+        "copies[different_identities[:, 0]],",
         "pairs of identities that are not drawn count",
         "tests/test_verification.py::test_a_replicate_is_the_pairs_of_its_draw",
     ),
@@ -1005,12 +1034,12 @@ MUTANTS = [
     ),
     Mutant(
         "checkpoint-dtype",
-        "learn/distributed/keys.py",
+        "learn/training/checkpoints.py",
         (
-            'kinds = [f"{np.shape(x)}{jax.dtypes.canonicalize_dtype(x.dtype)}" for x '
+            'types = [f"{np.shape(x)}{jax.dtypes.canonicalize_dtype(x.dtype)}" for x '
             "in arrays]"
         ),
-        'kinds = [f"{np.shape(x)}" for x in arrays]',
+        'types = [f"{np.shape(x)}" for x in arrays]',
         "a state of another dtype is restored",
         "tests/test_learn.py::test_states_of_another_model_are_left_alone",
     ),
@@ -1053,7 +1082,7 @@ MUTANTS = [
         "where = jnp.broadcast_to(remember, labels.shape)",
         "where = jnp.broadcast_to(True, labels.shape)",
         "the memory keeps batches of its warm-up",
-        "tests/test_learn.py",
+        "tests/test_learn.py::test_a_batch_is_compared_with_those_before",
     ),
     Mutant(
         "step-chunk-statistics",
@@ -1069,7 +1098,7 @@ MUTANTS = [
         "params = state.params if state.average is None else state.average",
         "params = state.params",
         "the model is left without its average",
-        "tests/test_learn.py",
+        "tests/test_learn.py::test_the_average_of_parameters",
     ),
     Mutant(
         "training-resume-step",
@@ -1077,7 +1106,7 @@ MUTANTS = [
         "start, state, damaged = found",
         "_, state, damaged = found",
         "a resumed run begins at step 0",
-        "tests/test_learn.py",
+        "tests/test_learn.py::test_training_goes_on_where_it_stopped",
     ),
     Mutant(
         "training-resume-batch",
@@ -1085,7 +1114,7 @@ MUTANTS = [
         "return self.batches[self.start + int(step)]",
         "return self.batches[int(step)]",
         "a resumed run repeats the first batches",
-        "tests/test_learn.py",
+        "tests/test_learn.py::test_training_goes_on_where_it_stopped",
     ),
     Mutant(
         "training-key",
@@ -1101,15 +1130,23 @@ MUTANTS = [
         "remember = step >= memory_warmup",
         "remember = step > memory_warmup",
         "the memory warms up one step too long",
-        "tests/test_learn.py",
+        "tests/test_learn.py::test_a_batch_is_compared_with_those_before",
     ),
     Mutant(
         "training-best",
-        "learn/training/loop.py",
-        "if not value < state.best:",
-        "if value > state.best:",
-        "of equal validations the first is kept",
-        "tests/test_learn.py::test_the_best_validation_is_kept",
+        "learn/training/selection.py",
+        "highest = candidate if earlier.mean() > last.mean() else now",
+        "highest = candidate if earlier.mean() < last.mean() else now",
+        "the worst validation is the candidate",
+        "tests/test_learn.py::test_an_earlier_model_is_kept_if_it_exceeds_noise",
+    ),
+    Mutant(
+        "training-noise",
+        "learn/training/selection.py",
+        "kept = candidate if exceeds_noise(earlier, last) else now",
+        "kept = candidate if earlier.mean() > last.mean() else now",
+        "a noisy early checkpoint is kept",
+        "tests/test_learn.py::test_an_earlier_model_is_kept_if_it_exceeds_noise",
     ),
     # Images and splits.
     Mutant(
@@ -1212,7 +1249,7 @@ MUTANTS = [
     ),
     Mutant(
         "search-removed",
-        "apps/search/index.py",
+        "apps/search/update.py",
         "removed = [",
         "removed = [] and [",
         "removed images are still found",
@@ -1220,23 +1257,23 @@ MUTANTS = [
     ),
     Mutant(
         "search-changed",
-        "apps/search/index.py",
-        "before.get(path, (None, None))[0]",
-        "(stamps[path] if path in before else None)",
+        "apps/search/update.py",
+        "if path in known and known[path].stamp == stamp:",
+        "if path in known:",
         "changed images keep their old vectors",
         "tests/test_search.py::test_an_index_follows_its_folder",
     ),
     Mutant(
         "search-embedder",
-        "apps/search/index.py",
-        'what = "another embedder, or another state of the run"',
+        "apps/search/folder_table.py",
+        'maker = "another embedder, or another state of the run"',
         "return",
         "vectors of two embedders are compared",
         "tests/test_search.py::test_an_index_of_another_embedder_is_refused",
     ),
     Mutant(
         "search-duplicates",
-        "apps/search/index.py",
+        "apps/search/duplicates.py",
         "np.linalg.norm(x[o",
         "0.0 * np.linalg.norm(x[o",
         "images a little too far apart are duplicates",
@@ -1253,15 +1290,23 @@ MUTANTS = [
     Mutant(
         "calibration-balance",
         "apps/verification/calibration.py",
-        'fitted = LogisticRegression(class_weight="balanced").fit(',
-        "fitted = LogisticRegression().fit(",
+        'regression = LogisticRegression(class_weight="balanced").fit(',
+        "regression = LogisticRegression().fit(",
         "the probability is that of rare pairs",
         "tests/test_verify.py::test_the_probability_is_a_logistic_regression",
     ),
     Mutant(
+        "calibration-lowest",
+        "apps/verification/calibration.py",
+        "threshold=max(threshold, -1.0),",
+        "threshold=threshold,",
+        "a threshold that accepts nothing is no finite number",
+        "tests/test_verify.py::test_copies_in_different_classes_leave_no_threshold",
+    ),
+    Mutant(
         "calibration-key",
         "apps/verification/calibration.py",
-        "if found.embedder != key:",
+        "if calibration.embedder != key:",
         "if False:",
         "a threshold of another embedding is used",
         "tests/test_verify.py::test_a_threshold_decides_about_two_images",
@@ -1285,10 +1330,18 @@ MUTANTS = [
     Mutant(
         "verify-trained",
         "apps/verification/evaluation.py",
-        "of not in without and (needed is None or _stem(path) in needed)",
-        "needed is None or _stem(path) in needed",
+        "of not in trained_on and stem(path) in named",
+        "stem(path) in named",
         "a threshold is chosen on classes that were trained on",
         "tests/test_verify.py::test_classes_that_were_trained_on_are_left_out",
+    ),
+    Mutant(
+        "verify-same-folder",
+        "apps/verification/evaluation.py",
+        "same = data == name or Path(data).resolve() == folder.resolve()",
+        "same = data == name",
+        "a threshold is chosen on the folder that the run was trained on",
+        "tests/test_verify.py::test_classes_of_the_folder_of_a_run_are_left_out",
     ),
     Mutant(
         "identify-itself",
@@ -1305,6 +1358,14 @@ MUTANTS = [
         "gallery.names[labels[0]] if distances[0] >= threshold else None,",
         "probes that are far from every class get a name",
         "tests/test_identify.py::test_names_are_of_the_nearest_class",
+    ),
+    Mutant(
+        "identify-ties",
+        "apps/identification/evaluation.py",
+        "if last == following:",
+        "if False:",
+        "a threshold at tied distances lets through more than its rate",
+        "tests/test_identify.py::test_strangers_tell_the_rate_at_this_gallery",
     ),
 ]
 

@@ -208,6 +208,29 @@ def of_matrix(loss):
 FORMS = {name: of_matrix(LOSSES[name][0]) for name in LOSSES} | {
     f"blockwise: {name}": loss for name, loss in BLOCKWISE.items()
 }
+
+
+def mined_from_embeddings(miner):
+    """A loss made of a miner and `blockwise.triplet_loss`."""
+
+    def loss(x, labels, *, metric=tj.euclidean, references=None, **options):
+        costs = {
+            name: options.pop(name)
+            for name in ("margin", "hinge", "reduce_fn")
+            if name in options
+        }
+        triplets = miner(metric(x, references), labels, **options)
+        return tj.blockwise.triplet_loss(
+            x, triplets, references=references, metric=metric, **costs
+        )
+
+    return loss
+
+
+FORMS |= {
+    "embeddings: batch hard": mined_from_embeddings(tj.batch_hard_triplets),
+    "embeddings: semi-hard": mined_from_embeddings(tj.batch_semi_hard_triplets),
+}
 # Class sizes that blockwise losses treat in different ways.
 LABELS = {
     "few": np.arange(40) // 4,
@@ -248,7 +271,8 @@ def run(form, x, labels, where=None, margin=0.3, **options):
 
 def oracle_of(form, x, labels, where=None, margin=0.3, *, hinge="hinge"):
     """Value of a loss by loops, with its default reduction and Euclidean distance."""
-    _, triplets_of, reduced = LOSSES[form.removeprefix("blockwise: ")]
+    loss = form.removeprefix("blockwise: ").removeprefix("embeddings: ")
+    _, triplets_of, reduced = LOSSES[loss]
     d = oracles.matrix(oracles.euclidean, np.asarray(x, float))
     triplets = triplets_of(d, *oracles.pair_masks(labels, where=where))
     return reduced(oracles.loss_of(d, triplets, HINGES[hinge][1], margin)[0])
@@ -268,6 +292,21 @@ def public_names(module):
         and getattr(value, "__module__", "") == module.__name__
         and not name.startswith("_")
     ]
+
+
+def public_functions():
+    """Functions and metrics of the core, by names such as ``memory.push``."""
+    modules = {"": tj} | {
+        f"{name}.": getattr(tj, name)
+        for name in ("blockwise", "memory", "retrieval", "verification", "collapse")
+    }
+    types = {"Metric", "selectively_contrastive"}
+    return {
+        prefix + name: getattr(module, name)
+        for prefix, module in modules.items()
+        for name in public_names(module)
+        if callable(getattr(module, name)) and (name[0].islower() or name in types)
+    }
 
 
 def batch(n=12, dim=5, classes=3, seed=0):

@@ -1,5 +1,6 @@
 """Runs that begin with a pretrained network, as the command and as functions."""
 
+import contextlib
 import functools
 import json
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 from folders import shapes
 from problems import unless_full
+from programs import compilations
 from safetensors.numpy import load_file, save_file
 
 from tripletjax import cli, learn
@@ -122,25 +124,32 @@ def test_what_a_run_trains_and_keeps(run_of, resnet, training):
     assert list(evaluations) == ["raw pixels", "pretrained", "trained"]
 
 
-@pytest.mark.parametrize("training", in_each_group(["frozen", "top", "all"], ["top"]))
-def test_resumed_is_bit_identical(run_of, folder, resnet, training, tmp_path):
-    config = configured(folder, resnet, training)
-    out = tmp_path / "run"
+@contextlib.contextmanager
+def stopped_at_first_checkpoint():
+    """Stop the run within after its first checkpoint."""
 
-    class Killed(Exception):
+    class Stopped(Exception):
         pass
 
     saved = train.Checkpoints.save
 
-    def killed(self, step, state):
+    def save_and_stop(self, step, state):
         saved(self, step, state)
         if self.directory.name == "checkpoints":
-            raise Killed
+            raise Stopped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Checkpoints, "save", killed)
-        with pytest.raises(Killed):
-            learn.run(config, out, progress=False)
+        patch.setattr(train.Checkpoints, "save", save_and_stop)
+        with pytest.raises(Stopped):
+            yield
+
+
+@pytest.mark.parametrize("training", in_each_group(["frozen", "top", "all"], ["top"]))
+def test_resumed_is_bit_identical(run_of, folder, resnet, training, tmp_path):
+    config = configured(folder, resnet, training)
+    out = tmp_path / "run"
+    with stopped_at_first_checkpoint():
+        learn.run(config, out, progress=False)
     # The file that it began with need not be there.
     moved = learn.Config(**vars(config) | {"backbone": str(tmp_path / "gone")})
     learn.run(moved, out, resume=True, progress=False)
@@ -158,6 +167,33 @@ def test_resumed_is_bit_identical(run_of, folder, resnet, training, tmp_path):
     )
     for one, other in zip(*leaves):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_a_frozen_run_compiles_each_program_once(
+    own_data_dir, folder, resnet, tmp_path
+):
+    config = configured(folder, resnet, "frozen", dim=12, validate_every=2)
+    out = tmp_path / "run"
+    with compilations() as lines, stopped_at_first_checkpoint():
+        learn.run(config, out, progress=False)
+    assert_each_compiled_once(lines)
+    # Another run has another optimiser and compiles its own step.
+    with compilations() as lines:
+        learn.run(config, out, resume=True, progress=False)
+    assert_each_compiled_once(lines)
+
+
+def assert_each_compiled_once(lines):
+    steps, embedded, evaluated = (
+        [line for line in lines if line.startswith(f"jit({function})")]
+        for function in ("train_step", "_embed", "_evaluate")
+    )
+    assert len(steps) == 1
+    assert evaluated
+    # One for each size of a batch, and one for each evaluation.
+    assert len(embedded) == len({*embedded})
+    assert len(evaluated) == len({*evaluated})
 
 
 @pytest.mark.parametrize("training", in_each_group(["frozen", "top"], ["frozen"]))
@@ -351,16 +387,19 @@ def test_given_triplets_on_kept_features(own_data_dir, folder, resnet, tmp_path)
         (["--backbone", "pickle.pth"], "is a pickle"),
         (
             ["--backbone", "FILE", "--model", "cnn"],
-            "model cannot be combined with a backbone",
+            "--model cannot be combined with --backbone, got 'cnn'",
         ),
-        (["--backbone-training", "top"], "backbone_training requires a backbone"),
-        (["--hidden", "8"], "hidden requires a backbone"),
+        (
+            ["--backbone-training", "top"],
+            "--backbone-training requires --backbone, got 'top'",
+        ),
+        (["--hidden", "8"], "--hidden requires --backbone, got 8"),
         (
             ["--model", "resnet18", "--views", "2"],
-            "views cannot be combined with model resnet18",
+            "--views cannot be combined with --model resnet18, got 2",
         ),
         (["--backbone", "FILE", "--size", "4"], "size must be at least 8"),
-        (["--backbone", "FILE", "--views", "0"], "views must be at least 1"),
+        (["--backbone", "FILE", "--views", "0"], "--views must be at least 1, got 0"),
         (["--backbone", "FILE", "--rotation-classes", "4"], "cannot be turned"),
         (["--backbone", "FILE", "--backbone-training", "some"], "invalid choice"),
     ],

@@ -4,6 +4,7 @@ The rules that hold for all losses are in `test_contract`.
 """
 
 import functools
+import inspect
 import itertools
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from problems import (
     BLOCKWISE,
@@ -20,6 +21,7 @@ from problems import (
     LABELS,
     LOSSES,
     in_lanes,
+    public_names,
     unless_slow,
     vectors,
 )
@@ -27,9 +29,9 @@ from problems import (
 import tripletjax as tj
 from tripletjax import blockwise
 from tripletjax._engine.search import MAX_TILE_POSITIVES
-from tripletjax._pairwise import cuts
+from tripletjax._pairwise import block_sizes
 from tripletjax._pairwise.slices import Blocks
-from tripletjax.losses import RELU, SOFTPLUS, GapCost, as_cost, needs_sums_alone
+from tripletjax.losses import RELU, SOFTPLUS, GapCost, as_cost
 
 THREE = BUILT_IN[:3]
 every_loss = pytest.mark.parametrize("name", unless_slow(BLOCKWISE, THREE))
@@ -142,24 +144,22 @@ def test_a_reduction_of_sums(loss, matrix):
 
 
 REDUCTIONS = [
-    (lambda terms: tj.mean_valid(terms), True),
-    (lambda terms: (tj.mean_active(terms), terms.valid.sum()), True),
-    (lambda terms: jnp.sum(terms.total / (1 + terms.valid)), False),
-    (lambda terms: (terms.total.sum(), terms.active), False),
-    (lambda terms: terms.total.mean() + terms.active.sum() / 7, True),
-    (jax.jit(lambda terms: (tj.mean_active(terms), terms.valid)), False),
-    (lambda terms: jnp.max(terms.total), False),
+    lambda terms: tj.mean_valid(terms),
+    lambda terms: (tj.mean_active(terms), terms.valid.sum()),
+    lambda terms: jnp.sum(terms.total / (1 + terms.valid)),
+    lambda terms: (terms.total.sum(), terms.active),
+    jax.jit(lambda terms: (tj.mean_active(terms), terms.valid)),
+    lambda terms: jnp.max(terms.total),
 ]
 
 
 @in_lanes(
-    ("reduce_fn", "sums"),
-    REDUCTIONS,
-    quick=REDUCTIONS[:1],
-    slow=REDUCTIONS[:4],
+    ("reduce_fn",),
+    [(reduce_fn,) for reduce_fn in REDUCTIONS],
+    quick=[(REDUCTIONS[2],)],
+    slow=[(reduce_fn,) for reduce_fn in REDUCTIONS[:4]],
 )
-def test_what_a_reduction_does_with_the_terms(reduce_fn, sums):
-    assert needs_sums_alone(reduce_fn, 40, jnp.float32) == sums
+def test_any_reduction_of_the_terms(reduce_fn):
     x, labels = vectors(), LABELS["few"]
 
     def first(value):
@@ -175,11 +175,22 @@ def test_what_a_reduction_does_with_the_terms(reduce_fn, sums):
     )
 
 
-def test_functions_like_relu_are_relu():
+def test_reductions_of_sums_take_one_walk():
+    def text(reduce_fn):
+        loss = functools.partial(blockwise.batch_hard_loss, reduce_fn=reduce_fn)
+        return str(jax.make_jaxpr(loss)(vectors(), LABELS["few"]))
+
+    own = tj.SumReduction(lambda sums: sums.total)
+    for reduce_fn in (tj.mean_valid, tj.mean_active, own):
+        assert "name=total_terms" in text(reduce_fn)
+    for reduce_fn in (None, lambda terms: tj.mean_valid(terms)):
+        assert "name=terms_per_anchor" in text(reduce_fn)
+
+
+def test_costs_by_their_hinge():
     for known in (RELU, SOFTPLUS):
-        function = known.function
-        assert as_cost(function) is as_cost(lambda gap, f=function: f(gap)) is known
-    for other in (lambda gap: jnp.maximum(gap, 0), jax.nn.gelu, jnp.exp):
+        assert as_cost(known.function) is known
+    for other in (jax.nn.gelu, jnp.exp):
         assert as_cost(other) == GapCost(other)
 
 
@@ -325,6 +336,21 @@ def test_near_duplicates_keep_their_digits(name, loss, role):
         np.testing.assert_allclose(jnp.linalg.norm(gradient[0]), count, rtol=1e-5)
 
 
+def test_a_second_derivative_is_that_of_the_matrix():
+    x, labels = vectors(8, 3), np.arange(8) // 2
+    options = {"margin": 0.5, "hinge": jax.nn.softplus}
+
+    def of_gradient(form):
+        squared = lambda x: jnp.sum(jax.grad(form)(x) ** 2)  # noqa: E731
+        return jax.jit(jax.grad(squared))(x)
+
+    got = of_gradient(lambda x: blockwise.batch_hard_loss(x, labels, **options))
+    expected = of_gradient(
+        lambda x: tj.batch_hard_loss(tj.euclidean(x), labels, **options)
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", unless_slow(THREE, [], slow=["batch all"]))
 def test_forward_mode_and_second_order(loss, matrix):
     options = {"margin": 0.5, "hinge": jax.nn.softplus}
@@ -374,21 +400,21 @@ def test_pair_masks_with_references(loss, metric):
 
 
 @in_lanes(
-    ("name", "cut", "most"),
+    ("name", "sizes", "most"),
     [
-        (name, cut, most)
+        (name, sizes, most)
         for name in THREE
-        for cut, most in ((cuts.CPU, 64), (cuts.ACCELERATOR, 256))
+        for sizes, most in ((block_sizes.CPU, 64), (block_sizes.ACCELERATOR, 256))
     ],
-    slow=lambda name, cut, most: cut == cuts.CPU or name == "batch all",
+    slow=lambda name, sizes, most: sizes == block_sizes.CPU or name == "batch all",
 )
-def test_memory_does_not_grow_with_the_matrix(loss, cut, most, monkeypatch):
-    monkeypatch.setattr(cuts, "CPU", cut)
+def test_memory_does_not_grow_with_the_matrix(loss, sizes, most, monkeypatch):
+    monkeypatch.setattr(block_sizes, "CPU", sizes)
     n = 65_536
     x = jax.ShapeDtypeStruct((n, 128), jnp.float32)
     labels = jax.ShapeDtypeStruct((n,), jnp.int32)
     # Nothing else is traced with these options, and remembered.
-    with_cut = functools.partial(loss, block_size=cut.tile)
+    with_cut = functools.partial(loss, block_size=sizes.tile)
     compiled = jax.jit(jax.value_and_grad(with_cut)).lower(x, labels).compile()
     # The matrix alone would be 16 GiB.
     assert compiled.memory_analysis().temp_size_in_bytes <= most * 2**20
@@ -413,7 +439,9 @@ def test_memory_does_not_grow_with_the_matrix(loss, cut, most, monkeypatch):
 )
 def test_the_forms_of_accelerators(hinge, with_references, loss, matrix, monkeypatch):
     """Plain reductions, in panels and tiles, agree with those for CPUs."""
-    monkeypatch.setattr(cuts, "CPU", cuts.ACCELERATOR._replace(tile=64, panel=320))
+    monkeypatch.setattr(
+        block_sizes, "CPU", block_sizes.ACCELERATOR._replace(tile=64, panel=320)
+    )
     # Nothing else is traced with this block size, and remembered.
     options = {"margin": 0.5, "hinge": HINGES[hinge][0]}
 
@@ -522,7 +550,11 @@ def test_triplets_split_over_devices():
         in_specs=(spec, spec),
         out_specs=spec,
     )(x, labels)
-    expected = blockwise.batch_hard_triplets(x, labels)[1:]
+    expected = blockwise.batch_hard_triplets(x, labels)
+    jax.tree.map(np.testing.assert_array_equal, tuple(got), tuple(expected[1:]))
+    # From outside, anchors are counted along the rows of all devices.
+    sharding = NamedSharding(mesh(AxisType.Explicit), spec)
+    got = blockwise.batch_hard_triplets(*jax.device_put((x, labels), sharding))
     jax.tree.map(np.testing.assert_array_equal, tuple(got), tuple(expected))
 
 
@@ -583,6 +615,105 @@ def test_bad_input_is_named(loss, change, error, words):
     arguments = {"embeddings": np.ones((4, 3)), "labels": [0, 0, 1, 1]} | change
     with pytest.raises(error, match=words):
         loss(arguments.pop("embeddings"), arguments.pop("labels"), **arguments)
+
+
+def drawn_triplets(n, m, k=50):
+    random = np.random.default_rng(0)
+    indices = [random.integers(0, size, k) for size in (n, m, m)]
+    return tj.Triplets(*indices, random.random(k) < 0.8)
+
+
+@pytest.mark.parametrize("metric", [tj.euclidean, tj.cosine, tj.manhattan])
+def test_triplets_of_embeddings_and_references(metric, monkeypatch):
+    """Value and gradients are those of explicit triplets, in blocks of seven."""
+    monkeypatch.setattr(block_sizes, "CPU", block_sizes.CPU._replace(panel=7 * 6))
+    x, y, triplets = vectors(), vectors(53, seed=1), drawn_triplets(40, 53)
+    anchor, positive, negative, valid = triplets
+
+    def explicit(x, y, margin):
+        return tj.triplet_margin_loss(
+            x[anchor], y[positive], y[negative], where=valid, metric=metric,
+            margin=margin,
+        )  # fmt: skip
+
+    def mined(x, y, margin):
+        return blockwise.triplet_loss(
+            x, triplets, references=y, metric=metric, margin=margin
+        )
+
+    check(*(jax.value_and_grad(f, (0, 1, 2))(x, y, 0.3) for f in (mined, explicit)))
+    check(*(jax.jvp(lambda x: f(x, y, 0.3), (x,), (x,)) for f in (mined, explicit)))  # noqa: B023
+
+
+def test_triplets_keep_the_digits_of_near_duplicates():
+    x = near_pair(1e-4)
+    triplets = tj.Triplets(*(jnp.array([i]) for i in (0, 0, 1)), jnp.array([True]))
+    exact = oracles.euclidean(*np.asarray(x[:2], float))
+    value = blockwise.triplet_loss(x, triplets, hinge=only("negative"))
+    np.testing.assert_allclose(value, exact, rtol=1e-6)
+
+
+def test_triplets_that_are_not_valid_have_no_gradient():
+    """Their indices may compare a vector with itself: this root has no slope there."""
+    metric = tj.Metric(lambda a, b: jnp.sqrt(jnp.sum((a - b) ** 2)))
+    triplets = blockwise.batch_hard_triplets(vectors(4), [0, 0, 1, 2])
+    assert triplets.valid.tolist() == [True, True, False, False]
+    gradient = jax.grad(lambda x: blockwise.triplet_loss(x, triplets, metric=metric))
+    assert jnp.isfinite(gradient(vectors(4))).all()
+
+
+def test_triplets_of_batches_of_embeddings():
+    x, labels = vectors(24).reshape(2, 12, 6), np.arange(12) % 3
+    triplets = jax.vmap(lambda x: blockwise.batch_hard_triplets(x, labels))(x)
+    got = blockwise.triplet_loss(x, triplets, margin=0.3)
+    expected = blockwise.batch_hard_loss(x, labels, margin=0.3)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("field", ["anchor", "positive", "negative"])
+def test_triplets_out_of_range_are_named_or_give_nan(field):
+    x, y = vectors(3), vectors(5)
+    right = tj.Triplets(*(jnp.array([i]) for i in (0, 4, 3)), jnp.array([True]))
+    loss = functools.partial(blockwise.triplet_loss, references=y)
+    assert jnp.isfinite(loss(x, right))
+    last = 2 if field == "anchor" else 4
+    for index in (last + 1, -1):
+        wrong = right._replace(**{field: jnp.array([index])})
+        words = f"triplets.{field} must be from 0 to {last}, got {index}: there are 3"
+        with pytest.raises(ValueError, match=words):
+            loss(x, wrong)
+        assert jnp.isnan(jax.jit(loss)(x, wrong))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"embeddings": np.ones(3)}, ValueError, r"embeddings must be \[..., n, d\]"),
+        ({"triplets": (0, 1, 2)}, TypeError, "triplets must be Triplets"),
+        ({"triplets": drawn_triplets(4, 4)._replace(valid=[1])}, ValueError, "shape"),
+        ({"embeddings": np.ones((2, 4, 3))}, ValueError, r"\(2, 4, 3\), got shape"),
+        ({"references": np.ones((5, 2))}, ValueError, r"\(5, 2\) and \(4, 3\)"),
+        ({"metric": np.subtract}, TypeError, "metric must be a Metric"),
+        ({"hinge": jnp.sum}, ValueError, "hinge must be elementwise"),
+        ({"margin": -1.0}, ValueError, "margin must be finite and not negative"),
+        ({"reduce_fn": jnp.mean}, TypeError, "reduce_fn must take TripletTerms"),
+        ({"labels": [0, 1]}, TypeError, "unexpected keyword argument 'labels'"),
+    ],
+)
+def test_bad_triplets_of_embeddings_are_named(change, error, words):
+    arguments = {"embeddings": np.ones((4, 3)), "triplets": drawn_triplets(4, 4)}
+    arguments |= change
+    with pytest.raises(error, match=words):
+        blockwise.triplet_loss(
+            arguments.pop("embeddings"), arguments.pop("triplets"), **arguments
+        )
+
+
+@pytest.mark.parametrize("name", public_names(blockwise))
+def test_options_are_given_by_name(name):
+    parameters = inspect.signature(getattr(blockwise, name)).parameters.values()
+    by_place = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    assert by_place in (["embeddings", "labels"], ["embeddings", "triplets"])
 
 
 def test_labels_of_other_dtypes():

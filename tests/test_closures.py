@@ -199,15 +199,6 @@ def test_meshes(name, kind):
             assert_close(jax.jit(value_and_grad)(SCALE, 2.0, x), want)
 
 
-def test_ring_is_refused():
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match="use ring=False"):
-        jax.eval_shape(
-            lambda t: hinge_alone("batch_all_loss", t, axis_name="data", ring=True),
-            2.0,
-        )
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_arrays_that_are_not_traced(name):
     """Nothing changes for a function that closes over arrays with values."""

@@ -35,8 +35,9 @@ from problems import (
 import tripletjax as tj
 
 BLOCKS = [form for form in FORMS if form.startswith("blockwise")]
-QUICK_FORMS = [*QUICK, *BLOCKS[:3]]
-DISTINCT_FORMS = [*DISTINCT, *BLOCKS]
+EMBEDDED = [form for form in FORMS if form.startswith("embeddings")]
+QUICK_FORMS = [*QUICK, *BLOCKS[:3], EMBEDDED[1]]
+DISTINCT_FORMS = [*DISTINCT, *BLOCKS, *EMBEDDED]
 
 every_form = pytest.mark.parametrize("form", unless_slow(DISTINCT_FORMS, QUICK_FORMS))
 # Blockwise losses treat all metrics in the same way: one loss for each will do.
@@ -52,7 +53,7 @@ HINGES_OF_FORMS = [
     (form, hinge)
     for form in DISTINCT_FORMS
     for hinge in HINGES
-    if hinge == "hinge" or form in BUILT_IN or form in BLOCKS
+    if hinge == "hinge" or form in (*BUILT_IN, *BLOCKS, *EMBEDDED)
 ]
 every_hinge = in_lanes(
     ("form", "hinge"),

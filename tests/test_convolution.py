@@ -61,7 +61,7 @@ def test_space_to_depth_keeps_every_pixel():
 
 def test_odd_sides_are_made_even_first():
     x = jnp.arange(2 * 3 * 4 * 2.0).reshape(2, 3, 4, 2)
-    y = module.space_to_depth(layers._even(x), 2)
+    y = module.space_to_depth(layers.pad_to_even(x), 2)
     assert y.shape == (2, 2, 2, 8)
     np.testing.assert_array_equal(y[1, 0, 1], x[1, :2, 2:].ravel())
     np.testing.assert_array_equal(y[0, 1, 0, :4], x[0, 2, :2].ravel())

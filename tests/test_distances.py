@@ -7,6 +7,7 @@ import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.test_util import check_grads
 from problems import unless_slow
 
 import tripletjax as tj
@@ -188,14 +189,6 @@ def test_a_function_without_gradient_at_zero_does_not_poison_the_diagonal():
     assert jnp.isfinite(gradient).all()
 
 
-def test_a_matrix_of_any_metric_takes_no_n_by_m_by_d_memory():
-    x = jax.ShapeDtypeStruct((256, 512), jnp.float32)
-    # All differences at once would be 128 MiB.
-    for function in (tj.manhattan, jax.grad(lambda x: tj.manhattan(x).sum())):
-        compiled = jax.jit(function).lower(x).compile()
-        assert compiled.memory_analysis().temp_size_in_bytes < 20 * 2**20
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -234,3 +227,46 @@ def test_metrics_of_equal_parts_are_equal():
     assert plain != tj.euclidean
     with pytest.raises(AttributeError):
         plain.products = tj.euclidean.products
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_unit_norm(scale):
+    x = np.random.default_rng(0).normal(size=(2, 5, 4)) * scale
+    expected = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    np.testing.assert_allclose(tj.normalize(np.float32(x)), expected, rtol=2e-6)
+
+
+def test_unit_norm_of_zero():
+    """Value and derivatives are 0, also beside other rows."""
+    x = jnp.zeros((3, 4)).at[1].set(jnp.arange(4.0))
+    weights = jnp.arange(12.0).reshape(3, 4)
+    total = lambda x: jnp.sum(weights * tj.normalize(x))  # noqa: E731
+    gradient, hessian = jax.grad(total)(x), jax.hessian(total)(x)
+    np.testing.assert_array_equal(tj.normalize(x)[jnp.array([0, 2])], 0)
+    np.testing.assert_array_equal(gradient[jnp.array([0, 2])], 0)
+    assert jnp.isfinite(gradient).all()
+    assert jnp.isfinite(hessian).all()
+    with jax.enable_x64(True):
+        check_grads(tj.normalize, (jnp.float64(x[1]),), order=2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_unit_norm_of_low_precision(dtype):
+    low = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1000)), dtype)
+    got = tj.normalize(low)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, tj.normalize(low.astype(jnp.float32)))
+    assert jax.grad(lambda x: tj.normalize(x).sum())(low).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "words"),
+    [
+        (1.0, ValueError, r"x must be \[..., d\], got shape \(\)"),
+        (np.ones((0, 3)), ValueError, "x is empty"),
+        (np.ones(3, complex), TypeError, "x must be real"),
+    ],
+)
+def test_bad_vectors_for_unit_norm_are_named(x, error, words):
+    with pytest.raises(error, match=words):
+        tj.normalize(x)

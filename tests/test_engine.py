@@ -1,15 +1,12 @@
-"""Parts of blockwise losses: a class index, reductions, several panels, a ring."""
+"""Parts of blockwise losses: a class index, reductions, several panels."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
+import pytest
 
 import tripletjax as tj
-from tripletjax._engine.reductions import min_and_index
-from tripletjax._pairwise import cuts
+from tripletjax._engine.reductions import min_and_index, min_and_index_of_all
+from tripletjax._pairwise import block_sizes
 from tripletjax._pairwise.batch import single_batch
 from tripletjax._pairwise.class_index import ClassIndex
 
@@ -48,9 +45,19 @@ def test_the_least_beyond_a_limit():
     assert value.tolist() == [np.inf, np.inf]
 
 
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_least_of_all(axis, plain):
+    # With ties, along runs of 32 and along one of 7.
+    x = np.random.default_rng(0).integers(0, 9, size=(64, 7)).astype(np.float32)
+    value, index = min_and_index_of_all(jnp.asarray(x), axis, plain=plain)
+    np.testing.assert_array_equal(value, x.min(axis))
+    np.testing.assert_array_equal(index, x.argmin(axis))
+
+
 def test_anchors_of_overlapping_panels_count_once(monkeypatch):
     # Four rows at a time: the last two blocks of eleven anchors share one.
-    monkeypatch.setattr(cuts, "CPU", cuts.CPU._replace(panel=44))
+    monkeypatch.setattr(block_sizes, "CPU", block_sizes.CPU._replace(panel=44))
     x, labels = vectors(11), np.arange(11) % 3
     got = tj.blockwise.batch_hard_loss(
         x, labels, metric=tj.manhattan, margin=2.0, reduce_fn=None
@@ -59,15 +66,3 @@ def test_anchors_of_overlapping_panels_count_once(monkeypatch):
     assert (expected.active > 0).any()
     for one, other in zip(got, expected):
         np.testing.assert_allclose(one, other, rtol=1e-5)
-
-
-def test_references_that_go_round_four_devices():
-    x, labels = vectors(12), np.arange(12) % 4
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-    loss = functools.partial(tj.blockwise.batch_hard_loss, margin=2.0)
-    expected = jax.value_and_grad(lambda x: loss(x, labels))(x)
-    with jax.set_mesh(mesh):
-        over = lambda x: loss(x, labels, axis_name="data", ring=True)  # noqa: E731
-        got = jax.jit(jax.value_and_grad(over))(x)
-    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
-    np.testing.assert_allclose(got[1], expected[1], atol=1e-5)

@@ -1,5 +1,8 @@
 """Explicit triplets, reductions and costs, by hand and against the oracles."""
 
+import functools
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,6 +143,36 @@ def test_reductions():
     np.testing.assert_allclose(total, parts.total.sum(), rtol=1e-6)
 
 
+def test_reductions_keep_batch_dimensions():
+    """Also where one is part of another, which sees sums."""
+    both = tj.SumReduction(lambda sums: (tj.mean_valid.of_sums(sums), sums.valid))
+    terms = tj.TripletTerms(*jnp.arange(18.0).reshape(3, 2, 3))
+    mean, valid = both(terms)
+    np.testing.assert_allclose(mean, terms.total.sum(1) / terms.valid.sum(1))
+    np.testing.assert_array_equal(valid, terms.valid.sum(1))
+
+
+def test_equal_reductions_are_one():
+    def reduction():
+        return tj.SumReduction(lambda sums: sums.total / 7)
+
+    assert reduction() == reduction()
+    assert hash(reduction()) == hash(reduction())
+    assert tj.mean_valid != tj.mean_active
+    assert pickle.loads(pickle.dumps(tj.mean_valid)) == tj.mean_valid
+    assert "Mean cost of all triplets" in tj.mean_valid.__doc__
+    assert repr(tj.mean_valid) == "SumReduction(mean_valid)"
+
+
+@pytest.mark.parametrize(
+    "reduce_fn", [jnp.mean, np.mean, sum, functools.partial(jnp.sum, axis=-1)]
+)
+@pytest.mark.parametrize("loss", [tj.batch_hard_loss, tj.blockwise.batch_hard_loss])
+def test_reductions_of_one_array_are_refused(loss, reduce_fn):
+    with pytest.raises(TypeError, match=r"reduce_fn must take TripletTerms, got .*use"):
+        loss(np.ones((4, 4)), [0, 0, 1, 1], reduce_fn=reduce_fn)
+
+
 @pytest.mark.parametrize(
     "loss", [tj.batch_all_loss, tj.batch_hard_loss, tj.batch_semi_hard_loss]
 )
@@ -271,5 +304,5 @@ def test_embeddings_and_distances_are_told_apart(name):
 def test_triplets_of_embeddings():
     x = np.float32(np.random.default_rng(0).normal(size=(6, 3)))
     triplets = tj.all_triplets(np.arange(6) % 2, size=40)
-    with pytest.raises(ValueError, match="triplet_margin_loss"):
+    with pytest.raises(ValueError, match=r"use tripletjax\.blockwise\.triplet_loss"):
         tj.triplet_loss(x, triplets)

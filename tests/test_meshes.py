@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import BUILT_IN, LOSSES, batch, in_lanes, unless_slow
 
 import tripletjax as tj
-from tripletjax._pairwise import cuts
+from tripletjax._pairwise import block_sizes
 
 every_loss = pytest.mark.parametrize("name", unless_slow(BUILT_IN, ["batch hard"]))
 KINDS = AxisType.Auto, AxisType.Explicit
@@ -317,8 +317,8 @@ def test_metrics(kind, classes, shape):
 @pytest.mark.parametrize("references", [False, True])
 def test_devices_share_the_pairs_of_a_verification(references, monkeypatch):
     # Five blocks of eight: ten pairs of blocks or, of two kinds of vectors, 25.
-    monkeypatch.setattr(cuts, "CPU", cuts.CPU._replace(tile=8))
-    monkeypatch.setattr(cuts, "ACCELERATOR", cuts.CPU)
+    monkeypatch.setattr(block_sizes, "CPU", block_sizes.CPU._replace(tile=8))
+    monkeypatch.setattr(block_sizes, "ACCELERATOR", block_sizes.CPU)
     x, labels = (np.asarray(a) for a in batch(40))
     given = {"embeddings": x, "labels": labels, "where": np.arange(40) % 7 > 0}
     if references:
@@ -510,88 +510,3 @@ def test_a_loss_has_no_name_of_jax():
             (),
             first.shape,
         ]
-
-
-def ring_cases():
-    """Name of the loss, classes, and options of it."""
-    random = np.random.default_rng(1)
-    gallery = {
-        "references": random.normal(size=(48, 7)).astype(np.float32),
-        "reference_labels": np.arange(48) % 5,
-        "reference_where": np.arange(48) % 7 > 0,
-        "positions": np.arange(40) - 3,
-    }
-    soft, cosine = {"hinge": jax.nn.softplus}, {"metric": tj.cosine}
-    own = {"hinge": tj.selectively_contrastive()}
-    for name in BLOCKWISE:
-        # Of two classes, an anchor has more positives than go round at once.
-        for classes, options in ((9, soft), (2, {}), (5, gallery), (1, {})):
-            yield name, classes, options
-        yield name, 9, {"reduce_fn": lambda terms: (terms.total**2).sum()}
-    yield "all", 9, own
-    yield "hard", 9, cosine | {"reduce_fn": None}
-
-
-RINGS = list(ring_cases())
-
-
-@pytest.mark.parametrize("case", unless_slow(RINGS, [], slow=RINGS[:1]))
-def test_a_ring(case, monkeypatch):
-    """References that are never together give what they give together."""
-    name, classes, options = case
-    x = np.random.default_rng(0).normal(size=(40, 7)).astype(np.float32)
-    labels = np.random.default_rng(2).integers(0, classes, 40)
-    real = np.arange(40) % 11 > 0
-
-    def loss(x, margin, **over):
-        value = BLOCKWISE[name](x, labels, margin=margin, where=real, **options, **over)
-        return sum(map(jnp.sum, value)) if isinstance(value, tj.TripletTerms) else value
-
-    expected = jax.value_and_grad(loss, (0, 1))(x, 0.3)
-    # Blocks of four anchors, the last of which overlaps the one before.
-    monkeypatch.setattr(cuts, "CPU", cuts.CPU._replace(panel=4 * 7))
-    with jax.set_mesh(mesh(AxisType.Auto)):
-        over = functools.partial(loss, axis_name="data", ring=True)
-        got = jax.jit(jax.value_and_grad(over, (0, 1)))(x, 0.3)
-    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
-    for one, other in zip(got[1], expected[1]):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", BLOCKWISE)
-def test_a_ring_needs_less_memory_on_more_devices(name):
-    needed = {}
-    for devices in (2, 8):
-        on = mesh(AxisType.Explicit, (devices,))
-        rows = NamedSharding(on, ROWS)
-        x = jax.ShapeDtypeStruct((65_536, 128), jnp.float32, sharding=rows)
-        labels = jax.ShapeDtypeStruct((65_536,), jnp.int32, sharding=rows)
-        with jax.set_mesh(on):
-            loss = functools.partial(BLOCKWISE[name], ring=True)
-            program = jax.jit(jax.value_and_grad(loss)).lower(x, labels).compile()
-        needed[devices] = program.memory_analysis().temp_size_in_bytes
-        of_all = [
-            shape
-            for shape, kind in COLLECTIVES.findall(program.as_text())
-            if kind == "all-gather" and "128]" in shape
-        ]
-        assert not of_all
-    assert needed[8] < needed[2] / 2
-    # All vectors alone would be 32 MiB.
-    assert needed[8] < 32 * 2**20
-
-
-def test_wrong_rings():
-    x, labels = (np.asarray(a) for a in batch(N))
-    loss = functools.partial(tj.blockwise.batch_hard_loss, ring=True)
-    with pytest.raises(ValueError, match="ring needs axis_name"):
-        loss(x, labels)
-    with jax.set_mesh(mesh(AxisType.Auto)):
-        over = functools.partial(loss, axis_name="data")
-        with pytest.raises(ValueError, match="ring needs a metric made of inner"):
-            over(x, labels, metric=tj.manhattan)
-        with pytest.raises(ValueError, match="ring needs labels that are integers"):
-            over(x, tj.pair_masks(labels))
-        with pytest.raises(NotImplementedError, match="first derivatives alone"):
-            jax.hessian(lambda x: over(x, labels))(x)

@@ -15,6 +15,7 @@ from scipy import stats
 import tripletjax as tj
 from tripletjax import mining
 from tripletjax._api import own_promotion
+from tripletjax._matrices import columns_by_weight
 
 LINE = jnp.array([[0.0], [1.0], [3.0], [3.5], [7.0]])
 LABELS = jnp.array([0, 0, 0, 1, 1])
@@ -135,6 +136,14 @@ def test_counts_beyond_the_integers_stop_there():
     # 3000 x 1499 x 1500 triplets.
     assert triplets.count == 2**31 - 1
     assert triplets.valid.all()
+
+
+def test_sums_beyond_the_integers_stop_there():
+    most = 2**31 - 1
+    a = jnp.array([1, most - 5, most - 5, most, most], jnp.int32)
+    b = jnp.array([2, 5, 6, 0, most], jnp.int32)
+    sums = mining._saturating_add(a, b)
+    assert sums.tolist() == [3, most, most, most, most]
 
 
 def test_more_pairs_than_the_integers_count():
@@ -280,25 +289,6 @@ def test_selectors_that_do_not_fit_together(options, words):
         tj.batch_easy_hard_triplets(tj.euclidean(LINE), LABELS, **options)
 
 
-@pytest.mark.slow
-def test_no_cubic_memory():
-    """The mask of all triplets would be 512 MiB."""
-    n = 512
-    d = jax.ShapeDtypeStruct((n, n), jnp.float32)
-    labels = jax.ShapeDtypeStruct((n,), jnp.int32)
-    functions = (
-        lambda d, y: tj.all_triplets(y, size=n, distances=d, band=tj.hard_band()),
-        tj.batch_semi_hard_triplets,
-        jax.grad(tj.batch_all_loss),
-        jax.grad(tj.batch_semi_hard_loss),
-        lambda d, y: tj.random_semi_hard_triplets(jax.random.key(0), d, y),
-        lambda d, y: tj.distance_weighted_triplets(jax.random.key(0), d, y, dim=8),
-    )
-    for function in functions:
-        memory = jax.jit(function).lower(d, labels).compile().memory_analysis()
-        assert memory.temp_size_in_bytes < 24 * n * n * 4
-
-
 def counts(draw, anchor, column, draws=2000):
     """How often each negative is drawn for one entry."""
     keys = jax.random.split(jax.random.key(1), draws)
@@ -355,12 +345,84 @@ def test_distance_weighted_is_stable_in_many_dimensions():
     assert agrees(observed, negative[2] / 14)
 
 
-def test_random_miners_are_uniform():
-    labels = np.repeat(np.arange(4), 4)
-    _, negative = oracles.pair_masks(labels)
-    observed = counts(lambda key: tj.random_triplets(key, labels, per_anchor=2), 5, 1)
-    assert agrees(observed, negative[5] / negative[5].sum())
-    d = jnp.tile(jnp.arange(16) / 100, (16, 1))
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("position", [None, 2, 7, 14, -1])
+def test_random_triplets_are_uniform(masked, position):
+    """One anchor of class 1; the reference that it is may be of another class."""
+    references, real = np.repeat(np.arange(4), 4), np.arange(16) % 5 > 0
+    options = {"reference_where": real}
+    if position is None:
+        labels, anchor = references, 5
+    else:
+        labels, anchor = np.array([1]), 0
+        options |= {"reference_labels": references, "positions": np.array([position])}
+    sides = oracles.pair_masks(labels, **options)
+    if masked:
+        labels, options = tj.PairMasks(*tj.pair_masks(labels, **options)), {}
+    keys = jax.random.split(jax.random.key(1), 2000)
+    draw = functools.partial(tj.random_triplets, labels=labels, per_anchor=2, **options)
+    drawn = jax.vmap(draw)(keys)
+    assert drawn.valid[:, anchor].all()
+    for indices, side in zip((drawn.positive, drawn.negative), sides):
+        observed = np.bincount(np.ravel(indices[:, anchor]), minlength=16)
+        assert agrees(observed, side[anchor] / side[anchor].sum())
+
+
+def test_random_triplets_of_signed_and_unsigned_labels():
+    """All bits set is -1 in one and 2**32 - 1 in the other."""
+    labels, theirs = np.int32([-1, 1]), np.uint32([2**32 - 1, 1, 1])
+    options = {"reference_labels": theirs, "positions": np.array([-1, 1])}
+    draw = functools.partial(tj.random_triplets, jax.random.key(0), per_anchor=20)
+    drawn = draw(labels, **options)
+    np.testing.assert_array_equal(drawn.valid[:, 0], [False, True])
+    assert (drawn.positive[1] == 2).all()
+    assert (drawn.negative[1] == 0).all()
+    assert not draw(theirs[:1], reference_labels=labels).valid.any()
+
+
+def test_random_triplets_of_batches():
+    """Padding alone may have leading dimensions; each batch has its own draws."""
+    labels, where = np.array([0, 0, 1, 1, 2]), np.arange(5) < [[5], [4]]
+    sides = zip(*[oracles.pair_masks(labels, where=one) for one in where])
+    masks = tj.PairMasks(*map(np.stack, sides))
+    draw = functools.partial(tj.random_triplets, jax.random.key(0), per_anchor=3)
+    for triplets in (draw(labels, where=where), draw(masks)):
+        assert triplets.anchor.shape == (2, 5, 3)
+        np.testing.assert_array_equal(
+            triplets.valid, np.broadcast_to(np.arange(5)[:, None] < 4, (2, 5, 3))
+        )
+        batch = np.arange(2)[:, None, None]
+        for indices, mask in zip((triplets.positive, triplets.negative), masks):
+            assert mask[batch, triplets.anchor, indices][triplets.valid].all()
+        assert (triplets.negative[0] != triplets.negative[1]).any()
+
+
+def test_no_column_without_weight_is_drawn():
+    """Sums of a parallel scan are rounded so that they rise where a weight is 0."""
+    random = np.random.default_rng(0)
+    weights = np.exp(3 * random.normal(size=(8, 5000)))
+    weights[random.random((8, 5000)) < 0.5] = 0
+    weights = jnp.asarray(weights, jnp.float32)
+    ends = jnp.cumsum(weights, axis=-1)
+    drawn = columns_by_weight(weights, ends / ends[:, -1:])
+    assert (jnp.take_along_axis(weights, drawn, -1) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([0.0, 3.0, 0.0, 1.0], [1, 1, 3, 3]),
+        ([1e38, 3e38, 1e38, 3e38], [0, 1, 3, 3]),
+        ([np.nan, 1.0, np.inf, 1.0], [1, 2, 2, 2]),
+    ],
+)
+def test_columns_by_weight(weights, expected):
+    shares = jnp.array([0.0, 0.4, 0.76, 1.0])
+    assert columns_by_weight(jnp.array(weights), shares).tolist() == expected
+
+
+def test_random_semi_hard_triplets_are_uniform():
+    d, labels = jnp.tile(jnp.arange(16) / 100, (16, 1)), np.repeat(np.arange(4), 4)
     observed = counts(
         lambda key: tj.random_semi_hard_triplets(key, d, labels, margin=0.055), 0, 3
     )

@@ -187,13 +187,14 @@ def test_all_triplets(band, problem, margin, short):
 def test_random_triplets(problem, seed):
     _, labels, options = problem
     positive, negative = oracles.pair_masks(labels, **options)
-    got = tj.random_triplets(jax.random.key(seed), labels, per_anchor=3, **options)
-    assert got.valid.shape == (len(labels), 3)
     possible = positive.any(1) & negative.any(1)
-    np.testing.assert_array_equal(got.valid, np.repeat(possible[:, None], 3, 1))
-    for a, p, n in triplet_list(got):
-        assert positive[a, p]
-        assert negative[a, n]
+    draw = functools.partial(tj.random_triplets, jax.random.key(seed), per_anchor=3)
+    for got in (draw(labels, **options), draw(tj.PairMasks(positive, negative))):
+        assert got.valid.shape == (len(labels), 3)
+        np.testing.assert_array_equal(got.valid, np.repeat(possible[:, None], 3, 1))
+        for a, p, n in triplet_list(got):
+            assert positive[a, p]
+            assert negative[a, n]
 
 
 @settings(max_examples=30)

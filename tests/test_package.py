@@ -64,7 +64,7 @@ CORE = (
 )
 ROOMS = (
     *CORE,
-    ("learn.errors", "learn.files", "learn.compile_cache"),
+    ("learn.choices", "learn.errors", "learn.files"),
     ("learn.data", "learn.reports"),
     ("learn.networks", "learn.distributed", "learn.plots"),
     ("learn.training",),
@@ -85,7 +85,7 @@ APART = {
     "retrieval": ("mining", "losses"),
     "verification": ("mining", "losses"),
     "collapse": ("mining", "losses"),
-    "mining": ("_pairwise", "retrieval", "verification", "collapse"),
+    "mining": ("retrieval", "verification", "collapse"),
     "losses": ("_pairwise", "retrieval", "verification", "collapse"),
     "blockwise": ("retrieval", "verification", "collapse"),
 }

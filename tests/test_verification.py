@@ -17,7 +17,7 @@ from sklearn import metrics as sk
 
 import tripletjax as tj
 from tripletjax import verification
-from tripletjax._pairwise import cuts
+from tripletjax._pairwise import block_sizes
 from tripletjax.verification import evaluation
 
 
@@ -280,8 +280,8 @@ def test_inside_jit_and_split_over_devices():
 
 def test_devices_go_over_different_pairs(monkeypatch):
     # Two blocks of eight: the pairs between them are the only tile of a round.
-    monkeypatch.setattr(cuts, "CPU", cuts.CPU._replace(tile=8))
-    monkeypatch.setattr(cuts, "ACCELERATOR", cuts.CPU)
+    monkeypatch.setattr(block_sizes, "CPU", block_sizes.CPU._replace(tile=8))
+    monkeypatch.setattr(block_sizes, "ACCELERATOR", block_sizes.CPU)
     x = np.float32(np.random.default_rng(0).normal(size=(16, 3)))
     labels = np.arange(16) // 4
     verify = functools.partial(verification.evaluate, size=24, fars=(0.2,))

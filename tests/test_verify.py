@@ -1,14 +1,17 @@
 """Same or different: measured on a folder, and by a threshold of one's own."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-from folders import shapes
+from folders import prepare_digits, shapes
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
@@ -25,7 +28,7 @@ from tripletjax.apps.verification.calibration import (
     check_enough,
 )
 from tripletjax.apps.verification.pair_distances import PairDistances, distances_of
-from tripletjax.learn.data import datasets
+from tripletjax.learn.embedder import Embedder
 
 # Fixtures of the module are made once, by one worker.
 pytestmark = pytest.mark.xdist_group("verification")
@@ -126,7 +129,7 @@ def test_folds_share_no_class(found):
         same=np.arange(count),
         different=count + np.arange(len(pairs.different)),
     )
-    number, same, fold, folds = intervals._own_folds(numbered, pairs.labels)
+    number, same, fold, folds = intervals._folds_of_classes(numbered, pairs.labels)
     assert folds == 4
     images = np.concatenate([pairs.same_images, pairs.different_images])[number]
     classes = [{*pairs.labels[images[fold == k]].ravel()} for k in range(folds)]
@@ -134,7 +137,7 @@ def test_folds_share_no_class(found):
     assert sum(map(len, classes)) == len(set.union(*classes))
     for k in range(folds):
         assert same[fold == k].mean() == 0.5
-    distances, same, fold, _ = intervals._own_folds(pairs, pairs.labels)
+    distances, same, fold, _ = intervals._folds_of_classes(pairs, pairs.labels)
     expected = tj.verification.k_fold_accuracy(distances, same, folds=4, fold=fold)
     told = found.report["k_fold"]
     np.testing.assert_allclose(told["accuracy"], 100 * expected.accuracy, rtol=1e-5)
@@ -181,9 +184,6 @@ def test_a_threshold_decides_about_two_images(folder, found, tmp_path):
 
 
 def test_rates_that_are_not_shown_are_refused(folder):
-    words = "2,268 pairs of different classes: 10,000 are needed"
-    with pytest.raises(TooFewPairsError, match=words):
-        verification.evaluate(EMBEDDER, folder, far=0.001, replicates=10)
     check_enough(10_000, 0.001)
     with pytest.raises(TooFewPairsError, match="9,999 pairs"):
         check_enough(9_999, 0.001)
@@ -192,17 +192,23 @@ def test_rates_that_are_not_shown_are_refused(folder):
             verification.evaluate(EMBEDDER, folder, far=far)
 
 
-def test_without_enough_pairs_there_is_no_threshold_by_default(tmp_path):
+def test_without_enough_pairs_there_is_no_threshold(tmp_path):
     small = shapes(tmp_path / "small", kinds=3, each=3)
-    found = verification.evaluate(EMBEDDER, small, replicates=10)
-    assert found.calibration is None
-    assert found.report["calibration"] is None
-    assert "no threshold is chosen" in " ".join(found.report["notes"])
-    verification_report.write(found, tmp_path / "out")
+    for name, far, needed in (
+        ("default", {}, "1,000"),
+        ("same", {"far": verification.FAR}, "1,000"),
+        ("finer", {"far": 0.001}, "10,000"),
+    ):
+        result = verification.evaluate(EMBEDDER, small, replicates=10, **far)
+        assert result.calibration is None
+        assert result.report["calibration"] is None
+        (note,) = (n for n in result.report["notes"] if n.startswith("no threshold: "))
+        assert f"27 pairs of different classes: {needed} are needed" in note
+        verification_report.write(result, tmp_path / name)
     alone = shapes(tmp_path / "alone", kinds=3, each=1)
     with pytest.raises(ValueError, match="no pair of the same class"):
         verification.evaluate(EMBEDDER, alone)
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         verification.evaluate(EMBEDDER, tmp_path / "none")
 
 
@@ -245,6 +251,35 @@ def test_classes_that_were_trained_on_are_left_out(folder, monkeypatch):
     assert (found.report["images"], found.report["classes"]) == (54, 6)
     assert not {*found.calibration.names} & seen
     assert "2 left out" in found.report["notes"]
+
+
+def test_classes_of_the_folder_of_a_run_are_left_out(folder, tmp_path):
+    def embedder_of_run(data, seen, triplets=None):
+        requested = SimpleNamespace(data=data, triplets=triplets)
+        record = SimpleNamespace(
+            requested=requested, label_names=tuple("abcd"), seen_names=tuple(seen)
+        )
+        return mock.Mock(spec=Embedder, record=record)
+
+    left_out = functools.partial(evaluation._not_trained_on, folder=folder, name=None)
+    names, notes = left_out(embedder_of_run(str(folder / ".." / folder.name), "ab"))
+    assert names == {"a", "b"}
+    assert notes == [
+        "2 classes of the folder are left out: the run was trained on them; 2 were "
+        "held out"
+    ]
+    with pytest.raises(ValueError, match="trained on the classes of"):
+        left_out(embedder_of_run(str(folder), "abc"))
+    for other in (
+        embedder_of_run(str(tmp_path / "other"), "abcd"),
+        embedder_of_run(str(folder), "abcd", triplets="triplets.csv"),
+        EMBEDDER,
+    ):
+        assert left_out(other) == (frozenset(), [])
+    named = evaluation._not_trained_on(
+        embedder_of_run("tfds:lfw", "ab"), tmp_path, "tfds:lfw"
+    )
+    assert named[0] == {"a", "b"}
 
 
 def test_vectors_that_are_not_finite_are_named(folder):
@@ -322,7 +357,7 @@ def test_given_pairs_in_their_folds(tmp_path):
     broken.write_bytes(b"\x89PNG none")
     less = verification.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
     assert less.report["verification"]["positives"] == 5
-    assert "1 pairs are left out" in " ".join(less.report["notes"])
+    assert "1 pairs of skipped images are left out" in " ".join(less.report["notes"])
     # The single outer folder of an archive changes nothing.
     (tmp_path / "archive").mkdir()
     folder.rename(tmp_path / "archive" / "lfw")
@@ -332,22 +367,22 @@ def test_given_pairs_in_their_folds(tmp_path):
     assert again.report["verification"] == less.report["verification"]
     (tmp_path / "archive" / "lfw").rename(folder)
     broken.unlink()
-    with pytest.raises(FileNotFoundError, match="1 images that are not in"):
+    with pytest.raises(FileNotFoundError, match="1 images that do not exist in"):
         verification.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
 
 
 @pytest.mark.slow
 def test_a_prepared_dataset_is_measured_as_a_folder(own_data_dir):
-    datasets.load("digits")
+    prepare_digits()
     with verification.folder_of("elsewhere") as folder:
         assert folder == Path("elsewhere")
-    with verification.folder_of("tfds:digits:test") as folder:
+    with verification.folder_of("tfds:prepared_digits:test") as folder:
         found = verification.evaluate(
-            EMBEDDER, folder, name="tfds:digits:test", replicates=10
+            EMBEDDER, folder, name="tfds:prepared_digits:test", replicates=10
         )
         verification_report.write(found, folder / "out")
     assert not folder.exists()
-    assert found.report["data"] == found.calibration.data == "tfds:digits:test"
+    assert found.report["data"] == found.calibration.data == "tfds:prepared_digits:test"
     assert (found.report["images"], found.report["classes"]) == (899, 10)
 
 

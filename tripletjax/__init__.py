@@ -46,6 +46,7 @@ from tripletjax.distances import (
     cosine,
     euclidean,
     manhattan,
+    normalize,
     squared_euclidean,
 )
 from tripletjax.hard_examples import (
@@ -127,6 +128,7 @@ __all__ = [
     "mine_hard_positives",
     "mine_triplets",
     "mining",
+    "normalize",
     "pair_masks",
     "pairs",
     "random_semi_hard_triplets",

@@ -1,4 +1,4 @@
-"""What every public function has in common, in one decorator.
+"""The decorator of every public function.
 
 A public function takes any array-like, is jitted, and runs on any mesh:
 
@@ -9,11 +9,11 @@ A public function takes any array-like, is jitted, and runs on any mesh:
   place or by name, real numbers in any type, labels in a narrow type, and functions may
   be made anew by the same code (`tripletjax._closures`);
 - callables, flags and sizes are static and checked, everything else may be traced;
-- only what is said to be optional, or has None for a default, may be None;
-- it is traced under JAX's default promotion of ranks and dtypes, which a caller may
-  have made stricter;
+- only optional arguments, and those whose default is None, may be None;
+- it is traced under JAX's default promotion of ranks and dtypes, even if the caller
+  has set a stricter one;
 - arrays on a mesh with Explicit axes are computed under Auto axes, so that the same
-  code runs whichever kind of mesh the caller has set up.
+  code runs on either type of mesh.
 """
 
 import functools
@@ -21,7 +21,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,10 @@ R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-# Arguments that are made int32 if they are narrower.
+# Arguments that become int32 if they are narrower.
 LABELS = "labels", "reference_labels"
 
-# Public functions, and what each of them jits.
+# The function that each public function jits.
 UNJITTED: dict[Callable, Any] = {}
 
 
@@ -85,33 +85,17 @@ def jitted(
     Returns:
         A decorator.
     """
-    converters = (
-        dict.fromkeys(callables, _as_callable)
-        | dict.fromkeys(flags, _as_flag)
-        | dict.fromkeys(sizes, as_integer)
-        | dict.fromkeys(static, lambda name, value: canonical(value))
-    )
+    converters: dict[str, Callable[[str, Any], Any]] = {}
+    converters.update(dict.fromkeys(callables, _as_callable))
+    converters.update(dict.fromkeys(flags, _as_flag))
+    converters.update(dict.fromkeys(sizes, as_integer))
+    converters.update(dict.fromkeys(static, lambda name, value: canonical(value)))
     statics = tuple(converters)
+    converters.update(dict.fromkeys(nonnegative, _as_nonnegative))
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        parameters = inspect.signature(function).parameters
-        names = tuple(parameters)
-        if wrong := {*statics, *nonnegative, *optional} - set(names):
-            raise TypeError(f"{function.__name__} has no {', '.join(sorted(wrong))}.")
-        convert = {name: converters.get(name, as_arrays) for name in names}
-        convert |= dict.fromkeys(nonnegative, _as_nonnegative)
-        if not keep_dtypes:
-            convert |= {name: _as_labels for name in LABELS if name in names}
-        nullable = {n for n, p in parameters.items() if p.default is None} | {*optional}
-        defaults = {
-            name: parameter.default
-            for name, parameter in parameters.items()
-            if parameter.default is not parameter.empty
-        }
-        by_place = tuple(
-            name
-            for name, parameter in parameters.items()
-            if parameter.kind is not parameter.KEYWORD_ONLY
+        arguments = _Arguments.of(
+            function, converters, statics, optional, keep_dtypes=keep_dtypes
         )
         unjitted = own_promotion(function)
         run = jax.jit(unjitted, static_argnames=statics)
@@ -124,30 +108,12 @@ def jitted(
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if check is not None:
                 check(*args, **kwargs)
-            given = dict(zip(by_place, args))
-            if unknown := kwargs.keys() - set(names):
-                raise TypeError(
-                    f"{function.__name__}() got an unexpected keyword argument "
-                    f"{min(unknown)!r}; it has {', '.join(names)}."
-                )
-            if len(args) > len(by_place) or given.keys() & kwargs.keys():
+            bound = arguments.bind(args, kwargs)
+            if bound is None:
                 return run(*args, **kwargs)  # Python raises the TypeError.
-            given |= kwargs
-            ready = defaults | given
-            if len(ready) < len(names):
-                return run(*args, **kwargs)  # Likewise.
-            explicit = False
-            for name, value in given.items():
-                if value is None and name in nullable:
-                    continue
-                if value is None:
-                    raise TypeError(f"{name} must be given, got None.")
-                ready[name] = value = convert[name](name, value)
-                if not explicit and name not in converters:
-                    explicit = _has_explicit(value)
-            placed = [ready.pop(name) for name in by_place]
+            placed, named, explicit = bound
             chosen: Any = run_explicit if explicit else run
-            return chosen(*placed, **ready)
+            return chosen(*placed, **named)
 
         # Attributes of its own would be copied to whatever JAX wraps around it, and
         # `lower` there would lower this.
@@ -157,13 +123,93 @@ def jitted(
     return decorate
 
 
+class _Arguments(NamedTuple):
+    """The arguments of a function, and their conversion.
+
+    Attributes:
+        function: name of the function.
+        converters: for each argument, a function from name and value to the value.
+        by_place: names of the arguments that may be given by place.
+        statics: names of the static arguments.
+        nullable: names of the arguments that may be None.
+        defaults: values of the arguments that have a default.
+    """
+
+    function: str
+    converters: dict[str, Callable[[str, Any], Any]]
+    by_place: tuple[str, ...]
+    statics: tuple[str, ...]
+    nullable: frozenset[str]
+    defaults: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        function: Any,
+        converters: dict[str, Callable[[str, Any], Any]],
+        statics: tuple[str, ...],
+        optional: tuple[str, ...],
+        *,
+        keep_dtypes: bool,
+    ) -> "_Arguments":
+        parameters = inspect.signature(function).parameters
+        if wrong := {*converters, *optional} - set(parameters):
+            raise TypeError(f"{function.__name__} has no {', '.join(sorted(wrong))}.")
+        all_converters = dict.fromkeys(parameters, as_arrays) | converters
+        if not keep_dtypes:
+            all_converters |= {n: _as_labels for n in LABELS if n in parameters}
+        return cls(
+            function.__name__,
+            all_converters,
+            tuple(n for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY),
+            statics,
+            frozenset({n for n, p in parameters.items() if p.default is None})
+            | {*optional},
+            {n: p.default for n, p in parameters.items() if p.default is not p.empty},
+        )
+
+    def bind(self, args: tuple, kwargs: dict) -> tuple[list, dict, bool] | None:
+        """Converts the arguments of a call.
+
+        Returns:
+            Arguments by place, arguments by name, and whether an array lies on a mesh
+            with Explicit axes. None if Python has to raise an error about the call.
+
+        Raises:
+            TypeError: if an argument is unknown, or must not be None.
+        """
+        given = dict(zip(self.by_place, args))
+        if unknown := kwargs.keys() - self.converters.keys():
+            raise TypeError(
+                f"{self.function}() got an unexpected keyword argument "
+                f"{min(unknown)!r}; it has {', '.join(self.converters)}."
+            )
+        if len(args) > len(self.by_place) or given.keys() & kwargs.keys():
+            return None
+        given |= kwargs
+        ready = self.defaults | given
+        if len(ready) < len(self.converters):
+            return None
+        explicit = False
+        for name, value in given.items():
+            if value is None and name in self.nullable:
+                continue
+            if value is None:
+                raise TypeError(f"{name} must be given, got None.")
+            ready[name] = value = self.converters[name](name, value)
+            if not explicit and name not in self.statics:
+                explicit = _has_explicit(value)
+        placed = [ready.pop(name) for name in self.by_place]
+        return placed, ready, explicit
+
+
 def unjitted(function: F) -> F:
     """A `jitted` function itself, for calls within other jitted functions."""
     return UNJITTED[function]
 
 
 def as_integer(name: str, value: Any) -> int:
-    """Checks a size: any integer type will do, but not a bool."""
+    """Checks a size, of any integer type but bool."""
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError
@@ -204,7 +250,7 @@ def as_arrays(name: str, tree: Any) -> Any:
 
 
 def _is_record(tree: Any) -> bool:
-    """Whether it is a named tuple of arrays, such as triplets."""
+    """Whether a value is a named tuple of arrays, such as triplets."""
     return (
         isinstance(tree, tuple)
         and type(tree) is not tuple
@@ -243,7 +289,7 @@ def _array(name: str, leaf: Any) -> Any:
 
 
 def check_nonnegative(name: str, value: Any) -> None:
-    """Raises for what is known to be no finite number of at least 0."""
+    """Raises for a value that is not traced, and not finite or negative."""
     if isinstance(value, jax.core.Tracer):
         return
     number = np.asarray(value)

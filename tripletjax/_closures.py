@@ -20,9 +20,9 @@ import numpy as np
 
 F = TypeVar("F")
 
-# What modules of these packages hold does not change.
+# The contents of the modules of these packages do not change.
 _CONSTANT_PACKAGES = {"jax", "jaxlib", "math", "numpy", "operator", "tripletjax"}
-# Of so many functions the first of their kind is remembered.
+# The number of distinct functions that are remembered.
 _MOST_FUNCTIONS = 512
 
 
@@ -60,7 +60,7 @@ def _first(identified: _Identified) -> Any:
 
 
 def _identity(value: Any, within: tuple) -> Hashable | None:
-    """Says what a value is; None if that may change, or is not known."""
+    """A hashable identity of a value; None if the value may change or is unknown."""
     if value is None or isinstance(value, bool | int | str | bytes):
         return type(value), value
     if isinstance(value, float | np.generic):
@@ -116,9 +116,9 @@ def _names_of(code: types.CodeType) -> Iterator[str]:
             yield from _names_of(constant)
 
 
-def _all_known(kind: Hashable, parts: Iterator[Hashable | None]) -> Hashable | None:
+def _all_known(code: Hashable, parts: Iterator[Hashable | None]) -> Hashable | None:
     known = tuple(parts)
-    return None if None in known else (kind, known)
+    return None if None in known else (code, known)
 
 
 def closes_over_tracers(function: Callable[..., Any], *samples: Any) -> bool:
@@ -128,9 +128,5 @@ def closes_over_tracers(function: Callable[..., Any], *samples: Any) -> bool:
         function: any function of arrays.
         *samples: arrays, or their shapes and dtypes, to trace the function with.
     """
-    try:
-        closed = jax.make_jaxpr(function)(*samples)
-    except Exception:
-        # Nothing is known of it: the loss raises the error, or JAX differentiates it.
-        return True
-    return any(isinstance(constant, jax.core.Tracer) for constant in closed.consts)
+    constants = jax.make_jaxpr(function)(*samples).consts
+    return any(isinstance(constant, jax.core.Tracer) for constant in constants)

@@ -104,6 +104,28 @@ def search_rows(sorted_rows: Array, values: Array, *, side: str) -> Array:
     return search(sorted_rows, values)
 
 
+def columns_by_weight(weights: Array, shares: Array) -> Array:
+    """Columns of rows ``[..., m]`` at shares ``[..., k]`` of the rows' sums.
+
+    With shares drawn evenly from 0 to 1, a column is drawn in proportion to its weight.
+    A column whose weight is not above 0 is never drawn, unless no weight in its row is.
+    """
+    positive = weights > 0
+    weights = jnp.where(positive, weights, 0)
+    weights = jnp.minimum(weights, jnp.finfo(weights.dtype).max)
+    # Neither the sum nor the inverse of the scale leaves the range of float32.
+    scale = jnp.clip(jnp.max(weights, axis=-1, keepdims=True), 1e-30, 1e30)
+    scaled = weights / scale
+    # The sums of a parallel scan are rounded one by one: without the maximum they rise
+    # or fall a little where the weight is 0.
+    running = jnp.where(positive, jnp.cumsum(scaled, axis=-1), 0)
+    running = jax.lax.cummax(running, axis=running.ndim - 1)
+    total = running[..., -1:]
+    # Rounding may put a point on the very end, beyond the last weight.
+    last = search_rows(running, total, side="left")
+    return jnp.minimum(search_rows(running, shares * total, side="right"), last)
+
+
 def ordered_bits(x: Array) -> Array:
     """Integers in the order of floats, which XLA sorts several times faster on CPUs."""
     dtype = jnp.int64 if x.dtype == jnp.float64 else jnp.int32

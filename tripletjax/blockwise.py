@@ -1,4 +1,4 @@
-r"""What it costs, straight from embeddings: exact losses without a distance matrix.
+r"""Exact losses and miners straight from embeddings, without a distance matrix.
 
 The losses and miners of `tripletjax.losses` and `tripletjax.mining` with embeddings in
 place of distances, in O(n d + n block) memory:
@@ -13,62 +13,89 @@ place of distances, in O(n d + n block) memory:
 >>> print(f"{tj.blockwise.batch_hard_loss(x, labels, margin=0.2):.4f}")
 3.5414
 
-They keep digits that a distance matrix does not have: distances of positives and of
-mined pairs are taken from the differences of the vectors, so that they are right also
-where two vectors nearly coincide. Of negatives that are equally far up to rounding, the
-two forms may choose different ones.
+Distances of positives and of mined pairs come from the differences of the vectors. They
+are right where two vectors nearly coincide, and a distance matrix has no digits left.
+Among negatives that are equally far up to rounding, the two forms may choose different
+ones.
 """
 
-import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from tripletjax._api import as_integer, jitted
-from tripletjax._engine.by_autodiff import needs_autodiff, terms_by_autodiff
+from tripletjax._engine.by_autodiff import (
+    needs_autodiff,
+    terms_by_autodiff,
+    terms_of_triplets,
+)
 from tripletjax._engine.derivatives import terms_per_anchor, total_terms
 from tripletjax._engine.spec import LossSpec, Mining
 from tripletjax._engine.terms import hard_triplets, semi_hard_triplets
 from tripletjax._matrices import check_not_distances
-from tripletjax._pairwise.batch import Batch, as_batch, for_each_batch
+from tripletjax._pairwise.batch import (
+    Batch,
+    as_batch,
+    as_pair_of_vectors,
+    for_each_batch,
+)
 from tripletjax._pairwise.mesh import AxisName, gather_terms
 from tripletjax._pairwise.over_mesh import over_mesh
 from tripletjax.distances import Metric, euclidean
 from tripletjax.losses import (
     Hinge,
     Reduction,
+    SumReduction,
     TripletTerms,
     as_cost,
     as_margin,
+    check_indices,
+    check_triplets,
     mean_active,
     mean_valid,
-    needs_sums_alone,
     reduced,
 )
-from tripletjax.mining import CountedTriplets, Triplets
+from tripletjax.mining import CountedTriplets, Triplets, as_triplets
 from tripletjax.pairs import PairMasks
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def _of_anchors(result: Any, n: int, options: dict[str, Any]) -> Any:
-    """The same; of terms per anchor, those that are not of padding."""
+
+def _terms_of_anchors(result: Any, n: int, options: dict[str, Any]) -> Any:
+    """The result of a loss over a mesh; terms lose the rows of padding."""
     if options.get("reduce_fn", mean_valid) is not None:
         return result
     return TripletTerms(*(x[:n] for x in result))
 
 
-@over_mesh(together=_of_anchors)
-@jitted(
-    callables=("metric", "reduce_fn"),
-    flags=("ring",),
-    static=("hinge", "axis_name", "block_size"),
-    nonnegative=("margin",),
-    optional=("reduce_fn",),
-    check=check_not_distances,
-)
+def _blockwise_loss(
+    *, flags: tuple[str, ...] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes a loss of embeddings jitted, and splits its work over a mesh.
+
+    Args:
+        flags: options that must be booleans.
+    """
+    compiled = jitted(
+        callables=("metric", "reduce_fn"),
+        flags=flags,
+        static=("hinge", "axis_name", "block_size"),
+        nonnegative=("margin",),
+        optional=("reduce_fn",),
+        check=check_not_distances,
+    )
+    split = over_mesh(together=_terms_of_anchors)
+    return lambda function: split(compiled(function))
+
+
+@_blockwise_loss()
 def batch_all_loss(
     embeddings: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -83,7 +110,6 @@ def batch_all_loss(
     reference_where: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     block_size: int | None = None,
-    ring: bool = False,
     reduce_fn: Reduction | None = mean_active,
 ) -> Any:
     r"""The triplet loss of all triplets, straight from embeddings.
@@ -92,28 +118,26 @@ def batch_all_loss(
 
     `tripletjax.batch_all_loss` without the distance matrix.
 
+    Memory: O(n d + m d + block_size^2), also of the gradient.
+
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
-        metric: how far two vectors are apart.
+        metric: a distance between vectors.
         margin: a scalar, in units of the metric.
         hinge: as in `triplet_margin_loss`.
         references: vectors ``[..., m, d]``, with `reference_labels`. If not given, the
             anchors are their own references.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
-        axis_name: inside ``jax.shard_map``, the mesh axes over which the batch is
-            split: every device mines against the references of all, and all get the
-            same result. `positions` count along the references of all.
-        block_size: how many vectors are compared with how many at a time; if not
-            given, 512 on CPUs and 2,048 on accelerators. The result does not depend on
-            it.
-        ring: with `axis_name`, whether the devices' references go round a ring, a part
-            at a time, and are never together: O(n d / devices) memory in place of
-            O(n d), in more steps. Of metrics made of products, and labels.
+        axis_name: the mesh axes over which the batch is split. Each device mines its
+            anchors against the references of all devices, and all devices get the
+            same result. `positions` count along the references of all devices.
+        block_size: vectors on each side of a block of pairs. If not given, 512 on CPUs
+            and 2,048 on accelerators. The result does not depend on it.
         reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
-            terms. With `mean_valid`, `mean_active` and any `SumReduction` the gradient
-            is made along with the value, with others by a second pass and in reverse
-            mode only.
+            terms. With a `SumReduction`, such as `mean_valid` and `mean_active`, one
+            walk over the pairs gives value and gradient. With any other function, the
+            gradient takes a second walk and reverse mode.
 
     Returns:
         With the default `reduce_fn` the mean over triplets that cost anything,
@@ -147,20 +171,11 @@ def batch_all_loss(
         reference_where=reference_where,
         axis_name=axis_name,
         block_size=block_size,
-        ring=ring,
         reduce_fn=reduce_fn,
     )
 
 
-@over_mesh(together=_of_anchors)
-@jitted(
-    callables=("metric", "reduce_fn"),
-    flags=("ring",),
-    static=("hinge", "axis_name", "block_size"),
-    nonnegative=("margin",),
-    optional=("reduce_fn",),
-    check=check_not_distances,
-)
+@_blockwise_loss()
 def batch_hard_loss(
     embeddings: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -175,7 +190,6 @@ def batch_hard_loss(
     reference_where: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     block_size: int | None = None,
-    ring: bool = False,
     reduce_fn: Reduction | None = mean_valid,
 ) -> Any:
     r"""The triplet loss of each anchor's farthest positive and nearest negative.
@@ -185,28 +199,17 @@ def batch_hard_loss(
 
     `tripletjax.batch_hard_loss` without the distance matrix.
 
+    Memory: O(n d + m d + block_size^2), also of the gradient.
+
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
-        metric: how far two vectors are apart.
-        margin: a scalar, in units of the metric.
-        hinge: as in `triplet_margin_loss`.
-        references: vectors ``[..., m, d]``, with `reference_labels`. If not given, the
-            anchors are their own references.
+        metric, margin, hinge: as in `batch_all_loss`.
+        references: vectors ``[..., m, d]``, or None, as in `batch_all_loss`.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
-        axis_name: inside ``jax.shard_map``, the mesh axes over which the batch is
-            split: every device mines against the references of all, and all get the
-            same result. `positions` count along the references of all.
-        block_size: how many vectors are compared with how many at a time; if not
-            given, 512 on CPUs and 2,048 on accelerators. The result does not depend on
-            it.
-        ring: with `axis_name`, whether the devices' references go round a ring, a part
-            at a time, and are never together: O(n d / devices) memory in place of
-            O(n d), in more steps. Of metrics made of products, and labels.
-        reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
-            terms. With `mean_valid`, `mean_active` and any `SumReduction` the gradient
-            is made along with the value, with others by a second pass and in reverse
-            mode only.
+        axis_name, block_size: as in `batch_all_loss`.
+        reduce_fn: from `TripletTerms` ``[..., n]`` to the result, as in
+            `batch_all_loss`; None returns the terms.
 
     Returns:
         With the default `reduce_fn` the mean over anchors that have a positive and a
@@ -240,20 +243,11 @@ def batch_hard_loss(
         reference_where=reference_where,
         axis_name=axis_name,
         block_size=block_size,
-        ring=ring,
         reduce_fn=reduce_fn,
     )
 
 
-@over_mesh(together=_of_anchors)
-@jitted(
-    callables=("metric", "reduce_fn"),
-    flags=("fallback", "ring"),
-    static=("hinge", "axis_name", "block_size"),
-    nonnegative=("margin",),
-    optional=("reduce_fn",),
-    check=check_not_distances,
-)
+@_blockwise_loss(flags=("fallback",))
 def batch_semi_hard_loss(
     embeddings: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -269,39 +263,27 @@ def batch_semi_hard_loss(
     reference_where: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     block_size: int | None = None,
-    ring: bool = False,
     reduce_fn: Reduction | None = mean_valid,
 ) -> Any:
     r"""The triplet loss of each positive pair with the nearest negative beyond it.
 
     $$\ell_a = \sum_{p \in P_a} h(d_{ap} - d_{a n_{ap}} + \text{margin})$$
 
-    `tripletjax.batch_semi_hard_loss` without the distance matrix. There it says which
-    negative that is.
+    `tripletjax.batch_semi_hard_loss`, which defines that negative, without the distance
+    matrix.
+
+    Memory: O(n d + m d + block_size^2), also of the gradient.
 
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
-        metric: how far two vectors are apart.
-        margin: a scalar, in units of the metric.
-        hinge: as in `triplet_margin_loss`.
+        metric, margin, hinge: as in `batch_all_loss`.
         fallback: if False, a pair without a negative beyond has no triplet.
-        references: vectors ``[..., m, d]``, with `reference_labels`. If not given, the
-            anchors are their own references.
+        references: vectors ``[..., m, d]``, or None, as in `batch_all_loss`.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
-        axis_name: inside ``jax.shard_map``, the mesh axes over which the batch is
-            split: every device mines against the references of all, and all get the
-            same result. `positions` count along the references of all.
-        block_size: how many vectors are compared with how many at a time; if not
-            given, 512 on CPUs and 2,048 on accelerators. The result does not depend on
-            it.
-        ring: with `axis_name`, whether the devices' references go round a ring, a part
-            at a time, and are never together: O(n d / devices) memory in place of
-            O(n d), in more steps. Of metrics made of products, and labels.
-        reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
-            terms. With `mean_valid`, `mean_active` and any `SumReduction` the gradient
-            is made along with the value, with others by a second pass and in reverse
-            mode only.
+        axis_name, block_size: as in `batch_all_loss`.
+        reduce_fn: from `TripletTerms` ``[..., n]`` to the result, as in
+            `batch_all_loss`; None returns the terms.
 
     Returns:
         With the default `reduce_fn` the mean over anchor-positive pairs, ``[...]``.
@@ -335,15 +317,100 @@ def batch_semi_hard_loss(
         reference_where=reference_where,
         axis_name=axis_name,
         block_size=block_size,
-        ring=ring,
         reduce_fn=reduce_fn,
     )
+
+
+def _check_triplets_of_embeddings(
+    embeddings: Any,
+    triplets: Any,
+    *,
+    references: Any = None,
+    **options: Any,
+) -> None:
+    shapes = [np.shape(x) for x in (embeddings, references) if x is not None]
+    if all(len(shape) >= 2 for shape in shapes):
+        n, m = shapes[0][-2], shapes[-1][-2]
+        hint = f"there are {n} embeddings and {m} references."
+        check_indices(triplets, n, m, hint=hint)
+
+
+@jitted(
+    callables=("metric", "reduce_fn"),
+    static=("hinge",),
+    nonnegative=("margin",),
+    optional=("reduce_fn",),
+    check=_check_triplets_of_embeddings,
+)
+def triplet_loss(
+    embeddings: ArrayLike,
+    triplets: Triplets | CountedTriplets,
+    *,
+    references: ArrayLike | None = None,
+    metric: Metric = euclidean,
+    margin: ArrayLike = 0.1,
+    hinge: Hinge = jax.nn.relu,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    r"""The triplet loss of mined triplets, straight from embeddings.
+
+    $$\ell = h(d_{ap} - d_{an} + \text{margin})$$
+
+    `tripletjax.triplet_loss` without the distance matrix. Only the distances of the
+    triplets' pairs are computed, from the differences of their vectors, some triplets
+    at a time.
+
+    Memory: O(n d + m d), and O(d) for each triplet.
+
+    Args:
+        embeddings: vectors of anchors ``[..., n, d]``.
+        triplets: `Triplets` of any miner: ``[..., k]`` or ``[..., n, k]``, where the
+            leading dimensions are those of `embeddings`. Positives and negatives are
+            indices of references. Indices out of range give an error; those that are
+            traced, over 65,536, or on an accelerator give NaN.
+        references: vectors ``[..., m, d]``. If not given, the anchors are their own
+            references.
+        metric: a distance between vectors.
+        margin: a scalar, in units of the metric.
+        hinge: as in `triplet_margin_loss`.
+        reduce_fn: from `TripletTerms` ``[..., n]`` to the result; None returns the
+            terms.
+
+    Returns:
+        With the default `reduce_fn` the mean over all valid triplets, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, the margin is negative or not finite, or
+            indices are out of range.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> x, labels = jnp.array([[0.0], [1.0], [1.5]]), jnp.array([0, 0, 1])
+    >>> triplets = tj.blockwise.batch_hard_triplets(x, labels)
+    >>> print(tj.blockwise.triplet_loss(x, triplets, reduce_fn=None).total)
+    [0.  0.6 0. ]
+    """
+    cost = as_cost(hinge)
+    x, y = as_pair_of_vectors(metric, embeddings, references)
+    lead = x.shape[:-2]
+    triplets = as_triplets(triplets)
+    check_triplets(triplets, lead, of=f"embeddings, whose shape is {x.shape}")
+    margins = jnp.broadcast_to(as_margin(margin, x), lead)
+    flat = [jnp.reshape(field, (*lead, -1)) for field in triplets]
+
+    def one(parts: tuple) -> TripletTerms:
+        x, y, margin, triplets = parts
+        return terms_of_triplets(metric, cost, x, y, margin, triplets)
+
+    terms = for_each_batch(lead, one, (x, y, margins, flat))
+    return reduced(terms, reduce_fn)
 
 
 def _from_first_row(
     triplets: Triplets | CountedTriplets, first: Array
 ) -> Triplets | CountedTriplets:
-    """A device's triplets, with anchors counted along those of all."""
+    """The triplets of a device, with indices of anchors among those of all devices."""
     triplets = triplets._replace(anchor=triplets.anchor + first)
     if isinstance(triplets, CountedTriplets):
         return triplets._replace(count=triplets.count[None])
@@ -357,7 +424,7 @@ def _without_padding(triplets: Triplets, n: int, options: dict[str, Any]) -> Tri
 def _compacted(
     triplets: CountedTriplets, n: int, options: dict[str, Any]
 ) -> CountedTriplets:
-    """Of the devices' triplets, in their order, as many as there is room for."""
+    """The first `size` triplets of all devices, in order of the devices."""
     size = options["size"]
     (slots,) = jnp.nonzero(triplets.valid, size=size, fill_value=len(triplets.valid))
     anchor, positive, negative = (
@@ -391,10 +458,12 @@ def batch_hard_triplets(
 
     `tripletjax.batch_hard_triplets` without the distance matrix.
 
+    Memory: O(n d + m d + block_size^2).
+
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
-        metric, references, axis_name, block_size: as in `batch_hard_loss`.
+        metric, references, axis_name, block_size: as in `batch_all_loss`.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
 
     Returns:
@@ -459,12 +528,14 @@ def batch_semi_hard_triplets(
     `tripletjax.batch_semi_hard_triplets` without the distance matrix. There the
     triplets have the matrix's shape; here they are compacted to a fixed size.
 
+    Memory: O(n d + m d + block_size^2 + size).
+
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
-        size: how many triplets there is room for: n (K - 1) for classes of K.
+        size: the most triplets to return: n (K - 1) for classes of K.
         fallback: if False, a pair without a negative beyond has no triplet.
-        metric, references, axis_name, block_size: as in `batch_semi_hard_loss`.
+        metric, references, axis_name, block_size: as in `batch_all_loss`.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
 
     Returns:
@@ -532,43 +603,21 @@ def _loss(
     fallback: bool = True,
     axis_name: AxisName | None,
     block_size: int | None,
-    ring: bool,
     reduce_fn: Reduction | None,
     **pairs: ArrayLike | None,
 ) -> Any:
     spec = _spec(mining, metric, hinge=hinge, fallback=fallback, block_size=block_size)
-    if ring:
-        _check_ring(metric, labels, axis_name)
-        spec = dataclasses.replace(spec, ring=axis_name)
-    batch, lead = as_batch(
-        metric, embeddings, labels, axis_name=axis_name, gather=not ring, **pairs
-    )
+    batch, lead = as_batch(metric, embeddings, labels, axis_name=axis_name, **pairs)
     margin = jnp.broadcast_to(as_margin(margin, batch.anchors), lead)
 
     def one(batch_and_margin: tuple[Batch, Array]) -> Any:
         batch, margin = _varying(*batch_and_margin)
-        n = len(batch.anchors)
-        if axis_name is not None:
-            n *= lax.axis_size(axis_name)
         by_autodiff = needs_autodiff(spec, batch)
-        if by_autodiff and ring:
-            raise ValueError(
-                "ring cannot be combined with a metric or a hinge that closes over "
-                "traced arrays; use ring=False."
-            )
-        if (
-            not by_autodiff
-            and reduce_fn is not None
-            and needs_sums_alone(reduce_fn, n, batch.anchors.dtype)
-        ):
-            # It treats all anchors alike, so that the gradient of the plain total is
-            # its own but for a factor. The first stands for all.
+        if isinstance(reduce_fn, SumReduction) and not by_autodiff:
             sums = total_terms(spec, batch, margin)
             if axis_name is not None:
                 sums = lax.psum(sums, axis_name)
-            return reduce_fn(
-                TripletTerms(*(jnp.pad(x[None], (0, n - 1)) for x in sums))
-            )
+            return reduce_fn.of_sums(sums)
         terms_of = terms_by_autodiff if by_autodiff else terms_per_anchor
         terms = terms_of(spec, batch, margin)
         if axis_name is not None:
@@ -578,19 +627,8 @@ def _loss(
     return for_each_batch(lead, one, (batch, margin))
 
 
-def _check_ring(
-    metric: Metric, labels: ArrayLike | PairMasks, axis_name: AxisName | None
-) -> None:
-    if axis_name is None:
-        raise ValueError("ring needs axis_name, the mesh axes that it goes along.")
-    if metric.products is None:
-        raise ValueError(f"ring needs a metric made of inner products, got {metric}.")
-    if isinstance(labels, PairMasks):
-        raise ValueError("ring needs labels that are integers, got PairMasks.")
-
-
 def _varying(batch: Batch, margin: Array) -> tuple[Batch, Array]:
-    """The same; inside shard_map, all of it varies over the same mesh axes."""
+    """Batch and margin, all of which vary over the same mesh axes inside shard_map."""
     zero = sum(
         jnp.zeros_like(leaf[(0,) * leaf.ndim]).astype(batch.anchors.dtype)
         for leaf in jax.tree.leaves((batch, margin))

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from tripletjax._api import jitted
 from tripletjax._pairwise.batch import single_batch
-from tripletjax._pairwise.cuts import by_platform
+from tripletjax._pairwise.block_sizes import by_platform
 from tripletjax._pairwise.tiles import Tiles
 from tripletjax.distances import Metric, as_vectors, euclidean
 
@@ -54,8 +54,9 @@ def report(
     $$\exp\Bigl(-\sum_i p_i \log p_i\Bigr), \qquad
       p_i = \frac{\sigma_i}{\sum_j \sigma_j}$$
 
-    and 1 if all are 0. Distances are over the n (n - 1) / 2 pairs. Memory is O(n d),
-    and that of a block of pairs.
+    and 1 if all are 0. Distances are over the n (n - 1) / 2 pairs.
+
+    Memory: O(n d + d^2), and a block of distances.
 
     Args:
         embeddings: vectors ``[n, d]``.
@@ -101,7 +102,9 @@ def report(
 
     zero = jnp.zeros((), batch.anchors.dtype)
     pairs, mean, deviations = by_platform(
-        lambda cut: Tiles.of(metric, batch, cut).distances(visit, (zero, zero, zero)),
+        lambda sizes: Tiles.of(metric, batch, sizes).distances(
+            visit, (zero, zero, zero)
+        ),
         batch.size,
     )
     x = as_vectors(("embeddings", embeddings), rank=2)[0]

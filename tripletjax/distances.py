@@ -1,4 +1,4 @@
-"""How far: metrics, as matrices and pair by pair.
+"""Metrics, as matrices and pair by pair.
 
 A `Metric` is called on two sets of vectors for all their distances, and its `paired`
 method compares vectors row by row:
@@ -13,10 +13,10 @@ method compares vectors row by row:
 >>> print(tj.euclidean.paired(x[:2], x[1:]))
 [5.        4.2426405]
 
-Matrices of the metrics that are made of inner products cost one matrix product at full
+Matrices of metrics with an inner-product form cost one matrix product at full
 precision. That form has no digits left where two vectors are much closer to each other
-than to the origin (in float32, nearer than about 3e-4 of their norm); `paired` always
-works on the difference and keeps them all.
+than to the origin (in float32, nearer than about 3e-4 of their norm). `paired` takes
+the difference and keeps all digits.
 """
 
 from collections.abc import Callable
@@ -44,6 +44,8 @@ class Metric:
 
     Metrics made from the same functions are equal and hash alike, so that they can be
     static arguments of jitted code.
+
+    Memory: O(n m) for a matrix, O(n d) pair by pair.
 
     Args:
         paired: any function of two vectors ``[d], [d] -> scalar``. Its value is used
@@ -74,16 +76,16 @@ class Metric:
             if not callable(function) and not (name == "matrix" and function is None):
                 raise TypeError(f"{name} must be callable, got {function!r}.")
         self._functions = canonical(paired), canonical(matrix)
-        self._products: Products | None = None
+        self._products: InnerProductForm | None = None
 
     @property
-    def products(self) -> "Products | None":
-        """What of the metric inner products give, if they do."""
+    def products(self) -> "InnerProductForm | None":
+        """The inner-product form of the metric, or None."""
         return self._products
 
     @property
-    def inner_products(self) -> "Products":
-        """The same, where a metric must be made of them."""
+    def inner_products(self) -> "InnerProductForm":
+        """The inner-product form of a metric that must have one."""
         if self._products is None:
             raise TypeError(f"metric must be made of inner products, got {self!r}.")
         return self._products
@@ -122,18 +124,23 @@ class Metric:
         """
         return _paired(a, b, metric=self)
 
-    def against(self, x: Array, y: Array, itself: Array) -> Array:
-        """The distances ``[n, m]`` of checked vectors ``[n, d]`` and ``[m, d]``.
+    def _matrix_checked(self, x: Array, y: Array, own_index: Array) -> Array:
+        """Distances ``[n, m]`` of checked vectors ``[n, d]`` and ``[m, d]``.
 
-        Zero, and not differentiated, at the index `itself` ``[n]`` of each x among y.
+        `own_index` ``[n]`` is the index of each x among y, or -1. The distance there is
+        0, and so is its gradient.
         """
         matrix = self._functions[1]
         if matrix is None:
-            return _every_pair(self._compare, x, y, itself)
-        return jnp.where(jnp.arange(len(y)) == itself[:, None], 0, matrix(x, y))
+            return _every_pair(self._compare, x, y, own_index)
+        return jnp.where(jnp.arange(len(y)) == own_index[:, None], 0, matrix(x, y))
 
-    def between(self, a: Array, b: Array) -> Array:
-        """The distance of two checked vectors, as `products.vectors` made them."""
+    def _paired_checked(self, a: Array, b: Array) -> Array:
+        """Distances of checked vectors, pair by pair, from their differences.
+
+        Without an inner-product form they are two vectors ``[d]``. With one they are
+        the results of `InnerProductForm.vectors`, ``[..., d]``.
+        """
         if self.products is None:
             return self._compare(a, b)
         return self.products.distance(self.products.half_square(a, b))
@@ -186,21 +193,21 @@ def _matrix(x: ArrayLike, y: ArrayLike | None, *, metric: Metric) -> Array:
         raise ValueError(
             f"x and y must have matching batch dimensions, got {x.shape} and {y.shape}."
         ) from None
-    itself = jnp.arange(x.shape[-2]) if same else jnp.full(x.shape[-2], -1)
-    against = jnp.vectorize(metric.against, signature="(n,d),(m,d),(n)->(n,m)")
-    return against(x, y, itself)
+    own_index = jnp.arange(x.shape[-2]) if same else jnp.full(x.shape[-2], -1)
+    matrix = jnp.vectorize(metric._matrix_checked, signature="(n,d),(m,d),(n)->(n,m)")
+    return matrix(x, y, own_index)
 
 
 def _every_pair(
-    paired: Callable[[Array, Array], Array], x: Array, y: Array, itself: Array
+    paired: Callable[[Array, Array], Array], x: Array, y: Array, own_index: Array
 ) -> Array:
     """The matrix of any metric, a few rows at a time: O(n m + (n + m) d) memory."""
 
-    # A vector is not compared with itself: many a distance has no gradient there.
+    # A vector is not compared with itself: many distances have no gradient there.
     @jax.checkpoint
-    def compare(itself: Array, a: Array, b: Array) -> Array:
-        distance = paired(a, jnp.where(itself, a + 1, b))
-        return jnp.where(itself, 0, distance)
+    def compare(is_own: Array, a: Array, b: Array) -> Array:
+        distance = paired(a, jnp.where(is_own, a + 1, b))
+        return jnp.where(is_own, 0, distance)
 
     def row(index_and_a: tuple[Array, Array]) -> Array:
         index, a = index_and_a
@@ -209,7 +216,39 @@ def _every_pair(
         )
 
     rows = max(1, min(len(x), 2**20 // y.size))
-    return jax.lax.map(row, (itself, x), batch_size=rows)
+    return jax.lax.map(row, (own_index, x), batch_size=rows)
+
+
+@jitted()
+def normalize(x: ArrayLike) -> Array:
+    r"""Scale vectors to unit norm.
+
+    $$x / \lVert x \rVert_2$$
+
+    A zero vector stays zero, and its gradient is 0. The squares of very large and very
+    small numbers neither overflow nor vanish.
+
+    Memory: O(n d).
+
+    Args:
+        x: vectors ``[..., d]``, finite. float16 and bfloat16 vectors are computed and
+            returned in float32.
+
+    Returns:
+        Vectors of the same shape.
+
+    Raises:
+        TypeError: if `x` is complex.
+        ValueError: if `x` is a scalar or empty.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> print(tj.normalize(jnp.array([[3.0, 4.0], [0.0, 0.0]])))
+    [[0.6 0.8]
+     [0.  0. ]]
+    """
+    (x,) = as_vectors(("x", x), rank=1)
+    return _direction(x)
 
 
 def as_vectors(*named: tuple[str, ArrayLike], rank: int) -> list[Array]:
@@ -235,17 +274,18 @@ def _safe_sqrt(x: Array) -> Array:
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
-class Products(NamedTuple):
-    """What a metric is made of that inner products give.
+class InnerProductForm(NamedTuple):
+    """A metric as a function of half the squared difference of two vectors.
 
     Attributes:
-        vectors: from vectors ``[..., d]`` to those that products are taken of.
-        own: from these to what each adds to half the squared difference of a pair.
-        distance: from half the squared difference to the distance.
+        vectors: a function from vectors ``[..., d]`` to those of the inner products.
+        self_term: a function from these to a term that each of the two vectors adds to
+            half their squared difference.
+        distance: a function from half the squared difference to the distance.
     """
 
     vectors: Callable[[Array], Array]
-    own: Callable[[Array], Array]
+    self_term: Callable[[Array], Array]
     distance: Callable[[Array], Array]
 
     def metric(self, name: str) -> Metric:
@@ -263,7 +303,7 @@ class Products(NamedTuple):
         return metric
 
     def matrix(self, x: Array, y: Array) -> Array:
-        """All distances between what `vectors` returned, ``[n, d]`` and ``[m, d]``."""
+        """All distances of results of `vectors`, ``[n, d]`` and ``[m, d]``."""
         offset = common_offset(x)
         halves = self.halves(x, offset)[:, None] + self.halves(y, offset)
         products = jnp.matmul(x - offset, (y - offset).T, precision="highest")
@@ -273,26 +313,24 @@ class Products(NamedTuple):
 
     def half_square(self, a: Array, b: Array) -> Array:
         """Half the squared difference of each pair, from the difference."""
-        return 0.5 * jnp.sum(jnp.square(a - b), axis=-1) + self.own(a) + self.own(b)
+        own = self.self_term(a) + self.self_term(b)
+        return 0.5 * jnp.sum(jnp.square(a - b), axis=-1) + own
 
     def halves(self, x: Array, offset: Array) -> Array:
-        """What two vectors have to add up to, less their product."""
-        return 0.5 * jnp.sum(jnp.square(x - offset), axis=-1) + self.own(x)
+        """The terms of each vector: their sum less the product is the half square."""
+        return 0.5 * jnp.sum(jnp.square(x - offset), axis=-1) + self.self_term(x)
 
 
-def common_offset(x: Array, axis_name: str | tuple[str, ...] | None = None) -> Array:
-    """What all vectors have in common, where that is most of what they have.
+def common_offset(x: Array) -> Array:
+    """The mean vector, rounded, where it exceeds four standard deviations; else 0.
 
-    Rounding errors of inner products grow with the norms, distances do not depend on
-    the origin. The offset has few digits, so that vectors of small integers, and ties
-    between their distances, stay exact. With mesh axes, over which they are split, it
-    is that of the vectors of all devices.
+    Rounding errors of inner products grow with the norms, while distances do not depend
+    on the origin: subtract the offset first. It has few digits, so that vectors of
+    small integers, and ties between their distances, stay exact.
     """
     x = jax.lax.stop_gradient(x)
     x = jnp.where(jnp.isfinite(x), x, 0)
     mean, squares = jnp.mean(x, axis=0), jnp.mean(x * x, axis=0)
-    if axis_name is not None:
-        mean, squares = jax.lax.pmean((mean, squares), axis_name)
     rounded = jax.lax.reduce_precision(mean, exponent_bits=8, mantissa_bits=7)
     # The mean is over four standard deviations.
     common = mean * mean > 16 / 17 * squares
@@ -324,20 +362,20 @@ def _manhattan(a: Array, b: Array) -> Array:
     return jnp.sum(jnp.where(difference == 0, 0, jnp.abs(difference)), axis=-1)
 
 
-euclidean = Products(lambda x: x, _nothing, lambda half: _safe_sqrt(2 * half)).metric(
-    "euclidean"
-)
+euclidean = InnerProductForm(
+    lambda x: x, _nothing, lambda half: _safe_sqrt(2 * half)
+).metric("euclidean")
 euclidean.__doc__ = r"""The Euclidean distance, $\lVert x - y \rVert_2$.
 
 Its gradient at distance 0 is 0."""
 
-squared_euclidean = Products(lambda x: x, _nothing, lambda half: 2 * half).metric(
-    "squared_euclidean"
-)
+squared_euclidean = InnerProductForm(
+    lambda x: x, _nothing, lambda half: 2 * half
+).metric("squared_euclidean")
 squared_euclidean.__doc__ = r"""The squared Euclidean distance,
 $\lVert x - y \rVert_2^2$: FaceNet's."""
 
-cosine = Products(_direction, _half_if_zero, lambda half: half).metric("cosine")
+cosine = InnerProductForm(_direction, _half_if_zero, lambda half: half).metric("cosine")
 cosine.__doc__ = r"""The cosine distance,
 $1 - x \cdot y / (\lVert x \rVert \lVert y \rVert)$, between 0 and 2.
 

@@ -18,10 +18,10 @@ from jax.typing import ArrayLike
 from tripletjax._api import jitted
 from tripletjax._matrices import (
     check_not_distances,
-    for_each_true_column,
     ordered_bits,
 )
 from tripletjax._pairwise.batch import single_batch
+from tripletjax._pairwise.cancellation import refine
 from tripletjax._pairwise.mesh import AxisName
 from tripletjax._pairwise.over_mesh import over_mesh
 from tripletjax._pairwise.slices import RUN, materialize
@@ -624,18 +624,12 @@ class _Search(NamedTuple):
         halves = products.halves(a, rankings.offset)[:, None]
         near = values < NEAR_SHARE * (halves + part.halves)
         (count,) = _count_runs(near[None])
-        row = jnp.arange(len(a))
+        b = y[part.index]
 
         def one_by_one(values: Array) -> Array:
-            def direct(values: Array, column: Array, exists: Array) -> Array:
-                new = products.half_square(a, y[part.index[column]])
-                new = jnp.where(exists, new, values[row, column])
-                return values.at[row, column].set(new)
-
-            return for_each_true_column(near, direct, values)
+            return refine(values, near, products.half_square, a, b)
 
         def all_at_once(values: Array) -> Array:
-            b = y[part.index]
             new = lax.map(lambda one: products.half_square(one, b), a)
             return jnp.where(near, new, values)
 
@@ -649,7 +643,9 @@ class _Search(NamedTuple):
         rankings = self.rankings
         a = rankings.rows(rankings.batch.anchors, start)
         partners = rankings.batch.reference_side[0][index]
-        return jax.vmap(jax.vmap(rankings.metric.between, (None, 0)))(a, partners)
+        return jax.vmap(jax.vmap(rankings.metric._paired_checked, (None, 0)))(
+            a, partners
+        )
 
     def thresholds(self, positive: _Positive | None) -> list[Array | None]:
         """The distances ``[rows]`` below which each margin excludes negatives."""

@@ -1,10 +1,10 @@
-"""What it costs: triplet losses over a distance matrix, or over explicit triplets.
+"""Triplet losses over a distance matrix, or over explicit triplets.
 
 All losses are one formula, the cost of a triplet,
 
 $$\\ell(a, p, n) = h(d_{ap} - d_{an} + \\text{margin}),$$
 
-summed per anchor over the triplets of its kind into `TripletTerms`, and reduced.
+summed per anchor over its triplets into `TripletTerms`, and reduced.
 
 >>> import jax
 >>> import jax.numpy as jnp
@@ -34,7 +34,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import Var
 from jax.typing import ArrayLike, DTypeLike
 
 from tripletjax._api import jitted, own_promotion, unjitted
@@ -58,15 +57,15 @@ from tripletjax.pairs import PairMasks, masks_for
 
 
 class TripletTerms(NamedTuple):
-    """What a loss is made of, per anchor; adds up over blocks, devices and steps.
+    """Sums of a loss per anchor, which add up over blocks, devices and steps.
 
     The counts are floating-point numbers, which do not wrap: 4,096 items of 8 classes
     already make 7.5e9 triplets. ``active.sum() / valid.sum()`` is the share of triplets
-    that still teach something.
+    that still have a gradient.
 
     Attributes:
         total: summed cost ``[..., n]``.
-        active: number of triplets that cost anything ``[..., n]``.
+        active: number of triplets with a positive cost ``[..., n]``.
         valid: number of triplets ``[..., n]``.
     """
 
@@ -78,10 +77,57 @@ class TripletTerms(NamedTuple):
 Reduction = Callable[[TripletTerms], Any]
 
 
-def mean_valid(terms: TripletTerms) -> Array:
-    r"""The mean cost of all triplets, 0 if there are none.
+@dataclasses.dataclass(frozen=True, repr=False)
+class SumReduction:
+    """A reduction that needs only the sums of the terms over the anchors.
+
+    `mean_valid` and `mean_active` are such reductions. `tripletjax.blockwise` computes
+    their value and gradient in one walk over the pairs. Any other reduction takes a
+    second walk for its gradient.
+
+    Reductions of the same function are equal and hash alike.
+
+    Args:
+        of_sums: a function from `TripletTerms` ``[...]``, summed over the anchors, to
+            the result.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> @tj.SumReduction
+    ... def loss_and_active_share(sums):
+    ...     return tj.mean_valid.of_sums(sums), sums.active / sums.valid
+    >>> x = jnp.array([[0.0], [2.0], [1.0], [3.5]])
+    >>> loss, share = tj.blockwise.batch_all_loss(
+    ...     x, jnp.array([0, 0, 1, 1]), margin=0.5, reduce_fn=loss_and_active_share)
+    >>> print(loss, share)
+    1.1875 0.75
+    """
+
+    of_sums: Callable[[TripletTerms], Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "of_sums", canonical(self.of_sums))
+        object.__setattr__(self, "__doc__", self.of_sums.__doc__)
+
+    def __call__(self, terms: TripletTerms) -> Any:
+        """The result of `TripletTerms` ``[..., n]``, or of the terms of one anchor."""
+        sums = (jnp.sum(x, axis=-1) if jnp.ndim(x) else x for x in terms)
+        return self.of_sums(TripletTerms(*sums))
+
+    def __repr__(self) -> str:
+        name = getattr(self.of_sums, "__name__", repr(self.of_sums))
+        return f"SumReduction({name.strip('_')})"
+
+
+# The docstrings of these functions are those of the public reductions.
+
+
+def _mean_valid(sums: TripletTerms) -> Array:
+    r"""Mean cost of all triplets, 0 if there are none.
 
     $$\frac{\sum_a \text{total}_a}{\sum_a \text{valid}_a}$$
+
+    Memory: O(1).
 
     Args:
         terms: `TripletTerms` ``[..., n]``.
@@ -95,15 +141,17 @@ def mean_valid(terms: TripletTerms) -> Array:
     >>> print(tj.mean_valid(terms), tj.mean_active(terms))
     0.5 1.0
     """
-    return _ratio(terms.total, terms.valid)
+    return sums.total / jnp.maximum(sums.valid, 1)
 
 
-def mean_active(terms: TripletTerms) -> Array:
-    r"""The mean cost of the triplets that cost anything, 0 if none does.
+def _mean_active(sums: TripletTerms) -> Array:
+    r"""Mean cost of the triplets with a positive cost, 0 if there are none.
 
     $$\frac{\sum_a \text{total}_a}{\sum_a \text{active}_a}$$
 
     Unlike `mean_valid` it does not fade as triplets become satisfied.
+
+    Memory: O(1).
 
     Args:
         terms: `TripletTerms` ``[..., n]``.
@@ -120,83 +168,39 @@ def mean_active(terms: TripletTerms) -> Array:
     >>> print(tj.mean_active(tj.TripletTerms(*jnp.zeros((3, 5)))))
     0.0
     """
-    return _ratio(terms.total, terms.active)
+    return sums.total / jnp.maximum(sums.active, 1)
 
 
-def _ratio(total: Array, count: Array) -> Array:
-    if total.ndim:
-        total, count = jnp.sum(total, axis=-1), jnp.sum(count, axis=-1)
-    return total / jnp.maximum(count, 1)
+mean_valid = SumReduction(_mean_valid)
+mean_active = SumReduction(_mean_active)
 
 
-@dataclasses.dataclass(frozen=True)
-class SumReduction:
-    """A reduction that needs the terms' sums over anchors alone.
-
-    Like `mean_valid` and `mean_active`, and unlike other reductions, it gets value and
-    gradient in one pass from `tripletjax.blockwise`.
-
-    Args:
-        function: from `TripletTerms` ``[...]``, summed over the anchors, to the result.
-
-    >>> import jax.numpy as jnp
-    >>> import tripletjax as tj
-    >>> @tj.SumReduction
-    ... def loss_and_active_share(sums):
-    ...     return tj.mean_valid(sums), sums.active / sums.valid
-    >>> x = jnp.array([[0.0], [2.0], [1.0], [3.5]])
-    >>> loss, share = tj.blockwise.batch_all_loss(
-    ...     x, jnp.array([0, 0, 1, 1]), margin=0.5, reduce_fn=loss_and_active_share)
-    >>> print(loss, share)
-    1.1875 0.75
-    """
-
-    function: Callable[[TripletTerms], Any]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "function", canonical(self.function))
-
-    def __call__(self, terms: TripletTerms) -> Any:
-        return self.function(TripletTerms(*(jnp.sum(term, axis=-1) for term in terms)))
+def reduced(terms: TripletTerms, reduce_fn: Reduction | None) -> Any:
+    """The result of a reduction; the terms themselves if it is None."""
+    if reduce_fn is None:
+        return terms
+    check_reduction(reduce_fn)
+    return reduce_fn(terms)
 
 
-def needs_sums_alone(reduce_fn: Reduction, n: int, dtype: DTypeLike) -> bool:
-    """Whether a reduction does nothing with terms ``[n]`` but sum them over anchors.
-
-    Then it does not matter which anchor has how much of a term. Read from the steps
-    that it traces to; where these do not show it, the answer is no.
-    """
-    if isinstance(reduce_fn, SumReduction):
-        return True
-    each: Any = jax.ShapeDtypeStruct((n,), dtype)
-    terms = TripletTerms(each, each, each)
-    try:
-        closed = jax.make_jaxpr(reduce_fn)(terms)
-    except Exception:  # Whatever is wrong with it is told where it is used.
-        return False
-    return _sums_alone(closed.jaxpr, set(closed.jaxpr.invars))
-
-
-def _sums_alone(jaxpr: Any, terms: set) -> bool:
-    """Whether all that becomes of some variables are their sums."""
-    if terms & {x for x in jaxpr.outvars if isinstance(x, Var)}:
-        return False
-    for step in jaxpr.eqns:
-        used = [isinstance(x, Var) and x in terms for x in step.invars]
-        if not any(used) or step.primitive.name == "reduce_sum":
-            continue
-        inner = step.params.get("jaxpr") if step.primitive.name == "jit" else None
-        if inner is None:
-            return False
-        inside = {x for x, mine in zip(inner.jaxpr.invars, used) if mine}
-        if not _sums_alone(inner.jaxpr, inside):
-            return False
-    return True
+def check_reduction(reduce_fn: Reduction) -> None:
+    """Raises for functions of one array, such as ``jnp.mean`` and ``sum``."""
+    function: Any = reduce_fn
+    while isinstance(function, functools.partial):
+        function = function.func
+    module = getattr(function, "__module__", None) or ""
+    if module.partition(".")[0] in ("jax", "numpy", "builtins"):
+        name = f"{module}.{getattr(function, '__name__', function)}"
+        raise TypeError(
+            f"reduce_fn must take TripletTerms, got {name}; use "
+            "reduce_fn=tripletjax.mean_valid, or a function of the terms such as "
+            "lambda terms: jnp.mean(terms.total)."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class TripletCost:
-    """A cost of both distances: a `hinge` for when their difference says too little.
+    """A `hinge` of both distances, for costs that are no function of their gap.
 
     Args:
         function: elementwise ``(d_ap, d_an, margin) -> cost``.
@@ -218,12 +222,12 @@ class TripletCost:
 
 @dataclasses.dataclass(frozen=True)
 class GapCost:
-    """A cost of the gap ``d_ap - d_an + margin`` alone, and what is known of it.
+    """A cost of the gap ``d_ap - d_an + margin`` alone, with its properties.
 
     Attributes:
         function: elementwise ``gap -> cost``.
         vanishes: whether cost and slope are 0 at minus infinity.
-        counts: whether the slope is 1 where a triplet costs anything, and else 0.
+        counts: whether the slope is 1 where the cost is positive, and else 0.
     """
 
     function: Callable[[Array], Array]
@@ -238,28 +242,18 @@ Cost = GapCost | TripletCost
 
 
 def as_cost(hinge: Any) -> Cost:
-    """Checks a hinge; functions that compute what relu or softplus do are these."""
+    """The cost of a hinge: `RELU` and `SOFTPLUS` for ``jax.nn.relu`` and ``softplus``.
+
+    Any other function is a `GapCost` of unknown properties.
+    """
     if isinstance(hinge, TripletCost):
         return hinge
     if not callable(hinge):
         raise TypeError(f"hinge must be callable, got {hinge!r}.")
-    for known in (RELU, SOFTPLUS):
-        if hinge == known.function:
-            return known
-    try:
-        program = _with_derivative(hinge)
-    except Exception:  # Whatever is wrong with it is told where it is used.
-        return GapCost(hinge)
-    for known in (RELU, SOFTPLUS):
-        if program == _with_derivative(known.function):
-            return known
+    for cost in (RELU, SOFTPLUS):
+        if hinge is cost.function:
+            return cost
     return GapCost(hinge)
-
-
-def _with_derivative(function: Callable[[Array], Array]) -> str:
-    """What a function of a scalar and its derivative compute, step by step."""
-    x = jax.ShapeDtypeStruct((), jnp.float32)
-    return str(jax.make_jaxpr(lambda x, dot: jax.jvp(function, (x,), (dot,)))(x, x))
 
 
 def closes_over_arrays(cost: Cost, dtype: DTypeLike) -> bool:
@@ -290,12 +284,14 @@ def selectively_contrastive(
         triplets = tj.batch_easy_hard_triplets(d, labels, negative=hardest_negative)
         tj.triplet_loss(d, triplets, hinge=tj.selectively_contrastive())
 
+    Memory: O(1) for each triplet.
+
     Args:
         hard_weight: λ, the weight of triplets with a hard negative.
         temperature: τ, in units of cosine similarity.
 
     Returns:
-        A `TripletCost`, to be given as `hinge`.
+        A `TripletCost` for the option `hinge`.
 
     Raises:
         ValueError: if an option is not finite and positive.
@@ -349,12 +345,14 @@ def triplet_margin_loss(
 
     $$\ell = h(d(a, p) - d(a, n) + \text{margin})$$
 
+    Memory: O(n d).
+
     Args:
         anchors: vectors ``[..., t, d]``, or one vector ``[d]``.
         positives: vectors of the same shape.
         negatives: vectors of the same shape.
         margin: a scalar, in units of the metric.
-        metric: how far two vectors are apart.
+        metric: a distance between vectors.
         swap: whether the positive takes the anchor's place where it is nearer to the
             negative: d(a, n) becomes min(d(a, n), d(p, n)).
         hinge: the cost of a gap: ``jax.nn.relu``, ``jax.nn.softplus`` (soft margin,
@@ -408,15 +406,21 @@ def triplet_margin_loss(
     return reduced(sums_of(costs[..., None], valid[..., None]), reduce_fn)
 
 
-def _check_triplets(distances: Any, triplets: Any, **options: Any) -> None:
-    """Raises for indices that are at hand and out of range."""
-    limits = [*np.shape(distances)[-2:], np.shape(distances)[-1]]
-    if not isinstance(triplets, Triplets | CountedTriplets) or len(limits) < 3:
+def check_indices(triplets: Any, n: int, m: int, *, hint: str) -> None:
+    """Raises for indices that are out of range, if their values are on the host.
+
+    Args:
+        triplets: the triplets. Any other value is left to `as_triplets`.
+        n: number of anchors.
+        m: number of references.
+        hint: end of the message.
+    """
+    if not isinstance(triplets, Triplets | CountedTriplets):
         return
     valid = values_at_hand(triplets.valid)
     if valid is None:
         return
-    for name, indices, limit in zip(triplets._fields, triplets, limits):
+    for name, indices, limit in zip(triplets._fields, triplets, (n, m, m)):
         indices = values_at_hand(indices)
         if (
             indices is None
@@ -427,17 +431,56 @@ def _check_triplets(distances: Any, triplets: Any, **options: Any) -> None:
         wrong = indices[valid.astype(bool) & ((indices < 0) | (indices >= limit))]
         if wrong.size:
             raise ValueError(
-                f"triplets.{name} must be from 0 to {limit - 1}, got {wrong[0]}: "
-                f"distances has shape {np.shape(distances)}. If these are embeddings, "
-                "use tripletjax.triplet_margin_loss."
+                f"triplets.{name} must be from 0 to {limit - 1}, got {wrong[0]}: {hint}"
             )
+
+
+def check_triplets(triplets: Triplets, lead: tuple[int, ...], *, of: str) -> None:
+    """Raises for triplets whose shapes or dtypes are wrong.
+
+    Args:
+        triplets: the triplets.
+        lead: batch dimensions, with which their shape has to begin.
+        of: the array that has these dimensions, and its shape.
+    """
+    shape = jnp.shape(triplets.valid)
+    if any(jnp.shape(field) != shape for field in triplets):
+        raise ValueError(
+            "the fields of triplets must have one shape, got "
+            f"{', '.join(str(jnp.shape(field)) for field in triplets)}."
+        )
+    if shape[: len(lead)] != lead or len(shape) == len(lead):
+        raise ValueError(
+            f"triplets must begin with the batch dimensions of {of}, got shape {shape}."
+        )
+    expected = (*[("integers", jnp.integer)] * 3, ("boolean", jnp.bool_))
+    for name, field, (word, dtype) in zip(triplets._fields, triplets, expected):
+        if not jnp.issubdtype(jnp.result_type(field), dtype):
+            raise TypeError(
+                f"triplets.{name} must be {word}, got dtype {jnp.result_type(field)}."
+            )
+
+
+def outside_as(limit: int, index: Array) -> Array:
+    """Indices with `limit` in place of negative ones, which JAX would wrap."""
+    return jnp.where(index < 0, jnp.asarray(limit, index.dtype), index)
+
+
+def _check_triplets_of_distances(distances: Any, triplets: Any, **options: Any) -> None:
+    shape = np.shape(distances)
+    if len(shape) >= 2:
+        hint = (
+            f"distances has shape {shape}. If these are embeddings, use "
+            "tripletjax.blockwise.triplet_loss."
+        )
+        check_indices(triplets, *shape[-2:], hint=hint)
 
 
 @jitted(
     callables=("reduce_fn",),
     static=("hinge",),
     nonnegative=("margin",),
-    check=_check_triplets,
+    check=_check_triplets_of_distances,
     optional=("reduce_fn",),
 )
 def triplet_loss(
@@ -451,6 +494,8 @@ def triplet_loss(
     r"""The triplet loss of mined triplets.
 
     $$\ell = h(d_{ap} - d_{an} + \text{margin})$$
+
+    Memory: O(n m) for the gradient, and O(1) for each triplet.
 
     Args:
         distances: ``[..., n, m]``.
@@ -481,31 +526,12 @@ def triplet_loss(
     distances = as_distances(distances)
     triplets = as_triplets(triplets)
     batch = distances.shape[:-2]
-    shape = jnp.shape(triplets.valid)
-    if any(jnp.shape(field) != shape for field in triplets):
-        raise ValueError(
-            "the fields of triplets must have one shape, got "
-            f"{', '.join(str(jnp.shape(field)) for field in triplets)}."
-        )
-    if shape[: len(batch)] != batch or len(shape) == len(batch):
-        raise ValueError(
-            f"triplets have shape {shape}, which does not begin with the batch "
-            f"dimensions of distances, whose shape is {distances.shape}."
-        )
-    expected = (*[("integers", jnp.integer)] * 3, ("boolean", jnp.bool_))
-    for name, field, (word, dtype) in zip(triplets._fields, triplets, expected):
-        if not jnp.issubdtype(jnp.result_type(field), dtype):
-            raise TypeError(
-                f"triplets.{name} must be {word}, got dtype {jnp.result_type(field)}."
-            )
+    check_triplets(triplets, batch, of=f"distances, whose shape is {distances.shape}")
 
     # Indices out of range would be clipped, wrapped or dropped: they give NaN instead.
     def one(distances: Array, a: Array, p: Array, n: Array, valid: Array) -> tuple:
         at, (rows, columns) = distances.at, distances.shape
-        a, p, n = (
-            jnp.where(index < 0, jnp.int32(most), index)
-            for index, most in ((a, rows), (p, columns), (n, columns))
-        )
+        a, p, n = map(outside_as, (rows, columns, columns), (a, p, n))
         d_ap = at[a, p].get(mode="fill", fill_value=jnp.nan)
         d_an = at[a, n].get(mode="fill", fill_value=jnp.nan)
         costs = costs_of(d_ap, d_an, valid, as_margin(margin, distances), cost)
@@ -547,6 +573,8 @@ def batch_hard_loss(
 
     From a cold start it is prone to collapse to one point, where every triplet costs
     the margin: warm up with `batch_all_loss`, or see `selectively_contrastive`.
+
+    Memory: O(n m), at most the size of the distances.
 
     Args:
         distances: ``[..., n, m]``.
@@ -618,8 +646,10 @@ def batch_semi_hard_loss(
     $$\ell_a = \sum_{p \in P_a} h(d_{ap} - d_{a n_{ap}} + \text{margin})$$
 
     where $n_{ap}$ is the nearest negative strictly farther than the positive, and the
-    farthest negative if there is none. `tripletjax.mining` tables what else is called
-    semi-hard.
+    farthest negative if there is none. `tripletjax.mining` lists the other published
+    meanings of semi-hard.
+
+    Memory: O(n m), at most 8 times the size of the distances.
 
     Args:
         distances: ``[..., n, m]``.
@@ -694,6 +724,8 @@ def batch_all_loss(
     Exact in O(n m) memory: the positives of all anchors are taken one at a time, as
     many times as the anchor with the most of them has.
 
+    Memory: O(n m), at most twice the size of the distances.
+
     Args:
         distances: ``[..., n, m]``.
         labels: integers ``[..., n]``, or `PairMasks`.
@@ -752,8 +784,8 @@ def batch_all_sums(
 ) -> tuple[Array, Array]:
     """Summed cost and number of active triplets per anchor."""
 
-    def add(sums: tuple[Array, Array], column: Array, found: Array):
-        costs = _costs_with(cost, column, found, distances, margins, negative)
+    def add(sums: tuple[Array, Array], column: Array, exists: Array):
+        costs = _costs_with(cost, column, exists, distances, margins, negative)
         active = jnp.sum(costs > 0, axis=-1, dtype=costs.dtype)
         return sums[0] + jnp.sum(costs, axis=-1), sums[1] + active
 
@@ -779,9 +811,9 @@ def _batch_all_weights(
 ) -> tuple[Array, Array]:
     """The derivatives of an anchor's summed cost by its distances and its margin."""
 
-    def add(weights: tuple[Array, Array], column: Array, found: Array):
+    def add(weights: tuple[Array, Array], column: Array, exists: Array):
         def costs(distances: Array, margins: Array) -> Array:
-            return _costs_with(cost, column, found, distances, margins, negative)
+            return _costs_with(cost, column, exists, distances, margins, negative)
 
         _, pull = jax.vjp(costs, distances, margins)
         return jax.tree.map(jnp.add, weights, pull(jnp.ones_like(distances)))
@@ -800,9 +832,9 @@ def _batch_all_weights_jvp(cost: Cost, primals: tuple, tangents: tuple) -> tuple
     def total(distances: Array, margins: Array) -> Array:
         @jax.checkpoint
         def add(total: Array, column: Array) -> tuple[Array, None]:
-            found = positive[..., column]
-            columns = jnp.broadcast_to(column, found.shape)
-            costs = _costs_with(cost, columns, found, distances, margins, negative)
+            exists = positive[..., column]
+            columns = jnp.broadcast_to(column, exists.shape)
+            costs = _costs_with(cost, columns, exists, distances, margins, negative)
             return total + jnp.sum(costs), None
 
         none = jnp.zeros_like(distances.ravel()[0])
@@ -857,14 +889,14 @@ def batch_all_sums_by_autodiff(
 def _costs_with(
     cost: Cost,
     column: Array,
-    found: Array,
+    exists: Array,
     distances: Array,
     margins: Array,
     negative: Array,
 ) -> Array:
-    """The costs of one positive of each anchor, if found, with all its negatives."""
+    """Costs of one positive of each anchor, where it exists, with all negatives."""
     d_ap = take(distances, column)[..., None]
-    valid = negative & found[..., None]
+    valid = negative & exists[..., None]
     return costs_of(d_ap, distances, valid, margins[..., None], cost)
 
 
@@ -892,7 +924,7 @@ def costs_of(
 
 
 def check_elementwise(costs: Array, gaps: Array) -> None:
-    """Checks what a hinge returned for gaps."""
+    """Raises for costs of a hinge that have another shape than the gaps."""
     if jnp.shape(costs) != gaps.shape:
         raise ValueError(
             f"hinge must be elementwise: for shape {gaps.shape} it returned shape "
@@ -904,7 +936,3 @@ def sums_of(costs: Array, valid: Array) -> TripletTerms:
     """The terms of anchors that have a row of triplets each."""
     terms = (costs, costs > 0, valid)
     return TripletTerms(*(jnp.sum(t, axis=-1, dtype=costs.dtype) for t in terms))
-
-
-def reduced(terms: TripletTerms, reduce_fn: Reduction | None) -> Any:
-    return terms if reduce_fn is None else reduce_fn(terms)

@@ -60,6 +60,8 @@ def create(
 ) -> Memory:
     """Create an empty memory.
 
+    Memory: O(size d).
+
     Args:
         size: the number of embeddings that the memory holds, at least 1.
         dim: the number of dimensions of an embedding, at least 1.
@@ -114,6 +116,8 @@ def push(
     Embedding i of the batch goes to slot ``(position + i) % size``. Of a batch larger
     than the memory, only the last `size` embeddings remain. Gradients do not flow into
     the memory.
+
+    Memory: O(n d), beside the copy.
 
     Args:
         memory: a `Memory` from `create` or `push`.
@@ -176,6 +180,8 @@ def references(
     The result has options of every blockwise loss and miner, of retrieval and of
     verification. With a distance matrix, pass `references` to the metric and the other
     options to the loss. An anchor is never its own positive.
+
+    Memory: O((n + size) d).
 
     Args:
         memory: a `Memory` of earlier batches.

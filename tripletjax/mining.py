@@ -27,6 +27,7 @@ farther than the positive but within the margin, and the libraries read it diffe
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,14 +40,15 @@ from tripletjax._api import jitted, unjitted
 from tripletjax._closures import canonical
 from tripletjax._matrices import (
     SortedNegatives,
+    columns_by_weight,
     columns_of,
     for_each_true_column,
     frozen_distances,
     ordered_bits,
-    search_rows,
     take,
 )
-from tripletjax.pairs import PairMasks, masks_for, pair_masks
+from tripletjax._pairwise.class_index import ClassIndex
+from tripletjax.pairs import PairMasks, Pairs, masks_for
 
 # With at most this many positives per anchor, comparing each positive with all
 # negatives is faster than sorting the negatives.
@@ -132,6 +134,8 @@ def batch_hard_triplets(
     r"""Mine the farthest positive and the nearest negative of each anchor.
 
     $$p_a = \arg\max_{p \in P_a} d_{ap}, \qquad n_a = \arg\min_{n \in N_a} d_{an}$$
+
+    Memory: O(n m), at most the size of the distances.
 
     Args:
         distances: ``[..., n, m]``.
@@ -357,6 +361,8 @@ def batch_easy_hard_triplets(
     To leave pairs out by their distance, change the masks:
     ``masks._replace(negative=masks.negative & (distances > 0.5))``.
 
+    Memory: O(n m), at most the size of the distances.
+
     Args:
         distances: ``[..., n, m]``.
         labels: integers ``[..., n]``, or `PairMasks`.
@@ -485,6 +491,8 @@ def batch_semi_hard_triplets(
     $$n_{ap} = \arg\min_{n \in N_a,\; d_{an} > d_{ap}} d_{an}$$
 
     If no negative is strictly farther than the positive, the farthest negative.
+
+    Memory: O(n m), at most 8 times the size of the distances.
 
     Args:
         distances: ``[..., n, m]``.
@@ -630,8 +638,9 @@ def all_triplets(
     $$\{(a, p, n) : p \in P_a,\; n \in N_a,\;
       \text{low} < d_{an} - d_{ap} \le \text{high}\}$$
 
-    Like ``jnp.nonzero(..., size=size)``, without the n x m x m mask: memory is
-    O(n m + size).
+    Like ``jnp.nonzero(..., size=size)``, without the n x m x m mask.
+
+    Memory: O(n m + size), at most 10 times the size of the distances.
 
     Args:
         labels: integers ``[..., n]``, or `PairMasks`.
@@ -672,7 +681,7 @@ def all_triplets(
     if distances is None:
         if band is not None:
             raise ValueError("band requires distances; pass distances=metric(x).")
-        masks = _masks_alone(labels, **options)
+        masks = Pairs.alone(labels, **options).masks()
         # With equal distances, sorting keeps the order of the indices.
         distances = jnp.zeros(masks.positive.shape)
     else:
@@ -748,7 +757,7 @@ def random_triplets(
 ) -> Triplets:
     """Random triplets: each anchor with positives and negatives drawn uniformly.
 
-    Memory is O(n m), some 17 bytes for each pair of an anchor and a reference.
+    Memory: O(m + n per_anchor); masks are read in blocks of rows.
 
     Args:
         key: a random key, ``jax.random.key(seed)``.
@@ -773,25 +782,76 @@ def random_triplets(
     """
     if per_anchor < 1:
         raise ValueError(f"per_anchor must be at least 1, got {per_anchor}.")
-    masks = _masks_alone(
+    pairs = Pairs.alone(
         labels,
         reference_labels=reference_labels,
         positions=positions,
         where=where,
         reference_where=reference_where,
     )
+    if isinstance(pairs.labels, PairMasks):
+        candidates_of, of_labels = _masked_candidates, pairs.labels.positive[..., 0]
+    else:
+        candidates_of, of_labels = _class_candidates, pairs.labels
+    *lead, n = of_labels.shape
 
-    def draw(key: Array, candidates: Array) -> tuple[Array, Array]:
-        running = jnp.cumsum(candidates, axis=-1)
-        count = running[..., -1:]
-        shape = (*candidates.shape[:-1], per_anchor)
-        rank = jax.random.randint(key, shape, 0, jnp.maximum(count, 1))
-        return search_rows(running, rank, side="right"), count > 0
+    def draw(key: Array, pairs: Pairs) -> Triplets:
+        sides = candidates_of(pairs)
+        drawn, valid = [], jnp.ones((per_anchor, n), bool)
+        for side_key, (count, column_at) in zip(jax.random.split(key), sides):
+            most = jnp.maximum(count, 1)
+            rank = jax.random.randint(side_key, (per_anchor, n), 0, most)
+            drawn.append(column_at(rank))
+            valid &= count > 0
+        anchor = jnp.broadcast_to(jnp.arange(n), valid.shape)
+        return Triplets(*(x.T for x in (anchor, *drawn, valid)))
 
-    positive_key, negative_key = jax.random.split(key)
-    positive, has_positive = draw(positive_key, masks.positive)
-    negative, has_negative = draw(negative_key, masks.negative)
-    return _triplets(masks.positive, positive, negative, has_positive & has_negative)
+    for _ in lead:
+        draw = jax.vmap(draw)
+    return draw(jax.random.split(key, tuple(lead)), pairs)
+
+
+# The number of an anchor's candidates ``[n]``, and their columns by rank ``[k, n]``.
+Candidates = tuple[Array, Callable[[Array], Array]]
+
+# As many pairs of anchors and references at a time do not take much memory.
+PAIRS_AT_ONCE = 2**20
+
+
+def _class_candidates(pairs: Pairs) -> list[Candidates]:
+    """Positives and negatives by integer labels, which are sorted once."""
+    classes, n = ClassIndex.of_pairs(pairs), len(pairs.labels)
+    return [
+        (classes.positives, lambda rank: classes.positive(rank, 0, n)[0]),
+        (classes.negatives, lambda rank: classes.negative(rank, 0, n)[0]),
+    ]
+
+
+def _masked_candidates(pairs: Pairs) -> list[Candidates]:
+    """Positives and negatives by masks, of which some rows are read at a time."""
+    _, _, _, where, reference_where = pairs
+    real = True if reference_where is None else reference_where
+
+    def candidates(mask: Array) -> Candidates:
+        n, m = mask.shape
+        over_rows = functools.partial(
+            jax.lax.map, batch_size=max(1, PAIRS_AT_ONCE // m)
+        )
+
+        def column_at(rank: Array) -> Array:
+            def columns(row: tuple[Array, Array]) -> Array:
+                anchor, rank = row
+                running = jnp.cumsum(mask[anchor] & real)
+                column = jnp.searchsorted(running, rank, side="right")
+                return jnp.minimum(column, m - 1)
+
+            return over_rows(columns, (jnp.arange(n), rank.T)).T
+
+        # One sum of all rows would first make integers of the whole mask.
+        count = over_rows(lambda a: jnp.sum(mask[a] & real), jnp.arange(n))
+        return count if where is None else count * where, column_at
+
+    return [candidates(mask) for mask in pairs.labels]
 
 
 @jitted(nonnegative=("margin",))
@@ -812,6 +872,8 @@ def random_semi_hard_triplets(
       \text{Uniform}\{n \in N_a : d_{ap} < d_{an} < d_{ap} + \text{margin}\}$$
 
     A pair without such a negative has no triplet.
+
+    Memory: O(n m), at most 13 times the size of the distances.
 
     Args:
         key: a random key, ``jax.random.key(seed)``.
@@ -889,6 +951,8 @@ def distance_weighted_triplets(
     q is the density of Euclidean distances between uniform random points on the unit
     sphere in D dimensions. The weights 1 / q draw near and far negatives equally often.
 
+    Memory: O(n m), at most 7 times the size of the distances.
+
     Args:
         key: a random key, ``jax.random.key(seed)``.
         distances: Euclidean distances of unit-norm vectors ``[..., n, m]``.
@@ -941,12 +1005,7 @@ def distance_weighted_triplets(
     most = jnp.max(log_weights, axis=-1, keepdims=True)
     weights = jnp.exp(log_weights - jnp.where(jnp.isfinite(most), most, 0))
     weights = jnp.where(jnp.any(drawn, -1, keepdims=True), weights, masks.negative)
-
-    running = jnp.cumsum(weights, axis=-1)
-    point = jax.random.uniform(key, distances.shape) * running[..., -1:]
-    # Rounding may put a point at the end of the sum, beyond the last positive weight.
-    last = search_rows(running, running[..., -1:], side="left")
-    index = jnp.minimum(search_rows(running, point, side="right"), last)
+    index = columns_by_weight(weights, jax.random.uniform(key, distances.shape))
     has_negative = jnp.any(masks.negative, axis=-1, keepdims=True)
     return _triplets(
         distances, columns_of(distances), index, masks.positive & has_negative
@@ -971,11 +1030,3 @@ def _triplets(
     if valid.ndim == matrix.ndim:
         anchor = anchor[:, None]
     return Triplets(*jnp.broadcast_arrays(anchor, positive, negative, valid))
-
-
-def _masks_alone(labels: ArrayLike | PairMasks, **options: Any) -> PairMasks:
-    """The pair masks of labels, for miners without a distance matrix."""
-    if isinstance(labels, PairMasks):
-        return masks_for(jnp.zeros(jnp.shape(labels.positive)), labels, **options)
-    pairs = unjitted(pair_masks)
-    return pairs(labels, options.pop("reference_labels"), **options)

@@ -53,6 +53,8 @@ def pair_masks(
     $$\text{positive}_{ij} = (y_i = y_j) \wedge (i \ne j), \qquad
       \text{negative}_{ij} = (y_i \ne y_j)$$
 
+    Memory: O(n m), that of the masks.
+
     Args:
         labels: integers ``[..., n]``, one per anchor. With `match`, labels of any
             dtype: ``[n]``, or ``[..., n, k]`` where a label is a row of k numbers.
@@ -221,6 +223,41 @@ class Pairs(NamedTuple):
             reference_where = where
         positions = _of_items("positions", positions, anchors, (*lead, n), jnp.integer)
         return cls(labels, reference_labels, positions, where, reference_where)
+
+    @classmethod
+    def alone(cls, labels: ArrayLike | PairMasks, **options: Any) -> "Pairs":
+        """Checks what is said about pairs where neither distances nor vectors are.
+
+        Args:
+            labels: integers ``[..., n]``, or `PairMasks`.
+            **options: `reference_labels`, `positions`, `where` and `reference_where`,
+                each of which may be None.
+        """
+        names = {"anchors": "anchors", "references": "references"}
+        if isinstance(labels, PairMasks):
+            shape = jnp.shape(labels.positive)
+            if len(shape) < 2:
+                raise ValueError(
+                    f"labels.positive must be [..., n, m], got shape {shape}."
+                )
+            return cls.of(labels, shape=shape, **names, **options)
+        labels = _as_labels("labels", labels, None)
+        given = [jnp.shape(x) for x in (labels, *options.values()) if x is not None]
+        lead = jnp.broadcast_shapes(*(shape[:-1] for shape in given))
+        n = m = labels.shape[-1]
+        if (references := options["reference_labels"]) is not None:
+            m = _as_labels("reference_labels", references, None).shape[-1]
+        pairs = cls.of(labels, shape=(*lead, n, m), **names, **options)
+        positions, own = pairs.positions, pairs.labels
+        assert not isinstance(own, PairMasks)
+        if references is None and (
+            positions is not None or options["reference_where"] is not None
+        ):
+            # The anchors and their references then differ in more than their order.
+            if positions is None:
+                positions = jnp.broadcast_to(jnp.arange(n), (*lead, n))
+            pairs = pairs._replace(reference_labels=own, positions=positions)
+        return pairs
 
     def masks(self) -> PairMasks:
         """Which pairs are positive and which negative, ``[..., n, m]``."""

@@ -1,13 +1,19 @@
 """Triplets of graded relevance, sampled as in Deep Ranking."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from tripletjax._api import jitted
+from tripletjax._matrices import columns_by_weight
 from tripletjax.mining import Triplets
 from tripletjax.pairs import per_item
+
+# So many relevances at a time, of a few anchors, do not take much memory.
+NUMBERS_AT_ONCE = 2**20
 
 
 @jitted(sizes=("size",), nonnegative=("cap", "gap"))
@@ -31,8 +37,9 @@ def relevance_triplets(
     `out_of_category` the negative is uniform over the items of other categories. Else
     it is an item of the category with $r_{ap} - r_{an} > 0$ and at least the gap, drawn
     in proportion to $\min(\text{cap}, r_{an})$. If one of the two sets is empty, the
-    negative comes from the other set. Memory is O(n^2 + n size): some 4 bytes for each
-    pair of items, and 40 for each item and triplet.
+    negative comes from the other set.
+
+    Memory: O(n + size); the relevance is read in blocks of rows.
 
     Args:
         key: a random key, ``jax.random.key(seed)``.
@@ -76,28 +83,39 @@ def relevance_triplets(
     categories = per_item("categories", categories, n, "items", jnp.integer)
     real = jnp.ones(n, bool) if where is None else where
     real = per_item("where", real, n, "items", jnp.bool_)
-    together = (categories[:, None] == categories) & real[:, None] & real
-    within = together & ~jnp.eye(n, dtype=bool)
-    weights = jnp.where(within, jnp.minimum(r, cap), 0)
-    total = jnp.sum(jnp.where(within, r, 0), axis=-1)
+    index = jnp.arange(n)
 
-    def draw(key: Array, weights: Array, shape: tuple[int, ...]) -> Array:
-        logits = jnp.where(weights > 0, jnp.log(weights), -jnp.inf)
-        return jax.random.categorical(key, logits, shape=shape)
+    def relevant(anchor: Array) -> tuple[Array, Array]:
+        """How relevant all items are ``[n]``, and which share the category."""
+        within = real & (categories == categories[anchor])
+        return r[anchor], within & real[anchor] & (index != anchor)
 
-    keys = jax.random.split(key, 5)
-    anchor = draw(keys[0], total, (size,))
-    anchor_weights = weights[anchor]
-    positive = draw(keys[1], anchor_weights, (size,))
-    of_positive = jnp.take_along_axis(r[anchor], positive[:, None], axis=1)
-    apart = of_positive - r[anchor]
-    inside = jnp.where((apart >= gap) & (apart > 0), anchor_weights, 0)
-    outside = (real & (categories != categories[anchor][:, None])).astype(r.dtype)
-    has_inside, has_outside = (jnp.any(w > 0, axis=1) for w in (inside, outside))
-    out = jax.random.bernoulli(keys[2], out_of_category, (size,))
-    out = jnp.where(has_inside & has_outside, out, has_outside)
-    negative = jnp.where(
-        out, draw(keys[3], outside, (size,)), draw(keys[4], inside, (size,))
-    )
-    valid = (total[anchor] > 0) & jnp.any(anchor_weights > 0, axis=1)
-    return Triplets(anchor, positive, negative, valid & (has_inside | has_outside))
+    def total_of(anchor: Array) -> Array:
+        row, within = relevant(anchor)
+        return jnp.sum(jnp.where(within, row, 0))
+
+    def partners(drawn: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        """A positive and a negative of an anchor, and whether there are such."""
+        shares, anchor = drawn
+        positive_share, negative_share, chance = shares[:, None]
+        row, within = relevant(anchor)
+        weights = jnp.where(within, jnp.minimum(row, cap), 0)
+        positive = columns_by_weight(weights, positive_share)
+        apart = row[positive] - row
+        inside = jnp.where((apart >= gap) & (apart > 0), weights, 0)
+        outside = (real & (categories != categories[anchor])).astype(r.dtype)
+        has_inside, has_outside = jnp.any(inside > 0), jnp.any(outside > 0)
+        out = chance < out_of_category
+        out = jnp.where(has_inside & has_outside, out, has_outside)
+        negative = columns_by_weight(jnp.where(out, outside, inside), negative_share)
+        valid = jnp.any(weights > 0) & (has_inside | has_outside)
+        return positive[0], negative[0], valid
+
+    # Rows are read a few at a time.
+    over_items = functools.partial(jax.lax.map, batch_size=max(1, NUMBERS_AT_ONCE // n))
+    total = over_items(total_of, index)
+    keys = jax.random.split(key)
+    anchor = columns_by_weight(total, jax.random.uniform(keys[0], (size,), r.dtype))
+    shares = jax.random.uniform(keys[1], (size, 3), r.dtype)
+    positive, negative, valid = over_items(partners, (shares, anchor))
+    return Triplets(anchor, positive, negative, valid & (total[anchor] > 0))

@@ -1,8 +1,8 @@
 """Sums over triplets by tiles: every product of two blocks of vectors is made once.
 
-For metrics made of inner products and anchors of up to `MAX_TILE_POSITIVES` positives.
-The distances of positives come first and directly, [k, n]; the tiles treat negatives
-alone. Of all triplets,
+For metrics with an inner-product form and anchors of up to `MAX_TILE_POSITIVES`
+positives. The distances of positives come first, from differences, [k, n]. The tiles
+have negatives alone. Over all triplets,
 
     cost      = sum_ap sum_an c(d_ap - d_an + margin)
     by d_ap   = sum_an c'(...)      added up per positive, [k, n]
@@ -27,27 +27,26 @@ from tripletjax._engine.search import (
 from tripletjax._engine.slopes import costs_and_slopes, vjp_half_squares, with_slope
 from tripletjax._engine.spec import Gradients, LossSpec, Mining
 from tripletjax._pairwise.batch import Batch
+from tripletjax._pairwise.block_sizes import BlockSizes
 from tripletjax._pairwise.class_index import ClassIndex
-from tripletjax._pairwise.cuts import Cut
 from tripletjax._pairwise.slices import (
     Blocks,
-    Index,
     add_rows,
     materialize,
     rows_at,
 )
 from tripletjax._pairwise.tiles import Tile, Tiles
-from tripletjax.losses import TripletCost, TripletTerms, costs_of
+from tripletjax.losses import Cost, TripletCost, TripletTerms, costs_of
 
 
 class TripletRows(NamedTuple):
-    """Triplets of every anchor, ``[k, n]``.
+    """Up to k triplets of every anchor, ``[k, n]``.
 
     Attributes:
         positive: indices of references.
-        negative: likewise.
-        valid: bool.
-        count: how many of the k rows are in use.
+        negative: indices of references.
+        valid: whether the triplet exists, bool.
+        count: number of rows in use.
     """
 
     positive: Array
@@ -65,7 +64,7 @@ def sums_by_tiles(
     gradient: bool,
 ) -> tuple[TripletTerms, Gradients | None]:
     """The terms, and the gradient of their total weighted per anchor."""
-    tiles = Tiles.of(spec.metric, batch, spec.cut)
+    tiles = Tiles.of(spec.metric, batch, spec.sizes)
     if spec.mining is Mining.ALL:
         return _all_by_tiles(spec, tiles, margin, classes, weights, gradient)
     triplets = mined_by_tiles(spec, tiles, classes)
@@ -74,25 +73,25 @@ def sums_by_tiles(
 
 def mined_by_tiles(spec: LossSpec, tiles: Tiles, classes: ClassIndex) -> TripletRows:
     """The hardest triplet of every anchor, or one for each of its positives."""
-    positives, squares, found = positives_of(
-        spec.metric, tiles.batch, classes, spec.cut
+    positives, squares, valid = positives_of(
+        spec.metric, tiles.batch, classes, spec.sizes
     )
-    found &= classes.negatives > 0
+    valid &= classes.negatives > 0
     if spec.mining is Mining.HARD:
-        hardest = jnp.argmax(jnp.where(found, squares, -1), axis=0)[None]
+        hardest = jnp.argmax(jnp.where(valid, squares, -1), axis=0)[None]
         positive = jnp.take_along_axis(positives, hardest, axis=0)
-        _, negative = nearest_negatives(tiles, None, 1)
-        return TripletRows(positive, negative, found[:1], 1)
+        negative = nearest_negatives(tiles, None, 1).index
+        return TripletRows(positive, negative, valid[:1], 1)
     count = classes.max_positives
     nearest, negative = nearest_negatives(tiles, squares, count)
-    # A NaN is nearer than nothing; its pair stays, for the loss to show it.
+    # No negative is farther than a NaN. Its pair stays, for the loss to show it.
     beyond = (nearest < jnp.inf) | jnp.isnan(squares)
     if not spec.fallback:
-        return TripletRows(positives, negative, found & beyond, count)
+        return TripletRows(positives, negative, valid & beyond, count)
 
-    alone = jnp.any(found & ~beyond, axis=0)
-    negative = jnp.where(beyond, negative, farthest_negatives(tiles, alone)[1])
-    return TripletRows(positives, negative, found, count)
+    alone = jnp.any(valid & ~beyond, axis=0)
+    negative = jnp.where(beyond, negative, farthest_negatives(tiles, alone))
+    return TripletRows(positives, negative, valid, count)
 
 
 def _explicit_triplet_terms(
@@ -103,12 +102,13 @@ def _explicit_triplet_terms(
     weights: Array | None,
     gradient: bool,
 ) -> tuple[TripletTerms, Gradients | None]:
-    """The sums of given triplets, whose distances are taken from differences."""
+    """The terms and gradients of explicit triplets, by differences of vectors."""
     n, d = batch.anchors.shape
     y = batch.reference_side[0]
-    blocks = Blocks.of(n, spec.cut.panel // d)
-    products = spec.metric.inner_products
+    blocks = Blocks.of(n, spec.sizes.panel // d)
+    form = spec.metric.inner_products
 
+    # The state: summed costs and active triplets of each anchor, and the gradients.
     def step(step: Array, state: tuple) -> tuple:
         totals, actives, grads = state
         k, block = jnp.divmod(step, blocks.count)
@@ -117,7 +117,7 @@ def _explicit_triplet_terms(
         valid &= blocks.fresh(block)
         a = rows_at(batch.anchors, start, blocks.size)
 
-        squares = products.half_square(a, y[p]), products.half_square(a, y[n])
+        squares = form.half_square(a, y[p]), form.half_square(a, y[n])
         costs, pull = costs_of_squares(spec, squares, valid, margin)
         totals = add_rows(totals, start, costs)
         actives = add_rows(actives, start, (costs > 0).astype(costs.dtype))
@@ -144,7 +144,7 @@ def _explicit_triplet_terms(
 def costs_of_squares(
     spec: LossSpec, squares: tuple[Array, Array], valid: Array, margin: Array
 ) -> tuple[Array, Callable[[Array], tuple]]:
-    """Costs of triplets, of half their squared differences, and their pullback."""
+    """Costs of triplets by half their squared differences, and their pullback."""
 
     def cost(squares: tuple[Array, Array], margin: Array) -> Array:
         d_ap, d_an = map(spec.metric.inner_products.distance, squares)
@@ -154,13 +154,13 @@ def costs_of_squares(
 
 
 class AllSums(NamedTuple):
-    """What is added up over tiles for all triplets.
+    """Sums of all triplets over the tiles.
 
     Attributes:
-        total: cost ``[n]``.
-        active: triplets that cost anything ``[n]``.
+        total: summed cost of each anchor ``[n]``.
+        active: number of triplets of each anchor with a positive cost ``[n]``.
         by_positive: derivatives by the distances of positives ``[k, n]``.
-        by_margin: derivative by the margin, unless it follows from `by_positive`.
+        by_margin: derivative by the margin, of a `TripletCost` alone.
     """
 
     total: Array
@@ -183,127 +183,138 @@ def _all_by_tiles(
     weights: Array | None,
     gradient: bool,
 ) -> tuple[TripletTerms, Gradients | None]:
-    batch, products = tiles.batch, spec.metric.inner_products
-    positives, squares, found = positives_of(spec.metric, batch, classes, spec.cut)
-    d_ap, slopes = with_slope(products.distance, squares)
+    batch, form = tiles.batch, spec.metric.inner_products
+    positives, squares, exists = positives_of(spec.metric, batch, classes, spec.sizes)
+    d_ap, slopes = with_slope(form.distance, squares)
+    # For a cost of the gap, minus infinity stands for no positive.
+    gap_ap = d_ap
+    if not isinstance(spec.cost, TripletCost):
+        gap_ap = jnp.where(exists, d_ap, -jnp.inf)
+
+    # The state: the sums, and the gradients by negatives and their anchors.
+    def visit(
+        state: tuple[AllSums, Gradients | None], tile: Tile
+    ) -> tuple[AllSums, Gradients | None]:
+        sums, grads = state
+        d_an, slope = with_slope(form.distance, tile.squares)
+        d_an = materialize(d_an)
+
+        # The state: the sums, and the derivatives by the distances of the tile.
+        def all_directions(r: Array, rows: list[Array], state: tuple) -> tuple:
+            gaps, exist = rows[: tile.directions], rows[tile.directions :]
+            for axis, start, *part in zip((1, 0), (tile.row, tile.column), gaps, exist):
+                side = Side(axis, start, weights)
+                state = _add_positives(spec.cost, margin, d_an, side, r, part, state)
+            return state
+
+        sums, by_negative = in_threes(
+            classes.max_positives,
+            tile.along(gap_ap) + tile.along(exists),
+            all_directions,
+            (sums, jnp.zeros_like(d_an) if gradient else None),
+        )
+        if grads is not None:
+            grads = _vjp_negatives(batch, grads, tile, by_negative * slope)
+        return sums, grads
+
     none = AllSums.zero(batch), Gradients.zero(batch) if gradient else None
-    sums, grads = add_all_negatives(
-        spec, tiles, margin, d_ap, found, classes.max_positives, weights, none
-    )
+    sums, grads = tiles.scan(visit, none)
     if grads is not None:
-        grads = grads._replace(margin=by_margin_of(spec, sums))
-        by_square = jnp.where(found, sums.by_positive * slopes, 0)
-        grads = _vjp_positives(batch, grads, positives, by_square, classes, spec.cut)
+        # A cost of the gap has the same derivative by the margin as by d_ap.
+        by_margin = jnp.sum(sums.by_positive)
+        if isinstance(spec.cost, TripletCost):
+            by_margin = sums.by_margin
+        grads = grads._replace(margin=by_margin)
+        by_square = jnp.where(exists, sums.by_positive * slopes, 0)
+        grads = _vjp_positives(batch, grads, positives, by_square, classes, spec.sizes)
     valid = classes.count_triplets(0, len(batch.anchors), sums.total)
     return TripletTerms(sums.total, sums.active, valid), grads
 
 
-def by_margin_of(spec: LossSpec, sums: AllSums) -> Array:
-    """The derivative by the margin."""
-    if isinstance(spec.cost, TripletCost):
-        return sums.by_margin
-    # Of a gap, it is that of the positive's distance.
-    return jnp.sum(sums.by_positive)
+class Side(NamedTuple):
+    """A side of a tile, along which its anchors lie.
+
+    Attributes:
+        axis: axis of the negatives: 1 where anchors are rows, 0 where they are columns.
+        start: index of the first anchor.
+        weights: weights of all anchors in the gradient ``[n]``, or None.
+    """
+
+    axis: int
+    start: Array
+    weights: Array | None
+
+    def sum(self, x: Array) -> Array:
+        """Sums over the negatives of each anchor."""
+        return sum_in_one_loop(x, self.axis)
+
+    def expand(self, x: Array) -> Array:
+        """Numbers of the anchors, shaped to broadcast along the tile."""
+        return jnp.expand_dims(x, self.axis)
 
 
-def add_all_negatives(
-    spec: LossSpec,
-    tiles: Tiles,
+def _add_positives(
+    cost: Cost,
     margin: Array,
-    d_ap: Array,
-    found: Array,
-    count: Index,
-    weights: Array | None,
-    state: tuple[AllSums, Gradients | None],
-) -> tuple[AllSums, Gradients | None]:
-    """Adds the triplets of given positives with all negatives of tiles.
+    d_an: Array,
+    side: Side,
+    r: Array,
+    positives: Sequence[Array],
+    state: tuple[AllSums, Array | None],
+) -> tuple[AllSums, Array | None]:
+    """Adds the triplets of some positives with the negatives of a tile.
 
     Args:
-        spec, tiles, margin, weights: as elsewhere.
-        d_ap: distances of the positives ``[MAX_TILE_POSITIVES, n]``.
-        found: which of them there are.
-        count: how many rows of them are in use.
-        state: sums, and gradients by negatives and their anchors if wanted.
+        cost, margin: the cost of a triplet, and its margin.
+        d_an: distances of the tile, infinite for pairs that are not negatives.
+        side: the side of the tile along which the anchors lie.
+        r: the rank of the first of the positives.
+        positives: distances of the positives ``[some, anchors]``, and which exist.
+        state: the sums, and the derivatives by `d_an` if gradients are wanted.
     """
-    batch, products, cost = tiles.batch, spec.metric.inner_products, spec.cost
-    gradient, of_both = state[1] is not None, isinstance(cost, TripletCost)
-    # Elsewhere the gap of what is not a triplet is minus infinity.
-    gap_ap = d_ap if of_both else jnp.where(found, d_ap, -jnp.inf)
+    sums, by_negative = state
+    each = [
+        costs_and_slopes(cost, side.expand(d_ap), d_an, side.expand(exists), margin)
+        for d_ap, exists in zip(*positives)
+    ]
+    costs, active, by_ap, by_an, by_margin = zip(*each)
+    total = add_rows(sums.total, side.start, side.sum(add_up(costs)))
+    if not isinstance(cost, TripletCost) and cost.counts:
+        by_positive = packed_counts([x > 0 for x in by_ap], side.axis)
+        active = jnp.sum(by_positive, 0)
+    else:
+        by_positive = jnp.stack([side.sum(x) for x in by_ap])
+        active = side.sum(add_up(active))
+    active = add_rows(sums.active, side.start, active)
+    sums = sums._replace(total=total, active=active)
+    if by_negative is None:
+        return sums, None
+    by_an, weight = add_up(by_an), 1
+    if side.weights is not None:
+        weight = rows_at(side.weights, side.start, by_positive.shape[1])
+        by_an = by_an * side.expand(weight)
+    corner = (lax.convert_element_type(r, side.start.dtype), side.start)
+    old = lax.dynamic_slice(sums.by_positive, corner, by_positive.shape)
+    new = lax.dynamic_update_slice(sums.by_positive, old + by_positive * weight, corner)
+    sums = sums._replace(by_positive=new)
+    if isinstance(cost, TripletCost):
+        new = jnp.sum(side.sum(add_up(by_margin)) * weight)
+        sums = sums._replace(by_margin=sums.by_margin + new)
+    return sums, by_negative + by_an
 
-    def add_positives(
-        d_an: Array, axis: int, start: Array, r: Array, part: Sequence, state: tuple
-    ) -> tuple:
-        """Some positives, from the r-th on, of the anchors along one side of a tile."""
-        sums, by_negative = state
-        each = [
-            costs_and_slopes(
-                cost,
-                jnp.expand_dims(gap, axis),
-                d_an,
-                jnp.expand_dims(found, axis),
-                margin,
-            )
-            for gap, found in zip(*part)
-        ]
-        costs, active, by_ap, by_an, by_all = zip(*each)
-        total = add_rows(sums.total, start, sum_in_one_loop(add_up(costs), axis))
-        if not isinstance(cost, TripletCost) and cost.counts:
-            rows = packed_counts([x > 0 for x in by_ap], axis)
-            active = jnp.sum(rows, 0)
-        else:
-            rows = jnp.stack([sum_in_one_loop(x, axis) for x in by_ap])
-            active = sum_in_one_loop(add_up(active), axis)
-        sums = sums._replace(total=total, active=add_rows(sums.active, start, active))
-        if not gradient:
-            return sums, by_negative
-        by_an, weight = add_up(by_an), 1
-        if weights is not None:
-            weight = rows_at(weights, start, rows.shape[1])
-            by_an = by_an * jnp.expand_dims(weight, axis)
-        corner = (lax.convert_element_type(r, start.dtype), start)
-        new = lax.dynamic_slice(sums.by_positive, corner, rows.shape) + rows * weight
-        by_positive = lax.dynamic_update_slice(sums.by_positive, new, corner)
-        sums = sums._replace(by_positive=by_positive)
-        if of_both:
-            by_margin = jnp.sum(sum_in_one_loop(add_up(by_all), axis) * weight)
-            sums = sums._replace(by_margin=sums.by_margin + by_margin)
-        return sums, by_negative + by_an
 
-    def visit(state: tuple, tile: Tile) -> tuple:
-        d_an, slope = with_slope(products.distance, tile.squares)
-        d_an = materialize(d_an)
-        sums, grads = state
-
-        def all_directions(r: Array, rows: list[Array], state: tuple) -> tuple:
-            gaps, exists = rows[: tile.directions], rows[tile.directions :]
-            for axis, start, *part in zip(
-                (1, 0), (tile.row, tile.column), gaps, exists
-            ):
-                state = add_positives(d_an, axis, start, r, part, state)
-            return state
-
-        sums, by_negative = in_threes(
-            count,
-            tile.along(gap_ap) + tile.along(found),
-            all_directions,
-            (sums, jnp.zeros_like(d_an) if gradient else None),
-        )
-        if gradient:
-            by_square = by_negative * slope
-            if batch.square and not tile.mirrored:
-                # The same vectors on both sides.
-                by_square = by_square + by_square.T
-                rows = vjp_half_squares(by_square, tile.a, tile.b)
-                grads = grads.add(tile.row, rows)
-            else:
-                by_square = materialize(by_square)
-                ours = vjp_half_squares(by_square, tile.a, tile.b)
-                theirs = vjp_half_squares(by_square.T, tile.b, tile.a)
-                grads = grads.add(tile.row, ours)
-                grads = grads.add_to_references(tile.column, theirs)
-        return sums, grads
-
-    return tiles.scan(visit, state)
+def _vjp_negatives(
+    batch: Batch, grads: Gradients, tile: Tile, by_square: Array
+) -> Gradients:
+    """Adds the gradients by vectors of the half squares of a tile."""
+    if batch.square and not tile.mirrored:
+        # The vectors of rows and columns are the same.
+        by_square = by_square + by_square.T
+        return grads.add(tile.row, vjp_half_squares(by_square, tile.a, tile.b))
+    by_square = materialize(by_square)
+    by_rows = vjp_half_squares(by_square, tile.a, tile.b)
+    by_columns = vjp_half_squares(by_square.T, tile.b, tile.a)
+    return grads.add(tile.row, by_rows).add_to_references(tile.column, by_columns)
 
 
 def _vjp_positives(
@@ -312,12 +323,12 @@ def _vjp_positives(
     positives: Array,
     slopes: Array,
     classes: ClassIndex,
-    cut: Cut,
+    sizes: BlockSizes,
 ) -> Gradients:
-    """Adds the gradients by vectors of half squares ``[k, n]`` of positives."""
+    """Adds the gradients by vectors of the half squares ``[k, n]`` of positives."""
     n, d = batch.anchors.shape
     y = batch.reference_side[0]
-    blocks = Blocks.of(n, cut.panel // d)
+    blocks = Blocks.of(n, sizes.panel // d)
 
     def step(step: Array, grads: Gradients) -> Gradients:
         r, block = jnp.divmod(step, blocks.count)

@@ -1,9 +1,8 @@
 """Derivatives of the sums.
 
-The total over all anchors is what the common reductions need; it comes together with
-its gradient, in either mode of differentiation. The terms of every anchor are
-differentiated in reverse mode, by a second pass that weighs the anchors. Second
-derivatives go through the matrix.
+The total over all anchors, which `SumReduction` needs, comes together with its gradient
+in either mode of differentiation. The terms of every anchor have reverse mode alone, by
+a second walk that weighs the anchors. Second derivatives go through the matrix.
 """
 
 import functools
@@ -62,7 +61,7 @@ def _backward(
     spec: LossSpec, inputs: tuple[Batch, Array], cotangents: TripletTerms
 ) -> tuple:
     _, gradients = _with_gradients(spec, *inputs, cotangents.total)
-    # What is said about pairs has no gradient.
+    # Labels, masks and positions have no gradient.
     pairs: Any = None
     return Batch(gradients.anchors, gradients.references, pairs), gradients.margin
 
@@ -82,10 +81,6 @@ def _with_gradients(
 @_with_gradients.defjvp
 @own_promotion
 def _with_gradients_jvp(spec: LossSpec, primals: tuple, tangents: tuple) -> tuple:
-    if spec.ring is not None:
-        raise NotImplementedError(
-            "ring=True has first derivatives alone: second ones need all references."
-        )
     out = _with_gradients(spec, *primals)
     (batch, margin, weights), (*dot, weights_dot) = primals, tangents
     if weights is None:
@@ -106,7 +101,7 @@ def _with_gradients_jvp(spec: LossSpec, primals: tuple, tangents: tuple) -> tupl
 
 
 def _floats(batch: Batch, margin: Array) -> Gradients:
-    """What gradients are of, or tangents of the same, in their order."""
+    """The arrays with gradients, or their tangents, in the order of `Gradients`."""
     return Gradients(batch.anchors, batch.references, margin)
 
 
@@ -122,8 +117,7 @@ def _terms_by_matrix(spec: LossSpec, batch: Batch, floats: Gradients) -> Triplet
     y = x if floats.references is None else floats.references
     products = spec.metric.products
     if products is None:
-        itself = jnp.arange(len(x)) if batch.square else jnp.full(len(x), -1)
-        distances = spec.metric.against(x, y, itself)
+        distances = spec.metric._matrix_checked(x, y, batch.own_index)
     else:
         distances = products.matrix(x, y)
     cost = spec.cost

@@ -16,15 +16,15 @@ def with_slope(function: Callable[[Array], Array], x: Array) -> tuple[Array, Arr
 
 
 def costs_and_slopes(
-    cost: Cost, d_ap: Array, d_an: Array, found: Array, margin: Array
+    cost: Cost, d_ap: Array, d_an: Array, exists: Array, margin: Array
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """Costs, which are active, and derivatives by d_ap, by d_an and by the margin.
+    """Costs, active triplets, and derivatives by d_ap, by d_an and by the margin.
 
-    What is no triplet has ``d_an`` infinite or is not `found`, and then ``d_ap`` is
-    minus infinity unless the cost is a `TripletCost`.
+    ``d_an`` is infinite for pairs that are not negatives. Where no positive `exists`,
+    ``d_ap`` is minus infinity unless the cost is a `TripletCost`.
     """
     if isinstance(cost, TripletCost):
-        valid = found & (d_an < jnp.inf)
+        valid = exists & (d_an < jnp.inf)
         d_ap, margin = (jnp.broadcast_to(x, d_an.shape) for x in (d_ap, margin))
         costs, pull = jax.vjp(
             lambda d_ap, d_an, margin: costs_of(d_ap, d_an, valid, margin, cost),
@@ -38,7 +38,7 @@ def costs_and_slopes(
     if cost.counts:
         return costs, slope, slope, -slope, slope
     if not cost.vanishes:
-        valid = found & (d_an < jnp.inf)
+        valid = exists & (d_an < jnp.inf)
         costs, slope = jnp.where(valid, costs, 0), jnp.where(valid, slope, 0)
     return costs, (costs > 0).astype(costs.dtype), slope, -slope, slope
 

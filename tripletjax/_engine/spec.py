@@ -1,4 +1,4 @@
-"""What is to be summed up, and what the sums' gradients are kept in."""
+"""The static description of a loss, and the gradients of its sums."""
 
 import dataclasses
 import enum
@@ -8,8 +8,7 @@ from typing import NamedTuple, TypeVar
 from jax import Array
 
 from tripletjax._pairwise.batch import Batch
-from tripletjax._pairwise.cuts import CPU, Cut, by_platform
-from tripletjax._pairwise.mesh import AxisName
+from tripletjax._pairwise.block_sizes import CPU, BlockSizes, by_platform
 from tripletjax._pairwise.slices import Index, add_rows
 from tripletjax.distances import Metric
 from tripletjax.losses import RELU, Cost
@@ -18,7 +17,7 @@ T = TypeVar("T")
 
 
 class Mining(enum.Enum):
-    """Which triplets."""
+    """The triplets of a loss."""
 
     ALL = enum.auto()
     HARD = enum.auto()
@@ -27,16 +26,15 @@ class Mining(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class LossSpec:
-    """What to sum up; static.
+    """A loss; static.
 
     Attributes:
-        mining: which triplets.
-        metric: how far two vectors are apart.
-        cost: of a triplet.
+        mining: the triplets.
+        metric: a distance between vectors.
+        cost: the cost of a triplet.
         fallback: whether a pair without a semi-hard negative takes the farthest.
-        cut: how the work is cut up.
-        block_size: how many vectors a tile has a side, if not as the cut says.
-        ring: the mesh axes along which references go round, if they do.
+        sizes: tile and panel sizes.
+        block_size: vectors on each side of a tile, in place of `sizes.tile`.
     """
 
     mining: Mining
@@ -44,21 +42,26 @@ class LossSpec:
     cost: Cost = RELU
     fallback: bool = True
     block_size: int | None = None
-    cut: Cut = CPU
-    ring: AxisName | None = None
+    sizes: BlockSizes = CPU
 
     def by_platform(self, compute: Callable[["LossSpec"], T], n: int) -> T:
-        """What is computed of n vectors, with the cut that is best where it runs."""
+        """What is computed of n vectors, with the sizes that is best where it runs."""
 
-        def with_cut(cut: Cut) -> T:
-            tile = self.block_size or cut.tile
-            return compute(dataclasses.replace(self, cut=cut._replace(tile=tile)))
+        def with_cut(sizes: BlockSizes) -> T:
+            tile = self.block_size or sizes.tile
+            return compute(dataclasses.replace(self, sizes=sizes._replace(tile=tile)))
 
         return by_platform(with_cut, n)
 
 
 class Gradients(NamedTuple):
-    """Of the summed cost: by anchors, by references (None if square), by margin."""
+    """Gradients of the summed cost.
+
+    Attributes:
+        anchors: by the anchors ``[n, d]``.
+        references: by the references ``[m, d]``, None if square.
+        margin: by the margin.
+    """
 
     anchors: Array
     references: Array | None
@@ -76,13 +79,13 @@ class Gradients(NamedTuple):
         return self._replace(anchors=add_rows(self.anchors, start, rows))
 
     def add_to_references(self, start: Index, rows: Array) -> "Gradients":
-        """Adds to those of a block of references."""
+        """Adds to the gradients of a block of references."""
         if self.references is None:
             return self.add(start, rows)
         return self._replace(references=add_rows(self.references, start, rows))
 
     def scatter(self, index: Array, rows: Array) -> "Gradients":
-        """Adds to those of references in any order."""
+        """Adds to the gradients of references in any order."""
         if self.references is None:
             return self._replace(anchors=self.anchors.at[index].add(rows))
         return self._replace(references=self.references.at[index].add(rows))

@@ -1,17 +1,16 @@
 """The terms of a batch and their gradients, and mined indices, in O(n d) memory.
 
-It goes one of two ways, chosen at run time: by tiles, for metrics made of inner
-products and anchors of few positives, and by panels for everything else.
+One of two algorithms is chosen at run time: tiles, for metrics with an inner-product
+form and anchors with few positives, and panels for everything else.
 
-Of two vectors that nearly coincide, the distance by products is noise. The distances
-that count, of positives and of chosen pairs, are therefore taken from differences.
+The distance of two vectors that nearly coincide is noise if it comes from products.
+Distances of positives and of chosen pairs therefore come from differences.
 """
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from tripletjax._engine.by_panels import mined_panel, sums_by_panels
-from tripletjax._engine.by_ring import sums_by_ring
 from tripletjax._engine.by_tiles import mined_by_tiles, sums_by_tiles
 from tripletjax._engine.panels import Panels
 from tripletjax._engine.search import MAX_TILE_POSITIVES
@@ -33,13 +32,11 @@ def terms_and_gradients(
     gradient: bool,
 ) -> tuple[TripletTerms, Gradients | None]:
     """The terms per anchor, and the gradient of their total weighted per anchor."""
-    ring, classes = spec.ring, None
-    if ring is None and spec.metric.products is not None and batch.has_classes:
+    classes = None
+    if spec.metric.products is not None and batch.has_classes:
         classes = ClassIndex.of(batch)
 
     def terms(spec: LossSpec) -> tuple[TripletTerms, Gradients | None]:
-        if ring is not None:
-            return sums_by_ring(spec, batch, margin, weights, ring, gradient)
         if classes is None:
             return sums_by_panels(spec, batch, margin, weights, gradient)
         return lax.cond(
@@ -58,7 +55,7 @@ def hard_triplets(spec: LossSpec, batch: Batch) -> Triplets:
     classes = ClassIndex.of(batch)
 
     def by_tiles(spec: LossSpec) -> Triplets:
-        tiles = Tiles.of(spec.metric, batch, spec.cut)
+        tiles = Tiles.of(spec.metric, batch, spec.sizes)
         mined = mined_by_tiles(spec, tiles, classes)
         positive, negative, valid = (x[0] for x in mined[:3])
         # Indices are 64 bits long under jax_enable_x64.
@@ -76,9 +73,10 @@ def hard_triplets(spec: LossSpec, batch: Batch) -> Triplets:
 
 
 def _hard_by_panels(spec: LossSpec, batch: Batch) -> Triplets:
-    panels, n = Panels.of(spec.metric, batch, spec.cut), len(batch.anchors)
+    panels, n = Panels.of(spec.metric, batch, spec.sizes), len(batch.anchors)
 
-    def step(block: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+    # The state: positive, negative and whether the triplet exists, of all anchors.
+    def step(block: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         panel = panels.panel(block)
         new = [
             field[:, 0] for field in mined_panel(spec, panel.distances, panel.masks)[1:]
@@ -91,12 +89,12 @@ def _hard_by_panels(spec: LossSpec, batch: Batch) -> Triplets:
                 panel.start,
                 0,
             )
-            for old, x in zip(found, new)
+            for old, x in zip(state, new)
         )
 
     index = batch.zeros((n,)).astype(int)
-    found = lax.fori_loop(0, panels.blocks.count, step, (index, index, index > 0))
-    return Triplets(jnp.arange(n), *found)
+    mined = lax.fori_loop(0, panels.blocks.count, step, (index, index, index > 0))
+    return Triplets(jnp.arange(n), *mined)
 
 
 def semi_hard_triplets(spec: LossSpec, batch: Batch, size: int) -> CountedTriplets:
@@ -105,25 +103,26 @@ def semi_hard_triplets(spec: LossSpec, batch: Batch, size: int) -> CountedTriple
 
 
 def _semi_hard(spec: LossSpec, batch: Batch, size: int) -> CountedTriplets:
-    panels = Panels.of(spec.metric, batch, spec.cut)
+    panels = Panels.of(spec.metric, batch, spec.sizes)
 
+    # The state: number of triplets so far, and their three indices.
     def step(block: Array, state: tuple) -> tuple:
-        count, *found = state
+        count, *indices = state
         panel = panels.panel(block)
         mined = mined_panel(spec, panel.distances, panel.masks)
         anchor, positive, negative, valid = mined
         slot = count + jnp.cumsum(valid.ravel()) - 1
         slot = jnp.where(valid.ravel(), slot, size)
-        found = [
+        indices = [
             old.at[slot].set(x.ravel(), mode="drop")
-            for old, x in zip(found, (anchor + panel.start, positive, negative))
+            for old, x in zip(indices, (anchor + panel.start, positive, negative))
         ]
-        return count + jnp.sum(valid), *found
+        return count + jnp.sum(valid), *indices
 
     index = batch.zeros((size,)).astype(int)
-    count, *found = lax.fori_loop(
+    count, *indices = lax.fori_loop(
         0, panels.blocks.count, step, (index[0], *[index] * 3)
     )
-    anchor, positive, negative = found
+    anchor, positive, negative = indices
     valid = jnp.arange(size) < count
     return CountedTriplets(anchor, positive, negative, valid, count)

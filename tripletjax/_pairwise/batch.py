@@ -1,4 +1,4 @@
-"""A batch of vectors, and who matches whom among them, checked and made ready."""
+"""Batches: checked vectors, and the pairs that match among them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from tripletjax.pairs import PairMasks, Pairs
 
 
 class Batch(NamedTuple):
-    """Vectors, and who matches whom among them.
+    """Vectors and their pairs.
 
     Attributes:
-        anchors: ``[n, d]``; those that products are taken of, if the metric has such.
-        references: ``[m, d]``, or None if the anchors are their own.
-        pairs: what is said about pairs, with `reference_labels` unless the anchors are
-            their own references or labels are masks.
+        anchors: vectors ``[n, d]``, as the metric's inner-product form takes them.
+        references: vectors ``[m, d]``, or None if the anchors are their own references.
+        pairs: labels or masks, padding and positions. `reference_labels` are set unless
+            the anchors are their own references or labels are masks.
     """
 
     anchors: Array
@@ -33,31 +33,40 @@ class Batch(NamedTuple):
 
     @property
     def reference_side(self) -> tuple[Array, Any, Array | None]:
-        """Vectors, labels and `where` of the references, whoever they are."""
+        """Vectors, labels and `where` of the references; of the anchors if square."""
         if self.references is None:
             return self.anchors, self.pairs.labels, self.pairs.where
         return self.references, self.pairs.reference_labels, self.pairs.reference_where
 
     @property
     def size(self) -> int:
-        """Of anchors or of references, how many there are of more."""
+        """The larger number, of anchors or of references."""
         return max(len(self.anchors), len(self.reference_side[0]))
 
     @property
     def has_classes(self) -> bool:
-        """Whether pairs are told by labels, which can be sorted, and not by masks."""
+        """Whether pairs are defined by labels, which can be sorted, or by masks."""
         return not isinstance(self.pairs.labels, PairMasks)
 
     @property
     def labels(self) -> Array:
-        """Those of the anchors, integers ``[n]``, where pairs are told by labels."""
+        """Labels of the anchors, integers ``[n]``. Batches of masks have none."""
         assert not isinstance(self.pairs.labels, PairMasks)
         return self.pairs.labels
+
+    @property
+    def own_index(self) -> Array:
+        """Index ``[n]`` of each anchor among the references, -1 if it is not one."""
+        n = len(self.anchors)
+        if self.square:
+            return jnp.arange(n)
+        positions = self.pairs.positions
+        return jnp.full(n, -1) if positions is None else positions
 
     def zeros(self, shape: tuple[int, ...] = ()) -> Array:
         """Zeros that vary over the devices of a mesh as the batch does.
 
-        Inside shard_map, what a loop carries has to.
+        The initial state of a loop inside shard_map has to vary in this way.
         """
         none = jnp.zeros(shape, self.anchors.dtype)
         return none + jnp.zeros_like(self.anchors[0, 0])
@@ -70,21 +79,86 @@ def as_batch(
     *,
     references: ArrayLike | None = None,
     axis_name: AxisName | None = None,
-    gather: bool = True,
-    **pairs: Any,
+    **options: Any,
 ) -> tuple[Batch, tuple[int, ...]]:
-    """Checks the arguments; a batch with leading dimensions in front, and these.
+    """Check vectors and pairs of a batch.
 
     Args:
-        metric: how far two vectors are apart.
+        metric: a distance between vectors.
         embeddings: vectors ``[..., n, d]``.
         labels: integers ``[..., n]``, or `PairMasks`.
         references: vectors ``[..., m, d]``, or None.
-        axis_name: of mesh axes over which the batch is split, or None.
-        gather: whether the references' vectors are brought together along them, or
-            only what is said about them.
-        **pairs: `reference_labels`, `positions`, `where` and `reference_where`.
+        axis_name: mesh axes over which the batch is split, or None.
+        **options: `reference_labels`, `positions`, `where` and `reference_where`.
+
+    Returns:
+        The batch, each array with the leading dimensions, and these dimensions.
     """
+    x, y = _checked_vectors(metric, embeddings, references, axis_name)
+    lead, n = x.shape[:-2], x.shape[-2]
+    m = n if y is None else y.shape[-2]
+    has_classes = not isinstance(labels, PairMasks)
+    if has_classes and (y is None) != (options.get("reference_labels") is None):
+        raise ValueError("references and reference_labels go together: give both.")
+    pairs = Pairs.of(
+        labels,
+        shape=(*lead, n, m),
+        anchors="embeddings",
+        references="references",
+        same=y is None,
+        devices=1 if axis_name is None else lax.axis_size(axis_name),
+        **options,
+    )
+    vectors = _vectors_of(metric)
+    # Padding may hold anything, which must not reach the products.
+    x = vectors(_without_padding(x, pairs.where))
+    if y is not None:
+        y = vectors(_without_padding(y, pairs.reference_where))
+        if has_classes:
+            pairs = _with_one_dtype(pairs)
+    elif axis_name is not None or not (
+        options.get("positions") is None and options.get("reference_where") is None
+    ):
+        y = x
+        if has_classes:
+            pairs = _with_own_references(pairs, (*lead, n), axis_name)
+    # Otherwise the anchors are their own references, and half the matrix is enough.
+    if axis_name is not None:
+        y, reference_labels, reference_where = jax.tree.map(
+            lambda x: gather_rows(x, axis_name, len(lead)),
+            (y, pairs.reference_labels, pairs.reference_where),
+        )
+        pairs = pairs._replace(
+            reference_labels=reference_labels, reference_where=reference_where
+        )
+    return Batch(x, y, pairs), lead
+
+
+def _without_padding(x: Array, where: Array | None) -> Array:
+    return x if where is None else jnp.where(where[..., None], x, 0)
+
+
+def _with_own_references(
+    pairs: Pairs, shape: tuple[int, ...], axis_name: AxisName | None
+) -> Pairs:
+    """Pairs of anchors ``[..., n]`` that are their own references, by positions."""
+    labels, positions = pairs.labels, pairs.positions
+    assert isinstance(labels, Array)
+    if positions is None:
+        n = shape[-1]
+        positions = jnp.broadcast_to(jnp.arange(n), shape)
+        if axis_name is not None:
+            positions += lax.axis_index(axis_name) * n
+    return pairs._replace(reference_labels=labels, positions=positions)
+
+
+def _checked_vectors(
+    metric: Metric,
+    embeddings: ArrayLike,
+    references: ArrayLike | None,
+    axis_name: AxisName | None,
+) -> tuple[Array, Array | None]:
+    """Embeddings ``[..., n, d]`` and references ``[..., m, d]``, if there are any."""
     if not isinstance(metric, Metric):
         raise TypeError(f"metric must be a Metric, got {metric!r}.")
     named = [("embeddings", embeddings)]
@@ -95,62 +169,27 @@ def as_batch(
         for (what, _), vectors in zip(named, (x, *rest)):
             check_split(vectors, axis_name, what=what)
     y = rest[0] if rest else None
-    lead, (n, d) = x.shape[:-2], x.shape[-2:]
-    if y is not None and (y.shape[-1] != d or y.shape[:-2] != lead):
+    if y is not None and (y.shape[-1] != x.shape[-1] or y.shape[:-2] != x.shape[:-2]):
         raise ValueError(
             "references must be vectors of the same length and batch dimensions as "
             f"embeddings, got {y.shape} and {x.shape}."
         )
-    has_classes = not isinstance(labels, PairMasks)
-    if has_classes and (y is None) != (pairs.get("reference_labels") is None):
-        raise ValueError("references and reference_labels go together: give both.")
-    alone = y is None and axis_name is None
-    alone &= pairs.get("positions") is None and pairs.get("reference_where") is None
-    m = n if y is None else y.shape[-2]
-    told = Pairs.of(
-        labels,
-        shape=(*lead, n, m),
-        anchors="embeddings",
-        references="references",
-        same=y is None,
-        devices=1 if axis_name is None else lax.axis_size(axis_name),
-        **pairs,
-    )
-    if told.reference_labels is not None and not isinstance(told.labels, PairMasks):
-        both = _of_one_dtype(told.labels, told.reference_labels)
-        told = told._replace(labels=both[0], reference_labels=both[1])
+    return x, y
 
-    products = metric.products
-    vectors = (lambda x: x) if products is None else products.vectors
 
-    def ready(x: Array, where: Array | None) -> Array:
-        # Whatever padding holds, it must not reach the products.
-        return vectors(x if where is None else jnp.where(where[..., None], x, 0))
+def _vectors_of(metric: Metric) -> Callable[[Array], Array]:
+    """The function from embeddings to the vectors whose products a metric takes."""
+    return (lambda x: x) if metric.products is None else metric.products.vectors
 
-    x = ready(x, told.where)
-    if y is not None:
-        y = ready(y, told.reference_where)
-    elif not alone:
-        # Else the anchors are their own references, and half the matrix is enough.
-        y = x
-        if not isinstance(told.labels, PairMasks):
-            positions = told.positions
-            if positions is None:
-                positions = jnp.broadcast_to(jnp.arange(n), (*lead, n))
-                if axis_name is not None:
-                    positions += lax.axis_index(axis_name) * n
-            told = told._replace(reference_labels=told.labels, positions=positions)
-    if axis_name is not None:
-        if gather:
-            y = gather_rows(y, axis_name, len(lead))
-        reference_labels, reference_where = jax.tree.map(
-            lambda x: gather_rows(x, axis_name, len(lead)),
-            (told.reference_labels, told.reference_where),
-        )
-        told = told._replace(
-            reference_labels=reference_labels, reference_where=reference_where
-        )
-    return Batch(x, y, told), lead
+
+def as_pair_of_vectors(
+    metric: Metric, embeddings: ArrayLike, references: ArrayLike | None
+) -> tuple[Array, Array]:
+    """Checked anchors and references; the anchors twice if there are no references."""
+    x, y = _checked_vectors(metric, embeddings, references, None)
+    vectors = _vectors_of(metric)
+    x = vectors(x)
+    return x, x if y is None else vectors(y)
 
 
 def single_batch(
@@ -159,7 +198,7 @@ def single_batch(
     labels: ArrayLike | PairMasks,
     **options: Any,
 ) -> Batch:
-    """A batch without leading dimensions, as `as_batch` makes it."""
+    """A batch of `as_batch` without leading dimensions."""
     batch, lead = as_batch(metric, embeddings, labels, **options)
     if lead:
         raise ValueError(
@@ -168,23 +207,28 @@ def single_batch(
     return batch
 
 
-def _of_one_dtype(labels: Array, reference_labels: Array) -> list[Array]:
-    """Both as integers of one dtype, for labels to be sorted and searched."""
-    dtype = jnp.promote_types(labels.dtype, reference_labels.dtype)
-    for x in (labels, reference_labels):
+def _with_one_dtype(pairs: Pairs) -> Pairs:
+    """Pairs with both labels in one integer dtype, in which they can be sorted."""
+    labels, references = pairs.labels, pairs.reference_labels
+    assert isinstance(labels, Array)
+    assert references is not None
+    dtype = jnp.promote_types(labels.dtype, references.dtype)
+    for x in (labels, references):
         if jnp.iinfo(x.dtype).max > jnp.iinfo(dtype).max:
             raise TypeError(
                 "labels and reference_labels must have integers that fit into one "
-                f"dtype, got {labels.dtype} and {reference_labels.dtype}."
+                f"dtype, got {labels.dtype} and {references.dtype}."
             )
-    return [labels.astype(dtype), reference_labels.astype(dtype)]
+    return pairs._replace(
+        labels=labels.astype(dtype), reference_labels=references.astype(dtype)
+    )
 
 
 def for_each_batch(lead: tuple[int, ...], function: Callable, batches: Any) -> Any:
     """Applies a function of one batch over leading dimensions."""
     if not lead:
         return function(batches)
-    # One after the other: under vmap, both sides of every choice would be computed.
+    # A loop: vmap would compute both branches of every `cond`.
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lead) :]), batches)
     out = lax.map(function, flat)
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), out)

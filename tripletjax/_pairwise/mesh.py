@@ -1,4 +1,4 @@
-"""A batch that is split over the devices of a mesh: its parts brought together."""
+"""Gathering the parts of a batch that is split over the devices of a mesh."""
 
 import functools
 from typing import Any
@@ -37,24 +37,24 @@ def check_split(x: Array, axis_name: AxisName, *, what: str = "embeddings") -> N
 
 
 def _varying_axes(x: Array) -> frozenset[str]:
-    """Along which mesh axes an array is not the same on all devices.
+    """The mesh axes along which an array differs between devices.
 
-    None, if shard_map does not check it (check_vma).
+    Without check_vma of shard_map there are none.
     """
-    told = getattr(jax.typeof(x), "manual_axis_type", None)
-    return frozenset() if told is None else told.varying
+    axis_type = getattr(jax.typeof(x), "manual_axis_type", None)
+    return frozenset() if axis_type is None else axis_type.varying
 
 
 def vary(state: Any, axis_name: AxisName) -> Any:
-    """The same arrays, not known to be so on all devices: for a loop to carry."""
+    """Arrays that JAX takes to differ between devices, as a loop has to carry them."""
     names = names_of(axis_name)
     return jax.tree.map(lambda x: lax.pcast(x, names, to="varying"), state)
 
 
 def vary_alike(*arrays: Array) -> list[Array]:
-    """The same arrays, along whose mesh axes any of them is not the same everywhere.
+    """Arrays that vary along the same mesh axes: those of any of them.
 
-    What comes back to one that was the same on all devices is added up over them.
+    The gradients of an array that was the same on all devices are summed over them.
     """
     axes = frozenset().union(*map(_varying_axes, arrays))
     missing = [tuple(sorted(axes - _varying_axes(x))) for x in arrays]
@@ -63,7 +63,7 @@ def vary_alike(*arrays: Array) -> list[Array]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def gather_rows(x: Array, axis_name: AxisName, axis: int) -> Array:
-    """All devices' parts of an array, in order of the devices, on each of them.
+    """The parts of all devices, in order of the devices, on every device.
 
     On the way back, every part's gradients come from all devices and are added up. On
     CPUs they are not by the reduce-scatter that is all-gather's own transpose: between
@@ -94,10 +94,10 @@ def _exchange_rows(x: Array, axis_name: AxisName, axis: int) -> Array:
 
 
 def gather_terms(terms: Any, axis_name: AxisName) -> Any:
-    """All devices' parts of arrays ``[n, ...]``, which are then known to be the same.
+    """The parts of all devices of arrays ``[n, ...]``, the same on every device.
 
-    As sums of parts among zeros; what is gathered may be different for each device as
-    far as JAX knows.
+    They are sums of parts among zeros. JAX knows that a sum is the same on all devices,
+    and does not know it of a gathered array.
     """
 
     def gather(x: Array) -> Array:

@@ -23,17 +23,18 @@ from tripletjax.pairs import PairMasks
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What has a row for each anchor, and what for each reference.
+# Arguments with a row for each anchor, and for each reference.
 ANCHOR_ROWS = "embeddings", "labels", "positions", "where"
 REFERENCE_ROWS = "references", "reference_labels", "reference_where"
 # Arrays that every device has whole.
 WHOLE = "margin", "relative_margin", "key"
 ARRAYS = (*ANCHOR_ROWS, *REFERENCE_ROWS, *WHOLE)
 
-# From a device's result and the index of its first row to what the devices' results
-# are then concatenated of; and from that, the number of rows and the options to the
-# result.
+# A function from a device's result and the index of its first row to the part that is
+# concatenated over the devices.
 OfDevice = Callable[[Any, Array], Any]
+# A function from the concatenated parts, the number of rows and the options to the
+# result.
 Together = Callable[[Any, int, dict[str, Any]], Any]
 
 
@@ -51,24 +52,29 @@ def over_mesh(
     embeddings lie if these are Explicit.
 
     Args:
-        of_device, together: how results of the devices are put together; if not given,
-            all have the same.
-        suits: of the arguments, whether work on Explicit axes is split. If not given,
-            it always is.
+        of_device, together: the functions that put results of the devices together. If
+            not given, all devices have the same result.
+        suits: a function of the arguments that returns whether to split work on
+            Explicit axes. If not given, it is always split.
         nonnegative: numeric options that must be finite and at least 0.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         of: Any = function
 
+        @functools.partial(jax.jit, static_argnames=("mesh", "options"))
+        @own_promotion
+        def mapped(arrays: dict[str, Any], *, mesh: Any, options: tuple) -> Any:
+            return _mapped(of, arrays, mesh, dict(options), of_device, together)
+
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            given = dict(zip(ANCHOR_ROWS, args)) | kwargs
-            if len(args) > 2 or (found := _mesh_of(given, suits)) is None:
+            options = dict(zip(ANCHOR_ROWS, args)) | kwargs
+            if len(args) > 2 or (split := _mesh_of(options, suits)) is None:
                 return function(*args, **kwargs)
-            mesh, axis_name = found
-            given["axis_name"] = axis_name
-            arrays = {name: given.pop(name) for name in ARRAYS if name in given}
+            mesh, axis_name = split
+            options["axis_name"] = axis_name
+            arrays = {name: options.pop(name) for name in ARRAYS if name in options}
             for name in arrays.keys() & {*nonnegative}:
                 check_nonnegative(name, arrays[name])
             arrays = {
@@ -76,50 +82,8 @@ def over_mesh(
                 for name, x in arrays.items()
                 if x is not None
             }
-            options = {name: canonical(value) for name, value in given.items()}
+            options = {name: canonical(value) for name, value in options.items()}
             return mapped(arrays, mesh=mesh, options=tuple(sorted(options.items())))
-
-        @functools.partial(jax.jit, static_argnames=("mesh", "options"))
-        @own_promotion
-        def mapped(arrays: dict[str, Any], *, mesh: Any, options: tuple) -> Any:
-            given = dict(options)
-            axis_name = given["axis_name"]
-            split, same = PartitionSpec(axis_name), PartitionSpec()
-            n = len(arrays["embeddings"])
-            devices = math.prod(mesh.shape[name] for name in names_of(axis_name))
-            arrays = _divisible(arrays, devices)
-            specs = {
-                name: jax.tree.map(lambda _, s=same if name in WHOLE else split: s, x)
-                for name, x in arrays.items()
-            }
-            explicit = AxisType.Explicit in mesh.axis_types
-
-            def laid_out(x: Array, spec: PartitionSpec) -> Array:
-                if not explicit:
-                    return x
-                return jax.sharding.reshard(x, NamedSharding(mesh, spec))
-
-            arrays = jax.tree.map(laid_out, arrays, specs)
-
-            def local(arrays: dict[str, Any]) -> Any:
-                out = of(**arrays, **given)
-                if of_device is None:
-                    return out
-                first = lax.axis_index(axis_name) * len(arrays["embeddings"])
-                return of_device(out, first)
-
-            out = jax.shard_map(
-                local,
-                mesh=mesh,
-                in_specs=(specs,),
-                out_specs=same if of_device is None else split,
-            )(arrays)
-            if together is None:
-                return out
-            out = together(jax.tree.map(lambda x: laid_out(x, same), out), n, given)
-            # As the embeddings are, where they have as many rows.
-            alike = lambda x: jnp.shape(x)[:1] == (n,) and n % devices == 0  # noqa: E731
-            return jax.tree.map(lambda x: laid_out(x, split) if alike(x) else x, out)
 
         UNJITTED[call] = UNJITTED[function]
         return call
@@ -127,12 +91,58 @@ def over_mesh(
     return decorate
 
 
+def _mapped(
+    function: Callable[..., Any],
+    arrays: dict[str, Any],
+    mesh: Any,
+    options: dict[str, Any],
+    of_device: OfDevice | None,
+    together: Together | None,
+) -> Any:
+    """The result of a function mapped over `axis_name` of its options."""
+    axis_name = options["axis_name"]
+    split, same = PartitionSpec(axis_name), PartitionSpec()
+    n = len(arrays["embeddings"])
+    devices = math.prod(mesh.shape[name] for name in names_of(axis_name))
+    arrays = _divisible(arrays, devices)
+    specs = {
+        name: jax.tree.map(lambda _, s=same if name in WHOLE else split: s, x)
+        for name, x in arrays.items()
+    }
+    explicit = AxisType.Explicit in mesh.axis_types
+
+    def laid_out(x: Array, spec: PartitionSpec) -> Array:
+        if not explicit:
+            return x
+        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+    def local(arrays: dict[str, Any]) -> Any:
+        out = function(**arrays, **options)
+        if of_device is None:
+            return out
+        first = lax.axis_index(axis_name) * len(arrays["embeddings"])
+        return of_device(out, first)
+
+    out = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=same if of_device is None else split,
+    )(jax.tree.map(laid_out, arrays, specs))
+    if together is None:
+        return out
+    out = together(jax.tree.map(lambda x: laid_out(x, same), out), n, options)
+    # Results with as many rows as the embeddings lie as the embeddings do.
+    alike = lambda x: jnp.shape(x)[:1] == (n,) and n % devices == 0  # noqa: E731
+    return jax.tree.map(lambda x: laid_out(x, split) if alike(x) else x, out)
+
+
 def _mesh_of(
-    given: dict[str, Any], suits: Callable[[dict[str, Any]], bool] | None
+    options: dict[str, Any], suits: Callable[[dict[str, Any]], bool] | None
 ) -> tuple[Any, AxisName] | None:
-    """The mesh and its axes that a call is to be mapped over, if it is."""
-    x: Any = given.get("embeddings")
-    axis_name = given.get("axis_name")
+    """The mesh and the axes over which a call is mapped; None if it is not."""
+    x: Any = options.get("embeddings")
+    axis_name = options.get("axis_name")
     if axis_name is not None:
         with contextlib.suppress(NameError):
             lax.axis_size(axis_name)
@@ -157,13 +167,13 @@ def _mesh_of(
     axes = sharding.spec[0] if sharding.spec else None
     if not axes or {*sharding.mesh.axis_types} != {AxisType.Explicit}:
         return None
-    if suits is not None and not suits(given):
+    if suits is not None and not suits(options):
         return None
     return sharding.mesh, axes
 
 
 def _divisible(arrays: dict[str, Any], devices: int) -> dict[str, Any]:
-    """The same with padding, so that every device gets as many rows."""
+    """Arrays with padding, so that every device gets as many rows."""
     arrays = dict(arrays)
     for rows, where in ((ANCHOR_ROWS, "where"), (REFERENCE_ROWS, "reference_where")):
         if rows[0] not in arrays:

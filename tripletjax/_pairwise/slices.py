@@ -1,7 +1,8 @@
 """Blocks of rows, and loops over them that XLA keeps fast on CPUs.
 
 What only works around a habit of XLA stands here and in `_engine.reductions`, once,
-with the benchmark that shows whether it is still needed; found with XLA of jax 0.10.2.
+with the benchmark that shows whether it is still needed. All were seen with XLA of jax
+0.10.2.
 """
 
 from collections.abc import Callable
@@ -11,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tripletjax._pairwise.cuts import Cut
+from tripletjax._pairwise.block_sizes import BlockSizes
 
-# How many columns of an array one loop over another array is compared with.
+# The number of columns that one loop over another array compares with it.
 RUN = 32
 
 
-# A number of a row, known when the program is compiled or not.
+# A row number, traced or not.
 Index = Array | int
 
 
@@ -31,7 +32,7 @@ def add_rows(x: Array, start: Index, rows: Array) -> Array:
 
 
 def materialize(x: Any) -> Any:
-    """The same, but in memory, and not computed again by everything that takes it.
+    """Arrays that XLA stores in memory, and does not compute again for each use.
 
     Works around XLA, which fuses even a dynamic slice into every loop over a tile that
     reads it; the loop then does not vectorise. ``benchmarks/in_batch.py``, batch-all at
@@ -41,7 +42,7 @@ def materialize(x: Any) -> Any:
 
 
 class Blocks(NamedTuple):
-    """Blocks of one size that cover n rows; the last may overlap the one before."""
+    """Blocks of equal size that cover n rows. The last may overlap the one before."""
 
     n: int
     size: int
@@ -52,7 +53,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def even(cls, n: int, most: int) -> "Blocks":
-        """As few blocks of at most a size as cover n rows, with little overlap."""
+        """The fewest blocks of at most `most` rows, with little overlap."""
         size = -(-n // -(-n // most))
         return cls.of(n, min(most, size + -size % 128))
 
@@ -64,14 +65,14 @@ class Blocks(NamedTuple):
         return jnp.minimum(block * self.size, self.n - self.size)
 
     def fresh(self, block: Index) -> Array:
-        """Which rows no earlier block had."""
+        """The rows that no earlier block had, bool ``[size]``."""
         return self.start(block) + jnp.arange(self.size) >= block * self.size
 
 
 def products_with(a: Array, y: Array, offset: Array, panel: int) -> Array:
-    """The products ``[rows, m]`` of some vectors with all others less an offset.
+    """The products ``[rows, m]`` of vectors `a` with vectors `y` less an offset.
 
-    Of the others, as many numbers at a time as `panel` says.
+    Blocks of `y` have at most `panel` numbers.
     """
     blocks = Blocks.of(len(y), panel // y.shape[1])
 
@@ -87,38 +88,39 @@ def products_with(a: Array, y: Array, offset: Array, panel: int) -> Array:
 
 def fetch_ahead(
     count: Index,
-    cut: Callable[[Index], Any],
+    slice_at: Callable[[Index], Any],
     visit: Callable[[Array, Any, Any], Any],
     state: Any,
 ) -> Any:
-    """``state = visit(i, cut(i), state)`` for all i below a count.
+    """``state = visit(i, slice_at(i), state)`` for all i below a count.
 
     Works around XLA, as `materialize` does where that is not enough: it fuses slices
-    with what is done to them, but not what a loop carries, so they are cut one step
+    with what is done to them, but not what a loop carries, so it slices one step
     ahead. ``benchmarks/in_batch.py``, batch-all at n = 4096: 1.5 times the bare
-    product, 2.2 without. `cut` is called with the count, too.
+    product, 2.2 without. `slice_at` is called with the count, too.
     """
 
     def step(i: Array, loop: tuple) -> tuple:
         part, state = loop
-        return cut(i + 1), visit(i, part, state)
+        return slice_at(i + 1), visit(i, part, state)
 
-    return lax.fori_loop(0, count, step, (cut(0), state))[1]
+    return lax.fori_loop(0, count, step, (slice_at(0), state))[1]
 
 
 def sum_over_columns(
-    columns: list[Array], visit: Callable[..., tuple[Array, ...]], cut: Cut
+    columns: list[Array], visit: Callable[..., tuple[Array, ...]], sizes: BlockSizes
 ) -> tuple[Array, ...]:
     """The sums of ``visit(*column)`` over columns ``[rows, 1]`` of ``[rows, m]``.
 
-    By plain reductions or, as those are several times slower on CPUs, `for_each_run`.
+    Accelerators take plain reductions. These are several times slower on CPUs, which
+    take `for_each_run`.
     """
 
     def of_column(*column: Array) -> tuple[Array, ...]:
         return visit(*(x[:, None] for x in column))
 
     none = tuple(map(jnp.zeros_like, of_column(*(x[:, 0] for x in columns))))
-    if not cut.plain:
+    if not sizes.plain:
 
         def add(_: Array, runs: list[Array], sums: tuple[Array, ...]) -> tuple:
             for column in zip(*runs):
@@ -127,7 +129,7 @@ def sum_over_columns(
 
         return for_each_run(columns, add, none)
 
-    blocks = Blocks.of(columns[0].shape[1], cut.columns_at_once(none[0].size))
+    blocks = Blocks.of(columns[0].shape[1], sizes.columns_at_once(none[0].size))
 
     def add_some(block: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         start, fresh = blocks.start(block), blocks.fresh(block)
@@ -149,7 +151,7 @@ def for_each_run(columns: list[Array], visit: Callable, state: Any) -> Any:
     The number of columns is a multiple of `RUN`.
     """
 
-    def cut(step: Index) -> list[Array]:
+    def slice_at(step: Index) -> list[Array]:
         return [lax.dynamic_slice_in_dim(x, step * RUN, RUN, axis=1).T for x in columns]
 
-    return fetch_ahead(columns[0].shape[1] // RUN, cut, visit, state)
+    return fetch_ahead(columns[0].shape[1] // RUN, slice_at, visit, state)

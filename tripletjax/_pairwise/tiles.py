@@ -1,10 +1,10 @@
-"""Tiles: all pairs, a block of anchors against a block of references at a time.
+"""Tiles: blocks of anchors against blocks of references, for all pairs.
 
-With x and y less what all vectors have in common, and h half their squared norms,
+With x and y less their common offset, and h half their squared norms,
 
     half the squared difference  = h_x + h_y - x . y,
 
-so that one product makes a tile, and in a symmetric matrix serves both directions.
+One product makes a tile. In a symmetric matrix it serves both directions.
 """
 
 from collections.abc import Callable
@@ -14,21 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from tripletjax._matrices import for_each_true_column
 from tripletjax._pairwise.batch import Batch
-from tripletjax._pairwise.cuts import Cut
+from tripletjax._pairwise.block_sizes import BlockSizes
+from tripletjax._pairwise.cancellation import CANCELLATION_SHARE, refine
 from tripletjax._pairwise.mesh import AxisName, vary
 from tripletjax._pairwise.slices import Blocks, fetch_ahead, rows_at
 from tripletjax.distances import Metric, common_offset
 from tripletjax.pairs import match_labels
 
-# Half squared distances below this share of the vectors' halves are taken directly.
-CANCELLATION_SHARE = 0.01
-
 
 class TileInputs(NamedTuple):
-    """What a tile is made of: first row and column, and of its anchors and references
-    vectors, halves and labels; and where its anchors are among its references.
+    """Inputs of a tile: rows of anchors, and columns of references.
+
+    Attributes:
+        row: index of the first anchor.
+        column: index of the first reference.
+        a: anchors less the offset ``[rows, d]``.
+        b: references less the offset ``[columns, d]``.
+        halves: half the squared norms of the anchors, infinite for padding.
+        reference_halves: half the squared norms of the references, likewise.
+        labels: labels of the anchors.
+        reference_labels: labels of the references.
+        positions: columns of the anchors themselves, or None.
     """
 
     row: Array
@@ -46,12 +53,12 @@ class Tile(NamedTuple):
     """A block of pairs.
 
     Attributes:
-        row: its first anchor.
-        column: its first reference.
-        a: its anchors ``[rows, d]``.
-        b: its references ``[columns, d]``.
-        squares: half the squared differences of negatives, infinite for others.
-        mirrored: whether it also stands for its mirror image; static.
+        row: index of the first anchor.
+        column: index of the first reference.
+        a: anchors less the offset ``[rows, d]``.
+        b: references less the offset ``[columns, d]``.
+        squares: half the squared differences of negatives, infinite for other pairs.
+        mirrored: whether the tile also stands for its mirror image; static.
     """
 
     row: Array
@@ -63,11 +70,11 @@ class Tile(NamedTuple):
 
     @property
     def directions(self) -> int:
-        """Whose distances it has: of its rows' anchors, or of its columns' as well."""
+        """Sides with anchors: 1 for the rows, 2 if the columns are anchors as well."""
         return 1 + self.mirrored
 
     def along(self, x: Array) -> list[Array]:
-        """The parts of ``[k, n]`` that belong to the anchors of each direction."""
+        """The parts of ``[k, n]`` of the anchors along each side."""
         starts = (self.row, self.column)[: self.directions]
         return [
             lax.dynamic_slice_in_dim(x, start, size, axis=1)
@@ -76,24 +83,24 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Vectors as tiles take them: without what all have in common, with halves.
+    """All tiles of a batch.
 
     Attributes:
-        metric: the metric.
+        metric: a distance between vectors.
         batch: the batch.
-        cut: how the work is cut up.
-        offset: what the vectors have in common ``[d]``.
-        halves: of anchors ``[n]``; infinite if they are padding.
-        reference_halves: of references ``[m]``, likewise.
+        sizes: tile and panel sizes.
+        offset: `common_offset` of the references ``[d]``.
+        halves: half the squared norms of the anchors ``[n]``, infinite for padding.
+        reference_halves: half the squared norms of the references ``[m]``, likewise.
         rows: blocks of anchors.
         columns: blocks of references.
-        axis_name: mesh axes whose devices, each with the whole batch, share the tiles;
-            a state is then of those of its device. None if all are each one's own.
+        axis_name: mesh axes whose devices share the tiles. Every device has the whole
+            batch, and a state of its own tiles. None if each device visits all tiles.
     """
 
     metric: Metric
     batch: Batch
-    cut: Cut
+    sizes: BlockSizes
     offset: Array
     halves: Array
     reference_halves: Array
@@ -106,28 +113,27 @@ class Tiles(NamedTuple):
         cls,
         metric: Metric,
         batch: Batch,
-        cut: Cut,
+        sizes: BlockSizes,
         *,
-        offset: Array | None = None,
         axis_name: AxisName | None = None,
     ) -> "Tiles":
-        """All pairs; of references that are part of others, with the offset of all."""
-        x, products = batch.anchors, metric.products
+        x, form = batch.anchors, metric.products
         y, _, real = batch.reference_side
-        if offset is None:
-            offset = common_offset(y) if products else jnp.zeros_like(y[0])
+        offset = common_offset(y) if form else jnp.zeros_like(y[0])
 
         def halves(x: Array, where: Array | None) -> Array:
-            halves = products.halves(x, offset) if products else jnp.zeros_like(x[:, 0])
+            halves = form.halves(x, offset) if form else jnp.zeros_like(x[:, 0])
             return halves if where is None else jnp.where(where, halves, jnp.inf)
 
-        ours = halves(x, batch.pairs.where)
-        theirs = ours if batch.square else halves(y, real)
-        blocks = Blocks.even(len(x), cut.tile), Blocks.even(len(y), cut.tile)
-        return cls(metric, batch, cut, offset, ours, theirs, *blocks, axis_name)
+        of_anchors = halves(x, batch.pairs.where)
+        of_references = of_anchors if batch.square else halves(y, real)
+        blocks = Blocks.even(len(x), sizes.tile), Blocks.even(len(y), sizes.tile)
+        return cls(
+            metric, batch, sizes, offset, of_anchors, of_references, *blocks, axis_name
+        )
 
     def scan(self, visit: Callable[[Any, Tile], Any], state: Any) -> Any:
-        """Visits all tiles; if the matrix is symmetric, of unordered pairs."""
+        """``visit(state, tile)`` for all tiles, or half of a symmetric matrix."""
 
         def of_parts(state: Any, parts: TileInputs, mirrored: bool) -> Any:
             return visit(state, self.tile(parts)._replace(mirrored=mirrored))
@@ -137,6 +143,7 @@ class Tiles(NamedTuple):
     def scan_parts(
         self, visit: Callable[[Any, TileInputs, bool], Any], state: Any
     ) -> Any:
+        """``visit(state, inputs, mirrored)`` for the inputs of the same tiles."""
         if self.axis_name is not None:
             state = vary(state, self.axis_name)
         if not self.batch.square:
@@ -154,20 +161,20 @@ class Tiles(NamedTuple):
         if self.axis_name is not None:
             devices, me = lax.axis_size(self.axis_name), lax.axis_index(self.axis_name)
 
-        def cut(i: Array | int) -> TileInputs:
+        def inputs_at(i: Array | int) -> TileInputs:
             index = i * devices + me
             i = jnp.minimum(index, len(rows) - 1)
             parts = self.parts(rows[i], columns[i])
             if devices == 1:
                 return parts
-            # One that has no tile left looks at what does not count.
+            # A device without a tile left visits a tile of padding.
             halves = jnp.where(index < len(rows), parts.halves, jnp.inf)
             return parts._replace(halves=halves)
 
         def step(_: Array, parts: TileInputs, state: Any) -> Any:
             return visit(state, parts, mirrored)
 
-        return fetch_ahead(-(-len(rows) // devices), cut, step, state)
+        return fetch_ahead(-(-len(rows) // devices), inputs_at, step, state)
 
     def parts(self, i: Array, j: Array) -> TileInputs:
         batch, positions = self.batch, self.batch.pairs.positions
@@ -195,48 +202,45 @@ class Tiles(NamedTuple):
         )
 
     def tile(self, parts: TileInputs) -> Tile:
-        row, column, a, b, ours, theirs, labels, reference_labels, positions = parts
-        products = jnp.matmul(a, b.T, precision="highest")
-        squares = ours[:, None] + theirs - products
-        # A NaN becomes 0, to be chosen: a loss that has gone wrong must not look well.
+        squares = _scale(parts) - _products(parts)
+        # A NaN becomes 0, which is nearest, so that the loss shows it.
         squares = jnp.where(squares > 0, squares, 0)
-        masks = match_labels(labels, reference_labels, positions)
+        masks = match_labels(parts.labels, parts.reference_labels, parts.positions)
         squares = jnp.where(masks.negative, squares, jnp.inf)
-        return Tile(row, column, a, b, squares)
+        return Tile(parts.row, parts.column, parts.a, parts.b, squares)
 
     def distances(self, visit: Callable[[Any, Array, Array], Any], state: Any) -> Any:
         """``visit(state, distances, counts)`` for blocks of distances of negatives.
 
-        Of the distances ``[rows, columns]`` those count that are of negatives, and in a
-        symmetric matrix one of each two. Of any metric, and with digits where vectors
-        nearly coincide.
+        `counts` marks the pairs of negatives among distances ``[rows, columns]``, and
+        in a symmetric matrix one of each two. It works for any metric. Pairs that
+        nearly coincide have distances from differences.
         """
-        batch, products = self.batch, self.metric.products
+        batch, form = self.batch, self.metric.products
         y = batch.reference_side[0]
 
         def of_parts(state: Any, parts: TileInputs, mirrored: bool) -> Any:
-            row, column, *_, labels, reference_labels, positions = parts
-            masks = match_labels(labels, reference_labels, positions)
-            counts = masks.negative & (parts.halves < jnp.inf)[:, None]
-            counts &= parts.reference_halves < jnp.inf
+            masks = match_labels(parts.labels, parts.reference_labels, parts.positions)
+            counts = masks.negative & (_scale(parts) < jnp.inf)
             if batch.square and not mirrored:
                 counts = jnp.triu(counts, 1)
-            a = rows_at(batch.anchors, row, self.rows.size)
-            b = rows_at(y, column, self.columns.size)
-            if products is None:
-                itself = jnp.full(len(a), -1)
-                return visit(state, self.metric.against(a, b, itself), counts)
-            scale = parts.halves[:, None] + parts.reference_halves
-            squares = scale - jnp.matmul(parts.a, parts.b.T, precision="highest")
-            near = counts & (squares < CANCELLATION_SHARE * scale)
-            row = jnp.arange(len(a))
-
-            def direct(squares: Array, column: Array, found: Array) -> Array:
-                new = products.half_square(a, b[column])
-                new = jnp.where(found, new, squares[row, column])
-                return squares.at[row, column].set(new)
-
-            squares = for_each_true_column(near, direct, squares)
-            return visit(state, products.distance(squares), counts)
+            a = rows_at(batch.anchors, parts.row, self.rows.size)
+            b = rows_at(y, parts.column, self.columns.size)
+            if form is None:
+                nowhere = jnp.full(len(a), -1)
+                return visit(state, self.metric._matrix_checked(a, b, nowhere), counts)
+            squares = _scale(parts) - _products(parts)
+            near = counts & (squares < CANCELLATION_SHARE * _scale(parts))
+            squares = refine(squares, near, form.half_square, a, b)
+            return visit(state, form.distance(squares), counts)
 
         return self.scan_parts(of_parts, state)
+
+
+def _products(parts: TileInputs) -> Array:
+    return jnp.matmul(parts.a, parts.b.T, precision="highest")
+
+
+def _scale(parts: TileInputs) -> Array:
+    """Sums of the halves of each pair, infinite where one of the two is padding."""
+    return parts.halves[:, None] + parts.reference_halves

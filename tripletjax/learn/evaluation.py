@@ -1,13 +1,12 @@
-"""What an embedding is worth on images of classes, seen in training or not.
+"""Evaluation of an embedding on a folder of classes.
 
-A report holds, of all images that can be read,
+A report has, for all readable images,
 
-- retrieval: every image asks for the others of its class among all;
-- verification: every pair of images is of the same class or not, by its distance;
-- collapse: how the embeddings are spread.
+- retrieval: every image is a query for the others of its class;
+- verification: every pair of images is of the same class or of different ones;
+- collapse: the spread of the embeddings.
 
-Rates are in percent, distances between unit vectors. What nothing can be told of is
-None.
+Rates are in percent, distances between unit vectors. Undefined values are None.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ from tripletjax.learn.data.folder_listing import printable
 from tripletjax.learn.embedder import ImageEmbedder, load_embedder
 from tripletjax.learn.files import digest_of_image
 from tripletjax.learn.reports import (
-    OURS,
+    PREFIX,
     check_empty,
     number,
     percent,
@@ -35,21 +34,21 @@ from tripletjax.learn.reports import (
 from tripletjax.verification import VerificationMetrics
 
 KS = (1, 2, 4, 8)
-# Of these, those that there are enough pairs for.
+# False accept rates of a report, if there are enough pairs to measure them.
 FARS = tuple(10.0**-digits for digits in range(1, 7))
-# The picture of neighbours has at most so many images to choose from, and the one of
-# distances the pairs of so many with all.
+# Images of the picture of neighbours, and images whose pairs with all others are in the
+# picture of distances, at most.
 GALLERY, ROWS = 2048, 4096
-# Pairs are compared by so many rows at a time.
+# Rows of pairs that are compared at a time.
 BLOCK = 256
-# Distances are counted in so many steps.
+# Bins of a histogram of distances.
 STEPS = 2000
-REPORT = f"{OURS}evaluation"
+REPORT = f"{PREFIX}evaluation"
 
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """The images of a folder and what an embedding makes of them.
+    """The images of a folder, embedded.
 
     Attributes:
         x: unit vectors ``[n, d]``.
@@ -58,9 +57,9 @@ class Embedded:
         files: of the images.
         root: the folder that holds the classes: the data folder, or one within it.
         shown: numbers of the images that are kept for a picture, in order.
-        images: these, uint8 ``[k, height, width, channels]``.
-        skipped: the files that could not be used, and why.
-        notes: what was decided or found.
+        images: these images, uint8 ``[k, height, width, channels]``.
+        skipped: skipped files, with reasons.
+        notes: on the classes and images.
     """
 
     x: np.ndarray
@@ -82,29 +81,30 @@ def evaluate(
     classes_from: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates the embedding of a run on a folder of classes.
+    """Evaluate the embedding of a run on a folder of classes.
 
     Args:
         run_dir: a run directory.
         folder: one folder of images per class.
-        out: where ``report.json``, ``roc.png``, ``distances.png`` and
-            ``neighbors.png`` are written, if anywhere: a new or empty directory.
-        classes_from: which of nested folders are classes, as in `datasets.load`.
+        out: a new or empty directory for ``report.json``, ``roc.png``,
+            ``distances.png`` and ``neighbors.png``; None writes nothing.
+        classes_from: the level of nested folders that makes classes, as in
+            `datasets.load`.
         progress: whether to show a progress bar.
 
     Returns:
-        The report: what was evaluated, and by name the numbers of ``retrieval``,
+        The report: the run and the folder, and the metrics of ``retrieval``,
         ``verification`` and ``collapse``.
 
     Raises:
-        FileNotFoundError: if there is no trained model, or no such folder.
-        FileExistsError: if `out` is there and is no empty directory.
-        ValueError: if the folder has fewer than two classes that can be read.
-        OSError: if something cannot be written.
+        FileNotFoundError: if there is no trained model, or the folder does not exist.
+        FileExistsError: if `out` exists and is not an empty directory.
+        ValueError: if the folder has fewer than two readable classes.
+        OSError: if a file cannot be written.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}.")
+        raise FileNotFoundError(f"folder {folder} does not exist.")
     if out is not None:
         out = Path(out)
         check_empty(out)
@@ -112,14 +112,8 @@ def evaluate(
     found = embed_folder(
         embedder, folder, keep=GALLERY, classes_from=classes_from, progress=progress
     )
-    notes, known = [*found.notes], {*embedder.record.seen_names}
-    if both := sorted(known & {*found.names}):
-        notes.append(
-            f"{len(both)} classes have names of classes that the run was trained on, "
-            f"such as {both[0]}: if they are the same, this is no test of unseen ones"
-        )
-    if sizes := sizes_worth_telling(found.labels):
-        notes.append(sizes)
+    notes = [*found.notes, *note_on_seen_names(found.names, embedder.record.seen_names)]
+    notes += filter(None, [note_on_sizes(found.labels)])
     pairs = verification(found.x, found.labels)
     report = {
         "what": REPORT,
@@ -154,21 +148,22 @@ def embed_folder(
     name_of_file: Callable[[str], str] | None = None,
     progress: bool = False,
 ) -> Embedded:
-    """Reads and embeds a folder of classes, a part at a time.
+    """Read and embed a folder of classes, a part at a time.
 
     Args:
-        embedder: what makes vectors of images.
+        embedder: from images to vectors.
         folder: one folder of images per class.
-        choose: by its path within the folder that holds the classes, and the name of
-            its class, whether an image is taken; all if not given.
-        keep: so many images of one shape are kept for a picture.
+        choose: whether an image is read, by its path within the folder that holds the
+            classes and the name of its class. If not given, all images are read.
+        keep: number of images to keep for a picture.
         least: the least number of classes.
-        classes_from: which of nested folders are classes, as in `datasets.load`.
+        classes_from: the level of nested folders that makes classes, as in
+            `datasets.load`.
         name_of_file: as in `find_classes`.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: if it has fewer classes that can be read.
+        ValueError: if fewer classes have readable images.
     """
     found = find_classes(folder, classes_from, name_of_file=name_of_file)
     if choose is not None:
@@ -180,6 +175,7 @@ def embed_folder(
     x, kept, digests, images, skipped = [], [], [], {}, []
     skipped += [f"{file.name}: not in a folder of a class" for file in found.loose]
     skipped += found.skipped
+    entries = len(skipped)
 
     def read(file: Path) -> Any:
         return embedder.prepare(image_files.open_image(file))
@@ -207,20 +203,22 @@ def embed_folder(
     )
     if len(names) < least:
         raise ValueError(
-            f"{folder} has {len(names)} folder of images that can be read; it must "
-            f"have at least {least}, one per class."
+            f"{folder} must have at least {least} folders of readable images, one per "
+            f"class, got {len(names)}."
         )
     notes = [*found.notes, *found.left_out]
     if copies := len(digests) - len({*digests}):
         notes.append(
-            f"{copies:,} images are copies of others, which are easily found: they "
-            "make the numbers look better than they are, or worse between classes"
+            f"{copies:,} images are copies of others: within a class they raise the "
+            "metrics, between classes they lower them"
         )
-    if skipped:
-        notes.append(f"{len(skipped):,} files are skipped")
+    if images_skipped := len(skipped) - entries:
+        notes.append(f"{images_skipped:,} images are skipped")
+    if entries:
+        notes.append(f"{entries:,} entries that are no images of a class are skipped")
     rows, vectors = np.array(sorted(images)), np.concatenate(x)
     if not np.isfinite(vectors).all():
-        raise ValueError("the embedder has made a vector that is not finite.")
+        raise ValueError("the embedder returned a vector that is not finite.")
     return Embedded(
         vectors,
         labels.astype(np.int32),
@@ -235,7 +233,7 @@ def embed_folder(
 
 
 def retrieval(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Every image as a query to all others, in percent."""
+    """Retrieval metrics with every image as a query, in percent."""
     metrics = tj.retrieval.evaluate(x, labels, ks=KS)
     return {
         "map_at_r": percent(metrics.map_at_r),
@@ -250,7 +248,7 @@ def retrieval(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 
 def verification(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """All pairs of images, in percent; distances as they are."""
+    """Verification metrics of all pairs, in percent; thresholds are distances."""
     counts = np.unique(labels, return_counts=True)[1].astype(float)
     n = counts.sum()
     negatives = (n * n - (counts * counts).sum()) / 2
@@ -260,7 +258,7 @@ def verification(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 
 def of_metrics(metrics: VerificationMetrics, fars: Sequence[float]) -> dict[str, Any]:
-    """Verification for a report, in percent; distances as they are."""
+    """Verification metrics for a report, in percent; thresholds are distances."""
     return {
         "equal_error_rate": percent(metrics.equal_error_rate),
         "area_under_roc": percent(metrics.area_under_roc),
@@ -280,11 +278,11 @@ def of_metrics(metrics: VerificationMetrics, fars: Sequence[float]) -> dict[str,
 
 
 def histograms(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """How many pairs of the same and of different classes have which distance.
+    """Histograms of distances of pairs of the same and of different classes.
 
     Returns:
-        Counts ``[STEPS]`` of distances from 0 to 2 of either, and of how many images
-        the pairs with all others are.
+        Counts ``[STEPS]`` of distances from 0 to 2, same and different; and the number
+        of images whose pairs with all others are counted.
     """
     n = len(labels)
     rows = np.sort(np.random.default_rng(0).permutation(n)[:ROWS])
@@ -301,13 +299,13 @@ def histograms(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def draw(found: Embedded, pairs: dict[str, Any], out: Path) -> None:
-    """The pictures of a report."""
+    """Draw the pictures of a report."""
     same, different, rows = histograms(found.x, found.labels)
-    what = f"{pairs['positives']:,} same and {pairs['negatives']:,} different pairs"
+    title = f"{pairs['positives']:,} same and {pairs['negatives']:,} different pairs"
     if rows < len(found.labels):
-        what = f"pairs of {rows:,} images with all others"
-    plots.distances(same, different, pairs, out / "distances.png", what=what)
-    plots.roc(same, different, pairs, out / "roc.png", what=what)
+        title = f"pairs of {rows:,} images with all others"
+    plots.distances(same, different, pairs, out / "distances.png", what=title)
+    plots.roc(same, different, pairs, out / "roc.png", what=title)
     plots.neighbors(
         found.images,
         found.labels[found.shown],
@@ -318,19 +316,30 @@ def draw(found: Embedded, pairs: dict[str, Any], out: Path) -> None:
     )
 
 
-def sizes_worth_telling(labels: np.ndarray) -> str | None:
-    """Whether most pairs are of one class, or classes have nobody to find."""
+def note_on_seen_names(names: Sequence[str], seen: Sequence[str]) -> list[str]:
+    """Note classes whose names are those of classes that a run was trained on."""
+    both = sorted({*names} & {*seen})
+    if not both:
+        return []
+    return [
+        f"{len(both):,} classes have names of classes that the run was trained on, "
+        f"such as {both[0]}: if they are the same, this is no test on unseen classes"
+    ]
+
+
+def note_on_sizes(labels: np.ndarray) -> str | None:
+    """Note classes of one image, and a class that makes most pairs."""
     counts = np.unique(labels, return_counts=True)[1]
     pairs = counts * (counts - 1) / 2
     if not pairs.sum():
-        return "every class has one image: there is nothing to find"
-    told = []
+        return "every class has one image: there are no positives"
+    notes = []
     if alone := int((counts == 1).sum()):
-        told.append(f"{alone:,} classes of one image are only there to be mistaken")
+        notes.append(f"{alone:,} classes have one image: they are negatives only")
     share = pairs.max() / pairs.sum()
     if share > 0.25 and len(counts) > 4:
-        told.append(
+        notes.append(
             f"one class of {counts.max():,} images makes {100 * share:.0f} % of the "
             "pairs of the same class"
         )
-    return "; ".join(told) or None
+    return "; ".join(notes) or None

@@ -1,4 +1,4 @@
-"""Reports of evaluations as JSON files, and how numbers are printed."""
+"""Reports as JSON files, which replace earlier reports alone."""
 
 import json
 import math
@@ -7,41 +7,47 @@ from typing import Any
 
 from tripletjax.learn.files import write_json
 
-OURS = "tripletjax "
+# Every report begins its entry "what" with this prefix.
+PREFIX = "tripletjax "
 
 
 def write_report(report: dict[str, Any], file: Path) -> None:
-    """Writes a report, in place of an earlier report alone.
+    """Write a report, which may replace an earlier report.
 
     Raises:
-        FileExistsError: if the file is there and is something else.
+        FileExistsError: if the file exists and is not a report.
     """
     check_replaceable(file)
     write_json(file, report)
 
 
 def check_empty(out: Path) -> None:
-    """Raises FileExistsError if something is there, and is no empty directory."""
+    """Raise FileExistsError if a path exists and is not an empty directory."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} is there and is no empty directory.")
+        raise FileExistsError(f"{out} exists and is not an empty directory.")
 
 
 def check_replaceable(file: Path) -> None:
-    """Raises FileExistsError if a file is there and is no report."""
+    """Raise FileExistsError if a file exists and is not a report."""
     if not file.exists():
         return
     try:
-        ours = json.loads(file.read_text(encoding="utf-8"))["what"].startswith(OURS)
+        text = file.read_text(encoding="utf-8")
+        is_report = json.loads(text)["what"].startswith(PREFIX)
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        ours = False
-    if not ours:
-        raise FileExistsError(f"{file} is there and is no report; it is left as it is.")
+        is_report = False
+    if not is_report:
+        raise FileExistsError(
+            f"{file} exists and is not a tripletjax report; not overwritten."
+        )
 
 
 def number(value: Any) -> float | None:
+    """A number for JSON; None if it is not finite."""
     value = float(value)
     return value if math.isfinite(value) else None
 
 
 def percent(value: Any) -> float | None:
+    """A share in percent; None if it is not finite."""
     return number(100 * float(value))

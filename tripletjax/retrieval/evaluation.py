@@ -63,6 +63,8 @@ def mean_of_queries(metrics: RetrievalMetrics, labels: Array) -> RetrievalMetric
 
     with Q the queries that have a relevant reference.
 
+    Memory: O(n).
+
     Args:
         metrics: per query ``[n]``, as from ``evaluate(..., reduce_fn=None)``.
         labels: integers ``[n]``, not used here.
@@ -100,6 +102,8 @@ def mean_of_classes(metrics: RetrievalMetrics, labels: Array) -> RetrievalMetric
 
     with $Q_c$ the queries of class c that have a relevant reference, and C the classes
     with such a query.
+
+    Memory: O(n).
 
     Args:
         metrics: per query ``[n]``, as from ``evaluate(..., reduce_fn=None)``.
@@ -159,6 +163,8 @@ def evaluate(
     R-precision is P(R), the reciprocal rank is 1 / i for the first i with rel(i) = 1,
     and recall@k is 1 if that i is at most k. Other definitions of AP interpolate the
     precision or stop at some rank, and differ by a percent or more.
+
+    Memory: O((n + m) d), and blocks of up to 512 rows of distances.
 
     Args:
         embeddings: queries ``[n, d]``.
@@ -246,6 +252,8 @@ def recall_at_k(
 
     with Q the queries that have a relevant reference. The values are those of
     `evaluate`, in less time: only the first relevant reference of each query is ranked.
+
+    Memory: O((n + m) d), and up to 512 rows of distances.
 
     Args:
         embeddings, labels: ``[n, d]`` and integers ``[n]``, as in `evaluate`.

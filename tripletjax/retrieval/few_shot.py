@@ -32,8 +32,9 @@ def few_shot_accuracy(
       s(q) = \arg\min_{s \in S} d(q, s)$$
 
     with queries Q and support S; ties by the lower index. With n classes of k support
-    vectors each, the result is the n-way k-shot accuracy. Memory per episode is that of
-    the vectors and of distances from at most 512 queries to the support.
+    vectors each, the result is the n-way k-shot accuracy.
+
+    Memory: O((s + q) d), and up to 512 rows of distances, per episode.
 
     Args:
         support: vectors ``[..., s, d]``, the labelled examples of each episode.

@@ -65,9 +65,10 @@ def nearest_classes(
     $$d(q, c) = \min_{j : y_j = c} d(q, r_j)$$
 
     with references $r_j$ of class $y_j$. The classes come in order of d, ties by the
-    lower index of the nearest reference. The search is exact and takes O(n k + b m)
-    memory, with blocks of b <= 512 queries. To compare with class means, pass the means
-    as references.
+    lower index of the nearest reference. The search is exact. To compare with class
+    means, pass the means as references.
+
+    Memory: O(n k + m d), and up to 512 rows of distances.
 
     Args:
         queries: vectors ``[n, d]``.
@@ -139,8 +140,9 @@ def evaluate_identification(
 
     FNIR at an FPIR f takes the largest t with FPIR(t) at most f. FPIR grows with the
     gallery. The identification rate at rank r is the share of K whose class is one of
-    the r nearest classes, without a threshold. Memory is O(n max(ranks) + b m), with
-    blocks of b <= 512 queries.
+    the r nearest classes, without a threshold.
+
+    Memory: O(n max(ranks) + m d), and up to 512 rows of distances.
 
     Args:
         embeddings: vectors ``[n, d]``, the queries.

@@ -30,6 +30,8 @@ def nearest_neighbors(
     The nearest comes first, ties by the lower index. The search is exact and takes
     O(n k + b m) memory, with blocks of b <= 512 queries.
 
+    Memory: O(n k + m d), and up to 512 rows of distances.
+
     Args:
         queries: vectors ``[n, d]``.
         references: vectors ``[m, d]``.

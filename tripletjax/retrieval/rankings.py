@@ -202,7 +202,7 @@ class Rankings(NamedTuple):
                 values = halves + part.halves - inner
                 values = jnp.where(values < 0, 0, values)
             else:
-                values = self.metric.against(a, part.vectors, own)
+                values = self.metric._matrix_checked(a, part.vectors, own)
             if isinstance(labels, PairMasks):
                 columns = len(part.index)
                 masks = PairMasks(*(_columns_at(x, first, columns) for x in labels))
@@ -337,7 +337,7 @@ class Rankings(NamedTuple):
         m = len(self.batch.reference_side[0])
         a = self.rows(self.batch.anchors, start)
         partners = self.batch.reference_side[0][index]
-        each = jax.vmap(jax.vmap(self.metric.between, (None, 0)))
+        each = jax.vmap(jax.vmap(self.metric._paired_checked, (None, 0)))
         distances = each(a, partners)
         key, exists = ordered_bits(distances), near > -jnp.inf
         last = jnp.iinfo(key.dtype).max

@@ -38,6 +38,8 @@ def similarity_precision(
 
     $$\frac{1}{|T|} \sum_{(a, p, n) \in T} [d(a, p) < d(a, n)]$$
 
+    Memory: O(n d + t d).
+
     Args:
         embeddings: vectors ``[n, d]``.
         triplets: integers ``[t, 3]``: indices of a query, of an item that is more
@@ -87,8 +89,9 @@ def score_at_top_k(
       \text{otherwise} \end{cases}$$
 
     with $T_k$ the triplets whose positive or negative is among the k items nearest to
-    the query a, ties by the lower index. Memory is O(n + t), and that of a block of
-    differences.
+    the query a, ties by the lower index.
+
+    Memory: O(n d + t d), and a block of distances.
 
     Args:
         embeddings: vectors ``[n, d]``.

@@ -32,6 +32,8 @@ def roc(
 ) -> Roc:
     """ROC of given pairs: TAR and FAR with every distance as the threshold.
 
+    Memory: O(n).
+
     Args:
         distances: of each pair ``[n]``.
         same: bool ``[n]``, True for pairs of the same item.

@@ -12,8 +12,8 @@ from jax.typing import ArrayLike
 
 from tripletjax._api import as_integer, jitted
 from tripletjax._pairwise.batch import Batch, single_batch
+from tripletjax._pairwise.block_sizes import BlockSizes, by_platform
 from tripletjax._pairwise.class_index import ClassIndex
-from tripletjax._pairwise.cuts import Cut, by_platform
 from tripletjax._pairwise.mesh import AxisName, check_split, gather_terms
 from tripletjax._pairwise.tiles import Tiles
 from tripletjax._thresholds import as_rates, between
@@ -74,6 +74,8 @@ def evaluate(
     """Verification metrics of all pairs of embeddings, exact and in blocks.
 
     `VerificationMetrics` defines TAR at FAR, equal error rate and accuracy.
+
+    Memory: O((n + m) d + size), and a block of distances.
 
     Args:
         embeddings: vectors ``[n, d]``.
@@ -187,8 +189,8 @@ def _evaluate(
     ) -> Any:
         """Visit the negative pairs of this device, and combine those of all devices."""
 
-        def of_device(cut: Cut) -> Any:
-            tiles = Tiles.of(metric, batch, cut, axis_name=axis_name)
+        def of_device(sizes: BlockSizes) -> Any:
+            tiles = Tiles.of(metric, batch, sizes, axis_name=axis_name)
             return tiles.distances(visit, state)
 
         result = by_platform(of_device, batch.size)
@@ -229,7 +231,7 @@ def _positives(metric: Metric, batch: Batch, size: int) -> tuple[Array, Array]:
         if batch.square:
             at += before[anchor] + 1
         index = classes.order[jnp.clip(at, 0, len(y) - 1)]
-        distance = metric.between(x[anchor], y[index])
+        distance = metric._paired_checked(x[anchor], y[index])
         return jnp.where(slot < ends[-1], distance, jnp.inf)
 
     block = max(1, min(size, BLOCK // y.shape[1]))
@@ -290,6 +292,8 @@ def evaluate_pairs(
 ) -> VerificationMetrics:
     """Verification metrics of given pairs.
 
+    Memory: O(n).
+
     Args:
         distances: of each pair ``[n]``.
         same: bool ``[n]``, True for pairs of the same item.
@@ -326,6 +330,8 @@ def tar_at_far(
 
     The largest TAR whose FAR is at most each of `fars`.
 
+    Memory: O(n).
+
     Args:
         distances: of each pair ``[n]``.
         same: bool ``[n]``, True for pairs of the same item.
@@ -358,6 +364,8 @@ def equal_error_rate(
     """Equal error rate: the rate e where FAR = FRR = e.
 
     Interpolated linearly between the points of the ROC.
+
+    Memory: O(n).
 
     Args:
         distances: of each pair ``[n]``.

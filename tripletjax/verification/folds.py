@@ -57,6 +57,8 @@ def k_fold_accuracy(
     where std divides by K - 1. Of several thresholds with the best accuracy the
     smallest is taken, in the middle between two distances.
 
+    Memory: O(n).
+
     Args:
         distances: of each pair ``[n]``.
         same: bool ``[n]``, True for pairs of the same item.

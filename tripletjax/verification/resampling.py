@@ -32,6 +32,8 @@ def bootstrap(
     pairs count w_i times, and negative pairs of identities i and j count w_i w_j times
     (the vertex bootstrap, without pairs of two copies of one identity).
 
+    Memory: O(p + q + size), as replicates are drawn one after the other.
+
     Args:
         key: of `jax.random`.
         positives: distances ``[p]`` of pairs of the same item.

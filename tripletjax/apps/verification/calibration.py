@@ -1,14 +1,12 @@
-"""A threshold of one's own: chosen at a stated false accept rate, and kept with it.
+"""Calibration: a threshold at a chosen false accept rate, saved with a run.
 
-It is chosen on images of classes that the run was not trained on, and says what share
-of different pairs it lets through. With it come the chance that a pair is the same,
-by logistic regression on distances, and the vectors that it was chosen on: of them
-identification asks how many would be taken for somebody of a gallery.
+The threshold is chosen on images of unseen classes. A logistic regression on distances
+gives the probability that a pair is of the same class. The vectors of the images are
+saved, too: identification counts how many of them a gallery would name.
 """
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +14,38 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from tripletjax.apps.verification.pair_distances import PairDistances
-from tripletjax.learn.files import free_path, write_json
+from tripletjax.learn.files import free_path, replaced, write_json
 
 FOLDER, FILE, VECTORS = "calibration", "calibration.json", "vectors.npz"
 FORMAT = 1
-# On so many false accepts a rate has to rest.
+# False accepts that a rate needs, to be measured.
 NEEDED = 10
-# So many vectors are kept at most.
+# The largest number of vectors that are saved.
 KEPT = 5000
 
 
 class TooFewPairsError(ValueError):
-    """There are too few pairs to show a false accept rate."""
+    """Too few pairs to measure a false accept rate."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """A threshold, and what it was chosen on.
+    """A threshold, and the images that it was chosen on.
 
     Attributes:
-        embedder: the key of the embedding.
-        data: the folder that it was chosen on.
-        images: how many.
-        classes: of how many classes.
-        same: how many pairs of the same class.
-        different: how many others.
-        far: the false accept rate that it was chosen at.
-        threshold: at most which distances are accepted.
-        tar: the true accept rate there.
+        embedder: key of the embedding.
+        data: the folder of the images.
+        images: number of images.
+        classes: number of classes.
+        same: number of pairs of the same class.
+        different: number of pairs of different classes.
+        far: false accept rate of the threshold.
+        threshold: largest distance that is accepted.
+        tar: true accept rate of the threshold.
         slope: of the logistic regression.
-        intercept: likewise.
-        vectors: of the images, or of some of them, ``[k, d]``.
-        names: the classes of these.
+        intercept: of the logistic regression.
+        vectors: of the images, or of a random sample, ``[k, d]``.
+        names: classes of these vectors ``[k]``.
     """
 
     embedder: str
@@ -65,7 +63,7 @@ class Calibration:
     names: np.ndarray
 
     def probability(self, distance: Any) -> np.ndarray:
-        """The chance that pairs are the same, where as many are as are not."""
+        """Probability that pairs are of the same class, at equal priors."""
         score = self.intercept + self.slope * np.asarray(distance, np.float64)
         return 1 / (1 + np.exp(-score))
 
@@ -77,31 +75,29 @@ class Calibration:
         }
 
     def write(self, run_dir: str | Path) -> Path | None:
-        """Keeps it beside a run.
+        """Save the calibration in a run directory.
 
         Returns:
-            Where an earlier one has been moved to, if there is one.
+            The folder that an earlier calibration was moved to, if there was one.
         """
         wanted = Path(run_dir) / FOLDER
-        part = wanted.with_name(f"{FOLDER}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        write_json(part / FILE, {"format": FORMAT, **self.summary()})
-        with (part / VECTORS).open("wb") as file:
-            np.savez(file, vectors=self.vectors, names=self.names)
         earlier = None
-        if wanted.exists():
-            earlier = free_path(wanted.with_name(f"{FOLDER}-before"))
-            wanted.rename(earlier)
-        part.rename(wanted)
+        with replaced(wanted) as part:
+            write_json(part / FILE, {"format": FORMAT, **self.summary()})
+            with (part / VECTORS).open("wb") as file:
+                np.savez(file, vectors=self.vectors, names=self.names)
+            if wanted.exists():
+                earlier = free_path(wanted.with_name(f"{FOLDER}-before"))
+                wanted.rename(earlier)
         return earlier
 
     @classmethod
     def read(cls, run_dir: str | Path, key: str) -> "Calibration":
-        """The one that is kept beside a run.
+        """Read the calibration of a run directory.
 
         Args:
-            run_dir: where it is kept.
-            key: of the embedding that it is to be used with.
+            run_dir: the run directory.
+            key: of the embedding that will use it.
 
         Raises:
             FileNotFoundError: if there is none.
@@ -109,7 +105,7 @@ class Calibration:
         """
         folder = Path(run_dir) / FOLDER
         again = (
-            f"Choose one on images that it was not trained on: tripletjax verify --run "
+            f"Choose one on images of unseen classes: tripletjax verify --run "
             f"{run_dir} --data FOLDER"
         )
         if not (folder / FILE).exists():
@@ -120,30 +116,30 @@ class Calibration:
                 raise ValueError("it is of another version")
             with np.load(folder / VECTORS) as arrays:
                 values |= {name: arrays[name] for name in ("vectors", "names")}
-            found = cls(**values)
+            calibration = cls(**values)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(f"{folder} cannot be read: {error}. {again}") from error
-        if found.embedder != key:
+        if calibration.embedder != key:
             raise ValueError(
                 f"the threshold in {folder} is of another state of the run, or another "
                 f"embedding. {again}"
             )
-        return found
+        return calibration
 
 
 FIELDS = dataclasses.fields(Calibration)
 
 
 def check_enough(different: int, far: float) -> None:
-    """Raises `TooFewPairsError` if so many pairs cannot show a false accept rate."""
+    """Raise `TooFewPairsError` if the pairs cannot measure a false accept rate."""
     if not 0 < far < 1:
         raise ValueError(f"far must be a share between 0 and 1, got {far}.")
     if different * far < NEEDED - 1e-6:
         needed = -(-NEEDED // far)
         raise TooFewPairsError(
-            f"a false accept rate of {far:g} is not shown by {different:,} pairs of "
-            f"different classes: {needed:,.0f} are needed, for {NEEDED} false accepts; "
-            f"{needed / different if different else np.inf:.1f} times as many"
+            f"a false accept rate of {far:g} cannot be measured by {different:,} pairs "
+            f"of different classes: {needed:,.0f} are needed, for {NEEDED} false "
+            f"accepts; {needed / different if different else np.inf:.1f} times as many"
         )
 
 
@@ -158,31 +154,31 @@ def calibrate(
     vectors: np.ndarray,
     names: np.ndarray,
 ) -> Calibration:
-    """A threshold at a false accept rate, with a chance for every distance.
+    """Make a calibration: a threshold, and a probability for every distance.
 
     Args:
-        pairs: distances of pairs of classes that were not trained on.
-        embedder: the key of the embedding.
-        data: what the pairs are of.
-        far: the false accept rate, a share.
-        threshold: the distance at that rate, as `tripletjax.verification` measures it.
-        tar: the true accept rate there, likewise.
+        pairs: distances of pairs of unseen classes.
+        embedder: key of the embedding.
+        data: name of the images.
+        far: false accept rate, between 0 and 1.
+        threshold: at this rate, as `tripletjax.verification` measures it.
+        tar: true accept rate of the threshold.
         vectors: of the images ``[n, d]``.
         names: of their classes ``[n]``.
 
     Raises:
-        TooFewPairsError: if there are too few pairs to show the rate.
-        ValueError: if all pairs are the same, or `far` is no share.
+        TooFewPairsError: if there are too few pairs to measure the rate.
+        ValueError: if no pair is of the same class, or `far` is not between 0 and 1.
     """
     check_enough(pairs.all_different, far)
     if not len(pairs.same):
         raise ValueError(f"{data} has no two images of one class.")
     distances, same = pairs.listed
-    # As if there were as many same pairs as different ones.
-    fitted = LogisticRegression(class_weight="balanced").fit(
+    # Equal priors.
+    regression = LogisticRegression(class_weight="balanced").fit(
         distances.astype(np.float64)[:, None], same
     )
-    some = np.random.default_rng(0).permutation(len(vectors))[:KEPT]
+    sample = np.random.default_rng(0).permutation(len(vectors))[:KEPT]
     return Calibration(
         embedder=embedder,
         data=data,
@@ -191,11 +187,11 @@ def calibrate(
         same=pairs.all_same,
         different=pairs.all_different,
         far=far,
-        # Below all distances, if none is to be accepted.
+        # Below all distances, if no pair is accepted.
         threshold=max(threshold, -1.0),
         tar=tar,
-        slope=float(fitted.coef_[0, 0]),
-        intercept=float(fitted.intercept_[0]),
-        vectors=vectors[np.sort(some)],
-        names=np.asarray(names)[np.sort(some)],
+        slope=float(regression.coef_[0, 0]),
+        intercept=float(regression.intercept_[0]),
+        vectors=vectors[np.sort(sample)],
+        names=np.asarray(names)[np.sort(sample)],
     )

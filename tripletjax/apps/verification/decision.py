@@ -6,9 +6,7 @@ import numpy as np
 from PIL import Image
 
 from tripletjax.apps.embedders import vectors_of
-from tripletjax.apps.verification.calibration import (
-    Calibration,
-)
+from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.learn.embedder import ImageEmbedder
 
 
@@ -17,10 +15,10 @@ class Decision:
     """Whether two images are of the same class.
 
     Attributes:
-        same: whether they are taken for the same.
-        distance: how far they are apart.
-        threshold: at most which distance that is.
-        probability: that they are, where as many pairs are the same as are not.
+        same: whether the distance is at most the threshold.
+        distance: of their vectors.
+        threshold: of the calibration.
+        probability: that they are of the same class, at equal priors.
     """
 
     same: bool
@@ -35,7 +33,7 @@ def decide(
     second: Image.Image,
     calibration: Calibration,
 ) -> Decision:
-    """Whether two images are of the same class, by a threshold of one's own."""
+    """Decide whether two images are of the same class, by a calibrated threshold."""
     x = vectors_of(embedder, [first, second]).astype(np.float64)
     distance = float(np.linalg.norm(x[0] - x[1]))
     return Decision(

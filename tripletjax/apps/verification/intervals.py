@@ -9,20 +9,20 @@ from jax.typing import ArrayLike
 import tripletjax as tj
 from tripletjax.apps.verification.calibration import NEEDED
 from tripletjax.apps.verification.pair_distances import PairDistances
-from tripletjax.learn import evaluation, reports
+from tripletjax.learn import reports
 
-# Intervals are of so many replicates, and have this share of them.
+# Bootstrap replicates, and the confidence of their intervals.
 REPLICATES, CONFIDENCE = 1000, 0.95
-# Folds of classes, and so many pairs of either kind in each.
+# The largest number of folds, and of same and of different pairs in each.
 FOLDS, IN_FOLD = 10, 300
 
 
-def _intervals(
+def intervals_of(
     pairs: PairDistances, fars: Sequence[float], replicates: int, progress: bool
 ) -> dict[str, Any]:
-    """What the rates would be of other people, in percent."""
-    shown = tuple(f for f in fars if f * len(pairs.different) >= NEEDED)
-    drawn = pairs.bootstrap(shown or (1.0,), replicates, progress=progress)
+    """Intervals of the metrics over draws of classes, in percent."""
+    measured = tuple(f for f in fars if f * len(pairs.different) >= NEEDED)
+    drawn = pairs.bootstrap(measured or (1.0,), replicates, progress=progress)
 
     def interval(values: ArrayLike, scale: float = 100) -> list[float] | None:
         values = np.asarray(values)
@@ -43,23 +43,28 @@ def _intervals(
                 "tar": interval(drawn.tar_at_far[:, i]),
                 "threshold": interval(drawn.thresholds[:, i], 1),
             }
-            for i, far in enumerate(shown)
+            for i, far in enumerate(measured)
         ],
     }
 
 
-def _folds(
-    pairs: PairDistances, found: evaluation.Embedded, fold: np.ndarray | None
+def folds_of(
+    pairs: PairDistances, labels: np.ndarray, fold: np.ndarray | None
 ) -> dict[str, Any] | None:
-    """Accuracy of each fold with the threshold of the others, in percent."""
+    """K-fold accuracy in percent; None with fewer than two folds.
+
+    Args:
+        pairs: the distances.
+        labels: the classes of the images ``[n]``.
+        fold: of each pair, same ones first; None for folds of classes.
+    """
     if fold is not None:
-        # Of given pairs, the same ones come first.
         by = "folds of the file of pairs"
         distances, same = pairs.listed
         folds = int(fold.max()) + 1
     else:
         by = "folds of classes, with as many same as different pairs"
-        distances, same, fold, folds = _own_folds(pairs, found.labels)
+        distances, same, fold, folds = _folds_of_classes(pairs, labels)
     if folds < 2:
         return None
     result = tj.verification.k_fold_accuracy(distances, same, folds=folds, fold=fold)
@@ -72,10 +77,10 @@ def _folds(
     }
 
 
-def _own_folds(
+def _folds_of_classes(
     pairs: PairDistances, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Pairs within folds that share no class, as many the same as different."""
+    """Make folds without a common class, of as many same as different pairs."""
     draw = np.random.default_rng(0)
     several = np.unique(labels[pairs.same_images[:, 0]])
     folds = min(FOLDS, len(several) // 2)
@@ -85,17 +90,17 @@ def _own_folds(
     where = of_class[labels]
     distances, same, fold = [], [], []
     for k in range(folds):
-        chosen = []
+        samples = []
         for images, values in (
             (pairs.same_images, pairs.same),
             (pairs.different_images, pairs.different),
         ):
             within = np.flatnonzero((where[images] == k).all(axis=1))
-            chosen.append(values[draw.permutation(within)[:IN_FOLD]])
-        count = min(map(len, chosen))
-        for kind, values in zip((True, False), chosen):
+            samples.append(values[draw.permutation(within)[:IN_FOLD]])
+        count = min(map(len, samples))
+        for is_same, values in zip((True, False), samples):
             distances.append(values[:count])
-            same.append(np.full(count, kind))
+            same.append(np.full(count, is_same))
             fold.append(np.full(count, k))
     if not distances:
         return np.zeros(0), np.zeros(0, bool), np.zeros(0, int), 0

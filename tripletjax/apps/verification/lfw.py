@@ -17,10 +17,10 @@ class PairsFile(NamedTuple):
     """The pairs of a verification protocol.
 
     Attributes:
-        first: paths of the first images, relative to the folder of all.
-        second: paths of the second.
+        first: paths of the first images, relative to the folder of all images.
+        second: paths of the second images.
         same: bool ``[n]``, whether both show the same person.
-        fold: integers ``[n]``.
+        fold: integers ``[n]``, from 0.
     """
 
     first: list[str]
@@ -30,7 +30,7 @@ class PairsFile(NamedTuple):
 
 
 def read_pairs(path: str | Path, *, suffix: str = ".jpg") -> PairsFile:
-    """Reads a ``pairs.txt`` of Labeled Faces in the Wild.
+    """Read a ``pairs.txt`` of Labeled Faces in the Wild.
 
     Its first line has the number of folds and the number n of pairs of each kind in a
     fold (or n alone, for one fold). Every fold has n lines ``name i j`` for two images

@@ -1,4 +1,4 @@
-"""Distances of pairs of images, and of whom each pair is."""
+"""Distances of pairs of images, and the classes of each pair."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,9 +10,10 @@ from tqdm import tqdm
 import tripletjax as tj
 from tripletjax.verification import VerificationMetrics
 
-# So many pairs of either kind are listed; of more, so many at random.
+# The largest number of same, and of different, pairs that are listed. Of more pairs, a
+# random sample is listed.
 MOST = 2**20
-# So many are measured, and so many replicates drawn, at a time.
+# Pairs that are measured at a time, and replicates that are drawn at a time.
 BLOCK, AT_A_TIME = 2**16, 100
 
 
@@ -23,13 +24,12 @@ class PairDistances:
     Attributes:
         same: float32 distances ``[p]`` of pairs of the same class.
         same_images: the numbers of their images ``[p, 2]``.
-        different: likewise ``[q]``, of pairs of different classes.
-        different_images: likewise.
+        different: float32 distances ``[q]`` of pairs of different classes.
+        different_images: the numbers of their images ``[q, 2]``.
         labels: integers ``[n]``, the classes of the images.
-        all_same: how many pairs of the same class there are, of which `same` may be
-            some.
-        all_different: likewise.
-        vectors: of the images ``[n, d]``, if pairs are all pairs of them; else None.
+        all_same: number of pairs of the same class, of which `same` may be a sample.
+        all_different: number of pairs of different classes.
+        vectors: of the images ``[n, d]``, for all pairs; None for given pairs.
     """
 
     same: np.ndarray
@@ -43,7 +43,7 @@ class PairDistances:
 
     @classmethod
     def of_all(cls, x: np.ndarray, labels: np.ndarray) -> "PairDistances":
-        """All pairs of some vectors ``[n, d]``."""
+        """Measure all pairs of vectors ``[n, d]``."""
         draw, n = np.random.default_rng(0), len(labels)
         counts = np.unique(labels, return_counts=True)[1].astype(int)
         all_same = int((counts * (counts - 1) // 2).sum())
@@ -79,27 +79,27 @@ class PairDistances:
     def of_given(
         cls, x: np.ndarray, labels: np.ndarray, pairs: np.ndarray, same: np.ndarray
     ) -> "PairDistances":
-        """Given pairs ``[n, 2]`` of vectors, and which of them are the same."""
-        ours, others = pairs[same], pairs[~same]
+        """Measure given pairs ``[n, 2]``, some of the same class."""
+        alike, others = pairs[same], pairs[~same]
         return cls(
-            distances_of(x, ours),
-            ours,
+            distances_of(x, alike),
+            alike,
             distances_of(x, others),
             others,
             labels,
-            len(ours),
+            len(alike),
             len(others),
             None,
         )
 
     @property
     def listed(self) -> tuple[np.ndarray, np.ndarray]:
-        """The distances of all pairs that are listed, and whether each is the same."""
+        """Distances of the listed pairs, and whether each is of the same class."""
         distances = np.concatenate([self.same, self.different])
         return distances, np.arange(len(distances)) < len(self.same)
 
     def evaluate(self, fars: Sequence[float]) -> VerificationMetrics:
-        """Verification over all pairs, exactly."""
+        """Verification metrics of all pairs, exact."""
         if self.vectors is not None:
             return tj.verification.evaluate(self.vectors, self.labels, fars=fars)
         return tj.verification.evaluate_pairs(*self.listed, fars=fars)
@@ -107,7 +107,7 @@ class PairDistances:
     def bootstrap(
         self, fars: Sequence[float], replicates: int, *, progress: bool = False
     ) -> VerificationMetrics:
-        """Replicates by drawing classes, of the pairs that are listed."""
+        """Bootstrap replicates of the listed pairs, by class."""
         names, identities = np.unique(self.labels, return_inverse=True)
         keys = jax.random.split(jax.random.key(0), -(-replicates // AT_A_TIME))
         drawn = []
@@ -139,7 +139,7 @@ def distances_of(x: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 def _pairs_within(
     members: np.ndarray, of: int, draw: np.random.Generator
 ) -> np.ndarray:
-    """Pairs of one class; of a large one its share of what is listed, at random."""
+    """Pairs of one class, or a random sample in proportion to a large class."""
     n = len(members)
     count = n * (n - 1) // 2
     wanted = count if of <= MOST else -(-MOST * count // of)

@@ -4,52 +4,61 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from tripletjax.apps.verification.lfw import PairsFile
 from tripletjax.learn import evaluation
+from tripletjax.learn.data.sources import parse_source
 
 
 @contextlib.contextmanager
 def folder_of(data: str) -> Iterator[Path]:
-    """A folder as it is, or one that a prepared dataset ``tfds:NAME`` is written to."""
-    if not data.startswith("tfds:"):
+    """A folder, or a temporary one with the images of a dataset ``tfds:NAME``."""
+    if not parse_source(data).in_tfds:
         yield Path(data)
         return
-    # Which knows the digits, too.
-    from tripletjax.learn.data.datasets import Catalogue
+    # The import takes a second, for tensorflow-datasets.
+    from tripletjax.learn.data.tfds_catalogue import Catalogue
 
     with tempfile.TemporaryDirectory() as directory:
         Catalogue.open(data).write(Path(directory))
         yield Path(directory)
 
 
-def _indices_of_pairs(
-    protocol: Any, folder: Path, found: evaluation.Embedded
+def find_pairs(
+    protocol: PairsFile, folder: Path, images: evaluation.Embedded
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Numbers of the images of given pairs, by their paths without suffixes."""
-    paths = [file.relative_to(found.root).as_posix() for file in found.files]
-    outer = found.root.relative_to(folder.resolve()).as_posix() + "/"
-    index_of = {_stem(path): number for number, path in enumerate(paths)}
-    broken = {
-        _stem(line.partition(": ")[0].removeprefix(outer)) for line in found.skipped
-    }
-    there = index_of.keys() | broken
+    """Find the images of a protocol by their paths without suffixes.
 
-    def listed(path: str) -> str:
-        # All images may lie in one folder, and in none of their own names.
+    Returns:
+        Numbers of the images of each pair ``[n, 2]``; whether each pair is the same
+        ``[n]``; the fold of each ``[n]``; and the number of pairs of skipped images.
+
+    Raises:
+        FileNotFoundError: if an image does not exist.
+    """
+    paths = [file.relative_to(images.root).as_posix() for file in images.files]
+    outer = images.root.relative_to(folder.resolve()).as_posix() + "/"
+    index_of = {stem(path): number for number, path in enumerate(paths)}
+    skipped = {
+        stem(line.partition(": ")[0].removeprefix(outer)) for line in images.skipped
+    }
+    known = index_of.keys() | skipped
+
+    def resolve(path: str) -> str:
+        # All images may lie in one folder, without folders of classes.
         name = path.rpartition("/")[2]
-        return name if path not in there and name in there else path
+        return name if path not in known and name in known else path
 
     pairs = [
-        tuple(map(listed, both))
-        for both in zip(_stems(protocol.first), _stems(protocol.second))
+        tuple(map(resolve, both))
+        for both in zip(stems(protocol.first), stems(protocol.second))
     ]
-    missing = sorted({p for both in pairs for p in both} - index_of.keys() - broken)
+    missing = sorted({p for both in pairs for p in both} - index_of.keys() - skipped)
     if missing:
         raise FileNotFoundError(
-            f"the file of pairs names {len(missing):,} images that are not in "
+            f"the file of pairs names {len(missing):,} images that do not exist in "
             f"{folder}, such as {missing[0]}."
         )
     whole = np.array([all(path in index_of for path in both) for both in pairs])
@@ -64,9 +73,9 @@ def _indices_of_pairs(
     )
 
 
-def _stem(path: str) -> str:
+def stem(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _stems(paths: Sequence[str]) -> list[str]:
-    return [_stem(path) for path in paths]
+def stems(paths: Sequence[str]) -> list[str]:
+    return [stem(path) for path in paths]

@@ -9,24 +9,22 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from tripletjax.learn import choices
 from tripletjax.learn.networks.convolution import cut, space_to_depth
 from tripletjax.learn.networks.layers import (
     ORIENTATIONS,
-    _even,
-    _Layer,
-    _Residual,
-    _resized,
-    _Stages,
-    _StandardizedBlock,
-    _StandardizedConv,
+    Layer,
+    Residual,
+    Stages,
+    StandardizedBlock,
+    StandardizedConv,
     halved,
     largest,
     oriented_edges,
+    pad_to_even,
+    resized,
     unit_norm,
 )
-
-# What a network makes of the last feature map.
-HEADS = ("grid", "mean")
 
 
 class EmbeddingCNN(nnx.Module):
@@ -36,10 +34,10 @@ class EmbeddingCNN(nnx.Module):
     end in pooling by half. The mean and the maximum over the image feed a linear layer.
 
     Args:
-        dim: number of dimensions of the embedding.
+        dim: dimensions of the embedding.
         channels: number of channels of each stage, multiples of 8.
         in_channels: number of channels of the images.
-        dtype: what is computed in; parameters stay float32.
+        dtype: of the computation; parameters stay float32.
         rngs: Flax random number streams, with ``params``.
     """
 
@@ -52,11 +50,11 @@ class EmbeddingCNN(nnx.Module):
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
-        self.stages = _Stages(channels, in_channels, dtype=dtype, rngs=rngs)
+        self.stages = Stages(channels, in_channels, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(2 * channels[-1], dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: Array) -> Array:
-        """Embeds images.
+        """Embed images.
 
         Args:
             images: floats from 0 to 1, ``[n, height, width, channels]``.
@@ -70,18 +68,18 @@ class EmbeddingCNN(nnx.Module):
 class EmbeddingResNet(nnx.Module):
     """A residual network from images of any size to unit vectors.
 
-    After a first convolution, each stage is some blocks of two 3 x 3 convolutions with
-    group normalisation, added to what comes in; all but the first halve the image. The
-    mean over the image feeds a linear layer.
+    After a first convolution, each stage has residual blocks of two 3 x 3 convolutions
+    with group normalisation. All stages but the first halve the image. The mean over
+    the image feeds a linear layer.
 
     Args:
-        dim: number of dimensions of the embedding.
+        dim: dimensions of the embedding.
         channels: number of channels of each stage, multiples of 8.
-        blocks: how many blocks a stage has.
-        stride: of the first convolution. 2 costs a quarter, or less; 1 is for images
-            of some 32 pixels, which have no detail to lose.
+        blocks: number of blocks of a stage.
+        stride: of the first convolution. 2 takes at most a quarter of the time; 1 is
+            for images of about 32 pixels, which have no detail to lose.
         in_channels: number of channels of the images.
-        dtype: what is computed in; parameters stay float32.
+        dtype: of the computation; parameters stay float32.
         rngs: Flax random number streams, with ``params``.
 
     References:
@@ -102,18 +100,18 @@ class EmbeddingResNet(nnx.Module):
     ):
         options = {"dtype": dtype, "rngs": rngs}
         size = 2 * stride + 1
-        self.stem = _Layer(in_channels, channels[0], (size, size), stride, **options)
+        self.stem = Layer(in_channels, channels[0], (size, size), stride, **options)
         layers, width = [], channels[0]
         for index, out in enumerate(channels):
             for block in range(blocks):
                 halves = index > 0 and block == 0
-                layers.append(_Residual(width, out, 1 + halves, **options))
+                layers.append(Residual(width, out, 1 + halves, **options))
                 width = out
         self.blocks = nnx.List(layers)
         self.head = nnx.Linear(width, dim, **options)
 
     def __call__(self, images: Array) -> Array:
-        """Embeds images.
+        """Embed images.
 
         Args:
             images: floats from 0 to 1, ``[n, height, width, channels]``.
@@ -130,28 +128,26 @@ class EmbeddingResNet(nnx.Module):
 class EmbeddingPhotoNet(nnx.Module):
     """A residual network from photographs of one size to unit vectors, fast on CPUs.
 
-    What is learnt from is `oriented_edges` of the images, beside their means over 2 x 2
-    pixels. A convolution is followed by stages of residual blocks of two 3 x 3
-    convolutions. Between stages every 2 x 2 positions become one with four times the
-    channels, which a 1 x 1 convolution reduces: three times as fast on CPUs as a
-    convolution of stride 2. Kernels are standardised, and no activation is normalised
-    but before the head.
+    The network sees `oriented_edges` of the images, and their means over 2 x 2 pixels.
+    Stages of residual blocks of two 3 x 3 convolutions follow a first convolution.
+    Between stages every 2 x 2 positions become one with four times the channels, which
+    a 1 x 1 convolution reduces. This is three times as fast on CPUs as a convolution of
+    stride 2. Kernels are standardised; activations are normalised before the head only.
 
     Args:
-        dim: number of dimensions of the embedding.
+        dim: dimensions of the embedding.
         size: height and width of the images, in pixels.
-        head: ``"grid"``: a linear layer over all positions of the last feature map, for
-            images of one layout, such as faces, where it matters where something is;
-            ``"mean"``: over mean and maximum of all positions.
+        head: ``"grid"`` is a linear layer over all positions of the last feature map,
+            for images of one layout, such as faces. ``"mean"`` takes the mean and the
+            maximum over all positions.
         channels: number of channels of the first convolution and of each stage.
-        blocks: how many blocks a stage has.
+        blocks: number of blocks of a stage.
         in_channels: number of channels of the images.
-        dtype: what is computed in; parameters stay float32.
+        dtype: of the computation; parameters stay float32.
         rngs: Flax random number streams, with ``params``.
 
     Raises:
-        ValueError: if there is no such head, or, when called, for images of another
-            size.
+        ValueError: if head has another value; when called, for images of another size.
 
     References:
         He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. 2015.
@@ -172,18 +168,19 @@ class EmbeddingPhotoNet(nnx.Module):
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
-        if head not in HEADS:
-            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}.")
+        if head not in choices.HEADS:
+            words = ", ".join(choices.HEADS)
+            raise ValueError(f"head must be one of {words}, got {head!r}.")
         options = {"dtype": dtype, "rngs": rngs}
         self.size, self.grid = tuple(size), head == "grid"
         stem_in = ORIENTATIONS + in_channels
-        self.stem = _StandardizedConv(stem_in, channels[0], 3, **options)
+        self.stem = StandardizedConv(stem_in, channels[0], 3, **options)
         stages, width = [], channels[0]
         sides = [-(-side // 2) for side in size]
         for out in channels[1:]:
             sides = [-(-side // 2) for side in sides]
-            layers = [_StandardizedConv(4 * width, out, 1, **options)]
-            layers += [_StandardizedBlock(out, **options) for _ in range(blocks)]
+            layers = [StandardizedConv(4 * width, out, 1, **options)]
+            layers += [StandardizedBlock(out, **options) for _ in range(blocks)]
             stages.append(nnx.List(layers))
             width = out
         self.stages = nnx.List(stages)
@@ -192,7 +189,7 @@ class EmbeddingPhotoNet(nnx.Module):
         self.head = nnx.Linear(features * width, dim, **options)
 
     def __call__(self, images: Array) -> Array:
-        """Embeds images.
+        """Embed images.
 
         Args:
             images: floats ``[n, height, width, channels]`` of the network's size.
@@ -209,7 +206,7 @@ class EmbeddingPhotoNet(nnx.Module):
         x = jnp.concatenate([oriented_edges(images), small], axis=-1)
         x = jax.nn.relu(self.stem(x))
         for stage in self.stages:
-            x = space_to_depth(_even(x), 2)
+            x = space_to_depth(pad_to_even(x), 2)
             for layer in stage:
                 x = jax.nn.relu(layer(x))
         x = self.norm(x)
@@ -221,18 +218,18 @@ class EmbeddingPhotoNet(nnx.Module):
 
 
 class MultiScaleCNN(nnx.Module):
-    """Deep Ranking: a deep path joined by two shallow ones at low resolution.
+    """Deep Ranking: a deep path and two shallow paths at low resolution.
 
-    The deep path is an `EmbeddingCNN` without its head; the shallow paths see the image
-    at a quarter and an eighth of its size through one wide convolution, for what is
-    visible from afar. Each is normalised before they are joined.
+    The deep path is an `EmbeddingCNN` without its head. The shallow paths see the image
+    at 64 and 32 pixels through one wide convolution. The vectors of all paths have unit
+    norm before the head joins them.
 
     Args:
-        dim: number of dimensions of the embedding.
+        dim: dimensions of the embedding.
         channels: number of channels of each stage of the deep path, multiples of 8.
-        shallow: number of channels of either shallow path, a multiple of 8.
+        shallow: number of channels of each shallow path, a multiple of 8.
         in_channels: number of channels of the images.
-        dtype: what is computed in; parameters stay float32.
+        dtype: of the computation; parameters stay float32.
         rngs: Flax random number streams, with ``params``.
 
     References:
@@ -251,14 +248,14 @@ class MultiScaleCNN(nnx.Module):
         rngs: nnx.Rngs,
     ):
         options = {"dtype": dtype, "rngs": rngs}
-        self.deep = _Stages(channels, in_channels, **options)
+        self.deep = Stages(channels, in_channels, **options)
         self.paths = nnx.List(
-            [_Layer(in_channels, shallow, (8, 8), 4, **options) for _ in range(2)]
+            [Layer(in_channels, shallow, (8, 8), 4, **options) for _ in range(2)]
         )
         self.head = nnx.Linear(2 * channels[-1] + 2 * 16 * shallow, dim, **options)
 
     def __call__(self, images: Array) -> Array:
-        """Embeds images.
+        """Embed images.
 
         Args:
             images: floats from 0 to 1, ``[n, height, width, channels]``.
@@ -269,7 +266,7 @@ class MultiScaleCNN(nnx.Module):
         parts = [unit_norm(self.deep(images))]
         for path, side in zip(self.paths, (64, 32)):
             # Coarse images of one size, whatever the size of the images.
-            x = path(_resized(images, side))
+            x = path(resized(images, side))
             _, height, _, channels = x.shape
             # The mean of each of 4 x 4 positions.
             x = cut(x, 4, height // 4, 4, height // 4, channels).mean((2, 4))
@@ -283,9 +280,9 @@ class Standardized(nnx.Module):
     Args:
         model: from images to unit vectors.
         mean: of each channel.
-        std: likewise, the standard deviation.
-        mirror: whether, after training, an embedding is the mean of an image's and its
-            mirror image's.
+        std: standard deviation of each channel.
+        mirror: whether the embeddings of an image and its mirror image are averaged
+            after training.
     """
 
     def __init__(
@@ -298,7 +295,7 @@ class Standardized(nnx.Module):
     ):
         self.model, self.mirror = model, mirror
         self.mean, self.std = tuple(mean), tuple(std)
-        # What `train` and `eval` of Flax set.
+        # `train` and `eval` of Flax set this attribute.
         self.deterministic = False
 
     def __call__(self, images: Array) -> Array:
@@ -309,9 +306,4 @@ class Standardized(nnx.Module):
         return x
 
 
-MODELS = {
-    "cnn": EmbeddingCNN,
-    "photo": EmbeddingPhotoNet,
-    "resnet": EmbeddingResNet,
-    "multiscale": MultiScaleCNN,
-}
+MODELS = {name: globals()[network] for name, network in choices.MODELS.items()}

@@ -18,9 +18,6 @@ from tripletjax.learn.networks.embedding_networks import Standardized
 from tripletjax.learn.networks.layers import unit_norm
 from tripletjax.learn.networks.weights import Frozen
 
-# The trained part of a network, from small to large.
-TRAININGS = ("frozen", "top", "all")
-
 
 class FeatureStat(nnx.Variable):
     """Statistics of features, from before training."""

@@ -1,4 +1,4 @@
-"""Embedding networks in Flax NNX."""
+"""Layers of embedding networks in Flax NNX."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,21 +19,21 @@ from tripletjax.learn.networks.convolution import (
     padded,
 )
 
-# Of edges, of which `EmbeddingPhotoNet` makes all else.
+# Orientations of the edges that `EmbeddingPhotoNet` sees.
 ORIENTATIONS = 8
 
 
-def _resized(images: Array, side: int) -> Array:
-    """Square images, linearly interpolated as by `jax.image.resize`.
+def resized(images: Array, side: int) -> Array:
+    """Resize images to squares, linearly, as `jax.image.resize` does.
 
-    As products with matrices, which can be exported for any number of images.
+    Products with matrices can be exported for any number of images.
     """
     rows, columns = (_interpolation(n, side) for n in images.shape[1:3])
     return jnp.einsum("ih,nhwc,jw->nijc", rows, images, columns, precision="highest")
 
 
 def _interpolation(n: int, side: int) -> np.ndarray:
-    """What each of `side` cells has of n, over all that it covers."""
+    """Weights ``[side, n]`` of n pixels for each of `side` cells."""
     scale = n / side
     centre = (np.arange(side) + 0.5) * scale - 0.5
     near = 1 - np.abs(np.arange(n) - centre[:, None]) / max(scale, 1)
@@ -41,8 +41,8 @@ def _interpolation(n: int, side: int) -> np.ndarray:
     return (near / near.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-class _Stages(nnx.Module):
-    """Stages of two layers, pooled by half between them; then mean and maximum."""
+class Stages(nnx.Module):
+    """Stages of two layers, with pooling by half between; then mean and maximum."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class _Stages(nnx.Module):
         stages = []
         for out in channels:
             layers = [
-                _Layer(width, out, dtype=dtype, rngs=rngs)
+                Layer(width, out, dtype=dtype, rngs=rngs)
                 for width in (in_channels, out)
             ]
             stages.append(nnx.List(layers))
@@ -71,7 +71,7 @@ class _Stages(nnx.Module):
         return jnp.concatenate([x.mean(axis=(1, 2)), largest(x, (1, 2))], axis=-1)
 
 
-class _Residual(nnx.Module):
+class Residual(nnx.Module):
     def __init__(
         self,
         in_channels: int,
@@ -82,8 +82,8 @@ class _Residual(nnx.Module):
         rngs: nnx.Rngs,
     ):
         options = {"dtype": dtype, "rngs": rngs}
-        self.first = _Layer(in_channels, out_channels, stride=stride, **options)
-        self.second = _Layer(out_channels, out_channels, active=False, **options)
+        self.first = Layer(in_channels, out_channels, stride=stride, **options)
+        self.second = Layer(out_channels, out_channels, active=False, **options)
         changes = stride > 1 or in_channels != out_channels
         self.shortcut = (
             _conv(in_channels, out_channels, (1, 1), stride, **options)
@@ -96,7 +96,7 @@ class _Residual(nnx.Module):
         return jax.nn.relu(short + self.second(self.first(x)))
 
 
-class _Layer(nnx.Module):
+class Layer(nnx.Module):
     def __init__(
         self,
         in_channels: int,
@@ -144,7 +144,7 @@ def _conv(
 def _convolved(
     x: Array, kernel: Array, strides: Sequence[int], padding: Any, **_: Any
 ) -> Array:
-    """As Flax calls it. One function of all layers: networks are told apart by it."""
+    """Convolution as Flax calls it, one function for all layers and networks."""
     return convolution(x, kernel, strides[0], padding)
 
 
@@ -152,12 +152,13 @@ class GroupNorm(nnx.Module):
     """Group normalisation of images, with a scale and a shift of each channel.
 
     Over the pixels and the channels of a group, ``y = (x - mean) / sqrt(var + eps)``.
-    The sums are taken over the pixels of each channel first, which vectorises: with its
-    gradient it takes a fifth of the time of `nnx.GroupNorm` on CPUs.
+    Sums over the pixels of each channel come first, which vectorises. With its gradient
+    it takes a fifth of the time of `nnx.GroupNorm` on CPUs.
 
     Args:
         channels: number of channels of the images.
-        groups: how many groups they form.
+        groups: number of groups of channels.
+        eps: added to the variance.
 
     References:
         Wu, He. Group Normalization. 2018. arXiv:1803.08494
@@ -190,7 +191,7 @@ class GroupNorm(nnx.Module):
         return x * scale + shift
 
 
-class _StandardizedConv(nnx.Module):
+class StandardizedConv(nnx.Module):
     """A convolution whose kernels have mean 0 and preserve the variance."""
 
     def __init__(
@@ -221,12 +222,12 @@ class _StandardizedConv(nnx.Module):
         return convolution(x, kernel, padding="SAME") + bias
 
 
-class _StandardizedBlock(nnx.Module):
+class StandardizedBlock(nnx.Module):
     def __init__(self, channels: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs):
         options = {"dtype": dtype, "rngs": rngs}
-        self.first = _StandardizedConv(channels, channels, 3, **options)
-        self.second = _StandardizedConv(channels, channels, 3, **options)
-        # A block begins as little more than what comes in.
+        self.first = StandardizedConv(channels, channels, 3, **options)
+        self.second = StandardizedConv(channels, channels, 3, **options)
+        # A block begins close to the identity.
         self.scale = nnx.Param(jnp.array(0.2))
 
     def __call__(self, x: Array) -> Array:
@@ -235,15 +236,15 @@ class _StandardizedBlock(nnx.Module):
 
 
 def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
-    """How strong edges of each orientation are, relative to those around.
+    """Strength of edges of each orientation, relative to the edges around.
 
-    ``e = max(0, dx cos(t) + dy sin(t))``, averaged over every 2 x 2 pixels, divided by
-    the root mean square of the energies in 9 x 9 such positions; of that the square
-    root, about 0. Neither brightness nor contrast changes it much, here or there.
+    ``e = max(0, dx cos(t) + dy sin(t))`` is averaged over every 2 x 2 pixels, and
+    divided by the root mean square over 9 x 9 such positions. The result is the square
+    root, minus 0.5. Local brightness and contrast hardly change it.
 
     Args:
         images: floats ``[n, height, width, channels]``; the channels' mean counts.
-        orientations: how many there are.
+        orientations: number of orientations.
 
     Returns:
         Floats ``[n, height / 2, width / 2, orientations]``, rounded up.
@@ -273,8 +274,8 @@ def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
     return jnp.sqrt(edges * around + 1e-4) - 0.5
 
 
-def _even(x: Array) -> Array:
-    """Images ``[n, height, width, channels]`` whose odd sides are padded."""
+def pad_to_even(x: Array) -> Array:
+    """Pad the odd sides of images ``[n, height, width, channels]``."""
     for axis in (1, 2):
         x = padded(x, axis, 0, x.shape[axis] % 2, value=None)
     return x
@@ -284,9 +285,9 @@ def _even(x: Array) -> Array:
 def largest(x: Array, axis: tuple[int, ...]) -> Array:
     """The maximum over some axes, with a gradient that is never 0 / 0.
 
-    That of `jnp.max` is shared by the positions that equal the maximum. XLA may compute
-    its argument twice, and round it once this way and once that: then none does. Here
-    positions within a few roundings share it.
+    The gradient of `jnp.max` goes to the positions that equal the maximum. XLA may
+    compute the argument twice, rounded in two ways, and then no position equals it.
+    Here positions within a few roundings share the gradient.
     """
     return jnp.max(x, axis=axis)
 
@@ -302,17 +303,17 @@ def _largest_jvp(axis: tuple[int, ...], primals: tuple, tangents: tuple) -> tupl
 
 
 def halved(x: Array, of: Callable[..., Array] = largest) -> Array:
-    """The maximum (or ``of``) of every 2 x 2 pixels; an odd side's last counts twice.
+    """Pool every 2 x 2 pixels by the maximum or ``of``; odd sides repeat a pixel.
 
-    XLA's gradient of pooling by windows takes 7 times longer on CPUs.
+    XLA's gradient of pooling by windows takes 7 times as long on CPUs.
     """
-    x = _even(x)
+    x = pad_to_even(x)
     _, height, width, channels = x.shape
     return of(cut(x, height // 2, 2, width // 2, 2, channels), (2, 4))
 
 
 def unit_norm(x: Array) -> Array:
-    """Scales vectors to length 1, in float32; shorter ones than 1e-6 stay short."""
+    """Scale vectors to unit norm, in float32; below 1e-6 they stay short."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     squared = jnp.sum(x * x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-12))

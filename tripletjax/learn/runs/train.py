@@ -6,10 +6,12 @@ A run directory holds
 - ``backbone.safetensors``: a copy of the weights that it began with, if any;
 - ``metrics.jsonl``: a line of numbers every few steps, validations and evaluations;
 - ``checkpoints/``: the last two states, from which a run goes on;
-- ``best/``: the model that did best in validation, and the one before;
+- ``best/``: the model that the rule of `selection` keeps, at each of the last two
+  validations;
 - ``checkpoints.digests.json``, ``best.digests.json``: digests of their files;
-- ``summary.json``: the evaluations, their step, the number of parameters, and how
-  many images there were of what, once the run has finished;
+- ``summary.json``: the evaluations, the number of steps, the step of the kept model,
+  the number of parameters, and how many images there were of what, once the run has
+  finished;
 - ``training.png``: loss and share of active triplets over the steps;
 - ``neighbors.png``: images that were never trained on, and their nearest neighbours;
 - ``triplets.png`` instead, of given triplets: those held out, in the order of distance;
@@ -18,6 +20,7 @@ A run directory holds
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,8 @@ from jax.sharding import Mesh
 from tripletjax.learn import plots
 from tripletjax.learn.data.image_array import (
     ImageArray,
-    ImageSource,
     KeptFeatures,
     StoredImages,
-    part_of,
-    pixels_of,
 )
 from tripletjax.learn.distributed.placement import Placement
 from tripletjax.learn.files import write_json
@@ -194,10 +194,10 @@ def run(
             log_every=plan.log_every,
             validate=task.validate,
             validate_every=plan.validate_every,
-            best=task.selection_metric,
+            validation_classes=task.validation_classes,
             checkpoints=checkpoints,
             checkpoint_every=plan.checkpoint_every,
-            best_checkpoints=best,
+            kept_model=best,
             interrupts=interrupts,
             progress=progress,
         ):
@@ -225,8 +225,8 @@ def _compared_with(
 ) -> dict[str, tasks.Embed]:
     """What there is before training, by name."""
     name, embed = _before(model, plan)
-    pixels = pixels_of(task.images)
-    if isinstance(pixels, StoredImages) or pixels.nbytes > MOST_RAW:
+    pixels = task.images.pixels
+    if isinstance(pixels, StoredImages) or math.prod(pixels.shape) > MOST_RAW:
         return {name: embed}
     return {RAW_PIXELS: _flat, name: embed}
 
@@ -278,18 +278,24 @@ def _finish(
     embed = functools.partial(embed_images, trained)
     evaluations = before | {"trained": task.evaluate(embed)}
     log.truncate_after(plan.steps)
+    kept_step = [line["kept_step"] for line in log.lines if "kept_step" in line][-1]
     log.evaluated(plan.steps, "trained", evaluations["trained"])
     plots.training(log.lines, out / "training.png")
     shown = {name: e for name, e in compared.items() if name == RAW_PIXELS}
     task.draw(shown | {"trained": embed}, out)
     parameters = jax.tree.leaves(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
-    skipped = {name: n for name, n in task.dataset.skip_counts.items() if n}
+    skipped, entries = (
+        {name: n for name, n in counts.items() if n}
+        for counts in (task.dataset.skip_counts, task.dataset.entry_counts)
+    )
     summary = {
         "steps": plan.steps,
+        "kept_step": kept_step,
         "evaluations": evaluations,
         "parameters": sum(x.size for x in parameters),
         "counts": task.counts | {"skipped": sum(skipped.values())},
         "skipped": skipped,
+        "skipped_entries": entries,
     }
     write_json(out / record.SUMMARY, summary)
     log.close()
@@ -329,9 +335,7 @@ def _on_features(
 
     def features(images: ImageArray, what: str) -> ImageArray:
         views = drawn if what == "train" else fixed
-        return cache.of(
-            pixels_of(images), views, what=f"{what} images", progress=progress
-        )
+        return cache.of(images.pixels, views, what=f"{what} images", progress=progress)
 
     made = task.on_features(features)
     if progress:
@@ -356,7 +360,7 @@ def _before(model: Standardized, plan: Plan) -> tuple[str, tasks.Embed]:
 def _fit_head(model: Standardized, task: tasks.Task) -> None:
     """Begins a head with how features of some images are spread."""
     images = task.images
-    some = part_of(images, np.arange(0, len(images), -(-len(images) // HEAD_SAMPLE)))
+    some = images.part(np.arange(0, len(images), -(-len(images) // HEAD_SAMPLE)))
     if isinstance(some, KeptFeatures):
         features = some.features[:, 0]
     else:
@@ -365,5 +369,5 @@ def _fit_head(model: Standardized, task: tasks.Task) -> None:
     whole.head.fit(features)
 
 
-def _flat(images: ImageSource) -> Array:
-    return as_floats(pixels_of(images)[:]).reshape(len(images), -1)
+def _flat(images: ImageArray) -> Array:
+    return as_floats(images.pixels[:]).reshape(len(images), -1)

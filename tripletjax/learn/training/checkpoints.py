@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from tripletjax.learn.distributed.keys import State, from_plain, plain
 from tripletjax.learn.errors import first_line
-from tripletjax.learn.files import digest_of, digest_of_file, free_path
+from tripletjax.learn.files import digest_of, digest_of_file, free_path, write_text
 
 
 class StateMismatchError(ValueError):
@@ -62,11 +62,20 @@ class Checkpoints:
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=writable,
         )
+        if writable and jax.process_count() == 1:
+            self._remove_older(keep)
 
     @property
     def steps(self) -> list[int]:
         """Of which steps there are states."""
         return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+
+    def _remove_older(self, keep: int) -> None:
+        """Remove states that a killed process was removing."""
+        if older := self.steps[:-keep]:
+            for step in older:
+                shutil.rmtree(self.directory / str(step))
+            self._orbax.reload()
 
     def save(self, step: int, state: Any) -> None:
         """Keeps a state, unless there is one of this step.
@@ -96,9 +105,7 @@ class Checkpoints:
         digests = {str(kept): self._digests().get(str(kept)) for kept in self.steps}
         if jax.process_index() == 0:
             digests[str(step)] = _file_digests(self.directory / str(step))
-            part = self._digests_file.with_name(self._digests_file.name + ".part")
-            part.write_text(json.dumps(digests), encoding="utf-8")
-            part.replace(self._digests_file)
+            write_text(self._digests_file, json.dumps(digests))
 
     def restore(self, like: State) -> tuple[int, State, list[str]] | None:
         """The newest whole state.
