@@ -622,7 +622,8 @@ class _Search(NamedTuple):
         y = rankings.batch.reference_side[0]
         a = rankings.rows(rankings.batch.anchors, start)
         halves = products.halves(a, rankings.offset)[:, None]
-        near = values < NEAR_SHARE * (halves + part.halves)
+        scale = halves + part.halves
+        near = values < NEAR_SHARE * jnp.where(scale < jnp.inf, scale, 0)
         (count,) = _count_runs(near[None])
         b = y[part.index]
 

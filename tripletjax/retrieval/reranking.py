@@ -57,8 +57,9 @@ def expand_queries(
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
     >>> x = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-    >>> print(tj.retrieval.expand_queries(x[:1], x[1:], k=1).round(4))
-    [[0.9771 0.2129]]
+    >>> (expanded,) = tj.retrieval.expand_queries(x[:1], x[1:], k=1)
+    >>> print([f"{value:.3f}" for value in expanded])
+    ['0.977', '0.213']
 
     Database augmentation is the same function over the references:
 
