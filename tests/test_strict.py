@@ -80,7 +80,7 @@ CALLS = {
         X, Y, k=3, range_max=9, key=key()
     ),
     "mine_hard_positives": lambda: tj.mine_hard_positives(X, Y, k=3, where=Y > 0),
-    "mine_triplets": lambda: tj.mine_triplets(X, tj.pair_masks(Y), k=2, margin=0.1),
+    "mine_triplets": lambda: tj.mine_triplets(X, Y, k=2, margin=0.1),
     "retrieval.nearest_neighbors": lambda: tj.retrieval.nearest_neighbors(X, R, 3),
     "retrieval.expand_queries": lambda: tj.retrieval.expand_queries(X, R, k=3),
     "retrieval.k_reciprocal_distances": lambda: tj.retrieval.k_reciprocal_distances(

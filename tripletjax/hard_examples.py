@@ -192,7 +192,8 @@ def mine_hard_negatives(
     Embedding, which excludes negatives with $s_{an} > s_{ap} + 0.1$, is
     ``margin=-0.1``. An anchor without a positive has no margins.
 
-    Memory is O(n k + b m), with blocks of b <= 512 anchors and at most 2**25 distances.
+    Memory: O(n k + b m), with blocks of b <= 512 anchors of at most 2**25 distances.
+    Random draws add O(b range_max).
 
     Args:
         embeddings: vectors of anchors ``[n, d]``.
@@ -288,7 +289,9 @@ def mine_hard_positives(
 
     The search is exact. Ties go to the lower index. Positives at distance 0 are
     duplicates of the anchor: they are excluded and have no rank. Rank 0 is the farthest
-    positive. Memory is that of `mine_hard_negatives`.
+    positive.
+
+    Memory: O(n k + b m), with blocks of b <= 512 anchors of at most 2**25 distances.
 
     Args:
         embeddings: vectors of anchors ``[n, d]``.
@@ -372,6 +375,8 @@ def mine_triplets(
     The positive of an anchor is its nearest positive that is no duplicate, or the
     farthest. Margins start from the distance of the same positive. The negatives are
     those of `mine_hard_negatives`. An anchor without such a positive has no triplet.
+
+    Memory: O(n k + b m), with blocks of b <= 512 anchors of at most 2**25 distances.
 
     Args:
         embeddings: vectors of anchors ``[n, d]``.

@@ -31,7 +31,9 @@ def expand_queries(
 
     All vectors are scaled to unit norm first, and $r_1, \dots, r_k$ are the nearest
     references by `tripletjax.cosine`. ``alpha=0`` is the plain average of average query
-    expansion. Memory is O(n k d + b m), with blocks of b <= 512 queries.
+    expansion.
+
+    Memory: O(n k d + b m), with blocks of b <= 512 queries.
 
     Args:
         queries: vectors ``[n, d]``.
@@ -122,8 +124,9 @@ def k_reciprocal_distances(
     4. Local query expansion: $V_p$ is the mean of the encodings of p and of its
        $k_2 - 1$ nearest other items.
 
-    Encodings are sparse. Memory is O((n + m) k1^2 k2 + n k), without an n x m matrix.
     Distances should be of order 1, as those of unit-norm vectors are.
+
+    Memory: O((n + m) k1^2 k2 + b m) for sparse encodings and blocks of b <= 512 items.
 
     Args:
         queries: vectors ``[n, d]``.
