@@ -426,7 +426,7 @@ def test_another_file_than_the_run_began_with(run_of, folder, tmp_path):
     save_file(by_hand.small_resnet(seed=2), other)
     shutil.copytree(run_of("frozen"), tmp_path / "run")
     config = configured(folder, other, "frozen", steps=8)
-    with pytest.raises(ValueError, match="no longer what the run began with"):
+    with pytest.raises(ValueError, match="has changed since the run began"):
         learn.run(config, tmp_path / "run", resume=True, progress=False)
 
 

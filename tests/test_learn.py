@@ -1394,7 +1394,7 @@ def test_queries_have_somebody_to_find(tmp_path, monkeypatch):
 
 def test_a_margin_that_cannot_be_reached_is_named(tmp_path):
     config, on = small(margin=5.0), placement.ONE_DEVICE
-    made, _ = preparation.planned(config, None, None, tmp_path / "run", on, False)
+    made, _ = preparation.make_plan(config, None, None, tmp_path / "run", on, False)
     assert any("no triplet can satisfy a margin of 5" in note for note in made.notes)
 
 
@@ -1492,7 +1492,7 @@ def test_a_run_goes_on_without_its_options_and_with_moved_data(tmp_path, monkeyp
         learn.run(again, out, resume=True, progress=False)
     # Nor does one go on with other images.
     Image.new("L", (24, 20), 77).save(moved / "group0" / "kind0" / "0.png")
-    with pytest.raises(ValueError, match="no longer what the run"):
+    with pytest.raises(ValueError, match="have changed since the run"):
         learn.run(again, out, resume=True, progress=False)
 
 
