@@ -630,13 +630,13 @@ class _Search(NamedTuple):
         scale = halves + part.halves
         near = values < NEAR_SHARE * jnp.where(scale < jnp.inf, scale, 0)
         (count,) = _count_runs(near[None])
-        b = y[part.index]
+        b, half_square = y[part.index], products.half_square
 
         def one_by_one(values: Array) -> Array:
-            return refine(values, near, products.half_square, a, b)
+            return refine(values, near, half_square, a, b)
 
         def all_at_once(values: Array) -> Array:
-            new = lax.map(lambda one: products.half_square(one, b), a)
+            new = lax.map(lambda one: half_square(one, b), a)
             return jnp.where(near, new, values)
 
         most = jnp.max(count)

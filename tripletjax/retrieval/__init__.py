@@ -1,4 +1,4 @@
-"""Retrieval: nearest neighbours, ranking metrics, few-shot accuracy, re-ranking.
+"""Retrieval: neighbours, re-ranking, metrics, few-shot accuracy, identification.
 
 Every query ranks the references by distance, the nearest first and ties by the lower
 index. References with the query's label are relevant. A query is never its own
