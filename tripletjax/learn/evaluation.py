@@ -20,7 +20,7 @@ from tqdm import tqdm
 import tripletjax as tj
 from tripletjax.learn import plots
 from tripletjax.learn.data import image_files
-from tripletjax.learn.data.class_folders import find_classes
+from tripletjax.learn.data.class_folders import ClassFolders, find_classes
 from tripletjax.learn.data.folder_listing import printable
 from tripletjax.learn.embedder import ImageEmbedder, load_embedder
 from tripletjax.learn.files import digest_of_image
@@ -170,34 +170,13 @@ def embed_folder(
         paths = (file.relative_to(found.root).as_posix() for file in found.files)
         both = zip(paths, map(printable, found.classes))
         found = found.part([i for i, one in enumerate(both) if choose(*one)])
-    draw = np.random.default_rng(0)
-    shown = {*draw.permutation(len(found.files))[:keep].tolist()}
-    x, kept, digests, images, skipped = [], [], [], {}, []
-    skipped += [f"{file.name}: not in a folder of a class" for file in found.loose]
+    skipped = [f"{file.name}: not in a folder of a class" for file in found.loose]
     skipped += found.skipped
     entries = len(skipped)
-
-    def read(file: Path) -> Any:
-        return embedder.prepare(image_files.open_image(file))
-
-    bar = tqdm(
-        total=len(found.files), desc="embedding", unit="image", disable=not progress
+    x, kept, images, copies, unreadable = _embed_files(
+        embedder, found, keep=keep, progress=progress
     )
-    with bar:
-        for indices, made in image_files.read_ahead(found.files, read):
-            whole = []
-            for index, image in zip(indices, made):
-                if isinstance(image, OSError):
-                    skipped.append(f"{printable(found.paths[index])}: {image}")
-                    continue
-                kept.append(index)
-                whole.append(image)
-                digests.append(digest_of_image(np.asarray(image)))
-                if index in shown:
-                    images[len(kept) - 1] = image
-            if whole:
-                x.append(embedder.embed(whole))
-            bar.update(len(indices))
+    skipped += unreadable
     names, labels = np.unique(
         [printable(found.classes[index]) for index in kept], return_inverse=True
     )
@@ -207,20 +186,20 @@ def embed_folder(
             f"class, got {len(names)}."
         )
     notes = [*found.notes, *found.left_out]
-    if copies := len(digests) - len({*digests}):
+    if copies:
         notes.append(
             f"{copies:,} images are copies of others: within a class they raise the "
             "metrics, between classes they lower them"
         )
-    if images_skipped := len(skipped) - entries:
-        notes.append(f"{images_skipped:,} images are skipped")
+    if unreadable:
+        notes.append(f"{len(unreadable):,} images are skipped")
     if entries:
         notes.append(f"{entries:,} entries that are no images of a class are skipped")
-    rows, vectors = np.array(sorted(images)), np.concatenate(x)
-    if not np.isfinite(vectors).all():
+    if not np.isfinite(x).all():
         raise ValueError("the embedder returned a vector that is not finite.")
+    rows = np.array(sorted(images))
     return Embedded(
-        vectors,
+        x,
         labels.astype(np.int32),
         tuple(map(str, names)),
         tuple(found.files[index] for index in kept),
@@ -230,6 +209,43 @@ def embed_folder(
         tuple(skipped),
         tuple(notes),
     )
+
+
+def _embed_files(
+    embedder: ImageEmbedder, listing: ClassFolders, *, keep: int, progress: bool
+) -> tuple[np.ndarray, list[int], dict[int, np.ndarray], int, list[str]]:
+    """Read and embed the files of a listing, a part at a time.
+
+    Returns:
+        Vectors; the numbers of the readable files; `keep` random images by row of
+        their vectors; the number of images that are copies; and the unreadable files.
+    """
+    order = np.random.default_rng(0).permutation(len(listing.files))
+    shown = {*order[:keep].tolist()}
+    x, kept, digests, images, unreadable = [], [], [], {}, []
+
+    def read(file: Path) -> Any:
+        return embedder.prepare(image_files.open_image(file))
+
+    with tqdm(
+        total=len(listing.files), desc="embedding", unit="image", disable=not progress
+    ) as bar:
+        for indices, results in image_files.read_ahead(listing.files, read):
+            prepared = []
+            for index, image in zip(indices, results):
+                if isinstance(image, OSError):
+                    unreadable.append(f"{printable(listing.paths[index])}: {image}")
+                    continue
+                kept.append(index)
+                prepared.append(image)
+                digests.append(digest_of_image(np.asarray(image)))
+                if index in shown:
+                    images[len(kept) - 1] = image
+            if prepared:
+                x.append(embedder.embed(prepared))
+            bar.update(len(indices))
+    vectors = np.concatenate(x) if x else np.zeros((0, 1), np.float32)
+    return vectors, kept, images, len(digests) - len({*digests}), unreadable
 
 
 def retrieval(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

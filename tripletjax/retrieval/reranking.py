@@ -165,26 +165,11 @@ def k_reciprocal_distances(
     [1 4]
     """
     square = references is None
-    x, y = as_vectors(
-        ("queries", queries),
-        ("references", queries if references is None else references),
-        rank=2,
-    )
-    check_vectors(queries=x, references=y)
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(
-            "queries and references must have vectors of one length, got "
-            f"{x.shape} and {y.shape}."
-        )
+    x, y = _as_items(queries, references)
     n, m = len(x), len(y)
     if square and reference_where is not None:
         raise ValueError("reference_where requires references; pass where.")
-    choices = m - 1 if square else m
-    if not 1 <= k <= choices:
-        raise ValueError(f"k must be from 1 to {choices}, got {k}.")
-    for name, value in (("k1", k1), ("k2", k2)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    _check_numbers(k, m - 1 if square else m, k1=k1, k2=k2)
     real = _real(x, "where", where, "queries")
     real_references = (
         real if square else _real(y, "reference_where", reference_where, "references")
@@ -242,6 +227,30 @@ def k_reciprocal_distances(
     if where is not None:
         broken &= jnp.asarray(where)
     return jnp.where(broken[:, None], jnp.nan, distances), indices
+
+
+def _as_items(queries: ArrayLike, references: ArrayLike | None) -> tuple[Array, Array]:
+    """Checked queries and references; without references, the queries twice."""
+    x, y = as_vectors(
+        ("queries", queries),
+        ("references", queries if references is None else references),
+        rank=2,
+    )
+    check_vectors(queries=x, references=y)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            "queries and references must have vectors of one length, got "
+            f"{x.shape} and {y.shape}."
+        )
+    return x, y
+
+
+def _check_numbers(k: int, choices: int, **others: int) -> None:
+    if not 1 <= k <= choices:
+        raise ValueError(f"k must be from 1 to {choices}, got {k}.")
+    for name, value in others.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def _real(x: Array, name: str, where: ArrayLike | None, what: str) -> Array:
