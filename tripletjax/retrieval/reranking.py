@@ -286,13 +286,13 @@ def _encodings(
 
     def one(i: Array) -> tuple[Array, Array]:
         near, mutual = nearest[i, : k1 + 1], of_k1[i]
-        theirs = nearest[near, : half + 1]
+        neighbors = nearest[near, : half + 1]
         exists = of_half[near] & mutual[:, None]
-        inside = jnp.any((theirs[..., None] == near) & mutual, axis=-1) & exists
+        inside = jnp.any((neighbors[..., None] == near) & mutual, axis=-1) & exists
         added = 3 * jnp.sum(inside, 1) >= 2 * jnp.sum(exists, 1)
         new = exists & ~inside & added[:, None]
         ids = jnp.concatenate(
-            [jnp.where(mutual, near, count), jnp.where(new, theirs, count).ravel()]
+            [jnp.where(mutual, near, count), jnp.where(new, neighbors, count).ravel()]
         )
         ids = jnp.sort(ids)
         again = jnp.concatenate([jnp.zeros(1, bool), ids[1:] == ids[:-1]])

@@ -44,7 +44,7 @@ class RunRecord:
     """Everything that a run was made with.
 
     Attributes:
-        requested: what was asked for.
+        requested: the request.
         plan: what was decided.
         images: how images are made ready.
         data_key: a digest of what the run learns from.
