@@ -15,6 +15,7 @@ from tripletjax.learn.data.augment import Augment
 from tripletjax.learn.data.image_shape import Box
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.networks.embedding_networks import HEADS, MODELS
+from tripletjax.learn.training.objectives import MARGIN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Config:
     mining: str = "semi-hard"
     steps: int | None = None
     seed: int = 0
-    margin: float = 0.2
+    margin: float = MARGIN
     batch_all_fraction: float = 0.5
     classes: int | None = None
     per_class: int | None = None

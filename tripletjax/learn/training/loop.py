@@ -89,7 +89,7 @@ def fit(
         batches: ``batches[step]``, a pure function of the step.
         steps: how many steps to train.
         loss: of embeddings and labels; several with the steps from which they hold, the
-            first from 0. Semi-hard triplets with margin 0.2 if not given.
+            first from 0; `mined_loss` with its defaults if not given.
         augment: from a random key and float images to images.
         seed: of the augmentation.
         ema_decay: how much of the averaged parameters a step keeps, such as 0.99; the
