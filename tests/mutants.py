@@ -1134,11 +1134,19 @@ MUTANTS = [
     ),
     Mutant(
         "training-best",
-        "learn/training/loop.py",
-        "if not value < state.best:",
-        "if value > state.best:",
-        "of equal validations the first is kept",
-        "tests/test_learn.py::test_the_best_validation_is_kept",
+        "learn/training/selection.py",
+        "highest = candidate if earlier.mean() > last.mean() else now",
+        "highest = candidate if earlier.mean() < last.mean() else now",
+        "the worst validation is the candidate",
+        "tests/test_learn.py::test_an_earlier_model_is_kept_if_it_exceeds_noise",
+    ),
+    Mutant(
+        "training-noise",
+        "learn/training/selection.py",
+        "kept = candidate if exceeds_noise(earlier, last) else now",
+        "kept = candidate if earlier.mean() > last.mean() else now",
+        "a noisy early checkpoint is kept",
+        "tests/test_learn.py::test_an_earlier_model_is_kept_if_it_exceeds_noise",
     ),
     # Images and splits.
     Mutant(

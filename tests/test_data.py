@@ -526,6 +526,18 @@ def test_small_classes_share_what_is_held_out(each):
         np.testing.assert_array_equal(one, part[labels[part] < 50])
 
 
+@pytest.mark.parametrize(
+    ("classes", "held_out"),
+    [(20, (2, 3)), (127, (13, 19)), (128, (16, 19)), (400, (40, 60))],
+)
+def test_classes_are_held_out_that_tell_differences_from_noise(classes, held_out):
+    labels = np.repeat(np.arange(classes), 2)
+    digests = np.array([f"{row:040x}" for row in range(len(labels))])
+    parts = splits.held_out_images(labels, digests, "classes")
+    counts = [len(np.unique(labels[part])) for part in parts]
+    assert counts == [classes - sum(held_out), *held_out]
+
+
 @pytest.mark.parametrize("content", ["nothing", "loose", "one class", "all broken"])
 def test_folders_that_cannot_be_trained_on(tmp_path, content):
     folder = tmp_path / "pictures"

@@ -223,7 +223,7 @@ def test_the_command_exports(tmp_path, capsys, monkeypatch):
     assert cli.main(command) == 0
     told = capsys.readouterr().out
     assert "from images uint8 [n, 20, 24, 1] to vectors [n, 16]" in told
-    assert "m.stablehlo.json holds the preparation of its images" in told
+    assert "m.stablehlo.json: preparation of the images" in told
     assert "on 4 images of" in told
     for _ in range(2):
         assert cli.main(command) == 2

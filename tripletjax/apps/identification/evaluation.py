@@ -75,6 +75,40 @@ class Strangers:
         return float((last + following) / 2)
 
 
+def choose_threshold(
+    gallery: Gallery,
+    calibration: Calibration | None,
+    *,
+    within: float | None = None,
+    fpir: float | None = None,
+    closed: bool = False,
+) -> tuple[float, Strangers | None]:
+    """The threshold of a gallery, and the images that show its false positives.
+
+    Args:
+        gallery: known classes.
+        calibration: of the run; its threshold is the default.
+        within: a threshold to use instead.
+        fpir: false positive identification rate to choose a threshold at instead.
+        closed: whether every probe gets a name: the threshold is infinite.
+
+    Raises:
+        TooFewPairsError: if the calibration has too few images to show the rate.
+        ValueError: if the calibration is needed and None, or the rate is no share.
+    """
+    threshold = float("inf") if closed else within
+    if calibration is None:
+        if threshold is None:
+            raise ValueError("calibration is None; give within or closed.")
+        return threshold, None
+    strangers = Strangers.of(gallery, calibration)
+    if fpir is not None:
+        threshold = strangers.threshold_at(fpir)
+    elif threshold is None:
+        threshold = calibration.threshold
+    return threshold, strangers
+
+
 def evaluate(
     gallery: Gallery, x: np.ndarray, names: Sequence[str], threshold: float
 ) -> dict[str, Any]:

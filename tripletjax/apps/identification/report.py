@@ -23,7 +23,7 @@ def of_gallery(
     calibration: Calibration | None,
     strangers: Strangers | None,
 ) -> dict[str, Any]:
-    """Who is known, by which threshold, and how many others would be taken for them."""
+    """The gallery, its threshold, and the false positives at this threshold."""
     told: dict[str, Any] = {
         "what": REPORT,
         "classes": len(gallery.names),
@@ -45,28 +45,28 @@ def of_gallery(
 
 
 def told(report: dict[str, Any]) -> Iterator[str]:
-    """The same to be read."""
-    yield f"{report['classes']:,} classes of {report['images']:,} images are known"
+    """Lines of the report of a gallery."""
+    yield f"gallery: {report['classes']:,} classes, {report['images']:,} images"
     others, threshold = report["others"], report["threshold"]
     if threshold is None:
-        yield "nobody is unknown: the nearest class always gives its name"
+        yield "closed set: every probe is named after its nearest class"
         return
-    yield f"a class gives its name up to a distance of {threshold:.4f}"
+    yield f"threshold {threshold:.4f}: largest distance of a named probe"
     if others is None:
-        yield "how many of others get a name is not known: no threshold was chosen"
+        yield "false positives at this gallery: unknown, the run has no calibration"
         return
     if others["left_out"]:
         yield (
-            f"- {others['left_out']:,} images of {others['data']} are in the gallery, "
-            "or of classes of its names, and are not counted as others"
+            f"- {others['left_out']:,} images of {others['data']} are of classes of "
+            "the gallery, or copies of its images, and are not counted"
         )
     if others["fpir"] is None:
-        yield "how many of others get a name is not known: there are no others"
+        yield "false positives at this gallery: unknown, no other class was calibrated"
         return
     yield (
-        f"false positives at this gallery: {others['fpir']:.1f} % of others get a name "
-        f"({others['named']:,} of {others['images']:,} images of {others['data']}); "
-        "--fpir SHARE chooses a threshold by it"
+        f"false positives at this gallery: {others['fpir']:.1f} % ({others['named']:,} "
+        f"of {others['images']:,} images of other classes in {others['data']}); "
+        "--fpir SHARE chooses a threshold by this rate"
     )
 
 
@@ -103,7 +103,7 @@ def measured(report: dict[str, Any]) -> Iterator[str]:
     if report["copies"]:
         yield (
             f"- {report['copies']:,} probes are copies of images of the gallery, which "
-            "are easily named: the rates are too good"
+            "are easily named: the rates are too high"
         )
     for rank, rate in report["rate_at_rank"].items():
         yield f"  identified at rank {rank}: {_told(rate)}"

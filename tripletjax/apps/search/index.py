@@ -48,6 +48,8 @@ FORMAT = "1"
 PROBED = 0.05
 # The number of distances in memory at a time while duplicates are linked.
 PAIRS = 2**23
+# Images up to this distance are near-duplicates, by default.
+DUPLICATE_DISTANCE = 0.1
 
 
 class Hit(NamedTuple):
@@ -229,7 +231,7 @@ class Index:
         if self._table is not None and len(self):
             self._table.create_cells(max(1, round(math.sqrt(len(self)))))
 
-    def duplicates(self, within: float) -> list[list[str]]:
+    def duplicates(self, within: float = DUPLICATE_DISTANCE) -> list[list[str]]:
         """Groups of images that are linked by distances of at most `within`.
 
         It compares all pairs, in memory for the vectors and some 100 MB.

@@ -52,9 +52,9 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
 def chosen(calibration: Calibration) -> str:
     """What a threshold is and means, in a line."""
     return (
-        f"threshold {calibration.threshold:.4f}: what is not farther is taken for the "
-        f"same: of the pairs here {100 * calibration.far:g} % of different ones "
-        f"and {100 * calibration.tar:.1f} % of the same class"
+        f"threshold {calibration.threshold:.4f}: pairs up to this distance are "
+        f"accepted, {100 * calibration.far:g} % of the different and "
+        f"{100 * calibration.tar:.1f} % of the same pairs here"
     )
 
 
@@ -63,8 +63,8 @@ def decided(decision: Decision, calibration: Calibration) -> str:
     told = "same" if decision.same else "different"
     return (
         f"{told}  distance {decision.distance:.4f}  threshold {decision.threshold:.4f} "
-        f"(FAR {100 * calibration.far:g} %)  probability of the same "
-        f"{decision.probability:.3f}, if half of the pairs are"
+        f"(FAR {100 * calibration.far:g} %)  match probability "
+        f"{decision.probability:.3f} (equal priors)"
     )
 
 

@@ -33,6 +33,7 @@ from tripletjax.learn.data.image_cache import (
 )
 from tripletjax.learn.data.image_files import open_image
 from tripletjax.learn.data.image_shape import ImageSpec
+from tripletjax.learn.data.sources import parse_source
 from tripletjax.learn.data.splits import (
     TEST,
     VALIDATION,
@@ -162,7 +163,7 @@ def load(
         FileNotFoundError: if a dataset of tensorflow-datasets is not prepared.
         ValueError: if there is no such dataset, or it has fewer than two classes.
     """
-    name = os.fspath(name)
+    name, named = os.fspath(name), parse_source(name)
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
     if size is not None and size < 1:
@@ -174,7 +175,7 @@ def load(
             f"classes_from must be one of {', '.join(CLASSES_FROM)}, got "
             f"{classes_from!r}."
         )
-    if name == "digits":
+    if named.is_digits:
         return _digits(data_dir, split, size)
     options = {
         "size": size,
@@ -183,7 +184,7 @@ def load(
         "in_memory": in_memory,
         "progress": progress,
     }
-    if name.startswith("tfds:"):
+    if named.in_tfds:
         source = _from_catalogue(name, **options)
     elif Path(name).is_dir():
         source = _from_folder(Path(name), classes_from=classes_from, **options)

@@ -8,6 +8,9 @@ import numpy as np
 # Held out of every class, or of the classes, or of the anchors of triplets, for the
 # test and for validation.
 TEST, VALIDATION = 0.15, 0.1
+# The number of classes that tell differences from noise. So many are held out for the
+# test and for validation each where at least three quarters are left to train on.
+MIN_CLASSES = 16
 
 
 def held_out_images(
@@ -23,7 +26,8 @@ def held_out_images(
     # Units are whole classes, and of one class alone nothing can be told.
     members = _members(labels, digests)
     members.sort(key=lambda indices: digests[indices[0]])
-    parts = share_out(members, counts_of(len(members), shares, least=2))
+    least = MIN_CLASSES if len(members) >= 8 * MIN_CLASSES else 2
+    parts = share_out(members, counts_of(len(members), shares, least=least))
     train, test, validation = (np.sort(np.array(part, int)) for part in parts)
     if len(np.unique(labels[train])) < 2:
         raise ValueError(

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from tripletjax.learn import choices
 from tripletjax.learn.networks.convolution import cut, space_to_depth
 from tripletjax.learn.networks.layers import (
     ORIENTATIONS,
@@ -24,9 +25,6 @@ from tripletjax.learn.networks.layers import (
     resized,
     unit_norm,
 )
-
-# Layers between the last feature map and the embedding.
-HEADS = ("grid", "mean")
 
 
 class EmbeddingCNN(nnx.Module):
@@ -170,8 +168,9 @@ class EmbeddingPhotoNet(nnx.Module):
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
-        if head not in HEADS:
-            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}.")
+        if head not in choices.HEADS:
+            words = ", ".join(choices.HEADS)
+            raise ValueError(f"head must be one of {words}, got {head!r}.")
         options = {"dtype": dtype, "rngs": rngs}
         self.size, self.grid = tuple(size), head == "grid"
         stem_in = ORIENTATIONS + in_channels
@@ -307,9 +306,4 @@ class Standardized(nnx.Module):
         return x
 
 
-MODELS = {
-    "cnn": EmbeddingCNN,
-    "photo": EmbeddingPhotoNet,
-    "resnet": EmbeddingResNet,
-    "multiscale": MultiScaleCNN,
-}
+MODELS = {name: globals()[network] for name, network in choices.MODELS.items()}

@@ -1,22 +1,26 @@
-"""What a run is to do: from what is asked for, what is there already, and the data."""
+"""Preparation of a run: its request, its earlier record, its data and its plan."""
 
 import dataclasses
 import json
-import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tripletjax.learn import choices
+from tripletjax.learn.data.augment import Augment
 from tripletjax.learn.data.image_array import ImageArray
+from tripletjax.learn.data.sources import parse_source
 from tripletjax.learn.distributed.placement import Placement
-from tripletjax.learn.files import digest_of_file
+from tripletjax.learn.files import digest_of_file, free_path
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.runs import record, tasks
 from tripletjax.learn.runs.config import Config
-from tripletjax.learn.runs.defaults import Start
+from tripletjax.learn.runs.defaults import SCARCE_CHARACTERS, Start
 from tripletjax.learn.runs.model import BACKBONE
+from tripletjax.learn.runs.options import OptionError, options_of
 from tripletjax.learn.runs.plan import Plan
 from tripletjax.learn.runs.record import ImageRecord, RunRecord
 
@@ -34,9 +38,7 @@ class RunExistsError(FileExistsError):
 
 def normalized(config: Config) -> Config:
     """The same, from wherever it is resumed and however it is written."""
-    changes: dict[str, Any] = {"data": os.fspath(config.data)}
-    if changes["data"] != "digits" and Path(config.data).is_dir():
-        changes["data"] = str(Path(config.data).resolve())
+    changes: dict[str, Any] = {"data": parse_source(config.data).name}
     for name in ("triplets", "backbone"):
         if (value := getattr(config, name)) is not None:
             changes[name] = str(Path(value).resolve())
@@ -45,6 +47,47 @@ def normalized(config: Config) -> Config:
         if (value := getattr(config, name)) is not None:
             changes[name] = tuple(value)
     return dataclasses.replace(config, **changes)
+
+
+def make_request(
+    options: Mapping[str, Any], *, augment: str | None, out: Path | None, resume: bool
+) -> tuple[Config, Path]:
+    """The configuration and the directory of a run, from the options of the command.
+
+    Args:
+        options: options of `Config` that the user gave.
+        augment: type of the images (`choices.KINDS`), or the augmentation
+            (`choices.AUGMENTS`); None if not given.
+        out: run directory; None for a new one in ``runs``, named after the data.
+        resume: whether the options complete those of the run in `out`, if any.
+
+    Raises:
+        OptionError: if an option has a wrong value, or excludes another.
+        OSError, ValueError: if the record in `out` cannot be read.
+    """
+    earlier: dict[str, Any] = {}
+    if resume and out is not None and (out / record.FILE).exists():
+        earlier = record.requested_options(RunRecord.read(out).requested)
+    merged = earlier | dict(options)
+    task = "triplets" if "triplets" in merged else "classes"
+    for field, declared in options_of(Config):
+        if field.name in options and declared.task not in (None, task):
+            rule = "cannot be combined with" if task == "triplets" else "requires"
+            raise OptionError(f"{{{field.name}}} {rule} {{triplets}}.")
+    if "memory_warmup" in options and not merged.get("memory"):
+        raise OptionError("{memory_warmup} requires {memory}.")
+    if augment in choices.KINDS:
+        merged["kind"] = augment
+    elif augment is not None:
+        augments = dict(zip(choices.AUGMENTS, (Augment(), SCARCE_CHARACTERS)))
+        merged["augment"] = augments[augment]
+    config = Config(**merged)
+    if out is None:
+        label = parse_source(config.data).label
+        if config.triplets is not None:
+            label = Path(config.triplets).stem
+        out = free_path(Path("runs") / label)
+    return config, out
 
 
 def find_run(
@@ -87,9 +130,9 @@ def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:
         # Data may have moved: what they hold is compared when they are read.
         moved = field.name in LOCATIONS and None not in (was, now)
         if was != now and field.name != "steps" and not moved:
-            changed.append(f"{field.name} was {was!r}, got {now!r}")
+            changed.append(f"{{{field.name}}} was {was!r}, got {now!r}")
     if changed:
-        raise ValueError(
+        raise OptionError(
             f"the run in {out} has another configuration: {', '.join(changed)}."
         )
     if config.steps is not None and config.steps < old.plan.steps:

@@ -5,7 +5,6 @@ Either knows its batches and losses, and how to tell what an embedding is worth.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,11 +32,19 @@ from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.defaults import Start
 from tripletjax.learn.runs.plan import ClassBatchPlan, Plan, TripletBatchPlan
 from tripletjax.learn.training import loop, objectives
+from tripletjax.learn.training.selection import (
+    Validation,
+    class_means,
+    interval_over_classes,
+    note_of,
+)
 
 # Validation and pictures have at most so many images, of all.
 GALLERY = 2048
 
 Embed = Callable[[ImageSource], Array]
+# By metric, one value per item in percent, and the class of each item.
+Measured = dict[str, tuple[np.ndarray, np.ndarray]]
 # From images, and what they are for, to what is learnt from in their place.
 OfImages = Callable[[ImageArray, str], ImageArray]
 
@@ -47,8 +54,6 @@ class LabelTask:
     """Images with labels, of which triplets are mined in each batch."""
 
     dataset: datasets.Dataset
-    # By which the best model is chosen.
-    selection_metric = "map_at_r"
 
     @property
     def images(self) -> ImageArray:
@@ -61,7 +66,7 @@ class LabelTask:
 
     @property
     def seen_names(self) -> tuple[str, ...]:
-        """Of classes that are trained on, or that the best model is chosen by."""
+        """Names of the classes of training and of validation."""
         parts = self.dataset.train, self.dataset.validation
         seen = np.unique(np.concatenate([part.labels for part in parts]))
         return tuple(self.label_names[label] for label in seen)
@@ -79,7 +84,8 @@ class LabelTask:
     def plan(
         self, config: Config, start: Start | None = None
     ) -> tuple[Plan, list[str]]:
-        return defaults.plan_for_classes(config, self.dataset, start)
+        plan, notes = defaults.plan_for_classes(config, self.dataset, start)
+        return plan, [*notes, *note_of(self.validation_classes, "classes")]
 
     def seen(self, plan: Plan) -> "LabelTask":
         """The same with images as the network sees them."""
@@ -149,7 +155,7 @@ class LabelTask:
             return [(0, loss(of.mining))]
         return [(0, loss("all")), (warm, loss(of.mining))]
 
-    def evaluate(self, embed: Embed) -> dict[str, float]:
+    def evaluate(self, embed: Embed) -> dict[str, Any]:
         """How well an embedding finds test images of the same class, in percent.
 
         Args:
@@ -158,19 +164,19 @@ class LabelTask:
         Returns:
             MAP@R, R-precision and recall@1 within the test images, and the share of
             test images whose nearest training image is of their class, if these are of
-            the same classes; without what the test images are too few for.
+            the same classes; without what the test images are too few for. With them
+            ``"classes"``, the number of classes of the test images, and
+            ``"intervals"`` over classes, by metric.
         """
         train, test = self.dataset.train, self.dataset.test
         if not len(test):
             return {}
-        x, metrics = embed(test.images), {}
+        x, labels = embed(test.images), test.labels
+        measured: Measured = {}
         if len(test) > 1:
-            within = tj.retrieval.evaluate(x, test.labels)
-            metrics = {
-                "map_at_r": 100 * float(within.map_at_r),
-                "r_precision": 100 * float(within.r_precision),
-                "recall_at_1": 100 * float(within.precision_at_1),
-            }
+            within = tj.retrieval.evaluate(x, labels, reduce_fn=None)
+            measured = _of_queries(within, labels)
+        metrics = _summary(measured, "classes")
         if np.isin(test.labels, train.labels).any():
             recall = tj.retrieval.recall_at_k(
                 x,
@@ -180,32 +186,60 @@ class LabelTask:
                 reference_labels=train.labels,
             )
             metrics["gallery_recall_at_1"] = 100 * float(recall[1])
-        return _drop_nan(metrics)
+        return metrics
 
-    def validate(self, model: nnx.Module) -> dict[str, float]:
+    @property
+    def validation_classes(self) -> int:
+        """The number of classes of validation images that have others to find."""
+        held_out, gallery = self._validation_rows
+        labels = self.dataset.validation.labels[held_out]
+        classes, counts = np.unique(labels, return_counts=True)
+        if gallery is None:
+            return int((counts > 1).sum())
+        return int(np.isin(classes, self.dataset.train.labels[gallery]).sum())
+
+    @property
+    def _validation_rows(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows of validation images, and of the training images to find.
+
+        None where the classes are not trained on: images then find one another.
+        """
+        train, held_out = self.dataset.train, self.dataset.validation
+        rows = _fixed_subsample(len(held_out))
+        if not np.isin(held_out.labels[rows], train.labels).any():
+            return rows, None
+        return rows, _fixed_subsample(len(train))
+
+    def validate(self, model: nnx.Module) -> Validation:
         """MAP@R and recall@1 of the validation images, in percent.
 
         Among themselves where their classes are not trained on, and else against
-        training images. Nothing if too few images are held out for validation.
+        training images; MAP@R also by class. Nothing if too few images are held out
+        for validation.
         """
-        train, held_out = self.dataset.train, self.dataset.validation
-        if not len(held_out):
-            return {}
-        held_out = held_out.part(_fixed_subsample(len(held_out)))
+        if not len(self.dataset.validation):
+            return Validation({})
+        rows, gallery = self._validation_rows
+        held_out = self.dataset.validation.part(rows)
         options: dict[str, Any] = {}
-        if np.isin(held_out.labels, train.labels).any():
-            gallery = _fixed_subsample(len(train))
-            references = embed_images(model, train.part(gallery).images)
-            labels = train.labels[gallery]
-            options = {"references": references, "reference_labels": labels}
-        x = embed_images(model, held_out.images)
-        metrics = tj.retrieval.evaluate(x, held_out.labels, **options)
-        return _drop_nan(
-            {
-                "map_at_r": 100 * float(metrics.map_at_r),
-                "recall_at_1": 100 * float(metrics.precision_at_1),
+        if gallery is not None:
+            known = self.dataset.train.part(gallery)
+            options = {
+                "references": embed_images(model, known.images),
+                "reference_labels": known.labels,
             }
+        x = embed_images(model, held_out.images)
+        of_queries = tj.retrieval.evaluate(
+            x, held_out.labels, reduce_fn=None, **options
         )
+        measured = _of_queries(of_queries, held_out.labels)
+        if not measured:
+            return Validation({})
+        metrics = {
+            name: float(np.mean(measured[name][0]))
+            for name in ("map_at_r", "recall_at_1")
+        }
+        return Validation(metrics, class_means(*measured["map_at_r"]))
 
     def draw(self, embeddings: dict[str, Embed], out: Path) -> None:
         """Draws held-out images and their nearest neighbours into a directory."""
@@ -228,7 +262,6 @@ class TripletTask:
     """Triplets that somebody has chosen, trained on as they are."""
 
     dataset: triplet_files.TripletDataset
-    selection_metric = "triplet_accuracy"
 
     @property
     def images(self) -> ImageArray:
@@ -255,7 +288,8 @@ class TripletTask:
     def plan(
         self, config: Config, start: Start | None = None
     ) -> tuple[Plan, list[str]]:
-        return defaults.plan_for_triplets(config, self.dataset, start)
+        plan, notes = defaults.plan_for_triplets(config, self.dataset, start)
+        return plan, [*notes, *note_of(self.validation_classes, "anchors")]
 
     def seen(self, plan: Plan) -> "TripletTask":
         """The same with images as the network sees them."""
@@ -281,23 +315,35 @@ class TripletTask:
     ) -> list[tuple[int, objectives.Loss]]:
         return [(0, objectives.given_loss(margin=plan.margin, parts=on.processes))]
 
-    def evaluate(self, embed: Embed) -> dict[str, float]:
+    def evaluate(self, embed: Embed) -> dict[str, Any]:
         """The share of test triplets whose positive is nearer than the negative.
 
-        In percent; nothing if no triplet is held out.
+        In percent, with its interval over anchors; nothing if no triplet is held out.
         """
-        if not len(self.dataset.test):
+        test = self.dataset.test
+        if not len(test):
             return {}
-        return {"triplet_accuracy": self._triplet_accuracy(embed, self.dataset.test)}
+        right = self._are_right(embed, test)
+        return _summary({"triplet_accuracy": (right, test[:, 0])}, "anchors")
 
-    def validate(self, model: nnx.Module) -> dict[str, float]:
-        """The same of validation triplets."""
+    @property
+    def _validation_triplets(self) -> np.ndarray:
         held_out = self.dataset.validation
+        return held_out[_fixed_subsample(len(held_out))]
+
+    @property
+    def validation_classes(self) -> int:
+        """The number of anchors of validation triplets."""
+        return len(np.unique(self._validation_triplets[:, 0]))
+
+    def validate(self, model: nnx.Module) -> Validation:
+        """The same share of validation triplets, also by anchor."""
+        held_out = self._validation_triplets
         if not len(held_out):
-            return {}
-        embed = functools.partial(embed_images, model)
-        held_out = held_out[_fixed_subsample(len(held_out))]
-        return {"triplet_accuracy": self._triplet_accuracy(embed, held_out)}
+            return Validation({})
+        right = self._are_right(functools.partial(embed_images, model), held_out)
+        metrics = {"triplet_accuracy": float(np.mean(right))}
+        return Validation(metrics, class_means(right, held_out[:, 0]))
 
     def draw(self, embeddings: dict[str, Embed], out: Path) -> None:
         """Draws held-out triplets in the order of distance into a directory."""
@@ -311,9 +357,10 @@ class TripletTask:
         pixels = pixels_of(self.images)
         plots.triplets(pixels, shown, distances, out / "triplets.png", what=what)
 
-    def _triplet_accuracy(self, embed: Embed, triplets: np.ndarray) -> float:
+    def _are_right(self, embed: Embed, triplets: np.ndarray) -> np.ndarray:
+        """100 where the positive is nearer than the negative, or else 0."""
         positive, negative = self._distances(embed, triplets)
-        return 100 * float(np.mean(positive < negative))
+        return 100.0 * (positive < negative)
 
     def _distances(self, embed: Embed, triplets: np.ndarray) -> np.ndarray:
         """From anchors to positives and to negatives, ``[2, t]``."""
@@ -363,9 +410,33 @@ def _seen(images: ImageArray, plan: Plan) -> ImageArray:
     return images.seen(view) if isinstance(images, StoredImages) else view(images)
 
 
-def _drop_nan(metrics: dict[str, float]) -> dict[str, float]:
-    """Without those that are NaN, because no item has another of its class."""
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+def _of_queries(of: tj.retrieval.RetrievalMetrics, labels: np.ndarray) -> Measured:
+    """In percent, of queries that have another item of their class to find."""
+    where = np.asarray(of.queries) > 0
+    if not where.any():
+        return {}
+    columns = {
+        "map_at_r": of.map_at_r,
+        "r_precision": of.r_precision,
+        "recall_at_1": of.precision_at_1,
+    }
+    return {
+        name: (100 * np.asarray(values, float)[where], labels[where])
+        for name, values in columns.items()
+    }
+
+
+def _summary(measured: Measured, unit: str) -> dict[str, Any]:
+    """Means, their intervals over classes or anchors, and how many these are."""
+    if not measured:
+        return {}
+    summary: dict[str, Any] = {
+        name: float(x.mean()) for name, (x, _) in measured.items()
+    }
+    _, labels = next(iter(measured.values()))
+    summary[unit] = len(np.unique(labels))
+    intervals = {name: interval_over_classes(*of) for name, of in measured.items()}
+    return summary | {"intervals": {k: list(v) for k, v in intervals.items() if v}}
 
 
 def _fixed_subsample(n: int) -> np.ndarray:

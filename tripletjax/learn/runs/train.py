@@ -6,10 +6,12 @@ A run directory holds
 - ``backbone.safetensors``: a copy of the weights that it began with, if any;
 - ``metrics.jsonl``: a line of numbers every few steps, validations and evaluations;
 - ``checkpoints/``: the last two states, from which a run goes on;
-- ``best/``: the model that did best in validation, and the one before;
+- ``best/``: the model that the rule of `selection` keeps, at each of the last two
+  validations;
 - ``checkpoints.digests.json``, ``best.digests.json``: digests of their files;
-- ``summary.json``: the evaluations, their step, the number of parameters, and how
-  many images there were of what, once the run has finished;
+- ``summary.json``: the evaluations, the number of steps, the step of the kept model,
+  the number of parameters, and how many images there were of what, once the run has
+  finished;
 - ``training.png``: loss and share of active triplets over the steps;
 - ``neighbors.png``: images that were never trained on, and their nearest neighbours;
 - ``triplets.png`` instead, of given triplets: those held out, in the order of distance;
@@ -194,10 +196,10 @@ def run(
             log_every=plan.log_every,
             validate=task.validate,
             validate_every=plan.validate_every,
-            best=task.selection_metric,
+            validation_classes=task.validation_classes,
             checkpoints=checkpoints,
             checkpoint_every=plan.checkpoint_every,
-            best_checkpoints=best,
+            kept_model=best,
             interrupts=interrupts,
             progress=progress,
         ):
@@ -278,6 +280,7 @@ def _finish(
     embed = functools.partial(embed_images, trained)
     evaluations = before | {"trained": task.evaluate(embed)}
     log.truncate_after(plan.steps)
+    kept_step = [line["kept_step"] for line in log.lines if "kept_step" in line][-1]
     log.evaluated(plan.steps, "trained", evaluations["trained"])
     plots.training(log.lines, out / "training.png")
     shown = {name: e for name, e in compared.items() if name == RAW_PIXELS}
@@ -289,6 +292,7 @@ def _finish(
     )
     summary = {
         "steps": plan.steps,
+        "kept_step": kept_step,
         "evaluations": evaluations,
         "parameters": sum(x.size for x in parameters),
         "counts": task.counts | {"skipped": sum(skipped.values())},

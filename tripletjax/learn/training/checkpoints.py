@@ -62,11 +62,20 @@ class Checkpoints:
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=writable,
         )
+        if writable and jax.process_count() == 1:
+            self._remove_older(keep)
 
     @property
     def steps(self) -> list[int]:
         """Of which steps there are states."""
         return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+
+    def _remove_older(self, keep: int) -> None:
+        """Remove states that a killed process was removing."""
+        if older := self.steps[:-keep]:
+            for step in older:
+                shutil.rmtree(self.directory / str(step))
+            self._orbax.reload()
 
     def save(self, step: int, state: Any) -> None:
         """Keeps a state, unless there is one of this step.

@@ -63,7 +63,7 @@ class MetricsLog:
         )
         numbers = line.get("metrics", line.get("validation", line))
         for name, value in numbers.items():
-            if name != "step":
+            if name not in ("step", "intervals"):
                 self._board.add_scalar(f"{group}/{name}", value, line["step"])
 
     def _write_all(self) -> None:

@@ -16,6 +16,7 @@ from tripletjax.learn.distributed.placement import ONE_DEVICE, Placement
 from tripletjax.learn.networks.convolution import jit
 from tripletjax.learn.networks.embedding import as_floats, strongly_typed
 from tripletjax.learn.training.objectives import Loss
+from tripletjax.learn.training.selection import Candidate
 from tripletjax.memory import Memory
 
 
@@ -28,7 +29,7 @@ class TrainState(NamedTuple):
         optimizer: the state of the optimizer.
         average: an exponential average of the parameters, or None.
         finite: whether all losses and gradients have been finite.
-        best: the best validation so far.
+        candidate: the model that the last one is compared with, or None.
         memory: embeddings of earlier batches, or None.
         slow: an average of the parameters that the memory's embeddings are made with,
             or None for those of the batch themselves.
@@ -39,7 +40,7 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
     average: nnx.State | None
     finite: Array
-    best: Array
+    candidate: Candidate | None = None
     memory: Memory | None = None
     slow: nnx.State | None = None
 
