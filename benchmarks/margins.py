@@ -3,11 +3,11 @@
     python benchmarks/margins.py --data digits --steps 200
     python benchmarks/margins.py --data FOLDER --size 24 --steps 200 --images 10
 
-A random half of the classes trains an embedding by the defaults of `tripletjax train`,
-and the other half measures its last checkpoint. The next seed
-swaps the halves, so that two seeds measure every class once. The table compares every
-margin with the first one: the mean over classes of the difference of MAP@R, its 95 %
-interval by Student's t over classes, and the difference at each seed.
+A random half of the classes trains an embedding by the defaults of `tripletjax train`.
+The other half measures its last checkpoint. The next seed swaps the halves: two seeds
+measure every class once. The table compares every margin with the first one. It has the
+mean over classes of the difference of MAP@R in points, its 95 % interval (Student's t
+over classes), and the difference at each seed.
 """
 
 import argparse
