@@ -15,7 +15,7 @@ from pathlib import Path
 from tripletjax.apps import identification, search, verification
 from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.identification import report as identification_report
-from tripletjax.apps.images import opened
+from tripletjax.apps.images import load_image
 from tripletjax.apps.search import report as search_report
 from tripletjax.apps.verification import report as verification_report
 from tripletjax.learn.data.class_folders import find_classes
@@ -43,8 +43,8 @@ def main() -> None:
         index = search.Index(arguments.unseen, root / "index", embedder)
         index.update(progress=True)
         queries = [files[0] for files in [*classes.values()][::every][:QUERIES]]
-        hits = search_report.found(index, queries, k=8)
-        search_report.draw_found(index, hits, out / "search.png")
+        hits = search_report.search_files(index, queries, k=8)
+        search_report.draw_hits(index, hits, out / "search.png")
 
         measured = verification.evaluate(embedder, arguments.unseen, progress=True)
         for line in verification_report.lines(measured.report):
@@ -65,7 +65,7 @@ def main() -> None:
         gallery_index = search.Index(root / "gallery", root / "index", embedder)
         gallery_index.update()
         gallery = identification.Gallery.of(gallery_index)
-        x = vectors_of(embedder, [opened(file) for file in probes])
+        x = vectors_of(embedder, [load_image(file) for file in probes])
         assert measured.calibration is not None
         calibration = measured.calibration
         threshold = calibration.threshold

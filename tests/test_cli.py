@@ -131,7 +131,7 @@ def test_help_needs_no_extra(tmp_path):
     [
         ([], "required: COMMAND"),
         (["fly"], "invalid choice"),
-        (["train", "--data", "nowhere"], "no dataset 'nowhere'"),
+        (["train", "--data", "nowhere"], "tfds:NAME, got 'nowhere'"),
         (["train", "--out", "."], "not an empty directory"),
         (["train", "--steps", "0"], "--steps must be at least 1, got 0."),
         (["train", "--mining", "some"], "invalid choice"),
@@ -508,7 +508,7 @@ def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
         assert cli.main([*command, "--duplicates", "--out", str(table)]) == 0
         assert "copy.png" in table.read_text()
         assert cli.main(command) == 0
-        assert "21 images in the index (as before)" in capsys.readouterr().out
+        assert "21 images in the index (no change)" in capsys.readouterr().out
     finally:
         Path(copy).unlink()
     assert cli.main([*command, "--query", str(file)]) == 2

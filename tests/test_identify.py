@@ -158,7 +158,7 @@ def test_the_known_are_no_strangers(index, calibration):
     strangers = Strangers.of(gallery, all_known)
     report = identification_report.of_gallery(gallery, 0.5, all_known, strangers)
     assert report["others"]["fpir"] is None
-    assert "there are no others" in "\n".join(identification_report.told(report))
+    assert "no other class was calibrated" in "\n".join(identification_report.told(report))
 
 
 def test_few_shot_classification_is_naming_without_a_threshold(root, index):

@@ -27,6 +27,7 @@ import tripletjax as tj
 from tripletjax import learn
 from tripletjax.learn import plots
 from tripletjax.learn.data import augment, datasets, image_analysis, sampling
+from tripletjax.learn.data.image_array import ArrayImages
 from tripletjax.learn.data.image_cache import Decoding
 from tripletjax.learn.distributed import placement
 from tripletjax.learn.networks import embedding_networks, layers
@@ -1163,7 +1164,7 @@ def with_images(shape, kinds, each):
     images = (
         patterns[labels] + np.uint8(np.arange(len(labels)) % 9)[:, None, None, None]
     )
-    train = datasets.Images(images, labels)
+    train = datasets.Images(ArrayImages.of(images), labels)
     none = train.part(slice(0))
     names = tuple(map(str, range(kinds)))
     kind = "photos" if shape[-1] == 3 else "characters"
@@ -1371,14 +1372,16 @@ def test_names_that_no_font_has_are_shown_as_numbers(tmp_path):
         images, np.arange(6) // 2, embeddings, names, tmp_path / "a.png", k=3
     )
     assert (tmp_path / "a.png").exists()
-    assert plots._fonts("Ada") == ["DejaVu Sans"]
-    assert plots._fonts("\U000f0000") is None
+    assert plots._find_fonts("Ada") == ["DejaVu Sans"]
+    assert plots._find_fonts("\U000f0000") is None
 
 
 def test_queries_have_somebody_to_find(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1), dtype=np.uint8)
     shown = []
-    monkeypatch.setattr(plots, "_short", lambda name, most: shown.append(name) or name)
+    monkeypatch.setattr(
+        plots, "_shorten", lambda name, most: shown.append(name) or name
+    )
     embeddings = {"trained": np.float32(images.reshape(7, -1))}
     labels, names = np.array([0, 1, 2, 2, 3, 3, 4]), tuple("abcde")
     plots.neighbors(images, labels, embeddings, names, tmp_path / "a.png", k=3)

@@ -335,7 +335,7 @@ def test_processes_of_a_cluster(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--data", "nowhere"], "no dataset 'nowhere'"),
+        (["--data", "nowhere"], "tfds:NAME, got 'nowhere'"),
         pytest.param(
             ["--classes", 3, "--per-class", 3],
             "multiple of the 2 devices",

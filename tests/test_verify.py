@@ -11,7 +11,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from folders import shapes
+from folders import prepare_digits, shapes
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
@@ -28,7 +28,6 @@ from tripletjax.apps.verification.calibration import (
     check_enough,
 )
 from tripletjax.apps.verification.pair_distances import PairDistances, distances_of
-from tripletjax.learn.data import datasets
 from tripletjax.learn.embedder import Embedder
 
 # Fixtures of the module are made once, by one worker.
@@ -374,16 +373,16 @@ def test_given_pairs_in_their_folds(tmp_path):
 
 @pytest.mark.slow
 def test_a_prepared_dataset_is_measured_as_a_folder(own_data_dir):
-    datasets.load("digits")
+    prepare_digits()
     with verification.folder_of("elsewhere") as folder:
         assert folder == Path("elsewhere")
-    with verification.folder_of("tfds:digits:test") as folder:
+    with verification.folder_of("tfds:prepared_digits:test") as folder:
         found = verification.evaluate(
-            EMBEDDER, folder, name="tfds:digits:test", replicates=10
+            EMBEDDER, folder, name="tfds:prepared_digits:test", replicates=10
         )
         verification_report.write(found, folder / "out")
     assert not folder.exists()
-    assert found.report["data"] == found.calibration.data == "tfds:digits:test"
+    assert found.report["data"] == found.calibration.data == "tfds:prepared_digits:test"
     assert (found.report["images"], found.report["classes"]) == (899, 10)
 
 

@@ -1,4 +1,4 @@
-"""From images to vectors: the embedding of a run, or any function."""
+"""Embedders: the embedding of a run, or any function from images to vectors."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Function = Callable[[list[Image.Image]], ArrayLike]
 
 @dataclasses.dataclass(frozen=True)
 class FunctionEmbedder:
-    """A function from a list of images in RGB to vectors, as an `ImageEmbedder`."""
+    """An `ImageEmbedder` of a function from RGB images to vectors."""
 
     key: str
     function: Function
@@ -38,27 +38,27 @@ class FunctionEmbedder:
 def embedder_of(
     source: str | Path | Function, *, key: str | None = None
 ) -> ImageEmbedder:
-    """The embedder of a run directory, or of any function.
+    """Load the embedder of a run directory, or wrap a function.
 
     Args:
-        source: a run directory, or a function from a list of Pillow's images in RGB to
-            vectors ``[n, d]``, such as a pretrained network of one's own.
-        key: a name of the function and its weights; not for a run, which has its own.
+        source: a run directory, or a function from a list of RGB Pillow images to
+            vectors ``[n, d]``, such as your own pretrained network.
+        key: a name of the function and its weights. Runs have their own key.
 
     Returns:
         The `ImageEmbedder`.
 
     Raises:
-        FileNotFoundError: if there is no trained model in the directory.
-        ValueError: if a function has no key, or a run is given one.
+        FileNotFoundError: if the directory has no trained model.
+        ValueError: if a function has no key, or a run has one.
     """
     if callable(source):
         if not key:
             raise ValueError(
-                "key must name the function, such as 'my-network-v1': an index is "
-                "never mixed of two of them."
+                "key must name the function, such as 'my-network-v1', so that no index "
+                "mixes two functions."
             )
-        # Another number refuses indexes of images that were prepared otherwise.
+        # Indexes whose images had another preparation are refused.
         return FunctionEmbedder(f"function {key}, preparation 2", source)
     if key is not None:
         raise ValueError(f"key is for functions, got {key!r} for the run {source}.")
@@ -66,5 +66,5 @@ def embedder_of(
 
 
 def vectors_of(embedder: ImageEmbedder, images: Sequence[Image.Image]) -> np.ndarray:
-    """Vectors ``[n, d]`` of some images."""
+    """Embed images, vectors ``[n, d]``."""
     return embedder.embed([embedder.prepare(image) for image in images])

@@ -13,7 +13,6 @@ import functools
 import io
 import logging
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,11 +25,12 @@ from flax import nnx
 from jax import Array
 from PIL import Image
 
+from tripletjax.learn.data.digits import digits
 from tripletjax.learn.data.folder_listing import find_files
 from tripletjax.learn.data.image_files import open_image
 from tripletjax.learn.data.image_shape import View
 from tripletjax.learn.embedder import Embedder
-from tripletjax.learn.files import write_json
+from tripletjax.learn.files import replaced, write_json
 from tripletjax.learn.networks import backbones, heads
 from tripletjax.learn.networks.backbones.layers import whole_depthwise
 from tripletjax.learn.networks.embedding import as_floats
@@ -125,8 +125,7 @@ def export(
     spec = embedder.shape
     shape = spec.height, spec.width, spec.channels
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    try:
+    with replaced(out) as part:
         if weights:
             expected = _backbone_features(embedder)(images)
             _write_weights(embedder, part)
@@ -149,9 +148,6 @@ def export(
             )
         if preparation is not None:
             write_json(preparation, dataclasses.asdict(spec))
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
     size, dim = out.stat().st_size, expected.shape[1]
     return Exported(
         out, preparation, size, shape, dim, len(images), of, difference, notes
@@ -354,12 +350,8 @@ def _some_images(
     learnt = embedder.record.requested.data
     folder = Path(learnt if check is None else check)
     if check is None and learnt == "digits":
-        from sklearn.datasets import load_digits
-
-        pixels, _ = load_digits(return_X_y=True)
-        some = np.asarray(pixels)[:COMPARED].reshape(-1, 8, 8) * (255 / 16)
-        digits = [Image.fromarray(image) for image in some.astype(np.uint8)]
-        images = [embedder.prepare(digit) for digit in digits]
+        pixels = digits()[0][:COMPARED, ..., 0]
+        images = [embedder.prepare(Image.fromarray(image)) for image in pixels]
         return np.stack(images), f"{len(images)} digits"
     if folder.is_dir():
         images = [*_readable(embedder, find_files(folder).files)]

@@ -25,7 +25,7 @@ import gradio as gr
 
 from tripletjax.apps import identification, verification
 from tripletjax.apps.embedders import vectors_of
-from tripletjax.apps.images import shrunk, thumbnail
+from tripletjax.apps.images import shrink, thumbnail
 from tripletjax.apps.search.index import Index
 from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.learn.data.image_files import ImageError, ImageTooLargeError, open_image
@@ -192,7 +192,7 @@ def page(of: Served) -> gr.Blocks:
             image = of.read(file)
             return (
                 "The nearest images of the index.",
-                shrunk(image),
+                shrink(image),
                 of.search(image, k),
             )
         except RefusedError as refused:
@@ -203,7 +203,7 @@ def page(of: Served) -> gr.Blocks:
             path = of.paths[numbers[chosen.index]]
             image = of.read(str(of.index.file_of(path)))
             hits = of.search(image, k, own=path)
-            return f"The nearest to {path}.", shrunk(image), hits
+            return f"The nearest to {path}.", shrink(image), hits
         except (RefusedError, IndexError, TypeError) as refused:
             return str(refused), None, []
 
@@ -212,7 +212,7 @@ def page(of: Served) -> gr.Blocks:
             return "Give two images.", []
         try:
             one, other = of.read(first), of.read(second)
-            return of.verify(one, other), [shrunk(one), shrunk(other)]
+            return of.verify(one, other), [shrink(one), shrink(other)]
         except RefusedError as refused:
             return str(refused), []
 
@@ -220,7 +220,7 @@ def page(of: Served) -> gr.Blocks:
         try:
             image = of.read(file)
             told, near = of.identify(image)
-            return told, [(shrunk(image), "the image"), *near]
+            return told, [(shrink(image), "the image"), *near]
         except RefusedError as refused:
             return str(refused), []
 

@@ -64,7 +64,6 @@ def updated_index(
 ) -> tuple["Index", "Changes"]:
     """Update the index of a folder; return it and its changes."""
     from tripletjax.apps import search
-    from tripletjax.apps.search import report
 
     index = search.Index(folder, options.database or options.run / "index", embedder)
     changes = index.update(
@@ -72,7 +71,7 @@ def updated_index(
         waiting=lambda: print("another process updates an index here: waiting for it"),
         remove_missing=options.remove_missing,
     )
-    print(report.changes(changes))
+    print(changes)
     for line in (*changes.notes, *changes.skipped):
         print(f"- {line}")
     return index, changes

@@ -7,7 +7,7 @@ from tripletjax.apps import identification
 from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.identification import Gallery, Identity
 from tripletjax.apps.identification import report as identification_report
-from tripletjax.apps.images import opened
+from tripletjax.apps.images import load_image
 from tripletjax.apps.search import Index
 from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.cli.common import check_images, check_new, shown, updated_index
@@ -73,7 +73,7 @@ def _identities(
     threshold: float,
     index: Index,
 ) -> list[Identity]:
-    x = vectors_of(embedder, [opened(image) for image in images])
+    x = vectors_of(embedder, [load_image(image) for image in images])
     own = [index.path_of(image) for image in images]
     return identification.identify(gallery, x, threshold=threshold, own=own)
 

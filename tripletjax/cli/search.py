@@ -15,7 +15,7 @@ def call(options: Search) -> int:
     check_images(options.query)
     embedder = embedder_of(options.run)
     index, changes = updated_index(options.index, options, embedder)
-    report: dict[str, Any] = {"index": search_report.of_changes(index, changes)}
+    report: dict[str, Any] = {"index": search_report.report_changes(index, changes)}
     lines: list[str] = []
     if options.approximate and not index.has_approximate:
         print("building the approximate index, once")
@@ -38,7 +38,7 @@ def _nearest(
     index: search.Index, options: Search
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The hits of the queries, and the lines to print."""
-    hits = search_report.found(
+    hits = search_report.search_files(
         index,
         options.query,
         k=options.k,
@@ -48,7 +48,7 @@ def _nearest(
         approximate=options.approximate,
     )
     if options.out is not None:
-        search_report.draw_found(index, hits, options.out)
+        search_report.draw_hits(index, hits, options.out)
     return hits, [*search_report.ranked_lines(hits)]
 
 

@@ -2,7 +2,7 @@
 
 from tripletjax.apps import verification
 from tripletjax.apps.embedders import embedder_of
-from tripletjax.apps.images import opened
+from tripletjax.apps.images import load_image
 from tripletjax.apps.verification import report as verification_report
 from tripletjax.apps.verification.calibration import FOLDER, Calibration
 from tripletjax.cli.common import shown
@@ -27,7 +27,7 @@ def call(options: Verify) -> int:
 def _compare(options: Verify, embedder: ImageEmbedder) -> None:
     """Print whether two images are of the same class."""
     calibration = Calibration.read(options.run, embedder.key)
-    first, second = map(opened, options.images)
+    first, second = map(load_image, options.images)
     decision = verification.decide(embedder, first, second, calibration)
     if options.json is not None:
         report = verification_report.of_decision(options.images, decision, calibration)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import tripletjax as tj
-from tripletjax.apps.images import encoded
+from tripletjax.apps.images import encode_path
 from tripletjax.apps.search.index import Index
 from tripletjax.learn.data.class_folders import find_classes, without_number
 from tripletjax.learn.data.folder_listing import printable
@@ -65,7 +65,7 @@ class Gallery:
         name_of_file = str if flat else None
         found = find_classes(index.folder, classes_from, name_of_file=name_of_file)
         classes = {
-            encoded(Path(path)): printable(name)
+            encode_path(Path(path)): printable(name)
             for path, name in zip(found.paths, found.classes)
         }
         paths, x = index.vectors()

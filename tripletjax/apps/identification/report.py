@@ -7,7 +7,7 @@ from typing import Any
 
 from tripletjax.apps.identification.evaluation import Strangers
 from tripletjax.apps.identification.gallery import REPORT, Gallery, Identity
-from tripletjax.apps.images import encoded, thumbnail
+from tripletjax.apps.images import encode_path, thumbnail
 from tripletjax.apps.search.index import Index
 from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.learn import plots
@@ -72,10 +72,10 @@ def told(report: dict[str, Any]) -> Iterator[str]:
 
 def lines(files: Sequence[Path], found: Sequence[Identity]) -> Iterator[str]:
     """A line for each probe: its name or unknown, how far, and who is next."""
-    width = max(len(encoded(file)) for file in files)
+    width = max(len(encode_path(file)) for file in files)
     names = max(len(one.name or "unknown") for one in found)
     for file, one in zip(files, found):
-        told = f"{encoded(file):<{width}}  {one.name or 'unknown':<{names}}"
+        told = f"{encode_path(file):<{width}}  {one.name or 'unknown':<{names}}"
         told += f"  {one.distance:.4f}"
         if one.name is None:
             told += f"  nearest {one.nearest}"
@@ -89,7 +89,7 @@ def lines(files: Sequence[Path], found: Sequence[Identity]) -> Iterator[str]:
 def of_probes(files: Sequence[Path], found: Sequence[Identity]) -> list[dict[str, Any]]:
     """The same for JSON."""
     return [
-        {"query": encoded(file), **dataclasses.asdict(one)}
+        {"query": encode_path(file), **dataclasses.asdict(one)}
         for file, one in zip(files, found)
     ]
 

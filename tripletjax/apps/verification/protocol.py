@@ -18,8 +18,8 @@ def folder_of(data: str) -> Iterator[Path]:
     if not parse_source(data).in_tfds:
         yield Path(data)
         return
-    # This module registers the digits, too.
-    from tripletjax.learn.data.datasets import Catalogue
+    # The import takes a second, for tensorflow-datasets.
+    from tripletjax.learn.data.tfds_catalogue import Catalogue
 
     with tempfile.TemporaryDirectory() as directory:
         Catalogue.open(data).write(Path(directory))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tripletjax.apps.images import encoded, thumbnail
+from tripletjax.apps.images import encode_path, thumbnail
 from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.apps.verification.decision import Decision
 from tripletjax.apps.verification.evaluation import REPORT, Verification
@@ -74,7 +74,7 @@ def of_decision(
     """The same for JSON."""
     return {
         "what": REPORT,
-        "images": [encoded(image) for image in images],
+        "images": [encode_path(image) for image in images],
         **dataclasses.asdict(decision),
         "calibration": calibration.summary(),
     }

@@ -14,7 +14,7 @@ from tripletjax.learn.data.augment import Augment
 from tripletjax.learn.data.image_array import ImageArray
 from tripletjax.learn.data.sources import parse_source
 from tripletjax.learn.distributed.placement import Placement
-from tripletjax.learn.files import digest_of_file, free_path
+from tripletjax.learn.files import digest_of_file, free_path, part_of, replaced
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.runs import record, tasks
 from tripletjax.learn.runs.config import Config
@@ -113,7 +113,8 @@ def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:
     if not out.is_dir():
         raise RunExistsError(f"{out} already exists and is not a directory.")
     # What a run that was killed at its start may leave behind.
-    begun = [path.name for path in out.iterdir() if path.name != f"{record.FILE}.part"]
+    left = part_of(out / record.FILE)
+    begun = [path.name for path in out.iterdir() if path != left]
     if not begun:
         return None
     if not resume:
@@ -290,10 +291,9 @@ def _keep_backbone(config: Config, digest: str, out: Path) -> None:
     kept = out / BACKBONE
     if kept.exists() or config.backbone is None:
         return
-    part = kept.with_name(f"{BACKBONE}.part")
-    shutil.copyfile(config.backbone, part)
-    _check_same(part, digest)
-    part.replace(kept)
+    with replaced(kept) as part:
+        shutil.copyfile(config.backbone, part)
+        _check_same(part, digest)
 
 
 def _check_same(file: str | Path, digest: str | None) -> None:

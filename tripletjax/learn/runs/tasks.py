@@ -19,11 +19,6 @@ from tripletjax.learn import plots
 from tripletjax.learn.data import datasets, hierarchy, sampling, triplet_files
 from tripletjax.learn.data.image_array import (
     ImageArray,
-    ImageSource,
-    KeptFeatures,
-    StoredImages,
-    part_of,
-    pixels_of,
 )
 from tripletjax.learn.distributed.placement import ONE_DEVICE, Placement
 from tripletjax.learn.networks.embedding import embed_images
@@ -42,7 +37,7 @@ from tripletjax.learn.training.selection import (
 # Validation and pictures have at most so many images, of all.
 GALLERY = 2048
 
-Embed = Callable[[ImageSource], Array]
+Embed = Callable[[ImageArray], Array]
 # By metric, one value per item in percent, and the class of each item.
 Measured = dict[str, tuple[np.ndarray, np.ndarray]]
 # From images, and what they are for, to what is learnt from in their place.
@@ -89,7 +84,10 @@ class LabelTask:
 
     def seen(self, plan: Plan) -> "LabelTask":
         """The same with images as the network sees them."""
-        return self._with(lambda images, what: _seen(images, plan))
+        view = plan.view_of(self.images.shape[1:])
+        if view is None:
+            return self
+        return self._with(lambda images, what: images.crop(view))
 
     def on_features(self, features: OfImages) -> "LabelTask":
         """The same with features of the images, by what these are: train or others."""
@@ -247,7 +245,7 @@ class LabelTask:
         shown = self.dataset.test if held_out else self.dataset.train
         shown = shown.part(_fixed_subsample(len(shown)))
         plots.neighbors(
-            pixels_of(shown.images)[:],
+            shown.images.pixels[:],
             shown.labels,
             {name: embed(shown.images) for name, embed in embeddings.items()},
             self.dataset.label_names,
@@ -293,7 +291,8 @@ class TripletTask:
 
     def seen(self, plan: Plan) -> "TripletTask":
         """The same with images as the network sees them."""
-        return self._with(_seen(self.images, plan))
+        view = plan.view_of(self.images.shape[1:])
+        return self if view is None else self._with(self.images.crop(view))
 
     def on_features(self, features: OfImages) -> "TripletTask":
         """The same with features of the images."""
@@ -354,7 +353,7 @@ class TripletTask:
             name: self._distances(embed, shown) for name, embed in embeddings.items()
         }
         what = "test triplets" if held_out else "training triplets"
-        pixels = pixels_of(self.images)
+        pixels = self.images.pixels
         plots.triplets(pixels, shown, distances, out / "triplets.png", what=what)
 
     def _are_right(self, embed: Embed, triplets: np.ndarray) -> np.ndarray:
@@ -365,7 +364,7 @@ class TripletTask:
     def _distances(self, embed: Embed, triplets: np.ndarray) -> np.ndarray:
         """From anchors to positives and to negatives, ``[2, t]``."""
         indices, rows = np.unique(triplets, return_inverse=True)
-        x = embed(part_of(self.images, indices))
+        x = embed(self.images.part(indices))
         a, p, n = jnp.moveaxis(x[rows.reshape(-1, 3)], 1, 0)
         return np.stack([tj.euclidean.paired(a, p), tj.euclidean.paired(a, n)])
 
@@ -401,13 +400,6 @@ def _check_splits(on: Placement, name: str, size: int) -> None:
             f"{name} must be a multiple of the {on.count} devices that batches are "
             f"split over, got {size}."
         )
-
-
-def _seen(images: ImageArray, plan: Plan) -> ImageArray:
-    view = plan.view_of(images.shape[1:])
-    if view is None or isinstance(images, KeptFeatures):
-        return images
-    return images.seen(view) if isinstance(images, StoredImages) else view(images)
 
 
 def _of_queries(of: tj.retrieval.RetrievalMetrics, labels: np.ndarray) -> Measured:

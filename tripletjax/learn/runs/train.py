@@ -20,6 +20,7 @@ A run directory holds
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,8 @@ from jax.sharding import Mesh
 from tripletjax.learn import plots
 from tripletjax.learn.data.image_array import (
     ImageArray,
-    ImageSource,
     KeptFeatures,
     StoredImages,
-    part_of,
-    pixels_of,
 )
 from tripletjax.learn.distributed.placement import Placement
 from tripletjax.learn.files import write_json
@@ -227,8 +225,8 @@ def _compared_with(
 ) -> dict[str, tasks.Embed]:
     """What there is before training, by name."""
     name, embed = _before(model, plan)
-    pixels = pixels_of(task.images)
-    if isinstance(pixels, StoredImages) or pixels.nbytes > MOST_RAW:
+    pixels = task.images.pixels
+    if isinstance(pixels, StoredImages) or math.prod(pixels.shape) > MOST_RAW:
         return {name: embed}
     return {RAW_PIXELS: _flat, name: embed}
 
@@ -337,9 +335,7 @@ def _on_features(
 
     def features(images: ImageArray, what: str) -> ImageArray:
         views = drawn if what == "train" else fixed
-        return cache.of(
-            pixels_of(images), views, what=f"{what} images", progress=progress
-        )
+        return cache.of(images.pixels, views, what=f"{what} images", progress=progress)
 
     made = task.on_features(features)
     if progress:
@@ -364,7 +360,7 @@ def _before(model: Standardized, plan: Plan) -> tuple[str, tasks.Embed]:
 def _fit_head(model: Standardized, task: tasks.Task) -> None:
     """Begins a head with how features of some images are spread."""
     images = task.images
-    some = part_of(images, np.arange(0, len(images), -(-len(images) // HEAD_SAMPLE)))
+    some = images.part(np.arange(0, len(images), -(-len(images) // HEAD_SAMPLE)))
     if isinstance(some, KeptFeatures):
         features = some.features[:, 0]
     else:
@@ -373,5 +369,5 @@ def _fit_head(model: Standardized, task: tasks.Task) -> None:
     whole.head.fit(features)
 
 
-def _flat(images: ImageSource) -> Array:
-    return as_floats(pixels_of(images)[:]).reshape(len(images), -1)
+def _flat(images: ImageArray) -> Array:
+    return as_floats(images.pixels[:]).reshape(len(images), -1)

@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from tripletjax.learn.distributed.keys import State, from_plain, plain
 from tripletjax.learn.errors import first_line
-from tripletjax.learn.files import digest_of, digest_of_file, free_path
+from tripletjax.learn.files import digest_of, digest_of_file, free_path, write_text
 
 
 class StateMismatchError(ValueError):
@@ -105,9 +105,7 @@ class Checkpoints:
         digests = {str(kept): self._digests().get(str(kept)) for kept in self.steps}
         if jax.process_index() == 0:
             digests[str(step)] = _file_digests(self.directory / str(step))
-            part = self._digests_file.with_name(self._digests_file.name + ".part")
-            part.write_text(json.dumps(digests), encoding="utf-8")
-            part.replace(self._digests_file)
+            write_text(self._digests_file, json.dumps(digests))
 
     def restore(self, like: State) -> tuple[int, State, list[str]] | None:
         """The newest whole state.

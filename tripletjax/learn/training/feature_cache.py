@@ -8,7 +8,6 @@ them.
 
 import dataclasses
 import functools
-import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +23,9 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from tripletjax.learn.data.augment import Augment
-from tripletjax.learn.data.image_array import KeptFeatures, Pixels
+from tripletjax.learn.data.image_array import ImageArray, KeptFeatures
 from tripletjax.learn.errors import one_line_errors
-from tripletjax.learn.files import digest_of, digest_of_image
+from tripletjax.learn.files import digest_of, digest_of_image, replaced
 from tripletjax.learn.networks.embedding import as_floats, batch_size_for, embed_images
 
 # Another number makes them be made again.
@@ -83,7 +82,7 @@ class FeatureCache:
         self.network, self.directory = network, root / digest_of([f"{FORMAT} {key}"])
 
     def of(
-        self, images: Pixels, views: Sequence[View], *, what: str, progress: bool
+        self, images: ImageArray, views: Sequence[View], *, what: str, progress: bool
     ) -> KeptFeatures:
         """The features of images, made now where they are not kept.
 
@@ -173,11 +172,10 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _write(folder: Path, digests: Sequence[str], features: np.ndarray) -> None:
-    name = f"{uuid.uuid4().hex}.safetensors"
-    part = folder / f"{name}.part"
+    file = folder / f"{uuid.uuid4().hex}.safetensors"
     numbers = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8)
     arrays = {"digests": numbers.reshape(len(digests), -1), "features": features}
     with one_line_errors(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, part)
-        os.replace(part, folder / name)
+        with replaced(file) as part:
+            save_file(arrays, part)
