@@ -25,7 +25,7 @@ from scipy.special import stdtrit
 import tripletjax as tj
 from tripletjax import learn
 from tripletjax.learn.data import datasets
-from tripletjax.learn.data.image_array import pixels_of
+from tripletjax.learn.data.image_array import ArrayImages
 from tripletjax.learn.runs import tasks
 from tripletjax.learn.runs.model import build_model
 from tripletjax.learn.runs.record import ImageRecord, RunRecord
@@ -67,7 +67,7 @@ def load(arguments: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Imag
     """Load all images of classes of two or more, at most `--images` of each class."""
     dataset = datasets.load(arguments.data, size=arguments.size)
     parts = dataset.train, dataset.validation, dataset.test
-    pixels = np.concatenate([pixels_of(part.images)[:] for part in parts])
+    pixels = ArrayImages.of(np.concatenate([part.images[:] for part in parts]))
     images = datasets.Images(pixels, np.concatenate([part.labels for part in parts]))
     order = np.random.default_rng(0).permutation(len(images))
     rows = []
@@ -86,7 +86,7 @@ def train(
     plan, _ = task.plan(config)
     seen = task.seen(plan)
     # Statistics of all images are the same for both halves, and so is the program.
-    values = images.images / np.float32(255)
+    values = np.asarray(images.images) / np.float32(255)
     record = RunRecord(
         requested=config,
         plan=plan,
