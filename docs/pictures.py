@@ -47,7 +47,7 @@ def main() -> None:
         search_report.draw_hits(index, hits, out / "search.png")
 
         measured = verification.evaluate(embedder, arguments.unseen, progress=True)
-        for line in verification_report.lines(measured.report):
+        for line in verification_report.format_report(measured.report):
             print(line)
         verification_report.draw(measured, root)
         for name in ("distances", "errors"):
@@ -70,13 +70,13 @@ def main() -> None:
         calibration = measured.calibration
         threshold = calibration.threshold
         strangers = identification.Strangers.of(gallery, calibration)
-        report = identification_report.of_gallery(
+        report = identification_report.make_gallery_report(
             gallery, threshold, calibration, strangers
         )
-        for line in identification_report.told(report):
+        for line in identification_report.format_gallery(report):
             print(line)
         named = identification.identify(gallery, x, threshold=threshold)
-        for line in identification_report.lines(probes, named):
+        for line in identification_report.format_identities(probes, named):
             print(line)
         identification_report.draw(gallery_index, probes, named, out / "identify.png")
 

@@ -57,7 +57,7 @@ CORE = (
     ("_pairwise",),
     ("retrieval", "verification", "collapse"),
     ("mining",),
-    ("losses", "relevance"),
+    ("losses", "relevance", "hard_examples"),
     ("_engine",),
     ("blockwise",),
     ("memory",),

@@ -222,7 +222,7 @@ def test_copies_in_different_classes_leave_no_threshold(tmp_path):
     for embedder in (EMBEDDER, zeros):
         found = verification.evaluate(embedder, folder, replicates=10)
         verification_report.write(found, tmp_path / embedder.key / "out")
-        told = "\n".join(verification_report.lines(found.report))
+        told = "\n".join(verification_report.format_report(found.report))
         assert "copies of others" in told
         assert "empty.png" in told
     # With enough pairs of them it is chosen below all distances.
@@ -301,7 +301,7 @@ def test_pictures_and_lines_of_a_report(found, tmp_path):
     for name in ("roc", "distances", "errors"):
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert np.ptp(np.asarray(picture)) > 0
-    told = "\n".join(verification_report.lines(found.report))
+    told = "\n".join(verification_report.format_report(found.report))
     assert "72 images of 8 classes" in told
     assert f"{found.report['verification']['equal_error_rate']:.2f} %" in told
 

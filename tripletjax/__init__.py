@@ -19,6 +19,7 @@ transformations:
 - `tripletjax.mining`: which triplets. Indices chosen from a distance matrix.
 - `tripletjax.losses`: what it costs. Triplet losses and their reductions.
 - `tripletjax.blockwise`: the same straight from embeddings, without a matrix.
+- `tripletjax.hard_examples`: hard examples of a whole data set, without a matrix.
 - `tripletjax.memory`: references from earlier batches.
 - `tripletjax.retrieval`: is it any good. Neighbours and ranking metrics.
 - `tripletjax.verification`: is it any good, same or different. ROC, TAR@FAR, EER.
@@ -32,6 +33,7 @@ from tripletjax import (
     blockwise,
     collapse,
     distances,
+    hard_examples,
     losses,
     memory,
     mining,
@@ -46,6 +48,14 @@ from tripletjax.distances import (
     manhattan,
     normalize,
     squared_euclidean,
+)
+from tripletjax.hard_examples import (
+    Exclusions,
+    HardExamples,
+    HardTriplets,
+    mine_hard_negatives,
+    mine_hard_positives,
+    mine_triplets,
 )
 from tripletjax.losses import (
     SumReduction,
@@ -84,6 +94,9 @@ __version__ = importlib.metadata.version("tripletjax")
 __all__ = [
     "Band",
     "CountedTriplets",
+    "Exclusions",
+    "HardExamples",
+    "HardTriplets",
     "Metric",
     "PairMasks",
     "SumReduction",
@@ -105,11 +118,15 @@ __all__ = [
     "easy_band",
     "euclidean",
     "hard_band",
+    "hard_examples",
     "losses",
     "manhattan",
     "mean_active",
     "mean_valid",
     "memory",
+    "mine_hard_negatives",
+    "mine_hard_positives",
+    "mine_triplets",
     "mining",
     "normalize",
     "pair_masks",

@@ -26,7 +26,9 @@ R = TypeVar("R")
 # Arguments with a row for each anchor, and for each reference.
 ANCHOR_ROWS = "embeddings", "labels", "positions", "where"
 REFERENCE_ROWS = "references", "reference_labels", "reference_where"
-ARRAYS = (*ANCHOR_ROWS, *REFERENCE_ROWS, "margin")
+# Arrays that every device has whole.
+WHOLE = "margin", "relative_margin", "key"
+ARRAYS = (*ANCHOR_ROWS, *REFERENCE_ROWS, *WHOLE)
 
 # A function from a device's result and the index of its first row to the part that is
 # concatenated over the devices.
@@ -41,6 +43,7 @@ def over_mesh(
     of_device: OfDevice | None = None,
     together: Together | None = None,
     suits: Callable[[dict[str, Any]], bool] | None = None,
+    nonnegative: tuple[str, ...] = ("margin",),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Splits the work of a function with `axis_name` over a mesh, wherever it can.
 
@@ -53,6 +56,7 @@ def over_mesh(
             not given, all devices have the same result.
         suits: a function of the arguments that returns whether to split work on
             Explicit axes. If not given, it is always split.
+        nonnegative: numeric options that must be finite and at least 0.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -71,8 +75,8 @@ def over_mesh(
             mesh, axis_name = split
             options["axis_name"] = axis_name
             arrays = {name: options.pop(name) for name in ARRAYS if name in options}
-            if "margin" in arrays:
-                check_nonnegative("margin", arrays["margin"])
+            for name in arrays.keys() & {*nonnegative}:
+                check_nonnegative(name, arrays[name])
             arrays = {
                 name: jax.tree.map(jnp.asarray, as_arrays(name, x))
                 for name, x in arrays.items()
@@ -102,7 +106,7 @@ def _mapped(
     devices = math.prod(mesh.shape[name] for name in names_of(axis_name))
     arrays = _divisible(arrays, devices)
     specs = {
-        name: jax.tree.map(lambda _, s=same if name == "margin" else split: s, x)
+        name: jax.tree.map(lambda _, s=same if name in WHOLE else split: s, x)
         for name, x in arrays.items()
     }
     explicit = AxisType.Explicit in mesh.axis_types

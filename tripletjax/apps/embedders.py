@@ -1,4 +1,4 @@
-"""Embedders: the embedding of a run, or any function from images to vectors."""
+"""Embedders of run directories and of functions."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,7 +16,12 @@ Function = Callable[[list[Image.Image]], ArrayLike]
 
 @dataclasses.dataclass(frozen=True)
 class FunctionEmbedder:
-    """An `ImageEmbedder` of a function from RGB images to vectors."""
+    """A function as an `ImageEmbedder`.
+
+    Attributes:
+        key: name of the function, its weights and its preparation of images.
+        function: from a list of RGB images to vectors ``[n, d]``.
+    """
 
     key: str
     function: Function
@@ -29,7 +34,7 @@ class FunctionEmbedder:
         n = len(prepared)
         if x.ndim != 2 or len(x) != n:
             raise ValueError(
-                f"the function must return vectors [{n}, d] for {n} images, got "
+                f"function must return vectors [{n}, d] for {n} images, got shape "
                 f"{x.shape}."
             )
         return x
@@ -41,30 +46,42 @@ def embedder_of(
     """Load the embedder of a run directory, or wrap a function.
 
     Args:
-        source: a run directory, or a function from a list of RGB Pillow images to
+        source: a run directory, or a function from a list of RGB images of Pillow to
             vectors ``[n, d]``, such as your own pretrained network.
-        key: a name of the function and its weights. Runs have their own key.
+        key: name of the function and its weights; required for a function, None for a
+            run directory.
 
     Returns:
         The `ImageEmbedder`.
 
     Raises:
         FileNotFoundError: if the directory has no trained model.
-        ValueError: if a function has no key, or a run has one.
+        ValueError: if a function has no key, or a run directory has one.
     """
     if callable(source):
         if not key:
             raise ValueError(
-                "key must name the function, such as 'my-network-v1', so that no index "
-                "mixes two functions."
+                "key must name the function and its weights, such as 'my-network-v1', "
+                f"got {key!r}; an index keeps the vectors of each key apart."
             )
-        # Indexes whose images had another preparation are refused.
+        # The number rises with every change of `to_rgb`, so that older indexes do not
+        # match.
         return FunctionEmbedder(f"function {key}, preparation 2", source)
     if key is not None:
-        raise ValueError(f"key is for functions, got {key!r} for the run {source}.")
+        raise ValueError(
+            f"key requires a function, got {key!r} with the run directory {source}."
+        )
     return load_embedder(source)
 
 
 def vectors_of(embedder: ImageEmbedder, images: Sequence[Image.Image]) -> np.ndarray:
-    """Embed images, vectors ``[n, d]``."""
+    """Prepare and embed images.
+
+    Args:
+        embedder: of a run directory or a function.
+        images: n images of any size.
+
+    Returns:
+        Vectors ``[n, d]``.
+    """
     return embedder.embed([embedder.prepare(image) for image in images])

@@ -25,6 +25,7 @@ def call(options: Export) -> int:
     for note in exported.notes:
         print(f"- {note}")
     print(
-        f"largest difference from the run: {exported.difference:.1g}, on {exported.of}"
+        f"largest difference from the run: {exported.difference:.1g}, on "
+        f"{exported.compared_on}"
     )
     return 0

@@ -34,11 +34,11 @@ def call(options: Identify) -> int:
         fpir=options.fpir,
         closed=options.closed,
     )
-    report = identification_report.of_gallery(
+    report = identification_report.make_gallery_report(
         gallery, threshold, calibration, strangers
     )
     lines = [f"- {line}" for line in gallery.notes]
-    lines += [*identification_report.told(report), ""]
+    lines += [*identification_report.format_gallery(report), ""]
     if options.data is not None:
         probes = evaluation.embed_folder(
             embedder,
@@ -51,11 +51,13 @@ def call(options: Identify) -> int:
         metrics = identification.evaluate(gallery, probes.x, names, threshold)
         report["evaluation"] = metrics
         lines += [f"- {line}" for line in (*probes.notes, *probes.skipped)]
-        lines += identification_report.measured(metrics)
+        lines += identification_report.format_evaluation(metrics)
     else:
         identities = _identities(options.images, embedder, gallery, threshold, index)
-        report["probes"] = identification_report.of_probes(options.images, identities)
-        lines += identification_report.lines(options.images, identities)
+        report["probes"] = identification_report.make_probe_reports(
+            options.images, identities
+        )
+        lines += identification_report.format_identities(options.images, identities)
         if options.out is not None:
             identification_report.draw(index, options.images, identities, options.out)
             lines.append(f"written: {shown(options.out)}")

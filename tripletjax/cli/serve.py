@@ -17,6 +17,6 @@ def call(options: Serve) -> int:
     gallery = None
     if options.gallery is not None:
         gallery, _ = updated_index(options.gallery, options, embedder)
-    app = serve.served(index, calibration=calibration, gallery_index=gallery)
+    app = serve.App.of(index, calibration=calibration, gallery_index=gallery)
     serve.run(app, host=options.host, port=options.port)
     return 0

@@ -30,9 +30,11 @@ def _compare(options: Verify, embedder: ImageEmbedder) -> None:
     first, second = map(load_image, options.images)
     decision = verification.decide(embedder, first, second, calibration)
     if options.json is not None:
-        report = verification_report.of_decision(options.images, decision, calibration)
+        report = verification_report.make_decision_report(
+            options.images, decision, calibration
+        )
         reports.write_report(report, options.json)
-    print(verification_report.decided(decision, calibration))
+    print(verification_report.format_decision(decision, calibration))
 
 
 def _calibrate(options: Verify, embedder: ImageEmbedder, data: str) -> None:
@@ -57,11 +59,11 @@ def _calibrate(options: Verify, embedder: ImageEmbedder, data: str) -> None:
         reports.write_report(result.report, options.json)
     calibration = result.calibration
     earlier = None if calibration is None else calibration.write(run)
-    for line in verification_report.lines(result.report):
+    for line in verification_report.format_report(result.report):
         print(line)
     print()
     if calibration is not None:
-        print(verification_report.chosen(calibration))
+        print(verification_report.format_threshold(calibration))
         if earlier is not None:
             print(f"The threshold is in use; the earlier one is in {earlier.name}.")
     elif (run / FOLDER).exists():

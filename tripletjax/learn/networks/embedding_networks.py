@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from tripletjax.learn import choices
-from tripletjax.learn.networks.convolution import cut, space_to_depth
+from tripletjax.learn.networks.convolution import reshape_images, space_to_depth
 from tripletjax.learn.networks.layers import (
     ORIENTATIONS,
     Layer,
@@ -211,7 +211,7 @@ class EmbeddingPhotoNet(nnx.Module):
                 x = jax.nn.relu(layer(x))
         x = self.norm(x)
         if self.grid:
-            x = cut(x, math.prod(x.shape[1:]))
+            x = reshape_images(x, math.prod(x.shape[1:]))
         else:
             x = jnp.concatenate([x.mean(axis=(1, 2)), largest(x, (1, 2))], axis=-1)
         return unit_norm(self.head(x))
@@ -269,8 +269,8 @@ class MultiScaleCNN(nnx.Module):
             x = path(resized(images, side))
             _, height, _, channels = x.shape
             # The mean of each of 4 x 4 positions.
-            x = cut(x, 4, height // 4, 4, height // 4, channels).mean((2, 4))
-            parts.append(unit_norm(cut(x, 16 * channels)))
+            x = reshape_images(x, 4, height // 4, 4, height // 4, channels).mean((2, 4))
+            parts.append(unit_norm(reshape_images(x, 16 * channels)))
         return unit_norm(self.head(jnp.concatenate(parts, axis=-1)))
 
 

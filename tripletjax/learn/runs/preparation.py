@@ -28,7 +28,7 @@ from tripletjax.learn.runs.record import ImageRecord, RunRecord
 SAMPLE, LOOK = 4096, 256
 # The largest Euclidean distance of unit vectors.
 FARTHEST = 2.0
-# Options that say where data are.
+# Options with the paths of data.
 LOCATIONS = ("data", "triplets", "backbone")
 
 
@@ -36,13 +36,13 @@ class RunExistsError(FileExistsError):
     """The run directory already holds something."""
 
 
-def normalized(config: Config) -> Config:
-    """The same, from wherever it is resumed and however it is written."""
+def normalize(config: Config) -> Config:
+    """Resolve the paths of a request, so that it can be resumed from any folder."""
     changes: dict[str, Any] = {"data": parse_source(config.data).name}
     for name in ("triplets", "backbone"):
         if (value := getattr(config, name)) is not None:
             changes[name] = str(Path(value).resolve())
-    # As they are read back.
+    # Tuples, as the record of a run has them.
     for name in ("channels", "box"):
         if (value := getattr(config, name)) is not None:
             changes[name] = tuple(value)
@@ -107,28 +107,28 @@ def find_run(
 
 
 def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:
-    """The record of the run that is to go on, or None if it is to begin."""
+    """The record of the run to resume; None if there is no run yet."""
     if not out.exists():
         return None
     if not out.is_dir():
         raise RunExistsError(f"{out} already exists and is not a directory.")
-    # What a run that was killed at its start may leave behind.
+    # A run that was killed at its start may leave this part.
     left = part_of(out / record.FILE)
-    begun = [path.name for path in out.iterdir() if path != left]
-    if not begun:
+    names = [path.name for path in out.iterdir() if path != left]
+    if not names:
         return None
     if not resume:
-        again = " To go on with it, resume it." if record.FILE in begun else ""
+        again = " To go on with it, resume it." if record.FILE in names else ""
         raise RunExistsError(
             f"{out} already exists and is not an empty directory.{again}"
         )
-    if record.FILE not in begun:
+    if record.FILE not in names:
         raise RunExistsError(f"{out} is not the directory of a run: no {record.FILE}.")
     old = RunRecord.read(out)
     changed = []
     for field in dataclasses.fields(Config):
         was, now = (getattr(x, field.name) for x in (old.requested, config))
-        # Data may have moved: what they hold is compared when they are read.
+        # Data may have moved; their content is compared when it is read.
         moved = field.name in LOCATIONS and None not in (was, now)
         if was != now and field.name != "steps" and not moved:
             changed.append(f"{{{field.name}}} was {was!r}, got {now!r}")
@@ -145,7 +145,7 @@ def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:
 
 
 def start_of(config: Config, old: RunRecord | None) -> Start | None:
-    """What the network begins with, None if it is one of this library's own."""
+    """The network of a known family that the run begins with, if any."""
     if old is not None:
         plan = old.plan.backbone
         if plan is None:
@@ -160,14 +160,14 @@ def start_of(config: Config, old: RunRecord | None) -> Start | None:
         return None
     backbone = backbones.recognise(config.backbone)
     _, loaded = backbones.load(config.backbone)
-    told = (
+    notes = (
         f"{config.backbone} is {backbone.title}, {loaded.parameters:,} parameters",
         *loaded.notes,
     )
-    return Start(backbone, digest_of_file(config.backbone), told)
+    return Start(backbone, digest_of_file(config.backbone), notes)
 
 
-def planned(
+def make_plan(
     config: Config,
     old: RunRecord | None,
     start: Start | None,
@@ -175,22 +175,22 @@ def planned(
     on: Placement,
     progress: bool,
 ) -> tuple[RunRecord, tasks.Task]:
-    """The record of the run, and its images as the network sees them."""
+    """Make the record of the run, and its task with images as the network sees them."""
     size = config.size if start is None else start.size(config)
-    # What the first process makes of data to read them faster, others find.
+    # The first process decodes the data, and the others read what it wrote.
     task = on.in_turn(lambda: tasks.load(config, size=size, progress=progress))
     if old is None:
         plan, notes = on.of_first(lambda: task.plan(config, start))
         seen = task.seen(plan)
-        made = on.of_first(lambda: _begin(config, task, seen, plan, notes, start))
+        current = on.of_first(lambda: _begin(config, task, seen, plan, notes, start))
     else:
-        made = on.of_first(lambda: _go_on(old, config, task, out))
-        seen = task.seen(made.plan)
-    if task.dataset.key != made.data_key:
+        current = on.of_first(lambda: _go_on(old, config, task, out))
+        seen = task.seen(current.plan)
+    if task.dataset.key != current.data_key:
         raise ValueError(
             f"{task.dataset.name!r} is not the same here and in the first process."
         )
-    return made, seen
+    return current, seen
 
 
 def _begin(
@@ -201,9 +201,10 @@ def _begin(
     notes: list[str],
     start: Start | None,
 ) -> RunRecord:
-    """The record of a run that is to begin, with its images as the network sees them.
+    """Make the record of a new run.
 
-    These are those of `seen`; those of `task` are as they were read.
+    The images of `task` are as they were read, those of `seen` as the network sees
+    them.
     """
     if plan.margin >= FARTHEST:
         notes = [
@@ -238,20 +239,20 @@ def _begin(
 
 
 def _go_on(old: RunRecord, config: Config, task: tasks.Task, out: Path) -> RunRecord:
-    """The record of a run that goes on, or is lengthened.
+    """Make the record of a run that goes on, or is lengthened.
 
-    What another version would choose otherwise stays as it was.
+    Its plan stays, whatever this version would choose.
     """
     if old.data_key != task.dataset.key:
         raise ValueError(
-            f"{task.dataset.name!r} is no longer what the run in {out} was made with."
+            f"the data {task.dataset.name!r} have changed since the run in {out} began."
         )
     locations = {name: getattr(config, name) for name in LOCATIONS}
     requested = dataclasses.replace(old.requested, **locations)
     steps = config.steps or old.plan.steps
     if steps == old.plan.steps:
         return dataclasses.replace(old, requested=requested)
-    told = (
+    note = (
         f"lengthened from {old.plan.steps} to {steps} steps: from where it goes on, "
         "the learning rate is that of a run of this length"
     )
@@ -259,7 +260,7 @@ def _go_on(old: RunRecord, config: Config, task: tasks.Task, out: Path) -> RunRe
         old,
         requested=dataclasses.replace(requested, steps=steps),
         plan=dataclasses.replace(old.plan, steps=steps),
-        notes=(*old.notes, told),
+        notes=(*old.notes, note),
     )
 
 
@@ -276,18 +277,18 @@ def _statistics(images: ImageArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write(
-    made: RunRecord, old: RunRecord | None, start: Start | None, out: Path
+    current: RunRecord, old: RunRecord | None, start: Start | None, out: Path
 ) -> None:
-    """Writes the record, and the weights that the run begins with."""
-    if made != old:
+    """Write the record, and a copy of the weights that the run begins with."""
+    if current != old:
         out.mkdir(parents=True, exist_ok=True)
-        made.write(out)
+        current.write(out)
     if start is not None and start.digest is not None:
-        _keep_backbone(made.requested, start.digest, out)
+        _keep_backbone(current.requested, start.digest, out)
 
 
 def _keep_backbone(config: Config, digest: str, out: Path) -> None:
-    """Copies the weights that a run begins with into its directory, once."""
+    """Copy the weights that a run begins with into its directory, once."""
     kept = out / BACKBONE
     if kept.exists() or config.backbone is None:
         return
@@ -298,4 +299,4 @@ def _keep_backbone(config: Config, digest: str, out: Path) -> None:
 
 def _check_same(file: str | Path, digest: str | None) -> None:
     if digest_of_file(file) != digest:
-        raise ValueError(f"{file} is no longer what the run began with.")
+        raise ValueError(f"{file} has changed since the run began.")

@@ -1,6 +1,6 @@
-"""What a run learns from: images with labels, or given triplets of images.
+"""Tasks of training: images with labels, or given triplets of images.
 
-Either knows its batches and losses, and how to tell what an embedding is worth.
+A task has its batches, its losses and its evaluation.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ from tripletjax.learn.training.selection import (
     note_of,
 )
 
-# Validation and pictures have at most so many images, of all.
+# The largest number of images of validation and of pictures.
 GALLERY = 2048
 
 Embed = Callable[[ImageArray], Array]
 # By metric, one value per item in percent, and the class of each item.
 Measured = dict[str, tuple[np.ndarray, np.ndarray]]
-# From images, and what they are for, to what is learnt from in their place.
+# From images, and the name of their part, to images or features instead.
 OfImages = Callable[[ImageArray, str], ImageArray]
 
 
@@ -52,7 +52,7 @@ class LabelTask:
 
     @property
     def images(self) -> ImageArray:
-        """What is trained on."""
+        """The training images."""
         return self.dataset.train.images
 
     @property
@@ -83,14 +83,14 @@ class LabelTask:
         return plan, [*notes, *note_of(self.validation_classes, "classes")]
 
     def seen(self, plan: Plan) -> "LabelTask":
-        """The same with images as the network sees them."""
+        """The task with images as the network sees them."""
         view = plan.view_of(self.images.shape[1:])
         if view is None:
             return self
         return self._with(lambda images, what: images.crop(view))
 
     def on_features(self, features: OfImages) -> "LabelTask":
-        """The same with features of the images, by what these are: train or others."""
+        """The task with features of its images, by part: train, validation or test."""
         return self._with(features)
 
     def _with(self, of: OfImages) -> "LabelTask":
@@ -102,7 +102,7 @@ class LabelTask:
         return LabelTask(dataclasses.replace(self.dataset, **parts))
 
     def _trained(self, of: ClassBatchPlan) -> datasets.Images:
-        """What is trained on: classes of one image have no positive."""
+        """Training images: without classes of one image, which have no positive."""
         train = self.dataset.train
         values, counts = np.unique(train.labels, return_counts=True)
         several = values[counts > 1]
@@ -119,7 +119,7 @@ class LabelTask:
         return hierarchy.with_turns(levels, of.rotation_classes)
 
     def batches(self, plan: Plan, on: Placement = ONE_DEVICE) -> loop.Batches:
-        """Batches, of which this process has its part."""
+        """Batches, or the parts of this process."""
         of = _batches_of(plan, ClassBatchPlan)
         _check_splits(on, "classes * per_class", of.classes * of.per_class)
         train, levels = self._trained(of), self._levels(of)
@@ -138,7 +138,7 @@ class LabelTask:
     def losses(
         self, plan: Plan, on: Placement = ONE_DEVICE
     ) -> list[tuple[int, objectives.Loss]]:
-        """Losses, and the steps from which they hold."""
+        """Losses, with the steps from which they hold."""
         options: dict[str, Any] = {"margin": plan.margin, "axis_name": on.axis_name}
         of = _batches_of(plan, ClassBatchPlan)
         levels = tuple(map(tuple, self._levels(of).tolist()))
@@ -154,17 +154,17 @@ class LabelTask:
         return [(0, loss("all")), (warm, loss(of.mining))]
 
     def evaluate(self, embed: Embed) -> dict[str, Any]:
-        """How well an embedding finds test images of the same class, in percent.
+        """Evaluate an embedding on the test images, in percent.
 
         Args:
             embed: from uint8 images to embeddings ``[n, d]``.
 
         Returns:
-            MAP@R, R-precision and recall@1 within the test images, and the share of
-            test images whose nearest training image is of their class, if these are of
-            the same classes; without what the test images are too few for. With them
-            ``"classes"``, the number of classes of the test images, and
-            ``"intervals"`` over classes, by metric.
+            MAP@R, R-precision and recall@1 within the test images. If the classes are
+            trained on, also the share of test images whose nearest training image is
+            of their class. Metrics without enough test images are left out. Further,
+            ``classes``, the number of classes of the test images, and ``intervals``
+            over classes, by metric.
         """
         train, test = self.dataset.train, self.dataset.test
         if not len(test):
@@ -188,7 +188,7 @@ class LabelTask:
 
     @property
     def validation_classes(self) -> int:
-        """The number of classes of validation images that have others to find."""
+        """The number of classes of validation images that have positives."""
         held_out, gallery = self._validation_rows
         labels = self.dataset.validation.labels[held_out]
         classes, counts = np.unique(labels, return_counts=True)
@@ -198,9 +198,9 @@ class LabelTask:
 
     @property
     def _validation_rows(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Rows of validation images, and of the training images to find.
+        """Rows of validation images, and of the training images that they search.
 
-        None where the classes are not trained on: images then find one another.
+        None if the classes are not trained on: images then search one another.
         """
         train, held_out = self.dataset.train, self.dataset.validation
         rows = _fixed_subsample(len(held_out))
@@ -209,11 +209,10 @@ class LabelTask:
         return rows, _fixed_subsample(len(train))
 
     def validate(self, model: nnx.Module) -> Validation:
-        """MAP@R and recall@1 of the validation images, in percent.
+        """Validate a model: MAP@R and recall@1 in percent, and MAP@R by class.
 
-        Among themselves where their classes are not trained on, and else against
-        training images; MAP@R also by class. Nothing if too few images are held out
-        for validation.
+        Validation images search one another if their classes are not trained on, or
+        else training images. Empty if too few images are held out.
         """
         if not len(self.dataset.validation):
             return Validation({})
@@ -240,7 +239,7 @@ class LabelTask:
         return Validation(metrics, class_means(*measured["map_at_r"]))
 
     def draw(self, embeddings: dict[str, Embed], out: Path) -> None:
-        """Draws held-out images and their nearest neighbours into a directory."""
+        """Draw held-out images and their nearest neighbours into a directory."""
         held_out = len(self.dataset.test) > 1
         shown = self.dataset.test if held_out else self.dataset.train
         shown = shown.part(_fixed_subsample(len(shown)))
@@ -257,7 +256,7 @@ class LabelTask:
 
 @dataclasses.dataclass(frozen=True)
 class TripletTask:
-    """Triplets that somebody has chosen, trained on as they are."""
+    """Given triplets of images."""
 
     dataset: triplet_files.TripletDataset
 
@@ -290,19 +289,19 @@ class TripletTask:
         return plan, [*notes, *note_of(self.validation_classes, "anchors")]
 
     def seen(self, plan: Plan) -> "TripletTask":
-        """The same with images as the network sees them."""
+        """The task with images as the network sees them."""
         view = plan.view_of(self.images.shape[1:])
         return self if view is None else self._with(self.images.crop(view))
 
     def on_features(self, features: OfImages) -> "TripletTask":
-        """The same with features of the images."""
+        """The task with features of its images."""
         return self._with(features(self.images, "train"))
 
     def _with(self, images: ImageArray) -> "TripletTask":
         return TripletTask(dataclasses.replace(self.dataset, images=images))
 
     def batches(self, plan: Plan, on: Placement = ONE_DEVICE) -> loop.Batches:
-        """Batches, of which this process has its part."""
+        """Batches, or the parts of this process."""
         of = _batches_of(plan, TripletBatchPlan)
         _check_splits(on, "triplets_per_batch", of.triplets_per_batch)
         return sampling.TripletBatches(
@@ -315,9 +314,9 @@ class TripletTask:
         return [(0, objectives.given_loss(margin=plan.margin, parts=on.processes))]
 
     def evaluate(self, embed: Embed) -> dict[str, Any]:
-        """The share of test triplets whose positive is nearer than the negative.
+        """Evaluate an embedding: the share of test triplets in the right order.
 
-        In percent, with its interval over anchors; nothing if no triplet is held out.
+        In percent, with its interval over anchors; empty if no triplet is held out.
         """
         test = self.dataset.test
         if not len(test):
@@ -336,7 +335,7 @@ class TripletTask:
         return len(np.unique(self._validation_triplets[:, 0]))
 
     def validate(self, model: nnx.Module) -> Validation:
-        """The same share of validation triplets, also by anchor."""
+        """Validate a model: the same share of validation triplets, also by anchor."""
         held_out = self._validation_triplets
         if not len(held_out):
             return Validation({})
@@ -345,7 +344,7 @@ class TripletTask:
         return Validation(metrics, class_means(right, held_out[:, 0]))
 
     def draw(self, embeddings: dict[str, Embed], out: Path) -> None:
-        """Draws held-out triplets in the order of distance into a directory."""
+        """Draw held-out triplets in the order of distance into a directory."""
         held_out = len(self.dataset.test) > 0
         shown = self.dataset.test if held_out else self.dataset.train
         shown = shown[_fixed_subsample(len(shown))]
@@ -362,7 +361,7 @@ class TripletTask:
         return 100.0 * (positive < negative)
 
     def _distances(self, embed: Embed, triplets: np.ndarray) -> np.ndarray:
-        """From anchors to positives and to negatives, ``[2, t]``."""
+        """Distances of anchors to positives and to negatives, ``[2, t]``."""
         indices, rows = np.unique(triplets, return_inverse=True)
         x = embed(self.images.part(indices))
         a, p, n = jnp.moveaxis(x[rows.reshape(-1, 3)], 1, 0)
@@ -373,7 +372,7 @@ Task = LabelTask | TripletTask
 
 
 def load(config: Config, *, size: int | None, progress: bool) -> Task:
-    """What a configuration asks to learn from, seen at a size if one is given."""
+    """Load the task of a request, with images of a size if one is given."""
     options: dict[str, Any] = {
         "size": size,
         "kind": config.kind,
@@ -403,7 +402,7 @@ def _check_splits(on: Placement, name: str, size: int) -> None:
 
 
 def _of_queries(of: tj.retrieval.RetrievalMetrics, labels: np.ndarray) -> Measured:
-    """In percent, of queries that have another item of their class to find."""
+    """Metrics in percent of the queries that have a positive."""
     where = np.asarray(of.queries) > 0
     if not where.any():
         return {}
@@ -419,7 +418,7 @@ def _of_queries(of: tj.retrieval.RetrievalMetrics, labels: np.ndarray) -> Measur
 
 
 def _summary(measured: Measured, unit: str) -> dict[str, Any]:
-    """Means, their intervals over classes or anchors, and how many these are."""
+    """Means, their intervals over classes or anchors, and the number of these."""
     if not measured:
         return {}
     summary: dict[str, Any] = {
@@ -432,5 +431,5 @@ def _summary(measured: Measured, unit: str) -> dict[str, Any]:
 
 
 def _fixed_subsample(n: int) -> np.ndarray:
-    """At most so many indices as are looked at while training, always the same."""
+    """At most `GALLERY` random indices, always the same."""
     return np.sort(np.random.default_rng(0).permutation(n)[:GALLERY])
