@@ -42,7 +42,7 @@ class WithMargin:
     def __init__(self, batches: Any, margin: float):
         self.batches, self.margin = batches, np.float32(margin)
 
-    def __getitem__(self, step: int) -> tuple[np.ndarray, tuple]:
+    def __getitem__(self, step: int) -> tuple[np.ndarray, Any]:
         images, labels = self.batches[step]
         return images, (labels, self.margin)
 
@@ -87,11 +87,12 @@ def train(
     seen = task.seen(plan)
     # Statistics of all images are the same for both halves, and so is the program.
     values = np.asarray(images.images) / np.float32(255)
+    _, height, width, channels = images.images.shape
     record = RunRecord(
         requested=config,
         plan=plan,
         images=ImageRecord(
-            shape=images.images.shape[1:],
+            shape=(height, width, channels),
             white=dataset.decoding.white,
             background=dataset.decoding.background,
             mean=tuple(values.mean(axis=(0, 1, 2)).tolist()),
