@@ -109,30 +109,33 @@ def evaluate(
         out = Path(out)
         check_empty(out)
     embedder = load_embedder(run_dir)
-    found = embed_folder(
+    images = embed_folder(
         embedder, folder, keep=GALLERY, classes_from=classes_from, progress=progress
     )
-    notes = [*found.notes, *note_on_seen_names(found.names, embedder.record.seen_names)]
-    notes += filter(None, [note_on_sizes(found.labels)])
-    pairs = verification(found.x, found.labels)
+    notes = [
+        *images.notes,
+        *note_on_seen_names(images.names, embedder.record.seen_names),
+    ]
+    notes += filter(None, [note_on_sizes(images.labels)])
+    pairs = verification(images.x, images.labels)
     report = {
         "what": REPORT,
         "run": str(Path(run_dir).resolve()),
         "data": str(folder.resolve()),
-        "images": len(found.labels),
-        "classes": len(found.names),
-        "retrieval": retrieval(found.x, found.labels),
+        "images": len(images.labels),
+        "classes": len(images.names),
+        "retrieval": retrieval(images.x, images.labels),
         "verification": pairs,
         "collapse": {
             name: number(value)
-            for name, value in tj.collapse.report(found.x)._asdict().items()
+            for name, value in tj.collapse.report(images.x)._asdict().items()
         },
         "notes": notes,
-        "skipped": list(found.skipped),
+        "skipped": list(images.skipped),
     }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        draw(found, pairs, out)
+        draw(images, pairs, out)
         write_report(report, out / "report.json")
     return report
 
@@ -165,27 +168,27 @@ def embed_folder(
     Raises:
         ValueError: if fewer classes have readable images.
     """
-    found = find_classes(folder, classes_from, name_of_file=name_of_file)
+    listing = find_classes(folder, classes_from, name_of_file=name_of_file)
     if choose is not None:
-        paths = (file.relative_to(found.root).as_posix() for file in found.files)
-        both = zip(paths, map(printable, found.classes))
-        found = found.part([i for i, one in enumerate(both) if choose(*one)])
-    skipped = [f"{file.name}: not in a folder of a class" for file in found.loose]
-    skipped += found.skipped
+        paths = (file.relative_to(listing.root).as_posix() for file in listing.files)
+        both = zip(paths, map(printable, listing.classes))
+        listing = listing.part([i for i, one in enumerate(both) if choose(*one)])
+    skipped = [f"{file.name}: not in a folder of a class" for file in listing.loose]
+    skipped += listing.skipped
     entries = len(skipped)
     x, kept, images, copies, unreadable = _embed_files(
-        embedder, found, keep=keep, progress=progress
+        embedder, listing, keep=keep, progress=progress
     )
     skipped += unreadable
     names, labels = np.unique(
-        [printable(found.classes[index]) for index in kept], return_inverse=True
+        [printable(listing.classes[index]) for index in kept], return_inverse=True
     )
     if len(names) < least:
         raise ValueError(
             f"{folder} must have at least {least} folders of readable images, one per "
             f"class, got {len(names)}."
         )
-    notes = [*found.notes, *found.left_out]
+    notes = [*listing.notes, *listing.left_out]
     if copies:
         notes.append(
             f"{copies:,} images are copies of others: within a class they raise the "
@@ -202,8 +205,8 @@ def embed_folder(
         x,
         labels.astype(np.int32),
         tuple(map(str, names)),
-        tuple(found.files[index] for index in kept),
-        found.root,
+        tuple(listing.files[index] for index in kept),
+        listing.root,
         rows,
         np.stack([images[row] for row in rows]) if keep else np.zeros((0, 1, 1, 1)),
         tuple(skipped),
@@ -314,21 +317,21 @@ def histograms(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return same, different, len(rows)
 
 
-def draw(found: Embedded, pairs: dict[str, Any], out: Path) -> None:
+def draw(embedded: Embedded, pairs: dict[str, Any], out: Path) -> None:
     """Draw the pictures of a report."""
-    same, different, rows = histograms(found.x, found.labels)
+    same, different, rows = histograms(embedded.x, embedded.labels)
     title = f"{pairs['positives']:,} same and {pairs['negatives']:,} different pairs"
-    if rows < len(found.labels):
+    if rows < len(embedded.labels):
         title = f"pairs of {rows:,} images with all others"
     plots.distances(same, different, pairs, out / "distances.png", what=title)
     plots.roc(same, different, pairs, out / "roc.png", what=title)
     plots.neighbors(
-        found.images,
-        found.labels[found.shown],
-        {"this embedding": found.x[found.shown]},
-        found.names,
+        embedded.images,
+        embedded.labels[embedded.shown],
+        {"this embedding": embedded.x[embedded.shown]},
+        embedded.names,
         out / "neighbors.png",
-        k=min(8, len(found.shown) - 1),
+        k=min(8, len(embedded.shown) - 1),
     )
 
 

@@ -209,16 +209,16 @@ def k_reciprocal_distances(
     first = 0 if square else n
 
     def rerank(query: tuple[Array, Array]) -> tuple[Array, Array]:
-        i, found = query
-        exists = found >= 0
-        g = first + jnp.maximum(found, 0)
+        i, nearest_first = query
+        exists = nearest_first >= 0
+        g = first + jnp.maximum(nearest_first, 0)
         dense = jnp.zeros(count + 1, values.dtype).at[ids[i]].add(values[i])
         shared = jnp.sum(jnp.minimum(dense[ids[g]], values[g]), axis=1)
         jaccard = 1 - shared / jnp.maximum(sums[i] + sums[g] - shared, 1e-30)
         d = jax.vmap(metric._paired_checked, (None, 0))(vectors[i], vectors[g])
         weight = jnp.asarray(distance_weight, d.dtype)
         final = jnp.where(exists, (1 - weight) * jaccard + weight * d, jnp.inf)
-        index = jnp.where(exists, found, m)
+        index = jnp.where(exists, nearest_first, m)
         final, index = lax.sort((final, index), num_keys=2)
         return final, jnp.where(index < m, index, -1)
 

@@ -52,7 +52,7 @@ class RunRecord:
         seen_names: of the classes that were trained on, or that the best model was
             chosen by; the others were held out whole.
         skipped: files that could not be used, and why.
-        notes: what else was decided or found.
+        notes: on choices and data.
     """
 
     requested: Config
