@@ -288,10 +288,10 @@ def _array(name: str, leaf: Any) -> Any:
     return leaf
 
 
-def check_nonnegative(name: str, value: Any) -> None:
-    """Raises for a value that is not traced, and not finite or negative."""
+def known_scalar(name: str, value: Any) -> Any:
+    """A checked real scalar, or None if the value is traced."""
     if isinstance(value, jax.core.Tracer):
-        return
+        return None
     number = np.asarray(value)
     if number.dtype.kind not in "fiu" and number.dtype != jnp.bfloat16:
         raise TypeError(f"{name} must be a real number, got {value!r}.")
@@ -300,7 +300,13 @@ def check_nonnegative(name: str, value: Any) -> None:
             f"{name} must be a scalar, got shape {number.shape}; use jax.vmap to sweep "
             "over several."
         )
-    if not math.isfinite(number) or number < 0:
+    return number
+
+
+def check_nonnegative(name: str, value: Any) -> None:
+    """Raise for a scalar that is not traced, and not finite or negative."""
+    number = known_scalar(name, value)
+    if number is not None and (not math.isfinite(number) or number < 0):
         raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
 
 

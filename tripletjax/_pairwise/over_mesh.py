@@ -38,6 +38,11 @@ OfDevice = Callable[[Any, Array], Any]
 Together = Callable[[Any, int, dict[str, Any]], Any]
 
 
+def without_padding(result: Any, n: int, options: dict[str, Any]) -> Any:
+    """A `Together` that keeps the rows of the n anchors, without padding."""
+    return jax.tree.map(lambda x: x[:n], result)
+
+
 def over_mesh(
     *,
     of_device: OfDevice | None = None,
