@@ -67,7 +67,7 @@ def jitted(
     keep_dtypes: bool = False,
     check: Callable[..., None] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes a function jitted, mesh-agnostic and strict about its arguments.
+    """Jit a function, mesh-agnostic and strict about its arguments.
 
     Within other jitted functions, `unjitted` calls the function itself.
 
@@ -209,7 +209,7 @@ def unjitted(function: F) -> F:
 
 
 def as_integer(name: str, value: Any) -> int:
-    """Checks a size, of any integer type but bool."""
+    """Check a size, of any integer type but bool."""
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError

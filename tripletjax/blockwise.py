@@ -78,7 +78,7 @@ def _terms_of_anchors(result: Any, n: int, options: dict[str, Any]) -> Any:
 def _blockwise_loss(
     *, flags: tuple[str, ...] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes a loss of embeddings jitted, and splits its work over a mesh.
+    """Jit a loss of embeddings, and split its work over a mesh.
 
     Args:
         flags: options that must be booleans.

@@ -50,7 +50,7 @@ def over_mesh(
     suits: Callable[[dict[str, Any]], bool] | None = None,
     nonnegative: tuple[str, ...] = ("margin",),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Splits the work of a function with `axis_name` over a mesh, wherever it can.
+    """Split the work of a function with `axis_name` over a mesh, wherever it can.
 
     Inside shard_map it is called as it is. Outside, it is mapped over `axis_name` if
     there is a mesh with these axes, and over the axes along which the rows of the
