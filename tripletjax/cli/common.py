@@ -9,7 +9,7 @@ from tripletjax.learn.runs.options import OptionError
 
 if TYPE_CHECKING:
     from tripletjax.apps.search import Changes, Index
-    from tripletjax.cli.options import Identify, Search, Serve
+    from tripletjax.cli.options import Cluster, Identify, Search, Serve
     from tripletjax.learn.embedder import ImageEmbedder
 
 # Errors that one line explains.
@@ -60,7 +60,9 @@ def check_new(*files: Path | None) -> None:
 
 
 def updated_index(
-    folder: Path, options: "Search | Identify | Serve", embedder: "ImageEmbedder"
+    folder: Path,
+    options: "Search | Identify | Cluster | Serve",
+    embedder: "ImageEmbedder",
 ) -> tuple["Index", "Changes"]:
     """Update the index of a folder; return it and its changes."""
     from tripletjax.apps import search

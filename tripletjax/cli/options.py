@@ -398,6 +398,56 @@ class Identify(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Cluster(Options):
+    """Group the images of a folder by identity, at the threshold of tripletjax verify.
+
+    The command first updates the index, as tripletjax search does. Groups merge by
+    average linkage: up to the threshold, as the root mean square of the distances of
+    their pairs. An image may stay alone. The images are only read.
+    """
+
+    extras: ClassVar[str] = "train,search"
+
+    run: Path = run_option()
+    index: Path = option(
+        "folder of images to group, which is only read",
+        required=True,
+        metavar="FOLDER",
+    )
+    database: Path | None = database_option()
+    remove_missing: bool = remove_missing_option()
+    threshold: float | None = option(
+        "largest distance of two groups that merge (default: the threshold of "
+        "tripletjax verify)",
+        metavar="DISTANCE",
+        rule="at least 0",
+    )
+    evaluate: bool = option(
+        "compare the groups with the folders of the index as known classes",
+        default=False,
+    )
+    classes_from: str | None = classes_from_option()
+    out: Path | None = option(
+        "table of the groups; a contact sheet of the largest groups is written beside "
+        "it, as FILE.png",
+        metavar="FILE.csv",
+        rule="a .csv file",
+    )
+    copy_to: Path | None = option(
+        "new folder for a copy of the images, one folder per group", metavar="DIR"
+    )
+    link_to: Path | None = option(
+        "new folder for links to the images, one folder per group", metavar="DIR"
+    )
+    json: Path | None = json_option()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self.exclude("copy_to", "link_to")
+        self.require("evaluate", "classes_from")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Serve(Options):
     """Show search, verification and identification in a browser.
 
@@ -450,5 +500,5 @@ class Export(Options):
 
 COMMANDS: dict[str, type[Options]] = {
     cls.__name__.lower(): cls
-    for cls in (Train, Evaluate, Search, Verify, Identify, Serve, Export)
+    for cls in (Train, Evaluate, Search, Verify, Identify, Cluster, Serve, Export)
 }

@@ -41,6 +41,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
         lambda box: 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
     ),
     "a .png file": lambda path: path.suffix == ".png",
+    "a .csv file": lambda path: path.suffix == ".csv",
 }
 
 

@@ -1,0 +1,73 @@
+"""``tripletjax cluster``."""
+
+from pathlib import Path
+
+import numpy as np
+
+from tripletjax.apps import clustering
+from tripletjax.apps.clustering import report as clustering_report
+from tripletjax.apps.embedders import embedder_of
+from tripletjax.apps.identification import Gallery
+from tripletjax.apps.search import report as search_report
+from tripletjax.apps.verification.calibration import Calibration
+from tripletjax.cli.common import check_new, shown, updated_index
+from tripletjax.cli.options import Cluster
+from tripletjax.learn import reports
+from tripletjax.learn.embedder import ImageEmbedder
+
+
+def call(options: Cluster) -> int:
+    sheet = None if options.out is None else options.out.with_suffix(".png")
+    check_new(options.out, sheet)
+    if options.json is not None:
+        reports.check_replaceable(options.json)
+    target = options.copy_to or options.link_to
+    if target is not None:
+        clustering_report.check_target(target, options.index)
+    embedder = embedder_of(options.run)
+    threshold, source = _threshold(options, embedder)
+    index, changes = updated_index(options.index, options, embedder)
+    groups = clustering.group_images(index, threshold, progress=True)
+    report = clustering_report.make_report(groups)
+    report["threshold_from"] = source
+    report["index"] = search_report.report_changes(index, changes)
+    if options.evaluate:
+        known = Gallery.of(index, classes_from=options.classes_from)
+        rows = np.searchsorted(groups.paths, known.paths)
+        metrics = clustering.evaluate(known.labels, groups.numbers[rows])
+        report["evaluation"] = {**metrics, "notes": [*known.notes]}
+    written: list[Path] = []
+    if options.out is not None and sheet is not None:
+        clustering_report.write_table(groups, options.out)
+        clustering_report.draw(index, groups, sheet)
+        written += [options.out, sheet]
+    if options.json is not None:
+        reports.write_report(report, options.json)
+        written.append(options.json)
+    if options.copy_to is not None:
+        clustering_report.copy_groups(index, groups, options.copy_to, progress=True)
+    if options.link_to is not None:
+        clustering_report.link_groups(index, groups, options.link_to, progress=True)
+    if target is not None:
+        written.append(target)
+    for line in clustering_report.format_report(report):
+        print(line)
+    for path in written:
+        print(f"written: {shown(path)}")
+    return 0
+
+
+def _threshold(options: Cluster, embedder: ImageEmbedder) -> tuple[float, str]:
+    """The largest distance of two groups that merge, and its source."""
+    if options.threshold is not None:
+        return options.threshold, "--threshold"
+    try:
+        calibration = Calibration.read(options.run, embedder.key)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} Or give --threshold DISTANCE") from None
+    if calibration.threshold < 0:
+        raise ValueError(
+            "the threshold of tripletjax verify accepts no pair; give --threshold "
+            "DISTANCE, or choose another one with a larger --far."
+        )
+    return calibration.threshold, f"tripletjax verify, FAR {100 * calibration.far:g} %"
