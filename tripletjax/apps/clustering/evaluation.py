@@ -1,4 +1,4 @@
-"""Metrics of groups against known classes: BCubed F, pairwise F, adjusted Rand index."""
+"""Metrics of groups against known classes: BCubed F, pairwise F and Rand index."""
 
 import dataclasses
 import math

@@ -20,6 +20,8 @@ import tripletjax as tj
 NEIGHBORS = 16
 # Groups that are searched at a time, and pairs whose distances are computed at a time.
 BLOCK, PAIRS = 4096, 2**16
+# Groups to search in are padded to a power of two, and at least to so many.
+LEAST = 256
 
 
 def group_vectors(
@@ -64,13 +66,11 @@ def group_vectors(
     rank = np.argsort(order)
     groups = _Groups.of(x[first[order]], np.bincount(copies)[order])
     pending = groups.alive
-    with tqdm(desc="grouping", unit="vector", disable=not progress) as bar:
+    with tqdm(desc="grouping", unit="group", disable=not progress) as bar:
         while len(pending) and len(groups.alive) > 1:
             bar.total = bar.n + len(pending)
-            a, b, full = groups.nearest(pending, neighbors, threshold, bar)
-            merged = groups.merge(a, b, threshold)
-            # Groups as before have no unknown neighbours, unless their lists were full.
-            pending = np.unique(groups.root[np.concatenate([merged, full])])
+            a, b = groups.find_nearest(pending, neighbors, threshold, bar)
+            pending = groups.merge(a, b, threshold)
     return first[order][groups.root[rank[copies]]]
 
 
@@ -83,19 +83,23 @@ class _Groups:
         sums: of the vectors of each group ``[n, d]``.
         squares: sums of squared norms ``[n]``.
         counts: of the vectors of each group ``[n]``.
+        known: squared distance up to which the neighbours of each group are known
+            ``[n]``.
     """
 
     root: np.ndarray
     sums: np.ndarray
     squares: np.ndarray
     counts: np.ndarray
+    known: np.ndarray
 
     @classmethod
     def of(cls, x: np.ndarray, counts: np.ndarray) -> "_Groups":
         """Groups of one vector each, of so many copies."""
         x, counts = x.astype(np.float64), counts.astype(np.float64)
         squares = counts * np.einsum("nd,nd->n", x, x)
-        return cls(np.arange(len(x)), counts[:, None] * x, squares, counts)
+        sums, known = counts[:, None] * x, np.zeros(len(x))
+        return cls(np.arange(len(x)), sums, squares, counts, known)
 
     @property
     def alive(self) -> np.ndarray:
@@ -113,17 +117,12 @@ class _Groups:
             parts.append(means - 2 * products)
         return np.concatenate(parts)
 
-    def nearest(
+    def find_nearest(
         self, pending: np.ndarray, neighbors: int, threshold: float, bar: tqdm
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Find the nearest groups of some groups.
-
-        Returns:
-            Pairs of groups within the threshold, and groups all of whose listed
-            neighbours are within the threshold, so that there may be more.
-        """
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Find the nearest groups of some groups: pairs within the threshold."""
         alive = self.alive
-        m, k = len(alive), min(neighbors, len(alive) - 1)
+        m = len(alive)
         means = self.sums[alive] / self.counts[alive, None]
         variances = self.squares[alive] / self.counts[alive]
         variances -= np.einsum("nd,nd->n", means, means)
@@ -131,73 +130,82 @@ class _Groups:
         queries = np.concatenate([means, 0 * spread], axis=1).astype(np.float32)
         references = np.concatenate([means, spread], axis=1).astype(np.float32)
         # Few shapes are compiled.
-        padding = 2 ** (m - 1).bit_length() - m
-        references = np.pad(references, ((0, padding), (0, 0)))
-        real = np.arange(m + padding) < m
-        block = min(BLOCK, m + padding)
+        size = 2 ** max(m - 1, neighbors, LEAST - 1).bit_length()
+        references = np.pad(references, ((0, size - m), (0, 0)))
+        real = np.arange(size) < m
+        block = min(BLOCK, size)
         places = np.searchsorted(alive, pending)
-        a, b, full = [], [], []
+        a, b = [], []
         for start in range(0, len(places), block):
             some = places[start : start + block]
             padded = np.resize(some, block)
             _, near = tj.retrieval.nearest_neighbors(
                 queries[padded],
                 references,
-                k,
+                neighbors,
                 positions=padded,
                 reference_where=real,
             )
-            near = np.asarray(near)[: len(some)]
-            i = np.repeat(alive[some], k)
-            j = alive[near.ravel()]
-            close = self.squared_distances(i, j) <= threshold**2
+            near = np.asarray(near)[: len(some)].ravel()
+            i = np.repeat(alive[some], neighbors)
+            j = alive[near]
+            d = self.squared_distances(i, j)
+            close = (near >= 0) & (d <= threshold**2)
             a.append(i[close])
             b.append(j[close])
-            full.append(alive[some][close.reshape(-1, k).all(axis=1)])
+            # Beyond a list that is full, there may be more within the threshold.
+            full = close.reshape(-1, neighbors).all(axis=1)
+            farthest = d.reshape(-1, neighbors).max(axis=1)
+            self.known[alive[some]] = np.where(full, farthest, np.inf)
             bar.update(len(some))
-        return np.concatenate(a), np.concatenate(b), np.concatenate(full)
+        return np.concatenate(a), np.concatenate(b)
 
     def merge(self, a: np.ndarray, b: np.ndarray, threshold: float) -> np.ndarray:
-        """Merge pairs of groups, the nearest first.
+        """Merge pairs of groups that are each other's nearest, until none is known.
 
-        Pairs that are each other's nearest merge at once: no other pair comes before
-        them. A pair beyond the threshold can be left out, since a mean over its pairs
-        and closer ones comes from the closer ones.
+        No other merge brings two such groups apart or another group between them, so
+        that all of them merge at once. A pair beyond the threshold can be left out: a
+        mean over its pairs and closer ones is within the threshold by the closer ones.
 
         Returns:
-            Numbers of groups that others merged into.
+            Groups whose neighbours must be searched again.
         """
         n, limit = len(self.root), threshold**2
-        merged = []
+        changed = np.zeros(n, bool)
         a, b = _unique_pairs(a, b, n)
         d = self.squared_distances(a, b)
         while True:
             close = d <= limit
             a, b, d = a[close], b[close], d[close]
-            if not len(a):
-                break
             rank = np.empty(len(a), int)
             rank[np.lexsort((b, a, d))] = np.arange(len(a))
             best = np.full(n, len(a))
             np.minimum.at(best, a, rank)
             np.minimum.at(best, b, rank)
             mutual = (best[a] == rank) & (best[b] == rank)
+            mutual &= d <= np.minimum(self.known[a], self.known[b])
             to, gone = a[mutual], b[mutual]
+            if not len(to):
+                break
             for values in (self.sums, self.squares, self.counts):
                 values[to] += values[gone]
+            self.known[to] = np.minimum(self.known[to], self.known[gone])
             new = np.arange(n)
             new[gone] = to
             self.root = new[self.root]
-            merged.append(to)
-            changed = np.zeros(n, bool)
-            changed[to] = True
             a, b = new[a], new[b]
-            again = (changed[a] | changed[b]) & (a != b)
-            rest = ~(changed[a] | changed[b])
-            i, j = _unique_pairs(a[again], b[again], n)
-            a, b = np.concatenate([a[rest], i]), np.concatenate([b[rest], j])
-            d = np.concatenate([d[rest], self.squared_distances(i, j)])
-        return np.concatenate([np.zeros(0, int), *merged])
+            merged = np.zeros(n, bool)
+            merged[to] = True
+            changed |= merged
+            again = merged[a] | merged[b]
+            i, j = _unique_pairs(a[again & (a != b)], b[again & (a != b)], n)
+            a, b = np.concatenate([a[~again], i]), np.concatenate([b[~again], j])
+            d = np.concatenate([d[~again], self.squared_distances(i, j)])
+        alive = self.alive
+        waiting = np.zeros(n, bool)
+        waiting[a] = waiting[b] = True
+        waiting |= changed | np.isfinite(self.known)
+        return alive[waiting[alive]]
 
 
 def _unique_pairs(

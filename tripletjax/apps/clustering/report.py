@@ -115,7 +115,7 @@ def _caption(path: str) -> str:
 
 
 def check_target(target: Path, folder: Path) -> None:
-    """Raise an error if a folder of groups exists or lies in the folder of the index."""
+    """Raise an error if a target exists or lies in the folder of the index."""
     if os.path.lexists(target):
         raise FileExistsError(f"{target} already exists; give another folder.")
     if target.resolve().is_relative_to(folder.resolve()):
