@@ -83,15 +83,14 @@ def agglomerative(linkage, sparse=False):
     return group
 
 
-def hdbscan(x, threshold):
-    """HDBSCAN, which merges groups that are nearer than the threshold."""
-    model = HDBSCAN(
-        min_cluster_size=2,
-        min_samples=1,
-        cluster_selection_epsilon=threshold,
-        copy=True,
-    )
+def hdbscan(x, samples):
+    """HDBSCAN, which has no threshold but a number of samples."""
+    model = HDBSCAN(min_cluster_size=2, min_samples=int(samples), copy=True)
     return alone(model.fit_predict(x))
+
+
+def singles(x, threshold):
+    return np.arange(len(x))
 
 
 METHODS: dict[str, Callable] = {
@@ -103,7 +102,8 @@ METHODS: dict[str, Callable] = {
     "mutual neighbours, components": components(mutual=True),
     "DBSCAN, 2 samples": dbscan(2),
     "DBSCAN, 4 samples": dbscan(4),
-    "HDBSCAN": hdbscan,
+    "HDBSCAN, 1 to 5 samples": hdbscan,
+    "every image alone": singles,
 }
 
 
@@ -127,16 +127,18 @@ def compare(arguments) -> None:
             groups = group(one.x, threshold)
             return 100 * measure(one.labels, groups).bcubed_f, len(np.unique(groups))
 
-        on_grid = [score(before, t)[0] for t in GRID]
-        chosen = float(GRID[int(np.argmax(on_grid))])
-        bounds = [score(after, t) for t in GRID]
+        grid = np.arange(1, 6) if group is hdbscan else GRID
+        on_grid = [score(before, t)[0] for t in grid]
+        chosen = float(grid[int(np.argmax(on_grid))])
+        bounds = [score(after, t) for t in grid]
         best = int(np.argmax([f for f, _ in bounds]))
         cells = []
         for t in far_thresholds:
-            cells.append(f"{score(after, t)[0]:.1f}" if np.isfinite(t) else "-")
+            known = np.isfinite(t) and group is not hdbscan
+            cells.append(f"{score(after, t)[0]:.1f}" if known else "-")
         value, groups = score(after, chosen)
         cells.append(f"{value:.1f} ({chosen:g})")
-        cells.append(f"{bounds[best][0]:.1f} ({GRID[best]:g})")
+        cells.append(f"{bounds[best][0]:.1f} ({grid[best]:g})")
         cells.append(f"{groups:,}")
         cells.append(f"{time.perf_counter() - start:.0f}")
         print(f"{name:<38}" + "".join(f"{cell:>14}" for cell in cells), flush=True)

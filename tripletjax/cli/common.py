@@ -38,11 +38,19 @@ def shown(path: Path) -> str:
     return os.fsencode(path).decode(errors="replace")
 
 
-def print_table(title: str, rows: Mapping[str, float | None], unit: str = "") -> None:
+def print_table(
+    title: str,
+    rows: Mapping[str, float | None],
+    unit: str = "",
+    *,
+    beside: Mapping[str, float | None] | None = None,
+) -> None:
+    """Print a title and a line for each row, with the values of `beside` next to it."""
     print(f"\n{title}")
     for name, value in rows.items():
-        text = "-" if value is None else f"{value:.2f}{unit}"
-        print(f"  {name:<24}{text:>10}")
+        columns = [value] if beside is None else [value, beside.get(name)]
+        texts = ["-" if one is None else f"{one:.2f}{unit}" for one in columns]
+        print(f"  {name:<24}" + "".join(f"{text:>10}" for text in texts))
 
 
 def check_images(images: Iterable[Path]) -> None:

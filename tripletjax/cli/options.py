@@ -235,6 +235,9 @@ class Evaluate(Options):
         metavar="FOLDER",
     )
     classes_from: str | None = classes_from_option()
+    rerank: bool = option(
+        "also measure retrieval re-ranked by k-reciprocal neighbours", default=False
+    )
     out: Path | None = option(
         "directory for the report (default: a new one in RUN/evaluations/)",
         metavar="DIR",
@@ -266,6 +269,11 @@ class Search(Options):
         default=False,
     )
     together: bool = option("search once, by the mean of all queries", default=False)
+    rerank: bool = option(
+        "re-rank the hits by k-reciprocal neighbours: those first that have the query "
+        "and its neighbours among their own",
+        default=False,
+    )
     k: int = option(
         "largest number of hits of a query", default=8, metavar="K", rule="at least 1"
     )
@@ -287,7 +295,7 @@ class Search(Options):
     def __post_init__(self) -> None:
         check_options(self)
         self.exclude("query", "duplicates")
-        self.require("query", "together", "classes", "approximate")
+        self.require("query", "together", "classes", "approximate", "rerank")
         if self.out is not None and not (self.query or self.duplicates):
             raise OptionError("{out} requires {query} or {duplicates}.")
         if self.out is not None and self.query and self.out.suffix != ".png":
