@@ -14,7 +14,7 @@ from scipy.spatial.distance import pdist
 from sklearn.metrics import adjusted_rand_score
 from test_verify import EMBEDDER
 
-from tripletjax.apps import clustering, search
+from tripletjax.apps import clustering, search, verification
 from tripletjax.apps.clustering import evaluation
 from tripletjax.apps.clustering import report as clustering_report
 from tripletjax.apps.clustering.groups import make_groups
@@ -137,6 +137,21 @@ def test_intervals_are_of_drawn_classes():
     assert sure["intervals"]["bcubed_f"] == [100, 100]
     alone = clustering.evaluate(np.arange(5), np.arange(5), replicates=5)
     assert (alone["pairwise_f"], alone["intervals"]["pairwise_f"]) == (None, None)
+
+
+def test_the_threshold_is_the_best_on_the_images_of_a_calibration(tmp_path):
+    people = shapes(tmp_path / "people", kinds=8, each=9, seed=3)
+    calibration = verification.evaluate(EMBEDDER, people, replicates=10).calibration
+    chosen = clustering.choose_threshold(calibration)
+    assert chosen.images == 72
+    _, labels = np.unique(calibration.names, return_inverse=True)
+
+    def score(threshold):
+        groups = clustering.group_vectors(calibration.vectors, threshold)
+        return clustering.measure(labels, groups).bcubed_f
+
+    np.testing.assert_allclose(score(chosen.threshold), chosen.bcubed_f)
+    assert chosen.bcubed_f >= max(map(score, np.linspace(0, 2, 21)))
 
 
 @pytest.fixture(scope="module")

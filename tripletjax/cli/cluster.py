@@ -25,11 +25,10 @@ def call(options: Cluster) -> int:
     if target is not None:
         clustering_report.check_target(target, options.index)
     embedder = embedder_of(options.run)
-    threshold, source = _threshold(options, embedder)
+    threshold, origin = _threshold(options, embedder)
     index, changes = updated_index(options.index, options, embedder)
     groups = clustering.group_images(index, threshold, progress=True)
-    report = clustering_report.make_report(groups)
-    report["threshold_from"] = source
+    report = clustering_report.make_report(groups, origin)
     report["index"] = search_report.report_changes(index, changes)
     if options.evaluate:
         known = Gallery.of(index, classes_from=options.classes_from)
@@ -58,16 +57,15 @@ def call(options: Cluster) -> int:
 
 
 def _threshold(options: Cluster, embedder: ImageEmbedder) -> tuple[float, str]:
-    """The largest distance of two groups that merge, and its source."""
+    """The largest distance of two groups that merge, and a line about it."""
     if options.threshold is not None:
-        return options.threshold, "--threshold"
+        return options.threshold, "threshold of --threshold"
     try:
         calibration = Calibration.read(options.run, embedder.key)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} Or give --threshold DISTANCE") from None
-    if calibration.threshold < 0:
-        raise ValueError(
-            "the threshold of tripletjax verify accepts no pair; give --threshold "
-            "DISTANCE, or choose another one with a larger --far."
-        )
-    return calibration.threshold, f"tripletjax verify, FAR {100 * calibration.far:g} %"
+    chosen = clustering.choose_threshold(calibration)
+    return chosen.threshold, (
+        f"threshold of the best BCubed F, {100 * chosen.bcubed_f:.1f} %, on "
+        f"{chosen.images:,} images of tripletjax verify"
+    )

@@ -407,11 +407,11 @@ class Identify(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cluster(Options):
-    """Group the images of a folder by identity, at the threshold of tripletjax verify.
+    """Group the images of a folder by identity.
 
     The command first updates the index, as tripletjax search does. Groups merge by
-    average linkage: up to the threshold, as the root mean square of the distances of
-    their pairs. An image may stay alone. The images are only read.
+    average linkage, up to a threshold that is chosen on the images of tripletjax
+    verify. An image may stay alone. The images are only read.
     """
 
     extras: ClassVar[str] = "train,search"
@@ -425,8 +425,8 @@ class Cluster(Options):
     database: Path | None = database_option()
     remove_missing: bool = remove_missing_option()
     threshold: float | None = option(
-        "largest distance of two groups that merge (default: the threshold of "
-        "tripletjax verify)",
+        "largest distance of two groups that merge, the root mean square over their "
+        "pairs (default: best BCubed F on the images of tripletjax verify)",
         metavar="DISTANCE",
         rule="at least 0",
     )
@@ -457,7 +457,7 @@ class Cluster(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Serve(Options):
-    """Show search, verification and identification in a browser.
+    """Show search, verification, identification and groups in a browser.
 
     The page loads nothing from other hosts. Everybody who reaches its address can see
     the images of the index.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from tripletjax.apps.clustering.evaluation import METRICS
 from tripletjax.apps.clustering.groups import Groups
 from tripletjax.apps.images import decode_path, thumbnail
 from tripletjax.apps.search.index import Index
@@ -21,15 +22,30 @@ from tripletjax.learn.files import replaced
 REPORT = f"{reports.PREFIX}clustering"
 # Groups of a contact sheet, and images of each.
 ROWS, COLUMNS = 12, 10
+TITLES = {
+    "bcubed_f": "BCubed F",
+    "bcubed_precision": "BCubed precision",
+    "bcubed_recall": "BCubed recall",
+    "pairwise_f": "pairwise F",
+    "pairwise_precision": "pairwise precision",
+    "pairwise_recall": "pairwise recall",
+    "adjusted_rand_index": "adjusted Rand index",
+}
 # Folder of the images that are alone in their groups.
 SINGLE = "single"
 
 
-def make_report(groups: Groups) -> dict[str, Any]:
-    """Make the report of groups, for JSON and for `format_report`."""
+def make_report(groups: Groups, origin: str) -> dict[str, Any]:
+    """Make the report of groups, for JSON and for `format_report`.
+
+    Args:
+        groups: of the images of an index.
+        origin: a line about the threshold.
+    """
     return {
         "what": REPORT,
         "threshold": groups.threshold,
+        "origin": origin,
         "images": len(groups.paths),
         "groups": len(groups),
         "groups_of_several": groups.several,
@@ -47,6 +63,7 @@ def format_report(report: dict[str, Any]) -> Iterator[str]:
         f"images, {report['single_images']:,} single images, largest group "
         f"{report['largest']:,}"
     )
+    yield f"- {report['origin']}"
     if (metrics := report.get("evaluation")) is None:
         return
     for note in metrics["notes"]:
@@ -57,22 +74,15 @@ def format_report(report: dict[str, Any]) -> Iterator[str]:
         f"{metrics['classes']:,} classes, with "
         f"{100 * metrics['intervals']['confidence']:g} % intervals over classes"
     )
-    for name, unit, scale in (
-        ("bcubed_f", " %", 1),
-        ("bcubed_precision", " %", 1),
-        ("bcubed_recall", " %", 1),
-        ("pairwise_f", " %", 1),
-        ("pairwise_precision", " %", 1),
-        ("pairwise_recall", " %", 1),
-        ("adjusted_rand_index", "", 0.01),
-    ):
+    for name in METRICS:
         value, interval = metrics[name], metrics["intervals"][name]
+        # The index is no share.
+        unit, scale = ("", 0.01) if name == "adjusted_rand_index" else (" %", 1)
         text = "-" if value is None else f"{scale * value:.2f}{unit}"
         if interval is not None:
             low, high = interval
             text += f"   {scale * low:.2f} to {scale * high:.2f}"
-        label = name.replace("_", " ").replace("bcubed", "BCubed").replace(" f", " F")
-        yield f"  {label:<22}{text}"
+        yield f"  {TITLES[name]:<22}{text}"
 
 
 def write_table(groups: Groups, out: Path) -> None:
