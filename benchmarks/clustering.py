@@ -107,10 +107,8 @@ METHODS: dict[str, Callable] = {
 }
 
 
-def compare(arguments) -> None:
-    embedder = embedder_of(arguments.run)
-    folders = [arguments.calibrate, arguments.unseen]
-    before, after = (embed_folder(embedder, folder) for folder in folders)
+def compare(before, after) -> None:
+    """Print BCubed F of each method on the second of two embedded folders."""
     for name, one in (("calibrate", before), ("unseen", after)):
         print(f"{name}: {len(one.x):,} images, {len(one.names):,} classes")
     pairs = tj.verification.evaluate(before.x, before.labels, fars=FARS)
@@ -176,7 +174,9 @@ def main() -> None:
     for size in arguments.sizes:
         scale(size)
     if arguments.run is not None:
-        compare(arguments)
+        embedder = embedder_of(arguments.run)
+        folders = [arguments.calibrate, arguments.unseen]
+        compare(*(embed_folder(embedder, folder) for folder in folders))
 
 
 if __name__ == "__main__":
