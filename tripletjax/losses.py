@@ -111,12 +111,16 @@ class SumReduction:
 
     def __call__(self, terms: TripletTerms) -> Any:
         """The result of `TripletTerms` ``[..., n]``, or of the terms of one anchor."""
-        sums = (jnp.sum(x, axis=-1) if jnp.ndim(x) else x for x in terms)
-        return self.of_sums(TripletTerms(*sums))
+        return self.of_sums(sums_over_anchors(terms))
 
     def __repr__(self) -> str:
         name = getattr(self.of_sums, "__name__", repr(self.of_sums))
         return f"SumReduction({name.strip('_')})"
+
+
+def sums_over_anchors(terms: Any) -> Any:
+    """Terms ``[..., n]`` summed over the anchors; terms of one anchor as they are."""
+    return jax.tree.map(lambda x: jnp.sum(x, axis=-1) if jnp.ndim(x) else x, terms)
 
 
 # The docstrings of these functions are those of the public reductions.

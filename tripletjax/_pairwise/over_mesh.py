@@ -26,11 +26,13 @@ R = TypeVar("R")
 # Arguments with a row for each anchor, and for each reference.
 ANCHOR_ROWS = "embeddings", "labels", "positions", "where"
 REFERENCE_ROWS = "references", "reference_labels", "reference_where"
-ARRAYS = (*ANCHOR_ROWS, *REFERENCE_ROWS, "margin")
+ROWS = *ANCHOR_ROWS, *REFERENCE_ROWS
 
 # A function from a device's result and the index of its first row to the part that is
 # concatenated over the devices.
 OfDevice = Callable[[Any, Array], Any]
+# Names of arguments, and for each a function that raises for wrong values.
+Parameters = dict[str, Callable[[str, Any], Any]]
 # A function from the concatenated parts, the number of rows and the options to the
 # result.
 Together = Callable[[Any, int, dict[str, Any]], Any]
@@ -41,6 +43,7 @@ def over_mesh(
     of_device: OfDevice | None = None,
     together: Together | None = None,
     suits: Callable[[dict[str, Any]], bool] | None = None,
+    parameters: Parameters | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Splits the work of a function with `axis_name` over a mesh, wherever it can.
 
@@ -53,7 +56,10 @@ def over_mesh(
             not given, all devices have the same result.
         suits: a function of the arguments that returns whether to split work on
             Explicit axes. If not given, it is always split.
+        parameters: arguments that are the same on all devices and have gradients, with
+            the check of each. If not given, the margin.
     """
+    checks = {"margin": check_nonnegative} if parameters is None else parameters
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         of: Any = function
@@ -70,9 +76,11 @@ def over_mesh(
                 return function(*args, **kwargs)
             mesh, axis_name = split
             options["axis_name"] = axis_name
-            arrays = {name: options.pop(name) for name in ARRAYS if name in options}
-            if "margin" in arrays:
-                check_nonnegative("margin", arrays["margin"])
+            names = (*ROWS, *checks)
+            arrays = {name: options.pop(name) for name in names if name in options}
+            for name, check in checks.items():
+                if arrays.get(name) is not None:
+                    check(name, arrays[name])
             arrays = {
                 name: jax.tree.map(jnp.asarray, as_arrays(name, x))
                 for name, x in arrays.items()
@@ -102,7 +110,7 @@ def _mapped(
     devices = math.prod(mesh.shape[name] for name in names_of(axis_name))
     arrays = _divisible(arrays, devices)
     specs = {
-        name: jax.tree.map(lambda _, s=same if name == "margin" else split: s, x)
+        name: jax.tree.map(lambda _, s=split if name in ROWS else same: s, x)
         for name, x in arrays.items()
     }
     explicit = AxisType.Explicit in mesh.axis_types
