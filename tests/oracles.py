@@ -560,14 +560,17 @@ def multi_similarity(
     return mean(costs)
 
 
-def circle(d, positive, negative, margin=0.4, scale=80.0):
-    """Sun et al. 2020, equations 6 to 8."""
-    costs = []
+def circle(d, positive, negative, margin=0.4, scale=80.0, weights_of=None):
+    """Sun et al. 2020, equations 6 to 8; the weights are those of other distances."""
+    costs, w = [], d if weights_of is None else weights_of
     for a in range(len(d)):
-        ps = [1 - d[a][p] for p in _of(positive, a)]
-        ns = [1 - d[a][n] for n in _of(negative, a)]
-        of_ps = [-scale * max(1 + margin - s, 0) * (s - (1 - margin)) for s in ps]
-        of_ns = [scale * max(s + margin, 0) * (s - margin) for s in ns]
+        ps, ns = _of(positive, a), _of(negative, a)
+        of_ps = [
+            -scale * max(margin + w[a][p], 0) * (1 - d[a][p] - (1 - margin)) for p in ps
+        ]
+        of_ns = [
+            scale * max(1 - w[a][n] + margin, 0) * (1 - d[a][n] - margin) for n in ns
+        ]
         if ps and ns:
             costs.append(softplus(log_sum_exp(of_ps) + log_sum_exp(of_ns)))
     return mean(costs)
