@@ -159,7 +159,7 @@ def test_double_precision(name, problem):
         return
     for key, got in by_parameters.items():
         if key == "epsilon":
-            assert got == 0
+            assert np.asarray(got) == 0
             continue
 
         def shifted(step, key=key):
@@ -283,10 +283,15 @@ def test_extreme_vectors(name, case):
     # Gradients of collapsed vectors are sums of terms that cancel.
     for labels in (LABELS["few"], LABELS["many"]):
         got = run(name, x, labels, blockwise=True)
-        expected = run(name, x, labels, blockwise=False)
-        np.testing.assert_allclose(got[0], expected[0], rtol=5e-5, atol=1e-6)
-        assert all(np.isfinite(g).all() for g in jax.tree.leaves(got))
-        assert all(np.isfinite(g).all() for g in jax.tree.leaves(expected))
+        by_matrix = run(name, x, labels, blockwise=False)
+        expected = by_matrix[0]
+        if name in WITHIN:
+            # Distances of a matrix have no digits where two vectors coincide.
+            _, oracle, parameters, fixed = LOSSES[name]
+            d = oracles.matrix(oracles.cosine, np.asarray(x, float))
+            expected = oracle(d, *oracles.pair_masks(labels), **parameters, **fixed)
+        np.testing.assert_allclose(got[0], expected, rtol=5e-5, atol=1e-6)
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves((got, by_matrix)))
 
 
 @every_form

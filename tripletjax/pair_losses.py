@@ -450,7 +450,7 @@ def pair_loss(
         function: Any = loss
         function.__signature__ = signature
         function.__name__ = function.__qualname__ = build.__name__
-        function.__module__ = build.__module__
+        function.__module__, function.__wrapped__ = build.__module__, build
         function.__doc__ = definition.docstring(
             _MATRIX_ARGS,
             "O(n m), at most 6 times the size of the distances",
