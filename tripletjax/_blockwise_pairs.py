@@ -91,11 +91,9 @@ def _blockwise(
     sides = [] if loss.swapped else [(embeddings, labels, options)]
     if loss.swapped or apart:
         sides.append(_other_side(embeddings, labels, options))
-    batches = []
-    for vectors, side_labels, side_options in sides:
-        batch, lead = as_batch(metric, vectors, side_labels, **side_options)
-        batches.append(batch)
-    parameters = loss.parameters_as(batch.anchors.dtype)
+    checked = [as_batch(metric, x, y, **side) for x, y, side in sides]
+    batches, lead = [batch for batch, _ in checked], checked[0][1]
+    parameters = loss.parameters_as(batches[0].anchors.dtype)
     symmetric = loss.symmetric and not apart
     spec = PairSpec(loss.shape, metric, symmetric, summed, block_size)
 

@@ -74,7 +74,8 @@ class TripletTerms(NamedTuple):
     valid: Array
 
 
-Reduction = Callable[[TripletTerms], Any]
+# A function from `TripletTerms`, or from the terms of another loss.
+Reduction = Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -88,8 +89,8 @@ class SumReduction:
     Reductions of the same function are equal and hash alike.
 
     Args:
-        of_sums: a function from `TripletTerms` ``[...]``, summed over the anchors, to
-            the result.
+        of_sums: a function from `TripletTerms` ``[...]``, or from the terms of another
+            loss, summed over the anchors, to the result.
 
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
@@ -103,13 +104,13 @@ class SumReduction:
     1.1875 0.75
     """
 
-    of_sums: Callable[[TripletTerms], Any]
+    of_sums: Callable[[Any], Any]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "of_sums", canonical(self.of_sums))
         object.__setattr__(self, "__doc__", self.of_sums.__doc__)
 
-    def __call__(self, terms: TripletTerms) -> Any:
+    def __call__(self, terms: Any) -> Any:
         """The result of `TripletTerms` ``[..., n]``, or of the terms of one anchor."""
         return self.of_sums(sums_over_anchors(terms))
 

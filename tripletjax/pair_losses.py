@@ -42,6 +42,8 @@ from tripletjax.losses import (
 )
 from tripletjax.pairs import PairMasks, masks_for
 
+# Raises for a wrong value of a named argument.
+Check = Callable[[str, Any], None]
 # A pytree of arrays with gradients, such as a temperature.
 Parameters = Any
 
@@ -340,7 +342,7 @@ class Definition(NamedTuple):
     """
 
     build: Callable[..., PairLoss]
-    checks: dict[str, Callable[[str, Any], None]]
+    checks: dict[str, Check]
     callables: tuple[str, ...]
     flags: tuple[str, ...]
     reduce_fn: Reduction
@@ -434,7 +436,7 @@ def pair_loss(
         callables, flags: names of static parameters.
         reduce_fn: the default reduction.
     """
-    checks = dict.fromkeys(positive, check_positive)
+    checks: dict[str, Check] = dict.fromkeys(positive, check_positive)
     checks |= dict.fromkeys(nonnegative, check_nonnegative)
     checks |= dict.fromkeys(numbers, any_number)
 

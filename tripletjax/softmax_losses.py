@@ -15,6 +15,8 @@ In the terms of these losses, ``active`` counts what belongs to anchors whose ne
 reference is a positive: ``active.sum() / valid.sum()`` is their share.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -269,10 +271,10 @@ def _multi_similarity_cost(pairs: AnchorPairs, parameters: tuple) -> PairTerms:
     logits = alpha * (pairs.distances - (1 - base))
     positives = jax.nn.softplus(log_sum_exp(logits, exists)) / alpha
     negatives = jax.nn.softplus(pairs.negatives) / beta
-    sides = (positives, pairs.has_positive), (negatives, pairs.has_negative)
-    anchors = pairs.has_positive | pairs.has_negative
     return PairTerms(
-        *(pairs.terms(*side) for side in sides), anchors.astype(base.dtype)
+        pairs.terms(positives, pairs.has_positive),
+        pairs.terms(negatives, pairs.has_negative),
+        (pairs.has_positive | pairs.has_negative).astype(positives.dtype),
     )
 
 
@@ -343,7 +345,9 @@ def _circle_logit(d: Array, parameters: tuple) -> Array:
     return scale * weight * (1 - d - margin)
 
 
-def _of_both(pairs: AnchorPairs, function, logits: Array) -> TripletTerms:
+def _of_both(
+    pairs: AnchorPairs, function: Callable[[Array], Array], logits: Array
+) -> TripletTerms:
     """The terms of a function of lse over P plus lse over N, where both exist."""
     valid = pairs.has_positive & (pairs.negatives != -jnp.inf)
     total = _positives_lse(pairs, logits) + jnp.where(valid, pairs.negatives, 0)
@@ -559,9 +563,10 @@ def _proxy_anchor_cost(pairs: AnchorPairs, parameters: tuple) -> PairTerms:
     positives = jax.nn.softplus(log_sum_exp(logits, pairs.exists))
     negatives = jax.nn.softplus(pairs.negatives)
     proxies = pairs.has_positive | pairs.has_negative
-    sides = (positives, pairs.has_positive), (negatives, proxies)
     return PairTerms(
-        *(pairs.terms(*side) for side in sides), proxies.astype(margin.dtype)
+        pairs.terms(positives, pairs.has_positive),
+        pairs.terms(negatives, proxies),
+        proxies.astype(positives.dtype),
     )
 
 

@@ -173,7 +173,7 @@ class Positives(NamedTuple):
         )
         if len(classes) == 1:
             return grads
-        other = Gradients(grads.references, grads.anchors, grads.margin)
+        other = _swapped_gradients(grads)
         other = vjp_positives(
             swapped(batch),
             other,
@@ -182,7 +182,12 @@ class Positives(NamedTuple):
             classes[1],
             spec.sizes,
         )
-        return Gradients(other.references, other.anchors, other.margin)
+        return _swapped_gradients(other)
+
+
+def _swapped_gradients(grads: Gradients) -> Gradients:
+    assert grads.references is not None
+    return grads._replace(anchors=grads.references, references=grads.anchors)
 
 
 class Direction(NamedTuple):
@@ -338,10 +343,11 @@ def _log_sum_exps(
         for side, one, least_square in zip(sides, new, nearest):
             old = [rows_at(x, side.start, side.size) for x in state]
             merged = jnp.logaddexp(old[0], one), jnp.minimum(old[1], least_square)
-            state = tuple(
+            first, second = (
                 lax.dynamic_update_slice_in_dim(x, rows, side.start, 0)
                 for x, rows in zip(state, merged)
             )
+            state = first, second
         return state
 
     zeros = batch.zeros((_anchor_count(spec, batch),))
