@@ -58,8 +58,9 @@ def _of_embeddings(of_distances: Callable[..., Any]) -> Callable[..., Any]:
     )
 
     def together(result: Any, n: int, options: dict[str, Any]) -> Any:
-        """Terms of anchors lose the rows of padding; others are 0 there."""
-        if options.get("reduce_fn", definition.reduce_fn) is not None:
+        """Terms of anchors lose the rows of padding; others have zeros there."""
+        reduce_fn = options.get("reduce_fn", definition.reduce_fn)
+        if reduce_fn is not None or not definition.by_anchor:
             return result
         return jax.tree.map(lambda x: x[:n], result)
 

@@ -339,6 +339,7 @@ class Definition(NamedTuple):
         checks: names of numeric parameters, and functions that raise for wrong values.
         callables, flags: names of static parameters.
         reduce_fn: the default reduction.
+        by_anchor: whether terms are those of the anchors, and never of references.
     """
 
     build: Callable[..., PairLoss]
@@ -346,6 +347,7 @@ class Definition(NamedTuple):
     callables: tuple[str, ...]
     flags: tuple[str, ...]
     reduce_fn: Reduction
+    by_anchor: bool
 
     def signature(self, first: str, options: dict[str, Any]) -> inspect.Signature:
         """The signature of a form of the loss.
@@ -425,6 +427,7 @@ def pair_loss(
     callables: tuple[str, ...] = (),
     flags: tuple[str, ...] = (),
     reduce_fn: Reduction = mean_valid,
+    by_anchor: bool = True,
 ) -> Callable[[Callable[..., PairLoss]], Callable[..., Any]]:
     """Makes a loss of distances from a function to its `PairLoss`.
 
@@ -435,13 +438,14 @@ def pair_loss(
             traced and have gradients.
         callables, flags: names of static parameters.
         reduce_fn: the default reduction.
+        by_anchor: whether terms are those of the anchors, and never of references.
     """
     checks: dict[str, Check] = dict.fromkeys(positive, check_positive)
     checks |= dict.fromkeys(nonnegative, check_nonnegative)
     checks |= dict.fromkeys(numbers, any_number)
 
     def decorate(build: Callable[..., PairLoss]) -> Callable[..., Any]:
-        definition = Definition(build, checks, callables, flags, reduce_fn)
+        definition = Definition(build, checks, callables, flags, reduce_fn, by_anchor)
 
         def loss(distances: Any, labels: Any, *, reduce_fn: Any, **options: Any) -> Any:
             loss = build(**definition.parameters_of(options))

@@ -213,7 +213,7 @@ def nca_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
     return PairLoss(LogSumExp(_by_temperature, _nca_cost), (temperature,))
 
 
-@pair_loss(positive=("temperature",), flags=("symmetric",))
+@pair_loss(positive=("temperature",), flags=("symmetric",), by_anchor=False)
 def info_nce_loss(
     *, temperature: ArrayLike = 0.05, symmetric: bool = False
 ) -> PairLoss:
@@ -570,7 +570,12 @@ def _proxy_anchor_cost(pairs: AnchorPairs, parameters: tuple) -> PairTerms:
     )
 
 
-@pair_loss(positive=("scale",), numbers=("margin",), reduce_fn=mean_valid_by_side)
+@pair_loss(
+    positive=("scale",),
+    numbers=("margin",),
+    reduce_fn=mean_valid_by_side,
+    by_anchor=False,
+)
 def proxy_anchor_loss(*, margin: ArrayLike = 0.1, scale: ArrayLike = 32.0) -> PairLoss:
     r"""Proxy-anchor loss: class vectors are the anchors, embeddings their references.
 

@@ -278,7 +278,11 @@ def _numbers_backward(spec: PairSpec, inputs: tuple, cotangents: tuple) -> tuple
         spec, tiles, limits, parameters, total, by_total
     )
     grads = positives.vjp(spec, batch, classes, by_square, grads)
-    # Labels, masks and positions have no gradient.
+    return _cotangents(grads, by_parameters)
+
+
+def _cotangents(grads: Gradients, by_parameters: Parameters) -> tuple:
+    """Those of batch, classes and parameters; labels and masks have no gradient."""
     pairs: Any = None
     return Batch(grads.anchors, grads.references, pairs), None, by_parameters
 
@@ -370,8 +374,7 @@ def _log_sum_exp_gradients(
     """Gradients by vectors and by parameters, for gradients by log-sum-exps."""
     shape, form, batch = spec.shape, spec.metric.inner_products, tiles.batch
     assert isinstance(shape, LogSumExp)
-    exists = total > -jnp.inf
-    exists |= jnp.isnan(total)
+    exists = total != -jnp.inf
     by_total = jnp.where(exists, by_total, 0)
 
     # The state: the gradients by vectors and by parameters.
@@ -473,8 +476,7 @@ def _sums_backward(spec: PairSpec, inputs: tuple, cotangents: tuple) -> tuple:
     assert out is not None
     grads, by_parameters = out
     grads = positives.vjp(spec, batch, classes, by_square, grads)
-    pairs: Any = None
-    return Batch(grads.anchors, grads.references, pairs), None, by_parameters
+    return _cotangents(grads, by_parameters)
 
 
 _negative_sums.defvjp(_sums_forward, _sums_backward)
@@ -513,8 +515,7 @@ def _totals_backward(spec: PairSpec, inputs: tuple, cotangents: tuple) -> tuple:
     by_square, _, by_total, _ = cotangents
     grads, by_parameters = jax.tree.map(lambda x: x * by_total[0], gradients)
     grads = positives.vjp(spec, batch, classes, by_square, grads)
-    pairs: Any = None
-    return Batch(grads.anchors, grads.references, pairs), None, by_parameters
+    return _cotangents(grads, by_parameters)
 
 
 _negative_totals.defvjp(_totals_forward, _totals_backward)
