@@ -15,9 +15,9 @@ import numpy as np
 
 import tripletjax as tj
 from tripletjax import learn
+from tripletjax.learn import choices
 from tripletjax.learn.data import datasets, hierarchy
 from tripletjax.learn.embedder import load_embedder
-from tripletjax.learn.runs import config
 
 TRIPLETS, K = 20_000, 30
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--relevance", nargs="+", default=config.RELEVANCE)
+    parser.add_argument("--relevance", nargs="+", default=choices.RELEVANCE)
     arguments = parser.parse_args()
     dataset = datasets.load(arguments.data, split="classes")
     test, levels = dataset.test, hierarchy.levels_of(dataset.label_names)

@@ -64,8 +64,8 @@ def index_of(x: np.ndarray, folder: Path, database: Path) -> search.Index:
         rows = range(start, min(start + 10_000, len(x)))
         paths = [f"{row % CLASSES}/{row}.png" for row in rows]
         digests = {path: path for path in paths}
-        index._write(digests, dict(zip(paths, x[rows])), digests)
-    index._table.optimize()
+        index._rows.put(digests, dict(zip(paths, x[rows])), digests)
+    index._rows.table.optimize()
     return index
 
 

@@ -266,7 +266,7 @@ def adamw_step(
 
 
 def compare_gradients(repeats: int) -> None:
-    small, large, own = (32, 64), (32, 64, 128), convolution._convolved
+    small, large, own = (32, 64), (32, 64, 128), convolution._convolve
     for network, options, (side, channels) in (
         (embedding_networks.EmbeddingCNN, {"channels": small}, (32, 1)),
         (embedding_networks.EmbeddingCNN, {"channels": large}, (32, 1)),
@@ -277,12 +277,12 @@ def compare_gradients(repeats: int) -> None:
         steps = {}
         for how, jit in (("convolution.jit", convolution.jit), ("jax.jit", jax.jit)):
             for name, convolved in (("own", own), ("XLA's", convolution._by_xla)):
-                convolution._convolved = convolved
+                convolution._convolve = convolved
                 model = network(128, **options, rngs=nnx.Rngs(0))
                 step = adamw_step(model, (160, side, side, channels), jit)
                 step()
                 steps[f"{name}, {how}"] = step
-        convolution._convolved = own
+        convolution._convolve = own
         times = [[step() for step in steps.values()] for _ in range(repeats)]
         medians = np.median(times, axis=0)
         print(f"{network.__name__} {options}: {1e3 * medians[0]:.0f} ms")

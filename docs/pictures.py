@@ -15,7 +15,7 @@ from pathlib import Path
 from tripletjax.apps import identification, search, verification
 from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.identification import report as identification_report
-from tripletjax.apps.images import opened
+from tripletjax.apps.images import load_image
 from tripletjax.apps.search import report as search_report
 from tripletjax.apps.verification import report as verification_report
 from tripletjax.learn.data.class_folders import find_classes
@@ -43,11 +43,11 @@ def main() -> None:
         index = search.Index(arguments.unseen, root / "index", embedder)
         index.update(progress=True)
         queries = [files[0] for files in [*classes.values()][::every][:QUERIES]]
-        hits = search_report.found(index, queries, k=8)
-        search_report.draw_found(index, hits, out / "search.png")
+        hits = search_report.search_files(index, queries, k=8)
+        search_report.draw_hits(index, hits, out / "search.png")
 
         measured = verification.evaluate(embedder, arguments.unseen, progress=True)
-        for line in verification_report.lines(measured.report):
+        for line in verification_report.format_report(measured.report):
             print(line)
         verification_report.draw(measured, root)
         for name in ("distances", "errors"):
@@ -65,18 +65,18 @@ def main() -> None:
         gallery_index = search.Index(root / "gallery", root / "index", embedder)
         gallery_index.update()
         gallery = identification.Gallery.of(gallery_index)
-        x = vectors_of(embedder, [opened(file) for file in probes])
+        x = vectors_of(embedder, [load_image(file) for file in probes])
         assert measured.calibration is not None
         calibration = measured.calibration
         threshold = calibration.threshold
         strangers = identification.Strangers.of(gallery, calibration)
-        report = identification_report.of_gallery(
+        report = identification_report.make_gallery_report(
             gallery, threshold, calibration, strangers
         )
-        for line in identification_report.told(report):
+        for line in identification_report.format_gallery(report):
             print(line)
         named = identification.identify(gallery, x, threshold=threshold)
-        for line in identification_report.lines(probes, named):
+        for line in identification_report.format_identities(probes, named):
             print(line)
         identification_report.draw(gallery_index, probes, named, out / "identify.png")
 

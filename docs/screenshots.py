@@ -1,4 +1,4 @@
-"""Pictures of the page that ``tripletjax serve`` shows, by a headless Chromium.
+"""Screenshots of the page of ``tripletjax serve``, by a headless Chromium.
 
 tripletjax serve --run RUN --index FOLDER
 python docs/screenshots.py --image FOLDER/class/one.png --other FOLDER/class/two.png
@@ -29,12 +29,12 @@ def main() -> None:
         browser = webdriver.Chrome(options=options)
         wait = WebDriverWait(browser, 60)
 
-        def shown(place: str, count: int) -> bool:
-            selector = f"#{place} img"
+        def shown(element: str, count: int) -> bool:
+            selector = f"#{element} img"
             return len(browser.find_elements(By.CSS_SELECTOR, selector)) >= count
 
-        def upload(place: str, file: Path) -> None:
-            selector = f"#{place} input[type=file]"
+        def upload(element: str, file: Path) -> None:
+            selector = f"#{element} input[type=file]"
             wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, selector))
             field = browser.find_element(By.CSS_SELECTOR, selector)
             field.send_keys(str(file.resolve()))
@@ -50,16 +50,16 @@ def main() -> None:
         try:
             browser.get(arguments.page)
             upload("search-file", arguments.image)
-            wait.until(lambda b: shown("hits", 1) and shown("some", 1))
+            wait.until(lambda b: shown("search-hits", 1) and shown("search-sample", 1))
             save("search")
             tab("Verify")
             upload("verify-first", arguments.image)
             upload("verify-second", arguments.other)
-            wait.until(lambda b: shown("both", 2))
+            wait.until(lambda b: shown("verify-pair", 2))
             save("verify")
             tab("Identify")
             upload("identify-file", arguments.other)
-            wait.until(lambda b: shown("near", 2))
+            wait.until(lambda b: shown("identify-nearest", 2))
             save("identify")
         finally:
             browser.quit()

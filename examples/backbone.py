@@ -15,11 +15,11 @@ import numpy as np
 import optax
 from flax import nnx
 from safetensors.numpy import save_file
-from sklearn.datasets import load_digits
 
 import tripletjax as tj
 from tripletjax import learn
 from tripletjax.learn.data import sampling
+from tripletjax.learn.data.digits import digits
 
 
 class TheirNetwork(nnx.Module):
@@ -81,8 +81,7 @@ def main() -> None:
     )
     print(f"{loaded.parameters:,} parameters; not needed: {', '.join(loaded.unused)}")
 
-    digits, labels = map(np.array, load_digits(return_X_y=True))
-    images = (15 * digits).astype("uint8").reshape(-1, 8, 8, 1)
+    images, labels = digits()
     model = Embedder(network, 32, rngs=nnx.Rngs(0))
     batches = sampling.ImageBatches(images[:898], labels[:898], 10, 8)
     for line in learn.fit(model, optax.adam(3e-3), batches, steps=200, log_every=50):

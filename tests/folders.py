@@ -1,7 +1,11 @@
 """Folders of pictures for the tests."""
 
 import numpy as np
+import tensorflow_datasets as tfds
 from PIL import Image
+
+from tripletjax.learn.data.digits import TRAIN, digits
+from tripletjax.learn.data.image_cache import prepare
 
 
 def shapes(folder, *, kinds=8, each=10, size=(24, 20), mode="L", seed=0):
@@ -18,3 +22,32 @@ def shapes(folder, *, kinds=8, each=10, size=(24, 20), mode="L", seed=0):
             suffix = ("png", "bmp", "webp")[number % 3]
             image.save(place / f"{number}.{suffix}", lossless=True)
     return folder
+
+
+class PreparedDigits(tfds.core.GeneratorBasedBuilder):
+    """The digits as a dataset of the catalogue, in two splits."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
+            "label": tfds.features.ClassLabel(num_classes=10),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features)
+        )
+
+    def _split_generators(self, dl_manager):
+        halves = {"train": range(TRAIN), "test": range(TRAIN, 1797)}
+        return {name: self._generate_examples(rows) for name, rows in halves.items()}
+
+    def _generate_examples(self, rows):
+        images, labels = digits()
+        for row in rows:
+            yield row, {"image": images[row], "label": int(labels[row])}
+
+
+def prepare_digits():
+    """Prepare ``tfds:prepared_digits`` in the folder of the environment."""
+    prepare(PreparedDigits(file_format="array_record"))

@@ -235,13 +235,13 @@ def test_a_head_on_kept_features_is_the_whole_network(run_of):
 def test_features_are_made_once(folder, resnet, run_of, tmp_path, monkeypatch):
     run_of("frozen")
     calls = []
-    made = feature_cache.FeatureCache._made
+    compute = feature_cache.FeatureCache._compute
 
     def counted(self, images, *rest):
         calls.append(len(images))
-        return made(self, images, *rest)
+        return compute(self, images, *rest)
 
-    monkeypatch.setattr(feature_cache.FeatureCache, "_made", counted)
+    monkeypatch.setattr(feature_cache.FeatureCache, "_compute", counted)
     config = configured(folder, resnet, "frozen", dim=8)
     learn.run(config, tmp_path / "same", progress=False)
     assert calls == []
@@ -317,7 +317,9 @@ def test_a_trained_backbone_is_written_for_another_run(
 @pytest.mark.xdist_group("frozen backbone")
 @pytest.mark.slow
 def test_a_backbone_that_was_not_trained_is_not_written(run_of, tmp_path):
-    with pytest.raises(ValueError, match="was not trained"):
+    with pytest.raises(
+        ValueError, match="requires a trained backbone, got a frozen one"
+    ):
         export(learn.load_embedder(run_of("frozen")), tmp_path / "no.safetensors")
 
 
@@ -387,16 +389,19 @@ def test_given_triplets_on_kept_features(own_data_dir, folder, resnet, tmp_path)
         (["--backbone", "pickle.pth"], "is a pickle"),
         (
             ["--backbone", "FILE", "--model", "cnn"],
-            "model cannot be combined with a backbone",
+            "--model cannot be combined with --backbone, got 'cnn'",
         ),
-        (["--backbone-training", "top"], "backbone_training requires a backbone"),
-        (["--hidden", "8"], "hidden requires a backbone"),
+        (
+            ["--backbone-training", "top"],
+            "--backbone-training requires --backbone, got 'top'",
+        ),
+        (["--hidden", "8"], "--hidden requires --backbone, got 8"),
         (
             ["--model", "resnet18", "--views", "2"],
-            "views cannot be combined with model resnet18",
+            "--views cannot be combined with --model resnet18, got 2",
         ),
         (["--backbone", "FILE", "--size", "4"], "size must be at least 8"),
-        (["--backbone", "FILE", "--views", "0"], "views must be at least 1"),
+        (["--backbone", "FILE", "--views", "0"], "--views must be at least 1, got 0"),
         (["--backbone", "FILE", "--rotation-classes", "4"], "cannot be turned"),
         (["--backbone", "FILE", "--backbone-training", "some"], "invalid choice"),
     ],
@@ -423,7 +428,7 @@ def test_another_file_than_the_run_began_with(run_of, folder, tmp_path):
     save_file(by_hand.small_resnet(seed=2), other)
     shutil.copytree(run_of("frozen"), tmp_path / "run")
     config = configured(folder, other, "frozen", steps=8)
-    with pytest.raises(ValueError, match="no longer what the run began with"):
+    with pytest.raises(ValueError, match="has changed since the run began"):
         learn.run(config, tmp_path / "run", resume=True, progress=False)
 
 

@@ -131,6 +131,7 @@ PROGRAMS = PAIR_PROGRAMS | {
     "Metric": of_metric(
         MATRIX // 2, tj.Metric(paired=lambda a, b: jnp.sum((a - b) ** 4))
     ),
+    "normalize": of_loss(4 * MIB, lambda x: tj.normalize(x).sum(), X),
     "pair_masks": of(MIB, tj.pair_masks, Y),
     "batch_hard_triplets": of(MATRIX, tj.batch_hard_triplets, DISTANCES, Y),
     "batch_easy_hard_triplets": of(MATRIX, tj.batch_easy_hard_triplets, DISTANCES, Y),
@@ -165,6 +166,7 @@ PROGRAMS = PAIR_PROGRAMS | {
     "batch_hard_loss": of_loss(MATRIX, tj.batch_hard_loss, DISTANCES, Y),
     "batch_semi_hard_loss": of_loss(8 * MATRIX, tj.batch_semi_hard_loss, DISTANCES, Y),
     "blockwise.batch_all_loss": of_loss(24 * MIB, blockwise.batch_all_loss, X, Y),
+    "blockwise.triplet_loss": of_loss(16 * MIB, blockwise.triplet_loss, X, TRIPLETS),
     "blockwise.batch_hard_loss": of_loss(16 * MIB, blockwise.batch_hard_loss, X, Y),
     "blockwise.batch_semi_hard_loss": of_loss(
         24 * MIB, blockwise.batch_semi_hard_loss, X, Y

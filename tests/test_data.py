@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from folders import shapes
+from folders import prepare_digits, shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -41,7 +42,7 @@ def test_digits_come_back_as_they_are_in_the_file(tmp_path):
     digits = load_digits()
     dataset = datasets.load("digits", data_dir=tmp_path)
     assert "tensorflow" not in sys.modules
-    assert list(tmp_path.rglob("*.array_record*"))
+    assert not list(tmp_path.iterdir())
     sizes = [len(part) for part in (dataset.train, dataset.validation, dataset.test)]
     assert sizes == [808, 90, 899]
     np.testing.assert_array_equal(dataset.test.images[..., 0] / 15, digits.images[898:])
@@ -78,7 +79,7 @@ def test_copies_of_an_image_stay_together(tmp_path):
 
 
 def test_unknown_data():
-    with pytest.raises(ValueError, match="no dataset 'faces'"):
+    with pytest.raises(ValueError, match="data must be digits"):
         datasets.load("faces")
     with pytest.raises(ValueError, match="split must be one of images, classes"):
         datasets.load("digits", split="some")
@@ -148,37 +149,50 @@ def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
     assert datasets.load(str(folder), data_dir=tmp_path / "kept").key != one.key
 
 
-@pytest.mark.parametrize(
-    ("where", "name"), [(image_cache, "prepare"), (image_shape.ImageSpec, "of")]
-)
-def test_another_process_decodes_the_same_folder(tmp_path, monkeypatch, where, name):
-    # It is done before this one begins, or while this one decodes.
+def test_a_second_decode_of_the_same_folder_waits_for_the_first(
+    tmp_path, monkeypatch, capsys
+):
     folder, kept = str(shapes(tmp_path / "pictures")), tmp_path / "kept"
-    function, other = getattr(where, name), []
+    prepare, calls, second = image_cache.prepare, [], []
+    begun = threading.Event()
 
-    def beaten(*args, **options):
-        monkeypatch.undo()
-        other.append(datasets.load(folder, data_dir=kept))
-        return function(*args, **options)
+    def load():
+        second.append(datasets.load(folder, data_dir=kept, progress=True))
 
-    monkeypatch.setattr(where, name, beaten)
-    dataset = datasets.load(folder, data_dir=kept)
-    assert [dataset.key] == [one.key for one in other]
-    np.testing.assert_array_equal(dataset.test.images, other[0].test.images)
+    def slow(builder):
+        if not calls:
+            calls.append(builder)
+            other.start()
+            begun.wait(0.5)
+            assert not second
+        else:
+            # The first decode has ended.
+            assert builder.data_path.exists()
+            calls.append(builder)
+        prepare(builder)
+
+    other = threading.Thread(target=load)
+    monkeypatch.setattr(image_cache, "prepare", slow)
+    first = datasets.load(folder, data_dir=kept)
+    other.join()
+    assert len(calls) == 2
+    assert "waiting for another process" in capsys.readouterr().err
+    assert second[0].key == first.key
+    np.testing.assert_array_equal(first.test.images, second[0].test.images)
     assert not list(kept.rglob("*incomplete*"))
 
 
 KILLED = """
 import os, sys
-from tripletjax.learn import datasets, image_io
+from tripletjax.learn.data import datasets, image_shape
 def stop(*args):
     os.kill(os.getpid(), 9)
-image_io.ImageSpec.fit = stop
+image_shape.ImageSpec.fit = stop
 datasets.load(sys.argv[1], data_dir=sys.argv[2])
 """
 HOLDS = """
 import sys
-from tripletjax.learn import datasets
+from tripletjax.learn.data import datasets
 datasets.load(sys.argv[1], data_dir=sys.argv[2])
 print("held", flush=True)
 sys.stdin.read()
@@ -190,7 +204,7 @@ def test_what_nobody_needs_is_removed(tmp_path):
     folder, cache = shapes(tmp_path / "pictures"), tmp_path / "kept"
 
     def entries():
-        return set((cache / "tripletjax").iterdir())
+        return {path for path in (cache / "tripletjax").iterdir() if path.is_dir()}
 
     def python(program):
         command = [sys.executable, "-c", program, str(folder), str(cache)]
@@ -219,9 +233,7 @@ def test_what_nobody_needs_is_removed(tmp_path):
     two = datasets.load(str(folder), data_dir=cache)
     assert old not in entries()
     assert len(entries()) == 1
-    assert any(
-        "removed an earlier copy of these images" in n for n in two.decoding.notes
-    )
+    assert any("removed an earlier copy of images" in n for n in two.decoding.notes)
     # Another folder of the same images shares what is kept.
     copy = shutil.copytree(folder, tmp_path / "copy")
     datasets.load(str(copy), data_dir=cache)
@@ -239,7 +251,7 @@ def test_of_several_frames_the_first_is_seen_and_that_is_said(tmp_path):
     place = folder / "group0" / "kind0" / "moving.gif"
     frames[0].save(place, save_all=True, append_images=frames[1:])
     dataset = datasets.load(str(folder), data_dir=tmp_path / "kept")
-    assert "1 image has several frames: the first is seen" in dataset.decoding.notes
+    assert "1 image has several frames: the first one is used" in dataset.decoding.notes
     first = image_files.open_image(place).convert("L")
     assert abs(np.asarray(first, int) - np.asarray(frames[0], int)).max() < 3
     # The second frame is cut off.
@@ -526,6 +538,18 @@ def test_small_classes_share_what_is_held_out(each):
         np.testing.assert_array_equal(one, part[labels[part] < 50])
 
 
+@pytest.mark.parametrize(
+    ("classes", "held_out"),
+    [(20, (2, 3)), (127, (13, 19)), (128, (16, 19)), (400, (40, 60))],
+)
+def test_classes_are_held_out_that_tell_differences_from_noise(classes, held_out):
+    labels = np.repeat(np.arange(classes), 2)
+    digests = np.array([f"{row:040x}" for row in range(len(labels))])
+    parts = splits.held_out_images(labels, digests, "classes")
+    counts = [len(np.unique(labels[part])) for part in parts]
+    assert counts == [classes - sum(held_out), *held_out]
+
+
 @pytest.mark.parametrize("content", ["nothing", "loose", "one class", "all broken"])
 def test_folders_that_cannot_be_trained_on(tmp_path, content):
     folder = tmp_path / "pictures"
@@ -610,14 +634,15 @@ def test_the_shape_is_that_of_the_median_image():
 
 
 @pytest.mark.slow
-def test_datasets_of_the_catalogue():
+def test_datasets_of_the_catalogue(own_data_dir):
+    prepare_digits()
     expected = datasets.load("digits")
-    dataset = datasets.load("tfds:digits:test")
+    dataset = datasets.load("tfds:prepared_digits:test")
     assert dataset.label_names == expected.label_names
     parts = (dataset.train, dataset.validation, dataset.test)
     every = [image.tobytes() for part in parts for image in part.images]
     assert sorted(every) == sorted(image.tobytes() for image in expected.test.images)
-    whole = datasets.load("tfds:digits")
+    whole = datasets.load("tfds:prepared_digits")
     assert len(whole.train) + len(whole.validation) + len(whole.test) == 1797
 
 
@@ -1067,12 +1092,8 @@ def damage_records(file):
 
 
 @pytest.mark.parametrize("damage", [damage_info, damage_records])
-@pytest.mark.parametrize(
-    "data", ["pictures", pytest.param("digits", marks=pytest.mark.slow)]
-)
-def test_damaged_data_are_one_line_with_their_folder(tmp_path, data, damage):
-    if data == "pictures":
-        data = shapes(tmp_path / data, kinds=2, each=4)
+def test_damaged_data_are_one_line_with_their_folder(tmp_path, damage):
+    data = shapes(tmp_path / "pictures", kinds=2, each=4)
     key = datasets.load(data, data_dir=tmp_path / "kept").key
     for file in (tmp_path / "kept").rglob("*"):
         if file.is_file():
@@ -1097,7 +1118,7 @@ def test_a_data_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         return opened(path, flags, *more, **options)
 
     monkeypatch.setattr(os, "open", read_only)
-    monkeypatch.setattr(cache_cleanup, "_held", {})
+    monkeypatch.setattr(cache_cleanup, "_used", {})
     with pytest.raises(OSError, match=r"Permission denied. Set TFDS_DATA_DIR to"):
         datasets.load(folder, data_dir=tmp_path / "new", size=8)
     # What is decoded already is read.

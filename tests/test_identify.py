@@ -74,7 +74,7 @@ def test_names_are_of_the_nearest_class(root, index, means):
         assert one.name == (one.nearest if one.distance <= threshold else None)
         assert one.path.startswith(one.nearest)
     assert {one.name for one in found} > {None}
-    told = [*identification_report.lines(files, found)]
+    told = [*identification_report.format_identities(files, found)]
     assert sum("unknown" in line for line in told) == sum(o.name is None for o in found)
 
     report = identification.evaluate(gallery, x, names, threshold)
@@ -90,7 +90,9 @@ def test_names_are_of_the_nearest_class(root, index, means):
     np.testing.assert_allclose(at["fnir"], 100 * (1 - (named & right)[known].mean()))
     # A rate of 0.1 is not shown by 8 unknown ones, and nothing is said of it.
     assert [one["fpir"] for one in report["at_fpir"]] in ([], [100.0])
-    assert "identified at rank 1" in "\n".join(identification_report.measured(report))
+    assert "identified at rank 1" in "\n".join(
+        identification_report.format_evaluation(report)
+    )
 
 
 def test_an_image_of_the_gallery_is_not_taken_for_itself(index):
@@ -107,7 +109,7 @@ def test_an_image_of_the_gallery_is_not_taken_for_itself(index):
     )
     (one,) = identification.identify(alone, x, threshold=1.0)
     assert (one.runner_up, one.runner_up_distance) == (None, None)
-    with pytest.raises(ValueError, match="holds the probe alone"):
+    with pytest.raises(ValueError, match="must have an image besides the probe"):
         identification.identify(alone, x, threshold=1.0, own=[path])
     (always,) = identification.identify(gallery, -x, threshold=float("inf"))
     assert always.name == always.nearest
@@ -119,7 +121,7 @@ def test_strangers_tell_the_rate_at_this_gallery(index, calibration):
     assert (len(strangers.distances), strangers.left_out) == (72, 0)
     d = np.linalg.norm(calibration.vectors[:, None] - gallery.vectors, axis=-1)
     np.testing.assert_allclose(strangers.distances, np.sort(d.min(axis=1)), rtol=1e-4)
-    assert strangers.named(calibration.threshold) == (
+    assert strangers.count_named(calibration.threshold) == (
         (d.min(axis=1) <= calibration.threshold).sum()
     )
     # The larger the gallery, the more.
@@ -128,17 +130,17 @@ def test_strangers_tell_the_rate_at_this_gallery(index, calibration):
         small = small.without(path)
     fewer = Strangers.of(small, calibration)
     threshold = float(np.median(strangers.distances))
-    assert fewer.named(threshold) < strangers.named(threshold)
+    assert fewer.count_named(threshold) < strangers.count_named(threshold)
     for fpir in (0.14, 0.3, 0.9):
         at = strangers.threshold_at(fpir)
-        assert strangers.named(at) == int(fpir * 72)
-    with pytest.raises(TooFewPairsError, match="72 images of others: 100 are needed"):
+        assert strangers.count_named(at) == int(fpir * 72)
+    with pytest.raises(TooFewPairsError, match=r"fpir 0\.1 requires 100 .*got 72"):
         strangers.threshold_at(0.1)
-    with pytest.raises(ValueError, match="fpir must be a share"):
+    with pytest.raises(ValueError, match="fpir must be between 0 and 1, got 0"):
         strangers.threshold_at(0.0)
     tied = Strangers(np.repeat([0.5, 1.0], 20), 0)
-    assert tied.named(tied.threshold_at(0.3)) == 0
-    assert tied.named(tied.threshold_at(0.7)) == 20
+    assert tied.count_named(tied.threshold_at(0.3)) == 0
+    assert tied.count_named(tied.threshold_at(0.7)) == 20
 
 
 def test_the_known_are_no_strangers(index, calibration):
@@ -150,15 +152,19 @@ def test_the_known_are_no_strangers(index, calibration):
     changed = dataclasses.replace(calibration, names=names, vectors=vectors)
     strangers = Strangers.of(gallery, changed)
     assert (len(strangers.distances), strangers.left_out) == (66, 6)
-    report = identification_report.of_gallery(gallery, 0.5, changed, strangers)
-    assert "6 images of" in "\n".join(identification_report.told(report))
+    report = identification_report.make_gallery_report(gallery, 0.5, changed, strangers)
+    assert "6 images of" in "\n".join(identification_report.format_gallery(report))
     all_known = dataclasses.replace(
         calibration, names=np.array([gallery.names[0]] * len(names))
     )
     strangers = Strangers.of(gallery, all_known)
-    report = identification_report.of_gallery(gallery, 0.5, all_known, strangers)
+    report = identification_report.make_gallery_report(
+        gallery, 0.5, all_known, strangers
+    )
     assert report["others"]["fpir"] is None
-    assert "there are no others" in "\n".join(identification_report.told(report))
+    assert "no other class was calibrated" in "\n".join(
+        identification_report.format_gallery(report)
+    )
 
 
 def test_few_shot_classification_is_naming_without_a_threshold(root, index):
@@ -186,7 +192,7 @@ def test_probes_that_are_all_known_or_all_unknown(index, name):
     assert report["known"] + report["unknown"] == 12
     assert 0 in (report["known"], report["unknown"])
     json.dumps(report, allow_nan=False)
-    assert [*identification_report.measured(report)]
+    assert [*identification_report.format_evaluation(report)]
 
 
 def test_copies_in_the_gallery_are_said(index):
@@ -195,7 +201,7 @@ def test_copies_in_the_gallery_are_said(index):
     report = identification.evaluate(gallery, gallery.vectors, names, 0.5)
     assert report["copies"] == len(gallery.paths)
     assert "are copies of images of the gallery" in "\n".join(
-        identification_report.measured(report)
+        identification_report.format_evaluation(report)
     )
 
 
@@ -225,12 +231,18 @@ def test_a_gallery_of_one_image_per_person_in_one_folder(root, tmp_path):
         assert alone.name != f"kind{k}"
         assert (copy.own, copy.name, copy.distance) == (None, f"kind{k}", 0)
     probes = [known / name for name in own]
-    left_out = "  (itself is left out of the gallery)"
-    assert all(s.endswith(left_out) for s in identification_report.lines(probes, found))
-    assert not any(
-        left_out in s for s in identification_report.lines(probes, elsewhere)
+    left_out = "  (this image of the gallery is left out)"
+    assert all(
+        s.endswith(left_out)
+        for s in identification_report.format_identities(probes, found)
     )
-    assert identification_report.of_probes(probes, found)[2]["own"] == "kind2.png"
+    assert not any(
+        left_out in s
+        for s in identification_report.format_identities(probes, elsewhere)
+    )
+    assert (
+        identification_report.make_probe_reports(probes, found)[2]["own"] == "kind2.png"
+    )
     # Probes in one folder have the names of the gallery, with or without a number.
     assert [
         *map(gallery.name_of_probe, ("kind1", "kind1_02", "kind1 (2)", "eve_2"))

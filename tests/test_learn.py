@@ -25,19 +25,21 @@ from programs import compilations, quickly, repeatable
 
 import tripletjax as tj
 from tripletjax import learn
-from tripletjax.learn import choices, plots
+from tripletjax.learn import plots
 from tripletjax.learn.data import augment, datasets, image_analysis, sampling
+from tripletjax.learn.data.image_array import ArrayImages
 from tripletjax.learn.data.image_cache import Decoding
 from tripletjax.learn.distributed import placement
-from tripletjax.learn.networks import backbones, embedding_networks, layers
+from tripletjax.learn.networks import embedding_networks, layers
 from tripletjax.learn.networks.embedding import as_floats
 from tripletjax.learn.runs import config, defaults, preparation, record, tasks
 from tripletjax.learn.runs import model as model_of_run
 from tripletjax.learn.runs.record import RunRecord
-from tripletjax.learn.training import loop, objectives
+from tripletjax.learn.training import loop, objectives, selection
 from tripletjax.learn.training.checkpoints import Checkpoints
 from tripletjax.learn.training.metrics_log import MetricsLog
 from tripletjax.learn.training.objectives import mined_loss
+from tripletjax.learn.training.selection import Validation
 
 pytestmark = pytest.mark.usefixtures("own_data_dir")
 
@@ -51,7 +53,7 @@ def small(**options):
 
 
 def requested_of(out):
-    return record.options_of(RunRecord.read(out).requested)
+    return record.requested_options(RunRecord.read(out).requested)
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +96,6 @@ def test_what_is_lazy_is_there():
         assert getattr(learn, name) is not None
         assert name in dir(learn)
     assert learn.Config is config.Config
-    assert tuple(objectives.MINING) == choices.MINING
-    models = (*embedding_networks.MODELS, *backbones.UNTRAINED)
-    assert models == choices.MODELS
     with pytest.raises(AttributeError, match="no attribute 'fits'"):
         _ = learn.fits
 
@@ -810,19 +809,151 @@ def test_signals_between_two_lines_are_the_callers(own_data_dir, request):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_the_best_validation_is_kept(tmp_path):
-    values = iter([3.0, 5.0, 4.0, 5.0, float("nan")])
+SPREAD = np.tile([-1.0, 1, -2, 2, 0, 3, -3, 0], 2)
+CLEAR, OUTLIER = np.full(16, 10.0), np.array([90.0, -1, 0, 1, -1] + 11 * [0])
+
+
+@pytest.mark.parametrize(
+    ("gains", "steps"),
+    [
+        # The gains of each validation over the last one, and the steps that are kept.
+        ([CLEAR, 0], [4, 4]),
+        ([CLEAR + SPREAD / 4, 0], [4, 4]),
+        ([CLEAR, CLEAR], [4, 8]),
+        ([OUTLIER, 0], [4, 8]),
+        ([SPREAD / 100, 0], [4, 8]),
+        ([-CLEAR, CLEAR, 0, CLEAR / 2], [4, 8, 8, 8]),
+        ([CLEAR, 2 * CLEAR, 0, 3 * CLEAR], [4, 8, 8, 16]),
+        # Too few classes.
+        ([CLEAR[:15], np.zeros(15)], [4, 8]),
+        ([np.array([50.0, 50]), np.zeros(2)], [4, 8]),
+        ([np.zeros(0), np.zeros(0)], [4, 8]),
+        ([np.full(16, np.nan), 0], [4, 8]),
+        ([CLEAR, np.nan], [4, 8]),
+    ],
+)
+def test_an_earlier_model_is_kept_if_it_exceeds_noise(tmp_path, gains, steps):
+    classes = len(gains[0])
+    values = iter([50 + gain + np.zeros(classes) for gain in gains])
+    kept, seen = Checkpoints(tmp_path / "best"), {}
+
+    def validate(model):
+        seen[4 * (len(seen) + 1)] = jax.tree.map(jnp.copy, nnx.state(model))
+        return Validation({}, next(values))
+
+    _, lines = trained(
+        4 * len(gains),
+        validate=validate,
+        validate_every=4,
+        validation_classes=classes,
+        kept_model=kept,
+    )
+    assert [line["kept_step"] for line in lines if "kept_step" in line] == steps
+    _, model, _ = kept.restore(seen[4])
+    jax.tree.map(np.testing.assert_array_equal, model, seen[steps[-1]])
+
+
+@pytest.mark.parametrize("stop", [4, 6, 9])
+def test_the_candidate_survives_a_resume(tmp_path, stop):
+    def fit(name, start, steps):
+        due = iter([s for s in range(start + 1, steps + 1) if s % 4 == 0 or s == steps])
+        gains = {4: CLEAR}
+        return trained(
+            steps,
+            validate=lambda model: Validation({}, gains.get(next(due), 0 * CLEAR)),
+            validate_every=4,
+            validation_classes=16,
+            checkpoints=Checkpoints(tmp_path / name / "states"),
+            kept_model=Checkpoints(tmp_path / name / "best"),
+        )[1]
+
+    whole = fit("whole", 0, 12)
+    assert whole[-1]["kept_step"] == 4
+    fit("stopped", 0, stop)
+    assert fit("stopped", stop, 12)[-1] == whole[-1]
+    found = [
+        # A digest of every number of the model.
+        Checkpoints(tmp_path / name / "best")
+        ._orbax.checkpointables_metadata(12)
+        .custom_metadata
+        for name in ("whole", "stopped")
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_the_candidate_over_a_mesh(tmp_path):
+    values = iter([CLEAR, 0 * CLEAR])
     kept, seen = Checkpoints(tmp_path / "best"), []
 
     def validate(model):
         seen.append(jax.tree.map(jnp.copy, nnx.state(model)))
-        return {"score": next(values)}
+        return Validation({}, next(values))
 
-    options = {"validate": validate, "validate_every": 4, "best": "score"}
-    trained(16, best_checkpoints=kept, **options)
-    assert kept.steps == [8, 16]
-    _, best, _ = kept.restore(seen[0])
-    jax.tree.map(np.testing.assert_array_equal, best, seen[3])
+    options = {"validate": validate, "validate_every": 2, "validation_classes": 16}
+    mesh = {"mesh": over(4), "loss": ALL_OVER_MESH}
+    states = Checkpoints(tmp_path / "states")
+    _, lines = trained(4, checkpoints=states, kept_model=kept, **options, **mesh)
+    assert lines[-1]["kept_step"] == 2
+    _, model, _ = kept.restore(seen[0])
+    jax.tree.map(np.testing.assert_array_equal, model, seen[0])
+
+
+def test_a_noisy_early_peak_of_two_classes_is_not_kept(tmp_path, monkeypatch):
+    folder = shapes(tmp_path / "pictures", size=(9, 9), kinds=8, each=4)
+    peaks = iter([99.0, 40.0, 60.0])
+
+    def validate(task, model):
+        assert task.validation_classes == 2
+        value = next(peaks)
+        return Validation({"map_at_r": value}, np.full(2, value))
+
+    monkeypatch.setattr(tasks.LabelTask, "validate", validate)
+    out = tmp_path / "run"
+    config = small(data=str(folder), steps=3, split="classes", validate_every=1)
+    evaluations = learn.run(config, out, progress=False)
+    assert json.loads((out / "summary.json").read_text())["kept_step"] == 3
+    (note,) = [n for n in RunRecord.read(out).notes if "checkpoint" in n]
+    assert note.startswith("the last checkpoint is kept: validation has 2 classes")
+    assert evaluations["trained"]["classes"] == 2
+    low, high = evaluations["trained"]["intervals"]["map_at_r"]
+    assert 0 <= low <= evaluations["trained"]["map_at_r"] <= high <= 100
+
+
+def validated(task):
+    """Validation by a model that does not need to learn."""
+    model = embedding_networks.EmbeddingCNN(8, channels=(8, 8), rngs=nnx.Rngs(0))
+    return task.validate(model)
+
+
+def test_validation_by_class():
+    task = tasks.LabelTask(datasets.load("digits"))
+    metrics, by_class = validated(task)
+    assert by_class.shape == (task.validation_classes,) == (10,)
+    counts = np.bincount(task.dataset.validation.labels)
+    np.testing.assert_allclose(counts @ by_class / counts.sum(), metrics["map_at_r"])
+    apart = tasks.LabelTask(datasets.load("digits", split="classes"))
+    _, by_class = validated(apart)
+    assert by_class.shape == (apart.validation_classes,) == (2,)
+
+
+def test_an_interval_holds_the_mean_of_all_classes_as_often_as_it_says():
+    draw = np.random.default_rng(0)
+    held = []
+    for _ in range(1000):
+        sizes = draw.integers(1, 9, 12)
+        labels = np.repeat(np.arange(12), sizes)
+        values = 50 + 5 * draw.normal(size=12)[labels] + draw.normal(size=len(labels))
+        low, high = selection.interval_over_classes(values, labels)
+        held.append(low <= 50 <= high)
+    assert 0.92 < np.mean(held) < 0.98
+    assert selection.interval_over_classes(np.ones(3), np.zeros(3, int)) is None
+
+
+def test_validation_has_a_value_of_each_class():
+    options = {"validate": lambda model: Validation({}, np.zeros(9))}
+    with pytest.raises(ValueError, match=r"by_class must be \[16\].*got shape \(9,\)"):
+        trained(2, validate_every=1, validation_classes=16, **options)
 
 
 # Checkpoints.
@@ -835,6 +966,22 @@ def damage(directory):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def test_states_that_a_killed_process_was_removing_go(tmp_path):
+    directory = tmp_path / "kept"
+    checkpoints = Checkpoints(directory)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"x": jnp.full(3, step)})
+    checkpoints.close()
+    # Part of a state of an earlier step, as a removal leaves it.
+    shutil.copytree(directory / "3", directory / "1")
+    (directory / "1" / "_CHECKPOINT_METADATA").unlink()
+    again = Checkpoints(directory)
+    assert again.steps == [2, 3]
+    assert not (directory / "1").exists()
+    step, state, damaged = again.restore({"x": jnp.zeros(3, jnp.int32)})
+    assert (step, state["x"].tolist(), damaged) == (3, [3, 3, 3], [])
 
 
 def test_damaged_checkpoints_fall_back(tmp_path):
@@ -858,7 +1005,8 @@ def test_damaged_checkpoints_fall_back(tmp_path):
     assert kept.steps == [2, 3]
     for each in (2, 3):
         shutil.rmtree(tmp_path / "kept" / str(each) / "state", ignore_errors=True)
-    with pytest.raises(OSError, match=r"step 3 is damaged.*step 2 is damaged.*none"):
+    both = r"step 3 is damaged.*step 2 is damaged.*; no other checkpoint exists\.$"
+    with pytest.raises(OSError, match=both):
         Checkpoints(tmp_path / "kept").restore(state)
 
 
@@ -1017,7 +1165,7 @@ def with_images(shape, kinds, each):
     images = (
         patterns[labels] + np.uint8(np.arange(len(labels)) % 9)[:, None, None, None]
     )
-    train = datasets.Images(images, labels)
+    train = datasets.Images(ArrayImages.of(images), labels)
     none = train.part(slice(0))
     names = tuple(map(str, range(kinds)))
     kind = "photos" if shape[-1] == 3 else "characters"
@@ -1225,14 +1373,16 @@ def test_names_that_no_font_has_are_shown_as_numbers(tmp_path):
         images, np.arange(6) // 2, embeddings, names, tmp_path / "a.png", k=3
     )
     assert (tmp_path / "a.png").exists()
-    assert plots._fonts("Ada") == ["DejaVu Sans"]
-    assert plots._fonts("\U000f0000") is None
+    assert plots._find_fonts("Ada") == ["DejaVu Sans"]
+    assert plots._find_fonts("\U000f0000") is None
 
 
 def test_queries_have_somebody_to_find(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1), dtype=np.uint8)
     shown = []
-    monkeypatch.setattr(plots, "_short", lambda name, most: shown.append(name) or name)
+    monkeypatch.setattr(
+        plots, "_shorten", lambda name, most: shown.append(name) or name
+    )
     embeddings = {"trained": np.float32(images.reshape(7, -1))}
     labels, names = np.array([0, 1, 2, 2, 3, 3, 4]), tuple("abcde")
     plots.neighbors(images, labels, embeddings, names, tmp_path / "a.png", k=3)
@@ -1245,7 +1395,7 @@ def test_queries_have_somebody_to_find(tmp_path, monkeypatch):
 
 def test_a_margin_that_cannot_be_reached_is_named(tmp_path):
     config, on = small(margin=5.0), placement.ONE_DEVICE
-    made, _ = preparation.planned(config, None, None, tmp_path / "run", on, False)
+    made, _ = preparation.make_plan(config, None, None, tmp_path / "run", on, False)
     assert any("no triplet can satisfy a margin of 5" in note for note in made.notes)
 
 
@@ -1343,7 +1493,7 @@ def test_a_run_goes_on_without_its_options_and_with_moved_data(tmp_path, monkeyp
         learn.run(again, out, resume=True, progress=False)
     # Nor does one go on with other images.
     Image.new("L", (24, 20), 77).save(moved / "group0" / "kind0" / "0.png")
-    with pytest.raises(ValueError, match="no longer what the run"):
+    with pytest.raises(ValueError, match="have changed since the run"):
         learn.run(again, out, resume=True, progress=False)
 
 
@@ -1506,8 +1656,11 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
 
 TRAIN = """
 import resource, sys
-from tripletjax.learn import runs
-config = runs.Config(
+from tripletjax import learn
+from tripletjax.learn.training import selection
+# Ten digits are then enough for a candidate, which is part of the state.
+selection.MIN_CLASSES = 10
+config = learn.Config(
     steps=120, channels=(8, 16), dim=64, per_class=4, ema_decay=0.5,
     checkpoint_every=7, validate_every=30,
 )
@@ -1668,20 +1821,25 @@ class ScaledModel(nnx.Module):
 
 
 @pytest.mark.parametrize(
-    ("shape", "options"),
-    [((), {}), ((8,), {"ema_decay": 0.5, "memory": 100, "memory_momentum": 0.5})],
+    ("shape", "classes", "options"),
+    [
+        ((), 0, {}),
+        ((8,), 16, {"ema_decay": 0.5, "memory": 100, "memory_momentum": 0.5}),
+    ],
 )
-def test_a_weak_type_compiles_no_step_again(tmp_path, shape, options):
+def test_a_weak_type_compiles_no_step_again(tmp_path, shape, classes, options):
     model = ScaledModel(jnp.full(shape, 1.0))
     assert model.scale[...].weak_type
     tx = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
     images = np.zeros((5, 8, 8, 1), np.uint8)
 
     def validate(model):
-        return {"sum": float(learn.embed_images(model, images).sum())}
+        total = float(learn.embed_images(model, images).sum())
+        return Validation({"sum": total}, np.full(classes, total))
 
     options |= {"progress": False, "log_every": 1, "loss": ALL}
     options |= {"validate": validate, "validate_every": 1}
+    options |= {"validation_classes": classes}
     with compilations() as lines:
         kept = Checkpoints(tmp_path / "states")
         more = options | {"checkpoints": kept}

@@ -67,7 +67,7 @@ CORE = (
 )
 ROOMS = (
     *CORE,
-    ("learn.choices", "learn.errors", "learn.files", "learn.compile_cache"),
+    ("learn.choices", "learn.errors", "learn.files"),
     ("learn.data", "learn.reports"),
     ("learn.networks", "learn.distributed", "learn.plots"),
     ("learn.training",),

@@ -24,12 +24,12 @@ from PIL import Image
 import tripletjax as tj
 from tripletjax.apps import search
 from tripletjax.apps.embedders import embedder_of, vectors_of
-from tripletjax.apps.images import decoded as of_text
-from tripletjax.apps.images import encoded as as_text
-from tripletjax.apps.search import index as index_module
-from tripletjax.apps.search import rejections
+from tripletjax.apps.images import decode_path as of_text
+from tripletjax.apps.images import encode_path as as_text
+from tripletjax.apps.search import duplicates, rejections
 from tripletjax.apps.search import report as search_report
 from tripletjax.apps.search import table as search_table
+from tripletjax.apps.search import update as update_module
 from tripletjax.learn.data import folder_listing
 from tripletjax.learn.files import write_json
 
@@ -153,8 +153,8 @@ def test_an_index_follows_its_folder(folder, tmp_path):
 
 def test_contents_that_change_places(tmp_path, monkeypatch):
     # Committed one by one: what the first file held is gone when the second needs it.
-    one_by_one = functools.partial(index_module.read_ahead, size=1)
-    monkeypatch.setattr(index_module, "read_ahead", one_by_one)
+    one_by_one = functools.partial(update_module.read_ahead, size=1)
+    monkeypatch.setattr(update_module, "read_ahead", one_by_one)
     folder = tmp_path / "pictures"
     for number in range(9):
         content(folder / f"{number}.png", number, size=(3, 3))
@@ -358,9 +358,9 @@ def test_bad_embedders_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"must return vectors \[24, d\]"):
         index.update()
     nan = opened(folder, tmp_path / "db", lambda images: [[np.nan]] * len(images))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="finite vectors, got NaN"):
         nan[0].update()
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         opened(tmp_path / "nowhere", tmp_path / "db")
 
 
@@ -369,7 +369,7 @@ def test_what_is_found_is_told_and_drawn(folder, tmp_path):
     index.update()
     inside, outside = folder / "group0" / "kind0" / "0.png", tmp_path / "b.png"
     content(outside, 7)
-    found = search_report.found(index, [inside, outside], k=4)
+    found = search_report.search_files(index, [inside, outside], k=4)
     assert found[0]["class"] == "group0/kind0"
     assert "group0/kind0/0.png" not in [hit["path"] for hit in found[0]["hits"]]
     for hit in found[0]["hits"]:
@@ -378,7 +378,7 @@ def test_what_is_found_is_told_and_drawn(folder, tmp_path):
     lines = [*search_report.ranked_lines(found)]
     assert lines[1] == str(inside)
     assert lines[2].split()[0] == "1"
-    together = search_report.found(index, [inside, outside], k=4, together=True)
+    together = search_report.search_files(index, [inside, outside], k=4, together=True)
     x = vectors_of(index.embedder, [Image.open(inside), Image.open(outside)])
     mean = x.mean(axis=0, keepdims=True)
     mean /= np.linalg.norm(mean)
@@ -386,7 +386,7 @@ def test_what_is_found_is_told_and_drawn(folder, tmp_path):
     assert [hit["path"] for hit in together[0]["hits"]] == [
         hit.path for hit in index.search(mean, 4, leave_out=own)[0]
     ]
-    search_report.draw_found(index, found, tmp_path / "more" / "hits.png")
+    search_report.draw_hits(index, found, tmp_path / "more" / "hits.png")
     with Image.open(tmp_path / "more" / "hits.png") as picture:
         assert np.ptp(np.asarray(picture)) > 0
     search_report.write_groups([["a, b.png", "c.png"]], tmp_path / "groups.csv")
@@ -402,15 +402,15 @@ def test_what_is_found_is_told_and_drawn(folder, tmp_path):
     loose, _ = opened(flat, tmp_path / "db")
     loose.update()
     query = flat / os.fsdecode(b"\xff0.png")
-    (told,) = search_report.found(loose, [query], k=2)
+    (told,) = search_report.search_files(loose, [query], k=2)
     assert told["query"][0].endswith(r"\xff0.png")
     assert told["class"] is None
     assert [hit["right"] for hit in told["hits"]] == [None, None]
-    search_report.draw_found(loose, [told], tmp_path / "flat.png")
+    search_report.draw_hits(loose, [told], tmp_path / "flat.png")
     write_json(tmp_path / "flat.json", told)
     assert json.loads((tmp_path / "flat.json").read_text()) == told
     with pytest.raises(OSError, match=r"groups\.csv cannot be read"):
-        search_report.found(index, [tmp_path / "groups.csv"], k=1)
+        search_report.search_files(index, [tmp_path / "groups.csv"], k=1)
 
 
 UPDATE = """
@@ -507,13 +507,13 @@ def test_rejected_files_are_read_once(folder, tmp_path, monkeypatch):
     assert {line.split(":")[0] for line in first.skipped} == {
         f"group0/kind0/{name}" for name in ("half.png", "notes.txt", "clip.mp4")
     }
-    read, read_image_file = [], index_module.read_image_file
+    read, read_image_file = [], update_module.read_image_file
 
     def counted(file):
         read.append(file.name)
         return read_image_file(file)
 
-    monkeypatch.setattr(index_module, "read_image_file", counted)
+    monkeypatch.setattr(update_module, "read_image_file", counted)
     again = index.update()
     assert sorted(again.skipped) == sorted(first.skipped)
     assert read == []
@@ -772,7 +772,7 @@ def test_a_full_disk_names_the_database(folder, tmp_path, monkeypatch):
         raise RuntimeError("lance error: LanceError(IO): No space left on device")
 
     monkeypatch.setattr(search_table.lancedb.DBConnection, "create_table", full)
-    monkeypatch.setattr(type(index._tables._lance), "create_table", full)
+    monkeypatch.setattr(type(index._database._lance), "create_table", full)
     with pytest.raises(OSError, match=r"written: .*No space.*--database DIR"):
         index.update()
 
@@ -801,7 +801,7 @@ def test_an_index_that_can_only_be_read_is_searched(folder, tmp_path, monkeypatc
 
 def test_a_database_that_cannot_be_made_is_named(folder, tmp_path):
     (tmp_path / "file").write_text("no directory")
-    with pytest.raises(OSError, match=r"no index can be made in .*--database DIR"):
+    with pytest.raises(OSError, match=r"no index can be created in .*--database DIR"):
         opened(folder, tmp_path / "file" / "db")
 
 
@@ -833,7 +833,7 @@ def test_groups_of_near_equal_frames_need_no_list_of_their_pairs():
 
 @pytest.mark.parametrize("pairs", [1, 50, 2**23])
 def test_groups_are_those_of_all_links(monkeypatch, pairs):
-    monkeypatch.setattr(index_module, "PAIRS", pairs)
+    monkeypatch.setattr(duplicates, "PAIRS", pairs)
     draw = np.random.default_rng(1)
     x = draw.integers(0, 9, size=(60, 2)).astype(float)
     distances = np.linalg.norm(x[:, None] - x, axis=-1)

@@ -39,12 +39,12 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(root):
+def app(root):
     index = search.Index(root / "pictures", root / "database", EMBEDDER)
     index.update()
     others = shapes(root / "others", kinds=8, each=9, seed=3)
-    found = verification.evaluate(EMBEDDER, others, replicates=10)
-    return serve.served(index, calibration=found.calibration)
+    result = verification.evaluate(EMBEDDER, others, replicates=10)
+    return serve.App.of(index, calibration=result.calibration)
 
 
 def bomb(file, side):
@@ -59,67 +59,69 @@ def bomb(file, side):
     return str(file)
 
 
-def test_answers_are_those_of_the_applications(served):
-    path = served.paths[5]
-    image = served.read(str(served.index.file_of(path)))
-    hits = served.search(image, 4, own=path)
-    (expected,) = served.index.search(served.vector(image), 4, leave_out=[[path]])
+def test_answers_are_those_of_the_applications(app):
+    path = app.paths[5]
+    image = app.read_image(str(app.index.file_of(path)))
+    hits = app.search(image, 4, own=path)
+    (expected,) = app.index.search(app.embed(image), 4, leave_out=[[path]])
     assert [caption.split()[0] for _, caption in hits] == [
         f"{hit.distance:.3f}" for hit in expected
     ]
     assert all(picture.shape == (112, 112, 3) for picture, _ in hits)
-    assert len(served.search(image, 10**9)) == len(served.paths)
-    assert served.verify(image, image).startswith("**The same**: distance 0.000")
-    told, near = served.identify(image)
+    assert len(app.search(image, 10**9)) == len(app.paths)
+    assert app.verify(image, image).startswith("**Same**: distance 0.000")
+    text, nearest = app.identify(image)
     name = path.rpartition("/")[0]
-    assert told.startswith(f"**{name}**: the nearest is {name}")
-    assert near[0][1].startswith("0.000")
-    # Of those that the threshold was chosen on, two classes are not in the gallery.
-    assert re.search(r"Of strangers \d+ % get a name", told)
+    assert text.startswith(f"**{name}**: nearest class {name}, distance 0.000")
+    assert nearest[0][1].startswith("0.000")
+    # Two classes of the calibration are not in the gallery.
+    assert re.search(r"; false positives at this gallery: \d+ %\.$", text)
     named = dataclasses.replace(
-        served.calibration, names=np.repeat(name, len(served.calibration.names))
+        app.calibration, names=np.repeat(name, len(app.calibration.names))
     )
-    told, _ = dataclasses.replace(served, calibration=named).identify(image)
-    assert "strangers" not in told
+    text, _ = dataclasses.replace(app, calibration=named).identify(image)
+    assert re.search(r"\. Threshold \d\.\d{3}\.$", text)
 
 
-def test_without_a_threshold_it_says_so(served, root):
-    plain = dataclasses.replace(served, calibration=None)
-    image = served.read(str(served.index.file_of(served.paths[0])))
-    assert "no threshold was chosen" in plain.verify(image, image)
-    assert "nobody is unknown" in plain.identify(image)[0]
+def test_without_a_threshold_it_says_so(app, root):
+    plain = dataclasses.replace(app, calibration=None)
+    image = app.read_image(str(app.index.file_of(app.paths[0])))
+    assert "the run has no threshold" in plain.verify(image, image)
+    assert "No threshold: every image is named" in plain.identify(image)[0]
     loose = root / "loose"
     loose.mkdir()
-    shutil.copy(served.index.file_of(served.paths[0]), loose / "one.png")
+    shutil.copy(app.index.file_of(app.paths[0]), loose / "one.png")
     index = search.Index(loose, root / "database", EMBEDDER)
     index.update()
-    nobody = serve.served(index, calibration=None)
-    with pytest.raises(serve.RefusedError, match="nobody is known"):
-        nobody.identify(image)
+    without_classes = serve.App.of(index, calibration=None)
+    with pytest.raises(
+        serve.RequestError, match="one folder per class; the index has none"
+    ):
+        without_classes.identify(image)
     with pytest.raises(ValueError, match="one folder per class"):
-        serve.served(served.index, calibration=None, gallery_index=index)
+        serve.App.of(app.index, calibration=None, gallery_index=index)
 
 
-def test_what_is_uploaded_is_read_within_limits(served, tmp_path):
+def test_uploads_are_read_within_limits(app, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "half.png").write_bytes(
-        served.index.file_of(served.paths[0]).read_bytes()[:60]
+        app.index.file_of(app.paths[0]).read_bytes()[:60]
     )
     (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     for file, words in (
-        (None, "Give an image first"),
-        (str(tmp_path / "text.png"), "no image that can be read"),
-        (str(tmp_path / "half.png"), "no image that can be read"),
+        (None, "Upload an image first"),
+        (str(tmp_path / "text.png"), "not a readable image"),
+        (str(tmp_path / "half.png"), "not a readable image"),
         (bomb(tmp_path / "large.png", 10_000), "10,000 x 10,000 pixels"),
         (
             bomb(tmp_path / "larger.png", 60_000),
-            "too large: it has more pixels than Pillow opens; at most 40 megapixels",
+            "it has more pixels than Pillow opens; the limit is 40 megapixels",
         ),
-        (str(tmp_path / "photo.heic"), "that can be read: it is a HEIC image"),
-        (str(tmp_path / "gone.png"), r"This file cannot be read\.$"),
+        (str(tmp_path / "photo.heic"), "not a readable image: it is a HEIC image"),
+        (str(tmp_path / "gone.png"), r"The file cannot be read\.$"),
     ):
-        with pytest.raises(serve.RefusedError, match=words):
-            served.read(file)
+        with pytest.raises(serve.RequestError, match=words):
+            app.read_image(file)
 
 
 @pytest.fixture
@@ -137,12 +139,12 @@ def address(own_data_dir, root, tmp_path):
         text=True,
     )
     try:
-        told = ""
-        while "Open http" not in told:
+        printed = ""
+        while "Open http" not in printed:
             line = process.stdout.readline()
-            assert line, told
-            told += line
-        assert "24 images in the index" in told
+            assert line, printed
+            printed += line
+        assert "24 images in the index" in printed
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -162,16 +164,16 @@ def test_the_page_in_a_browser(address, root, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
 
-    def upload(place, file):
-        selector = f"#{place} input[type=file]"
+    def upload(element, file):
+        selector = f"#{element} input[type=file]"
         wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, selector))
         browser.find_element(By.CSS_SELECTOR, selector).send_keys(str(file))
 
-    def said(place, words):
-        wait.until(lambda b: words in b.find_element(By.ID, place).text)
+    def check_text(element, words):
+        wait.until(lambda b: words in b.find_element(By.ID, element).text)
 
-    def images(place):
-        return browser.find_elements(By.CSS_SELECTOR, f"#{place} img")
+    def images(element):
+        return browser.find_elements(By.CSS_SELECTOR, f"#{element} img")
 
     def click(find):
         wait.until(lambda b: find().click() is None)
@@ -182,27 +184,27 @@ def test_the_page_in_a_browser(address, root, tmp_path):
 
     try:
         browser.get(address)
-        wait.until(lambda b: len(images("some")) == 24)
+        wait.until(lambda b: len(images("search-sample")) == 24)
         # One of the index, then one that is uploaded, then one that is broken.
-        click(lambda: images("some")[3])
-        said("search-told", "The nearest to group")
-        wait.until(lambda b: len(images("hits")) == 16)
+        click(lambda: images("search-sample")[3])
+        check_text("search-message", "Nearest images to group")
+        wait.until(lambda b: len(images("search-hits")) == 16)
         upload("search-file", pictures[0])
-        said("search-told", "The nearest images of the index")
-        wait.until(lambda b: "0.000" in b.find_element(By.ID, "hits").text)
+        check_text("search-message", "Nearest images of the index")
+        wait.until(lambda b: "0.000" in b.find_element(By.ID, "search-hits").text)
         clear = "#search-file button[aria-label]"
         click(lambda: browser.find_element(By.CSS_SELECTOR, clear))
         upload("search-file", broken)
-        said("search-told", "no image that can be read")
+        check_text("search-message", "not a readable image")
         tab("Verify")
         upload("verify-first", pictures[0])
         upload("verify-second", pictures[0])
-        said("verify-told", "The same: distance 0.000")
-        wait.until(lambda b: len(images("both")) == 2)
+        check_text("verify-message", "Same: distance 0.000")
+        wait.until(lambda b: len(images("verify-pair")) == 2)
         tab("Identify")
         upload("identify-file", pictures[0])
-        said("identify-told", "the nearest is group")
-        wait.until(lambda b: len(images("near")) == 2)
+        check_text("identify-message", "nearest class group")
+        wait.until(lambda b: len(images("identify-nearest")) == 2)
         # Nothing comes from elsewhere.
         hosts = {
             url.split("/")[2] for url in asked_for(browser) if url.startswith("http")
@@ -217,5 +219,5 @@ def test_the_page_in_a_browser(address, root, tmp_path):
             urllib.request.urlopen(f"{address}/gradio_api/file={path}")
         with refused.value as answer:
             assert answer.code in (403, 404)
-    # What is not closed is said here, and not in a test that comes later.
+    # A leak warns in this test, not in a later one.
     gc.collect()

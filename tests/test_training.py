@@ -17,7 +17,6 @@ def test_averages_keep_what_their_decay_says():
         optimizer=optax.sgd(1.0).init(one),
         average=one,
         finite=jnp.array(True),
-        best=jnp.array(0.0),
         slow=one,
     )
     new = steps._next_state(

@@ -11,7 +11,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from folders import shapes
+from folders import prepare_digits, shapes
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
@@ -28,7 +28,6 @@ from tripletjax.apps.verification.calibration import (
     check_enough,
 )
 from tripletjax.apps.verification.pair_distances import PairDistances, distances_of
-from tripletjax.learn.data import datasets
 from tripletjax.learn.embedder import Embedder
 
 # Fixtures of the module are made once, by one worker.
@@ -223,7 +222,7 @@ def test_copies_in_different_classes_leave_no_threshold(tmp_path):
     for embedder in (EMBEDDER, zeros):
         found = verification.evaluate(embedder, folder, replicates=10)
         verification_report.write(found, tmp_path / embedder.key / "out")
-        told = "\n".join(verification_report.lines(found.report))
+        told = "\n".join(verification_report.format_report(found.report))
         assert "copies of others" in told
         assert "empty.png" in told
     # With enough pairs of them it is chosen below all distances.
@@ -302,7 +301,7 @@ def test_pictures_and_lines_of_a_report(found, tmp_path):
     for name in ("roc", "distances", "errors"):
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert np.ptp(np.asarray(picture)) > 0
-    told = "\n".join(verification_report.lines(found.report))
+    told = "\n".join(verification_report.format_report(found.report))
     assert "72 images of 8 classes" in told
     assert f"{found.report['verification']['equal_error_rate']:.2f} %" in told
 
@@ -374,16 +373,16 @@ def test_given_pairs_in_their_folds(tmp_path):
 
 @pytest.mark.slow
 def test_a_prepared_dataset_is_measured_as_a_folder(own_data_dir):
-    datasets.load("digits")
+    prepare_digits()
     with verification.folder_of("elsewhere") as folder:
         assert folder == Path("elsewhere")
-    with verification.folder_of("tfds:digits:test") as folder:
+    with verification.folder_of("tfds:prepared_digits:test") as folder:
         found = verification.evaluate(
-            EMBEDDER, folder, name="tfds:digits:test", replicates=10
+            EMBEDDER, folder, name="tfds:prepared_digits:test", replicates=10
         )
         verification_report.write(found, folder / "out")
     assert not folder.exists()
-    assert found.report["data"] == found.calibration.data == "tfds:digits:test"
+    assert found.report["data"] == found.calibration.data == "tfds:prepared_digits:test"
     assert (found.report["images"], found.report["classes"]) == (899, 10)
 
 

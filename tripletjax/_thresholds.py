@@ -1,4 +1,4 @@
-"""Thresholds of distances, and the rates that they are chosen at."""
+"""Thresholds of distances, and checks of the rates that choose them."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,10 +7,15 @@ from jax import Array
 
 
 def between(last: Array, following: Array) -> Array:
-    """What accepts a distance, and not the following one.
+    """Threshold that accepts the distance `last`, and not the distance `following`.
 
-    In the middle where there is room between them, below all distances if none is to be
-    accepted, for which `last` is minus infinity.
+    The threshold is the middle of the two, or `last` if rounding leaves no number
+    between them.
+
+    Args:
+        last: largest accepted distance, or minus infinity to accept none: the threshold
+            is then below all distances.
+        following: smallest rejected distance, or infinity for none.
     """
     middle = last + (following - last) / 2
     inside = (middle < following) & (following < jnp.inf)
@@ -19,6 +24,16 @@ def between(last: Array, following: Array) -> Array:
 
 
 def as_rates(name: str, rates: Sequence[float]) -> tuple[float, ...]:
+    """Check rates, and convert them to floats.
+
+    Args:
+        name: name of the argument, for messages.
+        rates: at least one number, each over 0 and up to 1.
+
+    Raises:
+        TypeError: if `rates` is not a sequence of numbers.
+        ValueError: if `rates` is empty, or a rate is not over 0 and up to 1.
+    """
     if not isinstance(rates, Iterable) or isinstance(rates, str):
         raise TypeError(f"{name} must be a sequence of numbers, got {rates!r}.")
     try:

@@ -403,6 +403,8 @@ def triplet_loss(
     triplets' pairs are computed, from the differences of their vectors, some triplets
     at a time.
 
+    Memory: O(n d + m d), and O(d) for each triplet.
+
     Args:
         embeddings: vectors of anchors ``[..., n, d]``.
         triplets: `Triplets` of any miner: ``[..., k]`` or ``[..., n, k]``, where the

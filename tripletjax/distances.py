@@ -228,6 +228,8 @@ def normalize(x: ArrayLike) -> Array:
     A zero vector stays zero, and its gradient is 0. The squares of very large and very
     small numbers neither overflow nor vanish.
 
+    Memory: O(n d).
+
     Args:
         x: vectors ``[..., d]``, finite. float16 and bfloat16 vectors are computed and
             returned in float32.

@@ -12,16 +12,16 @@ from tripletjax.pairs import PairMasks, Pairs, same_labels
 
 
 class ClassIndex(NamedTuple):
-    """The positives of every anchor, by sorting the references once.
+    """Positives and negatives of every anchor, from references sorted by label.
 
     Attributes:
-        order: references sorted by label ``[m]``, those that are padding last.
-        start: where an anchor's class begins in it ``[n]``.
-        rank: the anchor's own rank in its class, or m ``[n]``.
-        own: the anchor's own index in `order`, or m ``[n]``.
-        positives: how many positives an anchor has ``[n]``; none if it is padding.
-        negatives: how many negatives ``[n]``.
-        max_positives: the most positives of any anchor.
+        order: references sorted by label, padding last ``[m]``.
+        start: index in `order` at which the class of an anchor begins ``[n]``.
+        rank: rank of the anchor itself in its class, or m if it is no member ``[n]``.
+        own: index of the anchor itself in `order`, or m if it is no reference ``[n]``.
+        positives: number of positives of an anchor, 0 for padding ``[n]``.
+        negatives: number of negatives of an anchor, 0 for padding ``[n]``.
+        max_positives: largest number of positives of an anchor that has a negative.
     """
 
     order: Array
@@ -34,10 +34,12 @@ class ClassIndex(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> "ClassIndex":
+        """The index of the labels of a batch."""
         return cls.of_pairs(batch.pairs)
 
     @classmethod
     def of_pairs(cls, pairs: Pairs) -> "ClassIndex":
+        """The index of pairs that are defined by labels, not by masks."""
         labels, where, real = pairs.labels, pairs.where, pairs.reference_where
         assert not isinstance(labels, PairMasks)
         references, square = pairs.reference_labels, pairs.reference_labels is None
@@ -51,48 +53,57 @@ class ClassIndex(NamedTuple):
         else:
             _, ordered, order = lax.sort((~real, references, index), num_keys=2)
             size = jnp.sum(real)
-            # Padding, whose labels are not in order, does not take part in a search.
+            # Labels of padding are not in order: the searches below must not see them.
             last = jnp.iinfo(ordered.dtype).max
             ordered = jnp.where(index < size, ordered, last)
         inverse = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
         if square:
-            # Every anchor is in there, and need not be searched for.
+            # Every anchor is a reference: no search, only the bounds of its class.
             first = (ordered != jnp.roll(ordered, 1)) | (index == 0) | (index == size)
             last = jnp.roll(first, -1)
             start = lax.cummax(jnp.where(first, index, 0))[inverse]
             end = lax.cummin(jnp.where(last, index + 1, m), reverse=True)[inverse]
         else:
-            sought = labels.astype(ordered.dtype)
-            start = jnp.searchsorted(ordered, sought, side="left")
-            end = jnp.searchsorted(ordered, sought, side="right")
+            wanted = labels.astype(ordered.dtype)
+            start = jnp.searchsorted(ordered, wanted, side="left")
+            end = jnp.searchsorted(ordered, wanted, side="right")
             end = jnp.minimum(end, size)
-            if sought.dtype != labels.dtype:
-                # A label beyond the range of the references' labels has wrapped.
-                end = jnp.where(same_labels(sought, labels), end, start)
+            if wanted.dtype != labels.dtype:
+                # A label out of range of this dtype has wrapped: its class is empty.
+                end = jnp.where(same_labels(wanted, labels), end, start)
         start = jnp.minimum(start, end)
-        alike = end - start
+        class_size = end - start
 
         positions = jnp.arange(n) if square else pairs.positions
         if positions is None:
-            itself = matches = jnp.zeros_like(labels, bool)
+            in_references = matches = jnp.zeros_like(labels, bool)
             rank = own = jnp.full_like(start, m)
         else:
-            place = jnp.clip(positions, 0, m - 1)
-            itself = place == positions
+            position = jnp.clip(positions, 0, m - 1)
+            in_references = position == positions
             if real is not None:
-                itself &= real[place]
-            matches = itself & same_labels(references[place], labels)
-            rank = jnp.where(matches, inverse[place] - start, m)
-            own = jnp.where(itself, inverse[place], m)
-        positives = alike - matches
-        negatives = size - alike - (itself & ~matches)
+                in_references &= real[position]
+            matches = in_references & same_labels(references[position], labels)
+            rank = jnp.where(matches, inverse[position] - start, m)
+            own = jnp.where(in_references, inverse[position], m)
+        positives = class_size - matches
+        negatives = size - class_size - (in_references & ~matches)
         if where is not None:
             positives, negatives = positives * where, negatives * where
-        most = jnp.max(jnp.where(negatives > 0, positives, 0))
-        return cls(order, start, rank, own, positives, negatives, most)
+        max_positives = jnp.max(jnp.where(negatives > 0, positives, 0))
+        return cls(order, start, rank, own, positives, negatives, max_positives)
 
     def positive(self, r: Index, start: Index, size: int) -> tuple[Array, Array]:
-        """The r-th positives of a block of anchors, and whether there are such."""
+        """The r-th positive of each anchor of a block.
+
+        Args:
+            r: rank of the positive by its index in `order`, from 0.
+            start: first anchor of the block.
+            size: anchors of the block.
+
+        Returns:
+            References ``[size]``, and whether each anchor has an r-th positive.
+        """
         first, rank, count = (
             rows_at(x, start, size) for x in (self.start, self.rank, self.positives)
         )
@@ -100,21 +111,22 @@ class ClassIndex(NamedTuple):
         return self.order[slot], r < count
 
     def negative(self, r: Index, start: Index, size: int) -> tuple[Array, Array]:
-        """The r-th negatives of a block of anchors, and whether there are such."""
+        """The r-th negative of each anchor of a block, as in `positive`."""
         first, rank, own, positives, count = (
             rows_at(x, start, size)
             for x in (self.start, self.rank, self.own, self.positives, self.negatives)
         )
         m = len(self.order)
-        # The class lies between the negatives, with the anchor or apart from it.
-        alike = positives + (rank < m)
+        # In `order`, the class lies among the negatives, and so does an anchor that is
+        # no member of it: skip whichever comes first, then the other.
+        class_size = positives + (rank < m)
         slot = r + ((own < first) & (r >= own))
-        slot += jnp.where(slot >= first, alike, 0)
-        slot += (own >= first + alike) & (slot >= own)
+        slot += jnp.where(slot >= first, class_size, 0)
+        slot += (own >= first + class_size) & (slot >= own)
         return self.order[jnp.minimum(slot, m - 1)], r < count
 
     def count_triplets(self, start: Index, size: int, like: Array) -> Array:
-        """How many triplets a block of anchors has, as numbers of an array's dtype."""
+        """Number of triplets of each anchor of a block, in the dtype of `like`."""
         positives, negatives = (
             rows_at(x, start, size).astype(like.dtype)
             for x in (self.positives, self.negatives)
@@ -124,7 +136,11 @@ class ClassIndex(NamedTuple):
     def positives_slice(
         self, first: Index, count: int, start: Index, size: int
     ) -> tuple[Array, Array]:
-        """The positives from the first on ``[size, count]`` of a block of anchors."""
+        """Positives ``[size, count]`` of a block, those of rank `first` and after.
+
+        Returns:
+            References, and whether each anchor has such a positive.
+        """
         ranks = first + jnp.arange(count)
-        index, found = jax.vmap(lambda r: self.positive(r, start, size))(ranks)
-        return index.T, found.T
+        index, exists = jax.vmap(lambda r: self.positive(r, start, size))(ranks)
+        return index.T, exists.T

@@ -1,8 +1,8 @@
-"""What people do with an embedder: search, verify, identify, serve, export.
+"""Applications of an embedder: search, verify, identify, serve, export.
 
-Every application takes a run directory, or any function from images to vectors. Needs
-extras: ``pip install -e '.[train,search]'`` in a copy of the repository, and ``serve``
-or ``export``.
+Every application takes a run directory, or any function from images to vectors. The
+extras ``train`` and ``search`` are required, and ``serve`` or ``export`` for these:
+``pip install -e '.[train,search]'`` in a copy of the repository.
 """
 
 import importlib

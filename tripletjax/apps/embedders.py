@@ -1,4 +1,4 @@
-"""From images to vectors: the embedding of a run, or any function."""
+"""Embedders of run directories and of functions."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,7 +16,12 @@ Function = Callable[[list[Image.Image]], ArrayLike]
 
 @dataclasses.dataclass(frozen=True)
 class FunctionEmbedder:
-    """A function from a list of images in RGB to vectors, as an `ImageEmbedder`."""
+    """A function as an `ImageEmbedder`.
+
+    Attributes:
+        key: name of the function, its weights and its preparation of images.
+        function: from a list of RGB images to vectors ``[n, d]``.
+    """
 
     key: str
     function: Function
@@ -29,7 +34,7 @@ class FunctionEmbedder:
         n = len(prepared)
         if x.ndim != 2 or len(x) != n:
             raise ValueError(
-                f"the function must return vectors [{n}, d] for {n} images, got "
+                f"function must return vectors [{n}, d] for {n} images, got shape "
                 f"{x.shape}."
             )
         return x
@@ -38,33 +43,45 @@ class FunctionEmbedder:
 def embedder_of(
     source: str | Path | Function, *, key: str | None = None
 ) -> ImageEmbedder:
-    """The embedder of a run directory, or of any function.
+    """Load the embedder of a run directory, or wrap a function.
 
     Args:
-        source: a run directory, or a function from a list of Pillow's images in RGB to
-            vectors ``[n, d]``, such as a pretrained network of one's own.
-        key: a name of the function and its weights; not for a run, which has its own.
+        source: a run directory, or a function from a list of RGB images of Pillow to
+            vectors ``[n, d]``, such as your own pretrained network.
+        key: name of the function and its weights; required for a function, None for a
+            run directory.
 
     Returns:
         The `ImageEmbedder`.
 
     Raises:
-        FileNotFoundError: if there is no trained model in the directory.
-        ValueError: if a function has no key, or a run is given one.
+        FileNotFoundError: if the directory has no trained model.
+        ValueError: if a function has no key, or a run directory has one.
     """
     if callable(source):
         if not key:
             raise ValueError(
-                "key must name the function, such as 'my-network-v1': an index is "
-                "never mixed of two of them."
+                "key must name the function and its weights, such as 'my-network-v1', "
+                f"got {key!r}; an index keeps the vectors of each key apart."
             )
-        # Another number refuses indexes of images that were prepared otherwise.
+        # The number rises with every change of `to_rgb`, so that older indexes do not
+        # match.
         return FunctionEmbedder(f"function {key}, preparation 2", source)
     if key is not None:
-        raise ValueError(f"key is for functions, got {key!r} for the run {source}.")
+        raise ValueError(
+            f"key requires a function, got {key!r} with the run directory {source}."
+        )
     return load_embedder(source)
 
 
 def vectors_of(embedder: ImageEmbedder, images: Sequence[Image.Image]) -> np.ndarray:
-    """Vectors ``[n, d]`` of some images."""
+    """Prepare and embed images.
+
+    Args:
+        embedder: of a run directory or a function.
+        images: n images of any size.
+
+    Returns:
+        Vectors ``[n, d]``.
+    """
     return embedder.embed([embedder.prepare(image) for image in images])

@@ -1,10 +1,8 @@
-"""An embedder for elsewhere: StableHLO for JAX and flatbuffers alone, and ONNX.
+"""Export of an embedder as StableHLO or ONNX, and of its backbone as safetensors.
 
-Or what another run begins with: the weights of its backbone, as safetensors.
-
-What is exported takes images as they are made into, uint8 ``[n, height, width,
-channels]`` for any n, and gives their vectors ``[n, d]``: the part of the image that
-the network sees is cut and resized within, by the same integers as Pillow.
+A StableHLO file requires JAX and flatbuffers alone. An exported function maps prepared
+images, uint8 ``[n, height, width, channels]`` for any n, to vectors ``[n, d]``. It
+contains the crop and the resize to the view of the network, in the integers of Pillow.
 """
 
 import contextlib
@@ -13,7 +11,6 @@ import functools
 import io
 import logging
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,11 +23,12 @@ from flax import nnx
 from jax import Array
 from PIL import Image
 
+from tripletjax.learn.data.digits import digits
 from tripletjax.learn.data.folder_listing import find_files
 from tripletjax.learn.data.image_files import open_image
 from tripletjax.learn.data.image_shape import View
 from tripletjax.learn.embedder import Embedder
-from tripletjax.learn.files import write_json
+from tripletjax.learn.files import replaced, write_json
 from tripletjax.learn.networks import backbones, heads
 from tripletjax.learn.networks.backbones.layers import whole_depthwise
 from tripletjax.learn.networks.embedding import as_floats
@@ -38,32 +36,32 @@ from tripletjax.learn.networks.embedding_networks import Standardized
 from tripletjax.learn.networks.weights import save_weights, shapes_of
 from tripletjax.learn.runs.model import BACKBONE, build_model
 
-# Of each file the largest difference from the run that is let through.
+# Largest difference of an exported value from that of the run.
 TOLERANCE = 1e-4
 PLATFORMS = ("cpu", "cuda", "tpu")
 FUNCTIONS, WEIGHTS = (".onnx", ".stablehlo"), ".safetensors"
 SUFFIXES = (*FUNCTIONS, WEIGHTS)
-# So many images are compared.
+# Images that are compared.
 COMPARED = 32
-# Pillow's fixed point, in two halves whose sums float32 holds exactly.
+# Half the bits of Pillow's fixed point: float32 holds the sums of a half exactly.
 HALF = 2**11
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A file that was written and compared with its run.
+    """An exported file, and its comparison with the run.
 
     Attributes:
-        file: where it is.
-        preparation: the JSON file beside it, by which images are prepared for it; None
-            for weights.
-        size: in bytes.
-        shape: height, width and channels of the images that it takes.
-        dim: of the vectors that it gives; of a backbone's, how many features.
-        images: how many were compared.
-        of: what they are.
-        difference: the largest of any value from that of the run.
-        notes: what was decided.
+        file: path of the file.
+        preparation: path of the JSON file with the preparation of images; None for
+            weights.
+        size: size of the file in bytes.
+        shape: height, width and channels of prepared images.
+        dim: size of the vectors, or number of features of a backbone.
+        images: number of images that were compared.
+        compared_on: description of these images.
+        difference: largest difference of a value from that of the run.
+        notes: differences between file and run, for the user.
     """
 
     file: Path
@@ -72,40 +70,45 @@ class Exported:
     shape: tuple[int, int, int]
     dim: int
     images: int
-    of: str
+    compared_on: str
     difference: float
     notes: tuple[str, ...]
 
 
 class DifferenceError(ValueError):
-    """What was exported does not do what the run does."""
+    """An exported file whose values differ from those of its run."""
 
 
 def export(
     embedder: Embedder, out: str | Path, *, check: str | Path | None = None
 ) -> Exported:
-    """Writes the embedding of a run as one file, and compares it with the run.
+    """Write the embedding of a run as one file, and compare the file with the run.
+
+    The suffix of `out` chooses the format:
+
+    - ``.stablehlo``: a function for `jax.export`, for CPU, CUDA and TPU.
+    - ``.onnx``: a function for ONNX.
+    - ``.safetensors``: weights of a trained backbone without its head. Their names are
+      those of the file that the run began with, or torchvision's.
+
+    Beside a function, ``FILE.json`` holds the preparation of images, for
+    `learn.data.image_shape.prepare_images`.
 
     Args:
         embedder: of a run.
-        out: the file, which must not exist: ``.stablehlo`` for `jax.export`, of any
-            batch size, for CPU, CUDA and TPU; ``.onnx`` for ONNX; ``.safetensors`` for
-            the weights of a backbone that was trained, without the head, under the
-            names of the file that it began with, or torchvision's. Beside a function,
-            ``FILE.json`` holds the preparation of images, for
-            `learn.data.image_shape.prepare_images`.
-        check: a folder with images that they are compared on. If not given, images that
-            the run has learnt from, if they are still there, and else noise.
+        out: path of the file, which must not exist.
+        check: folder of images to compare on; by default the training images of the
+            run if they exist, otherwise noise.
 
     Returns:
-        `Exported`.
+        The file and its difference from the run.
 
     Raises:
-        FileExistsError: if the file is there.
-        FileNotFoundError: if the folder has no image.
-        ValueError: if the suffix is none of these, or no backbone was trained.
-        DifferenceError: if they differ by more than 1e-4; then no file is left.
-        ImportError: if a package is missing.
+        FileExistsError: if `out` or its ``.json`` exists.
+        FileNotFoundError: if `check` has no readable image.
+        ValueError: if the suffix is none of these, or the run trained no backbone.
+        DifferenceError: if values differ by more than 1e-4; no file remains.
+        ImportError: if a required package is missing.
     """
     out = Path(out)
     if out.suffix not in SUFFIXES:
@@ -114,47 +117,43 @@ def export(
     preparation = None if weights else out.with_name(f"{out.name}.json")
     for file in (out, preparation):
         if file is not None and file.exists():
-            raise FileExistsError(f"{file} is there; it is left as it is.")
+            raise FileExistsError(f"{file} already exists; give another file.")
     if weights:
         _check_trained_backbone(embedder)
     notes = ()
     if embedder.record.plan.bfloat16:
-        embedder = _in_float32(embedder)
+        embedder = _to_float32(embedder)
         notes = ("the run computes in bfloat16, the file in float32",)
-    images, of = _some_images(embedder, check)
+    images, compared_on = _comparison_images(embedder, check)
     spec = embedder.shape
     shape = spec.height, spec.width, spec.channels
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    try:
+    with replaced(out) as part:
         if weights:
             expected = _backbone_features(embedder)(images)
             _write_weights(embedder, part)
-            again = _loaded_features(embedder, part)
+            restored = _load_features(embedder, part)
         else:
             expected = embedder.embed(list(images))
             function = function_of(embedder)
             onnx = out.suffix == ".onnx"
-            part.write_bytes((_as_onnx if onnx else _as_stablehlo)(function, shape))
-            again = (_onnx if onnx else _stablehlo)(part.read_bytes())
-        # Of another number of images, too.
-        got = np.concatenate([again(images[:1]), again(images[1:])])
-        # Of features, as a share of the largest.
-        largest = float(np.abs(expected).max()) if weights else 1.0
-        difference = float(np.abs(got - expected).max()) / largest
+            part.write_bytes((_to_onnx if onnx else _to_stablehlo)(function, shape))
+            restored = (_load_onnx if onnx else _load_stablehlo)(part.read_bytes())
+        # In two batches, since the file must accept any number of images.
+        actual = np.concatenate([restored(images[:1]), restored(images[1:])])
+        # Features are compared as shares of the largest; vectors have unit norm.
+        scale = float(np.abs(expected).max()) if weights else 1.0
+        difference = float(np.abs(actual - expected).max()) / scale
         if not difference <= TOLERANCE:
             raise DifferenceError(
-                f"the file for {out} would differ from the run by {difference:.2g} on "
-                f"{of}, more than {TOLERANCE:g}; it is not kept."
+                f"{out} must differ from the run by at most {TOLERANCE:g}, got "
+                f"{difference:.2g} on {compared_on}; no file is written."
             )
         if preparation is not None:
             write_json(preparation, dataclasses.asdict(spec))
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
     size, dim = out.stat().st_size, expected.shape[1]
     return Exported(
-        out, preparation, size, shape, dim, len(images), of, difference, notes
+        out, preparation, size, shape, dim, len(images), compared_on, difference, notes
     )
 
 
@@ -162,17 +161,18 @@ def _check_trained_backbone(embedder: Embedder) -> None:
     plan = embedder.record.plan.backbone
     if plan is None:
         raise ValueError(
-            f"out is {WEIGHTS}, for the weights of a backbone, but the run has none."
+            f"out with suffix {WEIGHTS} requires a run with a backbone; for this run "
+            f"use {' or '.join(FUNCTIONS)}."
         )
     if plan.training == "frozen":
         raise ValueError(
-            f"out is {WEIGHTS}, for the weights of a backbone, but that of the run "
-            "was not trained: it is the file that the run began with."
+            f"out with suffix {WEIGHTS} requires a trained backbone, got a frozen one; "
+            "its weights are those of the file that the run began with."
         )
 
 
 def _write_weights(embedder: Embedder, path: Path) -> None:
-    """The weights of a run's backbone, under the names that it began with."""
+    """Write the weights of the backbone, under the names of its original file."""
     plan, run_dir = embedder.record.plan.backbone, embedder.run_dir
     backbone = heads.backbone_of(embedder.model)
     if plan is None or plan.digest is None or run_dir is None:
@@ -184,16 +184,17 @@ def _write_weights(embedder: Embedder, path: Path) -> None:
 
 
 def _backbone_features(embedder: Embedder) -> Callable[[np.ndarray], np.ndarray]:
+    """The function from prepared images to the features of the backbone."""
     model = heads.features_of(embedder.model)
     return lambda images: np.asarray(
         dataclasses.replace(embedder, model=model).of_shape(images)
     )
 
 
-def _loaded_features(
+def _load_features(
     embedder: Embedder, path: Path
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The same of a file, read as another run would read it."""
+    """The same function by the weights of a file, as another run would load them."""
     network, _ = backbones.load(path)
     model = Standardized(network, embedder.model.mean, embedder.model.std)
     model.eval()
@@ -202,20 +203,18 @@ def _loaded_features(
     )
 
 
-def _in_float32(embedder: Embedder) -> Embedder:
-    """The same network and parameters, computed in float32."""
-    made = embedder.record
-    made = dataclasses.replace(
-        made, plan=dataclasses.replace(made.plan, bfloat16=False)
-    )
-    model = build_model(made)
+def _to_float32(embedder: Embedder) -> Embedder:
+    """The embedder with the same parameters, which computes in float32."""
+    plan = dataclasses.replace(embedder.record.plan, bfloat16=False)
+    record = dataclasses.replace(embedder.record, plan=plan)
+    model = build_model(record)
     nnx.update(model, nnx.state(embedder.model))
     model.eval()
-    return dataclasses.replace(embedder, model=model, record=made)
+    return dataclasses.replace(embedder, model=model, record=record)
 
 
 def function_of(embedder: Embedder) -> Callable[[Array], Array]:
-    """The embedding in JAX alone, from images as they are made into."""
+    """The embedding as a function of prepared images, in JAX alone."""
     graph, state = nnx.split(embedder.model)
     resize = None
     if embedder.view is not None:
@@ -223,23 +222,32 @@ def function_of(embedder: Embedder) -> Callable[[Array], Array]:
         resize = resampling(embedder.view, spec.height, spec.width)
 
     def embed(images: Array) -> Array:
-        seen = as_floats(images) if resize is None else resize(images) / 255
-        return nnx.merge(graph, state)(seen)
+        x = as_floats(images) if resize is None else resize(images) / 255
+        return nnx.merge(graph, state)(x)
 
     return embed
 
 
 def resampling(view: View, height: int, width: int) -> Callable[[Array], Array]:
-    """What a view does to images uint8 ``[n, height, width, c]``, as floats 0 to 255.
+    """A view as a function of images in JAX, equal to Pillow's bit by bit.
 
-    Sums of the same integers as Pillow's, which are rounded after either direction.
-    Which comes first depends on Pillow's version: it is asked.
+    Pillow sums integers, and rounds after each of the two directions. Which direction
+    is first depends on its version: a comparison on noise decides.
+
+    Args:
+        view: box and size of the part that the network sees.
+        height: height of prepared images.
+        width: width of prepared images.
+
+    Returns:
+        A function from uint8 ``[n, height, width, c]`` to floats from 0 to 255
+        ``[n, view.height, view.width, c]``.
     """
     top, left, bottom, right = view.box
     columns = _weights(width, left * width, right * width, view.width)
     rows = _weights(height, top * height, bottom * height, view.height)
 
-    def weighted(x: Array, weights: np.ndarray | None, form: str) -> Array:
+    def apply_weights(x: Array, weights: np.ndarray | None, form: str) -> Array:
         if weights is None:
             return x
         high, low = (np.float32(part) for part in np.divmod(weights, HALF))
@@ -254,20 +262,23 @@ def resampling(view: View, height: int, width: int) -> Callable[[Array], Array]:
     def resize(images: Array, steps: list) -> Array:
         x = jnp.asarray(images).astype(jnp.float32)
         for weights, form in steps:
-            x = weighted(x, weights, form)
+            x = apply_weights(x, weights, form)
         return x
 
     draw = np.random.default_rng(0)
     noise = draw.integers(0, 256, (1, height, width, 3), dtype=np.uint8)
-    orders = steps, steps[::-1]
     expected = view(noise).astype(np.float32)
-    apart = [np.abs(resize(jnp.asarray(noise), one) - expected).sum() for one in orders]
-    return functools.partial(resize, steps=orders[int(np.argmin(apart))])
+    orders = steps, steps[::-1]
+    errors = [np.abs(resize(jnp.asarray(noise), o) - expected).sum() for o in orders]
+    return functools.partial(resize, steps=orders[int(np.argmin(errors))])
 
 
 def _weights(size: int, start: float, end: float, out: int) -> np.ndarray | None:
-    """Pillow's weights of a Lanczos filter, integers ``[out, size]``; None for none."""
-    # Pillow has the ends in 32 bits.
+    """Pillow's integer weights ``[out, size]`` of a Lanczos filter.
+
+    None if the filter would keep every pixel.
+    """
+    # Pillow keeps the ends of the box in 32 bits.
     start, end = float(np.float32(start)), float(np.float32(end))
     if out == size and start == 0 and end == size:
         return None
@@ -279,61 +290,61 @@ def _weights(size: int, start: float, end: float, out: int) -> np.ndarray | None
         first = max(int(centre - 3 * spread + 0.5), 0)
         last = min(int(centre + 3 * spread + 0.5), size)
         x = (np.arange(first, last) - centre + 0.5) / spread
-        near = np.where(np.abs(x) <= 3, np.sinc(x) * np.sinc(x / 3), 0)
-        weights[index, first:last] = near / near.sum()
+        kernel = np.where(np.abs(x) <= 3, np.sinc(x) * np.sinc(x / 3), 0)
+        weights[index, first:last] = kernel / kernel.sum()
     fixed = weights * HALF**2
     return np.trunc(fixed + np.where(fixed < 0, -0.5, 0.5)).astype(np.int64)
 
 
-def _as_stablehlo(function: Callable, shape: tuple[int, int, int]) -> bytes:
-    _need("flatbuffers")
+def _to_stablehlo(function: Callable, shape: tuple[int, int, int]) -> bytes:
+    _import("flatbuffers")
     (n,) = jax.export.symbolic_shape("n")
     spec = jax.ShapeDtypeStruct((n, *shape), jnp.uint8)
-    made = jax.export.export(jax.jit(function), platforms=PLATFORMS)(spec)
-    return bytes(made.serialize())
+    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(spec)
+    return bytes(exported.serialize())
 
 
-def _stablehlo(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
+def _load_stablehlo(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
     call = jax.export.deserialize(bytearray(content)).call
     return lambda images: np.asarray(call(images))
 
 
-def _as_onnx(function: Callable, shape: tuple[int, int, int]) -> bytes:
+def _to_onnx(function: Callable, shape: tuple[int, int, int]) -> bytes:
     (n,) = jax.export.symbolic_shape("n")
-    with _quiet(), whole_depthwise():
-        # What it cannot import is for other networks.
-        jax2onnx = _need("jax2onnx")
-        made: Any = jax2onnx.to_onnx(
+    with _silence_converters(), whole_depthwise():
+        # The import warns of optional packages, which these networks do not need.
+        jax2onnx = _import("jax2onnx")
+        model: Any = jax2onnx.to_onnx(
             function,
             [jax.ShapeDtypeStruct((n, *shape), jnp.uint8)],
             model_name="tripletjax",
             input_names=["images"],
             output_names=["embeddings"],
         )
-    return made.SerializeToString()
+    return model.SerializeToString()
 
 
-def _onnx(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
-    onnxruntime = _need("onnxruntime")
+def _load_onnx(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
+    onnxruntime = _import("onnxruntime")
     options = onnxruntime.SessionOptions()
-    # Errors alone.
+    # Level 3: errors, without warnings.
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(content, options)
     return lambda images: session.run(None, {"images": images})[0]
 
 
-def _need(package: str) -> Any:
+def _import(package: str) -> Any:
     try:
         return __import__(package)
     except ImportError as error:
         raise ImportError(
-            f'{error}: it needs pip install "tripletjax[train,export]"'
+            f'{error}; export requires pip install "tripletjax[train,export]"'
         ) from error
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what a converter says to those who write it."""
+def _silence_converters() -> Iterator[None]:
+    """Suppress the logs, warnings and prints of jax2onnx, which are for its authors."""
     loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -347,34 +358,30 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _some_images(
+def _comparison_images(
     embedder: Embedder, check: str | Path | None
 ) -> tuple[np.ndarray, str]:
-    """Images to compare on, as the run makes them, and what they are."""
-    learnt = embedder.record.requested.data
-    folder = Path(learnt if check is None else check)
-    if check is None and learnt == "digits":
-        from sklearn.datasets import load_digits
-
-        pixels, _ = load_digits(return_X_y=True)
-        some = np.asarray(pixels)[:COMPARED].reshape(-1, 8, 8) * (255 / 16)
-        digits = [Image.fromarray(image) for image in some.astype(np.uint8)]
-        images = [embedder.prepare(digit) for digit in digits]
+    """Prepared images to compare on, and their description."""
+    data = embedder.record.requested.data
+    folder = Path(data if check is None else check)
+    if check is None and data == "digits":
+        pixels = digits()[0][:COMPARED, ..., 0]
+        images = [embedder.prepare(Image.fromarray(image)) for image in pixels]
         return np.stack(images), f"{len(images)} digits"
     if folder.is_dir():
-        images = [*_readable(embedder, find_files(folder).files)]
+        images = [*_prepare_sample(embedder, find_files(folder).files)]
         if images:
             return np.stack(images), f"{len(images)} images of {folder}"
     if check is not None:
-        raise FileNotFoundError(f"there is no image in {check}.")
+        raise FileNotFoundError(f"check must have a readable image, got {check}.")
     spec, draw = embedder.shape, np.random.default_rng(0)
     shape = COMPARED, spec.height, spec.width, spec.channels
     noise = draw.integers(0, 256, shape, dtype=np.uint8)
-    return noise, f"{COMPARED} images of noise: what the run learnt from is not there"
+    return noise, f"{COMPARED} images of noise (the training images do not exist)"
 
 
-def _readable(embedder: Embedder, files: Sequence[Path]) -> Iterator[np.ndarray]:
-    """Some images, from all over the folder."""
+def _prepare_sample(embedder: Embedder, files: Sequence[Path]) -> Iterator[np.ndarray]:
+    """Prepare every n-th image, and skip unreadable ones."""
     step = max(1, math.ceil(len(files) / COMPARED))
     for file in files[::step]:
         try:

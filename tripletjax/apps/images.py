@@ -1,4 +1,4 @@
-"""Image files: their paths as text, as they are given, and as they are shown."""
+"""Image files that a user names: paths as text, thumbnails."""
 
 import os
 import re
@@ -10,15 +10,15 @@ from PIL import Image
 from tripletjax.learn.data.image_files import open_image
 from tripletjax.learn.data.image_shape import to_rgb
 
-# The longer side of images in a picture, in pixels.
+# The sides of a thumbnail, in pixels.
 SIDE = 112
 
 
-def opened(file: Path) -> Image.Image:
-    """An image file that somebody has named.
+def load_image(file: Path) -> Image.Image:
+    """Open an image file, with its path in errors.
 
     Raises:
-        OSError: if it cannot be read; says which.
+        OSError: if the file cannot be read.
     """
     try:
         return open_image(file)
@@ -27,15 +27,15 @@ def opened(file: Path) -> Image.Image:
 
 
 def thumbnail(file: Path) -> np.ndarray:
-    """A small image on a white square; an empty one if it is no longer there."""
+    """A small image on a white square, empty if the file cannot be read."""
     try:
-        return shrunk(open_image(file))
+        return shrink(open_image(file))
     except OSError:
         return np.full((SIDE, SIDE, 3), 255, np.uint8)
 
 
-def shrunk(image: Image.Image) -> np.ndarray:
-    """An image on a white square, uint8 ``[SIDE, SIDE, 3]``."""
+def shrink(image: Image.Image) -> np.ndarray:
+    """Fit an image into a white square, uint8 ``[SIDE, SIDE, 3]``."""
     sheet = Image.new("RGB", (SIDE, SIDE), "white")
     image = to_rgb(image)
     image.thumbnail((SIDE, SIDE))
@@ -46,24 +46,21 @@ def shrunk(image: Image.Image) -> np.ndarray:
     return np.asarray(sheet)
 
 
-def encoded(path: Path) -> str:
-    """A path as text, also where its bytes are none; undone by `decoded`."""
+def encode_path(path: Path) -> str:
+    """Write a path as text, even if it is not UTF-8; inverted by `decode_path`."""
     text = os.fsencode(path.as_posix()).replace(b"\\", b"\\\\")
     return text.decode(errors="backslashreplace")
 
 
-def decoded(text: str) -> Path:
-    """The path of `encoded`."""
+def decode_path(text: str) -> Path:
+    """Read a path that `encode_path` wrote."""
     parts = re.split(r"(\\\\|\\x[0-9a-f]{2})", text)
-    return Path(
-        os.fsdecode(
-            b"".join(
-                b"\\"
-                if part == r"\\"
-                else bytes.fromhex(part[2:])
-                if part.startswith("\\x")
-                else part.encode()
-                for part in parts
-            )
-        )
-    )
+    return Path(os.fsdecode(b"".join(map(_decode_part, parts))))
+
+
+def _decode_part(part: str) -> bytes:
+    if part == r"\\":
+        return b"\\"
+    if part.startswith("\\x"):
+        return bytes.fromhex(part[2:])
+    return part.encode()

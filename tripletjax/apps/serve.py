@@ -1,8 +1,8 @@
-"""A page in the browser: search in an index, verify two images, identify one.
+"""A page in the browser: search, verification and identification by one index.
 
-It listens on this machine alone unless told otherwise, loads nothing from elsewhere and
-sends nothing there. It gives out pictures of the index as small copies, by numbers and
-not by paths; what is uploaded is read within limits and removed when the page ends.
+The page listens on localhost by default, loads nothing from other hosts and sends
+nothing to them. It shows images of the index as thumbnails, by number and not by path.
+Uploads are read within limits and removed when the page ends.
 """
 
 import dataclasses
@@ -18,37 +18,47 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# Before Gradio is imported, which would ask its makers for news.
+# Set before Gradio is imported, which otherwise reports its use to its makers.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
 from tripletjax.apps import identification, verification
 from tripletjax.apps.embedders import vectors_of
-from tripletjax.apps.images import shrunk, thumbnail
+from tripletjax.apps.images import shrink, thumbnail
 from tripletjax.apps.search.index import Index
 from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.learn.data.image_files import ImageError, ImageTooLargeError, open_image
 
-# What is larger is refused before it is decoded.
-MOST_BYTES, MOST_PIXELS = "20mb", 40_000_000
-# So many images of the index are offered at a time, and found at most.
-OFFERED, FOUND = 24, 48
+# Limits of an upload; the number of pixels is read before the image is decoded.
+MAX_FILE_SIZE, MAX_PIXELS = "20mb", 40_000_000
+# Images of the index that are offered as queries, and results at most.
+SAMPLE_SIZE, MAX_RESULTS = 24, 48
+
+Pictures = list[tuple[np.ndarray, str]]
+
+GALLERY: dict[str, Any] = {
+    "allow_preview": False,
+    "columns": 6,
+    "buttons": [],
+    "fit_columns": False,
+}
+EVENT: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
 
 
-class RefusedError(Exception):
-    """What a visitor gave cannot be used; says why in a sentence."""
+class RequestError(Exception):
+    """A request that the page cannot answer; the message is for its visitor."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Served:
-    """What the page answers from.
+class App:
+    """The index, gallery and threshold that the page answers from.
 
     Attributes:
-        index: that is searched, up to date.
-        paths: of its images.
-        gallery: who is known, or None if the index has no classes.
-        gallery_index: where the images of the gallery are.
+        index: the index to search, up to date.
+        paths: paths of its images.
+        gallery: known classes, or None if the index has no class folders.
+        gallery_index: the index of the gallery's images.
         calibration: the threshold, or None if none was chosen.
     """
 
@@ -58,234 +68,281 @@ class Served:
     gallery_index: Index
     calibration: Calibration | None
 
+    @classmethod
+    def of(
+        cls,
+        index: Index,
+        *,
+        calibration: Calibration | None,
+        gallery_index: Index | None = None,
+    ) -> "App":
+        """Read the gallery from an index.
+
+        Args:
+            index: the index to search, up to date.
+            calibration: the threshold, or None if none was chosen.
+            gallery_index: an index of the known classes; by default `index`, if it has
+                class folders.
+
+        Raises:
+            ValueError: if `gallery_index` has no class folders.
+        """
+        gallery, required = None, gallery_index is not None
+        gallery_index = index if gallery_index is None else gallery_index
+        try:
+            gallery = identification.Gallery.of(gallery_index)
+        except ValueError:
+            if required:
+                raise
+        paths = tuple(index.vectors()[0])
+        return cls(index, paths, gallery, gallery_index, calibration)
+
     @functools.cached_property
     def strangers(self) -> identification.Strangers:
-        """Who is not in the gallery, compared with it once for all visitors."""
+        """Calibration images of other classes, compared with the gallery once."""
         assert self.gallery is not None
         assert self.calibration is not None
         return identification.Strangers.of(self.gallery, self.calibration)
 
-    def read(self, file: str | None) -> Image.Image:
-        """An uploaded image.
+    def read_image(self, file: str | None) -> Image.Image:
+        """Decode an image file within the limits.
 
         Raises:
-            RefusedError: if there is none, or it is too large, or none at all.
+            RequestError: if `file` is None, too large, or not a readable image.
         """
         if not file:
-            raise RefusedError("Give an image first.")
+            raise RequestError("Upload an image first.")
         try:
-            return open_image(file, most_pixels=MOST_PIXELS)
+            return open_image(file, most_pixels=MAX_PIXELS)
         except ImageTooLargeError as error:
-            most = f"at most {MOST_PIXELS / 1e6:.0f} megapixels are taken"
-            raise RefusedError(f"The image is too large: {error}; {most}.") from None
+            limit = f"the limit is {MAX_PIXELS / 1e6:.0f} megapixels"
+            raise RequestError(f"The image is too large: {error}; {limit}.") from None
         except ImageError as error:
-            raise RefusedError(
-                f"This file is no image that can be read: {error}."
-            ) from None
+            raise RequestError(f"The file is not a readable image: {error}.") from None
         except OSError:
-            # Its words may name a path of this machine.
-            raise RefusedError("This file cannot be read.") from None
+            # The message of the error may name a path of this machine.
+            raise RequestError("The file cannot be read.") from None
 
-    def vector(self, image: Image.Image) -> np.ndarray:
+    def embed(self, image: Image.Image) -> np.ndarray:
+        """The vector ``[1, d]`` of an image.
+
+        Raises:
+            RequestError: if the embedder rejects the image.
+        """
         try:
             return vectors_of(self.index.embedder, [image])
         except OSError as error:
-            raise RefusedError(f"The image cannot be used: {error}.") from None
+            raise RequestError(f"The image cannot be used: {error}.") from None
 
-    def search(self, image: Image.Image, k: int, own: str | None = None) -> list:
-        """Small copies of the nearest images of the index, with their distances."""
+    def search(self, image: Image.Image, k: int, own: str | None = None) -> Pictures:
+        """Thumbnails of the k nearest images of the index, with their distances.
+
+        Args:
+            image: the query.
+            k: number of results, up to `MAX_RESULTS`.
+            own: path of the query in the index, which is left out.
+
+        Raises:
+            RequestError: if the embedder rejects the image.
+        """
+        k = min(max(int(k), 1), MAX_RESULTS)
         leave_out = [[own] if own else []]
-        (hits,) = self.index.search(
-            self.vector(image), min(max(int(k), 1), FOUND), leave_out=leave_out
-        )
-        return [
-            (thumbnail(self.index.file_of(hit.path)), _caption(hit.distance, hit.path))
-            for hit in hits
-        ]
+        (hits,) = self.index.search(self.embed(image), k, leave_out=leave_out)
+        return [_picture(self.index, hit.path, hit.distance) for hit in hits]
 
     def verify(self, first: Image.Image, second: Image.Image) -> str:
-        """Whether two images are the same, in a sentence."""
+        """Describe the decision whether two images are of the same class.
+
+        Raises:
+            RequestError: if the embedder rejects an image.
+        """
         if self.calibration is None:
-            distance = np.linalg.norm(self.vector(first) - self.vector(second))
+            distance = np.linalg.norm(self.embed(first) - self.embed(second))
             return (
-                f"Distance {distance:.3f}. Whether that is the same is not known: no "
-                "threshold was chosen with `tripletjax verify`."
+                f"Distance {distance:.3f}. No decision: the run has no threshold; "
+                "choose one with `tripletjax verify`."
             )
         try:
-            told = verification.decide(
+            decision = verification.decide(
                 self.index.embedder, first, second, self.calibration
             )
         except OSError as error:
-            raise RefusedError(f"The image cannot be used: {error}.") from None
+            raise RequestError(f"The image cannot be used: {error}.") from None
         return (
-            f"**{'The same' if told.same else 'Different'}**: distance "
-            f"{told.distance:.3f}, threshold {told.threshold:.3f} (at which "
-            f"{100 * self.calibration.far:g} % of different pairs are taken for the "
-            f"same); probability of the same {told.probability:.2f}, if half of all "
-            "pairs are."
+            f"**{'Same' if decision.same else 'Different'}**: distance "
+            f"{decision.distance:.3f}, threshold {decision.threshold:.3f} (FAR "
+            f"{100 * self.calibration.far:g} %), match probability "
+            f"{decision.probability:.2f} (equal priors)."
         )
 
-    def identify(self, image: Image.Image) -> tuple[str, list]:
-        """A name or unknown, in a sentence, and the nearest image of the gallery."""
+    def identify(self, image: Image.Image) -> tuple[str, Pictures]:
+        """Describe the class of an image, and show the nearest image of the gallery.
+
+        Raises:
+            RequestError: if there is no gallery, or the embedder rejects the image.
+        """
         if self.gallery is None:
-            raise RefusedError(
-                "The index has no folders of classes, so nobody is known."
+            raise RequestError(
+                "Identification requires one folder per class; the index has none."
             )
         threshold = float("inf")
         if self.calibration is not None:
             threshold = self.calibration.threshold
-        (found,) = identification.identify(
-            self.gallery, self.vector(image), threshold=threshold
+        (identity,) = identification.identify(
+            self.gallery, self.embed(image), threshold=threshold
         )
-        told = f"**{found.name or 'Unknown'}**: the nearest is {found.nearest}, at a "
-        told += f"distance of {found.distance:.3f}"
-        if found.runner_up is not None:
-            told += f", the next {found.runner_up} at {found.runner_up_distance:.3f}"
-        told += "."
-        if self.calibration is None:
-            told += " No threshold was chosen, so that nobody is unknown."
-        else:
-            if count := len(self.strangers.distances):
-                share = 100 * self.strangers.named(threshold) / count
-                told += f" Of strangers {share:.0f} % get a name of this gallery."
-        near = thumbnail(self.gallery_index.file_of(found.path))
-        return told, [(near, _caption(found.distance, found.path))]
-
-
-def _caption(distance: float, path: str) -> str:
-    folder, _, name = path.rpartition("/")
-    return f"{distance:.3f} {folder.rpartition('/')[2] or name}"
-
-
-def served(
-    index: Index, *, calibration: Calibration | None, gallery_index: Index | None = None
-) -> Served:
-    """What a page answers from: an index, and who is known.
-
-    Args:
-        index: that is searched, up to date.
-        calibration: the threshold, if one was chosen.
-        gallery_index: of the known classes; the index itself if not given.
-    """
-    of = index if gallery_index is None else gallery_index
-    gallery = None
-    try:
-        gallery = identification.Gallery.of(of)
-    except ValueError:
-        if gallery_index is not None:
-            raise
-    return Served(index, tuple(index.vectors()[0]), gallery, of, calibration)
-
-
-def page(of: Served) -> gr.Blocks:
-    """The page, to be launched."""
-
-    def offered() -> tuple[list, list[int]]:
-        draw = np.random.default_rng()
-        numbers = draw.permutation(len(of.paths))[:OFFERED].tolist()
-        return [
-            thumbnail(of.index.file_of(of.paths[number])) for number in numbers
-        ], numbers
-
-    def searched(file: str | None, k: int) -> tuple:
-        try:
-            image = of.read(file)
-            return (
-                "The nearest images of the index.",
-                shrunk(image),
-                of.search(image, k),
+        text = (
+            f"**{identity.name or 'Unknown'}**: nearest class {identity.nearest}, "
+            f"distance {identity.distance:.3f}"
+        )
+        if identity.runner_up is not None:
+            text += (
+                f"; next class {identity.runner_up}, distance "
+                f"{identity.runner_up_distance:.3f}"
             )
-        except RefusedError as refused:
-            return str(refused), None, []
+        text += f". {self._describe_threshold()}"
+        nearest = _picture(self.gallery_index, identity.path, identity.distance)
+        return text, [nearest]
 
-    def searched_by(numbers: list[int], k: int, chosen: gr.SelectData) -> tuple:
-        try:
-            path = of.paths[numbers[chosen.index]]
-            image = of.read(str(of.index.file_of(path)))
-            hits = of.search(image, k, own=path)
-            return f"The nearest to {path}.", shrunk(image), hits
-        except (RefusedError, IndexError, TypeError) as refused:
-            return str(refused), None, []
+    def _describe_threshold(self) -> str:
+        if self.calibration is None:
+            return "No threshold: every image is named after its nearest class."
+        threshold = self.calibration.threshold
+        text = f"Threshold {threshold:.3f}"
+        if count := len(self.strangers.distances):
+            fpir = 100 * self.strangers.count_named(threshold) / count
+            text += f"; false positives at this gallery: {fpir:.0f} %"
+        return f"{text}."
 
-    def verified(first: str | None, second: str | None) -> tuple:
-        if not first or not second:
-            return "Give two images.", []
-        try:
-            one, other = of.read(first), of.read(second)
-            return of.verify(one, other), [shrunk(one), shrunk(other)]
-        except RefusedError as refused:
-            return str(refused), []
 
-    def identified(file: str | None) -> tuple:
-        try:
-            image = of.read(file)
-            told, near = of.identify(image)
-            return told, [(shrunk(image), "the image"), *near]
-        except RefusedError as refused:
-            return str(refused), []
+def _picture(index: Index, path: str, distance: float) -> tuple[np.ndarray, str]:
+    """A thumbnail, with its distance and class as caption."""
+    folder, _, name = path.rpartition("/")
+    caption = f"{distance:.3f} {folder.rpartition('/')[2] or name}"
+    return thumbnail(index.file_of(path)), caption
 
-    plain: dict[str, Any] = {"allow_preview": False, "columns": 6, "buttons": []}
-    plain |= {"fit_columns": False}
-    hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
+
+def build_page(app: App) -> gr.Blocks:
+    """Build the page of an `App`; `run` serves it."""
     with gr.Blocks(title="tripletjax", analytics_enabled=False) as blocks:
         gr.Markdown(
-            f"# Which of these is the same?\n{len(of.paths):,} images are known."
+            "# Search, verification, identification\n"
+            f"Images in the index: {len(app.paths):,}"
         )
         with gr.Tab("Search"):
-            with gr.Row():
-                query = gr.File(label="An image of yours", elem_id="search-file")
-                shown = gr.Image(
-                    label="The query", interactive=False, height=180, buttons=[]
-                )
-                k = gr.Slider(1, FOUND, 16, step=1, label="How many")
-            told = gr.Markdown(elem_id="search-told")
-            hits = gr.Gallery(label="Found, with distances", elem_id="hits", **plain)
-            numbers = gr.State([])
-            some = gr.Gallery(
-                label="Or click one of the index", elem_id="some", **plain
-            )
-            others = gr.Button("Show others")
-            answer = [told, shown, hits]
-            query.upload(searched, [query, k], answer, **hidden)
-            some.select(searched_by, [numbers, k], answer, **hidden)
-            others.click(offered, None, [some, numbers], **hidden)
-            blocks.load(offered, None, [some, numbers], **hidden)
+            _build_search(app, blocks)
         with gr.Tab("Verify"):
-            with gr.Row():
-                first = gr.File(label="One image", elem_id="verify-first")
-                second = gr.File(label="Another", elem_id="verify-second")
-            same = gr.Markdown(elem_id="verify-told")
-            both = gr.Gallery(label="Both", elem_id="both", **plain)
-            for file in (first, second):
-                file.upload(verified, [first, second], [same, both], **hidden)
+            _build_verification(app)
         with gr.Tab("Identify"):
-            who = gr.File(label="An image", elem_id="identify-file")
-            name = gr.Markdown(elem_id="identify-told")
-            near = gr.Gallery(
-                label="The image, and the nearest", elem_id="near", **plain
-            )
-            who.upload(identified, who, [name, near], **hidden)
+            _build_identification(app)
     return blocks
 
 
-def run(of: Served, *, host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Serves the page until it is interrupted, from the main thread.
+def _build_search(app: App, blocks: gr.Blocks) -> None:
+    """Search by an upload, or by an image of a random sample of the index."""
+
+    def draw_sample() -> tuple[list[np.ndarray], list[int]]:
+        rows = np.random.default_rng().permutation(len(app.paths))[:SAMPLE_SIZE]
+        images = [thumbnail(app.index.file_of(app.paths[row])) for row in rows]
+        return images, rows.tolist()
+
+    def search_upload(file: str | None, k: int) -> tuple:
+        try:
+            image = app.read_image(file)
+            hits = app.search(image, k)
+            return "Nearest images of the index", shrink(image), hits
+        except RequestError as error:
+            return str(error), None, []
+
+    def search_sample(rows: list[int], k: int, click: gr.SelectData) -> tuple:
+        try:
+            path = app.paths[rows[click.index]]
+            image = app.read_image(str(app.index.file_of(path)))
+            hits = app.search(image, k, own=path)
+            return f"Nearest images to {path}", shrink(image), hits
+        except (RequestError, IndexError, TypeError) as error:
+            return str(error), None, []
+
+    with gr.Row():
+        upload = gr.File(label="Query image", elem_id="search-file")
+        query = gr.Image(label="Query", interactive=False, height=180, buttons=[])
+        k = gr.Slider(1, MAX_RESULTS, 16, step=1, label="Number of results")
+    message = gr.Markdown(elem_id="search-message")
+    hits = gr.Gallery(
+        label="Nearest images, with distances", elem_id="search-hits", **GALLERY
+    )
+    rows = gr.State([])
+    sample = gr.Gallery(
+        label="Images of the index: click one to search by it",
+        elem_id="search-sample",
+        **GALLERY,
+    )
+    refresh = gr.Button("Show other images")
+    outputs = [message, query, hits]
+    upload.upload(search_upload, [upload, k], outputs, **EVENT)
+    sample.select(search_sample, [rows, k], outputs, **EVENT)
+    refresh.click(draw_sample, None, [sample, rows], **EVENT)
+    blocks.load(draw_sample, None, [sample, rows], **EVENT)
+
+
+def _build_verification(app: App) -> None:
+    def verify(first: str | None, second: str | None) -> tuple:
+        if not first or not second:
+            return "Upload two images.", []
+        try:
+            images = app.read_image(first), app.read_image(second)
+            return app.verify(*images), [shrink(image) for image in images]
+        except RequestError as error:
+            return str(error), []
+
+    with gr.Row():
+        uploads = [
+            gr.File(label="First image", elem_id="verify-first"),
+            gr.File(label="Second image", elem_id="verify-second"),
+        ]
+    message = gr.Markdown(elem_id="verify-message")
+    pair = gr.Gallery(label="Both images", elem_id="verify-pair", **GALLERY)
+    for upload in uploads:
+        upload.upload(verify, uploads, [message, pair], **EVENT)
+
+
+def _build_identification(app: App) -> None:
+    def identify(file: str | None) -> tuple:
+        try:
+            image = app.read_image(file)
+            text, nearest = app.identify(image)
+            return text, [(shrink(image), "query"), *nearest]
+        except RequestError as error:
+            return str(error), []
+
+    upload = gr.File(label="Query image", elem_id="identify-file")
+    message = gr.Markdown(elem_id="identify-message")
+    nearest = gr.Gallery(
+        label="Query, and nearest image of the gallery",
+        elem_id="identify-nearest",
+        **GALLERY,
+    )
+    upload.upload(identify, upload, [message, nearest], **EVENT)
+
+
+def run(app: App, *, host: str = "127.0.0.1", port: int = 7860) -> None:
+    """Serve the page from the main thread until an interrupt.
 
     Args:
-        of: what it answers from.
-        host: the address that it listens on.
-        port: likewise.
+        app: the index, gallery and threshold to answer from.
+        host: address to listen on.
+        port: port to listen on.
 
     Raises:
-        OSError: if the port is taken.
+        OSError: if the port is in use.
     """
-    # So that what was uploaded is removed then, too.
+    # SIGTERM raises KeyboardInterrupt, so that uploads are removed then, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     uploads = Path(tempfile.mkdtemp(prefix="tripletjax-"))
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     fonts = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
-    blocks = page(of)
+    blocks = build_page(app)
     try:
         blocks.launch(
             server_name=host,
@@ -293,7 +350,7 @@ def run(of: Served, *, host: str = "127.0.0.1", port: int = 7860) -> None:
             share=False,
             quiet=True,
             show_error=False,
-            max_file_size=MOST_BYTES,
+            max_file_size=MAX_FILE_SIZE,
             footer_links=[],
             ssr_mode=False,
             pwa=False,

@@ -6,16 +6,26 @@ imports nothing.
 
 # Held out are images of every class, or whole classes.
 SPLITS = ("images", "classes")
-# Which of nested folders are classes.
+# Nested folders that are classes: those in the data folder, or those that hold images.
 CLASSES_FROM = ("top", "leaf")
-MINING = ("all", "semi-hard", "hard")
 # Classes are drawn alike, or by their number of images.
 CLASS_SAMPLING = ("uniform", "frequency")
+# Nearer are images of one class, or images that share more folders.
 RELEVANCE = ("classes", "folders")
 # Types of images, on which sizes and networks depend.
 KINDS = ("photos", "characters")
-# Networks that are trained from scratch; `embedding_networks.MODELS` and
-# `backbones.UNTRAINED` have their definitions.
-MODELS = ("cnn", "photo", "resnet", "multiscale", "resnet18", "resnet34", "resnet50")
+# No augmentation, or that of characters with few images per class.
+AUGMENTS = ("none", "more")
+# Networks of this library, each with its class in `networks.embedding_networks`.
+MODELS = {
+    "cnn": "EmbeddingCNN",
+    "photo": "EmbeddingPhotoNet",
+    "resnet": "EmbeddingResNet",
+    "multiscale": "MultiScaleCNN",
+}
+# Backbones that are trained from scratch; `networks.backbones` has their options.
+UNTRAINED = ("resnet18", "resnet34", "resnet50")
+# Poolings of the last feature map of a photo network.
+HEADS = ("grid", "mean")
 # Parts of a pretrained network that are trained.
 TRAININGS = ("frozen", "top", "all")

@@ -1,4 +1,4 @@
-"""Errors of dependencies as one line, raised where the dependencies are called."""
+"""Errors of dependencies as one line."""
 
 import contextlib
 import errno
@@ -11,17 +11,15 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
 
 @contextlib.contextmanager
 def one_line_errors(folder: Path, action: str) -> Iterator[None]:
-    """Makes errors of tensorflow-datasets one line that names the folder.
-
-    Errors that already are one line stay as they are.
+    """Raise errors of tensorflow-datasets as one line with the folder.
 
     Args:
         folder: of the data.
-        action: what cannot be done with the data, such as "written".
+        action: the action that fails, such as "written".
 
     Raises:
-        OSError: that says what to do, if the folder cannot be written; or with the
-            first line of any other error.
+        OSError: with advice if the folder cannot be written, or with the first line of
+            another error. OSErrors of other causes, ValueErrors and ImportErrors pass.
     """
     try:
         yield

@@ -1,20 +1,23 @@
 """Digests of files, files written aside and renamed, and free paths."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+# The size of a digest, in bytes.
 SIZE = 16
 
 
 def digest_of(parts: Iterable[str | bytes | memoryview]) -> str:
-    """A digest of texts and bytes, one after the other."""
+    """Digest of texts and bytes, one after the other."""
     digest = hashlib.blake2b(digest_size=SIZE)
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part)
@@ -22,13 +25,13 @@ def digest_of(parts: Iterable[str | bytes | memoryview]) -> str:
 
 
 def check_regular(path: str | Path) -> None:
-    """Raise OSError for a pipe, a socket or a device, whose reading may never end."""
+    """Raise OSError for a pipe, a socket or a device, whose content may never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("it is not a regular file")
 
 
 def digest_of_file(path: str | Path) -> str:
-    """A digest of what a regular file holds."""
+    """Digest of the content of a regular file."""
     check_regular(path)
     with Path(path).open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=SIZE))
@@ -36,7 +39,7 @@ def digest_of_file(path: str | Path) -> str:
 
 
 def digest_of_image(image: np.ndarray) -> str:
-    """A digest of the pixels of an image."""
+    """Digest of the pixels of an image."""
     return digest_of([np.ascontiguousarray(image).data])
 
 
@@ -49,17 +52,50 @@ def free_path(wanted: Path) -> Path:
     return path
 
 
+def part_of(path: Path) -> Path:
+    """The path beside a file at which `replaced` writes its new content."""
+    return path.with_name(f"{path.name}.part")
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Write a file, or a new directory, whole or not at all.
+
+    The body writes to the path that it receives. Its end flushes the content to disk
+    and renames it to `path`. After an exception, `path` is as before and no part is
+    left. A part of a killed process is removed by the next call.
+
+    Args:
+        path: replaced if it is a file; a directory must not exist at the end.
+    """
+    part = part_of(path)
+    _remove(part)
+    try:
+        yield part
+        for file in (part, *part.rglob("*")):
+            if file.is_file():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+        part.replace(path)
+    except BaseException:
+        _remove(part)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, values: Any) -> None:
-    """Writes a file of JSON whole or not at all, in a folder that need not be there."""
+    """Write a JSON file whole or not at all, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    """Write a text file in UTF-8 whole or not at all."""
+    with replaced(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The pictures of a run."""
+"""Plots of training, and pictures of neighbours, triplets and pairs."""
 
 import functools
 import textwrap
@@ -17,17 +17,19 @@ from matplotlib.patches import Rectangle
 import tripletjax as tj
 from tripletjax.learn.data.image_array import ImageSource
 
-# Blue and orange, which nearly everybody can tell apart.
+# Blue and orange differ for colour-blind readers, too.
 RIGHT, WRONG, QUERY, BEYOND = "#0072b2", "#d55e00", "#444444", "#cccccc"
-# How high a picture with text below is, as a multiple of one without.
-TOLD = 1.3
+# The height of a picture with text below, as a multiple of one without.
+WITH_TEXT = 1.3
+# The largest number of triplets in a picture.
+ROWS = 10
 
 
 def training(lines: Sequence[dict], path: str | Path) -> None:
-    """Loss, active triplets, spread of the embeddings and validation over the steps.
+    """Plot loss, active triplets, spread of embeddings and validation over the steps.
 
     Args:
-        lines: dictionaries with a step, and either loss, active and spread, or
+        lines: records of the log with a step, and either loss, active and spread, or
             validation.
         path: the PNG file to write.
     """
@@ -69,22 +71,22 @@ def neighbors(
     k: int = 8,
     queries: int = 8,
 ) -> None:
-    """Query images with their nearest neighbours, by one embedding beside another.
+    """Draw query images with their nearest neighbours, for each embedding.
 
-    The queries are those that the first embedding does worst on, one per class, of the
-    classes that have more than one image, if there are such. Every picture is framed by
-    whether it is of the query's class; in grey beyond the rank that the last of its
-    class would have at best.
+    The queries have the worst neighbours by the first embedding, one per class. Classes
+    of one image are left out if others have more. The colour of a frame shows whether
+    an image is of the query's class. Other classes are grey beyond the number of images
+    of the query's class.
 
     Args:
         images: uint8 ``[n, height, width, channels]``.
         labels: integers ``[n]``.
         embeddings: by name, vectors ``[n, d]``.
-        label_names: what each label stands for.
+        label_names: the name of each label.
         path: the PNG file to write.
-        what: what the title calls the images.
-        k: how many neighbours to show.
-        queries: how many queries to show.
+        what: the noun for the images in the title.
+        k: number of neighbours.
+        queries: number of queries.
     """
     indices = np.arange(len(images))
     ranked = {
@@ -105,15 +107,15 @@ def neighbors(
         figsize=((k + 1) * 0.7 * len(ranked) + 0.8, 0.68 * len(chosen) + 0.9),
         layout="constrained",
     )
-    told = (
-        f"The {what} with the worst neighbours by {first}: blue is of the same class, "
-        "orange is not; light grey beyond as many as there are"
+    title = (
+        f"The {what} with the worst neighbours by {first}. Blue: same class; orange: "
+        "another class; light grey: beyond the size of the class"
     )
     if not len(several):
-        told = f"There is one of the {what} of each class: no other is of the same"
+        title = f"The {what} have one image per class: all neighbours differ in class"
     # A letter of this size is about 0.085 inches wide.
-    told = textwrap.fill(told, int(figure.get_figwidth() / 0.085))
-    figure.suptitle(told, fontsize=11)
+    title = textwrap.fill(title, int(figure.get_figwidth() / 0.085))
+    figure.suptitle(title, fontsize=11)
     titles = [f"{name}: query, then its {k} nearest" for name in ranked]
     axes, starts = _table(figure, titles, k + 1, len(chosen))
     for start, neighbor in zip(starts, ranked.values()):
@@ -123,10 +125,12 @@ def neighbors(
                 same = labels[index] == labels[query]
                 wrong = WRONG if rank <= others else BEYOND
                 color = QUERY if rank == 0 else RIGHT if same else wrong
-                _framed(axes, start + rank, row, _shown(images[index]), color)
+                _draw_framed(
+                    axes, start + rank, row, _drop_grey_axis(images[index]), color
+                )
     for row, query in enumerate(chosen):
-        name = _written(label_names[labels[query]])
-        axes.text(0, row + 0.5, **name, ha="right", va="center", fontsize=8)
+        options = _text_options(label_names[labels[query]])
+        axes.text(0, row + 0.5, **options, ha="right", va="center", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -137,26 +141,24 @@ def triplets(
     path: str | Path,
     *,
     what: str = "triplets",
-    rows: int = 10,
 ) -> None:
-    """Triplets in the order of distance: the anchor, then the nearer of the other two.
+    """Draw triplets in the order of distance: anchor, nearer image, farther image.
 
-    They are those that the first embedding does worst on, each of another anchor as far
-    as there are. The positive is framed green, the negative red.
+    The triplets have the worst order by the first embedding, one per anchor. The frame
+    of the positive is blue, that of the negative orange.
 
     Args:
         images: uint8 ``[n, height, width, channels]``.
-        triplets: which images are anchor, positive and negative, ``[t, 3]``.
-        distances: by name of an embedding, from anchors to positives and to negatives,
-            ``[2, t]``.
+        triplets: indices of anchor, positive and negative, ``[t, 3]``.
+        distances: by name of an embedding, distances from anchors to positives and to
+            negatives, ``[2, t]``.
         path: the PNG file to write.
-        what: what the title calls the triplets.
-        rows: how many triplets to show.
+        what: the noun for the triplets in the title.
     """
     positive, negative = next(iter(distances.values()))
     worst = np.argsort(negative - positive, kind="stable")
     _, first = np.unique(triplets[worst, 0], return_index=True)
-    chosen = worst[np.sort(first)][:rows]
+    chosen = worst[np.sort(first)][:ROWS]
 
     figure = Figure(
         figsize=(3.4 * len(distances), 0.95 * len(chosen) + 1), layout="constrained"
@@ -170,7 +172,7 @@ def triplets(
         f"{name}: {np.mean(positive < negative):.1%} in order"
         for name, (positive, negative) in distances.items()
     ]
-    axes, starts = _table(figure, titles, 3, len(chosen) * TOLD)
+    axes, starts = _table(figure, titles, 3, len(chosen) * WITH_TEXT)
     for start, (positive, negative) in zip(starts, distances.values()):
         for row, index in enumerate(chosen):
             anchor, *pair = triplets[index]
@@ -182,9 +184,11 @@ def triplets(
             for column, (distance, image, color) in enumerate(
                 [(None, anchor, QUERY), *others]
             ):
-                picture = _shown(np.asarray(images[image]))
-                told = "" if distance is None else f"{distance:.2f}"
-                _framed(axes, start + column, row * TOLD, picture, color, text=told)
+                picture = _drop_grey_axis(np.asarray(images[image]))
+                text = "" if distance is None else f"{distance:.2f}"
+                _draw_framed(
+                    axes, start + column, row * WITH_TEXT, picture, color, text=text
+                )
     figure.savefig(path, dpi=120)
 
 
@@ -199,24 +203,23 @@ def distances(
     threshold: tuple[float, str] | None = None,
     probability: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> None:
-    """The distances of pairs of the same class and of different ones, as shares.
+    """Plot the distances of pairs of the same class and of different classes.
 
     Args:
-        same: counts of pairs of the same class, by distance in equal steps from 0 to 2.
-        different: the same of pairs of different classes.
-        pairs: what verification told of them, with a threshold for each FAR.
+        same: number of pairs of the same class, by distance in equal steps from 0 to 2.
+        different: number of pairs of different classes, likewise.
+        pairs: the verification report, with a threshold for each FAR.
         path: the PNG file to write.
-        what: which pairs they are.
-        scale: what distances have been divided by.
-        threshold: the one to show and what it is called; the most accurate one if not
-            given.
-        probability: of distances, that a pair is the same, if it is known.
+        what: the noun for the pairs in the title.
+        scale: the divisor of the distances.
+        threshold: the threshold to show and its name; the most accurate one if None.
+        probability: the probability of the same class, a function of distances.
     """
     if threshold is None and pairs["threshold"] is not None:
         threshold = pairs["threshold"], "most accurate threshold"
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    # So many steps together as make a smooth line.
+    # Steps are joined, so that the line is smooth.
     width = len(same) // 100
     edges = np.linspace(0, 2 * scale, len(same) // width + 1)
     both = np.flatnonzero(same + different)
@@ -247,12 +250,12 @@ def distances(
     if probability is not None:
         beside = axes.twinx()
         x = np.linspace(0, furthest, 200)
-        label = "probability of the same, if half of the pairs are"
+        label = "match probability (equal priors)"
         handles += beside.plot(x, probability(x), "--", color=QUERY, label=label)
         beside.set(ylim=(0, 1.02), ylabel="probability")
         beside.spines["top"].set_visible(False)
     figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=3)
-    _finish(axes, f"Distances of {what}", path)
+    _write_diagram(axes, f"Distances of {what}", path)
 
 
 def roc(
@@ -264,11 +267,11 @@ def roc(
     what: str = "all pairs",
     intervals: Sequence[tuple[float, float, float]] = (),
 ) -> None:
-    """The ROC of pairs: true against false accept rate, the latter on a log scale.
+    """Plot the ROC of pairs: true accept rate over false accept rate on a log scale.
 
     Args:
         same, different, pairs, path, what: as in `distances`.
-        intervals: false accept rates, and between what the true accept rate lies.
+        intervals: false accept rate, lower and upper bound of the true accept rate.
     """
     figure = Figure(figsize=(5.5, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -289,11 +292,11 @@ def roc(
         xscale="log",
         xlim=(least, 1),
         ylim=(0, 1),
-        xlabel="false accept rate: different, taken for the same",
-        ylabel="true accept rate: the same, taken for the same",
+        xlabel="false accept rate (pairs of different classes)",
+        ylabel="true accept rate (pairs of the same class)",
     )
     axes.grid(alpha=0.3)
-    _finish(axes, f"ROC of {what}", path)
+    _write_diagram(axes, f"ROC of {what}", path)
 
 
 def pairs_sheet(
@@ -302,14 +305,13 @@ def pairs_sheet(
     *,
     title: str,
 ) -> None:
-    """Pairs of images, in a row for each kind.
+    """Draw pairs of images, in a row for each group.
 
     Args:
-        groups: of each kind what it is called, and its pairs: two images uint8
-            ``[height, width, 3]`` of one height, a line of text, and whether they are
-            taken for what they are.
+        groups: the name of each group, and its pairs: two images uint8 ``[height,
+            width, 3]`` of one height, a text, and whether the decision is right.
         path: the PNG file to write.
-        title: of all.
+        title: of the sheet.
     """
     most = max(len(pairs) for _, pairs in groups)
     figure = Figure(
@@ -323,7 +325,9 @@ def pairs_sheet(
             gap = np.full((len(first), 6, 3), 255, np.uint8)
             both = np.concatenate([first, gap, second], axis=1)
             color, dashed = (RIGHT, False) if right else (WRONG, True)
-            _framed(axes, column, 0, both, color, text=text, pair=True, dashed=dashed)
+            _draw_framed(
+                axes, column, 0, both, color, text=text, pair=True, dashed=dashed
+            )
     figure.savefig(path, dpi=120)
 
 
@@ -333,38 +337,40 @@ def contact_sheet(
     *,
     title: str,
 ) -> None:
-    """Queries, each in a row with what was found for it.
+    """Draw queries, each in a row with its hits.
 
     Args:
-        rows: of each query what it is called, its images uint8 ``[height, width]`` or
-            ``[height, width, 3]``, the query's own first, and of each of what was found
-            a line of text and whether it is right, or None if nobody knows.
+        rows: the name of each query; its images uint8 ``[height, width]`` or ``[height,
+            width, 3]``, that of the query first; and for each hit a text and whether
+            the hit is right, or None if unknown.
         path: the PNG file to write.
-        title: of all.
+        title: of the sheet.
     """
     most = max(len(images) for _, images, _ in rows)
     figure = Figure(
         figsize=(1.15 * most + 0.4, 1.55 * len(rows) + 0.6), layout="constrained"
     )
     figure.suptitle(textwrap.fill(title, max(24, 13 * most)), fontsize=10)
-    axes, _ = _table(figure, [""], most, len(rows) * TOLD)
-    for row, (name, images, told) in enumerate(rows):
-        known = [(name, None), *told]
-        for rank, (image, (text, right)) in enumerate(zip(images, known)):
+    axes, _ = _table(figure, [""], most, len(rows) * WITH_TEXT)
+    for row, (name, images, hits) in enumerate(rows):
+        captions = [(name, None), *hits]
+        for rank, (image, (text, right)) in enumerate(zip(images, captions)):
             color = BEYOND if right is None else RIGHT if right else WRONG
             if rank == 0:
                 color = QUERY
             dashed = right is False
-            _framed(axes, rank, row * TOLD, image, color, text=text, dashed=dashed)
+            _draw_framed(
+                axes, rank, row * WITH_TEXT, image, color, text=text, dashed=dashed
+            )
     figure.savefig(path, dpi=120)
 
 
 def _table(
     part: FigureBase, titles: Sequence[str], columns: int, height: float
 ) -> tuple[Axes, list[float]]:
-    """Room for tables of pictures of one unit each, and where each of them begins.
+    """Axes for tables of pictures of one unit each, and the left side of each table.
 
-    One pair of axes for all: those of every picture would take seconds.
+    All pictures share the axes, because axes for each would take seconds.
     """
     starts = [number * (columns + 0.5) for number in range(len(titles))]
     axes = part.subplots()
@@ -378,7 +384,7 @@ def _table(
     return axes, starts
 
 
-def _framed(
+def _draw_framed(
     axes: Axes,
     left: float,
     top: float,
@@ -389,12 +395,12 @@ def _framed(
     pair: bool = False,
     dashed: bool = False,
 ) -> None:
-    """A picture, or a pair side by side, with a frame, in a unit, and text below it."""
+    """Draw a picture, or a pair side by side, with a frame and text below."""
     height, width = image.shape[:2]
     scale = min(0.9 / width, (0.45 if pair else 0.9) / height)
     width, height = width * scale, height * scale
     left += (1 - width) / 2
-    # With text, pictures begin on one line with those beside them.
+    # Pictures with text are aligned at the top with those beside them.
     top += 0.05 if text else (1 - height) / 2
     extent = (left, left + width, top + height, top)
     axes.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=255)
@@ -403,23 +409,23 @@ def _framed(
     axes.add_patch(frame)
     if text:
         middle, below = left + width / 2, top + height + 0.05
-        written = _written(text, 30 if pair else 16)
-        axes.text(middle, below, **written, ha="center", va="top", fontsize=7)
+        options = _text_options(text, 30 if pair else 16)
+        axes.text(middle, below, **options, ha="center", va="top", fontsize=7)
 
 
-def _written(text: str, most: int = 16) -> dict[str, Any]:
-    """Short lines of text, as `Axes.text` writes them as they are."""
-    lines = [_short(line, most) for line in text.splitlines()]
-    fonts = _fonts("".join(lines))
+def _text_options(text: str, most: int = 16) -> dict[str, Any]:
+    """Options of `Axes.text` for short lines, without mathematics."""
+    lines = [_shorten(line, most) for line in text.splitlines()]
+    fonts = _find_fonts("".join(lines))
     if fonts is None:
-        # No installed font can show it, but as its numbers.
+        # Code points differ; the boxes of missing characters would not.
         lines = [line.encode("ascii", "backslashreplace").decode() for line in lines]
-        lines, fonts = [_short(line, most) for line in lines], ["DejaVu Sans"]
+        lines, fonts = [_shorten(line, most) for line in lines], ["DejaVu Sans"]
     return {"s": "\n".join(lines), "fontfamily": fonts, "parse_math": False}
 
 
-def _finish(axes: Axes, title: str, path: str | Path) -> None:
-    """Titles and writes a picture of one diagram."""
+def _write_diagram(axes: Axes, title: str, path: str | Path) -> None:
+    """Give a diagram its title, and write it."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure = axes.get_figure()
@@ -427,31 +433,31 @@ def _finish(axes: Axes, title: str, path: str | Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _short(name: str, most: int = 16) -> str:
+def _shorten(name: str, most: int = 16) -> str:
     return name if len(name) <= most else "…" + name[1 - most :]
 
 
-def _fonts(text: str) -> list[str] | None:
-    """Installed fonts that have all signs of a text between them, or None."""
+def _find_fonts(text: str) -> list[str] | None:
+    """Installed fonts that have all characters of a text between them, or None."""
     families, missing = [], {ord(sign) for sign in text if not sign.isspace()}
     default = font_manager.findfont("DejaVu Sans")
     entries = [font_manager.FontEntry(fname=default, name="DejaVu Sans")]
     for entry in (*entries, *font_manager.fontManager.ttflist):
         if not missing:
             break
-        found = missing & _signs(entry.fname)
-        # Matplotlib's own last resort has a box for everything.
-        if found and not entry.name.startswith("Last Resort"):
+        added = missing & _characters(entry.fname)
+        # Matplotlib's last resort has a box for every character.
+        if added and not entry.name.startswith("Last Resort"):
             families.append(entry.name)
-            missing -= found
+            missing -= added
     return None if missing else families or ["DejaVu Sans"]
 
 
 @functools.lru_cache
-def _signs(file: str) -> frozenset[int]:
-    """What a font has."""
+def _characters(file: str) -> frozenset[int]:
+    """Code points of a font."""
     return frozenset(FT2Font(file).get_charmap())
 
 
-def _shown(image: np.ndarray) -> np.ndarray:
+def _drop_grey_axis(image: np.ndarray) -> np.ndarray:
     return image[..., 0] if image.shape[-1] == 1 else image

@@ -1,6 +1,6 @@
-"""Who is it, if anybody known: the nearest class of a gallery, or unknown.
+"""Open-set identification: the nearest class of a gallery, or unknown.
 
-With a gallery of a few images per class it is few-shot classification.
+With a few images per class in the gallery, this is few-shot classification.
 """
 
 import dataclasses
@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 
 import tripletjax as tj
-from tripletjax.apps.images import encoded
+from tripletjax.apps.images import encode_path
 from tripletjax.apps.search.index import Index
 from tripletjax.learn.data.class_folders import find_classes, without_number
 from tripletjax.learn.data.folder_listing import printable
 
 REPORT = "tripletjax identification"
-# Who is nearer than this to an image of the gallery is the same image.
+# Distance up to which two images count as copies of each other.
 COPY = 1e-6
-# Probes are compared so many at a time.
+# Probes that are compared at a time.
 BLOCK = 1024
 
 
@@ -27,12 +27,12 @@ class Gallery:
     """Images of known classes.
 
     Attributes:
-        vectors: ``[m, d]``.
+        vectors: embeddings of the images ``[m, d]``.
         labels: integers ``[m]``.
-        names: what each label stands for.
-        paths: of the images within the folder.
-        means: whether probes are compared with class means, and not with every image.
-        notes: what was decided.
+        names: class names, by label.
+        paths: paths of the images within the folder.
+        means: whether probes are compared with class means instead of every image.
+        notes: decisions about the class folders, for the user.
     """
 
     vectors: np.ndarray
@@ -51,36 +51,37 @@ class Gallery:
         classes_from: str | None = None,
         flat: bool = False,
     ) -> "Gallery":
-        """The images of an index that is up to date, by their folders.
+        """Read the gallery of an index; its folders are the classes.
 
         Args:
-            index: of the images.
+            index: up to date.
             means: whether probes are compared with class means.
             classes_from: which of nested folders are classes, as in `datasets.load`.
-            flat: whether images may lie in the folder itself, each a class by its name.
+            flat: whether images may lie in the folder itself; the file name is then
+                the class.
 
         Raises:
-            ValueError: if there are none in folders of classes.
+            ValueError: if the folder has no class folders, or no readable image.
         """
         name_of_file = str if flat else None
-        found = find_classes(index.folder, classes_from, name_of_file=name_of_file)
+        listing = find_classes(index.folder, classes_from, name_of_file=name_of_file)
         classes = {
-            encoded(Path(path)): printable(name)
-            for path, name in zip(found.paths, found.classes)
+            encode_path(Path(path)): printable(name)
+            for path, name in zip(listing.paths, listing.classes)
         }
         paths, x = index.vectors()
         rows = [row for row, path in enumerate(paths) if path in classes]
         if not rows:
-            raise ValueError(f"{index.folder} has no images that can be read.")
+            raise ValueError(f"{index.folder} has no readable image.")
         names, labels = np.unique(
             [classes[paths[row]] for row in rows], return_inverse=True
         )
         paths = tuple(paths[row] for row in rows)
-        return cls(x[rows], labels, tuple(map(str, names)), paths, means, found.notes)
+        return cls(x[rows], labels, tuple(map(str, names)), paths, means, listing.notes)
 
     def without(self, path: str) -> "Gallery":
-        """The same without an image, and its class if it has no other."""
-        kept = np.array([one != path for one in self.paths])
+        """The gallery without one of its images."""
+        kept = np.array([other != path for other in self.paths])
         return dataclasses.replace(
             self,
             vectors=self.vectors[kept],
@@ -89,24 +90,29 @@ class Gallery:
         )
 
     def name_of_probe(self, name: str) -> str:
-        """The class of a probe by the name of its file, with or without a number."""
+        """The class of a probe file, whose name may end in a number."""
         short = without_number(name)
         return short if name not in self.names and short in self.names else name
 
     @property
     def references(self) -> tuple[np.ndarray, np.ndarray]:
-        """The vectors that probes are compared with, and their labels."""
+        """Vectors that probes are compared with, and their labels."""
         if not self.means:
             return self.vectors, self.labels
         labels = np.unique(self.labels)
-        x = np.stack([self.vectors[self.labels == one].mean(axis=0) for one in labels])
-        lengths = np.linalg.norm(self.vectors, axis=1)
-        if np.allclose(lengths, 1, atol=1e-3):
+        x = np.stack([self.vectors[self.labels == c].mean(axis=0) for c in labels])
+        norms = np.linalg.norm(self.vectors, axis=1)
+        if np.allclose(norms, 1, atol=1e-3):
             x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
         return x, labels
 
     def nearest(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Distances and labels of the k nearest classes ``[n, k]``, -1 for none."""
+        """Find the k nearest classes of probes ``[n, d]``.
+
+        Returns:
+            Distances and labels ``[n, k]``; the label is -1 where there are fewer
+            classes.
+        """
         references, labels = self.references
         k = min(k, len(references))
         parts = [
@@ -121,16 +127,17 @@ class Gallery:
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Who a probe is taken for.
+    """The identification of one probe.
 
     Attributes:
-        name: of the class, or None for unknown.
-        nearest: the name of the nearest class.
-        distance: to it.
-        path: of its image in the gallery that is nearest to the probe.
-        runner_up: the name of the next class, if there is one.
-        runner_up_distance: to it.
-        own: the probe's own path in the gallery, from which it is left out, or None.
+        name: class name, or None for unknown.
+        nearest: name of the nearest class.
+        distance: distance to the nearest class.
+        path: path of the nearest image of this class in the gallery.
+        runner_up: name of the second nearest class, or None.
+        runner_up_distance: distance to the second nearest class, or None.
+        own: path of the probe in the gallery, where it was left out; None if the
+            probe is not in the gallery.
     """
 
     name: str | None
@@ -149,38 +156,43 @@ def identify(
     threshold: float,
     own: Sequence[str | None] | None = None,
 ) -> list[Identity]:
-    """Names probes, or calls them unknown.
+    """Name probes after their nearest class, or call them unknown.
 
     Args:
-        gallery: who is known.
-        vectors: of the probes ``[n, d]``.
-        threshold: at most how far a class is to give its name; infinity always gives
-            one.
-        own: for each probe its own path in the gallery if it lies there, so that it is
-            not taken for itself.
+        gallery: known classes.
+        vectors: embeddings of the probes ``[n, d]``.
+        threshold: largest distance of a class that names a probe; infinity names every
+            probe.
+        own: path of each probe in the gallery, or None. A probe is not compared with
+            itself.
+
+    Returns:
+        One `Identity` per probe.
 
     Raises:
-        ValueError: if a probe is all that there is in the gallery.
+        ValueError: if the gallery holds nothing but a probe.
     """
     paths = {*gallery.paths}
     own = [None] * len(vectors) if own is None else own
     own = [path if path in paths else None for path in own]
-    found: dict[int, Identity] = {}
-    others = [i for i, path in enumerate(own) if path is None]
-    if others:
-        near = gallery.nearest(vectors[others], 2)
-        for i, distances, labels in zip(others, *near):
-            found[i] = _identity(gallery, vectors[i], distances, labels, threshold)
+    identities: dict[int, Identity] = {}
+    new = [i for i, path in enumerate(own) if path is None]
+    if new:
+        nearest = gallery.nearest(vectors[new], 2)
+        for i, distances, labels in zip(new, *nearest):
+            identities[i] = _identity(gallery, vectors[i], distances, labels, threshold)
     for i, path in enumerate(own):
         if path is None:
             continue
-        known = gallery.without(path)
-        if not known.paths:
-            raise ValueError("the gallery holds the probe alone.")
-        (distances,), (labels,) = known.nearest(vectors[i : i + 1], 2)
-        identity = _identity(known, vectors[i], distances, labels, threshold)
-        found[i] = dataclasses.replace(identity, own=path)
-    return [found[i] for i in range(len(vectors))]
+        rest = gallery.without(path)
+        if not rest.paths:
+            raise ValueError(
+                f"gallery must have an image besides the probe, got {path} alone."
+            )
+        (distances,), (labels,) = rest.nearest(vectors[i : i + 1], 2)
+        identity = _identity(rest, vectors[i], distances, labels, threshold)
+        identities[i] = dataclasses.replace(identity, own=path)
+    return [identities[i] for i in range(len(vectors))]
 
 
 def _identity(
@@ -190,15 +202,15 @@ def _identity(
     labels: np.ndarray,
     threshold: float,
 ) -> Identity:
-    """Who a probe is, by its two nearest classes."""
-    of_class = np.flatnonzero(gallery.labels == labels[0])
-    apart = np.linalg.norm(gallery.vectors[of_class] - x, axis=1)
-    second = len(labels) > 1 and labels[1] >= 0
+    """The identity of a probe, by its two nearest classes."""
+    members = np.flatnonzero(gallery.labels == labels[0])
+    member_distances = np.linalg.norm(gallery.vectors[members] - x, axis=1)
+    has_second = len(labels) > 1 and labels[1] >= 0
     return Identity(
         gallery.names[labels[0]] if distances[0] <= threshold else None,
         gallery.names[labels[0]],
         float(distances[0]),
-        gallery.paths[of_class[np.argmin(apart)]],
-        gallery.names[labels[1]] if second else None,
-        float(distances[1]) if second else None,
+        gallery.paths[members[np.argmin(member_distances)]],
+        gallery.names[labels[1]] if has_second else None,
+        float(distances[1]) if has_second else None,
     )

@@ -1,4 +1,4 @@
-"""What identification has found, as lines and a picture."""
+"""Reports of identification: lines, JSON and a picture."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -7,24 +7,35 @@ from typing import Any
 
 from tripletjax.apps.identification.evaluation import Strangers
 from tripletjax.apps.identification.gallery import REPORT, Gallery, Identity
-from tripletjax.apps.images import encoded, thumbnail
+from tripletjax.apps.images import encode_path, thumbnail
 from tripletjax.apps.search.index import Index
 from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.learn import plots
 from tripletjax.learn.reports import number
 
-# So many probes stand in a row of the picture.
+# Probes in a row of the picture.
 IN_ROW = 5
 
 
-def of_gallery(
+def make_gallery_report(
     gallery: Gallery,
     threshold: float,
     calibration: Calibration | None,
     strangers: Strangers | None,
 ) -> dict[str, Any]:
-    """Who is known, by which threshold, and how many others would be taken for them."""
-    told: dict[str, Any] = {
+    """Make the report of a gallery: its size, threshold, and false positives.
+
+    Args:
+        gallery: known classes.
+        threshold: largest distance of a class that names a probe.
+        calibration: of the run, or None.
+        strangers: calibration images of other classes, which show the false positives;
+            None if there is no calibration.
+
+    Returns:
+        The report for JSON and for `format_gallery`.
+    """
+    report: dict[str, Any] = {
         "what": REPORT,
         "classes": len(gallery.names),
         "images": len(gallery.paths),
@@ -33,110 +44,132 @@ def of_gallery(
         "others": None,
     }
     if calibration is not None and strangers is not None:
-        count, named = len(strangers.distances), strangers.named(threshold)
-        told["others"] = {
+        count, named = len(strangers.distances), strangers.count_named(threshold)
+        report["others"] = {
             "data": calibration.data,
             "images": count,
             "left_out": strangers.left_out,
             "named": named,
             "fpir": 100 * named / count if count else None,
         }
-    return told
+    return report
 
 
-def told(report: dict[str, Any]) -> Iterator[str]:
-    """The same to be read."""
-    yield f"{report['classes']:,} classes of {report['images']:,} images are known"
+def format_gallery(report: dict[str, Any]) -> Iterator[str]:
+    """Format the report of a gallery as lines."""
+    yield f"gallery: {report['classes']:,} classes, {report['images']:,} images"
     others, threshold = report["others"], report["threshold"]
     if threshold is None:
-        yield "nobody is unknown: the nearest class always gives its name"
+        yield "closed set: every probe is named after its nearest class"
         return
-    yield f"a class gives its name up to a distance of {threshold:.4f}"
+    yield f"threshold {threshold:.4f}: largest distance of a named probe"
     if others is None:
-        yield "how many of others get a name is not known: no threshold was chosen"
+        yield "false positives at this gallery: unknown, the run has no calibration"
         return
     if others["left_out"]:
         yield (
-            f"- {others['left_out']:,} images of {others['data']} are in the gallery, "
-            "or of classes of its names, and are not counted as others"
+            f"- {others['left_out']:,} images of {others['data']} are of classes of "
+            "the gallery, or copies of its images, and are not counted"
         )
     if others["fpir"] is None:
-        yield "how many of others get a name is not known: there are no others"
+        yield "false positives at this gallery: unknown, no other class was calibrated"
         return
     yield (
-        f"false positives at this gallery: {others['fpir']:.1f} % of others get a name "
-        f"({others['named']:,} of {others['images']:,} images of {others['data']}); "
-        "--fpir SHARE chooses a threshold by it"
+        f"false positives at this gallery: {others['fpir']:.1f} % ({others['named']:,} "
+        f"of {others['images']:,} images of other classes in {others['data']}); "
+        "--fpir SHARE chooses a threshold by this rate"
     )
 
 
-def lines(files: Sequence[Path], found: Sequence[Identity]) -> Iterator[str]:
-    """A line for each probe: its name or unknown, how far, and who is next."""
-    width = max(len(encoded(file)) for file in files)
-    names = max(len(one.name or "unknown") for one in found)
-    for file, one in zip(files, found):
-        told = f"{encoded(file):<{width}}  {one.name or 'unknown':<{names}}"
-        told += f"  {one.distance:.4f}"
-        if one.name is None:
-            told += f"  nearest {one.nearest}"
-        if one.runner_up is not None:
-            told += f"  next {one.runner_up} {one.runner_up_distance:.4f}"
-        if one.own is not None:
-            told += "  (itself is left out of the gallery)"
-        yield told
+def format_identities(
+    files: Sequence[Path], identities: Sequence[Identity]
+) -> Iterator[str]:
+    """Format a line for each probe: file, name, distance, and the next class.
+
+    Args:
+        files: image files of the probes.
+        identities: of these probes.
+    """
+    paths = [encode_path(file) for file in files]
+    names = [identity.name or "unknown" for identity in identities]
+    path_width, name_width = max(map(len, paths)), max(map(len, names))
+    for path, name, identity in zip(paths, names, identities):
+        line = f"{path:<{path_width}}  {name:<{name_width}}  {identity.distance:.4f}"
+        if identity.name is None:
+            line += f"  nearest {identity.nearest}"
+        if identity.runner_up is not None:
+            line += f"  next {identity.runner_up} {identity.runner_up_distance:.4f}"
+        if identity.own is not None:
+            line += "  (this image of the gallery is left out)"
+        yield line
 
 
-def of_probes(files: Sequence[Path], found: Sequence[Identity]) -> list[dict[str, Any]]:
-    """The same for JSON."""
+def make_probe_reports(
+    files: Sequence[Path], identities: Sequence[Identity]
+) -> list[dict[str, Any]]:
+    """Make the report of each probe, for JSON.
+
+    Args:
+        files: image files of the probes.
+        identities: of these probes.
+    """
     return [
-        {"query": encoded(file), **dataclasses.asdict(one)}
-        for file, one in zip(files, found)
+        {"query": encode_path(file), **dataclasses.asdict(identity)}
+        for file, identity in zip(files, identities)
     ]
 
 
-def measured(report: dict[str, Any]) -> Iterator[str]:
-    """An evaluation to be read."""
+def format_evaluation(report: dict[str, Any]) -> Iterator[str]:
+    """Format the result of `evaluate` as lines."""
     yield (
-        f"{report['known']:,} probes of {report['classes']:,} classes of the gallery, "
-        f"{report['unknown']:,} of others"
+        f"probes: {report['known']:,} of the {report['classes']:,} classes of the "
+        f"gallery, {report['unknown']:,} of other classes"
     )
     if report["copies"]:
         yield (
-            f"- {report['copies']:,} probes are copies of images of the gallery, which "
-            "are easily named: the rates are too good"
+            f"- {report['copies']:,} probes are copies of images of the gallery: the "
+            "identification rates are too high"
         )
     for rank, rate in report["rate_at_rank"].items():
-        yield f"  identified at rank {rank}: {_told(rate)}"
+        yield f"  identified at rank {rank}: {_format_rate(rate)}"
     for one in report["at_fpir"]:
-        yield f"  FNIR at FPIR {one['fpir']:g} %: {_told(one['fnir'])}"
-    at = report["at_threshold"]
-    if at["threshold"] is not None:
+        yield f"  FNIR at FPIR {one['fpir']:g} %: {_format_rate(one['fnir'])}"
+    rates = report["at_threshold"]
+    if rates["threshold"] is not None:
         yield (
-            f"  at the threshold {at['threshold']:.4f}: FPIR {_told(at['fpir'])}, FNIR "
-            f"{_told(at['fnir'])}"
+            f"  at threshold {rates['threshold']:.4f}: FPIR "
+            f"{_format_rate(rates['fpir'])}, FNIR {_format_rate(rates['fnir'])}"
         )
 
 
 def draw(
-    index: Index, files: Sequence[Path], found: Sequence[Identity], out: Path
+    index: Index, files: Sequence[Path], identities: Sequence[Identity], out: Path
 ) -> None:
-    """Pairs: each probe, and the image of the gallery that it is nearest to."""
+    """Draw each probe beside its nearest image of the gallery.
+
+    Args:
+        index: of the gallery.
+        files: image files of the probes.
+        identities: of these probes.
+        out: file of the picture.
+    """
     pairs = []
-    for file, one in zip(files, found):
-        nearest = one.nearest.rpartition("/")[2]
+    for file, identity in zip(files, identities):
+        nearest = identity.nearest.rpartition("/")[2]
         text = (
-            f"{file.name}\n{one.name or 'unknown'}\n{one.distance:.3f} from {nearest}"
+            f"{file.name}\n{identity.name or 'unknown'}\n"
+            f"{identity.distance:.3f} from {nearest}"
         )
-        images = thumbnail(file), thumbnail(index.file_of(one.path))
-        pairs.append((*images, text, one.name is not None))
+        images = thumbnail(file), thumbnail(index.file_of(identity.path))
+        pairs.append((*images, text, identity.name is not None))
     out.parent.mkdir(parents=True, exist_ok=True)
     plots.pairs_sheet(
         [("", pairs[i : i + IN_ROW]) for i in range(0, len(pairs), IN_ROW)],
         out,
-        title="images beside the nearest of the gallery: blue gives its name, orange "
-        "and dashed is too far",
+        title="probes beside their nearest image of the gallery (solid blue: named; "
+        "dashed orange: unknown)",
     )
 
 
-def _told(rate: float | None) -> str:
+def _format_rate(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.2f} %"

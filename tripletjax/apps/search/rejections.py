@@ -1,6 +1,6 @@
-"""Files of an indexed folder that are no images that can be used, remembered.
+"""Files of an indexed folder that are not usable images.
 
-An update does not read them again until they change, or can be read in another way.
+An update reads them again only if they change, or if other decoders are installed.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ class Rejections:
     """Rejected files by their paths.
 
     Attributes:
-        file: where they are kept; without it, or if it is damaged, none are known.
-        reader: a name of everything that decides whether a file can be used.
+        file: the JSON file that keeps them. Missing or damaged, it counts as empty.
+        reader: the embedder and the decoders, which decide whether a file is usable.
         files: the stamp and the reason of each path.
     """
 
@@ -29,7 +29,7 @@ class Rejections:
 
     @classmethod
     def read(cls, file: Path, embedder: str) -> "Rejections":
-        """Read what an earlier update with the same embedder and decoders kept."""
+        """Read the rejections of an earlier update with the same reader."""
         reader = f"{embedder}, Pillow {PIL.__version__}, {' '.join(formats())}"
         files = {}
         try:
@@ -38,17 +38,17 @@ class Rejections:
                 pairs = kept["files"].items()
                 files = {path: (stamp, reason) for path, (stamp, reason) in pairs}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            # It saves time alone: files are read again.
+            # Without the rejections, an update reads the files again.
             pass
         return cls(file, reader, files)
 
     def reason(self, path: str, stamp: str) -> str | None:
-        """Why a file of this stamp was rejected, or None if it is to be read."""
+        """The reason for rejecting a file with this stamp, or None."""
         known, reason = self.files.get(path, (None, None))
         return reason if known == stamp else None
 
     def replace(self, files: dict[str, tuple[str, str]]) -> None:
-        """Keep these files, and no others."""
+        """Replace all rejections, and write them if they differ."""
         if files != self.files:
             self.files = files
             write_json(self.file, {"reader": self.reader, "files": files})

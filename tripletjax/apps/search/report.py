@@ -1,4 +1,4 @@
-"""What a search has found, as lines, JSON, CSV and a picture."""
+"""Results of a search as lines, JSON, CSV and a picture."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -8,30 +8,22 @@ from typing import Any
 import numpy as np
 
 from tripletjax.apps.embedders import vectors_of
-from tripletjax.apps.images import decoded, encoded, opened, thumbnail
-from tripletjax.apps.search.index import Changes, Index
+from tripletjax.apps.images import decode_path, encode_path, load_image, thumbnail
+from tripletjax.apps.search.index import Index
+from tripletjax.apps.search.update import Changes
 
 
-def changes(told: Changes) -> str:
-    """What an update has done, in a line."""
-    done = ("added", "changed", "moved", "removed")
-    counts = [(name, getattr(told, name)) for name in done]
-    counts.append(("skipped", len(told.skipped)))
-    what = ", ".join(f"{count:,} {name}" for name, count in counts if count)
-    return f"{told.images:,} images in the index ({what or 'as before'})"
-
-
-def of_changes(index: Index, told: Changes) -> dict[str, Any]:
+def report_changes(index: Index, changes: Changes) -> dict[str, Any]:
     """An update, for JSON."""
     names = ("images", "added", "changed", "moved", "removed", "skipped", "notes")
     return {
-        "folder": encoded(index.folder),
+        "folder": encode_path(index.folder),
         "embedder": index.embedder.key,
-        **{name: getattr(told, name) for name in names},
+        **{name: getattr(changes, name) for name in names},
     }
 
 
-def found(
+def search_files(
     index: Index,
     queries: Sequence[Path],
     *,
@@ -41,15 +33,15 @@ def found(
     together: bool = False,
     approximate: bool = False,
 ) -> list[dict[str, Any]]:
-    """Searches by image files, each alone or by the mean of their vectors.
+    """Search by image files, each alone or by the mean of their vectors.
 
-    A query that lies in the index is not its own hit; where its class is known, hits
-    are right or not.
+    A query in the index is not its own hit. If the class of a query is known, hits are
+    right or wrong.
 
     Raises:
         OSError: if a query cannot be read.
     """
-    x = vectors_of(index.embedder, [opened(file) for file in queries])
+    x = vectors_of(index.embedder, [load_image(file) for file in queries])
     groups = [[file] for file in queries]
     if together:
         groups = [[*queries]]
@@ -64,14 +56,14 @@ def found(
         leave_out=leave_out,
         approximate=approximate,
     )
-    found = []
-    for files, own, several in zip(groups, leave_out, hits):
-        # What lies in the folder itself is of no class.
+    results = []
+    for files, own, hits_of_query in zip(groups, leave_out, hits):
+        # Images in the folder itself have no class.
         of_queries = {path.rpartition("/")[0] for path in own}
         own_class = (of_queries.pop() or None) if len(of_queries) == 1 else None
-        found.append(
+        results.append(
             {
-                "query": [encoded(file) for file in files],
+                "query": [encode_path(file) for file in files],
                 "class": own_class,
                 "hits": [
                     {
@@ -80,48 +72,48 @@ def found(
                         "class": hit.label,
                         "right": None if own_class is None else hit.label == own_class,
                     }
-                    for hit in several
+                    for hit in hits_of_query
                 ],
             }
         )
-    return found
+    return results
 
 
-def ranked_lines(found: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """A line for each hit, under its query."""
-    for query in found:
+def ranked_lines(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A line for each hit, below its query."""
+    for result in results:
         yield ""
-        yield " + ".join(query["query"])
-        if not query["hits"]:
-            yield "  nothing is found"
-        for rank, hit in enumerate(query["hits"], start=1):
+        yield " + ".join(result["query"])
+        if not result["hits"]:
+            yield "  no hits"
+        for rank, hit in enumerate(result["hits"], start=1):
             yield f"{rank:>5}  {hit['distance']:.4f}  {hit['path']}"
 
 
-def draw_found(index: Index, found: Sequence[dict[str, Any]], out: Path) -> None:
-    """A contact sheet: the queries, and what was found for them."""
+def draw_hits(index: Index, results: Sequence[dict[str, Any]], out: Path) -> None:
+    """Draw a contact sheet: a row for each query, with its hits."""
     from tripletjax.learn import plots
 
     rows = []
-    for query in found:
-        files = [index.file_of(hit["path"]) for hit in query["hits"]]
-        images = [*map(thumbnail, (decoded(query["query"][0]), *files))]
-        told = [
+    for result in results:
+        files = [index.file_of(hit["path"]) for hit in result["hits"]]
+        images = [*map(thumbnail, (decode_path(result["query"][0]), *files))]
+        captions = [
             (f"{hit['distance']:.3f}\n{hit['class'].rpartition('/')[2]}", hit["right"])
-            for hit in query["hits"]
+            for hit in result["hits"]
         ]
-        name = query["query"][0].rpartition("/")[2]
-        more = len(query["query"]) - 1
-        rows.append((f"{name} + {more}" if more else name, images, told))
-    title = "query, then what was found, with its distance and folder"
-    if any(query["class"] is not None for query in found):
-        title += "; blue is of the query's folder, orange and dashed is not"
+        name = result["query"][0].rpartition("/")[2]
+        more = len(result["query"]) - 1
+        rows.append((f"{name} + {more}" if more else name, images, captions))
+    title = "query, then its nearest images with distance and folder"
+    if any(result["class"] is not None for result in results):
+        title += "; blue: folder of the query, orange and dashed: another folder"
     out.parent.mkdir(parents=True, exist_ok=True)
     plots.contact_sheet(rows, out, title=title)
 
 
 def write_groups(groups: Sequence[Sequence[str]], out: Path) -> None:
-    """Groups of paths as CSV: a line for each, with the number of its group."""
+    """Write groups of paths as CSV: a line for each path, with its group's number."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -1,7 +1,7 @@
-"""Tables of LanceDB, one for each indexed folder, whose errors are one line.
+"""Tables of LanceDB, one for each indexed folder, with errors of one line.
 
-LanceDB raises whatever its parts come across (RuntimeError, ValueError, OSError). Every
-call of it is in this module, and raises a `TableError` that names the table.
+LanceDB raises errors of many types (RuntimeError, ValueError, OSError). This module has
+every call of it, and raises a `TableError` that names the table.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from lancedb.index import IvfFlat
 
 from tripletjax.learn.errors import first_line
 
-# The number of values in one condition.
+# The largest number of values in a condition.
 CONDITION = 1000
-# The place in LanceDB's sources that raised an error.
+# The line of LanceDB's sources in the text of an error.
 SOURCE = re.compile(r",?\s*\S+\.rs:\d+(:\d+)?")
 
 
@@ -33,10 +33,10 @@ class Database:
     """A directory of tables.
 
     Args:
-        directory: is made if it does not exist.
+        directory: created if it does not exist.
 
     Raises:
-        OSError: if the directory cannot be made.
+        OSError: if the directory cannot be created.
     """
 
     def __init__(self, directory: Path):
@@ -45,7 +45,7 @@ class Database:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(
-                f"no index can be made in {directory}: {error.strerror}. Choose "
+                f"no index can be created in {directory}: {error.strerror}. Choose "
                 "another database (--database DIR)."
             ) from error
         with _one_line(directory, "read"):
@@ -66,7 +66,7 @@ class Database:
         return [name for name in names if _is_created(self.path_of(name))]
 
     def path_of(self, name: str) -> Path:
-        """The folder of a table, which a user can remove."""
+        """The folder of a table, for advice to remove it."""
         return self.directory / f"{name}.lance"
 
     def open(self, name: str) -> "Table":
@@ -85,7 +85,7 @@ class Database:
 
 
 class Table:
-    """A table with a column ``vector``, by `Database`.
+    """A table of a `Database` with a column ``vector``.
 
     Attributes:
         name: in its database.
@@ -110,12 +110,12 @@ class Table:
         return self._schema.field("vector").type.list_size
 
     def refresh(self) -> None:
-        """Go on with what other processes have written meanwhile."""
+        """Read the rows that other processes have written."""
         with _one_line(self.path, "read"):
             self._lance.checkout_latest()
 
     def rows(self, columns: Sequence[str], where: str | None = None) -> pa.Table:
-        """Columns of all rows, or of those that a condition holds for."""
+        """Columns of all rows, or of those that meet a condition."""
         with _one_line(self.path, "read"):
             query = self._lance.search().select([*columns])
             query = query.limit(max(self._lance.count_rows(), 1))
@@ -134,7 +134,7 @@ class Table:
         where: str | None = None,
         cells: int | None = None,
     ) -> pa.Table:
-        """The rows with the nearest vectors, for each query.
+        """Find the rows with the nearest vectors, for each query.
 
         Args:
             x: queries ``[q, d]``.
@@ -176,7 +176,7 @@ class Table:
                 self._lance.delete(one_of(column, values[start : start + CONDITION]))
 
     def optimize(self) -> None:
-        """Join small pieces, and drop earlier states."""
+        """Join fragments of many commits, and drop earlier versions."""
         with _one_line(self.path, "written"):
             self._lance.optimize()
 
@@ -217,7 +217,7 @@ def _one_line(path: Path, action: str) -> Iterator[None]:
 
 
 def matrix(column: Any) -> np.ndarray:
-    """Vectors ``[n, d]`` of a column of them."""
+    """A column of vectors as an array ``[n, d]``."""
     chunk = column.combine_chunks()
     return chunk.flatten().to_numpy().reshape(len(chunk), chunk.type.list_size)
 

@@ -7,7 +7,6 @@ saved, too: identification counts how many of them a gallery would name.
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from tripletjax.apps.verification.pair_distances import PairDistances
-from tripletjax.learn.files import free_path, write_json
+from tripletjax.learn.files import free_path, replaced, write_json
 
 FOLDER, FILE, VECTORS = "calibration", "calibration.json", "vectors.npz"
 FORMAT = 1
@@ -82,16 +81,14 @@ class Calibration:
             The folder that an earlier calibration was moved to, if there was one.
         """
         wanted = Path(run_dir) / FOLDER
-        part = wanted.with_name(f"{FOLDER}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        write_json(part / FILE, {"format": FORMAT, **self.summary()})
-        with (part / VECTORS).open("wb") as file:
-            np.savez(file, vectors=self.vectors, names=self.names)
         earlier = None
-        if wanted.exists():
-            earlier = free_path(wanted.with_name(f"{FOLDER}-before"))
-            wanted.rename(earlier)
-        part.rename(wanted)
+        with replaced(wanted) as part:
+            write_json(part / FILE, {"format": FORMAT, **self.summary()})
+            with (part / VECTORS).open("wb") as file:
+                np.savez(file, vectors=self.vectors, names=self.names)
+            if wanted.exists():
+                earlier = free_path(wanted.with_name(f"{FOLDER}-before"))
+                wanted.rename(earlier)
         return earlier
 
     @classmethod

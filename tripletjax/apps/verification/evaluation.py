@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tripletjax.apps.images import encoded
+from tripletjax.apps.images import encode_path
 from tripletjax.apps.verification.calibration import (
     Calibration,
     TooFewPairsError,
@@ -91,7 +91,7 @@ def evaluate(
     if not 0 < far < 1:
         raise ValueError(f"far must be a share between 0 and 1, got {far}.")
     protocol = None if pairs_file is None else read_pairs(pairs_file)
-    data = encoded(folder.resolve()) if name is None else name
+    data = encode_path(folder.resolve()) if name is None else name
     trained_on, notes = _not_trained_on(embedder, folder, name)
     images = evaluation.embed_folder(
         embedder,
@@ -113,7 +113,9 @@ def evaluate(
         "what": REPORT,
         "embedder": embedder.key,
         "data": data,
-        "pairs": "all" if pairs_file is None else encoded(Path(pairs_file).resolve()),
+        "pairs": "all"
+        if pairs_file is None
+        else encode_path(Path(pairs_file).resolve()),
         "images": len(images.labels),
         "classes": len(images.names),
         "verification": evaluation.of_metrics(metrics, fars),

@@ -9,16 +9,17 @@ import numpy as np
 
 from tripletjax.apps.verification.lfw import PairsFile
 from tripletjax.learn import evaluation
+from tripletjax.learn.data.sources import parse_source
 
 
 @contextlib.contextmanager
 def folder_of(data: str) -> Iterator[Path]:
     """A folder, or a temporary one with the images of a dataset ``tfds:NAME``."""
-    if not data.startswith("tfds:"):
+    if not parse_source(data).in_tfds:
         yield Path(data)
         return
-    # This module registers the digits, too.
-    from tripletjax.learn.data.datasets import Catalogue
+    # The import takes a second, for tensorflow-datasets.
+    from tripletjax.learn.data.tfds_catalogue import Catalogue
 
     with tempfile.TemporaryDirectory() as directory:
         Catalogue.open(data).write(Path(directory))

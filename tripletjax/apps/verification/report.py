@@ -1,4 +1,4 @@
-"""What verification has found, as lines and pictures."""
+"""Reports of verification: lines, JSON and pictures."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from tripletjax.apps.images import encoded, thumbnail
+from tripletjax.apps.images import encode_path, thumbnail
 from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.apps.verification.decision import Decision
 from tripletjax.apps.verification.evaluation import REPORT, Verification
 from tripletjax.learn import plots, reports
 
-# Distances are counted in so many steps.
-STEPS = 2000
+# Bins of the histograms of distances.
+BINS = 2000
 
 
-def lines(report: dict[str, Any]) -> Iterator[str]:
-    """A report to be read."""
+def format_report(report: dict[str, Any]) -> Iterator[str]:
+    """Format the report of `evaluate` as lines."""
     pairs, intervals = report["verification"], report["intervals"]
     yield f"{report['images']:,} images of {report['classes']:,} classes"
     for line in (*report["notes"], *report["skipped"]):
@@ -28,20 +28,20 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         f"{pairs['positives']:,} same and {pairs['negatives']:,} different pairs, with "
         f"{100 * intervals['confidence']:g} % intervals over classes"
     )
-    of_far = {one["far"]: one["tar"] for one in intervals["at_far"]}
+    tar_intervals = {one["far"]: one["tar"] for one in intervals["at_far"]}
     rows = [
         (name.replace("_", " "), pairs[name], intervals[name])
         for name in ("equal_error_rate", "area_under_roc")
     ]
     rows += [
-        (f"TAR at FAR {one['far']:g} %", one["tar"], of_far.get(one["far"]))
+        (f"TAR at FAR {one['far']:g} %", one["tar"], tar_intervals.get(one["far"]))
         for one in pairs["at_far"]
     ]
     for name, value, interval in rows:
-        told = "-" if value is None else f"{value:.2f} %"
+        text = "-" if value is None else f"{value:.2f} %"
         if interval is not None:
-            told += f"   {interval[0]:.2f} to {interval[1]:.2f}"
-        yield f"  {name:<22}{told:>10}"
+            text += f"   {interval[0]:.2f} to {interval[1]:.2f}"
+        yield f"  {name:<22}{text:>10}"
     if (fold := report["k_fold"]) is not None:
         yield (
             f"  {fold['folds']}-fold accuracy       {fold['accuracy']:.2f} % "
@@ -49,100 +49,123 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def chosen(calibration: Calibration) -> str:
-    """What a threshold is and means, in a line."""
+def format_threshold(calibration: Calibration) -> str:
+    """Format a threshold and its rates as a line."""
     return (
-        f"threshold {calibration.threshold:.4f}: what is not farther is taken for the "
-        f"same: of the pairs here {100 * calibration.far:g} % of different ones "
-        f"and {100 * calibration.tar:.1f} % of the same class"
+        f"threshold {calibration.threshold:.4f}: pairs up to this distance are "
+        f"accepted, {100 * calibration.far:g} % of the different and "
+        f"{100 * calibration.tar:.1f} % of the same pairs here"
     )
 
 
-def decided(decision: Decision, calibration: Calibration) -> str:
-    """Whether two images are the same, in a line."""
-    told = "same" if decision.same else "different"
+def format_decision(decision: Decision, calibration: Calibration) -> str:
+    """Format the decision about two images as a line."""
+    verdict = "same" if decision.same else "different"
     return (
-        f"{told}  distance {decision.distance:.4f}  threshold {decision.threshold:.4f} "
-        f"(FAR {100 * calibration.far:g} %)  probability of the same "
-        f"{decision.probability:.3f}, if half of the pairs are"
+        f"{verdict}  distance {decision.distance:.4f}  "
+        f"threshold {decision.threshold:.4f} (FAR {100 * calibration.far:g} %)  "
+        f"match probability {decision.probability:.3f} (equal priors)"
     )
 
 
-def of_decision(
+def make_decision_report(
     images: Sequence[Path], decision: Decision, calibration: Calibration
 ) -> dict[str, Any]:
-    """The same for JSON."""
+    """Make the report of a decision, for JSON.
+
+    Args:
+        images: files of the two images.
+        decision: about these images.
+        calibration: threshold of the decision.
+    """
     return {
         "what": REPORT,
-        "images": [encoded(image) for image in images],
+        "images": [encode_path(image) for image in images],
         **dataclasses.asdict(decision),
         "calibration": calibration.summary(),
     }
 
 
-def draw(found: Verification, out: Path) -> None:
-    """The ROC, the distances, and the worst errors, into a directory."""
-    pairs, told = found.pairs, found.report["verification"]
-    furthest = max(2.0, *(float(x.max()) for x in (pairs.same, pairs.different)))
-    scale = furthest / 2
-    same, different = (
-        np.histogram(x / scale, STEPS, (0, 2))[0] for x in (pairs.same, pairs.different)
+def draw(result: Verification, out: Path) -> None:
+    """Draw the ROC curve, the distances, and the worst errors.
+
+    Args:
+        result: of `evaluate`.
+        out: directory of ``roc.png``, ``distances.png`` and ``errors.png``.
+    """
+    pairs, calibration = result.pairs, result.calibration
+    largest = max(2.0, *(float(x.max()) for x in (pairs.same, pairs.different)))
+    _draw_curves(result, out, scale=largest / 2)
+    threshold = (
+        result.report["verification"]["threshold"]
+        if calibration is None
+        else calibration.threshold
     )
-    what = f"{told['positives']:,} same and {told['negatives']:,} different pairs"
-    if len(pairs.different) < pairs.all_different:
-        what = f"{len(pairs.same):,} same and {len(pairs.different):,} different pairs"
-    chosen = found.calibration
-    plots.roc(
-        same,
-        different,
-        told,
-        out / "roc.png",
-        what=what,
-        intervals=[
-            (one["far"] / 100, *(x / 100 for x in one["tar"]))
-            for one in found.report["intervals"]["at_far"]
-            if one["tar"] is not None
-        ],
-    )
-    threshold = told["threshold"] if chosen is None else chosen.threshold
-    # Where copies are of different classes, the most accurate may be to accept none.
+    # The report has no threshold if accepting no pair is the most accurate.
     threshold = -1.0 if threshold is None else threshold
-    plots.distances(
-        same,
-        different,
-        told,
-        out / "distances.png",
-        what=what,
-        scale=scale,
-        threshold=None
-        if chosen is None
-        else (chosen.threshold, f"threshold at FAR {100 * chosen.far:g} %"),
-        probability=None if chosen is None else chosen.probability,
-    )
     accepts, rejects = (
-        [_shown(found, *pair, accepted_is_right, threshold) for pair in zip(*worst)]
-        for accepted_is_right, worst in zip((False, True), found.worst)
+        [_pair_picture(result, *pair, same, threshold) for pair in zip(*worst)]
+        for same, worst in zip((False, True), result.worst)
     )
     plots.pairs_sheet(
         [
-            ("nearest of different classes, of every two classes one", accepts),
-            ("farthest of the same class, of every class one", rejects),
+            ("nearest pairs of different classes, one per two classes", accepts),
+            ("farthest pairs of the same class, one per class", rejects),
         ],
         out / "errors.png",
-        title="the worst pairs; blue if the threshold decides them rightly, orange and "
-        "dashed if not",
+        title="worst pairs (solid blue: decided correctly; dashed orange: wrongly)",
     )
 
 
-def _shown(
-    found: Verification,
+def _draw_curves(result: Verification, out: Path, *, scale: float) -> None:
+    """Draw the ROC curve and the histograms, of distances from 0 to ``2 scale``."""
+    pairs, calibration = result.pairs, result.calibration
+    metrics = result.report["verification"]
+    same, different = (
+        np.histogram(x / scale, BINS, (0, 2))[0] for x in (pairs.same, pairs.different)
+    )
+    counts = metrics["positives"], metrics["negatives"]
+    if len(pairs.different) < pairs.all_different:
+        counts = len(pairs.same), len(pairs.different)
+    title = f"{counts[0]:,} same and {counts[1]:,} different pairs"
+    plots.roc(
+        same,
+        different,
+        metrics,
+        out / "roc.png",
+        what=title,
+        intervals=[
+            (one["far"] / 100, *(x / 100 for x in one["tar"]))
+            for one in result.report["intervals"]["at_far"]
+            if one["tar"] is not None
+        ],
+    )
+    threshold = probability = None
+    if calibration is not None:
+        name = f"threshold at FAR {100 * calibration.far:g} %"
+        threshold = calibration.threshold, name
+        probability = calibration.probability
+    plots.distances(
+        same,
+        different,
+        metrics,
+        out / "distances.png",
+        what=title,
+        scale=scale,
+        threshold=threshold,
+        probability=probability,
+    )
+
+
+def _pair_picture(
+    result: Verification,
     images: np.ndarray,
     distance: float,
     same: bool,
     threshold: float,
 ) -> tuple[np.ndarray, np.ndarray, str, bool]:
-    """A pair for a picture."""
-    first, second = (found.files[image] for image in images)
+    """Two images, their caption, and whether the threshold decides them correctly."""
+    first, second = (result.files[image] for image in images)
     names = first.parent.name if same else f"{first.parent.name} / {second.parent.name}"
     return (
         thumbnail(first),
@@ -152,8 +175,13 @@ def _shown(
     )
 
 
-def write(found: Verification, out: Path) -> None:
-    """The report and its pictures, into a directory that is made."""
+def write(result: Verification, out: Path) -> None:
+    """Write the report and its pictures.
+
+    Args:
+        result: of `evaluate`.
+        out: the directory, which is created.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    draw(found, out)
-    reports.write_report(found.report, out / "report.json")
+    draw(result, out)
+    reports.write_report(result.report, out / "report.json")

@@ -1,4 +1,4 @@
-"""Image augmentation in JAX, a pure function of a random key."""
+"""Image augmentation in JAX, as a pure function of a random key."""
 
 import dataclasses
 
@@ -10,21 +10,21 @@ from jax.scipy.ndimage import map_coordinates
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """Random changes of images that leave their class as it is.
+    """Random changes of images that keep their class.
 
-    ``augment(key, images)`` is a pure function.
+    ``augment(key, images)`` is a pure function of images ``[n, height, width,
+    channels]`` from 0 to 1. Each value is drawn between minus and plus its bound.
 
     Attributes:
-        shift: as a share of the size, each way.
-        rotation: in degrees, each way.
-        zoom: as a share of the size.
-        shear: as a share of the size.
-        elastic: how far parts of an image move apart, as a share of the size.
+        shift: largest shift, as a share of the longer side.
+        rotation: largest rotation, in degrees.
+        zoom: largest change of the size, as a share.
+        shear: largest shear, as a share of the size.
+        elastic: largest shift of a grid point, as a share of the longer side.
         flip: whether half of the images are mirrored, left to right.
-        brightness: how much is added at most, of a range of 1.
-        contrast: how much wider or narrower the range about the mean becomes, as a
-            share of it.
-        erase: the share of images of which a rectangle becomes grey.
+        brightness: largest value that is added, where the range is 1.
+        contrast: largest change of the range about the mean, as a share.
+        erase: share of the images in which a rectangle becomes grey.
     """
 
     shift: float = 0.0
@@ -71,7 +71,7 @@ class Augment:
 
 
 def random_flip(key: Array, images: Array) -> Array:
-    """Mirrors half of the images ``[n, height, width, channels]``, left to right."""
+    """Mirror half of the images ``[n, height, width, channels]``, left to right."""
     chosen = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
     return jnp.where(chosen, images[:, :, ::-1], images)
 
@@ -79,7 +79,7 @@ def random_flip(key: Array, images: Array) -> Array:
 def random_light(
     key: Array, images: Array, *, brightness: float = 0.0, contrast: float = 0.0
 ) -> Array:
-    """Stretches the tones of each image about its mean and moves them, within 0 to 1.
+    """Stretch the tones of each image about its mean and shift them, within 0 to 1.
 
     ``y = (x - mean) (1 + c) + mean + b``, with c and b drawn uniformly between minus
     and plus their bounds.
@@ -92,9 +92,9 @@ def random_light(
 
 
 def random_erase(key: Array, images: Array, share: float) -> Array:
-    """Makes a rectangle of a share of the images ``[n, height, width, channels]`` grey.
+    """Turn a rectangle grey in a share of the images ``[n, height, width, channels]``.
 
-    A side is from a tenth to four tenths of the image's.
+    Each side of the rectangle is a tenth to four tenths of the image's.
 
     References:
         Zhong, Zheng, Kang, Li, Yang. Random Erasing Data Augmentation. 2017.
@@ -123,10 +123,10 @@ def random_warp(
     shear: float = 0.0,
     elastic: float = 0.0,
 ) -> Array:
-    """Moves, turns, scales, shears and bends each image a little, at random.
+    """Shift, rotate, scale, shear and bend each image at random.
 
-    Each parameter is drawn uniformly between minus and plus its bound. What comes in
-    from outside repeats the border.
+    Each parameter is drawn uniformly between minus and plus its bound. Pixels from
+    outside repeat the border.
 
     Args:
         key: a random key.
@@ -135,8 +135,8 @@ def random_warp(
         rotation: in degrees.
         zoom: as a share of the size.
         shear: as a share of the size.
-        elastic: how far each point of a grid of 5 x 5 moves, in pixels each way; what
-            is between them moves smoothly.
+        elastic: largest shift of each point of a grid of 5 x 5, in pixels. Points
+            between them move smoothly.
 
     Returns:
         Images of the same shape.

@@ -1,157 +1,138 @@
-"""The folder of decoded images: which are in use, and which are left over.
+"""Entries of the folder of decoded images: made once, removed when stale.
 
-Every entry is a folder that holds ``lock``, which all processes that use it hold until
-they end, and, once it is complete, ``sources.json``: what it was made of. Where files
-cannot be locked, as on Windows, nothing is cleaned up.
+An entry is a folder whose name is a digest of its content. The lock ``NAME.lock``
+beside an entry is held while a process makes or removes the entry. In ``users``, each
+process holds a lock until it ends. In ``sources`` lies a file for each source that the
+entry was made from, such as a folder of images.
 """
 
 import contextlib
-import json
-import os
 import shutil
+import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
+from tqdm import tqdm
+
 from tripletjax.learn.errors import UNWRITABLE
+from tripletjax.learn.files import digest_of
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
-
-
-LOCK, SOURCES = "lock", "sources.json"
-# What an interrupted decoding leaves behind.
+SOURCES, USERS = "sources", "users"
+# Folders that an interrupted decode leaves behind.
 INCOMPLETE = "*/incomplete.*"
-# Descriptors of the locks of the entries that this process uses.
-_held: dict[Path, int] = {}
+# The lock of each entry that this process uses.
+_used: dict[Path, filelock.BaseFileLock] = {}
 
 
-def hold(entry: Path) -> list[str]:
-    """Makes an entry, if there is none, and keeps others from removing it.
+@contextlib.contextmanager
+def open_entry(entry: Path, source: str, *, progress: bool) -> Iterator[list[str]]:
+    """Lock an entry while the body makes it, and keep it until this process ends.
 
-    One that can only be read is held, too.
-
-    Returns:
-        What was removed of what an interrupted decoding has left in it.
-    """
-    entry = entry.resolve()
-    if entry in _held and _is_there(_held[entry], entry / LOCK):
-        return []
-    while True:
-        entry.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = os.open(entry / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            if error.errno not in UNWRITABLE or not (entry / LOCK).exists():
-                raise
-            lock = os.open(entry / LOCK, os.O_RDONLY)
-        left = list(entry.glob(INCOMPLETE)) if _lock(lock, alone=True) else []
-        told = [_removed("what an interrupted decoding had left", x) for x in left]
-        _lock(lock)
-        # It may have been removed before it was locked.
-        if _is_there(lock, entry / LOCK):
-            _held[entry] = lock
-            return told
-        os.close(lock)
-
-
-def tidy(entry: Path, source: str) -> list[str]:
-    """Removes what nobody needs and no living process uses.
-
-    That is earlier states of what an entry was made of, and what interrupted decodings
-    have left behind.
+    A second process waits for the first. A complete entry in a folder that cannot be
+    written is used without a lock.
 
     Args:
-        entry: that is held, and complete.
-        source: what it was made of, such as the path of a folder.
+        entry: the folder, created if it does not exist.
+        source: what the entry is made from, such as the path of a folder.
+        progress: whether to print that another process is waited for.
+
+    Yields:
+        Lines about the leftovers that were removed.
+    """
+    sources = entry / SOURCES
+    try:
+        entry.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(entry, progress)
+    except OSError as error:
+        if error.errno not in UNWRITABLE or not sources.exists():
+            raise
+        yield []
+        return
+    with lock:
+        leftovers = [*entry.glob(INCOMPLETE)]
+        yield [_remove("leftovers of an interrupted decode", one) for one in leftovers]
+        sources.mkdir(exist_ok=True)
+        _mark(entry, source).touch()
+        if entry not in _used:
+            (entry / USERS).mkdir(exist_ok=True)
+            _used[entry] = filelock.FileLock(entry / USERS / f"{uuid.uuid4().hex}.lock")
+            _used[entry].acquire()
+
+
+def remove_stale(entry: Path, source: str) -> list[str]:
+    """Remove earlier entries of a source, and leftovers of interrupted decodes.
+
+    Entries that another source needs or a living process uses stay.
+
+    Args:
+        entry: the entry that the source needs now.
+        source: as in `open_entry`.
 
     Returns:
-        What was removed, and how large the folder of entries is.
+        Lines about the removed entries, and the size of the whole folder.
     """
-    entry, told = entry.resolve(), []
-    if source not in (sources := _sources(entry)):
-        _note(entry, sources | {source})
-    for other in sorted(entry.parent.iterdir()):
-        sources = _sources(other)
-        needed = bool(sources) and source not in sources
-        if needed or other in _held or not (other / LOCK).exists():
+    notes = []
+    for other in sorted(path for path in entry.parent.iterdir() if path.is_dir()):
+        if other == entry:
             continue
-        with _alone(other) as alone:
-            if not alone:
-                continue
-            if sources - {source}:
-                _note(other, sources - {source})
-            elif sources:
-                told.append(_removed("an earlier copy of these images", other))
-            else:
-                told.append(_removed("what an interrupted decoding had left", other))
+        # A lock that is not free belongs to a process that makes the entry.
+        with contextlib.suppress(OSError), filelock.FileLock(_lock_of(other), 0):
+            _mark(other, source).unlink(missing_ok=True)
+            if not any(other.glob(f"{SOURCES}/*")) and not _is_used(other):
+                notes.append(_remove("an earlier copy of images", other))
     sizes = _megabytes(entry), _megabytes(entry.parent)
-    told.append(
+    notes.append(
         f"decoded images are kept in {entry} ({sizes[0]}; of all datasets {sizes[1]})"
     )
-    return told
+    return notes
 
 
-def _removed(what: str, folder: Path) -> str:
-    told = f"removed {what}: {folder} ({_megabytes(folder)})"
+def _lock_of(entry: Path) -> Path:
+    return entry.with_name(f"{entry.name}.lock")
+
+
+def _acquire(entry: Path, progress: bool) -> filelock.AcquireReturnProxy:
+    """Acquire the lock of an entry, to be released by a with statement."""
+    lock = filelock.FileLock(_lock_of(entry))
+    try:
+        return lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if progress:
+            message = "waiting for another process that decodes these images"
+            tqdm.write(message, file=sys.stderr)
+        return lock.acquire()
+
+
+def _mark(entry: Path, source: str) -> Path:
+    """The file that says that a source needs an entry."""
+    return entry / SOURCES / digest_of([source])
+
+
+def _is_used(entry: Path) -> bool:
+    """Whether a living process uses an entry."""
+    if entry in _used:
+        return True
+    try:
+        for file in (entry / USERS).glob("*.lock"):
+            with filelock.FileLock(file, timeout=0):
+                pass
+    except filelock.Timeout:
+        return True
+    return False
+
+
+def _remove(what: str, folder: Path) -> str:
+    size = _megabytes(folder)
     shutil.rmtree(folder)
-    return told
+    return f"removed {what}: {folder} ({size})"
 
 
 def _megabytes(folder: Path) -> str:
     size = 0
     for file in folder.rglob("*"):
-        # Another process may remove it just now.
+        # Another process may remove the file meanwhile.
         with contextlib.suppress(OSError):
             size += file.stat().st_size if file.is_file() else 0
     return f"{size / 1e6:,.1f} MB"
-
-
-@contextlib.contextmanager
-def _alone(entry: Path) -> Iterator[bool]:
-    """Whether no living process uses an entry; meanwhile none begins to."""
-    try:
-        lock = os.open(entry / LOCK, os.O_RDWR)
-    except OSError:
-        # It is gone, or can only be read.
-        yield False
-        return
-    try:
-        yield _lock(lock, alone=True)
-    finally:
-        os.close(lock)
-
-
-def _lock(lock: int, *, alone: bool = False) -> bool:
-    """Locks for itself alone, if that can be had at once, or with others."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
-    except OSError:
-        # Somebody has it, or the file system has no locks.
-        return False
-    return True
-
-
-def _is_there(lock: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(lock), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _sources(entry: Path) -> set[str]:
-    try:
-        return set(json.loads((entry / SOURCES).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return set()
-
-
-def _note(entry: Path, sources: set[str]) -> None:
-    part = entry / f"{SOURCES}.{os.getpid()}"
-    part.write_text(json.dumps(sorted(sources)), encoding="utf-8")
-    part.replace(entry / SOURCES)

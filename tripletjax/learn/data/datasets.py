@@ -1,8 +1,8 @@
-"""Images with labels: where they come from, and which are held out.
+"""Images with labels: sources, and held-out parts.
 
-Whatever the source, images are decoded once to one shape and kept as array_record files
-through tensorflow-datasets, under a key of their content. The next start reads them
-back, into memory if they fit.
+Images of any source are decoded once to one shape and cached as array_record files
+through tensorflow-datasets, under a key of their content. The next start reads the
+cached images, into memory if they fit.
 """
 
 import collections
@@ -13,26 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from tripletjax.learn.choices import CLASSES_FROM, KINDS, SPLITS
 from tripletjax.learn.data.class_folders import find_classes
+from tripletjax.learn.data.digits import TRAIN, digits
 from tripletjax.learn.data.folder_listing import format_names, printable
-from tripletjax.learn.data.image_array import ImageArray, part_of
+from tripletjax.learn.data.image_array import ArrayImages, ImageArray
 from tripletjax.learn.data.image_cache import (
     FORMAT,
     IN_MEMORY,
     DecodedImages,
     Decoding,
-    Digits,
     cache_directory,
     decode_and_cache,
     files_key,
-    prepare,
 )
 from tripletjax.learn.data.image_files import open_image
 from tripletjax.learn.data.image_shape import ImageSpec
+from tripletjax.learn.data.sources import parse_source
 from tripletjax.learn.data.splits import (
     TEST,
     VALIDATION,
@@ -40,11 +39,10 @@ from tripletjax.learn.data.splits import (
     share_out_images,
 )
 from tripletjax.learn.data.tfds_catalogue import Catalogue
-from tripletjax.learn.errors import one_line_errors
 from tripletjax.learn.files import digest_of, digest_of_image
 
-# What is held out of every class: of photographs less, since a network learns them
-# from few.
+# Shares of every class that are held out for the test and for validation: less of
+# photographs, since they are fewer per class.
 HELD_OUT = {"characters": (TEST, VALIDATION), "photos": (0.1, 0.05)}
 
 
@@ -53,8 +51,8 @@ class Images:
     """Images with labels.
 
     Attributes:
-        images: uint8 ``[n, height, width, channels]``; a `StoredImages`, which is read
-            when it is indexed, if they do not fit in memory.
+        images: uint8 ``[n, height, width, channels]``; a `StoredImages`, which reads
+            images when it is indexed, if they do not fit in memory.
         labels: int32 ``[n]``.
     """
 
@@ -65,24 +63,24 @@ class Images:
         return len(self.labels)
 
     def part(self, index: Any) -> "Images":
-        return Images(part_of(self.images, index), self.labels[index])
+        return Images(self.images.part(index), self.labels[index])
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """What an embedding is trained on, and images that it never sees.
+    """Images to train on, and held-out images.
 
     Attributes:
-        name: how the dataset is called.
+        name: of the dataset.
         train: the images to train on.
-        validation: the images to choose between parameters with while training.
-        test: the images to evaluate on.
-        label_names: what each label stands for.
-        key: a digest of all of it.
+        validation: held-out images that choose the best parameters.
+        test: held-out images for the evaluation.
+        label_names: the name of each label.
+        key: a digest of images, labels and parts.
         skipped: files and folders that are left out, each with the reason.
         skip_counts: number of images that are left out, by the type of reason.
         entry_counts: number of other entries that are left out, by their type.
-        decoding: what was decided of the pictures.
+        decoding: how the pictures were decoded.
     """
 
     name: str
@@ -99,10 +97,10 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Images as they were read, before any is held out.
+    """Images of a source, before any are held out.
 
     Attributes:
-        stored: the images that could be read.
+        stored: the images that can be used.
         labels: int32 ``[n]``, of all pictures.
         pictures: the names of all pictures.
         label_names: the name of each label.
@@ -131,28 +129,27 @@ def load(
     in_memory: int = IN_MEMORY,
     progress: bool = False,
 ) -> Dataset:
-    """Loads a dataset, preparing it first where needed.
+    """Load a dataset, and decode its images at the first time.
 
     Args:
         name: ``"digits"``, the 1,797 handwritten digits that come with scikit-learn; a
             folder that has one folder per class, at any depth, of PNG, JPEG, BMP or
             WebP images; or ``"tfds:NAME"`` or ``"tfds:NAME:SPLIT"``, a dataset of
             tensorflow-datasets with an image and a label.
-        split: ``"images"`` holds out some images of every class; ``"classes"`` holds
-            out all images of some classes, the honest test of an embedding of classes
-            never seen. Of the digits, images are held out as their authors did: all of
-            the second half.
-        size: the longer side in pixels that images are to be seen at. If not given,
-            that of the median image, but at most 32 for grey characters and 64 for
-            photographs and colour. Photographs are kept at up to twice the size.
-        kind: what the images are: ``"photos"`` or ``"characters"``, any drawings. If
-            not given, photographs are told by their smooth tones.
-        classes_from: which folders are classes where they lie within others: ``"top"``,
-            those in the data folder, or ``"leaf"``, those that hold images. If not
-            given, leaves, but for sub-folders by date or session, or beside images.
-        data_dir: where tensorflow-datasets keeps its files; its default if not given.
-        in_memory: how many bytes of images are read into memory; more stay on disk,
-            and are read when they are needed.
+        split: ``"images"`` holds out some images of every class. ``"classes"`` holds
+            out all images of some classes, the test of an embedding on unseen classes.
+            Of the digits, ``"images"`` holds out the second half, as their authors did.
+        size: image size for the network, longer side in pixels. If None, that of the
+            median image, but at most 32 for grey characters and 64 for photographs and
+            colour. Photographs are cached at up to twice the size.
+        kind: ``"photos"`` or ``"characters"``, which are any drawings. If None, decided
+            by the share of smooth tones.
+        classes_from: the folders that are classes, where folders are nested: ``"top"``,
+            the folders in the data folder, or ``"leaf"``, the folders of images. If
+            None, leaves, but not sub-folders by date or session, or beside images.
+        data_dir: the folder of tensorflow-datasets; its default if None.
+        in_memory: the largest size of images that are read into memory, in bytes. More
+            stay on disk and are read when they are needed.
         progress: whether to show a progress bar while images are decoded.
 
     Returns:
@@ -160,9 +157,9 @@ def load(
 
     Raises:
         FileNotFoundError: if a dataset of tensorflow-datasets is not prepared.
-        ValueError: if there is no such dataset, or it has fewer than two classes.
+        ValueError: if the dataset does not exist or has fewer than two classes.
     """
-    name = os.fspath(name)
+    name, named = os.fspath(name), parse_source(name)
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
     if size is not None and size < 1:
@@ -174,8 +171,8 @@ def load(
             f"classes_from must be one of {', '.join(CLASSES_FROM)}, got "
             f"{classes_from!r}."
         )
-    if name == "digits":
-        return _digits(data_dir, split, size)
+    if named.is_digits:
+        return _digits(split, size)
     options = {
         "size": size,
         "kind": kind,
@@ -183,16 +180,15 @@ def load(
         "in_memory": in_memory,
         "progress": progress,
     }
-    if name.startswith("tfds:"):
+    if named.in_tfds:
         source = _from_catalogue(name, **options)
     elif Path(name).is_dir():
         source = _from_folder(Path(name), classes_from=classes_from, **options)
     else:
         raise ValueError(
-            f"there is no dataset {name!r}: it must be digits, an existing folder, or "
-            "tfds:NAME."
+            f"data must be digits, an existing folder or tfds:NAME, got {name!r}."
         )
-    source = _without_contradictions(source)
+    source = _drop_contradictions(source)
     stored = source.stored
     images = Images(stored.images, source.labels[stored.kept])
     held_out = HELD_OUT[stored.decoding.kind]
@@ -213,35 +209,22 @@ def load(
     )
 
 
-def _digits(data_dir: str | Path | None, split: str, size: int | None) -> Dataset:
-    directory = Path(data_dir or tfds.core.constants.DATA_DIR) / Digits.name
-    with one_line_errors(directory, "read"):
-        builder = Digits(data_dir=data_dir, file_format="array_record")
-    prepare(builder)
-    records = []
-    with one_line_errors(Path(builder.data_path), "read"):
-        for part in ("train", "test"):
-            source = builder.as_data_source(part)
-            some = source.__getitems__(range(len(source)))
-            records += sorted(some, key=lambda record: record["index"])
-    shape = ImageSpec.of([(8, 8)], False, size)
-    images = Images(
-        images=np.stack(
-            [shape.fit(Image.fromarray(record["image"][..., 0])) for record in records]
-        ),
-        labels=np.array([record["label"] for record in records], np.int32),
-    )
-    digests = np.array([digest_of_image(image) for image in images.images])
+def _digits(split: str, size: int | None) -> Dataset:
+    pixels, labels = digits()
+    spec = ImageSpec.of([(8, 8)], False, size)
+    fitted = [spec.fit(Image.fromarray(image[..., 0])) for image in pixels]
+    images = ArrayImages.of(np.stack(fitted))
+    digests = np.array([digest_of_image(image) for image in images])
     if split == "classes":
-        parts = held_out_images(images.labels, digests, split)
+        parts = held_out_images(labels, digests, split)
     else:
-        half = Digits.TRAIN
-        labels = images.labels[:half]
-        train, validation = share_out_images(labels, digests[:half], [VALIDATION])
-        parts = train, validation, np.arange(half, len(images))
-    names = builder.info.features["label"].names
+        train, validation = share_out_images(
+            labels[:TRAIN], digests[:TRAIN], [VALIDATION]
+        )
+        parts = train, validation, np.arange(TRAIN, len(images))
+    names = [str(digit) for digit in range(10)]
     decoding = Decoding(kind_by="they are handwritten digits")
-    return _dataset("digits", images, digests, parts, names, decoding)
+    return _dataset("digits", Images(images, labels), digests, parts, names, decoding)
 
 
 def _dataset(
@@ -284,12 +267,12 @@ def _from_folder(
 ) -> _Source:
     """Images in folders of one class each."""
     folder = folder.resolve()
-    found = find_classes(folder, classes_from)
-    files, relative, folders = found.files, found.paths, found.classes
+    listing = find_classes(folder, classes_from)
+    files, relative, folders = listing.files, listing.paths, listing.classes
     directory = cache_directory(data_dir, files_key(files, relative, size, kind))
     options |= {"source": str(folder), "size": size, "kind": kind}
     stored = decode_and_cache(files, open_image, directory, **options)
-    notes = [*found.notes, *found.left_out, *stored.decoding.notes]
+    notes = [*listing.notes, *listing.left_out, *stored.decoding.notes]
     names = sorted({folders[index] for index in stored.kept})
     if len(names) < 2:
         raise ValueError(
@@ -298,8 +281,8 @@ def _from_folder(
         )
     numbers = {name: label for label, name in enumerate(names)}
     labels = [numbers.get(name, -1) for name in folders]
-    skipped = [f"{file.name}: no image" for file in found.loose]
-    skipped += found.skipped
+    skipped = [f"{file.name}: no image" for file in listing.loose]
+    skipped += listing.skipped
     skipped += [f"{relative[index]}: {why}" for index, why in stored.skipped.items()]
     empty = sorted(set(folders) - set(names))
     if empty:
@@ -311,11 +294,11 @@ def _from_folder(
             f"folders without an image that can be used: {format_names(empty)}; most "
             f"often, {reason}"
         )
-    stored = _noted(stored, tuple(notes))
+    stored = _with_notes(stored, tuple(notes))
     skipped += [f"{name}: nothing in this folder can be used" for name in empty]
     entries = {
-        "files outside the folders of classes": len(found.loose),
-        "links, special files or unreadable folders": len(found.skipped),
+        "files outside the folders of classes": len(listing.loose),
+        "links, special files or unreadable folders": len(listing.skipped),
         "folders without images": len(empty),
     }
     names, skipped, pictures = (
@@ -332,14 +315,14 @@ def _from_folder(
     )
 
 
-def _noted(stored: DecodedImages, notes: tuple[str, ...]) -> DecodedImages:
-    """The same with other notes."""
+def _with_notes(stored: DecodedImages, notes: tuple[str, ...]) -> DecodedImages:
+    """Replace the notes of decoded images."""
     decoding = dataclasses.replace(stored.decoding, notes=notes)
     return dataclasses.replace(stored, decoding=decoding)
 
 
-def _without_contradictions(source: _Source) -> _Source:
-    """The same without images that are in several classes."""
+def _drop_contradictions(source: _Source) -> _Source:
+    """Leave out images that are in several classes."""
     stored, names = source.stored, source.label_names
     labels = source.labels[stored.kept]
     classes = {}
@@ -363,13 +346,13 @@ def _without_contradictions(source: _Source) -> _Source:
     )
     stored = dataclasses.replace(
         stored,
-        images=part_of(stored.images, np.array(rows)),
+        images=stored.images.part(np.array(rows)),
         digests=[stored.digests[row] for row in rows],
         kept=[stored.kept[row] for row in rows],
     )
     return dataclasses.replace(
         source,
-        stored=_noted(stored, (*stored.decoding.notes, note)),
+        stored=_with_notes(stored, (*stored.decoding.notes, note)),
         skipped=(*source.skipped, *skipped),
         skip_counts=source.skip_counts | {"in several classes": len(skipped)},
     )
@@ -383,11 +366,11 @@ def _from_catalogue(
     data_dir: str | Path | None,
     **options: Any,
 ) -> _Source:
-    """The same of a dataset of tensorflow-datasets."""
+    """Images of a dataset of tensorflow-datasets."""
     catalogue = Catalogue.open(name, data_dir)
     labelled = catalogue.indices
-    made_of = FORMAT, size, kind, *catalogue.made_of
-    directory = cache_directory(data_dir, digest_of([str(made_of)]))
+    fingerprint = FORMAT, size, kind, *catalogue.fingerprint
+    directory = cache_directory(data_dir, digest_of([str(fingerprint)]))
     options |= {"source": f"{name} in {data_dir}", "size": size, "kind": kind}
     stored = decode_and_cache(labelled, catalogue.picture, directory, **options)
     pictures = [f"record {index}" for index in labelled]

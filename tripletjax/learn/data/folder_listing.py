@@ -8,12 +8,12 @@ from pathlib import Path
 
 from tripletjax.learn.data.image_files import image_suffixes
 
-# Files and folders of systems and programs, whatever they hold.
+# Names of files and folders that operating systems and programs create.
 NOT_IMAGES = {"thumbs.db", "desktop.ini", "icon\r"}
 NOT_FOLDERS = {"@eadir", "__macosx"}
-# A directory with these files is one of a training run.
+# A directory with these files is a training run.
 RUN_FILES = {"config.json", "metrics.jsonl"}
-# A line has at most so many names.
+# The largest number of names in a line.
 NAMED = 5
 SPECIAL = {
     stat.S_IFIFO: "a named pipe",
@@ -30,11 +30,12 @@ class FolderListing:
     Attributes:
         files: regular files, in the order of their paths.
         skipped: entries that are left out, relative to the folder, with the reason.
-        unreadable: those of them whose content is unknown, not absent.
-        away: folders whose files may only be away, likewise, with the reason: they are
-            unreadable, empty or broken links.
+        unreadable: skipped entries that may hold images.
+        away: folders whose files may come back, relative to the folder, with the
+            reason: the folder is unreadable, empty or a broken link.
         runs: directories of training runs, relative to the folder.
-        hidden: folders with images whose names are hidden or a system's, likewise.
+        hidden: folders with images whose names are hidden or a system's, relative to
+            the folder.
     """
 
     files: list[Path]
@@ -46,7 +47,7 @@ class FolderListing:
 
     @property
     def notes(self) -> list[str]:
-        """Folders that are left out by their content or their names, as lines."""
+        """Lines about folders that are left out by their content or their names."""
         notes = []
         if self.runs:
             runs = format_names(self.runs)
@@ -63,7 +64,7 @@ class FolderListing:
         return any(path.is_relative_to(one) for one in self.unreadable)
 
     def folder_away(self, path: Path) -> Path | None:
-        """The outermost folder above a relative path whose files may only be away."""
+        """The outermost folder above a relative path whose files may come back."""
         above = reversed(path.parents)
         return next((folder for folder in above if folder in self.away), None)
 
@@ -71,9 +72,8 @@ class FolderListing:
 def find_files(folder: Path) -> FolderListing:
     """List the regular files in a folder and its sub-folders.
 
-    Hidden files and those of systems are left out. Links are followed after everything
-    that lies in the folder itself: a link to a folder or a file that is listed already
-    adds nothing.
+    Hidden files and those of systems are left out. Links are followed last. A link to a
+    folder or file that is listed already adds nothing.
 
     Raises:
         OSError: if the folder itself cannot be read.
@@ -104,11 +104,11 @@ class _Walk:
         self.runs: list[Path] = []
         self.hidden: list[Path] = []
         self.links: list[Path] = []
-        # Where each directory is listed, by its real path.
+        # The listed path of each directory, by its real path.
         self.seen: dict[str, Path] = {}
 
     def list_directory(self, top: Path, real_top: str) -> None:
-        """List a directory and those within, and collect their links."""
+        """List a directory and its sub-directories, and collect their links."""
         pending = [(top, real_top)]
         while pending:
             directory, real = pending.pop()
@@ -199,12 +199,12 @@ class _Walk:
 
 
 def _is_listed(name: str) -> bool:
-    """Whether an entry of this name is neither hidden nor a system's."""
+    """Whether the name of an entry is neither hidden nor a system's."""
     return not name.startswith(".") and name.lower() not in NOT_IMAGES | NOT_FOLDERS
 
 
 def _holds_images(folder: Path) -> bool:
-    """Whether a folder holds files that are named as images."""
+    """Whether a folder holds files with the suffix of an image."""
     suffixes = image_suffixes()
     return any(
         os.path.splitext(name)[1].lower() in suffixes
@@ -214,11 +214,11 @@ def _holds_images(folder: Path) -> bool:
 
 
 def format_names(names: Sequence[str | Path]) -> str:
-    """Some names in a line, and how many more there are."""
+    """Format the first names as a line, with the number of the others."""
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
     return printable(", ".join(map(str, names[:NAMED])) + more)
 
 
 def printable(name: str) -> str:
-    """A name that need not be UTF-8."""
+    """Text for a name that may not be UTF-8."""
     return os.fsencode(name).decode(errors="replace")

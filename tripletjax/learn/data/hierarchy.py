@@ -1,4 +1,4 @@
-"""Classes in folders of folders: which are more alike, by how many they share."""
+"""Groups of classes in folders of folders: classes of one folder are more alike."""
 
 import os
 from collections.abc import Sequence
@@ -7,19 +7,19 @@ import numpy as np
 
 
 def levels_of(names: Sequence[str]) -> np.ndarray:
-    """Groups of classes by the folders that they share, from the finest.
+    """Group classes by the folders that they share, from the finest groups.
 
     Args:
-        names: of the classes, paths such as ``Greek/character01``.
+        names: paths of the classes, such as ``Greek/character01``.
 
     Returns:
-        Integers ``[levels, classes]``: classes of one number share the folders of that
-        level. Levels that group nothing, or everything, are left out.
+        Integers ``[levels, classes]``: classes with the same number share the folders
+        of that level. Levels with one group, or one group per class, are left out.
     """
     paths = [name.split(os.sep) for name in names]
     levels: list[np.ndarray] = []
     for depth in range(max(map(len, paths), default=0) - 1, 0, -1):
-        # Of shorter paths, the class itself is a folder, too.
+        # A shorter path stands for its own folder.
         above = [os.sep.join(path[:depth]) for path in paths]
         groups = np.unique(above, return_inverse=True)[1].reshape(-1)
         finer = levels[-1] if levels else np.arange(len(names))
@@ -29,7 +29,7 @@ def levels_of(names: Sequence[str]) -> np.ndarray:
 
 
 def with_turns(levels: np.ndarray, turns: int) -> np.ndarray:
-    """The same with turned copies of every class, whose groups are turned, too."""
+    """Repeat levels for turned copies of every class, with groups of their own."""
     each = [
         levels + turn * (levels.max(axis=1, keepdims=True) + 1) for turn in range(turns)
     ]

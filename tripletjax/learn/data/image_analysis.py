@@ -1,4 +1,4 @@
-"""What images show: continuous tones or strokes, and where in them classes differ."""
+"""Analysis of images: photos or characters, and the part where classes differ."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -10,36 +10,37 @@ from PIL import Image
 from tripletjax.learn.data.image_array import ImageSource
 from tripletjax.learn.data.image_shape import WHOLE, Box
 
-# Of a photograph, at least this share of the pixels is in smooth, changing tones. In
-# the median image of drawings, scans and icons it is below a tenth.
+# The least share of smooth, changing tones in a photograph. In the median image of
+# drawings, scans and icons the share is below a tenth.
 TONES = 0.15
-# What images may be.
-# Images are looked at in so many pixels, and so many at a time.
+# The longer side of images for tones, in pixels, and the number of images at a time.
 LOOK_SIZE, AT_A_TIME = 128, 256
-# So many classes of several images tell where they differ, of at most so many images.
+# The least number of classes of several images for a layout, and the most images.
 LAYOUT_CLASSES, LAYOUT_IMAGES = 8, 4096
-# A grid of so many cells each way, in which orientations of edges are summed.
+# The cells of a grid each way, and the orientations of edges that are summed in each.
 CELLS, ORIENTATIONS = 16, 8
-# Below this share of the variance, images have no common layout.
+# The least share of the variance between classes if images have a common layout.
 LAYOUT = 0.15
-# Parts of images are compared by the classes of at most so many images, of at most so
-# many each, in a grid of so many cells, by so many principal components.
+# Parts of images are compared by at most JUDGED images, JUDGED_EACH of a class, in a
+# grid of PART_CELLS cells each way, by COMPONENTS principal components.
 JUDGED, JUDGED_EACH, PART_CELLS, COMPONENTS = 2048, 10, 12, 100
-# The longer side of images in which edges are taken for it, in pixels.
+# The shrinkage of the covariance within classes towards a multiple of the identity.
+SHRINKAGE = 0.1
+# The longer side of images for these edges, in pixels.
 JUDGED_SIZE = 64
-# A part has at least so many of `CELLS` each way. It is taken in place of a wider one
-# for so much less error, and in place of the whole for so much less.
+# A part has at least LEAST_CELLS of `CELLS` each way. It replaces a wider one if its
+# error is smaller by the share NARROWER, and the whole by the share WORTHWHILE.
 LEAST_CELLS, NARROWER, WORTHWHILE = 8, 0.01, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where in images classes differ.
+    """The part of images where classes differ.
 
     Attributes:
         box: top, left, bottom and right, as shares of the height and the width.
-        aligned: whether images have a common layout, so that positions mean something.
-        why: what the box was chosen by.
+        aligned: whether images have a common layout, so that positions are comparable.
+        why: the reason for the box.
     """
 
     box: Box
@@ -50,9 +51,9 @@ class Layout:
 def tone_share(image: Image.Image) -> float:
     """The share of an image's pixels that lie in smooth, changing tones.
 
-    Such a pixel differs from its neighbours, but by less than a tenth of the image's
-    range, and is neither nearly black nor nearly white in it. Photographs are made of
-    them; strokes and flat areas have none but where their edges are smoothed.
+    Such a pixel differs from its neighbours by less than a tenth of the image's range,
+    and is neither nearly black nor nearly white. Photographs consist of them. Strokes
+    and flat areas have them only at smoothed edges.
     """
     image = image.convert("RGB")
     image.thumbnail((LOOK_SIZE, LOOK_SIZE))
@@ -69,22 +70,20 @@ def tone_share(image: Image.Image) -> float:
 
 
 def kind_of(shares: Sequence[float]) -> tuple[str, str]:
-    """What images are, by their `tone_share`, and why: photos or characters."""
+    """The kind of images by their `tone_share`, and the reason."""
     share = float(np.median(shares))
-    told = (
-        f"{100 * share:.0f} % of the median image's pixels are smooth, changing tones"
-    )
-    return ("photos" if share >= TONES else "characters"), told
+    why = f"{100 * share:.0f} % of the median image's pixels are smooth, changing tones"
+    return ("photos" if share >= TONES else "characters"), why
 
 
 def layout_of(images: ImageSource, labels: np.ndarray) -> Layout:
-    """The part of aligned images that tells their classes apart.
+    """Find the part of aligned images that tells their classes apart.
 
-    In each cell of a grid, the share of the variance of the orientations of edges that
-    is between classes, and not within them: ``B / (B + W)``. Where images are not of
-    one layout it is near 0 everywhere, and the box is the whole image. Where they are,
-    the box is the part whose edges tell classes of other images apart best, and a
-    little more, unless the whole image does it about as well.
+    In each cell of a grid, ``B / (B + W)`` is the share of the variance of oriented
+    edges that is between classes, not within them. Without a common layout the share is
+    near 0 everywhere, and the box is the whole image. Otherwise the box is the part
+    whose edges verify classes of other images with the least error, and one cell more
+    each way, unless the whole image is about as good.
 
     Args:
         images: uint8 ``[n, height, width, channels]``.
@@ -120,11 +119,11 @@ def layout_of(images: ImageSource, labels: np.ndarray) -> Layout:
     whole = judge(WHOLE_CELLS)
     if whole - error < max(WORTHWHILE * whole, 0.01):
         return Layout(WHOLE, True, "no part of it tells classes apart better")
-    told = (
-        "there edges tell classes apart best, with "
+    why = (
+        "edges tell classes apart best there, with "
         f"{100 * error:.0f} % of the pairs in the wrong order and not {100 * whole:.0f}"
     )
-    # A network makes use of a little of what lies around, too.
+    # A network uses a little of the surroundings, too.
     top, left, bottom, right = box
     wider = (
         max(0, top - 1) / CELLS,
@@ -132,14 +131,14 @@ def layout_of(images: ImageSource, labels: np.ndarray) -> Layout:
         min((bottom + 1) / CELLS, 1.0),
         min((right + 1) / CELLS, 1.0),
     )
-    return Layout(wider, True, told)
+    return Layout(wider, True, why)
 
 
 def most_turns(images: ImageSource, labels: np.ndarray) -> int:
-    """Into how many turned and mirrored copies a class can be told apart.
+    """The number of turned and mirrored copies that make classes of their own.
 
-    A transformation makes no other class if it leaves images as near to their class as
-    its other images are, in half of them or more: a heart is its own mirror image.
+    A transformation makes no new class if half of the images or more stay as near to
+    their class as its other images: a heart is its own mirror image.
 
     Args:
         images: uint8 ``[n, height, width, channels]``.
@@ -163,10 +162,10 @@ def most_turns(images: ImageSource, labels: np.ndarray) -> int:
         for rows in members:
             own = x[rows].reshape(len(rows), -1)
             turned = transform(x[rows]).reshape(len(rows), -1)
-            usual = ((own[:, None] - own) ** 2).sum(axis=-1)
-            np.fill_diagonal(usual, np.inf)
-            then = ((turned[:, None] - own) ** 2).sum(axis=-1)
-            near.append(then.min(axis=1) <= usual.min(axis=1))
+            before = ((own[:, None] - own) ** 2).sum(axis=-1)
+            np.fill_diagonal(before, np.inf)
+            after = ((turned[:, None] - own) ** 2).sum(axis=-1)
+            near.append(after.min(axis=1) <= before.min(axis=1))
         return np.concatenate(near).mean() >= 0.5
 
     def quarter(times: int, *, mirrored: bool = False) -> bool:
@@ -181,7 +180,7 @@ def most_turns(images: ImageSource, labels: np.ndarray) -> int:
 
 
 def _thumbnail(image: np.ndarray) -> np.ndarray:
-    """An image in a few smooth pixels."""
+    """A grey image of `CELLS` pixels each way."""
     grey = Image.fromarray(image.mean(axis=-1).astype(np.uint8))
     return np.asarray(
         grey.resize((CELLS, CELLS), Image.Resampling.BILINEAR), np.float32
@@ -202,14 +201,14 @@ def _edges(images: np.ndarray) -> np.ndarray:
 
 
 def _oriented(x: np.ndarray) -> Iterator[np.ndarray]:
-    """The edges in grey images ``[n, height, width]``, by orientation."""
+    """Edges in grey images ``[n, height, width]``, by orientation."""
     down, right = np.gradient(x, axis=(1, 2))
     for angle in 2 * np.pi * np.arange(ORIENTATIONS) / ORIENTATIONS:
         yield np.maximum(right * np.cos(angle) + down * np.sin(angle), 0)
 
 
 def _relative(energies: np.ndarray) -> np.ndarray:
-    """Square roots, and relative to the image: contrast tells nothing of the class."""
+    """Square roots, relative to the image, so that contrast does not count."""
     return np.sqrt(energies / (energies.mean(axis=(1, 2, 3), keepdims=True) + 1e-6))
 
 
@@ -221,11 +220,10 @@ def _blurred(x: np.ndarray) -> np.ndarray:
 
 
 class _Judge:
-    """How badly the edges in a part of images tell apart classes of other images.
+    """The error with which edges in a part of images verify other classes.
 
-    The share of pairs, one of the same class and one of different classes, of which the
-    second is nearer. Distances are cosines of principal components in which the
-    covariance within other classes is whitened, as linear discriminant analysis does.
+    The error is 1 - AUC of pairs of images, by the cosine of principal components of
+    the edges, whitened by the covariance within other classes, as in LDA.
 
     Args:
         images: uint8 ``[n, height, width, channels]``.
@@ -239,25 +237,27 @@ class _Judge:
             rank[members] = np.arange(len(members))
         several = np.bincount(classes)[classes] > 1
         # Whole classes, in an order that does not depend on their names.
-        luck = np.random.default_rng(0).permutation(classes.max() + 1)[classes]
+        order = np.random.default_rng(0).permutation(classes.max() + 1)[classes]
         kept = np.flatnonzero(several & (rank < JUDGED_EACH))
-        kept = np.sort(kept[np.argsort(luck[kept], kind="stable")][:JUDGED])
-        self.classes = luck[kept]
+        kept = np.sort(kept[np.argsort(order[kept], kind="stable")][:JUDGED])
+        self.classes = order[kept]
         self.sums = _summed_edges(images[kept])
-        folds = 2 if len(np.unique(self.classes)) >= 100 else 4
         values = np.unique(self.classes)
+        folds = 2 if len(values) >= 100 else 4
         self.folds = [np.isin(self.classes, values[k::folds]) for k in range(folds)]
         self.errors: dict[Cells, float] = {}
 
     def __call__(self, box: "Cells") -> float:
         if box not in self.errors:
             x = self._components(box)
-            self.errors[box] = float(
-                np.mean([self._error(x, test) for test in self.folds])
-            )
+            errors = [self._error(x, test) for test in self.folds]
+            self.errors[box] = float(np.mean(errors))
         return self.errors[box]
 
     def _components(self, box: "Cells") -> np.ndarray:
+        # The import takes a second.
+        from sklearn.decomposition import PCA
+
         n, height, width, _ = self.sums.shape
         top, left, bottom, right = box
         rows, columns = (
@@ -272,34 +272,24 @@ class _Judge:
         # Differences of sums may round to less than 0.
         cells = np.maximum(np.diff(np.diff(corners, axis=1), axis=2), 0)
         x = _relative(cells).reshape(n, -1)
-        x -= x.mean(axis=0)
-        # The smaller of the two products has the same principal components.
-        if n < x.shape[1]:
-            values, vectors = np.linalg.eigh(x @ x.T)
-            return (vectors * np.sqrt(np.maximum(values, 0)))[:, -COMPONENTS:]
-        return x @ np.linalg.eigh(x.T @ x)[1][:, -COMPONENTS:]
+        return PCA(min(COMPONENTS, n), svd_solver="full").fit_transform(x)
 
     def _error(self, x: np.ndarray, test: np.ndarray) -> float:
-        _, classes = np.unique(self.classes[~test], return_inverse=True)
-        counts = np.bincount(classes)[:, None]
-        means = np.zeros((len(counts), x.shape[1]))
-        np.add.at(means, classes, x[~test])
-        means /= counts
-        around = x[~test] - means[classes]
-        within = around.T @ around / max(1, len(around) - len(counts))
-        # Images of a class may be all the same.
-        ridge = 0.1 * np.trace(within) / len(within) + 1e-6 * x.var() + 1e-12
-        within += ridge * np.eye(len(within))
-        x = (x[test] - means.mean(axis=0)) @ np.linalg.inv(np.linalg.cholesky(within)).T
-        x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-        rows, columns = np.triu_indices(len(x), 1)
-        same = (self.classes[test][:, None] == self.classes[test])[rows, columns]
-        nearest = np.argsort(-(x @ x.T)[rows, columns], kind="stable")
-        ranks = np.flatnonzero(same[nearest])
-        n, m = len(ranks), len(same) - len(ranks)
-        # How many of the others come before each pair of the same class.
-        before = ranks - np.arange(n)
-        return before.sum() / max(n * m, 1)
+        from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+        from sklearn.metrics import roc_auc_score
+        from sklearn.preprocessing import normalize
+
+        lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE)
+        lda.fit(x[~test], self.classes[~test])
+        # Images of a class may all be the same.
+        least = 1e-6 * x.var() + 1e-12
+        within = lda.covariance_ + least * np.eye(x.shape[1])
+        whitening = np.linalg.inv(np.linalg.cholesky(within)).T
+        y = normalize((x[test] - lda.means_.mean(axis=0)) @ whitening)
+        rows, columns = np.triu_indices(len(y), 1)
+        classes = self.classes[test]
+        same = classes[rows] == classes[columns]
+        return 1 - roc_auc_score(same, (y @ y.T)[rows, columns])
 
 
 # Top, left, bottom and right, in `CELLS`.
@@ -308,7 +298,7 @@ WHOLE_CELLS: Cells = (0, 0, CELLS, CELLS)
 
 
 def _narrowed(judge: Callable[[Cells], float]) -> tuple[Cells, float]:
-    """The box with the least error that moving sides leads to, from the whole image."""
+    """The box with the least error, by moving sides of the whole image step by step."""
     box, error = WHOLE_CELLS, judge(WHOLE_CELLS)
     sides = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 0], [0, 0, 0, -1]])
     moves = [*sides, sides[0] + sides[2], sides[1] + sides[3], sides.sum(axis=0)]
@@ -330,9 +320,9 @@ def _narrowed(judge: Callable[[Cells], float]) -> tuple[Cells, float]:
 
 
 def _summed_edges(images: np.ndarray) -> np.ndarray:
-    """Energies of edges, summed over all pixels above and to the left.
+    """Integral images of the energies of edges, after scaling to `JUDGED_SIZE`.
 
-    ``[n, height + 1, width + 1, ORIENTATIONS]``, of images of `JUDGED_SIZE`.
+    ``[n, height + 1, width + 1, ORIENTATIONS]``.
     """
     _, height, width, _ = images.shape
     scale = min(1.0, JUDGED_SIZE / max(height, width))

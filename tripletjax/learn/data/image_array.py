@@ -1,4 +1,4 @@
-"""Arrays of images: in memory, in files, or as features."""
+"""Arrays of images: in memory, in files, or with features."""
 
 import dataclasses
 from pathlib import Path
@@ -11,21 +11,68 @@ from tripletjax.learn.errors import one_line_errors
 if TYPE_CHECKING:  # Pillow, which arrays do without.
     from tripletjax.learn.data.image_shape import View
 
-# So many images are read from disk, or decoded, at a time, where all are.
+# The number of images that are read from disk at a time.
 READ = 4096
+
+
+class ImageSource(Protocol):
+    """Images ``[n, height, width, channels]`` by index, such as an array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> np.ndarray: ...
+
+
+class ImageArray(ImageSource, Protocol):
+    """Images of a dataset, wherever they are."""
+
+    @property
+    def pixels(self) -> "ImageArray":
+        """The images themselves, uint8 ``[n, height, width, channels]``."""
+        ...
+
+    def part(self, index: Any) -> "ImageArray":
+        """Images by their indices or a slice, where they are."""
+        ...
+
+    def crop(self, view: "View") -> "ImageArray":
+        """The part that a network sees of each image."""
+        ...
+
+
+class ArrayImages(np.ndarray):
+    """Images in memory, an array with the methods of an `ImageArray`."""
+
+    @classmethod
+    def of(cls, images: np.ndarray) -> "ArrayImages":
+        """The same images, not copied."""
+        return np.asarray(images).view(cls)
+
+    @property
+    def pixels(self) -> "ArrayImages":
+        return self
+
+    def part(self, index: Any) -> "ArrayImages":
+        return self[index]
+
+    def crop(self, view: "View") -> "ArrayImages":
+        return ArrayImages.of(view(self))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredImages:
-    """Images on disk that are read when they are indexed, as an array would be.
+    """Images on disk that are read when they are indexed.
 
     Attributes:
         source: a data source of tensorflow-datasets.
-        indices: which of its records, ``[n]``.
-        shape: ``(n, height, width, channels)`` of what is seen of them.
-        stored: ``(height, width, channels)`` of what is stored.
-        view: what is seen of them; all if not given.
-        directory: where they are kept, for errors.
+        indices: the records of the images, ``[n]``.
+        shape: ``(n, height, width, channels)`` after the view.
+        stored: ``(height, width, channels)`` on disk.
+        view: the part that a network sees; the whole image if None.
+        directory: the folder of the files, for errors.
     """
 
     source: Any
@@ -50,33 +97,35 @@ class StoredImages:
             with one_line_errors(self.directory, "read"):
                 for row, record in enumerate(self.source.__getitems__(keys)):
                     some[row] = record["image"]
-            seen = some if self.view is None else self.view(some)
-            images[start : start + READ] = seen
+            cropped = some if self.view is None else self.view(some)
+            images[start : start + READ] = cropped
         return images.reshape(*indices.shape, *self.shape[1:])
 
+    @property
+    def pixels(self) -> "StoredImages":
+        return self
+
     def part(self, index: Any) -> "StoredImages":
-        """Some of them, still on disk."""
         indices = self.indices[index]
         shape = len(indices), *self.shape[1:]
         return dataclasses.replace(self, indices=indices, shape=shape)
 
-    def seen(self, view: "View") -> "StoredImages":
-        """What is seen of them, still on disk."""
+    def crop(self, view: "View") -> "StoredImages":
         shape = len(self), view.height, view.width, self.shape[-1]
         return dataclasses.replace(self, shape=shape, view=view)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KeptFeatures:
-    """Images, of which features are given where they are indexed.
+    """Images with features of a backbone, which are trained on in place of pixels.
 
     Attributes:
-        images: uint8 ``[n, height, width, channels]``.
-        features: float32 ``[n, views, f]``: of the image, of its mirror image if that
-            counts, and of others at random.
+        pixels: uint8 ``[n, height, width, channels]``.
+        features: float32 ``[n, views, f]``: of the image, of its mirror image if
+            mirrored images are used, and of randomly changed copies.
     """
 
-    images: "np.ndarray | StoredImages"
+    pixels: ImageArray
     features: np.ndarray
 
     @property
@@ -90,33 +139,8 @@ class KeptFeatures:
         return self.features[index]
 
     def part(self, index: Any) -> "KeptFeatures":
-        """Some of them."""
-        pixels: Any = part_of(self.images, index)
-        return KeptFeatures(pixels, self.features[index])
+        return KeptFeatures(self.pixels.part(index), self.features[index])
 
-
-# uint8 ``[n, height, width, channels]``: in memory, or on disk if they do not fit.
-Pixels = np.ndarray | StoredImages
-# Or with features, which are what is then learnt from.
-ImageArray = Pixels | KeptFeatures
-
-
-def part_of(images: ImageArray, index: Any) -> ImageArray:
-    """Some images, wherever they are."""
-    return images[index] if isinstance(images, np.ndarray) else images.part(index)
-
-
-def pixels_of(images: Any) -> Any:
-    """Images themselves, where there are features of them."""
-    return images.images if isinstance(images, KeptFeatures) else images
-
-
-class ImageSource(Protocol):
-    """Images ``[n, height, width, channels]`` in memory or on disk, by index."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any, /) -> np.ndarray: ...
+    def crop(self, view: "View") -> "KeptFeatures":
+        """Unchanged: features are of the cropped images already."""
+        return self

@@ -1,7 +1,7 @@
 """Images that tensorflow-datasets keeps on disk as array_record files.
 
-That needs no TensorFlow. The files lie in its usual folder, ``~/tensorflow_datasets``
-or ``TFDS_DATA_DIR``.
+Reading and writing need no TensorFlow. The files lie in its usual folder,
+``~/tensorflow_datasets`` or ``TFDS_DATA_DIR``.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -21,12 +21,8 @@ from tqdm import tqdm
 
 from tripletjax.learn.data import cache_cleanup
 from tripletjax.learn.data.image_analysis import kind_of, tone_share
-from tripletjax.learn.data.image_array import (
-    READ,
-    ImageArray,
-    StoredImages,
-)
-from tripletjax.learn.data.image_files import FRAMES, is_image
+from tripletjax.learn.data.image_array import ArrayImages, ImageArray, StoredImages
+from tripletjax.learn.data.image_files import FRAMES, is_image, read_ahead
 from tripletjax.learn.data.image_shape import (
     BLANK,
     WHITES,
@@ -43,26 +39,28 @@ from tripletjax.learn.data.image_shape import (
 from tripletjax.learn.errors import one_line_errors
 from tripletjax.learn.files import digest_of, digest_of_file, digest_of_image
 
-# Of how images are decoded; another number makes them be decoded again.
-FORMAT = 6
-# Files of more bytes are looked at before they are read as a whole.
+# The version of decoding. Images of another version are decoded again.
+FORMAT = 7
+# Files of more bytes are read as a whole only if they begin as an image does.
 LARGE = 2**24
 # Images of more bytes than this stay on disk.
 IN_MEMORY = 2**31
-# So many pictures are looked at for their size and for colour.
-LOOK = 256
+# The number of pictures whose size and colour decide the shape of all.
+SAMPLE = 256
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """What was decided of pictures to make images of them.
+    """Decisions on how pictures become images.
 
     Attributes:
-        kind: what they are, photos or characters.
-        kind_by: how that was decided.
-        white: the value that is white in those of more than 8 bits.
-        background: what shows through their transparency.
-        notes: what else was decided or found.
+        kind: photos or characters.
+        kind_by: the reason for the kind.
+        white: the value that is white in pictures of more than 8 bits.
+        background: the colour behind transparency.
+        notes: lines about other decisions.
     """
 
     kind: str = "characters"
@@ -74,14 +72,14 @@ class Decoding:
 
 @dataclasses.dataclass(frozen=True)
 class DecodedImages:
-    """What became of some pictures.
+    """Pictures decoded to images of one shape.
 
     Attributes:
-        images: of those that could be read, in their order.
+        images: of the pictures that can be used, in their order.
         digests: of each image, as hexadecimal numbers.
-        kept: which pictures these are.
-        skipped: why the others could not be read, by number.
-        decoding: what was decided of them.
+        kept: the numbers of the pictures that can be used.
+        skipped: the reason for each other picture, by its number.
+        decoding: how the pictures were decoded.
     """
 
     images: ImageArray
@@ -92,7 +90,7 @@ class DecodedImages:
 
     @property
     def skip_counts(self) -> dict[str, int]:
-        """How many pictures were skipped, by the kind of reason."""
+        """The number of skipped pictures for each reason."""
         blank = sum(why == BLANK for why in self.skipped.values())
         return {"unreadable": len(self.skipped) - blank, "blank": blank}
 
@@ -100,28 +98,29 @@ class DecodedImages:
 def files_key(
     files: Sequence[Path], names: Sequence[str], size: int | None, kind: str | None
 ) -> str:
-    """A digest of what files hold, and of their names."""
+    """A digest of the contents of files and of their names."""
 
     def content(file: Path) -> str:
         try:
-            # Videos and the like are not read as a whole.
+            # Videos and other large files are not read as a whole.
             if (size := file.stat().st_size) > LARGE and not is_image(file):
                 return f"no image of {size} bytes"
             return digest_of_file(file)
         except OSError:
-            # It is named when it is to be decoded.
+            # Decoding the file gives the reason.
             return "none"
 
     parts: list[str | bytes] = [str((FORMAT, size, kind))]
     with ThreadPoolExecutor() as pool:
-        for name, one in zip(names, pool.map(content, files)):
-            parts += [os.fsencode(name), b"\0", one]
+        for name, digest in zip(names, pool.map(content, files)):
+            parts += [os.fsencode(name), b"\0", digest]
     return digest_of(parts)
 
 
 def cache_directory(data_dir: str | Path | None, key: str) -> Path:
-    """Where decoded images of this key are, or are to be."""
-    return Path(data_dir or tfds.core.constants.DATA_DIR) / "tripletjax" / key
+    """The folder of the decoded images of a key, which need not exist."""
+    folder = Path(data_dir or tfds.core.constants.DATA_DIR).resolve()
+    return folder / "tripletjax" / key
 
 
 def decode_and_cache(
@@ -135,24 +134,27 @@ def decode_and_cache(
     in_memory: int,
     progress: bool,
 ) -> DecodedImages:
-    """Decodes pictures to one shape and keeps them, unless they are kept already.
+    """Decode pictures to one shape and cache them, unless they are cached already.
 
     Args:
-        pictures: whatever the next argument takes.
-        open_picture: raises OSError for one that cannot be read.
-        directory: where they are kept, or are to be kept.
-        source: what pictures these are, such as the path of a folder. Earlier states
-            of it that are kept beside `directory` are removed, unless in use.
-        size: of the longer side, in pixels.
-        kind: what they are, photos or characters; decided by a sample if not given.
-        in_memory: how many bytes of images are read into memory; more stay on disk.
+        pictures: arguments of `open_picture`.
+        open_picture: opens a picture, or raises OSError.
+        directory: the folder of the cached images.
+        source: a name of the pictures, such as the path of their folder. Earlier
+            states of the source that no process uses are removed from the cache.
+        size: longer side of the images, in pixels.
+        kind: photos or characters; decided by a sample if None.
+        in_memory: the largest size of images that are read into memory, in bytes.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: if none can be read.
+        ValueError: if no picture can be used.
     """
-    with one_line_errors(directory, "written"):
-        tidied = cache_cleanup.hold(directory)
+    source = f"{source}, size {size}, kind {kind}"
+    with (
+        one_line_errors(directory, "written"),
+        cache_cleanup.open_entry(directory, source, progress=progress) as notes,
+    ):
         builder = ImageCacheBuilder(
             pictures=pictures,
             open_picture=open_picture,
@@ -162,35 +164,26 @@ def decode_and_cache(
             data_dir=directory,
             file_format="array_record",
         )
-    prepare(builder)
+        prepare(builder)
     summary = json.loads(builder.info.metadata["summary"])
     skipped = {int(index): why for index, why in summary["skipped"].items()}
-    digests = summary["digests"]
+    digests, shape = summary["digests"], tuple(summary["shape"])
     n = len(digests)
     with one_line_errors(directory, "read"):
-        source = builder.as_data_source("all_images")
+        records = builder.as_data_source("all_images")
     images = StoredImages(
-        source,
-        np.arange(n),
-        (n, *summary["shape"]),
-        tuple(summary["shape"]),
-        directory=directory,
+        records, np.arange(n), (n, *shape), shape, directory=directory
     )
     if np.prod(images.shape, dtype=float) <= in_memory:
-        images = images[:]
-    tidied += cache_cleanup.tidy(directory, f"{source}, size {size}, kind {kind}")
+        images = ArrayImages.of(images[:])
+    notes += cache_cleanup.remove_stale(directory, source)
+    decoding = Decoding(**summary["decoding"])
     return DecodedImages(
         images,
         digests,
         [index for index in range(len(pictures)) if index not in skipped],
         skipped,
-        Decoding(
-            summary["kind"],
-            summary["kind_by"],
-            summary["white"],
-            summary["background"],
-            (*summary["notes"], *tidied),
-        ),
+        dataclasses.replace(decoding, notes=(*decoding.notes, *notes)),
     )
 
 
@@ -211,6 +204,8 @@ class ImageCacheBuilder(tfds.core.GeneratorBasedBuilder):
     ):
         self.pictures, self.open_picture = pictures, open_picture
         self.size, self.kind, self.progress = size, kind, progress
+        # The reason for each picture that cannot be used, by its number.
+        self.skipped: dict[int, str] = {}
         super().__init__(**options)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -229,156 +224,112 @@ class ImageCacheBuilder(tfds.core.GeneratorBasedBuilder):
         return {"all_images": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict]]:
-        skipped, digests, animated = {}, [], 0
+        spec, decoding = self._decide()
 
-        def tried(function: Callable, indices: Sequence[int]) -> Iterator[Any]:
-            def one(index: int) -> Any:
-                try:
-                    return function(self.open_picture(self.pictures[index]))
-                except OSError as error:
-                    return error
-
-            with ThreadPoolExecutor() as pool:
-                for start in range(0, len(indices), READ):
-                    some = indices[start : start + READ]
-                    for index, result in zip(some, pool.map(one, some)):
-                        if isinstance(result, OSError):
-                            skipped[index] = str(result)
-                        else:
-                            yield result
-
-        n = len(self.pictures)
-        look = range(0, n, max(1, n // LOOK))
-
-        def looked(image: Image.Image) -> tuple:
-            wide = peak(image) if is_wide(image) else None
-            clear = image.resize((64, 64)) if has_alpha(image) else None
-            tones = tone_share(flat(image))
-            return image.size, is_colour(image), tones, wide, clear
-
-        seen = list(tried(looked, look))
-        if not seen:
-            raise ValueError(
-                f"none of {len(look)} images could be read; the first: {skipped[0]}"
-            )
-        sizes, colours, tones, wide, clear = zip(*seen)
-        kind, kind_by = kind_of(tones)
-        if self.kind is not None:
-            kind, kind_by = self.kind, "it was asked for"
-        photos = kind == "photos"
-        notes, white = [], WHITES[-1]
-        if any(value is not None for value in wide):
-            # One rule for all of them, so that their brightness can be compared.
-            every = [index for index in range(n) if index not in skipped]
-            peaks = tried(lambda one: peak(one) if is_wide(one) else 0.0, every)
-            white = white_of(max(peaks))
-            notes.append(f"in images of more than 8 bits {white:g} is white")
-        background = background_of([image for image in clear if image is not None])
-        if any(image is not None for image in clear):
-            notes.append(f"{background} shows through transparency")
-        shape = ImageSpec.of(
-            sizes,
-            any(colours),
-            self.size,
-            photos=photos,
-            white=white,
-            background=background,
-        )
-
-        def fitted(image: Image.Image) -> tuple[np.ndarray, bool]:
-            pixels = shape.fit(image)
+        def fit(image: Image.Image) -> tuple[np.ndarray, bool]:
+            pixels = spec.fit(image)
             check_not_blank(pixels)
             return pixels, image.info.get(FRAMES, 1) > 1
 
-        left = [index for index in range(n) if index not in skipped]
+        left = self._usable()
         bar = tqdm(
-            tried(fitted, left),
+            self._apply(fit, left),
             desc="decoding images",
             total=len(left),
             unit="image",
             disable=not self.progress,
         )
-        for row, (image, moving) in enumerate(bar):
-            digests.append(digest_of_image(image))
-            animated += moving
-            yield row, {"image": image}
+        digests, animated = [], 0
+        for row, (pixels, has_frames) in enumerate(bar):
+            digests.append(digest_of_image(pixels))
+            animated += has_frames
+            yield row, {"image": pixels}
         if not digests:
-            whys = sorted(set(skipped.values()))
-            raise ValueError(f"none of {n} images can be used: {'; '.join(whys[:3])}")
+            reasons = "; ".join(sorted(set(self.skipped.values()))[:3])
+            raise ValueError(
+                f"none of {len(self.pictures)} images can be used: {reasons}"
+            )
         if animated:
-            many = "1 image has" if animated == 1 else f"{animated:,} images have"
-            notes.append(f"{many} several frames: the first is seen")
+            count = "1 image has" if animated == 1 else f"{animated:,} images have"
+            note = f"{count} several frames: the first one is used"
+            decoding = dataclasses.replace(decoding, notes=(*decoding.notes, note))
         self.info.metadata["summary"] = json.dumps(
             {
-                "shape": dataclasses.astuple(shape)[:3],
-                "white": white,
-                "background": background,
-                "notes": notes,
+                "shape": (spec.height, spec.width, spec.channels),
+                "decoding": dataclasses.asdict(decoding),
                 "digests": digests,
-                "skipped": dict(sorted(skipped.items())),
-                "kind": kind,
-                "kind_by": kind_by,
+                "skipped": dict(sorted(self.skipped.items())),
             }
         )
 
-
-class Digits(tfds.core.GeneratorBasedBuilder):
-    """Handwritten digits of 13 writers, 8 x 8 pixels, in the order of the file.
-
-    The first half trains and the second half tests. Writers follow one another in the
-    file, so that a random split would show the test writers while training.
-    """
-
-    VERSION = tfds.core.Version("1.1.0")
-    TRAIN = 898
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
-                "label": tfds.features.ClassLabel(num_classes=10),
-                # Records are stored in no particular order.
-                "index": np.int64,
-            }
+    def _decide(self) -> tuple[ImageSpec, Decoding]:
+        """Decide the shape of all images by a sample of them."""
+        n = len(self.pictures)
+        sample = range(0, n, max(1, n // SAMPLE))
+        looks = [*self._apply(_look, sample)]
+        if not looks:
+            raise ValueError(
+                f"none of {len(sample)} images could be read; the first: "
+                f"{self.skipped[0]}"
+            )
+        sizes, colours, tones, wide, transparent = zip(*looks)
+        kind, kind_by = kind_of(tones)
+        if self.kind is not None:
+            kind, kind_by = self.kind, "it was requested"
+        notes, white = [], WHITES[-1]
+        if any(wide):
+            # One value for all images, so that their brightness can be compared.
+            white = white_of(max(self._apply(_peak_if_wide, self._usable())))
+            notes.append(f"in images of more than 8 bits {white:g} is white")
+        transparent = [image for image in transparent if image is not None]
+        background = background_of(transparent)
+        if transparent:
+            notes.append(f"{background} shows through transparency")
+        spec = ImageSpec.of(
+            sizes,
+            any(colours),
+            self.size,
+            photos=kind == "photos",
+            white=white,
+            background=background,
         )
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="The handwritten digits that come with scikit-learn.",
-            citation=(
-                "Alpaydin, Kaynak. Optical Recognition of Handwritten Digits. "
-                "UCI Machine Learning Repository, 1998. doi:10.24432/C50P49"
-            ),
-            features=features,
-        )
+        return spec, Decoding(kind, kind_by, white, background, tuple(notes))
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        from sklearn.datasets import load_digits
+    def _usable(self) -> list[int]:
+        return [i for i in range(len(self.pictures)) if i not in self.skipped]
 
-        digits: Any = load_digits()
-        # 17 levels, 0 to 16, spread over 0 to 240: exactly proportional.
-        images = (digits.images * 15).astype(np.uint8)[..., None]
-        half = slice(None, self.TRAIN), slice(self.TRAIN, None)
-        return {
-            split: self._generate_examples(images[part], digits.target[part])
-            for split, part in zip(("train", "test"), half)
-        }
+    def _apply(
+        self, function: Callable[[Image.Image], Result], indices: Sequence[int]
+    ) -> Iterator[Result]:
+        """Results for opened pictures, without those that raise OSError."""
 
-    def _generate_examples(
-        self, images: np.ndarray, labels: np.ndarray
-    ) -> Iterator[tuple[int, dict]]:
-        for index, (image, label) in enumerate(zip(images, labels)):
-            yield index, {"image": image, "label": int(label), "index": index}
+        def open_and_apply(index: int) -> Result:
+            return function(self.open_picture(self.pictures[index]))
+
+        for part, results in read_ahead(indices, open_and_apply):
+            for row, result in zip(part, results):
+                if isinstance(result, OSError):
+                    self.skipped[indices[row]] = str(result)
+                else:
+                    yield result
+
+
+def _look(image: Image.Image) -> tuple:
+    """The size, colour, tones and depth of a picture, and a small transparent copy."""
+    transparent = image.resize((64, 64)) if has_alpha(image) else None
+    tones = tone_share(flat(image))
+    return image.size, is_colour(image), tones, is_wide(image), transparent
+
+
+def _peak_if_wide(image: Image.Image) -> float:
+    return peak(image) if is_wide(image) else 0.0
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> None:
+    """Write the files of a dataset, unless they exist."""
     tfds.disable_progress_bar()
     with one_line_errors(Path(builder.data_path), "prepared"):
-        # It announces a download, on standard output, also where there is none.
+        # The builder announces a download on standard output, even without one.
         with contextlib.redirect_stdout(io.StringIO()):
-            try:
-                builder.download_and_prepare()
-            except OSError:
-                # Another process may have been faster, and its files serve as well.
-                if not builder.data_path.exists():
-                    raise
+            builder.download_and_prepare()
         builder.info.read_from_directory(builder.data_path)

@@ -1,4 +1,4 @@
-"""Image files and pictures: found, opened, and made into arrays of one shape."""
+"""Image files: formats, opening, and reading ahead with threads."""
 
 import contextlib
 import functools
@@ -15,17 +15,17 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tripletjax.learn.files import check_regular
 
-# Files are read so many at a time.
+# The number of files that are read at a time.
 READ = 256
 
-# Formats that are opened, as Pillow names them; those that other files resemble come
-# last. Others may start a program, as PostScript does, or have no signature.
+# Formats that Pillow may open. Formats that other files resemble come last. Others may
+# start a program, as PostScript does, or have no signature.
 FORMATS = (
     *("PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "HEIF", "PPM"),
     *("JPEG2000", "ICO", "CUR", "ICNS", "PCX", "DCX", "SGI", "SUN", "DDS", "QOI"),
     *("PSD", "FITS", "PIXAR", "MSP", "XBM", "XPM", "TGA"),
 )
-# Files that are often among images, by their first bytes.
+# Other files that are often among images, by their first bytes.
 START = 1024
 HEIC = rb".{4}ftyp(hei[cmsx]|hev[cx]|mif1|msf1)"
 FOREIGN = {
@@ -39,22 +39,22 @@ FOREIGN = {
     rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!": "an archive: unpack it",
     rb"\Z": "an empty file",
 }
-# How many frames an image's file has, in its `info`.
+# The key of the number of frames of a file, in the `info` of its image.
 FRAMES = "tripletjax frames"
 QUIET = threading.Lock()
 
 
 class ImageError(OSError):
-    """The content of a file is no image that can be used."""
+    """A file whose content is not a usable image."""
 
 
 class ImageTooLargeError(ImageError):
-    """An image has more pixels than are decoded."""
+    """An image with more pixels than the limit."""
 
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Formats that can be opened here, HEIF with the package pillow-heif."""
+    """Names of the formats that can be opened, HEIF with the package pillow-heif."""
     Image.init()
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
@@ -62,7 +62,7 @@ def formats() -> tuple[str, ...]:
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file begins as an image does."""
+    """Whether the first bytes of a file are an image's."""
     try:
         check_regular(file)
         with file.open("rb") as opened:
@@ -73,11 +73,11 @@ def is_image(file: Path) -> bool:
 
 
 def read_image_file(file: Path) -> bytes:
-    """Read the content of a file that begins as an image does.
+    """Read the content of a file whose first bytes are an image's.
 
     Raises:
-        ImageError: if the file begins otherwise, by its first bytes alone.
-        OSError: if it is not a regular file, or cannot be read.
+        ImageError: if the first bytes are not an image's.
+        OSError: if the file is not regular or cannot be read.
     """
     check_regular(file)
     with file.open("rb") as opened:
@@ -96,19 +96,19 @@ def image_suffixes() -> frozenset[str]:
 def open_image(
     file: str | Path | BinaryIO, *, most_pixels: int | None = None
 ) -> Image.Image:
-    """An image file, upright and decoded; of several frames the first.
+    """Decode the first frame of an image file, upright.
 
     Args:
-        file: the file, known by its content and not by its name.
-        most_pixels: more are refused before they are decoded. If not given, Pillow's
-            own limit holds, 179 megapixels.
+        file: an image by its content, whatever its name.
+        most_pixels: the largest number of pixels, checked before decoding; Pillow's
+            limit of 179 megapixels if None.
 
     Raises:
-        ImageTooLargeError: if it has more pixels.
-        ImageError: if its content is no image, or broken.
-        OSError: if it is not a regular file, or cannot be read.
+        ImageTooLargeError: if the image has more pixels.
+        ImageError: if the content is not an image, or broken.
+        OSError: if the file is not regular or cannot be read.
     """
-    decode = functools.partial(_decoded, most_pixels=most_pixels)
+    decode = functools.partial(_decode, most_pixels=most_pixels)
     if not isinstance(file, str | Path):
         return _guarded(decode, file)
     check_regular(file)
@@ -116,7 +116,7 @@ def open_image(
         return _guarded(decode, opened)
 
 
-# How an image comes upright, by the orientation that a camera has noted.
+# The transposition that turns an image upright, by the orientation of its EXIF data.
 TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -129,16 +129,16 @@ TRANSPOSED = {
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An image turned as its camera was held, if that can be read.
+    """Turn an image upright by its EXIF data, if they can be read.
 
-    Pillow's own function writes all other metadata again, and fails where they are
+    `ImageOps.exif_transpose` also writes all other metadata, and fails if they are
     broken.
     """
     try:
-        turned: Any = image.getexif().get(ExifTags.Base.Orientation)
-        method = TRANSPOSED.get(turned)
+        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+        method = TRANSPOSED.get(orientation)
     except Exception:
-        # Whatever is wrong with its metadata, it is an image.
+        # An image with broken metadata is still an image.
         method = None
     return image.copy() if method is None else image.transpose(method)
 
@@ -152,8 +152,8 @@ def _guarded(function: Callable[[BinaryIO], Result], file: BinaryIO) -> Result:
         try:
             return function(file)
         except Warning:
-            # Where warnings are errors, what is odd is still an image. Filters are
-            # shared by threads, which wait for one another here.
+            # Warnings of odd images may be errors: decode again without them. Threads
+            # share the filters, so that only one of them changes the filters.
             file.seek(0)
             with QUIET, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -163,7 +163,7 @@ def _guarded(function: Callable[[BinaryIO], Result], file: BinaryIO) -> Result:
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError("it has more pixels than Pillow opens") from error
     except MemoryError as error:
-        # Later there may be enough.
+        # Not an ImageError: there may be enough memory later.
         raise OSError("not enough memory to decode it") from error
     except ImageError:
         raise
@@ -173,12 +173,12 @@ def _guarded(function: Callable[[BinaryIO], Result], file: BinaryIO) -> Result:
         # Pillow's own errors of broken images have no number.
         raise ImageError(str(error)) from error
     except Exception as error:
-        # Broken files make Pillow's decoders raise whatever they come across.
+        # Pillow's decoders raise errors of any type for broken files.
         raise ImageError(f"{type(error).__name__}: {error}") from error
 
 
 def _describe(file: BinaryIO) -> str:
-    """Why a file is no image, by its first bytes."""
+    """The reason why a file is not an image, by its first bytes."""
     file.seek(0)
     start = file.read(START)
     for signature, description in FOREIGN.items():
@@ -194,7 +194,7 @@ def _identify(file: BinaryIO) -> None:
         pass
 
 
-def _decoded(file: BinaryIO, *, most_pixels: int | None) -> Image.Image:
+def _decode(file: BinaryIO, *, most_pixels: int | None) -> Image.Image:
     with Image.open(file, formats=formats()) as image:
         width, height = image.size
         if most_pixels is not None and width * height > most_pixels:
@@ -208,32 +208,31 @@ def _decoded(file: BinaryIO, *, most_pixels: int | None) -> Image.Image:
         except Warning:
             raise
         except Exception:
-            # Frames that are broken are there, too.
+            # An image with a broken second frame has several frames.
             first.info[FRAMES] = 2
     return first
 
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+Item = TypeVar("Item")
 
 
 def read_ahead(
-    items: Sequence[Given], make: Callable[[Given], Made], *, size: int = READ
-) -> Iterator[tuple[range, list[Made | OSError]]]:
-    """What threads make of files, some at a time, the next ones meanwhile.
+    items: Sequence[Item], read: Callable[[Item], Result], *, size: int = READ
+) -> Iterator[tuple[range, list[Result | OSError]]]:
+    """Read files in threads, a part at a time, and the next part meanwhile.
 
     Args:
-        items: the files, or whatever stands for them.
-        make: of one of them.
-        size: of how many at a time.
+        items: the files, or names of them.
+        read: reads one of them.
+        size: the number of items in a part.
 
     Yields:
-        Their numbers, and what was made of them or the OSError that was raised.
+        The numbers of a part's items, and for each the result or its OSError.
     """
 
-    def tried(item: Given) -> Made | OSError:
+    def read_or_error(item: Item) -> Result | OSError:
         try:
-            return make(item)
+            return read(item)
         except OSError as error:
             return error
 
@@ -241,6 +240,7 @@ def read_ahead(
     with ThreadPoolExecutor() as pool:
         ahead = []
         for part, following in zip([range(0), *parts], [*parts, range(0)]):
-            now, ahead = ahead, [pool.submit(tried, items[i]) for i in following]
+            now = ahead
+            ahead = [pool.submit(read_or_error, items[i]) for i in following]
             if now:
-                yield part, [one.result() for one in now]
+                yield part, [future.result() for future in now]

@@ -15,25 +15,25 @@ from tripletjax.learn.data.image_files import (
     open_image,
 )
 
-# The longer side that images are seen at: lines need fewer pixels than photographs,
-# which are kept at twice the size, for a part of them to be looked at.
+# The longer side of images for a network: lines need fewer pixels than photographs.
+# Photographs are cached at twice the size, so that a network can look at a part.
 GREY_SIZE, COLOUR_SIZE, DETAIL = 32, 64, 2
 # The largest values that grey of more than 8 bits may have, from 1 to 16 bits.
 WHITES = (1, 255, 1023, 4095, 16383, 65535)
-# The reason why an image of nothing is left out.
+# The reason for skipping an image without content.
 BLANK = "blank: all of its pixels are the same"
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """What every image of a dataset, or of a run, is made into.
+    """The shape of all images of a dataset or a run.
 
     Attributes:
         height: in pixels.
         width: in pixels.
         channels: 1 for grey, 3 for colour.
         white: the value that is white in grey images of more than 8 bits.
-        background: what shows through transparency, black or white.
+        background: the colour behind transparency, black or white.
     """
 
     height: int
@@ -53,9 +53,9 @@ class ImageSpec:
         white: float = 65535,
         background: str = "white",
     ) -> "ImageSpec":
-        """The shape of the median image, its longer side at most `size`.
+        """The shape of the median image, with a longer side of at most `size`.
 
-        Photographs are kept larger, if they are.
+        Photographs have up to twice the size.
         """
         width, height = np.median(np.array(sizes), axis=0)
         longest = max(width, height)
@@ -74,8 +74,8 @@ class ImageSpec:
         """Read the JSON that `tripletjax export` writes beside a file.
 
         Raises:
-            OSError: if it cannot be read.
-            ValueError: if it is not such a file.
+            OSError: if the file cannot be read.
+            ValueError: if another program wrote the file.
         """
         try:
             return cls(**json.loads(Path(file).read_text(encoding="utf-8")))
@@ -85,9 +85,9 @@ class ImageSpec:
             ) from None
 
     def fit(self, image: Image.Image) -> np.ndarray:
-        """An image as uint8 ``[height, width, channels]``, never distorted.
+        """Fit an image to uint8 ``[height, width, channels]`` without distortion.
 
-        What is left at two sides has the mean colour of the image's border.
+        The margins at two sides have the mean colour of the image's border.
         """
         image = flat(image, white=self.white, background=self.background)
         image = image.convert("RGB" if self.channels == 3 else "L")
@@ -138,12 +138,12 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What a network sees of images of one shape: a part, at another size.
+    """A part of images of one shape, resized for a network.
 
     Attributes:
-        box: the part.
-        height: of what is seen, in pixels.
-        width: likewise.
+        box: the part, as shares of the image.
+        height: after resizing, in pixels.
+        width: after resizing, in pixels.
     """
 
     box: Box
@@ -154,9 +154,13 @@ class View:
     def of(
         cls, shape: Sequence[int], box: Box, size: int, *, multiple: int = 1
     ) -> "View":
-        """A box of images ``height, width``, its longer side `size` pixels.
+        """The view of a box, with a longer side of `size` pixels.
 
-        Sides are rounded to a multiple.
+        Args:
+            shape: height and width of the images.
+            box: the part.
+            size: longer side of the view, in pixels.
+            multiple: sides are rounded to a multiple of it.
         """
         top, left, bottom, right = box
         height, width = (bottom - top) * shape[0], (right - left) * shape[1]
@@ -168,7 +172,7 @@ class View:
         return cls(box, *sides)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Parts of uint8 images ``[n, height, width, channels]``."""
+        """Crop and resize uint8 images ``[n, height, width, channels]``."""
         n, height, width, channels = images.shape
         top, left, bottom, right = self.box
         box = left * width, top * height, right * width, bottom * height
@@ -184,7 +188,7 @@ class View:
             seen[index] = np.asarray(part).reshape(seen.shape[1:])
 
         with ThreadPoolExecutor() as pool:
-            # The list raises what went wrong.
+            # The list raises errors of the threads.
             list(pool.map(see, range(n)))
         return seen
 
@@ -192,10 +196,9 @@ class View:
 def flat(
     image: Image.Image, *, white: float | None = None, background: str = "white"
 ) -> Image.Image:
-    """Without what Pillow would lose: more than 8 bits are scaled, and background
-    shows through transparency.
+    """Scale an image to 8 bits, and lay it on a background if it is transparent.
 
-    If `white` is not given, it follows from the image alone.
+    If `white` is None, it follows from the image alone.
     """
     if is_wide(image):
         values = np.nan_to_num(np.asarray(image, np.float64))
@@ -210,10 +213,10 @@ def flat(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image in RGB, prepared as for a network, but by itself alone.
+    """Convert an image to RGB by itself alone.
 
-    White is the least number of bits that holds its values; the background of
-    transparency is the one that leaves something to see.
+    White is the largest value of the least number of bits that holds the image's
+    values. The background of transparency is the one with more contrast.
     """
     background = "white"
     if has_alpha(image):
@@ -222,7 +225,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def is_wide(image: Image.Image) -> bool:
-    """Whether it is grey of more than 8 bits."""
+    """Whether an image is grey of more than 8 bits."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
@@ -237,12 +240,12 @@ def peak(image: Image.Image) -> float:
 
 
 def white_of(peak: float) -> float:
-    """What is white where values go up to a peak: the least number of bits for it."""
+    """The white of values up to a peak: the largest value of the fewest bits."""
     return next((white for white in WHITES if peak <= white), peak)
 
 
 def background_of(images: Sequence[Image.Image]) -> str:
-    """What is to show through transparency: black where white would leave nothing."""
+    """The background of transparent images: black if white would leave no contrast."""
     extents = {
         background: [
             np.ptp(np.asarray(flat(image, background=background).convert("L")))
@@ -255,18 +258,18 @@ def background_of(images: Sequence[Image.Image]) -> str:
 
 
 def is_colour(image: Image.Image) -> bool:
-    """Whether it shows any colour, whatever its format could show."""
+    """Whether an image shows any colour, whatever its format."""
     image = flat(image)
     if image.mode in ("1", "L"):
         return False
     small = image.convert("RGB")
     small.thumbnail((256, 256))
     pixels = np.asarray(small, np.int16)
-    # Lossy formats leave a little where there is none.
+    # Lossy formats add a little colour to grey images.
     return bool(np.ptp(pixels, axis=-1).mean() > 2)
 
 
 def check_not_blank(pixels: np.ndarray) -> None:
-    """Raise ImageError for an image ``[height, width, channels]`` of nothing."""
+    """Raise ImageError if all pixels ``[height, width, channels]`` are the same."""
     if (pixels == pixels[0, 0]).all():
         raise ImageError(BLANK)

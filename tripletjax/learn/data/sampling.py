@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 from tripletjax.learn.choices import CLASS_SAMPLING
-from tripletjax.learn.data.image_array import ImageArray, KeptFeatures
+from tripletjax.learn.data.image_array import ImageSource, KeptFeatures
 
 # The number of classes of one group that come into a batch together.
 TOGETHER = 4
@@ -155,7 +155,7 @@ class ImageBatches:
         ValueError: as `ClassBatches`, and if `rotation_classes` does not fit.
     """
 
-    images: ImageArray
+    images: ImageSource
     labels: np.ndarray
     classes: int
     per_class: int
@@ -239,7 +239,7 @@ class TripletBatches:
             range.
     """
 
-    images: ImageArray
+    images: ImageSource
     triplets: np.ndarray
     size: int
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Text files that people and other programs write: their encoding and their columns."""
+"""Text files of people and other programs: encoding and columns."""
 
 import codecs
 import re
@@ -51,22 +51,22 @@ def read_lines(path: str | Path) -> list[str]:
             f"0x{content[error.start]:02x}, as in Latin-1 and binary files; save it "
             "again as UTF-8."
         ) from None
-    # Other characters at which Python would break lines may stand in names.
+    # `str.splitlines` would also split at characters that may occur in names.
     return re.split(r"\r\n|\r|\n", text)
 
 
 def read_rows(path: str | Path, *, columns: int) -> list[tuple[int, list[str]]]:
     """Read the rows of a file of values between commas, semicolons or tabs.
 
-    Blanks around values are dropped, but not those in double quotes. The separator is
-    that which gives the first line so many columns.
+    Blanks around values are dropped, except in double quotes. The separator is the one
+    that splits the first line into this number of columns.
 
     Returns:
-        The number of each line that is not empty, from 1, and its values.
+        The number of each line that is not empty, counted from 1, and its values.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is no text in UTF-8, or a quote is not closed.
+        ValueError: if the file is not UTF-8 text, or a quote is not closed.
     """
     lines = [
         (number, line)

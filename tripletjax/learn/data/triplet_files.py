@@ -1,4 +1,4 @@
-"""Triplets of images that somebody has chosen, in a CSV file."""
+"""Given triplets of images, in a CSV file."""
 
 import dataclasses
 from pathlib import Path
@@ -21,21 +21,21 @@ from tripletjax.learn.files import digest_of
 
 @dataclasses.dataclass(frozen=True)
 class TripletDataset:
-    """Triplets of images that somebody has chosen.
+    """Given triplets of images.
 
     Attributes:
-        name: how they are called.
-        images: uint8 ``[n, height, width, channels]``, or a `StoredImages`.
-        train: which images are anchor, positive and negative, int32 ``[t, 3]``.
-        validation: the same, held out to choose between parameters with.
-        test: the same, held out to evaluate on.
-        key: a digest of all of it.
+        name: of the file of triplets.
+        images: uint8 ``[n, height, width, channels]``, in memory or on disk.
+        train: indices of anchor, positive and negative, int32 ``[t, 3]``.
+        validation: held-out triplets that choose the best parameters.
+        test: held-out triplets for the evaluation.
+        key: a digest of images and triplets.
         skipped: files that are left out, each with the reason.
         skip_counts: number of images that are left out, by the type of reason.
         entry_counts: number of other entries that are left out; a list of triplets has
             none.
-        left_out: how many triplets have such a file.
-        decoding: what was decided of the pictures.
+        left_out: number of triplets with such a file.
+        decoding: how the pictures were decoded.
     """
 
     name: str
@@ -60,22 +60,22 @@ def load_triplets(
     in_memory: int = IN_MEMORY,
     progress: bool = False,
 ) -> TripletDataset:
-    """Loads triplets of image files.
+    """Load triplets of image files.
 
-    Some anchors are held out with all their triplets, for validation and for the test;
-    the images themselves may be positives or negatives of others.
+    Some anchors are held out with all their triplets, for validation and for the test.
+    Their images may be positives or negatives of other anchors.
 
     Args:
         file: a CSV file in UTF-8 with three columns, the paths of an anchor, a positive
             and a negative, between commas, semicolons or tabs. Relative paths are
-            relative to the file. With a first line that names them ``anchor``,
-            ``positive`` and ``negative`` they may come in any order, and other columns
-            are ignored. Blanks count in double quotes alone.
-        size: as in `load`, and the arguments that follow.
-        kind: see there.
-        data_dir: see there.
-        in_memory: see there.
-        progress: see there.
+            relative to the file. A first line with the names ``anchor``, ``positive``
+            and ``negative`` allows any order and other columns, which are ignored.
+            Blanks around values are dropped, except in double quotes.
+        size: as in `datasets.load`, as are all that follow.
+        kind: photos or characters.
+        data_dir: the folder of tensorflow-datasets.
+        in_memory: the largest size of images in memory, in bytes.
+        progress: whether to show a progress bar while images are decoded.
 
     Raises:
         OSError: if the file cannot be read.
@@ -109,7 +109,7 @@ def load_triplets(
     train, test, validation = (
         triplets[np.isin(triplets[:, 0], np.array(part, int))] for part in parts
     )
-    of = " ".join(stored.digests), f"{stored.images.shape}", triplets.tobytes()
+    content = " ".join(stored.digests), f"{stored.images.shape}", triplets.tobytes()
     skipped = [f"{names[index]}: {why}" for index, why in stored.skipped.items()]
     return TripletDataset(
         str(file),
@@ -117,7 +117,7 @@ def load_triplets(
         train,
         validation,
         test,
-        digest_of(of),
+        digest_of(content),
         tuple(skipped),
         stored.skip_counts,
         left_out=len(rows) - len(whole),
@@ -163,7 +163,7 @@ def _triplet_rows(file: Path) -> list[tuple[str, str, str]]:
 
 
 def _file_of(folder: Path, name: str) -> Path:
-    """The file of a name, also where it was written with backslashes on Windows."""
+    """The file of a name, which may have the backslashes of Windows."""
     file = folder / name
     if "\\" in name and not file.exists():
         slashed = folder / name.replace("\\", "/")

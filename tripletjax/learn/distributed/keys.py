@@ -1,4 +1,4 @@
-"""Random keys as plain arrays, and back."""
+"""Random keys as arrays of integers, for files and other processes."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -9,13 +9,25 @@ import jax.numpy as jnp
 State = TypeVar("State")
 
 
-def plain(state: Any) -> list[Any]:
-    """List the arrays of a state, with the data of random keys."""
+def arrays_of(state: Any) -> list[Any]:
+    """List the arrays of a state, each random key as its data.
+
+    Args:
+        state: any tree of arrays and random keys.
+
+    Returns:
+        Its leaves in order; `with_arrays` is the inverse.
+    """
     return [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(state)]
 
 
-def from_plain(arrays: Sequence[Any], like: State) -> State:
-    """Rebuild a state from the arrays of `plain`."""
+def with_arrays(like: State, arrays: Sequence[Any]) -> State:
+    """Rebuild a state from the arrays of `arrays_of`.
+
+    Args:
+        like: a state of the same structure, whose random keys name the generators.
+        arrays: its new leaves, in the order of `arrays_of`.
+    """
     leaves = [
         jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(old))
         if _is_key(old)

@@ -19,7 +19,7 @@ from jax.sharding import (
 
 from tripletjax.blockwise import AxisName
 from tripletjax.learn.distributed import processes
-from tripletjax.learn.distributed.keys import from_plain, plain
+from tripletjax.learn.distributed.keys import arrays_of, with_arrays
 
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
@@ -101,8 +101,8 @@ class Placement:
         if self.mesh is None:
             return tree
         if self.processes > 1:
-            arrays = multihost_utils.broadcast_one_to_all(plain(tree))
-            tree = from_plain(arrays, tree)
+            arrays = multihost_utils.broadcast_one_to_all(arrays_of(tree))
+            tree = with_arrays(tree, arrays)
         return jax.device_put(tree, self.sharding)
 
     def split(self, batch: Any) -> Any:

@@ -9,7 +9,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from tripletjax.learn.networks.convolution import cut, space_to_depth
+from tripletjax.learn import choices
+from tripletjax.learn.networks.convolution import reshape_images, space_to_depth
 from tripletjax.learn.networks.layers import (
     ORIENTATIONS,
     Layer,
@@ -24,9 +25,6 @@ from tripletjax.learn.networks.layers import (
     resized,
     unit_norm,
 )
-
-# Layers between the last feature map and the embedding.
-HEADS = ("grid", "mean")
 
 
 class EmbeddingCNN(nnx.Module):
@@ -170,8 +168,9 @@ class EmbeddingPhotoNet(nnx.Module):
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
-        if head not in HEADS:
-            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}.")
+        if head not in choices.HEADS:
+            words = ", ".join(choices.HEADS)
+            raise ValueError(f"head must be one of {words}, got {head!r}.")
         options = {"dtype": dtype, "rngs": rngs}
         self.size, self.grid = tuple(size), head == "grid"
         stem_in = ORIENTATIONS + in_channels
@@ -212,7 +211,7 @@ class EmbeddingPhotoNet(nnx.Module):
                 x = jax.nn.relu(layer(x))
         x = self.norm(x)
         if self.grid:
-            x = cut(x, math.prod(x.shape[1:]))
+            x = reshape_images(x, math.prod(x.shape[1:]))
         else:
             x = jnp.concatenate([x.mean(axis=(1, 2)), largest(x, (1, 2))], axis=-1)
         return unit_norm(self.head(x))
@@ -270,8 +269,8 @@ class MultiScaleCNN(nnx.Module):
             x = path(resized(images, side))
             _, height, _, channels = x.shape
             # The mean of each of 4 x 4 positions.
-            x = cut(x, 4, height // 4, 4, height // 4, channels).mean((2, 4))
-            parts.append(unit_norm(cut(x, 16 * channels)))
+            x = reshape_images(x, 4, height // 4, 4, height // 4, channels).mean((2, 4))
+            parts.append(unit_norm(reshape_images(x, 16 * channels)))
         return unit_norm(self.head(jnp.concatenate(parts, axis=-1)))
 
 
@@ -307,9 +306,4 @@ class Standardized(nnx.Module):
         return x
 
 
-MODELS = {
-    "cnn": EmbeddingCNN,
-    "photo": EmbeddingPhotoNet,
-    "resnet": EmbeddingResNet,
-    "multiscale": MultiScaleCNN,
-}
+MODELS = {name: globals()[network] for name, network in choices.MODELS.items()}

@@ -15,8 +15,8 @@ from tripletjax.learn.networks.convolution import (
     HE_NORMAL,
     LECUN_NORMAL,
     convolution,
-    cut,
-    padded,
+    pad,
+    reshape_images,
 )
 
 # Orientations of the edges that `EmbeddingPhotoNet` sees.
@@ -254,7 +254,7 @@ def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
     """
     grey = images.mean(axis=-1)
     for axis in (1, 2):
-        grey = padded(grey, axis, 1, 1, value=None)
+        grey = pad(grey, axis, 1, 1, value=None)
     right = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
     down = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
     angles = 2 * jnp.pi * jnp.arange(orientations) / orientations
@@ -264,7 +264,7 @@ def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
     edges = halved(edges, jnp.mean)
     energy = (edges * edges).mean(axis=-1)
     for axis in (1, 2):
-        wide, n = padded(energy, axis, 4, 4, value=None), energy.shape[axis]
+        wide, n = pad(energy, axis, 4, 4, value=None), energy.shape[axis]
         shifted = [
             jax.lax.slice_in_dim(wide, index, index + n, axis=axis)
             for index in range(9)
@@ -277,7 +277,7 @@ def oriented_edges(images: Array, orientations: int = ORIENTATIONS) -> Array:
 def pad_to_even(x: Array) -> Array:
     """Pad the odd sides of images ``[n, height, width, channels]``."""
     for axis in (1, 2):
-        x = padded(x, axis, 0, x.shape[axis] % 2, value=None)
+        x = pad(x, axis, 0, x.shape[axis] % 2, value=None)
     return x
 
 
@@ -309,7 +309,7 @@ def halved(x: Array, of: Callable[..., Array] = largest) -> Array:
     """
     x = pad_to_even(x)
     _, height, width, channels = x.shape
-    return of(cut(x, height // 2, 2, width // 2, 2, channels), (2, 4))
+    return of(reshape_images(x, height // 2, 2, width // 2, 2, channels), (2, 4))
 
 
 def unit_norm(x: Array) -> Array:

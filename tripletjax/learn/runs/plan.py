@@ -12,18 +12,7 @@ from tripletjax.learn.data.image_shape import WHOLE, Box, View
 class ClassBatchPlan:
     """Batches of P classes with K images each, of which triplets are mined.
 
-    Attributes:
-        mining: which triplets to train on: all, semi-hard or hard.
-        batch_all_fraction: share of the steps that hard mining leaves to all triplets
-            first.
-        classes: how many classes there are in a batch.
-        per_class: how many images of each.
-        class_sampling: of classes, as in `sampling.ClassBatches`.
-        relevance: who is more alike, as in `Config`.
-        rotation_classes: as in `sampling.ImageBatches`.
-        memory: how many embeddings of earlier batches there are to compare with.
-        memory_warmup: share of the steps before the first is kept.
-        memory_momentum: of the network that embeds what is kept, as in `learn.fit`.
+    Fields have the meaning of those of `Config`.
     """
 
     mining: str
@@ -45,11 +34,7 @@ class ClassBatchPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TripletBatchPlan:
-    """Batches of given triplets.
-
-    Attributes:
-        triplets_per_batch: how many there are in a batch.
-    """
+    """Batches of given triplets. Fields have the meaning of those of `Config`."""
 
     triplets_per_batch: int
 
@@ -86,29 +71,12 @@ class BackbonePlan:
 class Plan:
     """Everything that training depends on but the images themselves.
 
+    Other fields have the meaning of those of `Config`.
+
     Attributes:
-        batches: what makes a batch, and what of it is trained on.
-        box: the part of images that is seen.
-        size: of what is seen, the longer side in pixels.
-        model: which network, of `embedding_networks.MODELS`, or backbone.
-        backbone: which one, None of others.
-        head: of a photo network, grid or mean.
-        channels: number of channels of each stage.
-        stride: of the first convolution of a residual network.
-        dim: number of dimensions of the embedding.
-        mirror: whether an embedding is the mean of an image's and its mirror image's.
-        bfloat16: whether the network computes in bfloat16.
-        augment: how images are changed at random.
-        margin: of the triplet loss, in Euclidean distance between unit vectors.
-        steps: how many steps to train.
-        seed: of the initial parameters, the batches and the augmentation.
-        learning_rate: at its peak.
-        weight_decay: of AdamW.
-        ema_decay: decay of the parameters' exponential moving average.
-        embed_chunk_size: how many images are embedded at a time.
-        log_every: how many steps between two lines of metrics.
-        validate_every: how many steps between two validations.
-        checkpoint_every: how many steps between two states on disk.
+        batches: composition of a batch, and what of it is trained on.
+        model: which network, of `choices.MODELS`, or "backbone".
+        backbone: the pretrained or `choices.UNTRAINED` network, None of other models.
     """
 
     batches: ClassBatchPlan | TripletBatchPlan

@@ -1,22 +1,26 @@
-"""What a run is to do: from what is asked for, what is there already, and the data."""
+"""Preparation of a run: its request, its earlier record, its data and its plan."""
 
 import dataclasses
 import json
-import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tripletjax.learn import choices
+from tripletjax.learn.data.augment import Augment
 from tripletjax.learn.data.image_array import ImageArray
+from tripletjax.learn.data.sources import parse_source
 from tripletjax.learn.distributed.placement import Placement
-from tripletjax.learn.files import digest_of_file
+from tripletjax.learn.files import digest_of_file, free_path, part_of, replaced
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.runs import record, tasks
 from tripletjax.learn.runs.config import Config
-from tripletjax.learn.runs.defaults import Start
+from tripletjax.learn.runs.defaults import SCARCE_CHARACTERS, Start
 from tripletjax.learn.runs.model import BACKBONE
+from tripletjax.learn.runs.options import OptionError, options_of
 from tripletjax.learn.runs.plan import Plan
 from tripletjax.learn.runs.record import ImageRecord, RunRecord
 
@@ -24,7 +28,7 @@ from tripletjax.learn.runs.record import ImageRecord, RunRecord
 SAMPLE, LOOK = 4096, 256
 # The largest Euclidean distance of unit vectors.
 FARTHEST = 2.0
-# Options that say where data are.
+# Options with the paths of data.
 LOCATIONS = ("data", "triplets", "backbone")
 
 
@@ -32,19 +36,58 @@ class RunExistsError(FileExistsError):
     """The run directory already holds something."""
 
 
-def normalized(config: Config) -> Config:
-    """The same, from wherever it is resumed and however it is written."""
-    changes: dict[str, Any] = {"data": os.fspath(config.data)}
-    if changes["data"] != "digits" and Path(config.data).is_dir():
-        changes["data"] = str(Path(config.data).resolve())
+def normalize(config: Config) -> Config:
+    """Resolve the paths of a request, so that it can be resumed from any folder."""
+    changes: dict[str, Any] = {"data": parse_source(config.data).name}
     for name in ("triplets", "backbone"):
         if (value := getattr(config, name)) is not None:
             changes[name] = str(Path(value).resolve())
-    # As they are read back.
+    # Tuples, as the record of a run has them.
     for name in ("channels", "box"):
         if (value := getattr(config, name)) is not None:
             changes[name] = tuple(value)
     return dataclasses.replace(config, **changes)
+
+
+def make_request(
+    options: Mapping[str, Any], *, augment: str | None, out: Path | None, resume: bool
+) -> tuple[Config, Path]:
+    """The configuration and the directory of a run, from the options of the command.
+
+    Args:
+        options: options of `Config` that the user gave.
+        augment: type of the images (`choices.KINDS`), or the augmentation
+            (`choices.AUGMENTS`); None if not given.
+        out: run directory; None for a new one in ``runs``, named after the data.
+        resume: whether the options complete those of the run in `out`, if any.
+
+    Raises:
+        OptionError: if an option has a wrong value, or excludes another.
+        OSError, ValueError: if the record in `out` cannot be read.
+    """
+    earlier: dict[str, Any] = {}
+    if resume and out is not None and (out / record.FILE).exists():
+        earlier = record.requested_options(RunRecord.read(out).requested)
+    merged = earlier | dict(options)
+    task = "triplets" if "triplets" in merged else "classes"
+    for field, declared in options_of(Config):
+        if field.name in options and declared.task not in (None, task):
+            rule = "cannot be combined with" if task == "triplets" else "requires"
+            raise OptionError(f"{{{field.name}}} {rule} {{triplets}}.")
+    if "memory_warmup" in options and not merged.get("memory"):
+        raise OptionError("{memory_warmup} requires {memory}.")
+    if augment in choices.KINDS:
+        merged["kind"] = augment
+    elif augment is not None:
+        augments = dict(zip(choices.AUGMENTS, (Augment(), SCARCE_CHARACTERS)))
+        merged["augment"] = augments[augment]
+    config = Config(**merged)
+    if out is None:
+        label = parse_source(config.data).label
+        if config.triplets is not None:
+            label = Path(config.triplets).stem
+        out = free_path(Path("runs") / label)
+    return config, out
 
 
 def find_run(
@@ -64,32 +107,33 @@ def find_run(
 
 
 def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:
-    """The record of the run that is to go on, or None if it is to begin."""
+    """The record of the run to resume; None if there is no run yet."""
     if not out.exists():
         return None
     if not out.is_dir():
         raise RunExistsError(f"{out} already exists and is not a directory.")
-    # What a run that was killed at its start may leave behind.
-    begun = [path.name for path in out.iterdir() if path.name != f"{record.FILE}.part"]
-    if not begun:
+    # A run that was killed at its start may leave this part.
+    left = part_of(out / record.FILE)
+    names = [path.name for path in out.iterdir() if path != left]
+    if not names:
         return None
     if not resume:
-        again = " To go on with it, resume it." if record.FILE in begun else ""
+        again = " To go on with it, resume it." if record.FILE in names else ""
         raise RunExistsError(
             f"{out} already exists and is not an empty directory.{again}"
         )
-    if record.FILE not in begun:
+    if record.FILE not in names:
         raise RunExistsError(f"{out} is not the directory of a run: no {record.FILE}.")
     old = RunRecord.read(out)
     changed = []
     for field in dataclasses.fields(Config):
         was, now = (getattr(x, field.name) for x in (old.requested, config))
-        # Data may have moved: what they hold is compared when they are read.
+        # Data may have moved; their content is compared when it is read.
         moved = field.name in LOCATIONS and None not in (was, now)
         if was != now and field.name != "steps" and not moved:
-            changed.append(f"{field.name} was {was!r}, got {now!r}")
+            changed.append(f"{{{field.name}}} was {was!r}, got {now!r}")
     if changed:
-        raise ValueError(
+        raise OptionError(
             f"the run in {out} has another configuration: {', '.join(changed)}."
         )
     if config.steps is not None and config.steps < old.plan.steps:
@@ -101,7 +145,7 @@ def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:
 
 
 def start_of(config: Config, old: RunRecord | None) -> Start | None:
-    """What the network begins with, None if it is one of this library's own."""
+    """The network of a known family that the run begins with, if any."""
     if old is not None:
         plan = old.plan.backbone
         if plan is None:
@@ -116,14 +160,14 @@ def start_of(config: Config, old: RunRecord | None) -> Start | None:
         return None
     backbone = backbones.recognise(config.backbone)
     _, loaded = backbones.load(config.backbone)
-    told = (
+    notes = (
         f"{config.backbone} is {backbone.title}, {loaded.parameters:,} parameters",
         *loaded.notes,
     )
-    return Start(backbone, digest_of_file(config.backbone), told)
+    return Start(backbone, digest_of_file(config.backbone), notes)
 
 
-def planned(
+def make_plan(
     config: Config,
     old: RunRecord | None,
     start: Start | None,
@@ -131,22 +175,22 @@ def planned(
     on: Placement,
     progress: bool,
 ) -> tuple[RunRecord, tasks.Task]:
-    """The record of the run, and its images as the network sees them."""
+    """Make the record of the run, and its task with images as the network sees them."""
     size = config.size if start is None else start.size(config)
-    # What the first process makes of data to read them faster, others find.
+    # The first process decodes the data, and the others read what it wrote.
     task = on.in_turn(lambda: tasks.load(config, size=size, progress=progress))
     if old is None:
         plan, notes = on.of_first(lambda: task.plan(config, start))
         seen = task.seen(plan)
-        made = on.of_first(lambda: _begin(config, task, seen, plan, notes, start))
+        current = on.of_first(lambda: _begin(config, task, seen, plan, notes, start))
     else:
-        made = on.of_first(lambda: _go_on(old, config, task, out))
-        seen = task.seen(made.plan)
-    if task.dataset.key != made.data_key:
+        current = on.of_first(lambda: _go_on(old, config, task, out))
+        seen = task.seen(current.plan)
+    if task.dataset.key != current.data_key:
         raise ValueError(
             f"{task.dataset.name!r} is not the same here and in the first process."
         )
-    return made, seen
+    return current, seen
 
 
 def _begin(
@@ -157,9 +201,10 @@ def _begin(
     notes: list[str],
     start: Start | None,
 ) -> RunRecord:
-    """The record of a run that is to begin, with its images as the network sees them.
+    """Make the record of a new run.
 
-    These are those of `seen`; those of `task` are as they were read.
+    The images of `task` are as they were read, those of `seen` as the network sees
+    them.
     """
     if plan.margin >= FARTHEST:
         notes = [
@@ -194,20 +239,20 @@ def _begin(
 
 
 def _go_on(old: RunRecord, config: Config, task: tasks.Task, out: Path) -> RunRecord:
-    """The record of a run that goes on, or is lengthened.
+    """Make the record of a run that goes on, or is lengthened.
 
-    What another version would choose otherwise stays as it was.
+    Its plan stays, whatever this version would choose.
     """
     if old.data_key != task.dataset.key:
         raise ValueError(
-            f"{task.dataset.name!r} is no longer what the run in {out} was made with."
+            f"the data {task.dataset.name!r} have changed since the run in {out} began."
         )
     locations = {name: getattr(config, name) for name in LOCATIONS}
     requested = dataclasses.replace(old.requested, **locations)
     steps = config.steps or old.plan.steps
     if steps == old.plan.steps:
         return dataclasses.replace(old, requested=requested)
-    told = (
+    note = (
         f"lengthened from {old.plan.steps} to {steps} steps: from where it goes on, "
         "the learning rate is that of a run of this length"
     )
@@ -215,7 +260,7 @@ def _go_on(old: RunRecord, config: Config, task: tasks.Task, out: Path) -> RunRe
         old,
         requested=dataclasses.replace(requested, steps=steps),
         plan=dataclasses.replace(old.plan, steps=steps),
-        notes=(*old.notes, told),
+        notes=(*old.notes, note),
     )
 
 
@@ -232,27 +277,26 @@ def _statistics(images: ImageArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write(
-    made: RunRecord, old: RunRecord | None, start: Start | None, out: Path
+    current: RunRecord, old: RunRecord | None, start: Start | None, out: Path
 ) -> None:
-    """Writes the record, and the weights that the run begins with."""
-    if made != old:
+    """Write the record, and a copy of the weights that the run begins with."""
+    if current != old:
         out.mkdir(parents=True, exist_ok=True)
-        made.write(out)
+        current.write(out)
     if start is not None and start.digest is not None:
-        _keep_backbone(made.requested, start.digest, out)
+        _keep_backbone(current.requested, start.digest, out)
 
 
 def _keep_backbone(config: Config, digest: str, out: Path) -> None:
-    """Copies the weights that a run begins with into its directory, once."""
+    """Copy the weights that a run begins with into its directory, once."""
     kept = out / BACKBONE
     if kept.exists() or config.backbone is None:
         return
-    part = kept.with_name(f"{BACKBONE}.part")
-    shutil.copyfile(config.backbone, part)
-    _check_same(part, digest)
-    part.replace(kept)
+    with replaced(kept) as part:
+        shutil.copyfile(config.backbone, part)
+        _check_same(part, digest)
 
 
 def _check_same(file: str | Path, digest: str | None) -> None:
     if digest_of_file(file) != digest:
-        raise ValueError(f"{file} is no longer what the run began with.")
+        raise ValueError(f"{file} has changed since the run began.")

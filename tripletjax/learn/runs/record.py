@@ -3,18 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
-from tripletjax.learn.data.augment import Augment
 from tripletjax.learn.data.image_shape import ImageSpec
 from tripletjax.learn.files import write_json
 from tripletjax.learn.runs.config import Config
-from tripletjax.learn.runs.plan import (
-    BackbonePlan,
-    ClassBatchPlan,
-    Plan,
-    TripletBatchPlan,
-)
+from tripletjax.learn.runs.plan import Plan
 
 FILE = "config.json"
 # The results of a finished run, and the step of which they are.
@@ -79,8 +74,8 @@ class RunRecord:
         """
         path = run_dir / FILE
         try:
-            return _from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (KeyError, TypeError, ValueError) as error:
+            return from_json(cls, json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is not the record of a run of this version: {error!r}."
             ) from error
@@ -89,8 +84,8 @@ class RunRecord:
         write_json(run_dir / FILE, dataclasses.asdict(self))
 
 
-def options_of(config: Config) -> dict[str, Any]:
-    """The options of a configuration, but those left to their defaults."""
+def requested_options(config: Config) -> dict[str, Any]:
+    """The options of a configuration that differ from their defaults."""
     return {
         field.name: value
         for field in dataclasses.fields(Config)
@@ -98,34 +93,24 @@ def options_of(config: Config) -> dict[str, Any]:
     }
 
 
-def _from_json(values: dict[str, Any]) -> RunRecord:
-    requested, plan = dict(values["requested"]), dict(values["plan"])
-    for options in (requested, plan):
-        if options["augment"] is not None:
-            options["augment"] = Augment(**options["augment"])
-        for name in ("channels", "box"):
-            if options[name] is not None:
-                options[name] = tuple(options[name])
-    if plan["backbone"] is not None:
-        backbone = dict(plan["backbone"])
-        backbone["options"] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in backbone["options"].items()
-        }
-        plan["backbone"] = BackbonePlan(**backbone)
-    of_classes = "classes" in plan["batches"]
-    batches = ClassBatchPlan if of_classes else TripletBatchPlan
-    images: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in values["images"].items()
-    }
-    return RunRecord(
-        requested=Config(**requested),
-        plan=Plan(**plan | {"batches": batches(**plan["batches"])}),
-        images=ImageRecord(**images),
-        data_key=values["data_key"],
-        label_names=tuple(values["label_names"]),
-        seen_names=tuple(values["seen_names"]),
-        skipped=tuple(values["skipped"]),
-        notes=tuple(values["notes"]),
-    )
+def from_json(hint: Any, value: Any) -> Any:
+    """The value of a type hint, from JSON of its `dataclasses.asdict`.
+
+    A list becomes a tuple, and an object the dataclass of the hint that has its fields.
+
+    Raises:
+        ValueError: if the hint is of dataclasses, and none has these fields.
+    """
+    classes = [x for x in (hint, *get_args(hint)) if dataclasses.is_dataclass(x)]
+    if isinstance(value, list) and not classes:
+        return tuple(from_json(Any, item) for item in value)
+    if isinstance(value, dict) and not classes:
+        return {name: from_json(Any, item) for name, item in value.items()}
+    if not classes or (value is None and NoneType in get_args(hint)):
+        return value
+    for cls in classes:
+        hints = get_type_hints(cls)
+        if isinstance(value, dict) and hints.keys() == value.keys():
+            return cls(**{k: from_json(hints[k], item) for k, item in value.items()})
+    expected = " or ".join(cls.__name__ for cls in classes)
+    raise ValueError(f"{expected} has other fields than {value!r:.200}")

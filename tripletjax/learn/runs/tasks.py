@@ -1,11 +1,10 @@
-"""What a run learns from: images with labels, or given triplets of images.
+"""Tasks of training: images with labels, or given triplets of images.
 
-Either knows its batches and losses, and how to tell what an embedding is worth.
+A task has its batches, its losses and its evaluation.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,11 +19,6 @@ from tripletjax.learn import plots
 from tripletjax.learn.data import datasets, hierarchy, sampling, triplet_files
 from tripletjax.learn.data.image_array import (
     ImageArray,
-    ImageSource,
-    KeptFeatures,
-    StoredImages,
-    part_of,
-    pixels_of,
 )
 from tripletjax.learn.distributed.placement import ONE_DEVICE, Placement
 from tripletjax.learn.networks.embedding import embed_images
@@ -33,12 +27,20 @@ from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.defaults import Start
 from tripletjax.learn.runs.plan import ClassBatchPlan, Plan, TripletBatchPlan
 from tripletjax.learn.training import loop, objectives
+from tripletjax.learn.training.selection import (
+    Validation,
+    class_means,
+    interval_over_classes,
+    note_of,
+)
 
-# Validation and pictures have at most so many images, of all.
+# The largest number of images of validation and of pictures.
 GALLERY = 2048
 
-Embed = Callable[[ImageSource], Array]
-# From images, and what they are for, to what is learnt from in their place.
+Embed = Callable[[ImageArray], Array]
+# By metric, one value per item in percent, and the class of each item.
+Measured = dict[str, tuple[np.ndarray, np.ndarray]]
+# From images, and the name of their part, to images or features instead.
 OfImages = Callable[[ImageArray, str], ImageArray]
 
 
@@ -47,12 +49,10 @@ class LabelTask:
     """Images with labels, of which triplets are mined in each batch."""
 
     dataset: datasets.Dataset
-    # By which the best model is chosen.
-    selection_metric = "map_at_r"
 
     @property
     def images(self) -> ImageArray:
-        """What is trained on."""
+        """The training images."""
         return self.dataset.train.images
 
     @property
@@ -61,7 +61,7 @@ class LabelTask:
 
     @property
     def seen_names(self) -> tuple[str, ...]:
-        """Of classes that are trained on, or that the best model is chosen by."""
+        """Names of the classes of training and of validation."""
         parts = self.dataset.train, self.dataset.validation
         seen = np.unique(np.concatenate([part.labels for part in parts]))
         return tuple(self.label_names[label] for label in seen)
@@ -79,14 +79,18 @@ class LabelTask:
     def plan(
         self, config: Config, start: Start | None = None
     ) -> tuple[Plan, list[str]]:
-        return defaults.plan_for_classes(config, self.dataset, start)
+        plan, notes = defaults.plan_for_classes(config, self.dataset, start)
+        return plan, [*notes, *note_of(self.validation_classes, "classes")]
 
     def seen(self, plan: Plan) -> "LabelTask":
-        """The same with images as the network sees them."""
-        return self._with(lambda images, what: _seen(images, plan))
+        """The task with images as the network sees them."""
+        view = plan.view_of(self.images.shape[1:])
+        if view is None:
+            return self
+        return self._with(lambda images, what: images.crop(view))
 
     def on_features(self, features: OfImages) -> "LabelTask":
-        """The same with features of the images, by what these are: train or others."""
+        """The task with features of its images, by part: train, validation or test."""
         return self._with(features)
 
     def _with(self, of: OfImages) -> "LabelTask":
@@ -98,7 +102,7 @@ class LabelTask:
         return LabelTask(dataclasses.replace(self.dataset, **parts))
 
     def _trained(self, of: ClassBatchPlan) -> datasets.Images:
-        """What is trained on: classes of one image have no positive."""
+        """Training images: without classes of one image, which have no positive."""
         train = self.dataset.train
         values, counts = np.unique(train.labels, return_counts=True)
         several = values[counts > 1]
@@ -115,7 +119,7 @@ class LabelTask:
         return hierarchy.with_turns(levels, of.rotation_classes)
 
     def batches(self, plan: Plan, on: Placement = ONE_DEVICE) -> loop.Batches:
-        """Batches, of which this process has its part."""
+        """Batches, or the parts of this process."""
         of = _batches_of(plan, ClassBatchPlan)
         _check_splits(on, "classes * per_class", of.classes * of.per_class)
         train, levels = self._trained(of), self._levels(of)
@@ -134,7 +138,7 @@ class LabelTask:
     def losses(
         self, plan: Plan, on: Placement = ONE_DEVICE
     ) -> list[tuple[int, objectives.Loss]]:
-        """Losses, and the steps from which they hold."""
+        """Losses, with the steps from which they hold."""
         options: dict[str, Any] = {"margin": plan.margin, "axis_name": on.axis_name}
         of = _batches_of(plan, ClassBatchPlan)
         levels = tuple(map(tuple, self._levels(of).tolist()))
@@ -149,28 +153,28 @@ class LabelTask:
             return [(0, loss(of.mining))]
         return [(0, loss("all")), (warm, loss(of.mining))]
 
-    def evaluate(self, embed: Embed) -> dict[str, float]:
-        """How well an embedding finds test images of the same class, in percent.
+    def evaluate(self, embed: Embed) -> dict[str, Any]:
+        """Evaluate an embedding on the test images, in percent.
 
         Args:
             embed: from uint8 images to embeddings ``[n, d]``.
 
         Returns:
-            MAP@R, R-precision and recall@1 within the test images, and the share of
-            test images whose nearest training image is of their class, if these are of
-            the same classes; without what the test images are too few for.
+            MAP@R, R-precision and recall@1 within the test images. If the classes are
+            trained on, also the share of test images whose nearest training image is
+            of their class. Metrics without enough test images are left out. Further,
+            ``classes``, the number of classes of the test images, and ``intervals``
+            over classes, by metric.
         """
         train, test = self.dataset.train, self.dataset.test
         if not len(test):
             return {}
-        x, metrics = embed(test.images), {}
+        x, labels = embed(test.images), test.labels
+        measured: Measured = {}
         if len(test) > 1:
-            within = tj.retrieval.evaluate(x, test.labels)
-            metrics = {
-                "map_at_r": 100 * float(within.map_at_r),
-                "r_precision": 100 * float(within.r_precision),
-                "recall_at_1": 100 * float(within.precision_at_1),
-            }
+            within = tj.retrieval.evaluate(x, labels, reduce_fn=None)
+            measured = _of_queries(within, labels)
+        metrics = _summary(measured, "classes")
         if np.isin(test.labels, train.labels).any():
             recall = tj.retrieval.recall_at_k(
                 x,
@@ -180,40 +184,67 @@ class LabelTask:
                 reference_labels=train.labels,
             )
             metrics["gallery_recall_at_1"] = 100 * float(recall[1])
-        return _drop_nan(metrics)
+        return metrics
 
-    def validate(self, model: nnx.Module) -> dict[str, float]:
-        """MAP@R and recall@1 of the validation images, in percent.
+    @property
+    def validation_classes(self) -> int:
+        """The number of classes of validation images that have positives."""
+        held_out, gallery = self._validation_rows
+        labels = self.dataset.validation.labels[held_out]
+        classes, counts = np.unique(labels, return_counts=True)
+        if gallery is None:
+            return int((counts > 1).sum())
+        return int(np.isin(classes, self.dataset.train.labels[gallery]).sum())
 
-        Among themselves where their classes are not trained on, and else against
-        training images. Nothing if too few images are held out for validation.
+    @property
+    def _validation_rows(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows of validation images, and of the training images that they search.
+
+        None if the classes are not trained on: images then search one another.
         """
         train, held_out = self.dataset.train, self.dataset.validation
-        if not len(held_out):
-            return {}
-        held_out = held_out.part(_fixed_subsample(len(held_out)))
+        rows = _fixed_subsample(len(held_out))
+        if not np.isin(held_out.labels[rows], train.labels).any():
+            return rows, None
+        return rows, _fixed_subsample(len(train))
+
+    def validate(self, model: nnx.Module) -> Validation:
+        """Validate a model: MAP@R and recall@1 in percent, and MAP@R by class.
+
+        Validation images search one another if their classes are not trained on, or
+        else training images. Empty if too few images are held out.
+        """
+        if not len(self.dataset.validation):
+            return Validation({})
+        rows, gallery = self._validation_rows
+        held_out = self.dataset.validation.part(rows)
         options: dict[str, Any] = {}
-        if np.isin(held_out.labels, train.labels).any():
-            gallery = _fixed_subsample(len(train))
-            references = embed_images(model, train.part(gallery).images)
-            labels = train.labels[gallery]
-            options = {"references": references, "reference_labels": labels}
-        x = embed_images(model, held_out.images)
-        metrics = tj.retrieval.evaluate(x, held_out.labels, **options)
-        return _drop_nan(
-            {
-                "map_at_r": 100 * float(metrics.map_at_r),
-                "recall_at_1": 100 * float(metrics.precision_at_1),
+        if gallery is not None:
+            known = self.dataset.train.part(gallery)
+            options = {
+                "references": embed_images(model, known.images),
+                "reference_labels": known.labels,
             }
+        x = embed_images(model, held_out.images)
+        of_queries = tj.retrieval.evaluate(
+            x, held_out.labels, reduce_fn=None, **options
         )
+        measured = _of_queries(of_queries, held_out.labels)
+        if not measured:
+            return Validation({})
+        metrics = {
+            name: float(np.mean(measured[name][0]))
+            for name in ("map_at_r", "recall_at_1")
+        }
+        return Validation(metrics, class_means(*measured["map_at_r"]))
 
     def draw(self, embeddings: dict[str, Embed], out: Path) -> None:
-        """Draws held-out images and their nearest neighbours into a directory."""
+        """Draw held-out images and their nearest neighbours into a directory."""
         held_out = len(self.dataset.test) > 1
         shown = self.dataset.test if held_out else self.dataset.train
         shown = shown.part(_fixed_subsample(len(shown)))
         plots.neighbors(
-            pixels_of(shown.images)[:],
+            shown.images.pixels[:],
             shown.labels,
             {name: embed(shown.images) for name, embed in embeddings.items()},
             self.dataset.label_names,
@@ -225,10 +256,9 @@ class LabelTask:
 
 @dataclasses.dataclass(frozen=True)
 class TripletTask:
-    """Triplets that somebody has chosen, trained on as they are."""
+    """Given triplets of images."""
 
     dataset: triplet_files.TripletDataset
-    selection_metric = "triplet_accuracy"
 
     @property
     def images(self) -> ImageArray:
@@ -255,21 +285,23 @@ class TripletTask:
     def plan(
         self, config: Config, start: Start | None = None
     ) -> tuple[Plan, list[str]]:
-        return defaults.plan_for_triplets(config, self.dataset, start)
+        plan, notes = defaults.plan_for_triplets(config, self.dataset, start)
+        return plan, [*notes, *note_of(self.validation_classes, "anchors")]
 
     def seen(self, plan: Plan) -> "TripletTask":
-        """The same with images as the network sees them."""
-        return self._with(_seen(self.images, plan))
+        """The task with images as the network sees them."""
+        view = plan.view_of(self.images.shape[1:])
+        return self if view is None else self._with(self.images.crop(view))
 
     def on_features(self, features: OfImages) -> "TripletTask":
-        """The same with features of the images."""
+        """The task with features of its images."""
         return self._with(features(self.images, "train"))
 
     def _with(self, images: ImageArray) -> "TripletTask":
         return TripletTask(dataclasses.replace(self.dataset, images=images))
 
     def batches(self, plan: Plan, on: Placement = ONE_DEVICE) -> loop.Batches:
-        """Batches, of which this process has its part."""
+        """Batches, or the parts of this process."""
         of = _batches_of(plan, TripletBatchPlan)
         _check_splits(on, "triplets_per_batch", of.triplets_per_batch)
         return sampling.TripletBatches(
@@ -281,26 +313,38 @@ class TripletTask:
     ) -> list[tuple[int, objectives.Loss]]:
         return [(0, objectives.given_loss(margin=plan.margin, parts=on.processes))]
 
-    def evaluate(self, embed: Embed) -> dict[str, float]:
-        """The share of test triplets whose positive is nearer than the negative.
+    def evaluate(self, embed: Embed) -> dict[str, Any]:
+        """Evaluate an embedding: the share of test triplets in the right order.
 
-        In percent; nothing if no triplet is held out.
+        In percent, with its interval over anchors; empty if no triplet is held out.
         """
-        if not len(self.dataset.test):
+        test = self.dataset.test
+        if not len(test):
             return {}
-        return {"triplet_accuracy": self._triplet_accuracy(embed, self.dataset.test)}
+        right = self._are_right(embed, test)
+        return _summary({"triplet_accuracy": (right, test[:, 0])}, "anchors")
 
-    def validate(self, model: nnx.Module) -> dict[str, float]:
-        """The same of validation triplets."""
+    @property
+    def _validation_triplets(self) -> np.ndarray:
         held_out = self.dataset.validation
+        return held_out[_fixed_subsample(len(held_out))]
+
+    @property
+    def validation_classes(self) -> int:
+        """The number of anchors of validation triplets."""
+        return len(np.unique(self._validation_triplets[:, 0]))
+
+    def validate(self, model: nnx.Module) -> Validation:
+        """Validate a model: the same share of validation triplets, also by anchor."""
+        held_out = self._validation_triplets
         if not len(held_out):
-            return {}
-        embed = functools.partial(embed_images, model)
-        held_out = held_out[_fixed_subsample(len(held_out))]
-        return {"triplet_accuracy": self._triplet_accuracy(embed, held_out)}
+            return Validation({})
+        right = self._are_right(functools.partial(embed_images, model), held_out)
+        metrics = {"triplet_accuracy": float(np.mean(right))}
+        return Validation(metrics, class_means(right, held_out[:, 0]))
 
     def draw(self, embeddings: dict[str, Embed], out: Path) -> None:
-        """Draws held-out triplets in the order of distance into a directory."""
+        """Draw held-out triplets in the order of distance into a directory."""
         held_out = len(self.dataset.test) > 0
         shown = self.dataset.test if held_out else self.dataset.train
         shown = shown[_fixed_subsample(len(shown))]
@@ -308,17 +352,18 @@ class TripletTask:
             name: self._distances(embed, shown) for name, embed in embeddings.items()
         }
         what = "test triplets" if held_out else "training triplets"
-        pixels = pixels_of(self.images)
+        pixels = self.images.pixels
         plots.triplets(pixels, shown, distances, out / "triplets.png", what=what)
 
-    def _triplet_accuracy(self, embed: Embed, triplets: np.ndarray) -> float:
+    def _are_right(self, embed: Embed, triplets: np.ndarray) -> np.ndarray:
+        """100 where the positive is nearer than the negative, or else 0."""
         positive, negative = self._distances(embed, triplets)
-        return 100 * float(np.mean(positive < negative))
+        return 100.0 * (positive < negative)
 
     def _distances(self, embed: Embed, triplets: np.ndarray) -> np.ndarray:
-        """From anchors to positives and to negatives, ``[2, t]``."""
+        """Distances of anchors to positives and to negatives, ``[2, t]``."""
         indices, rows = np.unique(triplets, return_inverse=True)
-        x = embed(part_of(self.images, indices))
+        x = embed(self.images.part(indices))
         a, p, n = jnp.moveaxis(x[rows.reshape(-1, 3)], 1, 0)
         return np.stack([tj.euclidean.paired(a, p), tj.euclidean.paired(a, n)])
 
@@ -327,7 +372,7 @@ Task = LabelTask | TripletTask
 
 
 def load(config: Config, *, size: int | None, progress: bool) -> Task:
-    """What a configuration asks to learn from, seen at a size if one is given."""
+    """Load the task of a request, with images of a size if one is given."""
     options: dict[str, Any] = {
         "size": size,
         "kind": config.kind,
@@ -356,18 +401,35 @@ def _check_splits(on: Placement, name: str, size: int) -> None:
         )
 
 
-def _seen(images: ImageArray, plan: Plan) -> ImageArray:
-    view = plan.view_of(images.shape[1:])
-    if view is None or isinstance(images, KeptFeatures):
-        return images
-    return images.seen(view) if isinstance(images, StoredImages) else view(images)
+def _of_queries(of: tj.retrieval.RetrievalMetrics, labels: np.ndarray) -> Measured:
+    """Metrics in percent of the queries that have a positive."""
+    where = np.asarray(of.queries) > 0
+    if not where.any():
+        return {}
+    columns = {
+        "map_at_r": of.map_at_r,
+        "r_precision": of.r_precision,
+        "recall_at_1": of.precision_at_1,
+    }
+    return {
+        name: (100 * np.asarray(values, float)[where], labels[where])
+        for name, values in columns.items()
+    }
 
 
-def _drop_nan(metrics: dict[str, float]) -> dict[str, float]:
-    """Without those that are NaN, because no item has another of its class."""
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+def _summary(measured: Measured, unit: str) -> dict[str, Any]:
+    """Means, their intervals over classes or anchors, and the number of these."""
+    if not measured:
+        return {}
+    summary: dict[str, Any] = {
+        name: float(x.mean()) for name, (x, _) in measured.items()
+    }
+    _, labels = next(iter(measured.values()))
+    summary[unit] = len(np.unique(labels))
+    intervals = {name: interval_over_classes(*of) for name, of in measured.items()}
+    return summary | {"intervals": {k: list(v) for k, v in intervals.items() if v}}
 
 
 def _fixed_subsample(n: int) -> np.ndarray:
-    """At most so many indices as are looked at while training, always the same."""
+    """At most `GALLERY` random indices, always the same."""
     return np.sort(np.random.default_rng(0).permutation(n)[:GALLERY])

@@ -1,4 +1,4 @@
-"""States of a run on disk, of which the last good one is always found again."""
+"""Checkpoints of a run, of which an undamaged one always remains."""
 
 import json
 import os
@@ -15,29 +15,33 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from tripletjax.learn.distributed.keys import State, from_plain, plain
+from tripletjax.learn.distributed.keys import State, arrays_of, with_arrays
 from tripletjax.learn.errors import first_line
-from tripletjax.learn.files import digest_of, digest_of_file, free_path
+from tripletjax.learn.files import digest_of, digest_of_file, free_path, write_text
 
 
 class StateMismatchError(ValueError):
-    """A whole state, but not of this model and optimizer."""
+    """An undamaged checkpoint of another model or optimizer."""
 
 
 class Checkpoints:
-    """The newest states of a directory, by step, kept by Orbax.
+    """The newest checkpoints of a directory, by step, kept by Orbax.
 
-    Each is written beside the others and then renamed, so that a killed process leaves
-    whole ones behind, and is read back before an older one goes. Several processes use
-    one directory together, call all of this together, and have states of arrays that
-    are on all of their devices; each writes a part, once. Digests of files,
-    in ``DIRECTORY.digests.json``, tell a damaged one from one that cannot be read.
+    A checkpoint is written beside the others and then renamed, so that a killed process
+    leaves complete ones. It is read back before an older one is removed. Digests of the
+    files, in ``DIRECTORY.digests.json``, tell damaged files from unreadable ones.
+
+    Several processes may share a directory: all of them call each method together, with
+    states whose arrays are on the devices of all. Each process writes its part.
 
     Args:
-        directory: where they are; any path will do.
-        keep: how many are kept, at least 2.
-        writable: whether what a killed process left behind is cleaned up, and damaged
-            ones are moved aside; not while another process may be writing.
+        directory: any path.
+        keep: number of checkpoints to keep, at least 2.
+        writable: whether to remove unfinished files of killed processes and to move
+            damaged checkpoints aside; False while another process may write.
+
+    Raises:
+        ValueError: if `keep` is less than 2.
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 2, writable: bool = True):
@@ -48,80 +52,92 @@ class Checkpoints:
         self._alias = None
         path = self.directory
         if any(sign in str(path) for sign in "*?[]\\"):
-            # Orbax takes its own path for a pattern: it gets another name for it.
+            # Orbax expands these signs in its own path: it gets an alias without them.
             alias = tempfile.mkdtemp(prefix="checkpoints-")
             self._alias = weakref.finalize(self, shutil.rmtree, alias)
             path = Path(alias) / "states"
             if writable:
                 self.directory.mkdir(parents=True, exist_ok=True)
             path.symlink_to(self.directory, target_is_directory=True)
-        # Its annotations have not what it takes.
+        # Any, since the annotations of Orbax lack some of the arguments it takes.
         checkpointer: Any = ocp.training.Checkpointer
         self._orbax = checkpointer(
             path,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=writable,
         )
+        if writable and jax.process_count() == 1:
+            self._remove_older(keep)
 
     @property
     def steps(self) -> list[int]:
-        """Of which steps there are states."""
+        """Steps of the checkpoints, ascending."""
         return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
+    def _remove_older(self, keep: int) -> None:
+        """Remove states that a killed process was removing."""
+        if older := self.steps[:-keep]:
+            for step in older:
+                shutil.rmtree(self.directory / str(step))
+            self._orbax.reload()
+
     def save(self, step: int, state: Any) -> None:
-        """Keeps a state, unless there is one of this step.
+        """Write a checkpoint, unless one of this step exists.
+
+        Args:
+            step: number of finished steps.
+            state: any tree of arrays and random keys.
 
         Raises:
-            OSError: if it could not be written; older ones are still there.
+            OSError: if it cannot be written or read back; older ones remain.
         """
         if step in self.steps:
             return
-        state = plain(state)
+        arrays = arrays_of(state)
         try:
-            metadata = {"digest": _digest(state), "kind": _digest_of_types(state)}
-            self._orbax.save(step, state, custom_metadata=metadata)
+            metadata = {"digest": _digest(arrays), "kind": _digest_of_types(arrays)}
+            self._orbax.save(step, arrays, custom_metadata=metadata)
         except Exception as error:
-            # Orbax and TensorStore raise whatever they come across.
+            # Orbax and TensorStore document no common class of their errors.
             raise OSError(
                 f"the state of step {step} could not be written to {self.directory}: "
                 f"{first_line(error)}"
             ) from error
         try:
-            self._load(step, state)
+            self._load(step, arrays)
         except Exception as error:
             raise OSError(
                 f"the state of step {step} in {self.directory} could not be read back: "
-                f"{first_line(error)}. The one before is still there."
+                f"{first_line(error)}. The checkpoint before it remains."
             ) from error
         digests = {str(kept): self._digests().get(str(kept)) for kept in self.steps}
         if jax.process_index() == 0:
             digests[str(step)] = _file_digests(self.directory / str(step))
-            part = self._digests_file.with_name(self._digests_file.name + ".part")
-            part.write_text(json.dumps(digests), encoding="utf-8")
-            part.replace(self._digests_file)
+            write_text(self._digests_file, json.dumps(digests))
 
     def restore(self, like: State) -> tuple[int, State, list[str]] | None:
-        """The newest whole state.
+        """Read the newest undamaged checkpoint.
 
-        A damaged one, whose files are not what was written, is moved aside, beside the
-        directory, as ``STEP-damaged``.
+        A checkpoint is damaged if its files differ from those that were written. It is
+        moved out of the directory, as ``STEP-damaged`` beside it.
 
         Args:
             like: a state with the same structure, shapes, dtypes and devices.
 
         Returns:
-            Its step, the state, and what was damaged; None if there is none.
+            The step, the state, and a message for each damaged checkpoint; None if the
+            directory has no checkpoint.
 
         Raises:
-            ValueError: if it is a whole one of another structure.
-            OSError: if one cannot be read that is not known to be damaged, or all are.
+            StateMismatchError: if the checkpoint is of another structure.
+            OSError: if an undamaged checkpoint cannot be read, or all are damaged.
         """
-        damaged = []
+        messages = []
         for step in reversed(self.steps):
             try:
-                arrays = plain(like)
+                arrays = arrays_of(like)
                 loaded = _uncommitted(self._load(step, arrays), arrays)
-                return step, from_plain(loaded, like), damaged
+                return step, with_arrays(like, loaded), messages
             except StateMismatchError:
                 raise
             except Exception as error:
@@ -133,16 +149,16 @@ class Checkpoints:
                     ) from error
                 if self.writable:
                     path = self.directory / str(step)
-                    # All have seen what is damaged before it goes.
-                    _meet(f"{path} is damaged")
+                    # The first barrier: every process has read the damaged files.
+                    _wait_for_processes(f"{path} is damaged")
                     if jax.process_index() == 0:
                         aside = self.directory.parent / f"{path.name}-damaged"
                         path.rename(free_path(aside))
-                    _meet(f"{path} is moved aside")
+                    _wait_for_processes(f"{path} is moved aside")
                     self._orbax.reload()
-                damaged.append(f"the checkpoint of step {step} is damaged: {reason}")
-        if damaged:
-            raise OSError("; ".join(damaged) + "; there is none before.")
+                messages.append(f"the checkpoint of step {step} is damaged: {reason}")
+        if messages:
+            raise OSError("; ".join(messages) + "; no other checkpoint exists.")
         return None
 
     def close(self) -> None:
@@ -155,17 +171,17 @@ class Checkpoints:
         return self.directory.with_name(f"{self.directory.name}.digests.json")
 
     def _digests(self) -> dict[str, dict[str, str] | None]:
-        """What was written, by step and file."""
+        """Digests of the written files, by step and path."""
         try:
             return json.loads(self._digests_file.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
 
     def _is_damaged(self, step: int) -> bool:
-        """Whether the files of a state are not what was written.
+        """Whether the files of a checkpoint differ from those that were written.
 
         Raises:
-            OSError: if one of them cannot be read.
+            OSError: if a file cannot be read.
         """
         written = self._digests().get(str(step))
         return bool(written) and _file_digests(self.directory / str(step)) != written
@@ -179,38 +195,39 @@ class Checkpoints:
             )
         loaded = self._orbax.load(step, like)
         if metadata["digest"] != _digest(loaded):
-            raise ValueError("its content is not what was written.")
+            raise ValueError("its arrays differ from those that were written.")
         return loaded
 
 
 def _uncommitted(loaded: list[Any], like: list[Any]) -> list[Any]:
-    """Arrays that were committed to no device are so again.
+    """Move arrays whose counterparts were uncommitted to no device back to none.
 
-    Programs that were compiled for such arrays are compiled again for others.
+    A committed array would compile the programs of uncommitted ones a second time.
     """
-    usual = jnp.zeros(()).sharding.device_set
+    default_devices = jnp.zeros(()).sharding.device_set
 
-    def free(x: Any) -> bool:
+    def is_uncommitted(x: Any) -> bool:
         sharding = getattr(x, "sharding", None)
         if not isinstance(sharding, SingleDeviceSharding):
             return False
-        return sharding.device_set == usual and not getattr(x, "committed", False)
+        on_default = sharding.device_set == default_devices
+        return on_default and not getattr(x, "committed", False)
 
     return [
-        # A copy, so that its memory is JAX's and can be given away.
-        jnp.copy(jax.device_put(np.asarray(x))) if free(old) else x
+        # A copy, since JAX cannot donate the memory of NumPy.
+        jnp.copy(jax.device_put(np.asarray(x))) if is_uncommitted(old) else x
         for x, old in zip(loaded, like)
     ]
 
 
-def _meet(where: str) -> None:
-    """Waits for the other processes, if there are any."""
+def _wait_for_processes(barrier: str) -> None:
+    """Wait until every process reaches the barrier of this name."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+        multihost_utils.sync_global_devices(barrier)
 
 
 def _file_digests(directory: Path) -> dict[str, str]:
-    """A digest of every file in a directory, by its path within."""
+    """Digests of the files of a directory, by their paths within."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -235,6 +252,6 @@ def _digest(arrays: list[Any]) -> str:
 
 
 def _digest_of_types(arrays: list[Any]) -> str:
-    """A digest of shapes and dtypes."""
+    """The digest of shapes and dtypes."""
     types = [f"{np.shape(x)}{jax.dtypes.canonicalize_dtype(x.dtype)}" for x in arrays]
     return digest_of([" ".join(types)])

@@ -1,19 +1,20 @@
 """The loop that trains a model in place, for any model and images.
 
 model = MyModel(rngs=nnx.Rngs(0))
-batches = sampling.ImageBatches(images, labels, classes=8, per_class=4)
-for line in training.fit(model, optax.adam(1e-3), batches, steps=1000):
-    print(line)
-embeddings = training.embed_images(model, images)
+batches = ImageBatches(images, labels, classes=8, per_class=4)
+for record in learn.fit(model, optax.adam(1e-3), batches, steps=1000):
+    print(record)
+embeddings = learn.embed_images(model, images)
 """
 
+import collections
 import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,10 +30,18 @@ from tripletjax.learn.networks.embedding import as_floats, check_static, strongl
 from tripletjax.learn.training.checkpoints import Checkpoints
 from tripletjax.learn.training.interrupts import Interrupts, Stopped
 from tripletjax.learn.training.objectives import Loss, mined_loss
+from tripletjax.learn.training.selection import (
+    Validation,
+    candidate_of,
+    first_candidate,
+    select,
+)
 from tripletjax.learn.training.steps import TrainState, train_step, train_step_in_chunks
 
-# Embeddings that are so close together, in multiples of their length, have collapsed.
+# Embeddings have collapsed if their spread is below this share of their length.
 COLLAPSED = 0.02
+# Threads that make batches ahead of the steps, and the number of batches ahead.
+THREADS, AHEAD = 2, 4
 
 
 class Batches(Protocol):
@@ -45,7 +54,52 @@ class Batches(Protocol):
 
 
 class CollapseWarning(UserWarning):
-    """All embeddings have become nearly the same."""
+    """The embeddings of a batch are nearly the same."""
+
+
+class Due(NamedTuple):
+    """The work that is due after a step.
+
+    Attributes:
+        log: yield a record of metrics.
+        validate: validate the model.
+        save: save the state.
+        last: this was the last step.
+    """
+
+    log: bool
+    validate: bool
+    save: bool
+    last: bool
+
+
+class Schedule(NamedTuple):
+    """The steps of a training, and the intervals of work between them.
+
+    Attributes:
+        steps: number of steps.
+        log_every: steps between two records.
+        validate_every: steps between two validations; None for one after the last step.
+        checkpoint_every: steps between two saved states.
+
+    >>> Schedule(30, 10, None, 20).after(20)
+    Due(log=True, validate=False, save=True, last=False)
+    """
+
+    steps: int
+    log_every: int
+    validate_every: int | None
+    checkpoint_every: int
+
+    def after(self, step: int) -> Due:
+        """The work that is due after a number of steps."""
+        last = step == self.steps
+        return Due(
+            log=last or step % self.log_every == 0,
+            validate=last or step % (self.validate_every or self.steps) == 0,
+            save=last or step % self.checkpoint_every == 0,
+            last=last,
+        )
 
 
 def fit(
@@ -64,109 +118,324 @@ def fit(
     embed_chunk_size: int | None = None,
     mesh: Mesh | None = None,
     log_every: int = 10,
-    validate: Callable[[nnx.Module], dict[str, float]] | None = None,
+    validate: Callable[[nnx.Module], Validation] | None = None,
     validate_every: int | None = None,
-    best: str | None = None,
+    validation_classes: int = 0,
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 100,
-    best_checkpoints: Checkpoints | None = None,
+    kept_model: Checkpoints | None = None,
     interrupts: Interrupts | None = None,
     progress: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """Trains a model in place, step by step, as its lines are asked for.
+    """Train a model in place, as a generator: each `next` runs up to the next record.
 
-    The model has what was learnt when it is validated, at the end, and when the loop
-    over the lines is left before.
+    The model gets the trained parameters for each validation, at the end, and when the
+    loop over the records is left early.
 
-    The loop goes on from the newest of its checkpoints, and gives what it would have
-    given had it never stopped, bit by bit. On an interrupt (Ctrl-C, SIGTERM) it
-    finishes the step, saves the state and raises KeyboardInterrupt; of several
-    processes all do if one is asked to, after the next line.
+    Training goes on from the newest checkpoint, with the same numbers, bit by bit, as
+    if it had never stopped. On an interrupt (Ctrl-C, SIGTERM) it finishes the step,
+    saves the state and raises KeyboardInterrupt. Several processes stop together, after
+    the next record.
 
     Args:
         model: from float images from 0 to 1 to embeddings ``[n, d]``.
         tx: the optimizer.
         batches: ``batches[step]``, a pure function of the step.
-        steps: how many steps to train.
-        loss: of embeddings and labels; several with the steps from which they hold, the
-            first from 0. Semi-hard triplets with margin 0.2 if not given.
+        steps: number of steps.
+        loss: of embeddings and labels; or several, each with the step from which it
+            holds, the first from 0. If not given, semi-hard triplets with margin 0.2.
         augment: from a random key and float images to images.
         seed: of the augmentation.
-        ema_decay: how much of the averaged parameters a step keeps, such as 0.99; the
-            average is then what is validated and what the model has at the end.
-        memory: how many embeddings of earlier batches the loss also compares the batch
-            with; it is then given what `tripletjax.memory.references` makes.
+        ema_decay: of the exponential moving average (EMA) of the parameters, such as
+            0.99. The average is then validated, and given to the model. 0 for none.
+        memory: number of embeddings of earlier batches that the loss also compares the
+            batch with, through the keywords of `tripletjax.memory.references`.
         memory_warmup_steps: the number of steps before the memory stores its first
             batch, while the network changes much.
-        memory_momentum: how much of its average a step keeps, such as 0.999, of a
-            second network that embeds what is kept; that of the batch if not given.
-        embed_chunk_size: how many images to embed at a time, to bound the memory;
-            the loss is always of the whole batch.
-        mesh: devices to split every batch over; the parameters are on all of them. The
-            loss is still of the whole batch, and its work is split where it is made
-            with the mesh's `axis_name`, as `mined_loss` can be and the default is. Of
-            devices of several processes, ``batches[step]`` is this process's part, as
-            with a `shard` in `sampling`; the first process alone validates, and all
-            share the directories of checkpoints.
-        log_every: how many steps there are between two lines.
-        validate: metrics of a model, made every `validate_every` steps and at the end.
-        validate_every: see there; only at the end if not given.
-        best: the metric of which the largest is best; if not given, or where there is
-            none, the last validation is.
-        checkpoints: where states are kept.
-        checkpoint_every: how many steps there are between two states.
-        best_checkpoints: where the parameters of the best validation are kept.
-        interrupts: what notes that the process is asked to stop, if the caller watches
-            itself; if not given, signals are watched while a step is in progress.
+        memory_momentum: of the EMA of the parameters that embeds images for the memory,
+            such as 0.999. If not given, the network itself embeds them.
+        embed_chunk_size: number of images to embed at a time, to bound the memory. The
+            loss is always of the whole batch.
+        mesh: devices to split every batch over; all of them hold the parameters. The
+            loss is still of the whole batch. Its work is split if the loss has the
+            mesh's `axis_name`, as `mined_loss` takes and the default has. With several
+            processes, ``batches[step]`` is the part of this process, as with a `shard`
+            in `sampling`. The first process alone validates, and all share the
+            directories of checkpoints.
+        log_every: steps between two records.
+        validate: from a model to its `Validation`, called every `validate_every` steps
+            and at the end.
+        validate_every: steps between two validations. If not given, only at the end.
+        validation_classes: the number of values in `Validation.by_class`. From
+            `selection.MIN_CLASSES` on, the model with the highest mean over classes is
+            part of the state, and is kept instead of the last one if it is better by
+            more than noise (`selection.exceeds_noise`).
+        checkpoints: storage of states.
+        checkpoint_every: steps between two saved states.
+        kept_model: storage of the model that the rule keeps, saved by each validation.
+        interrupts: the caller's own handler of signals. If not given, signals are
+            handled here while a step is in progress.
         progress: whether to show a progress bar.
 
     Yields:
-        First, if it goes on from a checkpoint, ``{"step": ..., "resumed": True,
-        "damaged": [...]}``. Then, every `log_every` steps and after the last, the step,
-        the loss, its metrics, and the spread of the embeddings of the batch: the root
-        of their mean squared distance. After every validation, the step and
-        ``"validation"``.
+        Records. First, if training goes on from a checkpoint, ``{"step": ...,
+        "resumed": True, "damaged": [...]}``. Then, every `log_every` steps and after
+        the last, the step, the loss, its metrics, and ``spread``, the root mean squared
+        distance of embeddings of the batch. After every validation, the step,
+        ``validation`` with its metrics, and ``kept_step``, the step of the model that
+        is kept so far.
 
     Raises:
         FloatingPointError: if the loss or a gradient becomes infinite or NaN; the last
             checkpoint is from before.
         KeyboardInterrupt: on an interrupt; a `Stopped` if it could finish the step.
         OSError: if a checkpoint cannot be written, or all are damaged.
-        TypeError: if `batches`, `loss` or the model are not what they must be.
+        TypeError: if `batches`, `loss` or the model have the wrong type.
         ValueError: if an option is out of range.
     """
-    for name, value in (
-        ("steps", steps),
-        ("log_every", log_every),
-        ("checkpoint_every", checkpoint_every),
-        ("embed_chunk_size", 1 if embed_chunk_size is None else embed_chunk_size),
-        ("validate_every", 1 if validate_every is None else validate_every),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value!r}.")
-    if not 0 <= ema_decay < 1:
-        raise ValueError(
-            f"ema_decay must be at least 0 and below 1, got {ema_decay!r}."
-        )
-    for name, value in (
-        ("memory", memory),
-        ("memory_warmup_steps", memory_warmup_steps),
-    ):
-        if value < 0:
-            raise ValueError(f"{name} must be at least 0, got {value!r}.")
-    if memory_momentum is not None and not 0 <= memory_momentum < 1:
-        raise ValueError(
-            f"memory_momentum must be at least 0 and below 1, got {memory_momentum!r}."
-        )
-    for name, value in (
-        ("memory_warmup_steps", memory_warmup_steps or None),
-        ("memory_momentum", memory_momentum),
-    ):
-        if value is not None and not memory:
-            raise ValueError(f"{name} requires memory > 0, got {value!r}.")
+    _check_at_least(
+        1,
+        steps=steps,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+        embed_chunk_size=embed_chunk_size,
+        validate_every=validate_every,
+    )
+    _check_at_least(0, memory=memory, memory_warmup_steps=memory_warmup_steps)
+    _check_decays(ema_decay=ema_decay, memory_momentum=memory_momentum)
+    if not memory:
+        _check_unused(memory_warmup_steps or None, memory_momentum)
     if not hasattr(batches, "__getitem__"):
         raise TypeError(f"batches must have batches[step], got {batches!r}.")
     on = Placement(mesh)
+    loop = _Loop(
+        model,
+        batches,
+        on,
+        Schedule(steps, log_every, validate_every, checkpoint_every),
+        _losses_of(loss, on),
+        seed=seed,
+        memory_warmup_steps=memory_warmup_steps,
+        embed_chunk_size=embed_chunk_size,
+        checkpoints=checkpoints,
+        kept_model=kept_model,
+        step_options={
+            "tx": tx,
+            "augment": augment,
+            "ema_decay": ema_decay,
+            "memory_momentum": memory_momentum or 0.0,
+        },
+    )
+    slow = memory_momentum is not None
+    loop.begin(ema=ema_decay > 0, memory=memory, slow=slow, classes=validation_classes)
+    if (resumed := loop.restore()) is not None:
+        yield resumed
+    # Signals go to the caller while it holds a record.
+    own = interrupts is None
+    interrupts = interrupts or Interrupts()
+    outside = interrupts.paused if own else contextlib.nullcontext
+    with interrupts if own else contextlib.nullcontext(), _when_left(loop.update_model):
+        for step, batch in loop.batches(progress=progress):
+            metrics = loop.step(step, *batch)
+            due = loop.schedule.after(step + 1)
+            if due.log:
+                record = loop.record(step + 1, metrics, len(batch[0]))
+                with outside():
+                    yield record
+            if due.validate and validate is not None:
+                record = loop.validated(step + 1, validate)
+                with outside():
+                    yield record
+            stop = loop.agree(interrupts.received, due)
+            if due.save or stop:
+                loop.save(step + 1)
+            if stop and not due.last:
+                loop.update_model()
+                raise Stopped(f"stopped after step {step + 1}")
+    loop.update_model()
+
+
+class _Loop:
+    """The state of a training, and the work of `fit` on it.
+
+    Attributes:
+        state: everything that a step hands to the next.
+        start: the step that the training begins with.
+    """
+
+    state: TrainState
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        batches: Batches,
+        on: Placement,
+        schedule: Schedule,
+        losses: Sequence[tuple[int, Loss]],
+        *,
+        seed: int,
+        memory_warmup_steps: int,
+        embed_chunk_size: int | None,
+        checkpoints: Checkpoints | None,
+        kept_model: Checkpoints | None,
+        step_options: dict[str, Any],
+    ):
+        self.model, self.on, self.schedule, self.losses = model, on, schedule, losses
+        self.key, self.start, self.warned = jax.random.key(seed), 0, False
+        self.memory_warmup_steps = memory_warmup_steps
+        self.embed_chunk_size = embed_chunk_size
+        self.checkpoints, self.kept_model = checkpoints, kept_model
+        self.step_options = step_options
+        self.source = batches
+
+    def begin(self, *, ema: bool, memory: int, slow: bool, classes: int) -> None:
+        """Make the state before the first step, from the parameters of the model."""
+        self.model.train()
+        graph, params, rest = nnx.split(self.model, nnx.Param, ...)
+        check_static(graph)
+        self.step_options["graph"] = graph
+        state = TrainState(
+            params=params,
+            rest=rest,
+            optimizer=self.step_options["tx"].init(params),
+            average=jax.tree.map(jnp.copy, params) if ema else None,
+            finite=jnp.array(True),
+            candidate=first_candidate(self.model, classes),
+        )
+        if memory:
+            images, labels = self.source[0]
+            # A copy, since a model with statistics changes them.
+            x = jax.eval_shape(
+                lambda images: nnx.merge(graph, params, rest, copy=True)(
+                    as_floats(images)
+                ),
+                images,
+            )
+            label_dtype = jnp.asarray(labels).dtype
+            state = state._replace(
+                memory=tj.memory.create(memory, x.shape[1], label_dtype=label_dtype),
+                slow=params if slow else None,
+            )
+        # Copies, since a step gives the memory of its state away.
+        self.state = self.on.everywhere(jax.tree.map(jnp.copy, strongly_typed(state)))
+
+    def restore(self) -> dict[str, Any] | None:
+        """Go on from the newest checkpoint, if there is one, and return a record."""
+        if self.checkpoints is None:
+            return None
+        restored = self.checkpoints.restore(self.state)
+        if restored is None:
+            return None
+        self.start, self.state, damaged = restored
+        return {"step": self.start, "resumed": True, "damaged": damaged}
+
+    def batches(self, *, progress: bool) -> Iterator[tuple[int, Any]]:
+        """The remaining steps with their batches, under a progress bar."""
+        steps = range(self.start, self.schedule.steps)
+        self.bar = tqdm(
+            _prefetched(self.source, steps),
+            desc="training",
+            initial=self.start,
+            total=self.schedule.steps,
+            unit="step",
+            disable=not progress,
+        )
+        return zip(steps, self.bar)
+
+    def step(
+        self, step: int, images: np.ndarray, labels: np.ndarray
+    ) -> dict[str, Array]:
+        """Take one step, and return its metrics."""
+        loss = [loss for first, loss in self.losses if first <= step][-1]
+        key = jax.random.fold_in(self.key, step)
+        batch = self.on.split(images), self.on.split(labels), key
+        remember = step >= self.memory_warmup_steps
+        options: dict[str, Any] = {"loss": loss, **self.step_options}
+        # Of several processes, each has a part of the rows.
+        chunk, rows = self.embed_chunk_size, len(batch[0])
+        with self.on.context():
+            if chunk is None or chunk >= rows:
+                self.state, metrics = train_step(
+                    self.state, *batch, remember, **options
+                )
+            else:
+                self.state, metrics = train_step_in_chunks(
+                    self.state,
+                    *batch,
+                    remember,
+                    embed_chunk_size=chunk,
+                    on=self.on,
+                    **options,
+                )
+        return self.on.paced(metrics)
+
+    def record(self, done: int, metrics: dict[str, Array], rows: int) -> dict[str, Any]:
+        """Check the metrics of a step, show them in the bar, and make a record."""
+        numbers = {name: float(value) for name, value in metrics.items()}
+        self._check_finite(done)
+        length = numbers.pop("length")
+        if numbers["spread"] < COLLAPSED * length and self.on.first and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"collapsed at step {done}: the embeddings of a batch are "
+                f"{numbers['spread']:.1e} apart. Train on all triplets (mining all), "
+                "or lower the learning rate.",
+                CollapseWarning,
+                stacklevel=3,
+            )
+        rate = (self.bar.format_dict["rate"] or 0) * rows * self.on.processes
+        shown = {name: f"{value:.3f}" for name, value in numbers.items()}
+        self.bar.set_postfix(shown | {"images/s": f"{rate:.0f}"})
+        return {"step": done} | numbers
+
+    def validated(
+        self, done: int, validate: Callable[[nnx.Module], Validation]
+    ) -> dict[str, Any]:
+        """Validate the model, keep it or an earlier one, and make a record."""
+        self._check_finite(done)
+        self.update_model()
+        result = self.on.of_first(functools.partial(validate, self.model))
+        values, by_class = result
+        now = self.on.everywhere(candidate_of(self.model, done, by_class))
+        self.model.train()
+        candidate, kept = select(self.state.candidate, now)
+        self.state = self.state._replace(candidate=candidate)
+        if self.kept_model is not None:
+            self.kept_model.save(done, kept.model)
+        return {"step": done, "validation": values, "kept_step": int(kept.step)}
+
+    def agree(self, received: bool, due: Due) -> bool:
+        """Whether to stop: processes agree where they wait for each other anyway."""
+        if self.on.processes == 1:
+            return received
+        return due.log and self.on.any_of(received)
+
+    def save(self, done: int) -> None:
+        """Save the state."""
+        if self.checkpoints is not None:
+            self._check_finite(done)
+            self.checkpoints.save(done, self.state)
+
+    def update_model(self) -> None:
+        """Give the model the parameters so far, or their average."""
+        state = self.state
+        params = state.params if state.average is None else state.average
+        arrays = self.on.here((params, state.rest))
+        nnx.update(self.model, *jax.tree.map(jnp.copy, arrays))
+        self.model.eval()
+
+    def _check_finite(self, step: int) -> None:
+        if not self.state.finite:
+            raise FloatingPointError(
+                f"the loss or a gradient is not finite at step {step}, or just before: "
+                "training stopped. A lower learning rate usually helps."
+            )
+
+
+def _losses_of(
+    loss: Loss | Sequence[tuple[int, Loss]] | None, on: Placement
+) -> Sequence[tuple[int, Loss]]:
+    """Losses with the steps from which they hold."""
     if loss is None:
         loss = mined_loss(axis_name=on.axis_name)
     losses = loss if isinstance(loss, list | tuple) else [(0, loss)]
@@ -176,163 +445,45 @@ def fit(
         )
     if losses[0][0] != 0:
         raise ValueError(f"the first loss must hold from step 0, not {losses[0][0]}.")
-
-    model.train()
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    check_static(graph)
-    state = TrainState(
-        params=params,
-        rest=rest,
-        optimizer=tx.init(params),
-        average=jax.tree.map(jnp.copy, params) if ema_decay else None,
-        finite=jnp.array(True),
-        best=jnp.array(-jnp.inf, jnp.float32),
-    )
-    if memory:
-        images, labels = batches[0]
-        # A copy, since a model with statistics changes them.
-        x = jax.eval_shape(
-            lambda images: nnx.merge(graph, params, rest, copy=True)(as_floats(images)),
-            images,
-        )
-        kept = tj.memory.create(
-            memory, x.shape[1], label_dtype=jnp.asarray(labels).dtype
-        )
-        slow = None if memory_momentum is None else params
-        state = state._replace(memory=kept, slow=slow)
-    # The model's own arrays are not given away.
-    state, start = on.everywhere(jax.tree.map(jnp.copy, strongly_typed(state))), 0
-    if checkpoints is not None and (found := checkpoints.restore(state)) is not None:
-        start, state, damaged = found
-        yield {"step": start, "resumed": True, "damaged": damaged}
-
-    def update_model() -> None:
-        params = state.params if state.average is None else state.average
-        nnx.update(model, *jax.tree.map(jnp.copy, on.here((params, state.rest))))
-        model.eval()
-
-    key = jax.random.key(seed)
-    options: dict[str, Any] = {
-        "graph": graph,
-        "tx": tx,
-        "augment": augment,
-        "ema_decay": ema_decay,
-        "memory_momentum": memory_momentum or 0.0,
-    }
-    bar = tqdm(
-        _prefetched(batches, start, steps),
-        desc="training",
-        initial=start,
-        total=steps,
-        unit="step",
-        disable=not progress,
-    )
-    warned = False
-    # What is done with a line is the caller's, and so is its Ctrl-C.
-    given, interrupts = interrupts is not None, interrupts or Interrupts()
-    watched = contextlib.nullcontext() if given else interrupts
-    outside = contextlib.nullcontext if given else interrupts.paused
-    with watched, _when_left(update_model):
-        for step, (images, labels) in enumerate(bar, start=start):
-            now = [of for first, of in losses if first <= step][-1]
-            remember = step >= memory_warmup_steps
-            images, labels = on.split(images), on.split(labels)
-            batch = images, labels, jax.random.fold_in(key, step), remember
-            with on.context():
-                if embed_chunk_size is None or embed_chunk_size >= len(images):
-                    state, metrics = train_step(state, *batch, loss=now, **options)
-                else:
-                    state, metrics = train_step_in_chunks(
-                        state,
-                        *batch,
-                        loss=now,
-                        embed_chunk_size=embed_chunk_size,
-                        on=on,
-                        **options,
-                    )
-            on.paced(metrics)
-            done, last = step + 1, step + 1 == steps
-            if done % log_every == 0 or last:
-                line = {name: float(value) for name, value in metrics.items()}
-                _check_finite(state, done)
-                length = line.pop("length")
-                if line["spread"] < COLLAPSED * length and on.first and not warned:
-                    warned = True
-                    warnings.warn(
-                        f"collapsed at step {done}: the embeddings of a batch are "
-                        f"{line['spread']:.1e} apart. Train on all triplets "
-                        "(mining all), or lower the learning rate.",
-                        CollapseWarning,
-                        stacklevel=2,
-                    )
-                rate = (bar.format_dict["rate"] or 0) * len(labels)
-                shown = {name: f"{value:.3f}" for name, value in line.items()}
-                bar.set_postfix(shown | {"images/s": f"{rate:.0f}"})
-                with outside():
-                    yield {"step": done} | line
-            if validate and (last or (validate_every and done % validate_every == 0)):
-                _check_finite(state, done)
-                update_model()
-                values = on.of_first(functools.partial(validate, model))
-                model.train()
-                # Of equals the last, which was trained the longest; without a number,
-                # the last of all.
-                value = np.float32(values.get(best or "", np.nan))
-                if not value < state.best:
-                    state = state._replace(best=jnp.maximum(state.best, value))
-                    if best_checkpoints is not None:
-                        best_checkpoints.save(done, on.everywhere(nnx.state(model)))
-                with outside():
-                    yield {"step": done, "validation": values}
-            # Processes agree where they wait for each other anyway.
-            stop = interrupts.received
-            if on.processes > 1:
-                stop = done % log_every == 0 and on.any_of(stop)
-            if checkpoints is not None and (
-                done % checkpoint_every == 0 or last or stop
-            ):
-                _check_finite(state, done)
-                checkpoints.save(done, state)
-            if stop and not last:
-                update_model()
-                raise Stopped(f"stopped after step {done}")
-    update_model()
+    return losses
 
 
-def _check_finite(state: TrainState, step: int) -> None:
-    if not state.finite:
-        raise FloatingPointError(
-            f"the loss or a gradient is not finite at step {step}, or just before: "
-            "training stopped. A lower learning rate usually helps."
-        )
+def _check_at_least(least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value!r}.")
 
 
-class _Steps:
-    """What is left of some batches, as Grain takes it."""
-
-    def __init__(self, batches: Batches, start: int, steps: int):
-        self.batches, self.start, self.steps = batches, start, steps
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.batches[self.start + int(step)]
+def _check_decays(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}.")
 
 
-def _prefetched(batches: Batches, start: int, steps: int) -> Iterator:
-    """Batches in order, made ahead of time by other threads."""
-    if start >= steps:
-        return iter(())
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    left: Any = _Steps(batches, start, steps)
-    source = grain.MapDataset.source(left)
-    return iter(source.to_iter_dataset(options))
+def _check_unused(warmup_steps: int | None, momentum: float | None) -> None:
+    for name, value in (
+        ("memory_warmup_steps", warmup_steps),
+        ("memory_momentum", momentum),
+    ):
+        if value is not None:
+            raise ValueError(f"{name} requires memory > 0, got {value!r}.")
+
+
+def _prefetched(batches: Batches, steps: range) -> Iterator[Any]:
+    """Batches in order, made ahead of the steps by threads."""
+    ahead: collections.deque = collections.deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for step in steps:
+            ahead.append(pool.submit(batches.__getitem__, step))
+            if len(ahead) > AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 @contextlib.contextmanager
 def _when_left(act: Callable[[], None]) -> Iterator[None]:
-    """Acts if a generator is left before its end, as by a break."""
+    """Act if a generator is left before its end, as by a break."""
     try:
         yield
     except GeneratorExit:

@@ -1,4 +1,4 @@
-"""The numbers of a run, line by line: ``metrics.jsonl``, and TensorBoard's files."""
+"""Records of metrics in ``metrics.jsonl``, and as files of TensorBoard."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,14 @@ from tripletjax.learn.files import write_text
 
 
 class MetricsLog:
-    """Lines of numbers in a file, each there as soon as it is added.
+    """A JSON Lines file of metrics; each record is written when it is added.
 
     Args:
-        path: the file; lines that it has are read, and the rest of a broken one is
-            dropped.
+        path: the file. Records of an existing file are read; an unfinished last line
+            is removed.
+
+    Attributes:
+        lines: the records, in order.
     """
 
     def __init__(self, path: Path):
@@ -26,13 +29,14 @@ class MetricsLog:
         self._write_all()
 
     def add(self, line: dict[str, Any]) -> None:
+        """Append a record, which must have ``"step"``."""
         self.lines.append(line)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._show(line)
 
     def truncate_after(self, step: int) -> None:
-        """Drops what comes after a step, and the evaluation at the end."""
+        """Remove records of later steps, and the final evaluation."""
         self.lines = [
             line
             for line in self.lines
@@ -43,7 +47,7 @@ class MetricsLog:
             self.show_in(Path(self._board.logdir))
 
     def show_in(self, directory: Path) -> None:
-        """Shows all lines to TensorBoard, too, in place of what it was shown before."""
+        """Write all records for TensorBoard, too, instead of its earlier files."""
         self.close()
         for old in directory.glob("events.out.tfevents.*"):
             old.unlink()
@@ -52,6 +56,7 @@ class MetricsLog:
             self._show(line)
 
     def close(self) -> None:
+        """Close the files of TensorBoard."""
         if self._board is not None:
             self._board.close()
 
@@ -63,7 +68,7 @@ class MetricsLog:
         )
         numbers = line.get("metrics", line.get("validation", line))
         for name, value in numbers.items():
-            if name != "step":
+            if name not in ("step", "intervals"):
                 self._board.add_scalar(f"{group}/{name}", value, line["step"])
 
     def _write_all(self) -> None:
@@ -71,7 +76,7 @@ class MetricsLog:
 
 
 def summary_writer() -> type:
-    """What writes for TensorBoard.
+    """The class `tensorboardX.SummaryWriter`.
 
     Raises:
         ImportError: if tensorboardX is not installed.
@@ -80,6 +85,6 @@ def summary_writer() -> type:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            'tensorboard needs tensorboardX: pip install "tripletjax[tensorboard]"'
+            'tensorboard requires tensorboardX: pip install "tripletjax[tensorboard]"'
         ) from error
     return SummaryWriter

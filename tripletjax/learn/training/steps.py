@@ -1,4 +1,4 @@
-"""One step of training, as jitted functions of everything that changes."""
+"""One training step, as a jitted function from one `TrainState` to the next."""
 
 import functools
 from collections.abc import Callable
@@ -16,22 +16,23 @@ from tripletjax.learn.distributed.placement import ONE_DEVICE, Placement
 from tripletjax.learn.networks.convolution import jit
 from tripletjax.learn.networks.embedding import as_floats, strongly_typed
 from tripletjax.learn.training.objectives import Loss
+from tripletjax.learn.training.selection import Candidate
 from tripletjax.memory import Memory
 
 
 class TrainState(NamedTuple):
-    """Everything that one step hands to the next.
+    """The state of a training between two steps.
 
     Attributes:
-        params: of the model.
-        rest: what else the model holds, such as statistics.
-        optimizer: the state of the optimizer.
-        average: an exponential average of the parameters, or None.
-        finite: whether all losses and gradients have been finite.
-        best: the best validation so far.
+        params: parameters of the model.
+        rest: other variables of the model, such as batch statistics.
+        optimizer: state of the optimizer.
+        average: exponential moving average (EMA) of the parameters, or None.
+        finite: whether all losses and gradients so far are finite.
+        candidate: the model that the last one is compared with, or None.
         memory: embeddings of earlier batches, or None.
-        slow: an average of the parameters that the memory's embeddings are made with,
-            or None for those of the batch themselves.
+        slow: EMA of the parameters, which embeds the batch for the memory; None if the
+            memory takes the embeddings of the batch.
     """
 
     params: nnx.State
@@ -39,7 +40,7 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
     average: nnx.State | None
     finite: Array
-    best: Array
+    candidate: Candidate | None = None
     memory: Memory | None = None
     slow: nnx.State | None = None
 
@@ -63,15 +64,29 @@ def train_step(
     ema_decay: float,
     memory_momentum: float = 0.0,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step of training, and its metrics.
+    """Take one training step.
 
-    Whether the memory, if there is one, is to keep the batch, `remember` says.
+    Args:
+        state: the state before the step, whose buffers are donated.
+        images: uint8 or float images ``[n, ...]``.
+        labels: integers ``[n]``, or the labels that `loss` requires.
+        key: random key of the augmentation.
+        remember: whether the memory keeps the batch.
+        graph: graph of the model.
+        tx: optimizer.
+        loss: from embeddings and labels to a loss, with or without metrics.
+        augment: augmentation of the images, or None.
+        ema_decay: share of `state.average` that a step keeps.
+        memory_momentum: share of `state.slow` that a step keeps.
+
+    Returns:
+        The state after the step, and scalar metrics with ``"loss"``.
     """
-    images = _augmented(images, key, augment=augment)
+    images = _augment(images, key, augment=augment)
 
     def loss_of(params: nnx.State) -> tuple[Array, tuple]:
         x, rest = _train_embed(params, state.rest, images, graph=graph)
-        value, metrics = _measured(x, labels, state.memory, loss)
+        value, metrics = _compute_loss(x, labels, state.memory, loss)
         return value, (x, rest, metrics)
 
     (value, (x, rest, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
@@ -79,7 +94,7 @@ def train_step(
     )
     if state.slow is not None:
         x, _ = _train_embed(state.slow, state.rest, images, graph=graph)
-    state = state._replace(rest=rest, memory=_pushed(state.memory, x, labels, remember))
+    state = state._replace(rest=rest, memory=_push(state.memory, x, labels, remember))
     state = _next_state(
         state,
         value,
@@ -92,7 +107,7 @@ def train_step(
 
 
 @jax.jit
-def _pushed(
+def _push(
     memory: Memory | None, x: Array, labels: Array, remember: ArrayLike
 ) -> Memory | None:
     if memory is None:
@@ -117,37 +132,45 @@ def train_step_in_chunks(
     embed_chunk_size: int,
     on: Placement = ONE_DEVICE,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """The same step, embedding so many images at a time.
+    """Take the step of `train_step`, embedding a chunk of images at a time.
 
-    Activations are made again on the way back, and not kept. The loop is Python's: XLA
-    runs convolutions in its own loops many times slower on CPUs. Of a batch that is
-    split over devices, a chunk has as many images of each.
+    The backward pass computes the activations of each chunk again. The loop runs in
+    Python, since XLA runs convolutions within its own loops many times slower on CPUs.
+
+    Args:
+        state, images, labels, key, remember: as in `train_step`.
+        graph, tx, loss, augment, ema_decay, memory_momentum: as in `train_step`.
+        embed_chunk_size: images of a chunk, taken evenly from every device.
+        on: devices that the batch is split over.
+
+    Returns:
+        The state after the step, and scalar metrics with ``"loss"``.
     """
-    images = _augmented(images, key, augment=augment)
+    images = _augment(images, key, augment=augment)
     devices = on.count
-    each, own = max(1, embed_chunk_size // devices), len(images) // devices
-    ends = tuple(range(each, own, each))
+    size, per_device = max(1, embed_chunk_size // devices), len(images) // devices
+    ends = tuple(range(size, per_device, size))
     chunks = _split(images, ends, devices)
     parts, rests = [], [state.rest]
-    for some in chunks:
-        x, rest = _train_embed_jitted(state.params, rests[-1], some, graph=graph)
+    for chunk in chunks:
+        x, rest = _train_embed_jitted(state.params, rests[-1], chunk, graph=graph)
         parts.append(on.paced(x))
         rests.append(rest)
-    x = _joined(parts, devices)
+    x = _join(parts, devices)
     value, metrics, along_x = _loss_gradient(x, labels, state.memory, loss=loss)
     gradients = jax.tree.map(jnp.zeros_like, state.params)
-    for some, rest, along in zip(chunks, rests, _split(along_x, ends, devices)):
+    for chunk, rest, along in zip(chunks, rests, _split(along_x, ends, devices)):
         gradients = _add_gradient(
-            gradients, state.params, rest, some, along, graph=graph
+            gradients, state.params, rest, chunk, along, graph=graph
         )
         on.paced(gradients)
     if state.slow is not None:
         slow = [
-            on.paced(_train_embed_jitted(state.slow, rest, some, graph=graph)[0])
-            for some, rest in zip(chunks, rests)
+            on.paced(_train_embed_jitted(state.slow, rest, chunk, graph=graph)[0])
+            for chunk, rest in zip(chunks, rests)
         ]
-        x = _joined(slow, devices)
-    memory = _pushed(state.memory, x, labels, remember)
+        x = _join(slow, devices)
+    memory = _push(state.memory, x, labels, remember)
     state = _next_state_jitted(
         state._replace(rest=rests[-1], memory=memory),
         value,
@@ -161,20 +184,20 @@ def train_step_in_chunks(
 
 @functools.partial(jax.jit, static_argnames=("ends", "devices"))
 def _split(x: Array, ends: tuple[int, ...], devices: int) -> list[Array]:
-    """Chunks of a batch, that end at some rows of every device."""
+    """Chunks of a batch, which end at rows `ends` of every device."""
     parts = jnp.split(x.reshape(devices, -1, *x.shape[1:]), ends, axis=1)
     return [part.reshape(-1, *x.shape[1:]) for part in parts]
 
 
 @functools.partial(jax.jit, static_argnames="devices")
-def _joined(parts: list[Array], devices: int) -> Array:
-    """The batch that was split."""
-    whole = [part.reshape(devices, -1, *part.shape[1:]) for part in parts]
-    return jnp.concatenate(whole, axis=1).reshape(-1, *parts[0].shape[1:])
+def _join(parts: list[Array], devices: int) -> Array:
+    """The batch of the chunks of `_split`."""
+    batch = [part.reshape(devices, -1, *part.shape[1:]) for part in parts]
+    return jnp.concatenate(batch, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
 @functools.partial(jax.jit, static_argnames="augment")
-def _augmented(
+def _augment(
     images: Array, key: Array, *, augment: Callable[[Array, Array], Array] | None
 ) -> Array:
     images = as_floats(images)
@@ -184,7 +207,7 @@ def _augmented(
 def _train_embed(
     params: nnx.State, rest: nnx.State, images: Array, *, graph: nnx.GraphDef
 ) -> tuple[Array, nnx.State]:
-    """Embeddings, and what else the model then holds."""
+    """Embeddings, and the other variables of the model after them."""
     model = nnx.merge(graph, params, rest, copy=True)
     x = model(images)
     return x, nnx.state(model, nnx.Not(nnx.Param))
@@ -203,7 +226,7 @@ def _add_gradient(
     *,
     graph: nnx.GraphDef,
 ) -> nnx.State:
-    """Adds what some images have in the gradient, by that of their embeddings."""
+    """Add the gradient of a chunk, from that of its embeddings."""
     _, pull_back = jax.vjp(
         lambda params: _train_embed(params, rest, images, graph=graph)[0], params
     )
@@ -214,20 +237,20 @@ def _add_gradient(
 def _loss_gradient(
     x: Array, labels: Array, memory: Memory | None, *, loss: Loss
 ) -> tuple[Array, dict[str, Array], Array]:
-    (value, metrics), along_x = jax.value_and_grad(_measured, has_aux=True)(
+    (value, metrics), along_x = jax.value_and_grad(_compute_loss, has_aux=True)(
         x, labels, memory, loss
     )
     return value, metrics, along_x
 
 
-def _measured(
+def _compute_loss(
     x: Array, labels: Array, memory: Memory | None, loss: Loss
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of a batch, and its metrics."""
     pairs = {} if memory is None else tj.memory.references(memory, x, labels)
     value = loss(x, labels, **pairs)
     value, metrics = value if isinstance(value, tuple) else (value, {})
-    # The root of the mean squared distance of two of them.
+    # The root mean square distance between two embeddings of the batch.
     spread = jnp.sqrt(2 * jnp.sum(jnp.var(x, axis=0, ddof=1)))
     length = jnp.sqrt(jnp.mean(jnp.sum(x * x, axis=-1)))
     return value, metrics | {"spread": spread, "length": length}

@@ -13,6 +13,7 @@ from typing import Any
 from flax import nnx
 from jax.typing import DTypeLike
 
+from tripletjax.learn import choices
 from tripletjax.learn.networks.backbones import convnext, inception_resnet, resnet, vit
 from tripletjax.learn.networks.weights import (
     Loaded,
@@ -87,7 +88,7 @@ UNTRAINED: dict[str, dict[str, Any]] = {
         "bottleneck": bottleneck,
     }
     for (blocks, bottleneck), depth in resnet.DEPTHS.items()
-    if depth <= 50
+    if f"resnet{depth}" in choices.UNTRAINED
 }
 
 

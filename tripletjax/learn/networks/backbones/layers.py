@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from tripletjax.learn.networks.convolution import HE_NORMAL, convolution, padded
+from tripletjax.learn.networks.convolution import HE_NORMAL, convolution, pad
 
 
 class BatchNorm(nnx.Module):
@@ -145,7 +145,7 @@ class DepthwiseConv(nnx.Module):
         size, _, height, width = *kernel.shape[:2], *x.shape[1:3]
         wide, side = x, size // 2
         for axis in (1, 2):
-            wide = padded(wide, axis, side, side)
+            wide = pad(wide, axis, side, side)
         total = jnp.zeros_like(x)
         for down in range(size):
             for right in range(size):
@@ -162,7 +162,7 @@ def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
     """
     lowest = float(jnp.finfo(x.dtype).min)
     for axis in (1, 2):
-        x = padded(x, axis, padding, padding, value=lowest)
+        x = pad(x, axis, padding, padding, value=lowest)
         outputs = (x.shape[axis] - size) // stride + 1
         parts = [
             jax.lax.slice_in_dim(

@@ -1,0 +1,5 @@
+"""The command ``tripletjax``: parses, calls, prints."""
+
+from tripletjax.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,77 @@
+"""Parts of several commands: messages, tables, checks of files, and indexes."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tripletjax.learn.runs.options import OptionError
+
+if TYPE_CHECKING:
+    from tripletjax.apps.search import Changes, Index
+    from tripletjax.cli.options import Identify, Search, Serve
+    from tripletjax.learn.embedder import ImageEmbedder
+
+# Errors that one line explains.
+FAULTS = ValueError, OSError, ImportError, FloatingPointError
+
+
+def message_of(error: BaseException, extras: str) -> str:
+    """The message of an error, as the user of a command reads it.
+
+    Args:
+        error: any error.
+        extras: extras of the package that the command requires.
+    """
+    if isinstance(error, OptionError):
+        return error.as_typed
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f'{error}: it needs pip install "tripletjax[{extras}]" (or -e '
+            f'".[{extras}]" in a checkout)'
+        )
+    return str(error)
+
+
+def shown(path: Path) -> str:
+    """The text of a path that need not be UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+def print_table(title: str, rows: Mapping[str, float | None], unit: str = "") -> None:
+    print(f"\n{title}")
+    for name, value in rows.items():
+        text = "-" if value is None else f"{value:.2f}{unit}"
+        print(f"  {name:<24}{text:>10}")
+
+
+def check_images(images: Iterable[Path]) -> None:
+    """Raise FileNotFoundError if an image does not exist."""
+    for image in images:
+        if not image.is_file():
+            raise FileNotFoundError(f"there is no image {image}.")
+
+
+def check_new(*files: Path | None) -> None:
+    """Raise FileExistsError if one of the files exists."""
+    for file in files:
+        if file is not None and file.exists():
+            raise FileExistsError(f"{file} already exists; give another file.")
+
+
+def updated_index(
+    folder: Path, options: "Search | Identify | Serve", embedder: "ImageEmbedder"
+) -> tuple["Index", "Changes"]:
+    """Update the index of a folder; return it and its changes."""
+    from tripletjax.apps import search
+
+    index = search.Index(folder, options.database or options.run / "index", embedder)
+    changes = index.update(
+        progress=True,
+        waiting=lambda: print("another process updates an index here: waiting for it"),
+        remove_missing=options.remove_missing,
+    )
+    print(changes)
+    for line in (*changes.notes, *changes.skipped):
+        print(f"- {line}")
+    return index, changes

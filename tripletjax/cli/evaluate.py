@@ -1,0 +1,55 @@
+"""``tripletjax evaluate``."""
+
+from pathlib import Path
+from typing import Any
+
+from tripletjax.cli.common import print_table, shown
+from tripletjax.cli.options import Evaluate
+from tripletjax.learn import evaluation, reports
+from tripletjax.learn.files import free_path
+
+
+def call(options: Evaluate) -> int:
+    if options.json is not None:
+        reports.check_replaceable(options.json)
+    folder, out = options.data, options.out
+    if out is None:
+        out = free_path(options.run / "evaluations" / (folder.resolve().name or "data"))
+    report = evaluation.evaluate(
+        options.run, folder, out=out, classes_from=options.classes_from, progress=True
+    )
+    if options.json is not None:
+        reports.write_report(report, options.json)
+    _print_report(report, folder)
+    print(f"\nReport directory: {shown(out)}; see roc, distances and neighbors.png.")
+    return 0
+
+
+def _print_report(report: dict[str, Any], folder: Path) -> None:
+    classes = f"{report['classes']:,} classes in {shown(folder)}"
+    print(f"{report['images']:,} images of {classes}")
+    for note in report["notes"]:
+        print(f"- {note}")
+    retrieval, pairs, spread = (
+        report[name] for name in ("retrieval", "verification", "collapse")
+    )
+    rows = {
+        "MAP@R": retrieval["map_at_r"],
+        "R-precision": retrieval["r_precision"],
+        **{f"recall@{k}": value for k, value in retrieval["recall_at_k"].items()},
+        "mean average precision": retrieval["mean_average_precision"],
+    }
+    print_table(f"retrieval, {retrieval['queries']:,} queries", rows, " %")
+    rows = {
+        "equal error rate": pairs["equal_error_rate"],
+        "area under the ROC": pairs["area_under_roc"],
+        **{f"TAR at FAR {x['far']:g} %": x["tar"] for x in pairs["at_far"]},
+    }
+    n = f"{pairs['positives']:,} same and {pairs['negatives']:,} different pairs"
+    print_table(f"verification, {n}", rows, " %")
+    rows = {
+        "mean distance": spread["mean_distance"],
+        "standard deviation": spread["distance_std"],
+        "effective rank": spread["effective_rank"],
+    }
+    print_table("spread of the embeddings: near 0, and rank 1, if collapsed", rows)

@@ -1,0 +1,454 @@
+"""Options of every command, each declared once.
+
+The options of a command are a dataclass: its docstring is the help of the command. This
+module imports nothing of the extras, so that every help works without them.
+"""
+
+import argparse
+import dataclasses
+from functools import partial
+from pathlib import Path
+from types import EllipsisType, NoneType
+from typing import Any, ClassVar, Self, get_args, get_type_hints
+
+from tripletjax.learn import choices
+from tripletjax.learn.runs.config import DATA, Config, classes_from_option
+from tripletjax.learn.runs.options import (
+    OptionError,
+    check_options,
+    flag,
+    help_of,
+    option,
+    options_of,
+)
+
+# Names of values in the help, by their type.
+METAVARS = {int: "N", float: "NUMBER", Path: "PATH", str: "TEXT"}
+
+# Options of several commands.
+run_option = partial(
+    option, "directory of a finished run", required=True, metavar="RUN"
+)
+index_option = partial(
+    option,
+    "folder of images to search in, which is only read",
+    required=True,
+    metavar="FOLDER",
+)
+database_option = partial(
+    option, "directory of the indexes (default: RUN/index)", metavar="DIR"
+)
+remove_missing_option = partial(
+    option,
+    "remove missing images from the index, even if most images are missing",
+    default=False,
+)
+json_option = partial(option, "JSON file for the report", metavar="FILE")
+_of_run = partial(option, group="run")
+
+
+class Options:
+    """Options of a command, as its parser reads them.
+
+    Attributes:
+        extras: extras of the package that the command requires.
+    """
+
+    extras: ClassVar[str] = "train"
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @classmethod
+    def add_to(cls, parser: argparse.ArgumentParser) -> None:
+        """Add a row for every option to the parser of the command."""
+        add_options(parser, cls, {})
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """The options of parsed values, by their names."""
+        return cls(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        )
+
+    def has(self, name: str) -> bool:
+        """Whether the user gave an option that has no other default than none."""
+        value = getattr(self, name)
+        return value is not None and value is not False and value != ()
+
+    def require(self, needed: str, *names: str) -> None:
+        """Raise OptionError if one of the options is given without the needed one."""
+        for name in names:
+            if self.has(name) and not self.has(needed):
+                raise OptionError(f"{{{name}}} requires {{{needed}}}.")
+
+    def exclude(self, *names: str) -> None:
+        """Raise OptionError if more than one of the options is given."""
+        given = [name for name in names if self.has(name)]
+        if len(given) > 1:
+            raise OptionError(f"{{{given[1]}}} cannot be combined with {{{given[0]}}}.")
+
+
+def add_options(
+    parser: argparse.ArgumentParser, cls: Any, groups: dict[str, Any], **common: Any
+) -> None:
+    """Add a row for every option of a dataclass to a parser.
+
+    Args:
+        parser: of a command.
+        cls: the dataclass.
+        groups: argument groups of the parser by title; missing ones are added.
+        common: arguments of every row.
+    """
+    hints = get_type_hints(cls)
+    for field, declared in options_of(cls):
+        if not declared.in_command:
+            continue
+        title = declared.group
+        if title is not None and title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        rows = parser if title is None else groups[title]
+        name, row = _row(field, declared, hints[field.name])
+        rows.add_argument(name, **row | common)
+
+
+def _row(
+    field: dataclasses.Field, declared: Any, hint: Any
+) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of an option for ``add_argument``."""
+    inner = [x for x in get_args(hint) if x not in (NoneType, EllipsisType, ...)]
+    row: dict[str, Any] = {"help": help_of(field)}
+    required = field.default is dataclasses.MISSING
+    if not required:
+        row["default"] = field.default
+    if hint is bool:
+        return flag(field.name), row | {"action": "store_true"}
+    row["type"] = inner[0] if inner else hint
+    row["metavar"] = declared.metavar or METAVARS[row["type"]]
+    if declared.positional:
+        return field.name, row | {"nargs": "*"}
+    if declared.choices is not None:
+        row |= {"choices": declared.choices, "metavar": None}
+    if isinstance(field.default, tuple):
+        row["nargs"] = "+"
+    return flag(field.name), row | {"required": required}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(Options):
+    """Train an embedding of images and evaluate it on held-out images.
+
+    Options that are not given are chosen from the data and written to config.json. The
+    run keeps its last model, unless an earlier one is better by more than the standard
+    error over the validation classes.
+    """
+
+    requested: dict[str, Any]
+    augment: str | None = option(
+        "random changes of the images while training: those for photos or characters, "
+        "which also decides size and network, none, or more than usual (default: "
+        "photos or characters, by the smooth tones of the images)",
+        group=DATA,
+        choices=(*choices.KINDS, *choices.AUGMENTS),
+    )
+    out: Path | None = _of_run(
+        "run directory (default: a new one in runs/)", metavar="RUN"
+    )
+    resume: bool = _of_run("continue the run in --out if there is one", default=False)
+    devices: str | None = _of_run(
+        "number of devices that share every batch, or all (default: 1); a run can be "
+        "resumed with another number",
+        metavar="N",
+    )
+    processes: str | None = _of_run(
+        "number of processes: start this command once for each, with --coordinator and "
+        "--process; in the processes of a cluster that JAX knows (Slurm, Open MPI, "
+        "Kubernetes, TPU pods): cluster",
+        metavar="N",
+    )
+    coordinator: str | None = _of_run(
+        "address of process 0, the same in every process; the port must be free",
+        metavar="HOST:PORT",
+    )
+    process: int | None = _of_run("number of this process, from 0", metavar="K")
+    tensorboard: bool = _of_run(
+        "also write the metrics for TensorBoard, with tensorboardX", default=False
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self.require("out", "resume")
+        self.require("processes", "coordinator", "process")
+        if self.processes is None:
+            return
+        count = self.process_count
+        if self.processes != "cluster" and not count:
+            raise OptionError(
+                f"{{processes}} must be a number or cluster, got {self.processes}."
+            )
+        if self.devices not in (None, "all"):
+            raise OptionError("{devices} must be all with {processes}.")
+        if (self.coordinator is None, self.process is None) != (count is None,) * 2:
+            raise OptionError(
+                "{processes} N requires {coordinator} and {process}, {processes} "
+                "cluster neither; one process uses all devices of a machine by "
+                "{devices} all."
+            )
+        if self.process is not None and not 0 <= self.process < (count or 0):
+            raise OptionError(
+                f"{{process}} must be 0 to {count} - 1, got {self.process}."
+            )
+
+    @property
+    def process_count(self) -> int | None:
+        """Number of processes; None for those of a cluster, or for this one alone."""
+        text = self.processes or ""
+        return int(text) if text.isdecimal() else None
+
+    @classmethod
+    def add_to(cls, parser: argparse.ArgumentParser) -> None:
+        groups: dict[str, Any] = {}
+        # Options that are not given are absent: they may be those of an earlier run.
+        add_options(parser, Config, groups, default=argparse.SUPPRESS)
+        add_options(parser, cls, groups)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        own = {field.name for field, _ in options_of(cls)}
+        requested = {k: v for k, v in values.items() if k not in own}
+        return cls(requested=requested, **{name: values[name] for name in own})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(Options):
+    """Measure the embedding of a run on a folder of classes.
+
+    Retrieval: every image is a query for the others of its class. Verification: every
+    pair of images is of the same class or of different classes. The report and its
+    pictures (ROC, distances of pairs, nearest neighbours) are written to --out.
+    """
+
+    run: Path = run_option()
+    data: Path = option(
+        "folder with one folder of images per class, seen in training or not",
+        required=True,
+        metavar="FOLDER",
+    )
+    classes_from: str | None = classes_from_option()
+    out: Path | None = option(
+        "directory for the report (default: a new one in RUN/evaluations/)",
+        metavar="DIR",
+    )
+    json: Path | None = json_option()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search(Options):
+    """Search a folder for images like given ones, or for near-duplicates.
+
+    The command first updates the index: new and changed images are embedded, deleted
+    ones removed. Distances are Euclidean, of unit vectors: from 0 to 2.
+    """
+
+    extras: ClassVar[str] = "train,search"
+
+    run: Path = run_option()
+    index: Path = index_option()
+    database: Path | None = database_option()
+    remove_missing: bool = remove_missing_option()
+    query: tuple[Path, ...] = option(
+        "images to search for", default=(), metavar="IMAGE"
+    )
+    duplicates: bool = option("list groups of near-duplicate images", default=False)
+    approximate: bool = option(
+        "search only the most promising parts of the index: faster from some 300,000 "
+        "images on",
+        default=False,
+    )
+    together: bool = option("search once, by the mean of all queries", default=False)
+    k: int = option(
+        "largest number of hits of a query", default=8, metavar="K", rule="at least 1"
+    )
+    within: float | None = option(
+        "largest distance of a hit, or of two duplicates (default: any distance, 0.1 "
+        "for duplicates)",
+        metavar="DISTANCE",
+        rule="at least 0",
+    )
+    classes: tuple[str, ...] = option(
+        "folders of the index to search in, at any depth", default=(), metavar="FOLDER"
+    )
+    out: Path | None = option(
+        "picture of the hits (PNG), or table of the groups of duplicates (CSV)",
+        metavar="FILE",
+    )
+    json: Path | None = json_option()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self.exclude("query", "duplicates")
+        self.require("query", "together", "classes", "approximate")
+        if self.out is not None and not (self.query or self.duplicates):
+            raise OptionError("{out} requires {query} or {duplicates}.")
+        if self.out is not None and self.query and self.out.suffix != ".png":
+            raise OptionError(f"{{out}} must be a .png file, got {self.out}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify(Options):
+    """Decide whether two images are of the same class, by a threshold of the run.
+
+    With --data: measure verification on classes that the run was not trained on, and
+    keep a threshold beside the run. With two images: same or different by that
+    threshold. Distances are Euclidean, of unit vectors: from 0 to 2.
+    """
+
+    images: tuple[Path, ...] = option(
+        "two images to compare", default=(), metavar="IMAGE", positional=True
+    )
+    run: Path = run_option()
+    data: str | None = option(
+        "folder with one folder of images per class, such as a person, or tfds:NAME",
+        metavar="FOLDER",
+    )
+    pairs: Path | None = option(
+        "list of pairs in the format of pairs.txt of Labeled Faces in the Wild "
+        "(default: all pairs)",
+        metavar="FILE",
+    )
+    far: float | None = option(
+        "false accept rate of the threshold (default: 0.01); with too few pairs to "
+        "show it, no threshold is chosen",
+        metavar="SHARE",
+    )
+    classes_from: str | None = classes_from_option()
+    out: Path | None = option(
+        "directory for the report (default: a new one in RUN/verifications/)",
+        metavar="DIR",
+    )
+    json: Path | None = json_option()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if (self.data is None) == (not self.images):
+            raise OptionError("give two images, or {data} FOLDER.")
+        if self.images and len(self.images) != 2:
+            raise OptionError(f"images must be two, got {len(self.images)}.")
+        self.require("data", "pairs", "far", "classes_from", "out")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Identify(Options):
+    """Name images by a gallery of known classes, or call them unknown.
+
+    With a few images per class in the gallery, identification is few-shot
+    classification. The threshold is that of tripletjax verify. The command prints its
+    false positive rate at this gallery, which grows with the number of classes.
+    """
+
+    extras: ClassVar[str] = "train,search"
+
+    images: tuple[Path, ...] = option(
+        "images to name", default=(), metavar="IMAGE", positional=True
+    )
+    run: Path = run_option()
+    gallery: Path = option(
+        "folder of known classes: one folder of images per class, such as a person",
+        required=True,
+        metavar="FOLDER",
+    )
+    data: Path | None = option(
+        "folder of classes to measure on: classes that are in the gallery, by name, "
+        "are known, others unknown",
+        metavar="FOLDER",
+    )
+    means: bool = option(
+        "compare with the mean of each class in place of every image", default=False
+    )
+    fpir: float | None = option(
+        "largest share of unknown images that may get a name of this gallery",
+        metavar="SHARE",
+    )
+    within: float | None = option(
+        "largest distance at which a class gives its name (default: the threshold of "
+        "tripletjax verify)",
+        metavar="DISTANCE",
+        rule="at least 0",
+    )
+    closed: bool = option(
+        "name every image after its nearest class, at any distance", default=False
+    )
+    classes_from: str | None = classes_from_option()
+    database: Path | None = database_option()
+    remove_missing: bool = remove_missing_option()
+    out: Path | None = option(
+        "picture of the images beside the nearest of the gallery",
+        metavar="FILE.png",
+        rule="a .png file",
+    )
+    json: Path | None = json_option()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if (self.data is None) == (not self.images):
+            raise OptionError("give images to name, or {data} FOLDER to measure on.")
+        self.exclude("fpir", "within", "closed")
+        if self.out is not None and not self.images:
+            raise OptionError("{out} requires images to name.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve(Options):
+    """Show search, verification and identification in a browser.
+
+    The page loads nothing from other hosts. Everybody who reaches its address can see
+    the images of the index.
+    """
+
+    extras: ClassVar[str] = "train,search,serve"
+
+    run: Path = run_option()
+    index: Path = index_option()
+    gallery: Path | None = option(
+        "folder of known classes to identify: one folder of images per class (default: "
+        "the folder of the index)",
+        metavar="FOLDER",
+    )
+    database: Path | None = database_option()
+    remove_missing: bool = remove_missing_option()
+    host: str = option(
+        "address to serve at; 127.0.0.1 is reachable from this machine alone",
+        default="127.0.0.1",
+        metavar="HOST",
+    )
+    port: int = option("port to serve at", default=7860, metavar="PORT")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export(Options):
+    """Write the embedding of a run as ONNX, StableHLO or safetensors.
+
+    The network in the file takes any number of uint8 images of the size that the run
+    uses. The command compares its vectors with those of the run before it keeps the
+    file.
+    """
+
+    extras: ClassVar[str] = "train,export"
+
+    run: Path = run_option()
+    out: Path = option(
+        "file to write: model.onnx; model.stablehlo, for JAX and flatbuffers alone; or "
+        "model.safetensors, the weights of a trained backbone for --backbone",
+        required=True,
+        metavar="FILE",
+    )
+    check: Path | None = option(
+        "folder of images to compare on (default: the data of the run)",
+        metavar="FOLDER",
+    )
+
+
+COMMANDS: dict[str, type[Options]] = {
+    cls.__name__.lower(): cls
+    for cls in (Train, Evaluate, Search, Verify, Identify, Serve, Export)
+}
