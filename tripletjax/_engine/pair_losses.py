@@ -315,7 +315,7 @@ def _log_sum_exps(
         d = form.distance(jnp.where(negative, squares, 0))
         logits = jnp.where(negative, shape.logit(d, parameters), -jnp.inf)
         shift = _finite(jnp.max(logits))
-        powers = jnp.exp(logits - shift)
+        powers = materialize(jnp.exp(logits - shift))
         sides = _directions(spec, batch, tile)
         kept = [_inside(d, limits, side) for side in sides]
 
