@@ -47,6 +47,8 @@ from tripletjax.pair_losses import (
 )
 from tripletjax.pairs import PairMasks
 
+# Classes of the anchors and, if symmetric, of the references.
+Classes = tuple[ClassIndex, ...]
 # Exponents of a tile have one shift as long as no sum is smaller than this.
 LEAST_EXPONENT = 60.0
 
@@ -147,9 +149,7 @@ class Positives(NamedTuple):
     exists: Array
 
     @classmethod
-    def of(
-        cls, spec: PairSpec, batch: Batch, classes: tuple[ClassIndex, ...]
-    ) -> "Positives":
+    def of(cls, spec: PairSpec, batch: Batch, classes: Classes) -> "Positives":
         sides = (batch, swapped(batch))[: len(classes)]
         each = [
             positives_of(spec.metric, side, index, spec.sizes)
@@ -161,7 +161,7 @@ class Positives(NamedTuple):
         self,
         spec: PairSpec,
         batch: Batch,
-        classes: tuple[ClassIndex, ...],
+        classes: Classes,
         by_square: Array,
         grads: Gradients,
     ) -> Gradients:
@@ -224,10 +224,7 @@ def _anchor_count(spec: PairSpec, batch: Batch) -> int:
 
 
 def _log_sum_exp_by_tiles(
-    spec: PairSpec,
-    batch: Batch,
-    classes: tuple[ClassIndex, ...],
-    parameters: Parameters,
+    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
 ) -> Any:
     assert isinstance(spec.shape, LogSumExp)
     squares, exists, total, nearest = _pair_numbers(spec, batch, classes, parameters)
@@ -241,10 +238,7 @@ def _log_sum_exp_by_tiles(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _pair_numbers(
-    spec: PairSpec,
-    batch: Batch,
-    classes: tuple[ClassIndex, ...],
-    parameters: Parameters,
+    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
 ) -> tuple[Array, ...]:
     """Half squares of positives and which exist, log-sum-exp and nearest negative."""
     return _numbers_forward(spec, batch, classes, parameters)[0]
@@ -252,10 +246,7 @@ def _pair_numbers(
 
 @own_promotion
 def _numbers_forward(
-    spec: PairSpec,
-    batch: Batch,
-    classes: tuple[ClassIndex, ...],
-    parameters: Parameters,
+    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
 ) -> tuple[tuple[Array, ...], tuple]:
     assert isinstance(spec.shape, LogSumExp)
     positives = Positives.of(spec, batch, classes)
@@ -427,10 +418,7 @@ def _log_sum_exp_gradients(
 
 
 def _separable_by_tiles(
-    spec: PairSpec,
-    batch: Batch,
-    classes: tuple[ClassIndex, ...],
-    parameters: Parameters,
+    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
 ) -> PairTerms:
     shape = spec.shape
     assert isinstance(shape, Separable)
@@ -446,10 +434,7 @@ def _separable_by_tiles(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _negative_sums(
-    spec: PairSpec,
-    batch: Batch,
-    classes: tuple[ClassIndex, ...],
-    parameters: Parameters,
+    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
 ) -> tuple[Array, ...]:
     """Half squares of positives, which exist, and costs and counts of negatives."""
     return _sums_forward(spec, batch, classes, parameters)[0]
@@ -457,10 +442,7 @@ def _negative_sums(
 
 @own_promotion
 def _sums_forward(
-    spec: PairSpec,
-    batch: Batch,
-    classes: tuple[ClassIndex, ...],
-    parameters: Parameters,
+    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
 ) -> tuple[tuple[Array, ...], tuple]:
     positives = Positives.of(spec, batch, classes)
     sums, _ = _separable_walk(spec, batch, parameters, None, gradient=False)
@@ -484,10 +466,7 @@ _negative_sums.defvjp(_sums_forward, _sums_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _negative_totals(
-    spec: PairSpec,
-    batch: Batch,
-    classes: tuple[ClassIndex, ...],
-    parameters: Parameters,
+    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
 ) -> tuple[Array, ...]:
     """`_negative_sums`, of which only the sums over the anchors have gradients.
 
@@ -498,10 +477,7 @@ def _negative_totals(
 
 @own_promotion
 def _totals_forward(
-    spec: PairSpec,
-    batch: Batch,
-    classes: tuple[ClassIndex, ...],
-    parameters: Parameters,
+    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
 ) -> tuple[tuple[Array, ...], tuple]:
     positives = Positives.of(spec, batch, classes)
     sums, gradients = _separable_walk(spec, batch, parameters, None, gradient=True)
