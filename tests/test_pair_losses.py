@@ -353,6 +353,50 @@ def test_pair_masks_stand_for_labels(name):
     np.testing.assert_allclose(got, expected, rtol=2e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nt_xent", "contrastive"])
+def test_vmap_and_leading_dimensions_are_loops(name):
+    """Over embeddings, labels and a parameter."""
+    loss, _, parameters, _ = LOSSES[name]
+    key = next(iter(parameters))
+    by_blocks = functools.partial(getattr(tj.blockwise, loss.__name__), block_size=16)
+    x = vectors(120).reshape(3, 40, 6)
+    labels = jnp.stack([jnp.asarray(LABELS[k]) for k in ("few", "many", "one large")])
+    values = jnp.float32([0.1, 0.2, 0.3])
+
+    def one(x, labels, value):
+        return by_blocks(x, labels, **{key: value})
+
+    got = jax.jit(jax.vmap(jax.value_and_grad(one, (0, 2))))(x, labels, values)
+    for i in range(3):
+        expected = run(name, x[i], labels[i], blockwise=True, **{key: values[i]})
+        np.testing.assert_allclose(got[0][i], expected[0], rtol=2e-5)
+        np.testing.assert_allclose(got[1][0][i], expected[1][0], rtol=1e-4, atol=1e-5)
+        by_value = expected[1][2][key]
+        np.testing.assert_allclose(got[1][1][i], by_value, rtol=1e-4, atol=1e-5)
+    expected = [run(name, x[i], labels[i], blockwise=True)[0] for i in range(3)]
+    np.testing.assert_allclose(by_blocks(x, labels), expected, rtol=2e-5)
+
+
+@every_form
+def test_a_nan_is_not_hidden(name):
+    for labels in (LABELS["few"] % 9, LABELS["many"]):
+        for blockwise in (False, True):
+            x = vectors().at[7].set(jnp.nan)
+            value, _ = run(name, x, labels, blockwise=blockwise)
+            assert np.isnan(value), labels
+
+
+@every_form
+def test_order_does_not_matter(name):
+    labels, order = LABELS["uneven"], np.random.default_rng(0).permutation(40)
+    value, (by_x, *_) = run(name, vectors(), labels, blockwise=True)
+    got, (by_ordered, *_) = run(name, vectors()[order], labels[order], blockwise=True)
+    np.testing.assert_allclose(got, value, rtol=2e-5)
+    scale = float(np.abs(by_x).max())
+    np.testing.assert_allclose(by_ordered, by_x[order], rtol=1e-4, atol=2e-5 * scale)
+
+
 # The general functions.
 
 

@@ -267,7 +267,8 @@ def _multi_similarity_cost(pairs: AnchorPairs, parameters: tuple) -> PairTerms:
     alpha, beta, base, *mining = parameters
     exists = pairs.exists
     if mining:
-        exists = exists & (pairs.distances > (pairs.nearest - mining[0])[..., None])
+        # A NaN stays, for the loss to show it.
+        exists &= ~(pairs.distances <= (pairs.nearest - mining[0])[..., None])
     logits = alpha * (pairs.distances - (1 - base))
     positives = jax.nn.softplus(log_sum_exp(logits, exists)) / alpha
     negatives = jax.nn.softplus(pairs.negatives) / beta
