@@ -671,3 +671,120 @@ def central_differences(function, d, mask, step=1e-6):
             2 * step
         )
     return gradient
+
+
+# Hard examples of a whole data set.
+
+
+def hard_examples(
+    d,
+    positive,
+    negative,
+    k,
+    *,
+    of_positives=False,
+    range_min=0,
+    range_max=None,
+    margin=None,
+    relative=None,
+    farthest=False,
+):
+    """Indices and exclusions of each anchor, by sorting all its candidates.
+
+    `relative` is a function of the positive's distance: how much farther negatives
+    must be.
+    """
+    results = []
+    for a in range(len(d)):
+        candidates = (positive if of_positives else negative)[a]
+        candidates = [j for j in range(len(d[a])) if candidates[j]]
+        finite = [j for j in candidates if math.isfinite(d[a][j])]
+        ranked = [j for j in finite if d[a][j] > 0]
+        ranked.sort(key=lambda j: (-d[a][j] if of_positives else d[a][j], j))
+        own = [
+            d[a][p]
+            for p in range(len(d[a]))
+            if positive[a][p] and math.isfinite(d[a][p]) and d[a][p] > 0
+        ]
+        thresholds = [-math.inf, -math.inf]
+        if own:
+            d_ap = max(own) if farthest else min(own)
+            if margin is not None:
+                thresholds[0] = d_ap + margin
+            if relative is not None:
+                thresholds[1] = d_ap + relative(d_ap)
+        counts = {
+            "not_finite": len(candidates) - len(finite),
+            "duplicates": len(finite) - len(ranked),
+            "margin": 0,
+            "relative_margin": 0,
+            "range_min": 0,
+            "range_max": 0,
+        }
+        left = []
+        for rank, j in enumerate(ranked):
+            if d[a][j] < thresholds[0]:
+                counts["margin"] += 1
+            elif d[a][j] < thresholds[1]:
+                counts["relative_margin"] += 1
+            elif rank < range_min:
+                counts["range_min"] += 1
+            elif range_max is not None and rank >= range_max:
+                counts["range_max"] += 1
+            else:
+                left.append(j)
+        results.append((left[:k], counts, left))
+    return results
+
+
+# Re-ranking.
+
+
+def k_reciprocal(d, k1, k2, distance_weight):
+    """Distances of Zhong et al. (2017) among all items, from a distance matrix."""
+    items = range(len(d))
+
+    def nearest(p, k):
+        """The item and its k nearest others."""
+        others = sorted((j for j in items if j != p), key=lambda j: (d[p][j], j))
+        return [p, *others[:k]]
+
+    def reciprocal(p, k):
+        return {g for g in nearest(p, k) if p in nearest(g, k)}
+
+    encodings = []
+    for p in items:
+        own = reciprocal(p, k1)
+        expanded = set(own)
+        for q in own:
+            theirs = reciprocal(q, max(k1 // 2, 1))
+            if 3 * len(own & theirs) >= 2 * len(theirs):
+                expanded |= theirs
+        encodings.append([math.exp(-d[p][j]) if j in expanded else 0 for j in items])
+    means = []
+    for p in items:
+        near = nearest(p, k2 - 1)
+        means.append([sum(encodings[q][j] for q in near) / len(near) for j in items])
+    result = np.zeros((len(d), len(d)))
+    for p, q in itertools.product(items, items):
+        shared = sum(map(min, means[p], means[q]))
+        jaccard = 1 - shared / sum(map(max, means[p], means[q]))
+        result[p, q] = (1 - distance_weight) * jaccard + distance_weight * d[p][q]
+    return result
+
+
+def expanded_query(q, references, k, alpha):
+    """Radenović et al. (2018): the weighted mean of a query and its k nearest."""
+
+    def unit(v):
+        norm = math.sqrt(sum(float(s) ** 2 for s in v))
+        return [float(s) / norm for s in v]
+
+    q, references = unit(q), [unit(r) for r in references]
+    similarities = [sum(s * t for s, t in zip(q, r)) for r in references]
+    order = sorted(range(len(references)), key=lambda j: (-similarities[j], j))[:k]
+    total = list(q)
+    for j in order:
+        weight = max(similarities[j], 0) ** alpha
+        total = [s + weight * t for s, t in zip(total, references[j])]
+    return unit(total)

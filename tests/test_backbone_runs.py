@@ -107,7 +107,7 @@ def test_what_a_run_trains_and_keeps(run_of, resnet, training):
     notes = "\n".join(made.notes)
     _, loaded = backbones.load(resnet)
     assert f"ResNet-like, {loaded.parameters:,} parameters" in notes
-    assert "images are grey" in notes
+    assert "grey images are repeated in three channels" in notes
     assert "skipped arrays of the file: fc.bias, fc.weight" in notes
     assert (out / "backbone.safetensors").read_bytes() == resnet.read_bytes()
     network, _ = backbones.load(resnet)

@@ -175,6 +175,15 @@ PROGRAMS = PAIR_PROGRAMS | {
     "blockwise.batch_semi_hard_triplets": of(
         32 * MIB, blockwise.batch_semi_hard_triplets, X, Y, size=N
     ),
+    "mine_hard_negatives": of(
+        128 * MIB, tj.mine_hard_negatives, X, Y, k=5, margin=0.1, relative_margin=0.1
+    ),
+    "mine_hard_positives": of(96 * MIB, tj.mine_hard_positives, X, Y, k=5),
+    "mine_triplets": of(128 * MIB, tj.mine_triplets, X, Y, k=5),
+    "retrieval.expand_queries": of(72 * MIB, retrieval.expand_queries, X, X, k=5),
+    "retrieval.k_reciprocal_distances": of(
+        256 * MIB, retrieval.k_reciprocal_distances, X, k=20
+    ),
     "memory.create": of(MIB, memory.create, size=N, dim=D),
     "memory.push": of(MIB, memory.push, MEMORY, X, Y),
     "memory.references": of(MIB, memory.references, MEMORY, X, Y),

@@ -1489,7 +1489,7 @@ def test_a_run_goes_on_without_its_options_and_with_moved_data(tmp_path, monkeyp
     # A run that has lost its states does not begin again without a word.
     (out / "summary.json").unlink()
     shutil.rmtree(out / "checkpoints")
-    with pytest.raises(ValueError, match=r"reached step 4 but has no checkpoint"):
+    with pytest.raises(ValueError, match=r"reached step 4, but has no checkpoint"):
         learn.run(again, out, resume=True, progress=False)
     # Nor does one go on with other images.
     Image.new("L", (24, 20), 77).save(moved / "group0" / "kind0" / "0.png")

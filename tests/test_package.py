@@ -57,7 +57,7 @@ CORE = (
     ("_pairwise",),
     ("retrieval", "verification", "collapse"),
     ("mining",),
-    ("losses", "relevance"),
+    ("losses", "relevance", "hard_examples"),
     ("pair_losses",),
     ("softmax_losses", "separable_losses"),
     ("_engine",),

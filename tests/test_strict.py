@@ -78,7 +78,19 @@ CALLS = {
     "mean_valid": lambda: tj.mean_valid(
         tj.batch_all_loss(distances(), Y, reduce_fn=None)
     ),
+    "mine_hard_negatives": lambda: tj.mine_hard_negatives(
+        X, Y, k=3, range_max=9, margin=0.1, relative_margin=0.1, **GALLERY
+    ),
+    "mine_hard_negatives at random": lambda: tj.mine_hard_negatives(
+        X, Y, k=3, range_max=9, key=key()
+    ),
+    "mine_hard_positives": lambda: tj.mine_hard_positives(X, Y, k=3, where=Y > 0),
+    "mine_triplets": lambda: tj.mine_triplets(X, Y, k=2, margin=0.1),
     "retrieval.nearest_neighbors": lambda: tj.retrieval.nearest_neighbors(X, R, 3),
+    "retrieval.expand_queries": lambda: tj.retrieval.expand_queries(X, R, k=3),
+    "retrieval.k_reciprocal_distances": lambda: tj.retrieval.k_reciprocal_distances(
+        X, R, k=5, k1=4, k2=2, where=Y > 0, reference_where=RY > 1
+    ),
     "retrieval.evaluate": lambda: tj.retrieval.evaluate(X, Y),
     "retrieval.evaluate each": lambda: tj.retrieval.evaluate(
         X, Y, **GALLERY, reference_where=DRAW_MASK

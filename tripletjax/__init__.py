@@ -21,6 +21,7 @@ transformations:
 - `tripletjax.pair_losses`: losses of two other shapes, log-sum-exp and separable;
   `tripletjax.softmax_losses` and `tripletjax.separable_losses` name them.
 - `tripletjax.blockwise`: the same straight from embeddings, without a matrix.
+- `tripletjax.hard_examples`: hard examples of a whole data set, without a matrix.
 - `tripletjax.memory`: references from earlier batches.
 - `tripletjax.retrieval`: is it any good. Neighbours and ranking metrics.
 - `tripletjax.verification`: is it any good, same or different. ROC, TAR@FAR, EER.
@@ -34,6 +35,7 @@ from tripletjax import (
     blockwise,
     collapse,
     distances,
+    hard_examples,
     losses,
     memory,
     mining,
@@ -48,6 +50,14 @@ from tripletjax.distances import (
     manhattan,
     normalize,
     squared_euclidean,
+)
+from tripletjax.hard_examples import (
+    Exclusions,
+    HardExamples,
+    HardTriplets,
+    mine_hard_negatives,
+    mine_hard_positives,
+    mine_triplets,
 )
 from tripletjax.losses import (
     SumReduction,
@@ -110,6 +120,9 @@ __all__ = [
     "AnchorPairs",
     "Band",
     "CountedTriplets",
+    "Exclusions",
+    "HardExamples",
+    "HardTriplets",
     "Metric",
     "PairMasks",
     "PairTerms",
@@ -138,6 +151,7 @@ __all__ = [
     "euclidean",
     "generalized_lifted_structure_loss",
     "hard_band",
+    "hard_examples",
     "info_nce_loss",
     "log_sum_exp_loss",
     "losses",
@@ -149,6 +163,9 @@ __all__ = [
     "mean_valid",
     "mean_valid_by_side",
     "memory",
+    "mine_hard_negatives",
+    "mine_hard_positives",
+    "mine_triplets",
     "mining",
     "multi_similarity_loss",
     "nca_loss",

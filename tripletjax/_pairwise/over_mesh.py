@@ -27,6 +27,8 @@ R = TypeVar("R")
 ANCHOR_ROWS = "embeddings", "labels", "positions", "where"
 REFERENCE_ROWS = "references", "reference_labels", "reference_where"
 ROWS = *ANCHOR_ROWS, *REFERENCE_ROWS
+# Arrays that every device has whole.
+WHOLE = "margin", "relative_margin", "key"
 
 # A function from a device's result and the index of its first row to the part that is
 # concatenated over the devices.
@@ -43,6 +45,7 @@ def over_mesh(
     of_device: OfDevice | None = None,
     together: Together | None = None,
     suits: Callable[[dict[str, Any]], bool] | None = None,
+    nonnegative: tuple[str, ...] = ("margin",),
     parameters: Parameters | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Splits the work of a function with `axis_name` over a mesh, wherever it can.
@@ -56,10 +59,15 @@ def over_mesh(
             not given, all devices have the same result.
         suits: a function of the arguments that returns whether to split work on
             Explicit axes. If not given, it is always split.
-        parameters: arguments that are the same on all devices and have gradients, with
-            the check of each. If not given, the margin.
+        nonnegative: numeric options that must be finite and at least 0.
+        parameters: arguments that every device has whole, with the check of each, in
+            place of `WHOLE` and `nonnegative`.
     """
-    checks = {"margin": check_nonnegative} if parameters is None else parameters
+    checks: dict[str, Any] = dict.fromkeys(WHOLE) | dict.fromkeys(
+        nonnegative, check_nonnegative
+    )
+    if parameters is not None:
+        checks = parameters
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         of: Any = function
@@ -78,8 +86,8 @@ def over_mesh(
             options["axis_name"] = axis_name
             names = (*ROWS, *checks)
             arrays = {name: options.pop(name) for name in names if name in options}
-            for name, check in checks.items():
-                if arrays.get(name) is not None:
+            for name in checks.keys() & arrays.keys():
+                if (check := checks[name]) is not None and arrays[name] is not None:
                     check(name, arrays[name])
             arrays = {
                 name: jax.tree.map(jnp.asarray, as_arrays(name, x))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import tripletjax as tj
 from tripletjax.learn import plots
 from tripletjax.learn.data import image_files
-from tripletjax.learn.data.class_folders import find_classes
+from tripletjax.learn.data.class_folders import ClassFolders, find_classes
 from tripletjax.learn.data.folder_listing import printable
 from tripletjax.learn.embedder import ImageEmbedder, load_embedder
 from tripletjax.learn.files import digest_of_image
@@ -109,30 +109,33 @@ def evaluate(
         out = Path(out)
         check_empty(out)
     embedder = load_embedder(run_dir)
-    found = embed_folder(
+    images = embed_folder(
         embedder, folder, keep=GALLERY, classes_from=classes_from, progress=progress
     )
-    notes = [*found.notes, *note_on_seen_names(found.names, embedder.record.seen_names)]
-    notes += filter(None, [note_on_sizes(found.labels)])
-    pairs = verification(found.x, found.labels)
+    notes = [
+        *images.notes,
+        *note_on_seen_names(images.names, embedder.record.seen_names),
+    ]
+    notes += filter(None, [note_on_sizes(images.labels)])
+    pairs = verification(images.x, images.labels)
     report = {
         "what": REPORT,
         "run": str(Path(run_dir).resolve()),
         "data": str(folder.resolve()),
-        "images": len(found.labels),
-        "classes": len(found.names),
-        "retrieval": retrieval(found.x, found.labels),
+        "images": len(images.labels),
+        "classes": len(images.names),
+        "retrieval": retrieval(images.x, images.labels),
         "verification": pairs,
         "collapse": {
             name: number(value)
-            for name, value in tj.collapse.report(found.x)._asdict().items()
+            for name, value in tj.collapse.report(images.x)._asdict().items()
         },
         "notes": notes,
-        "skipped": list(found.skipped),
+        "skipped": list(images.skipped),
     }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        draw(found, pairs, out)
+        draw(images, pairs, out)
         write_report(report, out / "report.json")
     return report
 
@@ -165,71 +168,87 @@ def embed_folder(
     Raises:
         ValueError: if fewer classes have readable images.
     """
-    found = find_classes(folder, classes_from, name_of_file=name_of_file)
+    listing = find_classes(folder, classes_from, name_of_file=name_of_file)
     if choose is not None:
-        paths = (file.relative_to(found.root).as_posix() for file in found.files)
-        both = zip(paths, map(printable, found.classes))
-        found = found.part([i for i, one in enumerate(both) if choose(*one)])
-    draw = np.random.default_rng(0)
-    shown = {*draw.permutation(len(found.files))[:keep].tolist()}
-    x, kept, digests, images, skipped = [], [], [], {}, []
-    skipped += [f"{file.name}: not in a folder of a class" for file in found.loose]
-    skipped += found.skipped
+        paths = (file.relative_to(listing.root).as_posix() for file in listing.files)
+        both = zip(paths, map(printable, listing.classes))
+        listing = listing.part([i for i, one in enumerate(both) if choose(*one)])
+    skipped = [f"{file.name}: not in a folder of a class" for file in listing.loose]
+    skipped += listing.skipped
     entries = len(skipped)
-
-    def read(file: Path) -> Any:
-        return embedder.prepare(image_files.open_image(file))
-
-    bar = tqdm(
-        total=len(found.files), desc="embedding", unit="image", disable=not progress
+    x, kept, images, copies, unreadable = _embed_files(
+        embedder, listing, keep=keep, progress=progress
     )
-    with bar:
-        for indices, made in image_files.read_ahead(found.files, read):
-            whole = []
-            for index, image in zip(indices, made):
-                if isinstance(image, OSError):
-                    skipped.append(f"{printable(found.paths[index])}: {image}")
-                    continue
-                kept.append(index)
-                whole.append(image)
-                digests.append(digest_of_image(np.asarray(image)))
-                if index in shown:
-                    images[len(kept) - 1] = image
-            if whole:
-                x.append(embedder.embed(whole))
-            bar.update(len(indices))
+    skipped += unreadable
     names, labels = np.unique(
-        [printable(found.classes[index]) for index in kept], return_inverse=True
+        [printable(listing.classes[index]) for index in kept], return_inverse=True
     )
     if len(names) < least:
         raise ValueError(
             f"{folder} must have at least {least} folders of readable images, one per "
             f"class, got {len(names)}."
         )
-    notes = [*found.notes, *found.left_out]
-    if copies := len(digests) - len({*digests}):
+    notes = [*listing.notes, *listing.left_out]
+    if copies:
         notes.append(
             f"{copies:,} images are copies of others: within a class they raise the "
             "metrics, between classes they lower them"
         )
-    if images_skipped := len(skipped) - entries:
-        notes.append(f"{images_skipped:,} images are skipped")
+    if unreadable:
+        notes.append(f"{len(unreadable):,} images are skipped")
     if entries:
         notes.append(f"{entries:,} entries that are no images of a class are skipped")
-    rows, vectors = np.array(sorted(images)), np.concatenate(x)
-    if not np.isfinite(vectors).all():
+    if not np.isfinite(x).all():
         raise ValueError("the embedder returned a vector that is not finite.")
+    rows = np.array(sorted(images))
     return Embedded(
-        vectors,
+        x,
         labels.astype(np.int32),
         tuple(map(str, names)),
-        tuple(found.files[index] for index in kept),
-        found.root,
+        tuple(listing.files[index] for index in kept),
+        listing.root,
         rows,
         np.stack([images[row] for row in rows]) if keep else np.zeros((0, 1, 1, 1)),
         tuple(skipped),
         tuple(notes),
     )
+
+
+def _embed_files(
+    embedder: ImageEmbedder, listing: ClassFolders, *, keep: int, progress: bool
+) -> tuple[np.ndarray, list[int], dict[int, np.ndarray], int, list[str]]:
+    """Read and embed the files of a listing, a part at a time.
+
+    Returns:
+        Vectors; the numbers of the readable files; `keep` random images by row of
+        their vectors; the number of images that are copies; and the unreadable files.
+    """
+    order = np.random.default_rng(0).permutation(len(listing.files))
+    shown = {*order[:keep].tolist()}
+    x, kept, digests, images, unreadable = [], [], [], {}, []
+
+    def read(file: Path) -> Any:
+        return embedder.prepare(image_files.open_image(file))
+
+    with tqdm(
+        total=len(listing.files), desc="embedding", unit="image", disable=not progress
+    ) as bar:
+        for indices, results in image_files.read_ahead(listing.files, read):
+            prepared = []
+            for index, image in zip(indices, results):
+                if isinstance(image, OSError):
+                    unreadable.append(f"{printable(listing.paths[index])}: {image}")
+                    continue
+                kept.append(index)
+                prepared.append(image)
+                digests.append(digest_of_image(np.asarray(image)))
+                if index in shown:
+                    images[len(kept) - 1] = image
+            if prepared:
+                x.append(embedder.embed(prepared))
+            bar.update(len(indices))
+    vectors = np.concatenate(x) if x else np.zeros((0, 1), np.float32)
+    return vectors, kept, images, len(digests) - len({*digests}), unreadable
 
 
 def retrieval(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -298,21 +317,21 @@ def histograms(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return same, different, len(rows)
 
 
-def draw(found: Embedded, pairs: dict[str, Any], out: Path) -> None:
+def draw(embedded: Embedded, pairs: dict[str, Any], out: Path) -> None:
     """Draw the pictures of a report."""
-    same, different, rows = histograms(found.x, found.labels)
+    same, different, rows = histograms(embedded.x, embedded.labels)
     title = f"{pairs['positives']:,} same and {pairs['negatives']:,} different pairs"
-    if rows < len(found.labels):
+    if rows < len(embedded.labels):
         title = f"pairs of {rows:,} images with all others"
     plots.distances(same, different, pairs, out / "distances.png", what=title)
     plots.roc(same, different, pairs, out / "roc.png", what=title)
     plots.neighbors(
-        found.images,
-        found.labels[found.shown],
-        {"this embedding": found.x[found.shown]},
-        found.names,
+        embedded.images,
+        embedded.labels[embedded.shown],
+        {"this embedding": embedded.x[embedded.shown]},
+        embedded.names,
         out / "neighbors.png",
-        k=min(8, len(found.shown) - 1),
+        k=min(8, len(embedded.shown) - 1),
     )
 
 

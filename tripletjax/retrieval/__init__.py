@@ -1,4 +1,4 @@
-"""Retrieval: nearest neighbours, ranking metrics, few-shot accuracy, identification.
+"""Retrieval: neighbours, re-ranking, metrics, few-shot accuracy, identification.
 
 Every query ranks the references by distance, the nearest first and ties by the lower
 index. References with the query's label are relevant. A query is never its own
@@ -31,6 +31,7 @@ from tripletjax.retrieval.relevance import (
     score_at_top_k,
     similarity_precision,
 )
+from tripletjax.retrieval.reranking import expand_queries, k_reciprocal_distances
 
 __all__ = [
     "IdentificationMetrics",
@@ -40,7 +41,9 @@ __all__ = [
     "ScoreAtTopK",
     "evaluate",
     "evaluate_identification",
+    "expand_queries",
     "few_shot_accuracy",
+    "k_reciprocal_distances",
     "mean_of_classes",
     "mean_of_queries",
     "nearest_classes",

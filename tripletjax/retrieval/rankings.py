@@ -1,7 +1,7 @@
 """Rankings of references: blocks of queries against tiles of references."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from tripletjax._pairwise.class_index import ClassIndex
 from tripletjax._pairwise.slices import RUN, Blocks, Index
 from tripletjax.distances import Metric, common_offset
 from tripletjax.pairs import PairMasks, Pairs, as_boolean, keep_pairs, match_labels
+
+T = TypeVar("T")
 
 # A block has at most MOST_ROWS queries and PANEL distances; a tile has COLUMNS
 # references.
@@ -160,12 +162,12 @@ class Rankings(NamedTuple):
     def rows(self, x: Array, start: Array) -> Array:
         return lax.dynamic_slice_in_dim(x, start, self.blocks.size)
 
-    def fill(self, function: Callable[[Array], Sequence[Array]]) -> list[Array]:
+    def fill(self, function: Callable[[Array], T]) -> T:
         """Concatenate a function of each block's first query over all blocks."""
         blocks = self.blocks
 
-        def step(_: None, block: Array) -> tuple[None, list[Array]]:
-            return None, list(function(blocks.start(block)))
+        def step(_: None, block: Array) -> tuple[None, T]:
+            return None, function(blocks.start(block))
 
         _, parts = lax.scan(step, None, jnp.arange(blocks.count))
         # The last block may repeat rows of the block before it.
@@ -175,7 +177,7 @@ class Rankings(NamedTuple):
             first = x[:-1].reshape(whole, *x.shape[2:])
             return jnp.concatenate([first, x[-1, whole - blocks.n :]])
 
-        return list(map(joined, parts))
+        return jax.tree.map(joined, parts)
 
     def against(
         self, start: Array, itself: Array
@@ -292,9 +294,8 @@ class Rankings(NamedTuple):
         self, tiles: ReferenceTiles, k: int, start: Array
     ) -> tuple[Array, Array]:
         """Distances and indices of the k nearest references."""
-        # Among equals, top_k returns the lowest index first.
-        near, index = lax.top_k(self._nearness(tiles, start), k)
-        return self._by_differences(start, near, index)
+        values, index = least_of_panel(self._panel(tiles, start), k)
+        return self._by_differences(start, -values, index)
 
     def nearest_of_classes(
         self, tiles: ReferenceTiles, labels: Array, k: int, start: Array
@@ -317,10 +318,17 @@ class Rankings(NamedTuple):
 
         Minus infinity for references that a query does not rank.
         """
-        _, panel = self.scan(
-            start, tiles, lambda _, tile: (None, -_as_floats(tile.keys)), None
-        )
-        return jnp.moveaxis(panel, 1, 0).reshape(self.blocks.size, -1)
+        panel = self._panel(tiles, start)
+        return -jnp.moveaxis(panel, 1, 0).reshape(self.blocks.size, -1)
+
+    def _panel(self, tiles: ReferenceTiles, start: Array) -> Array:
+        """Floats ``[tiles, rows, columns]`` in the order of distances.
+
+        Infinity for references that a query does not rank.
+        """
+        return self.scan(
+            start, tiles, lambda _, tile: (None, as_floats(tile.keys)), None
+        )[1]
 
     def _by_differences(
         self, start: Array, near: Array, index: Array
@@ -414,7 +422,34 @@ def _columns_at(mask: Array, first: Array, count: int) -> Array:
     return lax.dynamic_slice_in_dim(padded, first, count, axis=1)
 
 
-def _as_floats(keys: Array) -> Array:
+def least_of_panel(panel: Array, k: int) -> tuple[Array, Array]:
+    """Find the k least numbers of every row of ``[tiles, rows, columns]``.
+
+    The k least numbers lie in the k runs of columns that have the least minima, so that
+    only the minima of runs and the numbers of k runs are sorted.
+
+    Returns:
+        Numbers and their columns among all tiles ``[rows, k]``, ties by the lower
+        column.
+    """
+    tiles, rows, columns = panel.shape
+    per_tile = columns // RUN
+    runs = panel.reshape(tiles, rows, per_tile, RUN)
+    if k < tiles * per_tile:
+        least = jnp.moveaxis(jnp.min(runs, axis=-1), 1, 0).reshape(rows, -1)
+        # Among equals, top_k returns the lowest index first.
+        chosen = jnp.sort(lax.top_k(-least, k)[1], axis=1)
+        tile, run = jnp.divmod(chosen, per_tile)
+        values = runs[tile, jnp.arange(rows)[:, None], run].reshape(rows, -1)
+        column = (chosen[..., None] * RUN + jnp.arange(RUN)).reshape(rows, -1)
+    else:
+        values = jnp.moveaxis(panel, 1, 0).reshape(rows, -1)
+        column = jnp.broadcast_to(jnp.arange(values.shape[1]), values.shape)
+    near, place = lax.top_k(-values, k)
+    return -near, jnp.take_along_axis(column, place, axis=1)
+
+
+def as_floats(keys: Array) -> Array:
     """Invert `ordered_bits`: floats in the order of keys, infinity for the last key.
 
     XLA finds the least float several times faster than the least integer. Overflowed

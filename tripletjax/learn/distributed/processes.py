@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 Result = TypeVar("Result")
 
-# JAX ends a process that has not heard of another for so many seconds.
+# Seconds without a heartbeat of another process, after which JAX ends this one.
 HEARTBEAT_SECONDS = 20
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from tripletjax.learn import choices
 from tripletjax.learn.data.augment import Augment
 from tripletjax.learn.runs.options import OptionError, check_options, documented, option
-from tripletjax.learn.training.objectives import MINING
+from tripletjax.learn.training.objectives import MARGIN, MINING
 
 # Groups of options, in the order of the help.
 DATA, NETWORK, BATCHES, TRAINING = "data", "network", "batches and loss", "training"
@@ -108,7 +108,7 @@ class Config:
     )
     margin: float = _batches(
         "margin of the triplet loss, in Euclidean distance between unit vectors",
-        default=0.2,
+        default=MARGIN,
         rule="finite and at least 0",
     )
     batch_all_fraction: float = _api(

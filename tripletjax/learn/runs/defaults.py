@@ -108,7 +108,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 FEW_IMAGES = 5000
 # Views of each image whose features a frozen backbone computes.
 VIEWS = 2
-# A trained backbone embeds about so many pixels at a time, and in a batch.
+# Pixels that a trained backbone embeds at a time, and in a batch, about.
 CHUNK_PIXELS, BATCH_PIXELS = 2**20, 2**22
 # Momentum of the slow copy of the network whose embeddings a memory holds.
 MEMORY_MOMENTUM = 0.99

@@ -24,7 +24,7 @@ from tripletjax.learn.runs.options import OptionError, options_of
 from tripletjax.learn.runs.plan import Plan
 from tripletjax.learn.runs.record import ImageRecord, RunRecord
 
-# So many images tell the mean and the standard deviation of all, so many at a time.
+# Sample size for mean and standard deviation, and images read per chunk.
 SAMPLE, LOOK = 4096, 256
 # The largest Euclidean distance of unit vectors.
 FARTHEST = 2.0

@@ -44,7 +44,7 @@ class RunRecord:
     """Everything that a run was made with.
 
     Attributes:
-        requested: what was asked for.
+        requested: the request.
         plan: what was decided.
         images: how images are made ready.
         data_key: a digest of what the run learns from.
@@ -52,7 +52,7 @@ class RunRecord:
         seen_names: of the classes that were trained on, or that the best model was
             chosen by; the others were held out whole.
         skipped: files that could not be used, and why.
-        notes: what else was decided or found.
+        notes: on choices and data.
     """
 
     requested: Config

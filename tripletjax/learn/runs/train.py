@@ -34,6 +34,7 @@ from tripletjax.learn import plots
 from tripletjax.learn.data.image_array import (
     ImageArray,
     KeptFeatures,
+    StoredImages,
 )
 from tripletjax.learn.distributed.placement import Placement
 from tripletjax.learn.files import write_json
@@ -127,7 +128,7 @@ def run(
     Returns:
         The evaluations by name, ``{"raw pixels": ..., "untrained": ..., "trained":
         ...}``, each as from `evaluate` of the task. Raw pixels are left out if the
-        images exceed 256 MiB.
+        images exceed 256 MiB, or do not fit in memory.
 
     Raises:
         RunExistsError: if `out` is not an empty directory, without `resume`.
@@ -355,7 +356,8 @@ def _embeddings_before(
 ) -> dict[str, tasks.Embed]:
     """Embeddings to compare with: raw pixels, and the model before training."""
     embeddings: dict[str, tasks.Embed] = {}
-    if math.prod(task.images.pixels.shape) <= MOST_RAW:
+    pixels = task.images.pixels
+    if not isinstance(pixels, StoredImages) and math.prod(pixels.shape) <= MOST_RAW:
         embeddings[RAW_PIXELS] = _flat
     if not plan.pretrained:
         # In evaluation mode, so that the same program evaluates the trained model.

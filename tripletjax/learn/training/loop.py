@@ -143,7 +143,7 @@ def fit(
         batches: ``batches[step]``, a pure function of the step.
         steps: number of steps.
         loss: of embeddings and labels; or several, each with the step from which it
-            holds, the first from 0. If not given, semi-hard triplets with margin 0.2.
+            holds, the first from 0. If not given, `mined_loss()`.
         augment: from a random key and float images to images.
         seed: of the augmentation.
         ema_decay: of the exponential moving average (EMA) of the parameters, such as

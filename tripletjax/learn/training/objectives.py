@@ -22,12 +22,16 @@ Loss = Callable[..., Array | tuple[Array, dict[str, Array]]]
 
 LABELS = "labels", "reference_labels"
 
+# Default margin of training, in Euclidean distance between unit vectors.
+# `benchmarks/margins.py` compares margins.
+MARGIN = 0.2
+
 
 @functools.lru_cache
 def mined_loss(
     mining: str = "semi-hard",
     *,
-    margin: float = 0.2,
+    margin: float = MARGIN,
     axis_name: AxisName | None = None,
 ) -> Loss:
     """Triplet loss of the triplets mined in a batch.
@@ -64,7 +68,7 @@ def relevance_loss(
     mining: str,
     levels: tuple[tuple[int, ...], ...],
     *,
-    margin: float = 0.2,
+    margin: float = MARGIN,
     axis_name: AxisName | None = None,
 ) -> Loss:
     r"""Weighted mean of a mined loss at each level of a hierarchy of classes.
@@ -110,7 +114,7 @@ def relevance_loss(
 
 
 @functools.lru_cache
-def given_loss(*, margin: float = 0.2, parts: int = 1) -> Loss:
+def given_loss(*, margin: float = MARGIN, parts: int = 1) -> Loss:
     """Mean triplet loss of given triplets, in batches of `sampling.TripletBatches`.
 
     Args:

@@ -16,7 +16,7 @@ from tripletjax.learn.networks.backbones.layers import (
 )
 from tripletjax.learn.networks.weights import Rules
 
-# A bottleneck's block ends in so many times its channels.
+# A bottleneck block multiplies its channels by this factor.
 EXPANSION = 4
 
 
