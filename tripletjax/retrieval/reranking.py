@@ -83,7 +83,7 @@ def expand_queries(
     unit = cosine.inner_products.vectors
     q, partners = unit(queries), unit(references)[indices]
     similarity = jnp.maximum(
-        jnp.einsum("nd,nkd->nk", q, partners, precision="highest"), 0
+        jnp.einsum("qd,qkd->qk", q, partners, precision="highest"), 0
     )
     # Missing neighbours and references that are not finite have no weight.
     exists = (indices >= 0) & jnp.isfinite(similarity)
@@ -91,7 +91,7 @@ def expand_queries(
     weights = similarity ** jnp.asarray(alpha, q.dtype)
     weights = jnp.where(exists, weights, 0)
     partners = jnp.where(exists[..., None], partners, 0)
-    return unit(q + jnp.einsum("nk,nkd->nd", weights, partners, precision="highest"))
+    return unit(q + jnp.einsum("qk,qkd->qd", weights, partners, precision="highest"))
 
 
 @jitted(
