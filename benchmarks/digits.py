@@ -4,7 +4,7 @@
     python benchmarks/digits.py --mining hard --seeds 5
 
 Trains on the first 898 images, less 90 for validation, and evaluates on the
-last 899. All choices are the defaults of `tripletjax.learn.runs.Config`; every seed is
+last 899. All choices are the defaults of `tripletjax.learn.Config`; every seed is
 reported.
 """
 

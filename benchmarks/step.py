@@ -5,7 +5,7 @@
     python benchmarks/step.py --peers
     python benchmarks/step.py --gradients
 
-`EmbeddingResNet` on random colour images: the step of `training.fit` with each mining,
+`EmbeddingResNet` on random colour images: the step of `learn.fit` with each mining,
 beside the same step with a loss that costs nothing (a sum), and beside the loss with
 its gradient alone. Then steps per second of `fit` with one batch that is always at
 hand, with batches drawn by `ImageBatches` from memory, and from disk.

@@ -68,7 +68,7 @@ def jitted(
     keep_dtypes: bool = False,
     check: Callable[..., None] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes a function jitted, mesh-agnostic and strict about its arguments.
+    """Jit a function, mesh-agnostic and strict about its arguments.
 
     Within other jitted functions, `unjitted` calls the function itself.
 
@@ -212,7 +212,7 @@ def unjitted(function: F) -> F:
 
 
 def as_integer(name: str, value: Any) -> int:
-    """Checks a size, of any integer type but bool."""
+    """Check a size, of any integer type but bool."""
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError
@@ -296,10 +296,10 @@ def _array(name: str, leaf: Any) -> Any:
     return leaf
 
 
-def check_nonnegative(name: str, value: Any) -> None:
-    """Raises for a value that is not traced, and not finite or negative."""
+def known_scalar(name: str, value: Any) -> Any:
+    """A checked real scalar, or None if the value is traced."""
     if isinstance(value, jax.core.Tracer):
-        return
+        return None
     number = np.asarray(value)
     if number.dtype.kind not in "fiu" and number.dtype != jnp.bfloat16:
         raise TypeError(f"{name} must be a real number, got {value!r}.")
@@ -308,7 +308,13 @@ def check_nonnegative(name: str, value: Any) -> None:
             f"{name} must be a scalar, got shape {number.shape}; use jax.vmap to sweep "
             "over several."
         )
-    if not math.isfinite(number) or number < 0:
+    return number
+
+
+def check_nonnegative(name: str, value: Any) -> None:
+    """Raise for a scalar that is not traced, and not finite or negative."""
+    number = known_scalar(name, value)
+    if number is not None and (not math.isfinite(number) or number < 0):
         raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
 
 

@@ -64,7 +64,7 @@ from tripletjax._pairwise.batch import (
     for_each_batch,
 )
 from tripletjax._pairwise.mesh import AxisName, gather_terms
-from tripletjax._pairwise.over_mesh import over_mesh
+from tripletjax._pairwise.over_mesh import over_mesh, without_padding
 from tripletjax.distances import Metric, euclidean
 from tripletjax.losses import (
     Hinge,
@@ -115,13 +115,13 @@ def _terms_of_anchors(result: Any, n: int, options: dict[str, Any]) -> Any:
     """The result of a loss over a mesh; terms lose the rows of padding."""
     if options.get("reduce_fn", mean_valid) is not None:
         return result
-    return TripletTerms(*(x[:n] for x in result))
+    return without_padding(result, n, options)
 
 
 def _blockwise_loss(
     *, flags: tuple[str, ...] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes a loss of embeddings jitted, and splits its work over a mesh.
+    """Jit a loss of embeddings, and split its work over a mesh.
 
     Args:
         flags: options that must be booleans.
@@ -460,10 +460,6 @@ def _from_first_row(
     return triplets
 
 
-def _without_padding(triplets: Triplets, n: int, options: dict[str, Any]) -> Triplets:
-    return Triplets(*(x[:n] for x in triplets))
-
-
 def _compacted(
     triplets: CountedTriplets, n: int, options: dict[str, Any]
 ) -> CountedTriplets:
@@ -477,7 +473,7 @@ def _compacted(
     return CountedTriplets(anchor, positive, negative, jnp.arange(size) < count, count)
 
 
-@over_mesh(of_device=_from_first_row, together=_without_padding)
+@over_mesh(of_device=_from_first_row, together=without_padding)
 @jitted(
     callables=("metric",),
     static=("axis_name", "block_size"),

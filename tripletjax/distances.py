@@ -252,7 +252,7 @@ def normalize(x: ArrayLike) -> Array:
 
 
 def as_vectors(*named: tuple[str, ArrayLike], rank: int) -> list[Array]:
-    """Checks ranks and dtypes; at least float32, and one dtype for all."""
+    """Check ranks and dtypes; at least float32, and one dtype for all."""
     arrays = []
     for name, array in named:
         array = jnp.asarray(array)

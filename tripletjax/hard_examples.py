@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from tripletjax._api import jitted
+from tripletjax._api import jitted, known_scalar
 from tripletjax._matrices import (
     check_not_distances,
     ordered_bits,
@@ -23,7 +22,7 @@ from tripletjax._matrices import (
 from tripletjax._pairwise.batch import single_batch
 from tripletjax._pairwise.cancellation import refine
 from tripletjax._pairwise.mesh import AxisName
-from tripletjax._pairwise.over_mesh import over_mesh
+from tripletjax._pairwise.over_mesh import over_mesh, without_padding
 from tripletjax._pairwise.slices import RUN, materialize
 from tripletjax.distances import Metric, cosine, euclidean
 from tripletjax.mining import Triplets
@@ -113,18 +112,10 @@ def _check_options(embeddings: Any, labels: Any, **options: Any) -> None:
     """Check `margin` and `relative_margin` whose values are known."""
     check_not_distances(embeddings, labels, **options)
     for name in ("margin", "relative_margin"):
-        value = options.get(name)
-        if value is None or isinstance(value, jax.core.Tracer):
+        if (value := options.get(name)) is None:
             continue
-        number = np.asarray(value)
-        if number.dtype.kind not in "fiu" and number.dtype != jnp.bfloat16:
-            raise TypeError(f"{name} must be a real number, got {value!r}.")
-        if number.ndim:
-            raise ValueError(
-                f"{name} must be a scalar, got shape {number.shape}; use jax.vmap to "
-                "sweep over several."
-            )
-        if not math.isfinite(number):
+        number = known_scalar(name, value)
+        if number is not None and not math.isfinite(number):
             raise ValueError(f"{name} must be finite, got {value!r}.")
 
 
@@ -136,11 +127,7 @@ def _with_first(triplets: HardTriplets, first: Array) -> HardTriplets:
     return triplets._replace(anchor=triplets.anchor + first)
 
 
-def _without_padding(result: Any, n: int, options: dict[str, Any]) -> Any:
-    return jax.tree.map(lambda x: x[:n], result)
-
-
-@over_mesh(of_device=_same, together=_without_padding, nonnegative=())
+@over_mesh(of_device=_same, together=without_padding, nonnegative=())
 @jitted(
     callables=("metric",),
     flags=("farthest_positive",),
@@ -260,7 +247,7 @@ def mine_hard_negatives(
     return mined.examples
 
 
-@over_mesh(of_device=_same, together=_without_padding)
+@over_mesh(of_device=_same, together=without_padding)
 @jitted(
     callables=("metric",),
     sizes=("k", "range_min", "range_max"),
@@ -343,7 +330,7 @@ def mine_hard_positives(
     return mined.examples
 
 
-@over_mesh(of_device=_with_first, together=_without_padding, nonnegative=())
+@over_mesh(of_device=_with_first, together=without_padding, nonnegative=())
 @jitted(
     callables=("metric",),
     flags=("farthest_positive",),

@@ -189,7 +189,7 @@ def reduced(terms: TripletTerms, reduce_fn: Reduction | None) -> Any:
 
 
 def check_reduction(reduce_fn: Reduction) -> None:
-    """Raises for functions of one array, such as ``jnp.mean`` and ``sum``."""
+    """Raise for functions of one array, such as ``jnp.mean`` and ``sum``."""
     function: Any = reduce_fn
     while isinstance(function, functools.partial):
         function = function.func
@@ -412,7 +412,7 @@ def triplet_margin_loss(
 
 
 def check_indices(triplets: Any, n: int, m: int, *, hint: str) -> None:
-    """Raises for indices that are out of range, if their values are on the host.
+    """Raise for indices that are out of range, if their values are on the host.
 
     Args:
         triplets: the triplets. Any other value is left to `as_triplets`.
@@ -441,7 +441,7 @@ def check_indices(triplets: Any, n: int, m: int, *, hint: str) -> None:
 
 
 def check_triplets(triplets: Triplets, lead: tuple[int, ...], *, of: str) -> None:
-    """Raises for triplets whose shapes or dtypes are wrong.
+    """Raise for triplets whose shapes or dtypes are wrong.
 
     Args:
         triplets: the triplets.
@@ -778,7 +778,7 @@ def batch_all_loss(
 
 
 def count_all(masks: PairMasks, like: Array) -> Array:
-    """How many triplets every anchor has, as a number of some array's dtype."""
+    """Number of triplets of each anchor, in the dtype of an array."""
     positives, negatives = (jnp.sum(mask, axis=-1, dtype=like.dtype) for mask in masks)
     return positives * negatives
 
@@ -929,7 +929,7 @@ def costs_of(
 
 
 def check_elementwise(costs: Array, gaps: Array) -> None:
-    """Raises for costs of a hinge that have another shape than the gaps."""
+    """Raise for costs of a hinge that have another shape than the gaps."""
     if jnp.shape(costs) != gaps.shape:
         raise ValueError(
             f"hinge must be elementwise: for shape {gaps.shape} it returned shape "

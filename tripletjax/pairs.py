@@ -142,7 +142,7 @@ def _masks_of(same: Array, positions: Array | None, square: bool) -> PairMasks:
 
 
 class Pairs(NamedTuple):
-    """Who matches whom, as a caller said it: checked, and with the defaults filled in.
+    """Positive and negative pairs of a call: checked, with the defaults filled in.
 
     The matrix and the blockwise forms, retrieval and verification all begin with it.
 
@@ -176,7 +176,7 @@ class Pairs(NamedTuple):
         where: ArrayLike | None = None,
         reference_where: ArrayLike | None = None,
     ) -> "Pairs":
-        """Checks what is said about pairs.
+        """Check labels or masks, positions and padding.
 
         Args:
             labels, reference_labels, positions, where, reference_where: as in
@@ -226,7 +226,7 @@ class Pairs(NamedTuple):
 
     @classmethod
     def alone(cls, labels: ArrayLike | PairMasks, **options: Any) -> "Pairs":
-        """Checks what is said about pairs where neither distances nor vectors are.
+        """Check labels or masks without distances or vectors.
 
         Args:
             labels: integers ``[..., n]``, or `PairMasks`.

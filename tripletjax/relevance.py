@@ -86,7 +86,7 @@ def relevance_triplets(
     index = jnp.arange(n)
 
     def relevant(anchor: Array) -> tuple[Array, Array]:
-        """How relevant all items are ``[n]``, and which share the category."""
+        """Relevance of all items ``[n]``, and a mask of those in the same category."""
         within = real & (categories == categories[anchor])
         return r[anchor], within & real[anchor] & (index != anchor)
 

@@ -22,7 +22,10 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 import tripletjax as tj
-from tripletjax.learn import augment, models, sampling, training
+from tripletjax import learn
+from tripletjax.learn.data.augment import Augment
+from tripletjax.learn.data.sampling import ImageBatches
+from tripletjax.learn.networks.embedding_networks import EmbeddingCNN
 
 folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 files = [
@@ -54,11 +57,11 @@ for file in files:
     there = FT2Font(str(file)).get_charmap()
     known, unseen = known & set(there), unseen & set(there)
 images, labels = drawn([*map(chr, sorted(known))])
-warp = augment.Augment(shift=0.06, rotation=12, zoom=0.12, shear=0.1, elastic=0.06)
+warp = Augment(shift=0.06, rotation=12, zoom=0.12, shear=0.1, elastic=0.06)
 
-model = models.EmbeddingCNN(64, channels=(16, 32), rngs=nnx.Rngs(0))
-batches = sampling.ImageBatches(images, labels, classes=20, per_class=4)
-lines = training.fit(
+model = EmbeddingCNN(64, channels=(16, 32), rngs=nnx.Rngs(0))
+batches = ImageBatches(images, labels, classes=20, per_class=4)
+lines = learn.fit(
     model, optax.adam(2e-3), batches, steps=300, augment=warp, progress=False
 )
 print([*lines][-1])
@@ -71,7 +74,7 @@ probes, names = drawn([*map(chr, sorted(unseen))])
 bent = np.uint8(255 * warp(jax.random.key(1), jnp.asarray(probes / 255, jnp.float32)))
 views = {
     "pixels": jnp.asarray(bent.reshape(len(bent), -1) / 255, jnp.float32),
-    "trained on other scripts": jnp.asarray(training.embed_images(model, bent)),
+    "trained on other scripts": jnp.asarray(learn.embed_images(model, bent)),
 }
 random = np.random.default_rng(0)
 episodes = []

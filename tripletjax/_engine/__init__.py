@@ -1,1 +1,1 @@
-"""How blockwise losses are summed and differentiated."""
+"""Sums and gradients of blockwise losses."""

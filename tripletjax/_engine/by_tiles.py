@@ -262,7 +262,7 @@ def _add_positives(
     positives: Sequence[Array],
     state: tuple[AllSums, Array | None],
 ) -> tuple[AllSums, Array | None]:
-    """Adds the triplets of some positives with the negatives of a tile.
+    """Add the triplets of some positives with the negatives of a tile.
 
     Args:
         cost, margin: the cost of a triplet, and its margin.
@@ -306,7 +306,7 @@ def _add_positives(
 def vjp_negatives(
     batch: Batch, grads: Gradients, tile: Tile, by_square: Array
 ) -> Gradients:
-    """Adds the gradients by vectors of the half squares of a tile."""
+    """Add the gradients by vectors of the half squares of a tile."""
     if batch.square and not tile.mirrored:
         # The vectors of rows and columns are the same.
         by_square = by_square + by_square.T
@@ -325,7 +325,7 @@ def vjp_positives(
     classes: ClassIndex,
     sizes: BlockSizes,
 ) -> Gradients:
-    """Adds the gradients by vectors of the half squares ``[k, n]`` of positives."""
+    """Add the gradients by vectors of the half squares ``[k, n]`` of positives."""
     n, d = batch.anchors.shape
     y = batch.reference_side[0]
     blocks = Blocks.of(n, sizes.panel // d)

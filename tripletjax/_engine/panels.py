@@ -66,7 +66,7 @@ class ProductPanel(NamedTuple):
         return self._replace(distances=distances, near=near)
 
     def vjp(self, panels: "Panels", by_distance: Array, grads: Gradients) -> Gradients:
-        """Adds the gradients by vectors, from differences for near pairs."""
+        """Add the gradients by vectors, from differences for near pairs."""
         row, form = jnp.arange(len(self.a)), panels.metric.inner_products
         y = panels.batch.reference_side[0]
 
@@ -118,7 +118,7 @@ class PairedPanel(NamedTuple):
         return self
 
     def vjp(self, panels: "Panels", by_distance: Array, grads: Gradients) -> Gradients:
-        """Adds the gradients by vectors."""
+        """Add the gradients by vectors."""
         by_anchor, by_reference = self.pull(by_distance)
         return grads.add(self.start, by_anchor).add_to_references(0, by_reference)
 

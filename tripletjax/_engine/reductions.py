@@ -28,7 +28,7 @@ def sum_in_one_loop(x: Array, axis: int) -> Array:
 
 
 def packed_counts(masks: list[Array], axis: int) -> Array:
-    """How many are true along an axis of a tile, ``[len(masks), n]``.
+    """Numbers of true entries along an axis of a tile, ``[len(masks), n]``.
 
     Several counts share an integer, so that one sum makes them.
     """

@@ -74,7 +74,7 @@ class Nearest(NamedTuple):
     index: Array
 
     def merge(self, k: Index, start: Array, squares: Array, index: Array) -> "Nearest":
-        """Keeps the nearer of old and new negatives; of equals the lower index.
+        """Keep the nearer of old and new negatives; of equals the lower index.
 
         Args:
             k, start: the first row and column that the new negatives belong to.

@@ -45,7 +45,7 @@ class LossSpec:
     sizes: BlockSizes = CPU
 
     def by_platform(self, compute: Callable[["LossSpec"], T], n: int) -> T:
-        """What is computed of n vectors, with the sizes that is best where it runs."""
+        """The computation for n vectors, with the block sizes of the platform."""
 
         def with_cut(sizes: BlockSizes) -> T:
             tile = self.block_size or sizes.tile
@@ -75,17 +75,17 @@ class Gradients(NamedTuple):
         return cls(batch.zeros(batch.anchors.shape), references, batch.zeros())
 
     def add(self, start: Index, rows: Array) -> "Gradients":
-        """Adds to the gradients of a block of anchors."""
+        """Add to the gradients of a block of anchors."""
         return self._replace(anchors=add_rows(self.anchors, start, rows))
 
     def add_to_references(self, start: Index, rows: Array) -> "Gradients":
-        """Adds to the gradients of a block of references."""
+        """Add to the gradients of a block of references."""
         if self.references is None:
             return self.add(start, rows)
         return self._replace(references=add_rows(self.references, start, rows))
 
     def scatter(self, index: Array, rows: Array) -> "Gradients":
-        """Adds to the gradients of references in any order."""
+        """Add to the gradients of references in any order."""
         if self.references is None:
             return self._replace(anchors=self.anchors.at[index].add(rows))
         return self._replace(references=self.references.at[index].add(rows))

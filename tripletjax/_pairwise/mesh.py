@@ -15,7 +15,7 @@ def names_of(axis_name: AxisName) -> tuple[str, ...]:
 
 
 def check_split(x: Array, axis_name: AxisName, *, what: str = "embeddings") -> None:
-    """Checks that every device along some mesh axes has its own rows.
+    """Check that every device along some mesh axes has its own rows.
 
     Raises:
         ValueError: if there are no such axes here, or all devices have the same.

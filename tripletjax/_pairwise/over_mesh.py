@@ -40,6 +40,11 @@ Parameters = dict[str, Callable[[str, Any], Any]]
 Together = Callable[[Any, int, dict[str, Any]], Any]
 
 
+def without_padding(result: Any, n: int, options: dict[str, Any]) -> Any:
+    """A `Together` that keeps the rows of the n anchors, without padding."""
+    return jax.tree.map(lambda x: x[:n], result)
+
+
 def over_mesh(
     *,
     of_device: OfDevice | None = None,
@@ -48,7 +53,7 @@ def over_mesh(
     nonnegative: tuple[str, ...] = ("margin",),
     parameters: Parameters | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Splits the work of a function with `axis_name` over a mesh, wherever it can.
+    """Split the work of a function with `axis_name` over a mesh, wherever it can.
 
     Inside shard_map it is called as it is. Outside, it is mapped over `axis_name` if
     there is a mesh with these axes, and over the axes along which the rows of the

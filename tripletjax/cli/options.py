@@ -363,7 +363,7 @@ class Identify(Options):
         metavar="FOLDER",
     )
     means: bool = option(
-        "compare with the mean of each class in place of every image", default=False
+        "compare with the mean of each class instead of every image", default=False
     )
     fpir: float | None = option(
         "largest share of unknown images that may get a name of this gallery",

@@ -13,7 +13,7 @@ from tripletjax._api import as_integer, jitted, own_promotion
 from tripletjax._pairwise.batch import Batch, single_batch
 from tripletjax._pairwise.class_index import ClassIndex
 from tripletjax._pairwise.mesh import AxisName, gather_terms
-from tripletjax._pairwise.over_mesh import over_mesh
+from tripletjax._pairwise.over_mesh import over_mesh, without_padding
 from tripletjax.distances import Metric, euclidean
 from tripletjax.pairs import PairMasks
 from tripletjax.retrieval.rankings import (
@@ -301,14 +301,14 @@ def _uses_labels(arguments: dict[str, Any]) -> bool:
     return not masked and (each is None or jnp.ndim(each) < 2)
 
 
-def _without_padding(metrics: Any, n: int, options: dict[str, Any]) -> Any:
+def _of_queries(metrics: Any, n: int, options: dict[str, Any]) -> Any:
     """Means as they are; of metrics per query, the first n."""
     if options["reduce_fn"] is not None:
         return metrics
-    return jax.tree.map(lambda x: x[:n], metrics)
+    return without_padding(metrics, n, options)
 
 
-@over_mesh(together=_without_padding, suits=_uses_labels)
+@over_mesh(together=_of_queries, suits=_uses_labels)
 @jitted(
     callables=("metric", "reduce_fn"),
     flags=("first_only",),

@@ -1,4 +1,4 @@
-"""Checks of pairs: distances, and which pairs are of the same class."""
+"""Check of pairs: distances, and which pairs are of the same class."""
 
 import jax.numpy as jnp
 from jax import Array

@@ -28,7 +28,7 @@ class ClassBatchPlan:
 
     @property
     def size(self) -> int:
-        """How many images there are in a batch."""
+        """Number of images in a batch."""
         return self.classes * self.per_class
 
 
@@ -40,7 +40,7 @@ class TripletBatchPlan:
 
     @property
     def size(self) -> int:
-        """How many images there are in a batch."""
+        """Number of images in a batch."""
         return 3 * self.triplets_per_batch
 
 
@@ -103,7 +103,7 @@ class Plan:
     checkpoint_every: int
 
     def view_of(self, shape: Sequence[int]) -> View | None:
-        """What the network sees of images ``height, width, channels``; None if all."""
+        """The view of images ``[height, width, channels]``; None for whole images."""
         multiple = 1 if self.backbone is None else self.backbone.multiple
         view = View.of(shape, self.box, self.size, multiple=multiple)
         whole = self.box == WHOLE and self.size == max(shape[:2])
@@ -113,7 +113,7 @@ class Plan:
 
     @property
     def backbone_training(self) -> str | None:
-        """What of a backbone is trained; None of another network."""
+        """The trained part of a backbone; None for another network."""
         return None if self.backbone is None else self.backbone.training
 
     @property

@@ -18,7 +18,7 @@ SUMMARY = "summary.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageRecord:
-    """How images are made ready for the network.
+    """Preparation of images for the network.
 
     Attributes:
         shape: height, width and channels that every image is fitted to.

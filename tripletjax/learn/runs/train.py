@@ -151,7 +151,7 @@ def run(
     start = preparation.start_of(config, old)
     current, task = preparation.make_plan(config, old, start, out, on, progress)
     # Options of batches that contradict each other fail before a file is written.
-    task.batches(current.plan, on)
+    batches = task.batches(current.plan, on)
     on.of_first(lambda: preparation.write(current, old, start, out))
     if not (out / record.FILE).exists():
         raise FileNotFoundError(
@@ -160,7 +160,9 @@ def run(
         )
     if progress:
         _announce(current, task, on, out)
-    one = _Run(current, task, on, out, tensorboard=tensorboard, progress=progress)
+    one = _Run(
+        current, task, batches, on, out, tensorboard=tensorboard, progress=progress
+    )
     one.begin()
     one.train()
     return one.finish()
@@ -171,6 +173,7 @@ class _Run:
 
     Attributes:
         task: the data, or their features if the backbone is frozen.
+        batches: of the task.
         model: the whole model.
         embeddings: from images to vectors before training, by name.
         before: evaluations of these, in the first process.
@@ -183,6 +186,7 @@ class _Run:
         self,
         current: RunRecord,
         task: tasks.Task,
+        batches: loop.Batches,
         on: Placement,
         out: Path,
         *,
@@ -194,11 +198,12 @@ class _Run:
         self.model = build_model(current)
         if self.plan.pretrained:
             fill_backbone(self.model, current, out)
-        self.task = task
+        self.task, self.batches = task, batches
         if self.plan.frozen:
             self.task = on.in_turn(
                 lambda: _on_features(task, self.model, self.plan, progress=progress)
             )
+            self.batches = self.task.batches(self.plan, on)
         self.embeddings = _embeddings_before(self.task, self.model, self.plan)
         self.log: Any = _Log(out, tensorboard) if on.first else None
         self.checkpoints = Checkpoints(out / "checkpoints")
@@ -230,7 +235,7 @@ class _Run:
             for line in loop.fit(
                 heads.trained_part(self.model, plan.backbone_training),
                 _optimizer(plan),
-                task.batches(plan, self.on),
+                self.batches,
                 steps=plan.steps,
                 loss=task.losses(plan, self.on),
                 mesh=self.on.mesh,

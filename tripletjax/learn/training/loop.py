@@ -340,7 +340,8 @@ class _Loop:
             unit="step",
             disable=not progress,
         )
-        return zip(steps, self.bar)
+        # The bar is exhausted, and closed, with the last batch.
+        return enumerate(self.bar, start=self.start)
 
     def step(
         self, step: int, images: np.ndarray, labels: np.ndarray

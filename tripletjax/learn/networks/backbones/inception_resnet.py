@@ -130,7 +130,7 @@ def _path(shapes: Sequence[Shape], **options: Any) -> nnx.List:
 
 
 class _Block(nnx.Module):
-    """What comes in, and what two or three paths add to it."""
+    """A residual block of two or three paths."""
 
     def __init__(
         self,

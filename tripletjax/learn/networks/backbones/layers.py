@@ -175,7 +175,7 @@ def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
 
 
 def through(layers: Iterable[Any], x: Array) -> Array:
-    """What layers make of x, one after the other."""
+    """Apply layers one after the other."""
     for layer in layers:
         x = layer(x)
     return x
@@ -207,7 +207,7 @@ class Mlp(nnx.Module):
 def cubic_weights(
     size: int, out: int, *, antialias: bool = False, offset: float = 0.0
 ) -> np.ndarray:
-    """What each of `out` pixels has of `size`, as PyTorch interpolates cubically.
+    """Weights of `size` pixels for each of `out`, as PyTorch interpolates cubically.
 
     Args:
         size: of what is interpolated.

@@ -134,7 +134,7 @@ class _Bottleneck(nnx.Module):
 def _shortcut(
     incoming: int, out: int, stride: int, learn_statistics: bool, **options: Any
 ) -> nnx.List:
-    """What adapts what comes in; nothing where that has the shape."""
+    """The projection of a shortcut; empty if the shapes are equal."""
     if stride == 1 and incoming == out:
         return nnx.List([])
     norm = BatchNorm(out, learn_statistics=learn_statistics)
