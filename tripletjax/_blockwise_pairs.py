@@ -130,7 +130,7 @@ def _blockwise(
             raise ValueError(f"block_size must be at least 1, got {block_size}.")
     loss.check_pairs(labels, pairs)
     summed = isinstance(reduce_fn, SumReduction)
-    options = {
+    options: dict[str, Any] = {
         "references": references,
         "axis_name": axis_name,
         **pairs._asdict(),
