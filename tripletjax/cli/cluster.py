@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from tripletjax.apps import clustering
 from tripletjax.apps.clustering import report as clustering_report
 from tripletjax.apps.embedders import embedder_of
@@ -27,13 +25,16 @@ def call(options: Cluster) -> int:
     embedder = embedder_of(options.run)
     threshold, origin = _threshold(options, embedder)
     index, changes = updated_index(options.index, options, embedder)
+    known = None
+    if options.evaluate:
+        known = Gallery.of(index, classes_from=options.classes_from)
     groups = clustering.group_images(index, threshold, progress=True)
     report = clustering_report.make_report(groups, origin)
     report["index"] = search_report.report_changes(index, changes)
-    if options.evaluate:
-        known = Gallery.of(index, classes_from=options.classes_from)
-        rows = np.searchsorted(groups.paths, known.paths)
-        metrics = clustering.evaluate(known.labels, groups.numbers[rows])
+    if known is not None:
+        row_of = {path: row for row, path in enumerate(groups.paths)}
+        numbers = groups.numbers[[row_of[path] for path in known.paths]]
+        metrics = clustering.evaluate(known.labels, numbers)
         report["evaluation"] = {**metrics, "notes": [*known.notes]}
     written: list[Path] = []
     if options.out is not None and sheet is not None:
