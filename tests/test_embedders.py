@@ -13,7 +13,8 @@ from PIL import Image
 from test_export import untrained
 
 from tripletjax import cli
-from tripletjax.apps.embedders import SIDE, open_embedder, vectors_of
+from tripletjax.apps.embedders import open_embedder, vectors_of
+from tripletjax.apps.embedders.functions import SIDE
 from tripletjax.apps.export import export
 from tripletjax.learn import evaluation
 

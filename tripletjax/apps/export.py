@@ -24,7 +24,7 @@ from flax import nnx
 from jax import Array
 from PIL import Image
 
-from tripletjax.apps.onnx_files import METADATA
+from tripletjax.apps.embedders.onnx_files import METADATA
 from tripletjax.learn.data.digits import digits
 from tripletjax.learn.data.folder_listing import find_files
 from tripletjax.learn.data.image_files import open_image

@@ -19,7 +19,7 @@ def call(options: Evaluate) -> int:
         )
     reports.check_empty(out)
     report = evaluation.evaluate(
-        open_embedder(options),
+        options.run or open_embedder(options),
         folder,
         out=out,
         classes_from=options.classes_from,

@@ -15,7 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from tripletjax.apps.vectors import BATCH, check_vectors, describe, to_unit_norm
+from tripletjax.apps.embedders.vectors import (
+    BATCH,
+    check_vectors,
+    describe,
+    to_unit_norm,
+)
 from tripletjax.learn.data.image_shape import ImageSpec, to_rgb
 from tripletjax.learn.files import digest_of, digest_of_file
 
