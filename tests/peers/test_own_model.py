@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = (Path(__file__).parent.parent / "docs" / "your-own-model.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "your-own-model.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,6 @@ def block_with(name):
     return block
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "text"), [("equinox", "equinox as eqx"), ("torch", "torch")]
 )
