@@ -4,11 +4,10 @@ from pathlib import Path
 
 from tripletjax.apps import clustering
 from tripletjax.apps.clustering import report as clustering_report
-from tripletjax.apps.embedders import embedder_of
 from tripletjax.apps.identification import Gallery
 from tripletjax.apps.search import report as search_report
 from tripletjax.apps.verification.calibration import Calibration
-from tripletjax.cli.common import check_new, shown, updated_index
+from tripletjax.cli.common import check_new, open_embedder, shown, updated_index
 from tripletjax.cli.options import Cluster
 from tripletjax.learn import reports
 from tripletjax.learn.embedder import ImageEmbedder
@@ -22,7 +21,7 @@ def call(options: Cluster) -> int:
     target = options.copy_to or options.link_to
     if target is not None:
         clustering_report.check_target(target, options.index)
-    embedder = embedder_of(options.run)
+    embedder = open_embedder(options)
     threshold, origin = _threshold(options, embedder)
     index, changes = updated_index(options.index, options, embedder)
     known = None
@@ -62,7 +61,7 @@ def _threshold(options: Cluster, embedder: ImageEmbedder) -> tuple[float, str]:
     if options.threshold is not None:
         return options.threshold, "threshold of --threshold"
     try:
-        calibration = Calibration.read(options.run, embedder.key)
+        calibration = Calibration.read(options.home, embedder.key)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} Or give --threshold DISTANCE") from None
     chosen = clustering.choose_threshold(calibration)
