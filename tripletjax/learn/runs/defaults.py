@@ -134,7 +134,7 @@ class Start:
         """Image size in pixels; None if it is unset and there are no weights."""
         if config.size is not None or self.digest is None:
             return config.size
-        return self.backbone.of.size
+        return self.backbone.images.size
 
 
 def plan_for_classes(
@@ -478,7 +478,7 @@ def _notes_on_memory(batches: ClassBatchPlan) -> list[str]:
 def _notes_on_backbone(
     start: Start, backbone: BackbonePlan, shape: Sequence[int], size: int
 ) -> list[str]:
-    title, of = start.backbone.title, start.backbone.of
+    title, images = start.backbone.title, start.backbone.images
     trained = {
         "frozen": "the backbone is frozen: a head is trained on its features, "
         f"{backbone.views} of each image",
@@ -491,7 +491,7 @@ def _notes_on_backbone(
         notes = [f"{title}, from scratch"]
     else:
         notes = [*start.notes, trained]
-    mean, std = ([round(x, 3) for x in part] for part in (of.mean, of.std))
+    mean, std = ([round(x, 3) for x in part] for part in (images.mean, images.std))
     notes.append(
         f"the network sees images of {size} pixels, of mean {mean} and deviation {std}"
     )
