@@ -411,7 +411,7 @@ def test_given_triplets_on_kept_features(own_data_dir, folder, resnet, tmp_path)
     ("arguments", "words"),
     [
         (["--backbone", "none.safetensors"], "none.safetensors"),
-        (["--backbone", "pickle.pth"], "is a pickle"),
+        (["--backbone", "pickle.pth"], "file of PyTorch"),
         (
             ["--backbone", "FILE", "--model", "cnn"],
             "--model cannot be combined with --backbone, got 'cnn'",
