@@ -57,6 +57,7 @@ STRICT = {
     "test_compiled_memory",
     "test_contract",
     "test_distances",
+    "test_gradient_caching",
     "test_identification",
     "test_losses",
     "test_memory",

@@ -119,6 +119,19 @@ PAIR_PROGRAMS |= of_pairs(
     positive_cost=lambda d, _: d,
     negative_cost=lambda d, _: jnp.exp(-d),
 )
+
+
+def encoded(params, x):
+    """An encoder with activations of 16 MiB for each of its six layers, in chunks."""
+
+    def encoder(params, x):
+        for layer in params:
+            x = jnp.tanh(jnp.tile(x, 16) @ layer)
+        return x
+
+    return tj.encode_in_chunks(encoder, params, x, chunk_size=256).sum()
+
+
 PAIR_TERMS = tj.PairTerms(TERMS, TERMS, VALUES)
 PROGRAMS = PAIR_PROGRAMS | {
     "mean_of_anchors": of(MIB, tj.mean_of_anchors, PAIR_TERMS),
@@ -131,6 +144,7 @@ PROGRAMS = PAIR_PROGRAMS | {
     "Metric": of_metric(
         MATRIX // 2, tj.Metric(paired=lambda a, b: jnp.sum((a - b) ** 4))
     ),
+    "encode_in_chunks": of_loss(4 * MIB, encoded, [shape(16 * D, D)] * 6, X),
     "normalize": of_loss(4 * MIB, lambda x: tj.normalize(x).sum(), X),
     "pair_masks": of(MIB, tj.pair_masks, Y),
     "batch_hard_triplets": of(MATRIX, tj.batch_hard_triplets, DISTANCES, Y),

@@ -63,7 +63,7 @@ CORE = (
     ("_engine",),
     ("_blockwise_pairs",),
     ("blockwise",),
-    ("memory",),
+    ("memory", "gradient_caching"),
 )
 ROOMS = (
     *CORE,

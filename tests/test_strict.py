@@ -44,6 +44,11 @@ CALLS = {
     "manhattan": lambda: tj.manhattan(X, R),
     "Metric": lambda: tj.Metric(paired=lambda a, b: jnp.max(jnp.abs(a - b)))(X, R),
     "normalize": lambda: tj.normalize(X),
+    "encode_in_chunks": lambda: jax.value_and_grad(
+        lambda w: tj.encode_in_chunks(
+            lambda w, x, key: jnp.matmul(x, w), w, X, chunk_size=9, key=key()
+        ).sum()
+    )(X.T),
     "pair_masks": lambda: tj.pair_masks(Y, RY, **PADDED),
     "batch_hard_triplets": lambda: tj.batch_hard_triplets(distances(), Y),
     "batch_easy_hard_triplets": lambda: tj.batch_easy_hard_triplets(distances(), Y),

@@ -21,6 +21,7 @@ transformations:
 - `tripletjax.pair_losses`: losses of two other shapes, log-sum-exp and separable;
   `tripletjax.softmax_losses` and `tripletjax.separable_losses` name them.
 - `tripletjax.blockwise`: the same straight from embeddings, without a matrix.
+- `tripletjax.gradient_caching`: large batches through an encoder, in chunks.
 - `tripletjax.hard_examples`: hard examples of a whole data set, without a matrix.
 - `tripletjax.memory`: references from earlier batches.
 - `tripletjax.retrieval`: is it any good. Neighbours and ranking metrics.
@@ -35,6 +36,7 @@ from tripletjax import (
     blockwise,
     collapse,
     distances,
+    gradient_caching,
     hard_examples,
     losses,
     memory,
@@ -51,6 +53,7 @@ from tripletjax.distances import (
     normalize,
     squared_euclidean,
 )
+from tripletjax.gradient_caching import encode_in_chunks
 from tripletjax.hard_examples import (
     Exclusions,
     HardExamples,
@@ -148,8 +151,10 @@ __all__ = [
     "distance_weighted_triplets",
     "distances",
     "easy_band",
+    "encode_in_chunks",
     "euclidean",
     "generalized_lifted_structure_loss",
+    "gradient_caching",
     "hard_band",
     "hard_examples",
     "info_nce_loss",
