@@ -60,6 +60,7 @@ STRICT = {
     "test_gradient_caching",
     "test_identification",
     "test_losses",
+    "test_matryoshka",
     "test_memory",
     "test_meshes",
     "test_mining",

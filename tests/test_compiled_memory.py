@@ -242,7 +242,13 @@ PROGRAMS = PAIR_PROGRAMS | {
     "collapse.report": of(8 * MIB, collapse.report, X),
 }
 # These only make a few numbers or another function.
-NO_ARRAYS = {"hard_band", "semi_hard_band", "easy_band", "violating_band"}
+NO_ARRAYS = {
+    "hard_band",
+    "semi_hard_band",
+    "easy_band",
+    "violating_band",
+    "matryoshka_loss",
+}
 # These take more than two seconds to compile.
 SLOW = {
     *(name for name in PAIR_PROGRAMS if name.startswith("blockwise.")),

@@ -63,7 +63,7 @@ CORE = (
     ("_engine",),
     ("_blockwise_pairs",),
     ("blockwise",),
-    ("memory", "gradient_caching"),
+    ("memory", "gradient_caching", "matryoshka"),
 )
 ROOMS = (
     *CORE,

@@ -49,6 +49,9 @@ CALLS = {
             lambda w, x, key: jnp.matmul(x, w), w, X, chunk_size=9, key=key()
         ).sum()
     )(X.T),
+    "matryoshka_loss": lambda: jax.value_and_grad(
+        tj.matryoshka_loss(tj.blockwise.batch_hard_loss, (3, 6), weights=(2.0, 1.0))
+    )(X, Y),
     "pair_masks": lambda: tj.pair_masks(Y, RY, **PADDED),
     "batch_hard_triplets": lambda: tj.batch_hard_triplets(distances(), Y),
     "batch_easy_hard_triplets": lambda: tj.batch_easy_hard_triplets(distances(), Y),

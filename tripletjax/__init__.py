@@ -23,6 +23,7 @@ transformations:
 - `tripletjax.blockwise`: the same straight from embeddings, without a matrix.
 - `tripletjax.gradient_caching`: large batches through an encoder, in chunks.
 - `tripletjax.hard_examples`: hard examples of a whole data set, without a matrix.
+- `tripletjax.matryoshka`: a loss at several prefixes of the vectors.
 - `tripletjax.memory`: references from earlier batches.
 - `tripletjax.retrieval`: is it any good. Neighbours and ranking metrics.
 - `tripletjax.verification`: is it any good, same or different. ROC, TAR@FAR, EER.
@@ -39,6 +40,7 @@ from tripletjax import (
     gradient_caching,
     hard_examples,
     losses,
+    matryoshka,
     memory,
     mining,
     pairs,
@@ -75,6 +77,7 @@ from tripletjax.losses import (
     triplet_loss,
     triplet_margin_loss,
 )
+from tripletjax.matryoshka import matryoshka_loss
 from tripletjax.mining import (
     Band,
     CountedTriplets,
@@ -162,6 +165,8 @@ __all__ = [
     "losses",
     "manhattan",
     "margin_loss",
+    "matryoshka",
+    "matryoshka_loss",
     "mean_active",
     "mean_active_by_side",
     "mean_of_anchors",
