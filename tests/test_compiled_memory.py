@@ -108,6 +108,7 @@ PAIR_LOSSES = (
     "contrastive_loss",
     "margin_loss",
     "sigmoid_loss",
+    "smooth_ap_loss",
 )
 PAIR_PROGRAMS = {}
 for loss in PAIR_LOSSES:

@@ -174,6 +174,7 @@ for name in ("batch_all_loss", "batch_hard_loss", "batch_semi_hard_loss"):
 
 
 PAIR_LOSSES = (
+    "smooth_ap_loss",
     "supcon_loss",
     "nt_xent_loss",
     "decoupled_contrastive_loss",
@@ -215,7 +216,7 @@ for name in (*PAIR_LOSSES, *GENERAL):
     CALLS[f"blockwise.{name}"] = functools.partial(
         gradient, blockwise, Y, **GALLERY, **options
     )
-    if name not in PAIR_LOSSES[10:]:
+    if name not in PAIR_LOSSES[-4:]:
         CALLS[f"blockwise.{name} of terms"] = functools.partial(
             gradient,
             blockwise,

@@ -20,6 +20,7 @@ transformations:
 - `tripletjax.losses`: what it costs. Triplet losses and their reductions.
 - `tripletjax.pair_losses`: losses of two other shapes, log-sum-exp and separable;
   `tripletjax.softmax_losses` and `tripletjax.separable_losses` name them.
+- `tripletjax.smooth_ap`: average precision with smooth ranks.
 - `tripletjax.blockwise`: the same straight from embeddings, without a matrix.
 - `tripletjax.gradient_caching`: large batches through an encoder, in chunks.
 - `tripletjax.hard_examples`: hard examples of a whole data set, without a matrix.
@@ -106,6 +107,7 @@ from tripletjax.pair_losses import (
 from tripletjax.pairs import PairMasks, pair_masks
 from tripletjax.relevance import relevance_triplets
 from tripletjax.separable_losses import contrastive_loss, margin_loss, sigmoid_loss
+from tripletjax.smooth_ap import smooth_ap_loss
 from tripletjax.softmax_losses import (
     arcface_loss,
     circle_loss,
@@ -192,6 +194,7 @@ __all__ = [
     "semi_hard_band",
     "separable_loss",
     "sigmoid_loss",
+    "smooth_ap_loss",
     "squared_euclidean",
     "supcon_loss",
     "triplet_loss",
