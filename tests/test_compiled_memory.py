@@ -65,13 +65,13 @@ def of(limit: int, function: Callable, *arguments: Any, **options: Any) -> Progr
     return Program(limit, partial(function, **options), arguments)
 
 
-def of_pairs(name: str, **options: Any) -> dict[str, Program]:
-    """Both forms of a log-sum-exp or separable loss."""
+def of_pairs(name: str, most: int = 32 * MIB, **options: Any) -> dict[str, Program]:
+    """Both forms of a loss of pairs; the form without a matrix uses at most `most`."""
     matrix, embeddings = getattr(tj, name), getattr(blockwise, name)
     if name not in TWO_SIDES:
         return {
             name: of_loss(6 * MATRIX, matrix, DISTANCES, Y, **options),
-            f"blockwise.{name}": of_loss(32 * MIB, embeddings, X, Y, **options),
+            f"blockwise.{name}": of_loss(most, embeddings, X, Y, **options),
         }
 
     def by_matrix(distances, y, labels):
@@ -83,7 +83,7 @@ def of_pairs(name: str, **options: Any) -> dict[str, Program]:
 
     return {
         name: of_loss(6 * MATRIX, by_matrix, DISTANCES, Y, Y),
-        f"blockwise.{name}": of_loss(32 * MIB, by_blocks, X, Y, X, Y),
+        f"blockwise.{name}": of_loss(most, by_blocks, X, Y, X, Y),
     }
 
 
@@ -108,11 +108,12 @@ PAIR_LOSSES = (
     "contrastive_loss",
     "margin_loss",
     "sigmoid_loss",
-    "smooth_ap_loss",
 )
 PAIR_PROGRAMS = {}
 for loss in PAIR_LOSSES:
     PAIR_PROGRAMS |= of_pairs(loss)
+# Panels of large classes have ranks and their gradients beside the distances.
+PAIR_PROGRAMS |= of_pairs("smooth_ap_loss", most=40 * MIB)
 PAIR_PROGRAMS |= of_pairs(
     "log_sum_exp_loss", logit=lambda d, _: -d, cost=pairs_terms
 ) | of_pairs(

@@ -459,9 +459,7 @@ def test_losses_of_users(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["supcon", "sigmoid", "multi_similarity", "smooth_ap"]
-)
+@pytest.mark.parametrize("name", ["supcon", "sigmoid", "multi_similarity", "smooth_ap"])
 def test_terms_add_up(name):
     """Sums of the terms of two halves of the anchors make the loss of all."""
     loss = LOSSES[name][0]
