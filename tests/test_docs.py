@@ -28,7 +28,14 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in P
 
 
 # Pages that take longer than all others together.
-SLOW = ("training", "verification", "evaluation", "large-batches", "collapse")
+SLOW = (
+    "training",
+    "verification",
+    "evaluation",
+    "large-batches",
+    "gradient-caching",
+    "collapse",
+)
 SLOWEST = ("meshes", "composing", "pairs")
 
 

@@ -97,7 +97,7 @@ def test_auxiliary_results_and_pytrees():
     assert_same(got, expected)
 
 
-@pytest.mark.parametrize("chunk_size", [4, 7, 99])
+@pytest.mark.parametrize("chunk_size", unless_slow([4, 7, 99], [4]))
 def test_dropout_is_the_same_in_both_passes(chunk_size):
     """Each chunk has its key, which the gradient uses again."""
     key, size = jax.random.key(1), min(chunk_size, N)
@@ -136,7 +136,7 @@ def test_keys_of_items_do_not_depend_on_the_chunks():
         assert_same(got, expected)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", unless_slow([False, True], [True]))
 def test_two_sides(shared):
     """Queries and documents, of different numbers, with one encoder or with two."""
     documents = np.concatenate([Y, X[:5] + 1])

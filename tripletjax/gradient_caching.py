@@ -3,7 +3,7 @@ r"""Gradient caching: batches whose embeddings fit into memory, but not the acti
 The loss of a batch needs all embeddings at once. The activations of the encoder need
 not exist at once: the encoder embeds one chunk after the other and keeps the embeddings
 alone. On the way back it computes the activations of each chunk again. The gradient is
-exact, for any loss and any encoder of one item at a time.
+exact, for any loss and any encoder of single items.
 """
 
 import functools
