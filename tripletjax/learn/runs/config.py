@@ -133,6 +133,12 @@ class Config:
         default="classes",
         choices=choices.RELEVANCE,
     )
+    rounds: int = _batches_of_classes(
+        "number of times that training stops to mine the classes that the model "
+        "confuses, which come into a batch together from there on",
+        default=0,
+        rule="at least 0",
+    )
     memory: int = _batches_of_classes(
         "number of embeddings of earlier batches in the cross-batch memory",
         default=0,
@@ -183,6 +189,12 @@ class Config:
                 "{memory_momentum} requires {memory}, got "
                 f"{self.memory_momentum!r}."
             )
+        for name, value in (("relevance", "classes"), ("class_sampling", "uniform")):
+            if self.rounds and getattr(self, name) != value:
+                raise OptionError(
+                    f"{{rounds}} requires {{{name}}} {value}, got "
+                    f"{getattr(self, name)}."
+                )
         if self.backbone is not None:
             excluded = "model", "head", "channels", "stride"
             rule = "cannot be combined with {backbone}"
