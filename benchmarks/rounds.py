@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from tripletjax import learn
+from tripletjax.cli import compile_cache
 
 METRICS = "map_at_r", "r_precision", "recall_at_1"
 OPTIONS = "size", "classes", "per_class", "rotation_classes", "model", "mining"
@@ -35,6 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     given = {name: getattr(arguments, name) for name in OPTIONS}
     options = {name: value for name, value in given.items() if value is not None}
+    compile_cache.keep_programs()
     with tempfile.TemporaryDirectory() as directory:
         folder, root = arguments.data, Path(directory)
         if folder.suffix == ".zip":

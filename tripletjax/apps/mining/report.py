@@ -85,11 +85,11 @@ def _write_rows(file: Path, header: list[str], rows: Iterable[Iterable[Any]]) ->
         writer.writerows(rows)
 
 
-def draw(mining: Mining, out: Path) -> None:
+def draw(mining: Mining, out: Path, *, most: int = PICTURED) -> None:
     """Draw the likeliest label errors, each in a row with its nearest images."""
     images = mining.images
     rows = []
-    for image in mining.label_errors.images[:PICTURED].tolist():
+    for image in mining.label_errors.images[:most].tolist():
         nearest = mining.neighbors[image, :NEIGHBORS].tolist()
         pictures = [thumbnail(images.files[i]) for i in (image, *nearest)]
         hits = [
