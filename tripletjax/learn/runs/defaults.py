@@ -22,13 +22,13 @@ from tripletjax.learn.data.image_shape import WHOLE, Box
 from tripletjax.learn.data.triplet_files import TripletDataset
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.runs.config import Config
-from tripletjax.learn.runs.options import OptionError
 from tripletjax.learn.runs.plan import (
     BackbonePlan,
     ClassBatchPlan,
     Plan,
     TripletBatchPlan,
 )
+from tripletjax.learn.training.losses import find_loss
 
 # Data have many classes from this number on, which take longer to learn.
 MANY = 32
@@ -259,21 +259,17 @@ def _plan_batches(
     per_class = config.per_class or recipe.per_class
     # Momentum 0 stands for the network itself, whose embeddings are soon out of date.
     momentum = _either(config.memory_momentum, MEMORY_MOMENTUM) or None
-    in_batch = config.classes or min(turns * classes, max(2, batch // per_class))
-    if config.rounds and in_batch >= turns * classes:
-        raise OptionError(
-            f"{{rounds}} requires {{classes}} below {turns * classes}, the number of "
-            f"classes, got {in_batch}: a batch would hold all of them."
-        )
     return ClassBatchPlan(
-        mining=config.mining,
+        loss=config.loss,
+        temperature=_number(config, "temperature"),
+        scale=_number(config, "scale"),
+        learn_loss=config.learn_loss,
         batch_all_fraction=config.batch_all_fraction,
-        classes=in_batch,
+        classes=config.classes or min(turns * classes, max(2, batch // per_class)),
         per_class=per_class,
         class_sampling=config.class_sampling,
         relevance=config.relevance,
         rotation_classes=turns,
-        rounds=config.rounds,
         memory=config.memory,
         memory_warmup=config.memory_warmup if config.memory else 0.0,
         memory_momentum=momentum if config.memory else None,
@@ -334,7 +330,7 @@ def _plan(
         mirror=mirror,
         bfloat16=config.bfloat16,
         augment=augment,
-        margin=config.margin,
+        margin=_number(config, "margin"),
         steps=steps,
         seed=config.seed,
         learning_rate=_either(config.learning_rate, recipe.learning_rate),
@@ -508,6 +504,11 @@ def _notes_on_backbone(
     if max(shape[:2]) < size:
         notes.append(f"images of {shape[0]} x {shape[1]} pixels are enlarged for it")
     return notes
+
+
+def _number(config: Config, name: str) -> float | None:
+    """The requested margin, temperature or scale, or the default of the loss."""
+    return _either(getattr(config, name), find_loss(config.loss).numbers.get(name))
 
 
 def _either(requested: T | None, default: T) -> T:

@@ -5,7 +5,7 @@ A task has its batches, its losses and its evaluation.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +22,13 @@ from tripletjax.learn.data.image_array import (
 )
 from tripletjax.learn.distributed.placement import ONE_DEVICE, Placement
 from tripletjax.learn.networks.embedding import embed_images
-from tripletjax.learn.runs import defaults, rounds
+from tripletjax.learn.runs import defaults
 from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.defaults import Start
 from tripletjax.learn.runs.plan import ClassBatchPlan, Plan, TripletBatchPlan
 from tripletjax.learn.training import loop, objectives
+from tripletjax.learn.training.losses import find_loss
+from tripletjax.learn.training.optimizer import learning_rates
 from tripletjax.learn.training.selection import (
     Validation,
     class_means,
@@ -110,15 +112,6 @@ class LabelTask:
             train = train.part(np.flatnonzero(np.isin(train.labels, several)))
         return train
 
-    def first_steps(self, plan: Plan) -> list[int]:
-        """First steps of the rounds that begin with mining."""
-        return rounds.first_steps(plan.steps, _batches_of(plan, ClassBatchPlan).rounds)
-
-    def mine_round(self, plan: Plan, embed: Embed, step: int) -> rounds.Round:
-        """Mine the training images for the round that begins with a step."""
-        train = self._trained(_batches_of(plan, ClassBatchPlan))
-        return rounds.mine_round(embed(train.images), train.labels, step)
-
     def _levels(self, of: ClassBatchPlan) -> np.ndarray:
         """Groups ``[levels, k]`` of the labels of batches, none but by folders."""
         labels = np.unique(self._trained(of).labels)
@@ -127,60 +120,49 @@ class LabelTask:
         levels = hierarchy.levels_of([self.label_names[label] for label in labels])
         return hierarchy.with_turns(levels, of.rotation_classes)
 
-    def batches(
-        self,
-        plan: Plan,
-        on: Placement = ONE_DEVICE,
-        mined: Sequence[rounds.Round] = (),
-    ) -> loop.Batches:
-        """Batches of all rounds so far, or the parts of this process."""
+    def batches(self, plan: Plan, on: Placement = ONE_DEVICE) -> loop.Batches:
+        """Batches, or the parts of this process."""
         of = _batches_of(plan, ClassBatchPlan)
         _check_splits(on, "classes * per_class", of.classes * of.per_class)
         train, levels = self._trained(of), self._levels(of)
+        return sampling.ImageBatches(
+            train.images,
+            train.labels,
+            of.classes,
+            of.per_class,
+            plan.seed,
+            of.rotation_classes,
+            of.class_sampling,
+            on.shard,
+            groups=levels[0] if len(levels) else None,
+        )
 
-        def batches_of(groups: np.ndarray | None) -> loop.Batches:
-            return sampling.ImageBatches(
-                train.images,
-                train.labels,
-                of.classes,
-                of.per_class,
-                plan.seed,
-                of.rotation_classes,
-                of.class_sampling,
-                on.shard,
-                groups=groups,
-            )
-
-        first = batches_of(levels[0] if len(levels) else None)
-        if not mined:
-            return first
-        later = [
-            (
-                one.step,
-                batches_of(hierarchy.with_turns(np.array([one.groups]), turns)[0]),
-            )
-            for one in mined
-            for turns in [of.rotation_classes]
-        ]
-        return rounds.RoundBatches([(0, first), *later])
-
-    def losses(
-        self, plan: Plan, on: Placement = ONE_DEVICE
-    ) -> list[tuple[int, objectives.Loss]]:
-        """Losses, with the steps from which they hold."""
-        options: dict[str, Any] = {"margin": plan.margin, "axis_name": on.axis_name}
+    def loss(self, plan: Plan, on: Placement = ONE_DEVICE) -> objectives.Objective:
+        """The loss, or several with the steps from which they hold."""
         of = _batches_of(plan, ClassBatchPlan)
+        options: dict[str, Any] = {"margin": plan.margin, "axis_name": on.axis_name}
         levels = tuple(map(tuple, self._levels(of).tolist()))
-
-        def loss(mining: str) -> objectives.Loss:
-            if not levels:
-                return objectives.mined_loss(mining, **options)
-            return objectives.relevance_loss(mining, levels, **options)
-
+        if levels:
+            make = functools.partial(
+                objectives.relevance_loss, levels=levels, **options
+            )
+        else:
+            options |= {"temperature": of.temperature, "scale": of.scale}
+            make = functools.partial(objectives.batch_loss, **options)
+        if of.learn_loss or find_loss(of.loss).class_vectors:
+            labels = np.unique(self._trained(of).labels)
+            return objectives.learned_loss(
+                of.loss,
+                classes=len(labels) * of.rotation_classes,
+                dim=plan.dim,
+                learning_rate=learning_rates(plan.learning_rate, plan.steps),
+                seed=plan.seed,
+                **options,
+            )
         warm = int(of.batch_all_fraction * plan.steps)
-        if of.mining != "hard" or warm == 0:
-            return [(0, loss(of.mining))]
-        return [(0, loss("all")), (warm, loss(of.mining))]
+        if of.loss != "hard" or warm == 0:
+            return make(of.loss)
+        return [(0, make("all")), (warm, make(of.loss))]
 
     def evaluate(self, embed: Embed) -> dict[str, Any]:
         """Evaluate an embedding on the test images, in percent.
@@ -337,10 +319,9 @@ class TripletTask:
             self.images, self.dataset.train, of.triplets_per_batch, plan.seed, on.shard
         )
 
-    def losses(
-        self, plan: Plan, on: Placement = ONE_DEVICE
-    ) -> list[tuple[int, objectives.Loss]]:
-        return [(0, objectives.given_loss(margin=plan.margin, parts=on.processes))]
+    def loss(self, plan: Plan, on: Placement = ONE_DEVICE) -> objectives.Objective:
+        assert plan.margin is not None
+        return objectives.given_loss(margin=plan.margin, parts=on.processes)
 
     def evaluate(self, embed: Embed) -> dict[str, Any]:
         """Evaluate an embedding: the share of test triplets in the right order.

@@ -4,7 +4,6 @@ A run directory holds
 
 - ``config.json``: the request, and every choice that was made (`RunRecord`);
 - ``backbone.safetensors``: a copy of the weights that the run began with, if any;
-- ``rounds.json``: groups of classes of each round, if requested (`rounds`);
 - ``metrics.jsonl``: records of metrics, validations and evaluations;
 - ``checkpoints/``: the last two states, to go on from;
 - ``best/``: the model that the rule of `selection` keeps, at each of the last two
@@ -43,7 +42,7 @@ from tripletjax.learn.networks import heads
 from tripletjax.learn.networks.embedding import as_floats, embed_images
 from tripletjax.learn.networks.embedding_networks import Standardized
 from tripletjax.learn.networks.weights import Frozen
-from tripletjax.learn.runs import preparation, record, rounds, tasks
+from tripletjax.learn.runs import preparation, record, tasks
 from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.model import build_model, fill_backbone, load_model
 from tripletjax.learn.runs.plan import ClassBatchPlan, Plan
@@ -230,73 +229,33 @@ class _Run:
         self.log.begin_again(self.plan, progress=self.progress)
 
     def train(self) -> None:
-        """Train the model to the last step, and mine classes before each round."""
-        task, plan, tx = self.task, self.plan, _optimizer(self.plan)
+        """Train the model to the last step."""
+        plan, task = self.plan, self.task
         with Interrupts() as interrupts:
-            if isinstance(task, tasks.LabelTask):
-                for end in task.first_steps(plan):
-                    # After a later checkpoint, the groups are in the file.
-                    if max(self.checkpoints.steps, default=0) <= end:
-                        self._train_to(end, tx, interrupts)
-                        self._mine(task, end)
-            self._train_to(plan.steps, tx, interrupts)
-
-    def _train_to(
-        self, end: int, tx: optax.GradientTransformation, interrupts: Interrupts
-    ) -> None:
-        """Train the model to a step, and save its state there."""
-        plan, task, batches = self.plan, self.task, self.batches
-        if isinstance(task, tasks.LabelTask) and (firsts := task.first_steps(plan)):
-            reached = max(self.checkpoints.steps, default=0)
-            mined = self.on.of_first(lambda: rounds.read_rounds(self.out))
-            if reached > firsts[0] and not mined:
-                raise FileNotFoundError(
-                    f"{self.out / rounds.FILE} does not exist, but the run reached "
-                    f"step {reached}: restore the file, or begin in another directory."
-                )
-            batches = task.batches(plan, self.on, mined)
-        for line in loop.fit(
-            heads.trained_part(self.model, plan.backbone_training),
-            tx,
-            batches,
-            steps=end,
-            loss=task.losses(plan, self.on),
-            mesh=self.on.mesh,
-            augment=AnyView() if plan.frozen else plan.augment,
-            seed=plan.seed,
-            ema_decay=plan.ema_decay,
-            **_memory_options(plan),
-            embed_chunk_size=plan.embed_chunk_size,
-            log_every=plan.log_every,
-            validate=task.validate,
-            validate_every=plan.validate_every,
-            validation_classes=task.validation_classes,
-            checkpoints=self.checkpoints,
-            checkpoint_every=plan.checkpoint_every,
-            kept_model=self.kept_model,
-            interrupts=interrupts,
-            progress=self.progress,
-        ):
-            if self.log is not None:
-                self.log.add_record(line)
-
-    def _mine(self, task: tasks.LabelTask, step: int) -> None:
-        """Mine the training images for the batches from a step on."""
-        trained = heads.trained_part(self.model, self.plan.backbone_training)
-        embed = functools.partial(embed_images, trained)
-
-        def mine() -> None:
-            new = task.mine_round(self.plan, embed, step)
-            rounds.write_round(self.out, new)
-            if self.progress:
-                print(
-                    f"- step {step}: {len({*new.groups}):,} groups of classes; "
-                    f"{100 * new.nearer:.1f} % of the training images have a negative "
-                    "nearer than the nearest positive",
-                    flush=True,
-                )
-
-        self.on.of_first(mine)
+            for line in loop.fit(
+                heads.trained_part(self.model, plan.backbone_training),
+                _optimizer(plan),
+                self.batches,
+                steps=plan.steps,
+                loss=task.loss(plan, self.on),
+                mesh=self.on.mesh,
+                augment=AnyView() if plan.frozen else plan.augment,
+                seed=plan.seed,
+                ema_decay=plan.ema_decay,
+                **_memory_options(plan),
+                embed_chunk_size=plan.embed_chunk_size,
+                log_every=plan.log_every,
+                validate=task.validate,
+                validate_every=plan.validate_every,
+                validation_classes=task.validation_classes,
+                checkpoints=self.checkpoints,
+                checkpoint_every=plan.checkpoint_every,
+                kept_model=self.kept_model,
+                interrupts=interrupts,
+                progress=self.progress,
+            ):
+                if self.log is not None:
+                    self.log.add_record(line)
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the kept model, draw, and write the summary."""
@@ -352,12 +311,7 @@ def _announce(current: RunRecord, task: tasks.Task, on: Placement, out: Path) ->
 
 
 def _optimizer(plan: Plan) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=plan.learning_rate,
-        warmup_steps=min(50, plan.steps // 10),
-        decay_steps=plan.steps,
-    )
+    schedule = optimizer.learning_rates(plan.learning_rate, plan.steps)
     if plan.pretrained and not plan.frozen:
         return optimizer.slow_backbone(schedule, plan.weight_decay)
     return optax.adamw(schedule, weight_decay=plan.weight_decay)
