@@ -427,7 +427,8 @@ class Mine(Options):
         rule="finite",
     )
     relative_margin: float | None = option(
-        "the same difference, as a share of the distance of the positive",
+        "least difference between the distances of the negative and of the positive, "
+        "as a share of that of the positive",
         rule="finite",
     )
     farthest_positive: bool = option(

@@ -34,11 +34,18 @@ class Files(NamedTuple):
 
     @classmethod
     def beside(cls, triplets: Path, report: Path | None = None) -> "Files":
-        """The files beside the one of triplets; the report may be another."""
+        """The files beside the one of triplets; the report may be another.
+
+        Raises:
+            ValueError: if the report is one of the other files.
+        """
         stem = triplets.with_suffix("").name
         names = f"{stem}.json", f"{stem}_label_errors.csv", f"{stem}_label_errors.png"
         beside, *others = (triplets.with_name(name) for name in names)
-        return cls(triplets, report or beside, *others)
+        files = cls(triplets, report or beside, *others)
+        if len({path.resolve() for path in files}) < len(files):
+            raise ValueError(f"the report must be a file of its own, got {report}.")
+        return files
 
 
 def write(mining: Mining, files: Files) -> list[Path]:
