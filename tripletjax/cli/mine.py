@@ -1,9 +1,8 @@
 """``tripletjax mine``."""
 
 from tripletjax.apps import mining
-from tripletjax.apps.embedders import embedder_of
 from tripletjax.apps.mining import report as mining_report
-from tripletjax.cli.common import check_new, shown
+from tripletjax.cli.common import check_new, open_embedder, shown
 from tripletjax.cli.options import Mine
 
 
@@ -11,7 +10,7 @@ def call(options: Mine) -> int:
     files = mining_report.Files.beside(options.out, options.json)
     check_new(*files)
     result = mining.mine(
-        embedder_of(options.run),
+        open_embedder(options),
         options.data,
         k=options.k,
         range_min=options.range_min,
