@@ -1,4 +1,4 @@
-"""Applications of an embedder: search, verify, identify, cluster, serve, export.
+"""Applications of an embedder: search, verify, identify, cluster, mine, serve, export.
 
 Every application takes a run directory, or any function from images to vectors. The
 extras ``train`` and ``search`` are required, and ``serve`` or ``export`` for these:
@@ -18,6 +18,7 @@ __all__ = [
     "export",
     "identification",
     "images",
+    "mining",
     "search",
     "serve",
     "verification",
