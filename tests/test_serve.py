@@ -109,6 +109,20 @@ def test_groups_and_near_duplicates_of_the_index(app):
     assert dataclasses.replace(app, calibration=None).group_threshold == 0.5
 
 
+def test_likely_label_errors_of_the_index(app, root):
+    moved = shutil.copytree(root / "pictures", root / "moved")
+    wrong = moved / "group0" / "kind0" / "0.png"
+    wrong.rename(moved / "group1" / "kind5" / "wrong.png")
+    index = search.Index(moved, root / "database", EMBEDDER)
+    index.update()
+    text, pictures = serve.App.of(index, calibration=None).label_errors()
+    assert text.startswith("Likely label errors: 1 of 24 images.")
+    assert len(pictures) == 2
+    assert re.fullmatch(r"ratio 0\.\d\d kind5", pictures[0][1])
+    assert pictures[1][1] == "nearest kind0"
+    assert app.label_errors()[0].startswith("Likely label errors: 0 of 24 images.")
+
+
 def test_without_a_threshold_it_says_so(app, root):
     plain = dataclasses.replace(app, calibration=None)
     image = app.read_image(str(app.index.file_of(app.paths[0])))
@@ -124,6 +138,8 @@ def test_without_a_threshold_it_says_so(app, root):
         serve.RequestError, match="one folder per class; the index has none"
     ):
         without_classes.identify(image)
+    with pytest.raises(serve.RequestError, match="Label errors require one folder"):
+        without_classes.label_errors()
     with pytest.raises(ValueError, match="one folder per class"):
         serve.App.of(app.index, calibration=None, gallery_index=index)
 
@@ -248,6 +264,9 @@ def test_the_page_in_a_browser(address, root, tmp_path):
             wait.until(
                 lambda b, element=element: len(images(f"{element}-images")) == 24
             )
+        tab("Label errors")
+        click(lambda: browser.find_element(By.ID, "labels-show"))
+        check_text("labels-message", "of 24 images")
         # Nothing comes from elsewhere.
         hosts = {
             url.split("/")[2] for url in asked_for(browser) if url.startswith("http")

@@ -24,9 +24,11 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
-from tripletjax.apps import clustering, identification, verification
+import tripletjax as tj
+from tripletjax.apps import clustering, identification, mining, verification
 from tripletjax.apps.embedders import vectors_of
 from tripletjax.apps.images import shrink, thumbnail
+from tripletjax.apps.mining.label_errors import NEIGHBORS
 from tripletjax.apps.search.index import DUPLICATE_DISTANCE, Index
 from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.learn.data.image_files import ImageError, ImageTooLargeError, open_image
@@ -245,6 +247,40 @@ class App:
         text = f"Groups of near-duplicates: {len(groups):,}, of {count:,} images."
         return text, groups[:MAX_RESULTS]
 
+    def label_errors(self) -> tuple[str, Pictures]:
+        """Describe likely label errors, and show each beside the nearest other class.
+
+        Raises:
+            RequestError: if the index has no class folders, or fewer than two images.
+        """
+        try:
+            known = identification.Gallery.of(self.index)
+        except ValueError:
+            raise RequestError(
+                "Label errors require one folder per class; the index has none."
+            ) from None
+        x, labels, n = known.vectors, known.labels, len(known.paths)
+        if len(known.names) < 2:
+            raise RequestError("Label errors require at least two classes.")
+        distances, neighbors = tj.retrieval.nearest_neighbors(
+            x, x, min(NEIGHBORS, n - 1), positions=np.arange(n)
+        )
+        errors = mining.find_label_errors(
+            x, labels, np.asarray(distances), np.asarray(neighbors)
+        )
+        pictures: Pictures = []
+        for image, nearest, ratio in zip(errors.images, errors.nearest, errors.ratio):
+            for row, text in ((image, f"ratio {ratio:.2f}"), (nearest, "nearest")):
+                path = known.paths[row]
+                picture = thumbnail(self.index.file_of(path))
+                pictures.append((picture, f"{text} {_name(path)}"))
+        text = (
+            f"Likely label errors: {len(errors.images):,} of {n:,} images. The ratio "
+            "is the distance to the nearest other class, divided by the distance to "
+            "the own class."
+        )
+        return text, pictures[:MAX_RESULTS]
+
     def first_of_groups(self, groups: list[list[str]]) -> Pictures:
         """A thumbnail of the first image of each group, with the group's size."""
         return [
@@ -298,6 +334,8 @@ def build_page(app: App) -> gr.Blocks:
             _build_groups(app, "groups", app.group, app.group_threshold)
         with gr.Tab("Near-duplicates"):
             _build_groups(app, "copies", app.near_duplicates, DUPLICATE_DISTANCE)
+        with gr.Tab("Label errors"):
+            _build_label_errors(app)
     return blocks
 
 
@@ -435,6 +473,23 @@ def _build_groups(
     )
     button.click(show, distance, [message, firsts, groups, images], **EVENT)
     firsts.select(open_group, groups, images, **EVENT)
+
+
+def _build_label_errors(app: App) -> None:
+    def show() -> tuple:
+        try:
+            return app.label_errors()
+        except RequestError as error:
+            return str(error), []
+
+    button = gr.Button("Show likely label errors", elem_id="labels-show")
+    message = gr.Markdown(elem_id="labels-message")
+    pictures = gr.Gallery(
+        label="Likely label errors, each before the nearest image of the other class",
+        elem_id="labels-images",
+        **GALLERY,
+    )
+    button.click(show, None, [message, pictures], **EVENT)
 
 
 def run(app: App, *, host: str = "127.0.0.1", port: int = 7860) -> None:
