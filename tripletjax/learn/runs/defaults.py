@@ -311,7 +311,8 @@ def _plan(
         notes += _notes_on_backbone(start, backbone, shape, size)
     model, channels = _choose_model(config, shape, photos, start)
     longest = max(shape[:2])
-    steps = config.steps or recipe.steps
+    steps = _either(config.steps, recipe.steps)
+    _check_steps(steps, backbone)
     return Plan(
         batches=batches,
         box=box,
@@ -338,6 +339,14 @@ def _plan(
         or (max(100, steps // 8) if photos else 100),
         checkpoint_every=config.checkpoint_every,
     ), notes
+
+
+def _check_steps(steps: int, backbone: BackbonePlan | None) -> None:
+    if steps == 0 and (backbone is None or backbone.training != "frozen"):
+        raise ValueError(
+            "steps must be at least 1 with a trained backbone, got 0; the closed form "
+            "needs backbone_training frozen."
+        )
 
 
 def _choose_view(

@@ -130,6 +130,12 @@ class Backbone:
         options = self.options | options
         return self.of.network(**options, dtype=dtype, rngs=rngs)
 
+    @property
+    def features(self) -> int:
+        """Number of features."""
+        network: Any = nnx.eval_shape(lambda: self.build(rngs=nnx.Rngs(0)))
+        return network.features
+
     def fill(self, network: nnx.Module, path: str | Path) -> Loaded:
         """Load a file of weights into a network that `build` built."""
         return load_weights(network, path, self.of.rules_of(shapes_of(path)))
