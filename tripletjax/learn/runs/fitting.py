@@ -1,0 +1,63 @@
+"""Training of a model on a task, with the options of a plan."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import optax
+from flax import nnx
+
+from tripletjax.learn.distributed.placement import ONE_DEVICE, Placement
+from tripletjax.learn.runs import tasks
+from tripletjax.learn.runs.plan import ClassBatchPlan, Plan
+from tripletjax.learn.training import loop, optimizer
+from tripletjax.learn.training.feature_cache import AnyView
+
+
+def fit(
+    model: nnx.Module,
+    task: tasks.Task,
+    batches: loop.Batches,
+    plan: Plan,
+    on: Placement = ONE_DEVICE,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Train a model in place, as `learn.fit` with the options of a plan."""
+    return loop.fit(
+        model,
+        _optimizer(plan),
+        batches,
+        steps=plan.steps,
+        loss=task.losses(plan, on),
+        mesh=on.mesh,
+        augment=AnyView() if plan.frozen else plan.augment,
+        seed=plan.seed,
+        ema_decay=plan.ema_decay,
+        **_memory_options(plan),
+        embed_chunk_size=plan.embed_chunk_size,
+        log_every=plan.log_every,
+        **options,
+    )
+
+
+def _optimizer(plan: Plan) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=plan.learning_rate,
+        warmup_steps=min(50, plan.steps // 10),
+        decay_steps=plan.steps,
+    )
+    if plan.pretrained and not plan.frozen:
+        return optimizer.slow_backbone(schedule, plan.weight_decay)
+    return optax.adamw(schedule, weight_decay=plan.weight_decay)
+
+
+def _memory_options(plan: Plan) -> dict[str, Any]:
+    """Options of `learn.fit` for a memory, if the plan has one."""
+    batches = plan.batches
+    if not isinstance(batches, ClassBatchPlan) or not batches.memory:
+        return {}
+    return {
+        "memory": batches.memory,
+        "memory_warmup_steps": int(batches.memory_warmup * plan.steps),
+        "memory_momentum": batches.memory_momentum,
+    }
