@@ -51,7 +51,7 @@ def whitening(
     [[0.82 0.  ]
      [0.   1.41]]
     """
-    n, f = features.shape
+    f = features.shape[1]
     mean = features.mean(axis=0, dtype=np.float64)
     total = sum((x.T @ x for x in _centred(features, mean)), np.zeros((f, f)))
     within = sum((x.T @ x for x in _deviations(features, rows, labels)), 0 * total)

@@ -25,7 +25,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
@@ -33,7 +32,6 @@ from jax.sharding import Mesh
 from tripletjax.learn import plots
 from tripletjax.learn.data.image_array import (
     ImageArray,
-    KeptFeatures,
     StoredImages,
 )
 from tripletjax.learn.distributed.placement import Placement
@@ -45,7 +43,7 @@ from tripletjax.learn.networks.weights import Frozen
 from tripletjax.learn.runs import comparisons, fitting, preparation, record, tasks
 from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.model import build_model, fill_backbone, load_model
-from tripletjax.learn.runs.plan import ClassBatchPlan, Plan
+from tripletjax.learn.runs.plan import Plan
 from tripletjax.learn.runs.record import RunRecord
 from tripletjax.learn.training import loop
 from tripletjax.learn.training.checkpoints import Checkpoints
