@@ -95,8 +95,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         "turned and mirrored copies are further classes to learn",
     ),
     "frozen backbone": (
-        {"steps": 1000, "learning_rate": 1e-3},
-        "a head alone is trained",
+        {"dim": 512, "steps": 200, "learning_rate": 2e-4},
+        "a head alone is trained, from its closed form",
     ),
     "trained backbone": (
         {"steps": 300, "learning_rate": 1e-3},
@@ -134,7 +134,7 @@ class Start:
         """Image size in pixels; None if it is unset and there are no weights."""
         if config.size is not None or self.digest is None:
             return config.size
-        return self.backbone.of.size
+        return self.backbone.images.size
 
 
 def plan_for_classes(
@@ -308,6 +308,8 @@ def _plan(
             part = "frozen" if backbone.training == "frozen" else "trained"
             changes, _ = CHANGES[f"{part} backbone"]
             recipe = dataclasses.replace(recipe, **changes)
+            features = start.backbone.features
+            recipe = dataclasses.replace(recipe, dim=min(recipe.dim, features))
         notes += _notes_on_backbone(start, backbone, shape, size)
     model, channels = _choose_model(config, shape, photos, start)
     longest = max(shape[:2])
@@ -487,7 +489,7 @@ def _notes_on_memory(batches: ClassBatchPlan) -> list[str]:
 def _notes_on_backbone(
     start: Start, backbone: BackbonePlan, shape: Sequence[int], size: int
 ) -> list[str]:
-    title, of = start.backbone.title, start.backbone.of
+    title, images = start.backbone.title, start.backbone.images
     trained = {
         "frozen": "the backbone is frozen: a head is trained on its features, "
         f"{backbone.views} of each image",
@@ -500,7 +502,7 @@ def _notes_on_backbone(
         notes = [f"{title}, from scratch"]
     else:
         notes = [*start.notes, trained]
-    mean, std = ([round(x, 3) for x in part] for part in (of.mean, of.std))
+    mean, std = ([round(x, 3) for x in part] for part in (images.mean, images.std))
     notes.append(
         f"the network sees images of {size} pixels, of mean {mean} and deviation {std}"
     )
