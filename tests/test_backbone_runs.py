@@ -20,7 +20,7 @@ from tripletjax.apps.export import export
 from tripletjax.learn.data.augment import Augment
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.networks.weights import COUNTER, Frozen
-from tripletjax.learn.runs import train
+from tripletjax.learn.runs import comparisons, train
 from tripletjax.learn.runs.model import load_model
 from tripletjax.learn.runs.record import RunRecord
 from tripletjax.learn.training import feature_cache
@@ -68,6 +68,14 @@ def configured(folder, backbone, training, **options):
     )
 
 
+@contextlib.contextmanager
+def trained_without_comparison():
+    """Train heads on these few classes, which a run keeps in closed form."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparisons, "TRAINED_BY_DEFAULT", True)
+        yield
+
+
 @pytest.fixture(scope="module")
 def run_of(own_data_dir, folder, resnet, tmp_path_factory):
     """Directory of a run with so much of the network trained, made when needed."""
@@ -75,7 +83,8 @@ def run_of(own_data_dir, folder, resnet, tmp_path_factory):
     @functools.cache
     def run_of(training):
         out = tmp_path_factory.mktemp("runs") / training
-        learn.run(configured(folder, resnet, training), out, progress=False)
+        with trained_without_comparison():
+            learn.run(configured(folder, resnet, training), out, progress=False)
         return out
 
     return run_of
@@ -121,7 +130,13 @@ def test_what_a_run_trains_and_keeps(run_of, resnet, training):
     }
     assert changed == CHANGED[training]
     evaluations = json.loads((out / "summary.json").read_text())["evaluations"]
-    assert list(evaluations) == ["raw pixels", "pretrained", "trained"]
+    closed_form = ["closed form"] if training == "frozen" else []
+    assert list(evaluations) == [
+        "raw pixels",
+        "pretrained",
+        *closed_form,
+        "trained",
+    ]
 
 
 @contextlib.contextmanager
@@ -148,9 +163,10 @@ def stopped_at_first_checkpoint():
 def test_resumed_is_bit_identical(run_of, folder, resnet, training, tmp_path):
     config = configured(folder, resnet, training)
     out = tmp_path / "run"
-    with stopped_at_first_checkpoint():
+    with trained_without_comparison(), stopped_at_first_checkpoint():
         learn.run(config, out, progress=False)
-    # The file that it began with need not be there.
+    # A training that has begun goes on without another comparison. The file that it
+    # began with need not be there.
     moved = learn.Config(**vars(config) | {"backbone": str(tmp_path / "gone")})
     learn.run(moved, out, resume=True, progress=False)
     once, again = (
@@ -175,7 +191,11 @@ def test_a_frozen_run_compiles_each_program_once(
 ):
     config = configured(folder, resnet, "frozen", dim=12, validate_every=2)
     out = tmp_path / "run"
-    with compilations() as lines, stopped_at_first_checkpoint():
+    with (
+        compilations() as lines,
+        trained_without_comparison(),
+        stopped_at_first_checkpoint(),
+    ):
         learn.run(config, out, progress=False)
     assert_each_compiled_once(lines)
     # Another run has another optimiser and compiles its own step.
@@ -213,6 +233,37 @@ def test_such_runs_serve_as_any(run_of, folder, training, tmp_path, capsys):
             patch.chdir(tmp_path)
             status = cli.main(arguments)
         assert status == 0, (arguments, capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_a_run_of_few_classes_keeps_the_closed_form(
+    own_data_dir, folder, resnet, tmp_path, capsys
+):
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    config = configured(folder, resnet, "frozen")
+    evaluations = learn.run(config, out)
+    words = "keeps the closed form: a comparison of the trained head with the closed"
+    assert words in capsys.readouterr().out
+    assert evaluations["trained"] == evaluations["closed form"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["steps"], summary["kept_step"]) == (OPTIONS["steps"], 0)
+    assert summary["comparison"]["trained_is_kept"] is False
+    assert "loss" not in (out / "metrics.jsonl").read_text()
+    assert learn.run(config, out, resume=True, progress=False) == evaluations
+    # The same head without any training.
+    learn.run(configured(folder, resnet, "frozen", steps=0), alone, progress=False)
+    leaves = (jax.tree.leaves(nnx.state(load_model(run)[0])) for run in (out, alone))
+    for one, other in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(one, other)
+    # A killed run whose summary was not written yet ends with the same numbers.
+    (out / "summary.json").unlink()
+    assert learn.run(config, out, resume=True, progress=False) == evaluations
+    # A lengthened run compares again, and then trains.
+    longer = configured(folder, resnet, "frozen", steps=3)
+    with trained_without_comparison():
+        learn.run(longer, alone, resume=True, progress=False)
+    summary = json.loads((alone / "summary.json").read_text())
+    assert (summary["steps"], summary["kept_step"]) == (3, 3)
 
 
 @pytest.mark.xdist_group("frozen backbone")
@@ -404,6 +455,15 @@ def test_given_triplets_on_kept_features(own_data_dir, folder, resnet, tmp_path)
         (["--backbone", "FILE", "--views", "0"], "--views must be at least 1, got 0"),
         (["--backbone", "FILE", "--rotation-classes", "4"], "cannot be turned"),
         (["--backbone", "FILE", "--backbone-training", "some"], "invalid choice"),
+        (["--steps", "0"], "--steps must be at least 1 without --backbone, got 0"),
+        (
+            ["--backbone", "FILE", "--steps", "0", "--hidden", "8"],
+            "--steps must be at least 1 with --hidden, got 0",
+        ),
+        (
+            ["--backbone", "FILE", "--steps", "0", "--backbone-training", "top"],
+            "steps must be at least 1 with a trained backbone, got 0",
+        ),
     ],
 )
 def test_bad_arguments(arguments, words, own_data_dir, resnet, tmp_path, capsys):

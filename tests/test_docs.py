@@ -149,6 +149,8 @@ def test_training_has_the_table_of_defaults():
         values = (
             f"{option.replace('_', ' ')} {value:g}"
             if isinstance(value, float | int)
+            else f"{option} {value}"
+            if isinstance(value, str)
             else f"stronger {option}"
             for option, value in options.items()
         )

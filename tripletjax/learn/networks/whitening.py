@@ -62,9 +62,9 @@ def whitening(
     else:
         within = np.eye(f)
     count = min(dim, f)
-    _, directions = linalg.eigh(total, within, subset_by_index=(f - count, f - 1))
+    solved = linalg.eigh(total, within, subset_by_index=(f - count, f - 1))
     kernel = np.zeros((f, dim))
-    kernel[:, :count] = directions[:, ::-1]
+    kernel[:, :count] = np.flip(np.asarray(solved[1]), axis=1)
     return mean, kernel
 
 

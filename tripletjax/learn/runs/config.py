@@ -104,8 +104,10 @@ class Config:
         "stride of the first convolution of a residual network", rule="at least 1"
     )
     bfloat16: bool = _network("compute the network in bfloat16", default=False)
-    mining: str = _batches_of_classes(
-        "triplets to train on", default="semi-hard", choices=tuple(MINING)
+    mining: str | None = _batches_of_classes(
+        "triplets to train on (default: semi-hard, or all for a head on a frozen "
+        "backbone)",
+        choices=tuple(MINING),
     )
     margin: float = _batches(
         "margin of the triplet loss, in Euclidean distance between unit vectors",

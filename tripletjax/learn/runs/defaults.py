@@ -63,6 +63,7 @@ class Recipe:
         steps: training steps.
         learning_rate: at its peak.
         weight_decay: of AdamW.
+        mining: triplets to train on.
     """
 
     augment: Augment
@@ -72,6 +73,7 @@ class Recipe:
     steps: int
     learning_rate: float
     weight_decay: float
+    mining: str = "semi-hard"
 
 
 RECIPES = {
@@ -95,7 +97,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         "turned and mirrored copies are further classes to learn",
     ),
     "frozen backbone": (
-        {"dim": 512, "steps": 200, "learning_rate": 2e-4},
+        {"dim": 512, "mining": "all", "steps": 200, "learning_rate": 2e-4},
         "a head alone is trained, from its closed form",
     ),
     "trained backbone": (
@@ -168,6 +170,7 @@ def plan_for_classes(
     augment = dataclasses.replace(augment, flip=augment.flip and turns < 8)
     augment = config.augment or augment
     backbone = _backbone_plan(config, start, len(images))
+    recipe = _recipe_on_backbone(recipe, start, backbone)
     _check_turns(turns, augment, backbone)
     batches = _plan_batches(config, recipe, turns, classes, start, backbone)
     plan, notes = _plan(
@@ -207,6 +210,8 @@ def plan_for_triplets(
         reason = "triplets do not tell where classes differ"
         layout = image_analysis.Layout(WHOLE, False, reason)
     batch = config.triplets_per_batch or min(48, len(dataset.train))
+    backbone = _backbone_plan(config, start, len(dataset.images))
+    recipe = _recipe_on_backbone(recipe, start, backbone)
     plan, notes = _plan(
         config,
         recipe,
@@ -215,7 +220,7 @@ def plan_for_triplets(
         augment=config.augment or recipe.augment,
         layout=layout,
         start=start,
-        backbone=_backbone_plan(config, start, len(dataset.images)),
+        backbone=backbone,
     )
     return plan, [_note_on_kind(dataset.decoding), *notes]
 
@@ -227,6 +232,18 @@ def recipe_of(kind: str, *, many: bool, changes: Sequence[str] = ()) -> Recipe:
         options, _ = CHANGES.get(name, ({}, ""))
         recipe = dataclasses.replace(recipe, **options)
     return recipe
+
+
+def _recipe_on_backbone(
+    recipe: Recipe, start: Start | None, backbone: BackbonePlan | None
+) -> Recipe:
+    """The recipe with the changes for a pretrained backbone."""
+    if start is None or backbone is None or start.digest is None:
+        return recipe
+    part = "frozen" if backbone.training == "frozen" else "trained"
+    changes, _ = CHANGES[f"{part} backbone"]
+    recipe = dataclasses.replace(recipe, **changes)
+    return dataclasses.replace(recipe, dim=min(recipe.dim, start.backbone.features))
 
 
 def _check_turns(turns: int, augment: Augment, backbone: BackbonePlan | None) -> None:
@@ -259,7 +276,7 @@ def _plan_batches(
     # Momentum 0 stands for the network itself, whose embeddings are soon out of date.
     momentum = _either(config.memory_momentum, MEMORY_MOMENTUM) or None
     return ClassBatchPlan(
-        mining=config.mining,
+        mining=config.mining or recipe.mining,
         batch_all_fraction=config.batch_all_fraction,
         classes=config.classes or min(turns * classes, max(2, batch // per_class)),
         per_class=per_class,
@@ -304,12 +321,6 @@ def _plan(
             # Features of an image, and of its mirror image where both are averaged.
             views = max(backbone.views, 1 + mirror)
             backbone = dataclasses.replace(backbone, views=views)
-        if start.digest is not None:
-            part = "frozen" if backbone.training == "frozen" else "trained"
-            changes, _ = CHANGES[f"{part} backbone"]
-            recipe = dataclasses.replace(recipe, **changes)
-            features = start.backbone.features
-            recipe = dataclasses.replace(recipe, dim=min(recipe.dim, features))
         notes += _notes_on_backbone(start, backbone, shape, size)
     model, channels = _choose_model(config, shape, photos, start)
     longest = max(shape[:2])

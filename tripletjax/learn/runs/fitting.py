@@ -1,5 +1,6 @@
 """Training of a model on a task, with the options of a plan."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,12 @@ def fit(
     """Train a model in place, as `learn.fit` with the options of a plan."""
     return loop.fit(
         model,
-        _optimizer(plan),
+        _optimizer(
+            plan.learning_rate,
+            plan.weight_decay,
+            plan.steps,
+            slow_backbone=plan.pretrained and not plan.frozen,
+        ),
         batches,
         steps=plan.steps,
         loss=task.losses(plan, on),
@@ -39,16 +45,20 @@ def fit(
     )
 
 
-def _optimizer(plan: Plan) -> optax.GradientTransformation:
+@functools.lru_cache
+def _optimizer(
+    learning_rate: float, weight_decay: float, steps: int, *, slow_backbone: bool
+) -> optax.GradientTransformation:
+    """AdamW of a schedule; of equal arguments one object, whose step compiles once."""
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
-        peak_value=plan.learning_rate,
-        warmup_steps=min(50, plan.steps // 10),
-        decay_steps=plan.steps,
+        peak_value=learning_rate,
+        warmup_steps=min(50, steps // 10),
+        decay_steps=steps,
     )
-    if plan.pretrained and not plan.frozen:
-        return optimizer.slow_backbone(schedule, plan.weight_decay)
-    return optax.adamw(schedule, weight_decay=plan.weight_decay)
+    if slow_backbone:
+        return optimizer.slow_backbone(schedule, weight_decay)
+    return optax.adamw(schedule, weight_decay=weight_decay)
 
 
 def _memory_options(plan: Plan) -> dict[str, Any]:
