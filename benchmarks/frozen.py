@@ -10,12 +10,12 @@ pairs, in %.
 
 import argparse
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -107,10 +107,10 @@ def heads_of(
             mean, kernel = whitening.whitening(
                 features[:, 0], rows, labels, dim, shrinkage=shrinkage
             )
-            yield (
-                f"closed form, {dim} dimensions, shrinkage {shrinkage}",
-                _Projection(mean, kernel, 1 + plan.mirror),
-            )
+            one = heads.Head(len(mean), dim, mirror=plan.mirror, rngs=nnx.Rngs(0))
+            one.mean[...] = np.float32(mean)
+            one.out.kernel[...] = np.float32(kernel)
+            yield f"closed form, {dim} dimensions, shrinkage {shrinkage}", one
     for name, changes in CHANGES.items():
         for seed in range(seeds):
             one = nnx.clone(head)
@@ -138,23 +138,6 @@ def _changed(
     return dataclasses.replace(plan, **changes), LabelTask(data)
 
 
-class _Projection(nnx.Module):
-    """Unit vectors of projected features, averaged over views."""
-
-    def __init__(self, mean: np.ndarray, kernel: np.ndarray, views: int):
-        self.mean = nnx.Variable(np.float32(mean))
-        self.kernel = nnx.Variable(np.float32(kernel))
-        self.views = views
-
-    def __call__(self, features: jax.Array) -> jax.Array:
-        x = (features[:, : self.views] - self.mean[...]) @ self.kernel[...]
-        x /= np.finfo(np.float32).tiny + jax.numpy.linalg.norm(
-            x, axis=-1, keepdims=True
-        )
-        x = x.sum(axis=1)
-        return x / jax.numpy.linalg.norm(x, axis=-1, keepdims=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
@@ -170,7 +153,7 @@ def main() -> None:
         if number == arguments.folds:
             break
         for name, model in heads_of(fold, plan, head, arguments.seeds):
-            embed = lambda images, model=model: embed_images(model, images)  # noqa: E731
+            embed = functools.partial(embed_images, model)
             rows.setdefault(name, []).append(measure(embed, fold.dataset.validation))
     print("| head | MAP@R | EER |")
     print("| --- | --- | --- |")
