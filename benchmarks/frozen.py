@@ -36,8 +36,8 @@ from tripletjax.learn.runs.tasks import LabelTask
 SHRINKAGES, DIMS = (0.3, 0.5, 0.7, 0.9), (128, 256, 512, 1280)
 CHANGES: dict[str, dict[str, Any]] = {
     "default": {},
-    "mining semi-hard": {"mining": "semi-hard"},
-    "mining semi-hard, margin 0.1": {"mining": "semi-hard", "margin": 0.1},
+    "loss all": {"loss": "all"},
+    "loss supcon": {"loss": "supcon", "temperature": 0.1, "margin": None},
     "margin 0.1": {"margin": 0.1},
     "margin 0.4": {"margin": 0.4},
     "learning rate 1e-4": {"learning_rate": 1e-4},
@@ -127,15 +127,15 @@ def _changed(
     plan: Plan, fold: LabelTask, changes: dict[str, Any]
 ) -> tuple[Plan, LabelTask]:
     """The plan with changes, and the task with so many views (2 by default)."""
-    changes = dict(changes)
-    views, mining = changes.pop("views", 2), changes.pop("mining", None)
+    of_batches = {k: v for k, v in changes.items() if k in ("loss", "temperature")}
+    of_plan = {k: v for k, v in changes.items() if k not in (*of_batches, "views")}
+    views = changes.get("views", 2)
     data = fold.dataset
     images = data.train.images
     images = KeptFeatures(images.pixels, images.features[:, :views])
     data = dataclasses.replace(data, train=datasets.Images(images, data.train.labels))
-    if mining:
-        changes["batches"] = dataclasses.replace(plan.batches, mining=mining)
-    return dataclasses.replace(plan, **changes), LabelTask(data)
+    batches = dataclasses.replace(plan.batches, **of_batches)
+    return dataclasses.replace(plan, batches=batches, **of_plan), LabelTask(data)
 
 
 def main() -> None:

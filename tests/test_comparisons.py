@@ -33,7 +33,10 @@ def task_of(features, labels):
 def plan_of(**options):
     plan = {
         "batches": ClassBatchPlan(
-            mining="all",
+            loss="all",
+            temperature=None,
+            scale=None,
+            learn_loss=False,
             batch_all_fraction=0.5,
             classes=16,
             per_class=4,

@@ -33,7 +33,7 @@ def fit(
         ),
         batches,
         steps=plan.steps,
-        loss=task.losses(plan, on),
+        loss=task.loss(plan, on),
         mesh=on.mesh,
         augment=AnyView() if plan.frozen else plan.augment,
         seed=plan.seed,
@@ -50,12 +50,7 @@ def _optimizer(
     learning_rate: float, weight_decay: float, steps: int, *, slow_backbone: bool
 ) -> optax.GradientTransformation:
     """AdamW of a schedule; of equal arguments one object, whose step compiles once."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=learning_rate,
-        warmup_steps=min(50, steps // 10),
-        decay_steps=steps,
-    )
+    schedule = optimizer.learning_rates(learning_rate, steps)
     if slow_backbone:
         return optimizer.slow_backbone(schedule, weight_decay)
     return optax.adamw(schedule, weight_decay=weight_decay)
