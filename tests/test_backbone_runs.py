@@ -18,9 +18,10 @@ from safetensors.numpy import load_file, save_file
 from tripletjax import cli, learn
 from tripletjax.apps.export import export
 from tripletjax.learn.data.augment import Augment
+from tripletjax.learn.files import digest_of_file
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.networks.weights import COUNTER, Frozen
-from tripletjax.learn.runs import comparisons, train
+from tripletjax.learn.runs import comparisons, preparation, train
 from tripletjax.learn.runs.model import load_model
 from tripletjax.learn.runs.record import RunRecord
 from tripletjax.learn.training import feature_cache
@@ -111,7 +112,7 @@ def test_what_a_run_trains_and_keeps(run_of, resnet, training):
     out = run_of(training)
     made = RunRecord.read(out)
     assert made.plan.backbone.training == training
-    assert made.images.mean == pytest.approx(backbones.IMAGENET[0])
+    assert made.images.mean == pytest.approx(backbones.IMAGENET.mean)
     assert made.images.shape[2] == 1
     notes = "\n".join(made.notes)
     _, loaded = backbones.load(resnet)
@@ -137,6 +138,30 @@ def test_what_a_run_trains_and_keeps(run_of, resnet, training):
         *closed_form,
         "trained",
     ]
+
+
+def test_a_run_keeps_the_network_of_a_wrapped_file(tmp_path, resnet):
+    """Its copy has the names of the network's library, and the digest of the plan."""
+    file = tmp_path / "checkpoint.safetensors"
+    save_file({f"model.{name}": x for name, x in load_file(resnet).items()}, file)
+    config = preparation.normalize(learn.Config(backbone=str(file)))
+    start = preparation.start_of(config, None)
+    assert "unwrapped: names of its arrays begin with 'model.'" in start.notes
+    preparation._keep_backbone(config, start.digest, tmp_path)
+    kept = tmp_path / "backbone.safetensors"
+    assert digest_of_file(kept) == start.digest
+    assert backbones.open_weights(kept).is_plain
+    for name, array in load_file(kept).items():
+        np.testing.assert_array_equal(array, load_file(resnet)[name])
+    kept.unlink()
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors has changed since"):
+        preparation._keep_backbone(config, "another", tmp_path)
+    assert not kept.exists()
+
+
+def test_names_of_pretrained_networks_are_no_paths():
+    config = learn.Config(backbone="efficientnet-lite0")
+    assert preparation.normalize(config).backbone == "efficientnet-lite0"
 
 
 @contextlib.contextmanager

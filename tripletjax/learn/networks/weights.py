@@ -291,7 +291,7 @@ def _fill(model: nnx.Module, values: Mapping[str, np.ndarray]) -> None:
 
 def _fitted(array: np.ndarray, target: str, shape: Sequence[int]) -> np.ndarray | None:
     """An array in the layout and the shape of a variable, or None if it cannot be."""
-    if not jax.dtypes.issubdtype(array.dtype, np.floating):
+    if not is_float(array):
         return None
     array = array.astype(np.float32)
     if target.endswith("kernel"):
@@ -299,6 +299,11 @@ def _fitted(array: np.ndarray, target: str, shape: Sequence[int]) -> np.ndarray 
     # Scales of channels may have empty axes.
     same = [n for n in array.shape if n > 1] == [n for n in shape if n > 1]
     return array.reshape(shape) if same else None
+
+
+def is_float(array: np.ndarray) -> bool:
+    """Whether an array is of a floating-point type, of NumPy or of JAX."""
+    return jax.dtypes.issubdtype(array.dtype, np.floating)
 
 
 def _to_flax(kernel: np.ndarray) -> np.ndarray:

@@ -152,9 +152,10 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
         # Many checkpoints keep the arguments of their training.
         allowed = torch.serialization.safe_globals([argparse.Namespace])
-        with allowed, warnings.catch_warnings():
+        # PyTorch would judge a path by its suffix.
+        with allowed, warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(_refusal(path, str(error))) from None
     except Exception as error:

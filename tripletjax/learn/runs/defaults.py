@@ -107,6 +107,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 # A backbone is frozen on CPUs with fewer images than this.
 FEW_IMAGES = 5000
+# Photographs are few to train from scratch below this number.
+FEW_PHOTOS = 5000
 # Views of each image whose features a frozen backbone computes.
 VIEWS = 2
 # Pixels that a trained backbone embeds at a time, and in a batch, about.
@@ -176,6 +178,7 @@ def plan_for_classes(
         config,
         recipe,
         images.shape[1:],
+        count=len(images),
         batches=batches,
         augment=augment,
         layout=image_analysis.layout_of(images, labels) if kind == "photos" else None,
@@ -215,6 +218,7 @@ def plan_for_triplets(
         config,
         recipe,
         dataset.images.shape[1:],
+        count=len(dataset.images),
         batches=TripletBatchPlan(triplets_per_batch=batch),
         augment=config.augment or recipe.augment,
         layout=layout,
@@ -296,6 +300,7 @@ def _plan(
     recipe: Recipe,
     shape: Sequence[int],
     *,
+    count: int,
     batches: ClassBatchPlan | TripletBatchPlan,
     augment: Augment,
     layout: image_analysis.Layout | None,
@@ -308,6 +313,7 @@ def _plan(
         config: the request.
         recipe: the starting point.
         shape: height, width and channels of images.
+        count: number of training images.
         batches: the plan of a batch.
         augment: random changes of images.
         layout: of photographs; None of other images.
@@ -317,6 +323,8 @@ def _plan(
     photos = layout is not None
     mirror = _either(config.mirror, photos and augment.flip)
     box, size, notes = _choose_view(config, shape, layout)
+    if photos and (start is None or start.digest is None):
+        notes += _notes_on_scratch(count, aligned=layout.aligned)
     if start is not None and backbone is not None:
         size = _backbone_size(config, start, size, shape, box)
         if backbone.training == "frozen":
@@ -496,6 +504,18 @@ def _notes_on_memory(batches: ClassBatchPlan) -> list[str]:
     return [
         f"batches are also compared with the last {batches.memory:,} embeddings of "
         f"{source}, kept after {100 * batches.memory_warmup:g} % of the steps"
+    ]
+
+
+def _notes_on_scratch(count: int, *, aligned: bool) -> list[str]:
+    if count >= FEW_PHOTOS:
+        return []
+    example = "efficientnet-lite0 of the extra pretrained"
+    if aligned:
+        example = "a network for faces if these are faces (docs/faces.md)"
+    return [
+        f"{count:,} photographs are few to train from scratch; a pretrained network is "
+        f"better: --backbone with {example}"
     ]
 
 

@@ -7,7 +7,9 @@ features = network(images)
 
 import dataclasses
 import functools
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,10 @@ from typing import Any
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from safetensors.numpy import save
+from safetensors.numpy import save, save_file
 
 from tripletjax.learn import choices
-from tripletjax.learn.files import digest_of, digest_of_file
+from tripletjax.learn.files import digest_of, digest_of_file, replaced
 from tripletjax.learn.networks.backbones import (
     convnext,
     efficientnet,
@@ -27,7 +29,13 @@ from tripletjax.learn.networks.backbones import (
     vit,
 )
 from tripletjax.learn.networks.backbones.images import FACENET, IMAGENET, Images
-from tripletjax.learn.networks.weights import Loaded, Rules, load_arrays
+from tripletjax.learn.networks.weights import (
+    COUNTER,
+    Loaded,
+    Rules,
+    is_float,
+    load_arrays,
+)
 from tripletjax.learn.networks.weights_files import (
     Arrays,
     WeightsError,
@@ -36,8 +44,8 @@ from tripletjax.learn.networks.weights_files import (
     read_arrays,
 )
 
-# Parts of the longest prefix of a wrapper.
-LONGEST = 6
+# Parts of the longest prefix of a wrapper, and the least number of a network's arrays.
+LONGEST, LEAST = 6, 8
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -47,8 +55,8 @@ class Family:
 
     Attributes:
         network: builds a network from options.
-        options_of: from the shapes of a file's arrays to options; None for a file of
-            another family.
+        options_of: from the shapes of a file's arrays, and the path of the file, to
+            options; None for a file of another family.
         rules_of: from the shapes of a file's arrays to the rules of `load_weights`.
         title_of: from options to the name of a network.
         images_of: from options to the images that a network was trained on.
@@ -56,7 +64,7 @@ class Family:
     """
 
     network: Callable[..., nnx.Module]
-    options_of: Callable[[Shapes], dict[str, Any] | None]
+    options_of: Callable[[Shapes, str], dict[str, Any] | None]
     rules_of: Callable[[Shapes], Rules]
     title_of: Callable[[Mapping[str, Any]], str]
     images_of: Callable[[Mapping[str, Any]], Images]
@@ -69,9 +77,16 @@ def _family(
     least: int,
     images_of: Callable[[Mapping[str, Any]], Images],
 ) -> Family:
+    by_arrays = module is not efficientnet
+
+    def options_of(shapes: Shapes, file: str) -> dict[str, Any] | None:
+        return (
+            module.options_of(shapes) if by_arrays else module.options_of(shapes, file)
+        )
+
     return Family(
         network=network,
-        options_of=module.options_of,
+        options_of=options_of,
         rules_of=module.rules_of,
         title_of=module.title_of,
         images_of=images_of,
@@ -261,9 +276,8 @@ def shapes_of(arrays: Arrays) -> Shapes:
     return {name: array.shape for name, array in arrays.items()}
 
 
-# Parts of prefixes of a moving average of the network, which is better than the network
-# itself.
-AVERAGES = {"ema", "model_ema", "state_dict_ema", "ema_state_dict", "teacher"}
+# Words in prefixes of a moving average of the network.
+AVERAGES = {"ema", "teacher"}
 
 
 def _unwrap(shapes: Shapes, path: Path) -> tuple[str, Backbone]:
@@ -277,7 +291,7 @@ def _unwrap(shapes: Shapes, path: Path) -> tuple[str, Backbone]:
             for name, shape in shapes.items()
             if name.startswith(prefix)
         }
-        if (backbone := _by_names(inside)) is not None:
+        if (backbone := _by_names(inside, path)) is not None:
             networks[prefix] = backbone
     if not networks:
         some = ", ".join(sorted(shapes)[:5]) or "none"
@@ -285,7 +299,11 @@ def _unwrap(shapes: Shapes, path: Path) -> tuple[str, Backbone]:
             f"{path} is of no known network ({', '.join(FAMILIES)}). It has "
             f"{len(shapes):,} arrays: {some}{', ...' if len(shapes) > 5 else ''}."
         )
-    averages = {p: of for p, of in networks.items() if AVERAGES & {*p.split(".")}}
+    averages = {
+        prefix: backbone
+        for prefix, backbone in networks.items()
+        if AVERAGES & {*re.split(r"[._]", prefix)}
+    }
     candidates = averages or networks
     if len(candidates) > 1:
         names = ", ".join(repr(prefix) for prefix in candidates)
@@ -296,23 +314,70 @@ def _unwrap(shapes: Shapes, path: Path) -> tuple[str, Backbone]:
     return next(iter(candidates.items()))
 
 
-def _by_names(shapes: Shapes) -> Backbone | None:
+def _by_names(shapes: Shapes, path: Path) -> Backbone | None:
     for family, of in FAMILIES.items():
-        if (options := of.options_of(shapes)) is not None:
+        if (options := of.options_of(shapes, str(path))) is not None:
             return Backbone(family, options)
     return None
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
-    """Beginnings of names, up to the longest one of a wrapper; short ones first."""
-    parts = [name.split(".") for name in names]
-    prefixes = [
-        ".".join(of[:length]) + "."
-        for length in range(1, LONGEST + 1)
-        for of in parts
-        if len(of) > length
-    ]
-    return [*dict.fromkeys(prefixes)]
+    """Beginnings of names that a wrapper may add; short ones first."""
+    counts = Counter(
+        ".".join(parts[:length]) + "."
+        for parts in (name.split(".") for name in names)
+        for length in range(1, min(len(parts), LONGEST + 1))
+    )
+    prefixes = [prefix for prefix, n in counts.items() if n >= LEAST]
+    return sorted(prefixes, key=lambda prefix: prefix.count("."))
+
+
+def convert(source: str | Path, out: Path) -> tuple[Weights, Loaded]:
+    """Write the weights of a network as a safetensors file for `open_weights`.
+
+    The file holds the arrays of the network in float32, without a classifier. The whole
+    network must fit, as for `load`.
+
+    Args:
+        source: of `open_weights`.
+        out: file to write, which ends in ``.safetensors``.
+
+    Returns:
+        The weights, and the record of their loading.
+
+    Raises:
+        FileExistsError: if `out` exists.
+        FileNotFoundError, WeightsError: as `load`.
+        ValueError: if `out` has another suffix, or a name that stands for another
+            network.
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"out must be a .safetensors file, got {out}.")
+    if out.exists():
+        raise FileExistsError(f"{out} already exists; give another file.")
+    weights = open_weights(source)
+    loaded = weights.fill(weights.backbone.abstract())
+    arrays = {
+        name: array.astype(np.float32)
+        if is_float(array)
+        else np.ascontiguousarray(array)
+        for name, array in weights.arrays.items()
+    }
+    for name in loaded.unused:
+        rest = {n: array for n, array in arrays.items() if n != name}
+        # Some arrays that no variable takes tell networks apart.
+        if not name.endswith(COUNTER) and (
+            _by_names(shapes_of(rest), out) == weights.backbone
+        ):
+            arrays = rest
+    if _by_names(shapes_of(arrays), out) != weights.backbone:
+        raise ValueError(
+            f"out must have {efficientnet.ORIGINAL_IN_TIMM} in its name exactly if the "
+            f"converted file has, got {out}."
+        )
+    with replaced(out) as part:
+        save_file(arrays, part)
+    return weights, loaded
 
 
 def load(

@@ -179,7 +179,7 @@ class Naming:
         layers: layers of a block, in the order of `LAYERS`.
         unexpanded: the same for blocks of the first stage, which do not expand.
         classifier: the classifier.
-        original: whether padding and epsilon are those of TensorFlow's original.
+        original: whether padding and epsilon are always those of TensorFlow's original.
     """
 
     ends: tuple[str, str, str, str]
@@ -200,42 +200,43 @@ LAYERS = (
     *("se_reduce", "se_expand", "project_conv", "bn2"),
 )
 ORIGINAL_LAYERS = tuple(f"_{layer}" for layer in LAYERS)
-NAMINGS = (
-    # efficientnet-pytorch and efficientnet-lite-pytorch.
-    Naming(
-        ends=("_conv_stem", "_bn0", "_conv_head", "_bn1"),
-        block="_blocks.{flat}",
-        first_stage=0,
-        layers=ORIGINAL_LAYERS,
-        unexpanded=ORIGINAL_LAYERS[2:],
-        classifier="_fc",
-        original=True,
-    ),
-    # timm.
-    Naming(
-        ends=("conv_stem", "bn1", "conv_head", "bn2"),
-        block="blocks.{stage}.{index}",
-        first_stage=0,
-        layers=(
-            *("conv_pw", "bn1", "conv_dw", "bn2"),
-            *("se.conv_reduce", "se.conv_expand", "conv_pwl", "bn3"),
-        ),
-        unexpanded=(
-            *("conv_dw", "bn1", "se.conv_reduce", "se.conv_expand"),
-            *("conv_pw", "bn2"),
-        ),
-        classifier="classifier",
-    ),
-    # torchvision.
-    Naming(
-        ends=("features.0.0", "features.0.1", "features.8.0", "features.8.1"),
-        block="features.{stage}.{index}.block",
-        first_stage=1,
-        layers=("0.0", "0.1", "1.0", "1.1", "2.fc1", "2.fc2", "3.0", "3.1"),
-        unexpanded=("0.0", "0.1", "1.fc1", "1.fc2", "2.0", "2.1"),
-        classifier="classifier.1",
-    ),
+# efficientnet-pytorch and efficientnet-lite-pytorch.
+BY_ORIGINAL = Naming(
+    ends=("_conv_stem", "_bn0", "_conv_head", "_bn1"),
+    block="_blocks.{flat}",
+    first_stage=0,
+    layers=ORIGINAL_LAYERS,
+    unexpanded=ORIGINAL_LAYERS[2:],
+    classifier="_fc",
+    original=True,
 )
+TIMM = Naming(
+    ends=("conv_stem", "bn1", "conv_head", "bn2"),
+    block="blocks.{stage}.{index}",
+    first_stage=0,
+    layers=(
+        *("conv_pw", "bn1", "conv_dw", "bn2"),
+        *("se.conv_reduce", "se.conv_expand", "conv_pwl", "bn3"),
+    ),
+    unexpanded=(
+        *("conv_dw", "bn1", "se.conv_reduce", "se.conv_expand"),
+        *("conv_pw", "bn2"),
+    ),
+    classifier="classifier",
+)
+TORCHVISION = Naming(
+    ends=("features.0.0", "features.0.1", "features.8.0", "features.8.1"),
+    block="features.{stage}.{index}.block",
+    first_stage=1,
+    layers=("0.0", "0.1", "1.0", "1.1", "2.fc1", "2.fc2", "3.0", "3.1"),
+    unexpanded=("0.0", "0.1", "1.fc1", "1.fc2", "2.0", "2.1"),
+    classifier="classifier",
+)
+NAMINGS = BY_ORIGINAL, TIMM, TORCHVISION
+# Part of the names of files of timm with TensorFlow's original weights.
+ORIGINAL_IN_TIMM = "tf_efficientnet"
+# Number of blocks from which on torchvision has the epsilon of the original: B5's.
+LARGE = 39
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -287,8 +288,12 @@ def _naming_of(shapes: Shapes) -> Naming | None:
     return None
 
 
-def options_of(shapes: Shapes) -> dict[str, Any] | None:
-    """The network that arrays of these names are of; None if no EfficientNet's."""
+def options_of(shapes: Shapes, file: str) -> dict[str, Any] | None:
+    """The network that arrays of these names are of; None if no EfficientNet's.
+
+    Two sorts of networks in timm have the same names of arrays: those of TensorFlow's
+    original weights, ``tf_efficientnet_*``, and its own. The name of the file decides.
+    """
     naming = _naming_of(shapes)
     if naming is None:
         return None
@@ -301,14 +306,16 @@ def options_of(shapes: Shapes) -> dict[str, Any] | None:
     ]
     squeeze = f"{blocks[0][2]}.{naming.unexpanded[2]}.weight"
     stem, _, head, _ = naming.ends
+    original = naming.original or (naming is TIMM and ORIGINAL_IN_TIMM in file)
+    large = naming is TORCHVISION and sum(depths) >= LARGE
     return {
         "depths": tuple(depths),
         "widths": tuple(shape[0] for shape in widths),
         "stem": shapes[f"{stem}.weight"][0],
         "features": shapes[f"{head}.weight"][0],
         "lite": squeeze not in shapes,
-        "padding": "SAME" if naming.original else "symmetric",
-        "eps": ORIGINAL_EPS if naming.original else EPS,
+        "padding": "SAME" if original else "symmetric",
+        "eps": ORIGINAL_EPS if original or large else EPS,
     }
 
 
@@ -317,7 +324,7 @@ def rules_of(shapes: Shapes) -> Rules:
     assert naming is not None
     rules: dict[str, str | None] = {
         r".*\.num_batches_tracked": None,
-        rf"{re.escape(naming.classifier)}\.(weight|bias)": None,
+        rf"{re.escape(naming.classifier)}\..*": None,
     }
     for name, path in zip(naming.ends, ENDS):
         rules |= _rules_of_layer(name, path)
@@ -348,7 +355,7 @@ def _rules_of_layer(name: str, path: str) -> dict[str, str]:
 
 # (x - 127) / 128 of x from 0 to 255.
 ORIGINAL_LITE = Images(3 * (127 / 255,), 3 * (128 / 255,), 224)
-# Factors of widths and depths, and the sizes of images in pixels, of B0 to B4 and of
+# Factors of widths and depths, and the sizes of images in pixels, of B0 to B7 and of
 # Lite0 to Lite4.
 VARIANTS = (
     (1.0, 1.0, 224, 224),
@@ -356,6 +363,9 @@ VARIANTS = (
     (1.1, 1.2, 260, 260),
     (1.2, 1.4, 300, 280),
     (1.4, 1.8, 380, 300),
+    (1.6, 2.2, 456, None),
+    (1.8, 2.6, 528, None),
+    (2.0, 3.1, 600, None),
 )
 
 
@@ -374,24 +384,24 @@ def _round(channels: float) -> int:
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
-def _number_of(options: Mapping[str, Any]) -> int | None:
-    """The number of a variant; None of another network."""
+def _variant_of(options: Mapping[str, Any]) -> tuple[str, int]:
+    """Name and image size of a network."""
+    lite = options["lite"]
     shape = tuple(options["depths"]), tuple(options["widths"])
-    for number, (width, depth, *_) in enumerate(VARIANTS):
-        if _scaled(width, depth, options["lite"]) == shape:
-            return number
-    return None
+    prefix = "-Lite" if lite else "-B"
+    for number, (width, depth, *sizes) in enumerate(VARIANTS):
+        if _scaled(width, depth, lite) == shape and (size := sizes[lite]) is not None:
+            return f"{prefix}{number}", size
+    return "-Lite-like" if lite else "-like", 224
 
 
 def title_of(options: Mapping[str, Any]) -> str:
-    number, lite = _number_of(options), options["lite"]
-    prefix = "Lite" if lite else "like" if number is None else "B"
-    return f"EfficientNet-{prefix}{'-like' if lite and number is None else number}"
+    by = "TensorFlow" if options["padding"] == "SAME" else "PyTorch"
+    return f"EfficientNet{_variant_of(options)[0]} (padded as in {by})"
 
 
 def images_of(options: Mapping[str, Any]) -> Images:
     """The images that a variant was trained on."""
-    *_, size, lite_size = VARIANTS[_number_of(options) or 0]
-    lite = options["lite"]
-    images = ORIGINAL_LITE if lite and options["padding"] == "SAME" else IMAGENET
-    return dataclasses.replace(images, size=lite_size if lite else size)
+    original_lite = options["lite"] and options["padding"] == "SAME"
+    images = ORIGINAL_LITE if original_lite else IMAGENET
+    return dataclasses.replace(images, size=_variant_of(options)[1])
