@@ -403,10 +403,16 @@ def test_a_backbone_that_was_not_trained_is_not_written(run_of, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", unless_full(["vit", "convnext"], ["vit"]))
+@pytest.mark.parametrize(
+    "family", unless_full(["vit", "convnext", "efficientnet"], ["vit"])
+)
 def test_every_family_is_exported(own_data_dir, folder, family, tmp_path):
     """Inception-ResNet has what ResNet has, and takes minutes."""
-    make = {"vit": by_hand.small_vit, "convnext": by_hand.small_convnext}[family]
+    make = {
+        "vit": by_hand.small_vit,
+        "convnext": by_hand.small_convnext,
+        "efficientnet": by_hand.small_efficientnet,
+    }[family]
     file = tmp_path / "weights.safetensors"
     save_file(make(), file)
     config = configured(folder, file, "top", size=40, steps=2)
@@ -465,7 +471,7 @@ def test_given_triplets_on_kept_features(own_data_dir, folder, resnet, tmp_path)
     ("arguments", "words"),
     [
         (["--backbone", "none.safetensors"], "none.safetensors"),
-        (["--backbone", "pickle.pth"], "is a pickle"),
+        (["--backbone", "pickle.pth"], "file of PyTorch"),
         (
             ["--backbone", "FILE", "--model", "cnn"],
             "--model cannot be combined with --backbone, got 'cnn'",

@@ -23,6 +23,9 @@ NAME = "efficientnet-lite0"
 def state_dict(arrays, dtype=None):
     """Tensors of arrays, the floating-point ones of a dtype."""
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    for name, x in tensors.items():
+        if x.ndim == 4:
+            tensors[name] = x.to(memory_format=torch.channels_last)
     return {
         name: x.to(dtype) if dtype is not None and x.is_floating_point() else x
         for name, x in tensors.items()

@@ -458,8 +458,8 @@ class Convert(Options):
     """
 
     file: Path = option(
-        "file of weights to read: .safetensors, .pt, .pth, .bin, .ckpt, or "
-        ".safetensors.index.json",
+        "file of weights to read (.safetensors, .pt, .pth, .bin, .ckpt, or "
+        ".safetensors.index.json), or efficientnet-lite0 of the extra pretrained",
         required=True,
         metavar="FILE",
         positional=True,

@@ -77,12 +77,10 @@ def _family(
     least: int,
     images_of: Callable[[Mapping[str, Any]], Images],
 ) -> Family:
-    by_arrays = module is not efficientnet
-
     def options_of(shapes: Shapes, file: str) -> dict[str, Any] | None:
-        return (
-            module.options_of(shapes) if by_arrays else module.options_of(shapes, file)
-        )
+        if module is efficientnet:
+            return module.options_of(shapes, file)
+        return module.options_of(shapes)
 
     return Family(
         network=network,
@@ -212,7 +210,8 @@ class Weights:
 
     @property
     def _content(self) -> bytes:
-        return save({n: np.ascontiguousarray(x) for n, x in self.arrays.items()})
+        # safetensors writes the memory of an array, whatever its order.
+        return save({n: np.asarray(x, order="C") for n, x in self.arrays.items()})
 
     @property
     def notes(self) -> list[str]:
@@ -358,9 +357,7 @@ def convert(source: str | Path, out: Path) -> tuple[Weights, Loaded]:
     weights = open_weights(source)
     loaded = weights.fill(weights.backbone.abstract())
     arrays = {
-        name: array.astype(np.float32)
-        if is_float(array)
-        else np.ascontiguousarray(array)
+        name: np.asarray(array, np.float32 if is_float(array) else None, order="C")
         for name, array in weights.arrays.items()
     }
     for name in loaded.unused:
