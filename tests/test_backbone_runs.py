@@ -263,6 +263,17 @@ def test_such_runs_serve_as_any(run_of, folder, training, tmp_path, capsys):
         assert status == 0, (arguments, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("each", [1, 2])
+def test_single_images_have_no_whitening(own_data_dir, resnet, tmp_path, each):
+    data = shapes(tmp_path / "data", kinds=6, each=each)
+    config = preparation.normalize(configured(data, resnet, "frozen"))
+    start = preparation.start_of(config, None)
+    task = train.tasks.load(config, size=32, progress=False)
+    _, notes = task.plan(config, start)
+    note = "the head begins with the principal directions of the features"
+    assert any(line.startswith(note) for line in notes) is (each == 1)
+
+
 @pytest.mark.slow
 def test_a_run_of_few_classes_keeps_the_closed_form(
     own_data_dir, folder, resnet, tmp_path, capsys

@@ -188,6 +188,7 @@ def plan_for_classes(
     return plan, [
         _note_on_kind(dataset.decoding),
         *_notes_on_classes(sizes, classes, turns),
+        *_notes_on_head(sizes, plan),
         *_notes_on_relevance(config, dataset.label_names),
         *_notes_on_memory(batches),
         *notes,
@@ -477,6 +478,16 @@ def _notes_on_classes(sizes: np.ndarray, classes: int, turns: int) -> list[str]:
             "their positives are copies of it, which differ by augmentation alone"
         )
     return notes
+
+
+def _notes_on_head(sizes: np.ndarray, plan: Plan) -> list[str]:
+    """A note on a head that cannot begin with within-class whitening."""
+    if not plan.pretrained or max(sizes) > 1:
+        return []
+    return [
+        "the head begins with the principal directions of the features: no class has "
+        "two training images"
+    ]
 
 
 def _notes_on_relevance(config: Config, names: Sequence[str]) -> list[str]:
