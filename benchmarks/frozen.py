@@ -106,7 +106,7 @@ def heads_of(
     for dim in DIMS:
         for shrinkage in SHRINKAGES:
             mean, kernel = whitening.whitening(
-                features[:, 0], rows, labels, dim, shrinkage=shrinkage
+                features[rows, 0], labels, dim, shrinkage=shrinkage
             )
             one = heads.Head(len(mean), dim, mirror=plan.mirror, rngs=nnx.Rngs(0))
             one.mean[...] = np.float32(mean)

@@ -54,7 +54,7 @@ class Head(nnx.Module):
         self.out = nnx.Linear(hidden or features, dim, rngs=rngs)
         self.mirror = mirror
 
-    def fit(self, features: np.ndarray, rows: np.ndarray, labels: np.ndarray) -> None:
+    def fit(self, features: np.ndarray, labels: np.ndarray) -> None:
         """Set the statistics of features, and start from their whitening projection.
 
         A head of one layer begins with within-class whitening (`whitening`), the closed
@@ -62,8 +62,7 @@ class Head(nnx.Module):
 
         Args:
             features: ``[n, f]``.
-            rows: rows of features with a known class, ``[m]``.
-            labels: the classes of these rows, ``[m]``.
+            labels: classes ``[n]``.
         """
         mean, deviation = features.mean(axis=0), features.std(axis=0)
         # A feature that hardly varies carries noise, which is not amplified.
@@ -72,7 +71,7 @@ class Head(nnx.Module):
         self.mean[...] = jnp.asarray(mean, jnp.float32)
         if self.hidden is None:
             kernel = self.out.kernel
-            mean, projection = whitening(features, rows, labels, kernel.shape[1])
+            mean, projection = whitening(features, labels, kernel.shape[1])
             self.mean[...] = jnp.asarray(mean, jnp.float32)
             projection /= scale[:, None]
             # Columns have a root mean squared norm of 1, to which learning rates refer.

@@ -15,13 +15,15 @@ from scipy import linalg
 
 # Share of the scaled identity in the within-class covariance (benchmarks/frozen.py).
 SHRINKAGE = 0.5
+# A class counts as at most this number of images, so that a few large classes do not
+# make up the covariances.
+MOST = 10
 # Rows that are converted to float64 at a time.
 ROWS = 4096
 
 
 def whitening(
     features: np.ndarray,
-    rows: np.ndarray,
     labels: np.ndarray,
     dim: int,
     *,
@@ -31,14 +33,15 @@ def whitening(
 
     The within-class covariance $S$ is shrunk towards the scaled identity, $S_\lambda =
     (1 - \lambda) S + \lambda \, \mathrm{tr}(S) / f \, I$. The columns of the projection
-    $W$ satisfy $W^\top S_\lambda W = I$ and are ordered by the total variance. If no
-    two rows have the same label, or all such rows are equal, $S$ is the identity, and
-    the columns are the principal directions.
+    $W$ satisfy $W^\top S_\lambda W = I$ up to a common factor and are ordered by the
+    total variance. If no two rows have the same label, or all such rows are equal, $S$
+    is the identity, and the columns are the principal directions.
+
+    A row of a class of n rows has the weight $\min(1, 10 / n)$.
 
     Args:
         features: ``[n, f]``.
-        rows: rows of features with a known class, ``[m]``, perhaps repeated.
-        labels: the classes of these rows, ``[m]``.
+        labels: classes ``[n]``.
         dim: number of columns. Columns beyond f are zero.
         shrinkage: the share $\lambda$, above 0 and at most 1.
 
@@ -46,18 +49,25 @@ def whitening(
         The mean ``[f]`` and the projection ``[f, dim]``.
 
     >>> features = np.array([[0.0, 0], [4, 0], [0, 1], [4, 1]])
-    >>> mean, kernel = whitening(features, np.arange(4), np.array([0, 0, 1, 1]), 2)
+    >>> mean, kernel = whitening(features, np.array([0, 0, 1, 1]), 2)
     >>> print(np.abs(kernel.round(2)) + 0.0)
     [[0.82 0.  ]
      [0.   1.41]]
     """
     f = features.shape[1]
-    mean = features.mean(axis=0, dtype=np.float64)
-    total = sum((x.T @ x for x in _centred(features, mean)), np.zeros((f, f)))
-    within = sum((x.T @ x for x in _deviations(features, rows, labels)), 0 * total)
+    mean, weight = np.zeros(f), 0.0
+    for x, _, weights in _by_class(features, labels):
+        mean += weights @ x
+        weight += weights.sum()
+    mean /= weight
+    total, within = np.zeros((2, f, f))
+    for x, deviations, weights in _by_class(features, labels):
+        x -= mean
+        total += (x * weights[:, None]).T @ x
+        within += (deviations * weights[:, None]).T @ deviations
     scale = np.trace(within) / f
     if scale > 0:
-        # Their own scale does not matter, since embeddings have unit norm.
+        # Its own scale does not matter, since embeddings have unit norm.
         within = (1 - shrinkage) * within / scale + shrinkage * np.eye(f)
     else:
         within = np.eye(f)
@@ -68,27 +78,20 @@ def whitening(
     return mean, kernel
 
 
-def _centred(features: np.ndarray, mean: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(features), ROWS):
-        yield features[start : start + ROWS].astype(np.float64) - mean
-
-
-def _deviations(
-    features: np.ndarray, rows: np.ndarray, labels: np.ndarray
-) -> Iterator[np.ndarray]:
-    """Deviations from the means of classes, of classes of several rows."""
+def _by_class(
+    features: np.ndarray, labels: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Chunks of whole classes: rows, deviations from class means, and weights."""
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     order = np.argsort(classes, kind="stable")
-    order = order[counts[classes[order]] > 1]
-    ends = np.cumsum(counts[counts > 1])
+    ends = np.cumsum(counts)
     start = 0
-    # Whole classes, so that each chunk has its means.
-    while start < len(ends):
-        first = ends[start - 1] if start else 0
-        stop = max(start + 1, np.searchsorted(ends, first + ROWS, side="right"))
-        x = features[rows[order[first : ends[stop - 1]]]].astype(np.float64)
-        starts = np.concatenate([[first], ends[start : stop - 1]]) - first
-        sizes = np.diff(np.append(starts, len(x)))
-        means = np.add.reduceat(x, starts, axis=0) / sizes[:, None]
-        yield x - np.repeat(means, sizes, axis=0)
+    while start < len(counts):
+        first = ends[start] - counts[start]
+        stop = max(start + 1, int(np.searchsorted(ends, first + ROWS, side="right")))
+        x = features[order[first : ends[stop - 1]]].astype(np.float64)
+        sizes = counts[start:stop]
+        sums = np.add.reduceat(x, np.cumsum(sizes) - sizes, axis=0)
+        means = np.repeat(sums / sizes[:, None], sizes, axis=0)
+        yield x, x - means, np.repeat(np.minimum(1, MOST / sizes), sizes)
         start = stop

@@ -29,7 +29,8 @@ def fit_to_features(head: heads.Head, task: tasks.Task) -> None:
     images = task.images
     if not isinstance(images, KeptFeatures):
         raise TypeError(f"task must have features, got {type(images).__name__}.")
-    head.fit(images.features[:, 0], *task.labelled_rows)
+    rows, labels = task.labelled_rows
+    head.fit(images.features[rows, 0], labels)
 
 
 def compare(

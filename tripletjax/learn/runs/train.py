@@ -308,7 +308,7 @@ class _Run:
         images, rows = np.unique(rows[sample], return_inverse=True)
         network = heads.features_of(self.model)
         features = embed_images(network, self.task.images.part(images))
-        head.fit(np.asarray(features), rows, labels[sample])
+        head.fit(np.asarray(features)[rows], labels[sample])
         return head
 
     @property
