@@ -152,8 +152,11 @@ def start_of(config: Config, old: RunRecord | None) -> Start | None:
         plan = old.plan.backbone
         if plan is None:
             return None
-        if config.backbone is not None and Path(config.backbone).exists():
-            _check_same(backbones.open_weights(config.backbone), plan.digest)
+        file = config.backbone
+        # The weights of a named network may have been uninstalled since.
+        named = file in choices.PRETRAINED
+        if file is not None and not named and Path(file).exists():
+            _check_same(backbones.open_weights(file), plan.digest)
         return Start(backbones.Backbone(plan.family, plan.options), plan.digest)
     if config.model in backbones.UNTRAINED:
         options = backbones.UNTRAINED[config.model]
