@@ -296,7 +296,9 @@ def test_a_run_of_few_classes_keeps_the_closed_form(
         np.testing.assert_array_equal(one, other)
     # A killed run whose summary was not written yet ends with the same numbers.
     (out / "summary.json").unlink()
+    log = (out / "metrics.jsonl").read_text()
     assert learn.run(config, out, resume=True, progress=False) == evaluations
+    assert (out / "metrics.jsonl").read_text() == log
     # A lengthened run compares again, and then trains.
     longer = configured(folder, resnet, "frozen", steps=3)
     with trained_without_comparison():

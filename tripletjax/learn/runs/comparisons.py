@@ -51,13 +51,14 @@ def compare(
         their difference.
     """
     closed_form, trained = [], []
-    folds = task.folds(FOLDS) if task.trained_classes >= MIN_CLASSES else []
-    total = FOLDS if task.trained_classes >= MIN_CLASSES else 0
-    title = "comparison with the closed form"
-    bar = tqdm(
-        folds, desc=title, total=total, unit="fold", disable=not (progress and total)
-    )
-    for fold in bar:
+    count = FOLDS if task.trained_classes >= MIN_CLASSES else 0
+    for fold in tqdm(
+        task.folds(count),
+        desc="comparison with the closed form",
+        total=count,
+        unit="fold",
+        disable=not (progress and count),
+    ):
         one = nnx.clone(head)
         fit_to_features(one, fold)
         closed_form.append(fold.validate(one).by_class)

@@ -83,7 +83,9 @@ class LabelTask:
         self, config: Config, start: Start | None = None
     ) -> tuple[Plan, list[str]]:
         plan, notes = defaults.plan_for_classes(config, self.dataset, start)
-        return plan, [*notes, *note_of(self.validation_classes, self.unit)]
+        if plan.steps:
+            notes = [*notes, *note_of(self.validation_classes, self.unit)]
+        return plan, notes
 
     @property
     def labelled_rows(self) -> tuple[np.ndarray, np.ndarray]:
@@ -334,7 +336,9 @@ class TripletTask:
         self, config: Config, start: Start | None = None
     ) -> tuple[Plan, list[str]]:
         plan, notes = defaults.plan_for_triplets(config, self.dataset, start)
-        return plan, [*notes, *note_of(self.validation_classes, self.unit)]
+        if plan.steps:
+            notes = [*notes, *note_of(self.validation_classes, self.unit)]
+        return plan, notes
 
     @property
     def labelled_rows(self) -> tuple[np.ndarray, np.ndarray]:

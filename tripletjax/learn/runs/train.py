@@ -77,6 +77,11 @@ class _Log(MetricsLog):
             if line.get("evaluation", "trained") != "trained" and line["step"] == 0
         }
 
+    @property
+    def kept_steps(self) -> list[int]:
+        """The step of the kept model, after each validation."""
+        return [line["kept_step"] for line in self.lines if "kept_step" in line]
+
     def comparison(self, steps: int) -> dict[str, Any] | None:
         """The comparison of a head trained in these steps with its closed form."""
         lines = [line["comparison"] for line in self.lines if "comparison" in line]
@@ -291,7 +296,8 @@ class _Run:
         self.kept_model.save(
             0, self.on.everywhere(candidate_of(head, 0, np.zeros(0)).model)
         )
-        if self.log is not None:
+        # A run that was killed after this record has it already.
+        if self.log is not None and not self.log.kept_steps:
             metrics, _ = self.task.validate(head)
             self.log.add({"step": 0, "validation": metrics, "kept_step": 0})
 
@@ -329,7 +335,6 @@ class _Run:
         embed = functools.partial(embed_images, self.trained_part)
         evaluations = (self.before or {}) | {"trained": self.task.evaluate(embed)}
         log.truncate_after(plan.steps)
-        kept_step = [line["kept_step"] for line in log.lines if "kept_step" in line][-1]
         # The closed form is of no step: a lengthened run begins with it.
         trains = bool(self.checkpoints.steps)
         log.add_evaluation(
@@ -349,7 +354,7 @@ class _Run:
         )
         summary = {
             "steps": plan.steps,
-            "kept_step": kept_step,
+            "kept_step": log.kept_steps[-1],
             "comparison": log.comparison(plan.steps),
             "evaluations": evaluations,
             "parameters": sum(x.size for x in parameters),
