@@ -146,6 +146,12 @@ class Config:
         default="classes",
         choices=choices.RELEVANCE,
     )
+    rounds: int = _batches_of_classes(
+        "number of times that training stops to mine the classes that the model "
+        "confuses, which come into a batch together from there on",
+        default=0,
+        rule="at least 0",
+    )
     memory: int = _batches_of_classes(
         "number of embeddings of earlier batches in the cross-batch memory",
         default=0,
@@ -196,6 +202,7 @@ class Config:
                 "{memory_momentum} requires {memory}, got "
                 f"{self.memory_momentum!r}."
             )
+        self._check_rounds()
         self._check_loss()
         if self.backbone is not None:
             excluded = "model", "head", "channels", "stride"
@@ -209,6 +216,15 @@ class Config:
         for name in excluded:
             if (value := getattr(self, name)) is not None:
                 raise OptionError(f"{{{name}}} {rule}, got {value!r}.")
+
+    def _check_rounds(self) -> None:
+        """Check the options that choose the classes of a batch."""
+        for name, value in (("relevance", "classes"), ("class_sampling", "uniform")):
+            if self.rounds and getattr(self, name) != value:
+                raise OptionError(
+                    f"{{rounds}} requires {{{name}}} {value}, got "
+                    f"{getattr(self, name)}."
+                )
 
     def _check_loss(self) -> None:
         """Check the options that only some losses have."""

@@ -4,6 +4,7 @@ A run directory holds
 
 - ``config.json``: the request, and every choice that was made (`RunRecord`);
 - ``backbone.safetensors``: a copy of the weights that the run began with, if any;
+- ``rounds.json``: groups of classes of each round, if requested (`rounds`);
 - ``metrics.jsonl``: records of metrics, validations and evaluations;
 - ``checkpoints/``: the last two states, to go on from;
 - ``best/``: the model that the rule of `selection` keeps, at each of the last two
@@ -42,7 +43,7 @@ from tripletjax.learn.networks import heads
 from tripletjax.learn.networks.embedding import as_floats, embed_images
 from tripletjax.learn.networks.embedding_networks import Standardized
 from tripletjax.learn.networks.weights import Frozen
-from tripletjax.learn.runs import preparation, record, tasks
+from tripletjax.learn.runs import preparation, record, rounds, tasks
 from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.model import build_model, fill_backbone, load_model
 from tripletjax.learn.runs.plan import ClassBatchPlan, Plan
@@ -52,6 +53,7 @@ from tripletjax.learn.training.checkpoints import Checkpoints
 from tripletjax.learn.training.feature_cache import AnyView, FeatureCache, views_of
 from tripletjax.learn.training.interrupts import Interrupts
 from tripletjax.learn.training.metrics_log import MetricsLog, summary_writer
+from tripletjax.learn.training.objectives import Objective
 
 # Images whose features give a head its statistics.
 HEAD_SAMPLE = 2048
@@ -227,35 +229,79 @@ class _Run:
         if self.plan.pretrained:
             _fit_head(self.model, self.task)
         self.log.begin_again(self.plan, progress=self.progress)
+        if rounds.rounds_of(self.plan):
+            rounds.begin_rounds(self.out)
 
     def train(self) -> None:
-        """Train the model to the last step."""
-        plan, task = self.plan, self.task
+        """Train the model to the last step, and mine classes before each round."""
+        plan = self.plan
+        # Made once, since steps are compiled again for other ones.
+        tx, loss = _optimizer(plan), self.task.loss(plan, self.on)
+        mined_at = rounds.first_steps(plan.steps, rounds.rounds_of(plan))
         with Interrupts() as interrupts:
-            for line in loop.fit(
-                heads.trained_part(self.model, plan.backbone_training),
-                _optimizer(plan),
-                self.batches,
-                steps=plan.steps,
-                loss=task.loss(plan, self.on),
-                mesh=self.on.mesh,
-                augment=AnyView() if plan.frozen else plan.augment,
-                seed=plan.seed,
-                ema_decay=plan.ema_decay,
-                **_memory_options(plan),
-                embed_chunk_size=plan.embed_chunk_size,
-                log_every=plan.log_every,
-                validate=task.validate,
-                validate_every=plan.validate_every,
-                validation_classes=task.validation_classes,
-                checkpoints=self.checkpoints,
-                checkpoint_every=plan.checkpoint_every,
-                kept_model=self.kept_model,
-                interrupts=interrupts,
-                progress=self.progress,
-            ):
-                if self.log is not None:
-                    self.log.add_record(line)
+            for step in mined_at:
+                # Groups of the rounds before a later checkpoint are in the file.
+                if max(self.checkpoints.steps, default=0) <= step:
+                    self._train_to(step, tx, loss, interrupts)
+                    self.on.of_first(functools.partial(self._mine_round, step))
+            self._train_to(plan.steps, tx, loss, interrupts)
+
+    def _train_to(
+        self,
+        end: int,
+        tx: optax.GradientTransformation,
+        loss: Objective,
+        interrupts: Interrupts,
+    ) -> None:
+        """Train the model to a step, and save its state there."""
+        plan, task = self.plan, self.task
+        for line in loop.fit(
+            heads.trained_part(self.model, plan.backbone_training),
+            tx,
+            self._batches_of_rounds(),
+            steps=end,
+            loss=loss,
+            mesh=self.on.mesh,
+            augment=AnyView() if plan.frozen else plan.augment,
+            seed=plan.seed,
+            ema_decay=plan.ema_decay,
+            **_memory_options(plan),
+            embed_chunk_size=plan.embed_chunk_size,
+            log_every=plan.log_every,
+            validate=task.validate,
+            validate_every=plan.validate_every,
+            validation_classes=task.validation_classes,
+            checkpoints=self.checkpoints,
+            checkpoint_every=plan.checkpoint_every,
+            kept_model=self.kept_model,
+            interrupts=interrupts,
+            progress=self.progress,
+        ):
+            if self.log is not None:
+                self.log.add_record(line)
+
+    def _batches_of_rounds(self) -> loop.Batches:
+        """Batches with the groups of the rounds so far."""
+        task, plan = self.task, self.plan
+        if not isinstance(task, tasks.LabelTask) or not rounds.rounds_of(plan):
+            return self.batches
+        mined = self.on.of_first(lambda: rounds.read_rounds(self.out))
+        return task.batches(plan, self.on, mined)
+
+    def _mine_round(self, step: int) -> None:
+        """Mine the training images for the batches from a step on."""
+        assert isinstance(self.task, tasks.LabelTask)
+        trained = heads.trained_part(self.model, self.plan.backbone_training)
+        embed = functools.partial(embed_images, trained)
+        new = self.task.mine_round(self.plan, embed, step)
+        rounds.write_round(self.out, new)
+        if self.progress:
+            print(
+                f"- step {step}: {len({*new.groups}):,} groups of classes; "
+                f"{100 * new.nearer:.1f} % of the training images have a negative "
+                "nearer than the nearest positive",
+                flush=True,
+            )
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the kept model, draw, and write the summary."""
