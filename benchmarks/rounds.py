@@ -1,10 +1,10 @@
-"""Metrics on unseen classes with and without rounds of mining, at the same steps.
+"""Metrics with and without rounds of mining, at the same steps.
 
-    python benchmarks/rounds.py --data FOLDER --steps 300 --rounds 3
+    python benchmarks/rounds.py --data FOLDER --steps 200 --rounds 3
 
-Each seed trains two runs on one split of the classes: without rounds and with them. The
-runs have the same number of steps. The table has the metrics of held-out test classes
-and the time of each run, and the differences of rounds.
+Each seed trains two runs on one split of the data: without rounds and with them. The
+runs have the same number of steps. The table has the metrics of held-out test classes,
+or images with `--split images`, the time of each run, and the differences of rounds.
 """
 
 import argparse
@@ -25,9 +25,13 @@ OPTIONS = "size", "classes", "per_class", "rotation_classes", "model", "loss"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder or zip file")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="digits, a folder or a zip file"
+    )
     parser.add_argument("--within", default="", help="folder within the zip file")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--split", default="classes", choices=("classes", "images"))
+    parser.add_argument("--channels", type=int, nargs="+")
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
     for name in OPTIONS:
@@ -45,7 +49,8 @@ def main() -> None:
             folder = root / "data"
         config = learn.Config(
             data=str(folder / arguments.within),
-            split="classes",
+            split=arguments.split,
+            channels=arguments.channels and tuple(arguments.channels),
             steps=arguments.steps,
             **options,
         )
