@@ -124,6 +124,7 @@ def test_rounds_need_steps_between_them():
     [
         ({"relevance": "folders"}, "rounds requires relevance classes, got folders"),
         ({"class_sampling": "frequency"}, "rounds requires class_sampling uniform"),
+        ({"steps": 0, "backbone": "a.pt"}, "rounds cannot be combined with steps 0"),
         ({"rounds": -1}, "rounds must be at least 0, got -1"),
     ],
 )
