@@ -1,5 +1,7 @@
 """Rounds of training: mined groups of classes, and the batches of each round."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -97,6 +99,19 @@ def test_batches_of_a_round_have_its_groups(planned):
             assert len({groups[c] for c in classes}) == 2
 
 
+def test_turned_copies_have_groups_of_their_own(planned):
+    plan, task = planned
+    turned = dataclasses.replace(plan.batches, rotation_classes=4)
+    pairs = (0, 1, 2, 3, 4, 4, 3, 2, 1, 0)
+    batches = task.batches(
+        dataclasses.replace(plan, batches=turned), mined=[rounds.Round(4, pairs, 0.5)]
+    )
+    for step in range(4, 12):
+        turn, index = np.divmod(np.unique(batches[step][1]), 10)
+        assert len(index) == 4
+        assert len({(t, pairs[i]) for t, i in zip(turn, index, strict=True)}) == 2
+
+
 def test_the_file_of_rounds_has_those_of_earlier_steps(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"rounds\.json does not exist"):
         rounds.read_rounds(tmp_path)
@@ -124,7 +139,8 @@ def test_rounds_need_steps_between_them():
     [
         ({"relevance": "folders"}, "rounds requires relevance classes, got folders"),
         ({"class_sampling": "frequency"}, "rounds requires class_sampling uniform"),
-        ({"steps": 0, "backbone": "a.pt"}, "rounds cannot be combined with steps 0"),
+        ({"steps": 0, "backbone": "a"}, "rounds must be less than steps 0, got 1"),
+        ({"steps": 3, "rounds": 3}, "rounds must be less than steps 3, got 3"),
         ({"rounds": -1}, "rounds must be at least 0, got -1"),
     ],
 )

@@ -232,9 +232,12 @@ class Config:
                 )
 
     def _check_rounds(self) -> None:
-        """Check the options that choose the classes of a batch."""
-        if self.rounds and self.steps == 0:
-            raise OptionError("{rounds} cannot be combined with {steps} 0.")
+        """Check the options that rounds depend on."""
+        if self.rounds and self.steps is not None and self.rounds >= self.steps:
+            raise OptionError(
+                f"{{rounds}} must be less than {{steps}} {self.steps}, got "
+                f"{self.rounds}."
+            )
         for name, value in (("relevance", "classes"), ("class_sampling", "uniform")):
             if self.rounds and getattr(self, name) != value:
                 raise OptionError(
