@@ -340,9 +340,9 @@ def contact_sheet(
     """Draw queries, each in a row with its hits.
 
     Args:
-        rows: the name of each query; its images uint8 ``[height, width]`` or ``[height,
-            width, 3]``, that of the query first; and for each hit a text and whether
-            the hit is right, or None if unknown.
+        rows: the name of each query, its images and its hits. Images are uint8
+            ``[height, width]`` or ``[height, width, 3]``, the query first. Each hit has
+            a text and whether the hit is right, or None if unknown.
         path: the PNG file to write.
         title: of the sheet.
     """

@@ -104,9 +104,9 @@ def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:
     Args:
         model: the network, which may be abstract, as from `nnx.eval_shape`.
         path: the file.
-        rules: from a regular expression for the whole name of an array to its target:
-            the dotted path of a variable, which may hold ``\1`` for a group of the
-            expression; a `Part` of a variable; or None to skip the array.
+        rules: from a regular expression for the whole name of an array to its target.
+            A target is the dotted path of a variable, which may hold ``\1`` for a group
+            of the expression, a `Part` of a variable, or None to skip the array.
 
     Returns:
         `Loaded`.

@@ -168,8 +168,8 @@ def fit(
         validate_every: steps between two validations. If not given, only at the end.
         validation_classes: the number of values in `Validation.by_class`. From
             `selection.MIN_CLASSES` on, the model with the highest mean over classes is
-            part of the state, and is kept instead of the last one if it is better by
-            more than noise (`selection.exceeds_noise`).
+            part of the state. It replaces the last one if it is better by more than
+            noise (`selection.exceeds_noise`).
         checkpoints: storage of states.
         checkpoint_every: steps between two saved states.
         kept_model: storage of the model that the rule keeps, saved by each validation.
