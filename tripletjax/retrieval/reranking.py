@@ -87,9 +87,8 @@ def expand_queries(
     )
     # Missing neighbours and references that are not finite have no weight.
     exists = (indices >= 0) & jnp.isfinite(similarity)
-    similarity = jnp.where(exists, jnp.maximum(similarity, 0), 0)
-    weights = similarity ** jnp.asarray(alpha, q.dtype)
-    weights = jnp.where(exists, weights, 0)
+    similarity = jnp.where(exists, similarity, 0)
+    weights = jnp.where(exists, similarity ** jnp.asarray(alpha, q.dtype), 0)
     partners = jnp.where(exists[..., None], partners, 0)
     return unit(q + jnp.einsum("qk,qkd->qd", weights, partners, precision="highest"))
 
@@ -187,9 +186,8 @@ def k_reciprocal_distances(
     items = x if square else jnp.concatenate([x, y])
     real_items = real if square else jnp.concatenate([real, real_references])
     items = jnp.where(real_items[:, None], items, 0)
-    count = len(items)
-    itself = jnp.arange(count)
-    others = min(max(k1, k2 - 1, 1), count - 1)
+    itself = jnp.arange(len(items))
+    others = min(max(k1, k2 - 1, 1), len(items) - 1)
     _, nearest = search(
         items,
         items,
@@ -200,29 +198,16 @@ def k_reciprocal_distances(
     )
     nearest = jnp.concatenate([itself[:, None], nearest], axis=1)
     nearest = jnp.where(real_items[:, None], nearest, -1)
-    products = metric.products
-    vectors = products.vectors(items) if products else items
-    ids, values = _mean_encodings(
-        *_encodings(metric, vectors, nearest, k1), nearest, k2
-    )
-    sums = jnp.sum(values, axis=1)
-    first = 0 if square else n
-
-    def rerank(query: tuple[Array, Array]) -> tuple[Array, Array]:
-        i, nearest_first = query
-        exists = nearest_first >= 0
-        g = first + jnp.maximum(nearest_first, 0)
-        dense = jnp.zeros(count + 1, values.dtype).at[ids[i]].add(values[i])
-        shared = jnp.sum(jnp.minimum(dense[ids[g]], values[g]), axis=1)
-        jaccard = 1 - shared / jnp.maximum(sums[i] + sums[g] - shared, 1e-30)
-        d = jax.vmap(metric._paired_checked, (None, 0))(vectors[i], vectors[g])
-        weight = jnp.asarray(distance_weight, d.dtype)
-        final = jnp.where(exists, (1 - weight) * jaccard + weight * d, jnp.inf)
-        index = jnp.where(exists, nearest_first, m)
-        final, index = lax.sort((final, index), num_keys=2)
-        return final, jnp.where(index < m, index, -1)
-
-    distances, indices = lax.map(rerank, (jnp.arange(n), candidates), batch_size=ITEMS)
+    vectors = metric.products.vectors(items) if metric.products else items
+    encodings = _mean_encodings(*_encodings(metric, vectors, nearest, k1), nearest, k2)
+    partners = jnp.where(candidates < 0, -1, candidates + (0 if square else n))
+    jaccard, original = _jaccard_distances(metric, vectors, *encodings, partners)
+    weight = jnp.asarray(distance_weight, original.dtype)
+    distances = (1 - weight) * jaccard + weight * original
+    distances = jnp.where(candidates < 0, jnp.inf, distances)
+    indices = jnp.where(candidates < 0, m, candidates)
+    distances, indices = lax.sort((distances, indices), num_keys=2)
+    indices = jnp.where(indices < m, indices, -1)
     broken = ~jnp.isfinite(x).all(axis=1)
     if where is not None:
         broken &= jnp.asarray(where)
@@ -325,3 +310,27 @@ def _mean_encodings(
         return jnp.where(keep, items, count), jnp.where(keep, total, 0)
 
     return lax.map(one, nearest[:, :k2], batch_size=ITEMS)
+
+
+def _jaccard_distances(
+    metric: Metric, vectors: Array, ids: Array, values: Array, partners: Array
+) -> tuple[Array, Array]:
+    """Jaccard and original distances of the first items to partners, ``[n, k]`` each.
+
+    `partners` are items, or -1.
+    """
+    count = len(vectors)
+    sums = jnp.sum(values, axis=1)
+
+    def one(item: tuple[Array, Array]) -> tuple[Array, Array]:
+        i, others = item
+        dense = jnp.zeros(count + 1, values.dtype).at[ids[i]].add(values[i])
+        shared = jnp.sum(jnp.minimum(dense[ids[others]], values[others]), axis=1)
+        union = sums[i] + sums[others] - shared
+        original = jax.vmap(metric._paired_checked, (None, 0))(
+            vectors[i], vectors[others]
+        )
+        return 1 - shared / jnp.maximum(union, 1e-30), original
+
+    items = jnp.arange(len(partners)), jnp.maximum(partners, 0)
+    return lax.map(one, items, batch_size=ITEMS)
