@@ -21,6 +21,8 @@ import numpy as np
 
 MARGIN = 0.2
 LOSSES = ("hard", "semi-hard", "all")
+# Losses of pairs, of cosine distances with their defaults.
+PAIR_LOSSES = ("supcon", "nt_xent", "multi_similarity", "contrastive", "sigmoid")
 # How long memory is watched, and how long and often time is taken at most.
 PEAK_SECONDS, REPEAT_SECONDS, MOST_REPEATS = 0.3, 3.0, 101
 # What takes so many seconds is not repeated often.
@@ -31,7 +33,7 @@ class Case(NamedTuple):
     """A batch: unit vectors in classes of one size, or references of such.
 
     Attributes:
-        loss: one of `LOSSES`.
+        loss: one of `LOSSES` or `PAIR_LOSSES`.
         n: how many embeddings.
         classes: how many classes they are in.
         references: how many references, or 0 if the embeddings are their own.
@@ -95,6 +97,8 @@ def main(message: str) -> None:
     library, case, with_product = json.loads(message)
     case = Case(*case)
     arrays = case.arrays()
+    if case.loss in PAIR_LOSSES and not library.startswith("tripletjax"):
+        raise NotImplementedError("not supported")
     loss, product = LIBRARIES[library](case, *arrays)
     within_memory()
     start = time.perf_counter()
@@ -218,12 +222,16 @@ def ours(case: Case, x: Any, labels: Any, *references: Any, blockwise: bool) -> 
 
     x, labels, *references = map(jnp.asarray, (x, labels, *references))
     module = tj.blockwise if blockwise else tj
-    loss = {
+    named = {
         "hard": module.batch_hard_loss,
         "semi-hard": module.batch_semi_hard_loss,
         "all": module.batch_all_loss,
-    }[case.loss]
-    options, y = {"margin": MARGIN}, x
+    }
+    options, metric, y = {"margin": MARGIN}, tj.euclidean, x
+    if case.loss in PAIR_LOSSES:
+        named[case.loss] = getattr(module, f"{case.loss}_loss")
+        options, metric = {}, tj.cosine
+    loss = named[case.loss]
     if references:
         y, options["reference_labels"] = references
         if blockwise:
@@ -231,8 +239,8 @@ def ours(case: Case, x: Any, labels: Any, *references: Any, blockwise: bool) -> 
 
     def function(x: Any) -> Any:
         if blockwise:
-            return loss(x, labels, **options)
-        return loss(tj.euclidean(x, *references[:1]), labels, **options)
+            return loss(x, labels, metric=metric, **options)
+        return loss(metric(x, *references[:1]), labels, **options)
 
     return with_jax(case, function, x, y)
 

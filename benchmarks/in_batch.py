@@ -14,7 +14,15 @@ import argparse
 import json
 from pathlib import Path
 
-from contestants import LIBRARIES, LOSSES, Case, installed, machine, measure
+from contestants import (
+    LIBRARIES,
+    LOSSES,
+    PAIR_LOSSES,
+    Case,
+    installed,
+    machine,
+    measure,
+)
 
 SMALL = [(256, 64, 0), (1024, 256, 0)]
 LARGE = [(4096, 1024, 0), (4096, 8, 0), (4096, 16384, 65536)]
@@ -26,6 +34,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file for all figures")
     parser.add_argument("--limit", type=float, default=300, help="seconds per case")
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES)
+    losses = LOSSES + PAIR_LOSSES
+    parser.add_argument("--losses", nargs="+", choices=losses, default=losses)
     arguments = parser.parse_args()
     if arguments.json is not None and arguments.json.exists():
         parser.error(f"{arguments.json} exists")
@@ -35,7 +45,7 @@ def main() -> None:
     header = "| batch | loss |" + "".join(f" {name} |" for name in libraries)
     print(header, "|---" * (2 + len(libraries)) + "|", sep="\n", flush=True)
     for n, classes, references in SMALL + (not arguments.quick) * LARGE:
-        for loss in LOSSES:
+        for loss in arguments.losses:
             case = Case(loss, n, classes, references)
             print(f"| {describe(case)} | {loss} |", end="", flush=True)
             for library in libraries:

@@ -63,6 +63,7 @@ STRICT = {
     "test_meshes",
     "test_mining",
     "test_oracle_parity",
+    "test_pair_losses",
     "test_pairs",
     "test_relevance",
     "test_retrieval",

@@ -443,6 +443,236 @@ def relevance_probabilities(r, categories, cap, gap, out_of_category):
     return chances
 
 
+# Losses of pairs, which return the value that the papers average over a batch.
+
+
+def log_sum_exp(values):
+    largest = max(values, default=-math.inf)
+    if largest == -math.inf:
+        return -math.inf
+    return largest + math.log(sum(math.exp(v - largest) for v in values))
+
+
+def softplus(x):
+    return log_sum_exp([0.0, x])
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def log_sum_exp_costs(d, positive, negative, logit, cost):
+    """The costs of a function of positives' distances and negatives' log-sum-exp."""
+    return [
+        cost(
+            [d[a][p] for p in _of(positive, a)],
+            log_sum_exp([logit(d[a][n]) for n in _of(negative, a)]),
+        )
+        for a in range(len(d))
+    ]
+
+
+def separable_costs(d, positive, negative, positive_cost, negative_cost):
+    """The costs of all positive pairs and of all negative pairs of each anchor."""
+    return [
+        (
+            [positive_cost(d[a][p]) for p in _of(positive, a)],
+            [negative_cost(d[a][n]) for n in _of(negative, a)],
+        )
+        for a in range(len(d))
+    ]
+
+
+def supcon(d, positive, negative, temperature=0.1):
+    """Khosla et al. 2020, equation 2."""
+    costs = []
+    for a in range(len(d)):
+        ps = _of(positive, a)
+        logits = {j: -d[a][j] / temperature for j in ps + _of(negative, a)}
+        every = log_sum_exp(list(logits.values()))
+        if ps:
+            costs.append(-mean(logits[p] - every for p in ps))
+    return mean(costs)
+
+
+def nt_xent(d, positive, negative, temperature=0.1):
+    """Chen et al. 2020, equation 1, whose denominator is one pair and negatives."""
+    costs = []
+    for a in range(len(d)):
+        logits = [-d[a][n] / temperature for n in _of(negative, a)]
+        for p in _of(positive, a):
+            z = -d[a][p] / temperature
+            costs.append(log_sum_exp([z, *logits]) - z)
+    return mean(costs)
+
+
+def decoupled_contrastive(d, positive, negative, temperature=0.1):
+    """Yeh et al. 2021, equation 6: without the positive in the denominator."""
+    costs = []
+    for a in range(len(d)):
+        logits = [-d[a][n] / temperature for n in _of(negative, a)]
+        if logits:
+            costs += [
+                d[a][p] / temperature + log_sum_exp(logits) for p in _of(positive, a)
+            ]
+    return mean(costs)
+
+
+def nca(d, positive, negative, temperature=0.1):
+    """Goldberger et al. 2004, the logarithm of the probability of a positive."""
+    costs = []
+    for a in range(len(d)):
+        ps = [-d[a][p] / temperature for p in _of(positive, a)]
+        ns = [-d[a][n] / temperature for n in _of(negative, a)]
+        if ps:
+            costs.append(log_sum_exp(ps + ns) - log_sum_exp(ps))
+    return mean(costs)
+
+
+def info_nce(d, positive, negative, temperature=0.05, symmetric=False):
+    """van den Oord et al. 2018, equation 4; Radford et al. 2021, figure 3."""
+    value = nt_xent(d, positive, negative, temperature)
+    if not symmetric:
+        return value
+    return mean([value, nt_xent(d.T, positive.T, negative.T, temperature)])
+
+
+def multi_similarity(
+    d, positive, negative, alpha=2.0, beta=50.0, base=0.5, epsilon=None
+):
+    """Wang et al. 2019, equations 11 to 15."""
+    costs = []
+    for a in range(len(d)):
+        ps = [1 - d[a][p] for p in _of(positive, a)]
+        ns = [1 - d[a][n] for n in _of(negative, a)]
+        if not ps and not ns:
+            continue
+        if epsilon is not None:
+            hardest = min(ps, default=math.inf)
+            nearest = max(ns, default=-math.inf)
+            ps = [s for s in ps if s - epsilon < nearest]
+            ns = [s for s in ns if s + epsilon > hardest]
+        costs.append(
+            softplus(log_sum_exp([-alpha * (s - base) for s in ps])) / alpha
+            + softplus(log_sum_exp([beta * (s - base) for s in ns])) / beta
+        )
+    return mean(costs)
+
+
+def circle(d, positive, negative, margin=0.4, scale=80.0, weights_of=None):
+    """Sun et al. 2020, equations 6 to 8; the weights are those of other distances."""
+    costs, w = [], d if weights_of is None else weights_of
+    for a in range(len(d)):
+        ps, ns = _of(positive, a), _of(negative, a)
+        of_ps = [
+            -scale * max(margin + w[a][p], 0) * (1 - d[a][p] - (1 - margin)) for p in ps
+        ]
+        of_ns = [
+            scale * max(1 - w[a][n] + margin, 0) * (1 - d[a][n] - margin) for n in ns
+        ]
+        if ps and ns:
+            costs.append(softplus(log_sum_exp(of_ps) + log_sum_exp(of_ns)))
+    return mean(costs)
+
+
+def generalized_lifted_structure(d, positive, negative, margin=1.0):
+    """Hermans et al. 2017, equation 10."""
+    costs = []
+    for a in range(len(d)):
+        ps = [d[a][p] for p in _of(positive, a)]
+        ns = [margin - d[a][n] for n in _of(negative, a)]
+        if ps and ns:
+            costs.append(max(0.0, log_sum_exp(ps) + log_sum_exp(ns)))
+    return mean(costs)
+
+
+def _class_softmax(d, positive, negative, scale, with_margin):
+    costs = []
+    for a in range(len(d)):
+        ps = [1 - d[a][p] for p in _of(positive, a)]
+        if ps:
+            own = scale * with_margin(max(ps))
+            others = [scale * (1 - d[a][n]) for n in _of(negative, a)]
+            costs.append(log_sum_exp([own, *others]) - own)
+    return mean(costs)
+
+
+def cosface(d, positive, negative, margin=0.35, scale=64.0):
+    """Wang et al. 2018, equation 4."""
+    return _class_softmax(d, positive, negative, scale, lambda s: s - margin)
+
+
+def arcface(d, positive, negative, margin=0.5, scale=64.0):
+    """Deng et al. 2018, equation 3, and the continuation of its authors' code."""
+
+    def with_margin(s):
+        angle = math.acos(min(max(s, -1.0), 1.0))
+        if angle < math.pi - margin:
+            return math.cos(angle + margin)
+        return s - margin * math.sin(margin)
+
+    return _class_softmax(d, positive, negative, scale, with_margin)
+
+
+def proxy_anchor(d, positive, negative, margin=0.1, scale=32.0):
+    """Kim et al. 2020, equation 4; class vectors are the columns."""
+    of_positives, of_negatives = [], []
+    for c in range(d.shape[1]):
+        ps = [1 - d[i][c] for i in range(len(d)) if positive[i][c]]
+        ns = [1 - d[i][c] for i in range(len(d)) if negative[i][c]]
+        if ps:
+            logits = [-scale * (s - margin) for s in ps]
+            of_positives.append(softplus(log_sum_exp(logits)))
+        if ps or ns:
+            logits = [scale * (s + margin) for s in ns]
+            of_negatives.append(softplus(log_sum_exp(logits)))
+    return mean(of_positives) + mean(of_negatives)
+
+
+def contrastive(d, positive, negative, positive_margin=0.0, negative_margin=1.0):
+    """Hadsell et al. 2006 with hinges in place of squares, each side averaged."""
+    of_positives, of_negatives = [], []
+    for a in range(len(d)):
+        of_positives += [d[a][p] - positive_margin for p in _of(positive, a)]
+        of_negatives += [negative_margin - d[a][n] for n in _of(negative, a)]
+    return mean(c for c in of_positives if c > 0) + mean(
+        c for c in of_negatives if c > 0
+    )
+
+
+def margin(d, positive, negative, margin=0.2, beta=1.2):
+    """Wu et al. 2017, equation 4, over the pairs that cost anything."""
+    costs = []
+    for a in range(len(d)):
+        costs += [margin + d[a][p] - beta for p in _of(positive, a)]
+        costs += [margin + beta - d[a][n] for n in _of(negative, a)]
+    return mean(c for c in costs if c > 0)
+
+
+def sigmoid(d, positive, negative, scale=10.0, bias=-10.0):
+    """Zhai et al. 2023, algorithm 1."""
+    total, anchors = 0.0, 0
+    for a in range(len(d)):
+        ps, ns = _of(positive, a), _of(negative, a)
+        total += sum(softplus(-(scale * (1 - d[a][p]) + bias)) for p in ps)
+        total += sum(softplus(scale * (1 - d[a][n]) + bias) for n in ns)
+        anchors += bool(ps or ns)
+    return total / max(anchors, 1)
+
+
+def central_differences(function, d, mask, step=1e-6):
+    """The derivatives of a function of distances by those of a mask."""
+    gradient = np.zeros_like(d)
+    for place in np.argwhere(mask):
+        shift = np.zeros_like(d)
+        shift[tuple(place)] = step
+        gradient[tuple(place)] = (function(d + shift) - function(d - shift)) / (
+            2 * step
+        )
+    return gradient
+
+
 # Hard examples of a whole data set.
 
 

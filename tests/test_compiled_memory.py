@@ -65,7 +65,65 @@ def of(limit: int, function: Callable, *arguments: Any, **options: Any) -> Progr
     return Program(limit, partial(function, **options), arguments)
 
 
-PROGRAMS = {
+def of_pairs(name: str, **options: Any) -> dict[str, Program]:
+    """Both forms of a log-sum-exp or separable loss."""
+    matrix, embeddings = getattr(tj, name), getattr(blockwise, name)
+    if name not in TWO_SIDES:
+        return {
+            name: of_loss(6 * MATRIX, matrix, DISTANCES, Y, **options),
+            f"blockwise.{name}": of_loss(32 * MIB, embeddings, X, Y, **options),
+        }
+
+    def by_matrix(distances, y, labels):
+        return matrix(distances, y, reference_labels=labels, **options)
+
+    def by_blocks(x, y, references, labels):
+        pairs = {"references": references, "reference_labels": labels}
+        return embeddings(x, y, **pairs, **options)
+
+    return {
+        name: of_loss(6 * MATRIX, by_matrix, DISTANCES, Y, Y),
+        f"blockwise.{name}": of_loss(32 * MIB, by_blocks, X, Y, X, Y),
+    }
+
+
+def pairs_terms(pairs, _):
+    total = jnp.where(pairs.has_positive & pairs.has_negative, pairs.negatives, 0)
+    return pairs.terms(total, pairs.has_positive)
+
+
+TWO_SIDES = {"info_nce_loss", "cosface_loss", "arcface_loss", "proxy_anchor_loss"}
+PAIR_LOSSES = (
+    "supcon_loss",
+    "nt_xent_loss",
+    "decoupled_contrastive_loss",
+    "nca_loss",
+    "info_nce_loss",
+    "multi_similarity_loss",
+    "circle_loss",
+    "generalized_lifted_structure_loss",
+    "cosface_loss",
+    "arcface_loss",
+    "proxy_anchor_loss",
+    "contrastive_loss",
+    "margin_loss",
+    "sigmoid_loss",
+)
+PAIR_PROGRAMS = {}
+for loss in PAIR_LOSSES:
+    PAIR_PROGRAMS |= of_pairs(loss)
+PAIR_PROGRAMS |= of_pairs(
+    "log_sum_exp_loss", logit=lambda d, _: -d, cost=pairs_terms
+) | of_pairs(
+    "separable_loss",
+    positive_cost=lambda d, _: d,
+    negative_cost=lambda d, _: jnp.exp(-d),
+)
+PAIR_TERMS = tj.PairTerms(TERMS, TERMS, VALUES)
+PROGRAMS = PAIR_PROGRAMS | {
+    "mean_of_anchors": of(MIB, tj.mean_of_anchors, PAIR_TERMS),
+    "mean_active_by_side": of(MIB, tj.mean_active_by_side, PAIR_TERMS),
+    "mean_valid_by_side": of(MIB, tj.mean_valid_by_side, PAIR_TERMS),
     "euclidean": of_metric(2 * MATRIX + 8 * MIB, tj.euclidean),
     "squared_euclidean": of_metric(2 * MATRIX + 8 * MIB, tj.squared_euclidean),
     "cosine": of_metric(2 * MATRIX + 8 * MIB, tj.cosine),
@@ -173,6 +231,7 @@ PROGRAMS = {
 NO_ARRAYS = {"hard_band", "semi_hard_band", "easy_band", "violating_band"}
 # These take more than two seconds to compile.
 SLOW = {
+    *(name for name in PAIR_PROGRAMS if name.startswith("blockwise.")),
     "blockwise.batch_all_loss",
     "blockwise.batch_hard_loss",
     "blockwise.batch_semi_hard_loss",

@@ -58,7 +58,10 @@ CORE = (
     ("retrieval", "verification", "collapse"),
     ("mining",),
     ("losses", "relevance", "hard_examples"),
+    ("pair_losses",),
+    ("softmax_losses", "separable_losses"),
     ("_engine",),
+    ("_blockwise_pairs",),
     ("blockwise",),
     ("memory",),
 )
@@ -87,6 +90,7 @@ APART = {
     "collapse": ("mining", "losses"),
     "mining": ("retrieval", "verification", "collapse"),
     "losses": ("_pairwise", "retrieval", "verification", "collapse"),
+    "pair_losses": ("_pairwise", "retrieval", "verification", "collapse"),
     "blockwise": ("retrieval", "verification", "collapse"),
 }
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

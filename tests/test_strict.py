@@ -70,6 +70,11 @@ CALLS = {
     "mean_active": lambda: tj.mean_active(
         tj.batch_all_loss(distances(), Y, reduce_fn=None)
     ),
+    "mean_of_anchors": lambda: tj.sigmoid_loss(distances(), Y),
+    "mean_active_by_side": lambda: tj.contrastive_loss(distances(), Y),
+    "mean_valid_by_side": lambda: tj.mean_valid_by_side(
+        tj.contrastive_loss(distances(), Y, reduce_fn=None)
+    ),
     "mean_valid": lambda: tj.mean_valid(
         tj.batch_all_loss(distances(), Y, reduce_fn=None)
     ),
@@ -158,6 +163,59 @@ for name in ("batch_all_loss", "batch_hard_loss", "batch_semi_hard_loss"):
     CALLS[f"blockwise.{name} many"] = functools.partial(
         jax.value_and_grad(blockwise), *MANY
     )
+
+
+PAIR_LOSSES = (
+    "supcon_loss",
+    "nt_xent_loss",
+    "decoupled_contrastive_loss",
+    "nca_loss",
+    "multi_similarity_loss",
+    "circle_loss",
+    "generalized_lifted_structure_loss",
+    "contrastive_loss",
+    "margin_loss",
+    "sigmoid_loss",
+    "info_nce_loss",
+    "cosface_loss",
+    "arcface_loss",
+    "proxy_anchor_loss",
+)
+GENERAL = {
+    "log_sum_exp_loss": {
+        "logit": lambda d, t: -d / t,
+        "cost": lambda pairs, t: pairs.terms(
+            jnp.where(pairs.has_negative, pairs.negatives, 0), pairs.has_positive
+        ),
+        "parameters": 0.1,
+    },
+    "separable_loss": {
+        "positive_cost": lambda d, m: d,
+        "negative_cost": lambda d, m: jax.nn.relu(m - d),
+        "parameters": 1.0,
+    },
+}
+for name in (*PAIR_LOSSES, *GENERAL):
+    by_matrix, blockwise = getattr(tj, name), getattr(tj.blockwise, name)
+    options = GENERAL.get(name, {})
+    CALLS[name] = functools.partial(
+        gradient,
+        lambda x, f, options: f(distances(x, R), Y, reference_labels=RY, **options),
+        by_matrix,
+        options,
+    )
+    CALLS[f"blockwise.{name}"] = functools.partial(
+        gradient, blockwise, Y, **GALLERY, **options
+    )
+    if name not in PAIR_LOSSES[10:]:
+        CALLS[f"blockwise.{name} of terms"] = functools.partial(
+            gradient,
+            blockwise,
+            Y,
+            where=Y > 0,
+            reduce_fn=lambda terms: jnp.sum(terms.total),
+            **options,
+        )
 
 
 def banded(band):

@@ -51,6 +51,7 @@ def prose_of_docstring(text: str) -> str:
     blank = lambda match: "\n" * match[0].count("\n")  # noqa: E731
     text = re.sub(r"\$\$.*?\$\$", blank, text, flags=re.S)
     text = re.sub(r"^ *>>> .*?(\n *\n|\Z)", blank, text, flags=re.M | re.S)
+    text = re.sub(r"^ *\|.*$", "", text, flags=re.M)
     text = re.sub(r"::\n\n(?:(?: {2,}.*)?\n)+", blank, text)
     return re.sub(r"^ *(Args|Returns|Raises|Yields|Attributes|Note):$", "", text, flags=re.M)
 

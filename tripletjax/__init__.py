@@ -18,6 +18,8 @@ JAX's transformations:
 - `tripletjax.pairs`: masks of positives and negatives from labels.
 - `tripletjax.mining`: triplet miners, from a distance matrix to indices.
 - `tripletjax.losses`: triplet losses and their reductions.
+- `tripletjax.pair_losses`: losses of two other shapes, log-sum-exp and separable.
+  `tripletjax.softmax_losses` and `tripletjax.separable_losses` name them.
 - `tripletjax.blockwise`: losses and miners straight from embeddings, without a matrix.
 - `tripletjax.hard_examples`: hard examples of a whole data set, without a matrix.
 - `tripletjax.memory`: references from earlier batches.
@@ -86,12 +88,36 @@ from tripletjax.mining import (
     semi_hard_band,
     violating_band,
 )
+from tripletjax.pair_losses import (
+    AnchorPairs,
+    PairTerms,
+    log_sum_exp_loss,
+    mean_active_by_side,
+    mean_of_anchors,
+    mean_valid_by_side,
+    separable_loss,
+)
 from tripletjax.pairs import PairMasks, pair_masks
 from tripletjax.relevance import relevance_triplets
+from tripletjax.separable_losses import contrastive_loss, margin_loss, sigmoid_loss
+from tripletjax.softmax_losses import (
+    arcface_loss,
+    circle_loss,
+    cosface_loss,
+    decoupled_contrastive_loss,
+    generalized_lifted_structure_loss,
+    info_nce_loss,
+    multi_similarity_loss,
+    nca_loss,
+    nt_xent_loss,
+    proxy_anchor_loss,
+    supcon_loss,
+)
 
 __version__ = importlib.metadata.version("tripletjax")
 
 __all__ = [
+    "AnchorPairs",
     "Band",
     "CountedTriplets",
     "Exclusions",
@@ -99,11 +125,13 @@ __all__ = [
     "HardTriplets",
     "Metric",
     "PairMasks",
+    "PairTerms",
     "SumReduction",
     "TripletCost",
     "TripletTerms",
     "Triplets",
     "all_triplets",
+    "arcface_loss",
     "batch_all_loss",
     "batch_easy_hard_triplets",
     "batch_hard_loss",
@@ -111,33 +139,51 @@ __all__ = [
     "batch_semi_hard_loss",
     "batch_semi_hard_triplets",
     "blockwise",
+    "circle_loss",
     "collapse",
+    "contrastive_loss",
+    "cosface_loss",
     "cosine",
+    "decoupled_contrastive_loss",
     "distance_weighted_triplets",
     "distances",
     "easy_band",
     "euclidean",
+    "generalized_lifted_structure_loss",
     "hard_band",
     "hard_examples",
+    "info_nce_loss",
+    "log_sum_exp_loss",
     "losses",
     "manhattan",
+    "margin_loss",
     "mean_active",
+    "mean_active_by_side",
+    "mean_of_anchors",
     "mean_valid",
+    "mean_valid_by_side",
     "memory",
     "mine_hard_negatives",
     "mine_hard_positives",
     "mine_triplets",
     "mining",
+    "multi_similarity_loss",
+    "nca_loss",
     "normalize",
+    "nt_xent_loss",
     "pair_masks",
     "pairs",
+    "proxy_anchor_loss",
     "random_semi_hard_triplets",
     "random_triplets",
     "relevance_triplets",
     "retrieval",
     "selectively_contrastive",
     "semi_hard_band",
+    "separable_loss",
+    "sigmoid_loss",
     "squared_euclidean",
+    "supcon_loss",
     "triplet_loss",
     "triplet_margin_loss",
     "verification",

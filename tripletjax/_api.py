@@ -63,6 +63,7 @@ def jitted(
     sizes: tuple[str, ...] = (),
     static: tuple[str, ...] = (),
     nonnegative: tuple[str, ...] = (),
+    positive: tuple[str, ...] = (),
     optional: tuple[str, ...] = (),
     keep_dtypes: bool = False,
     check: Callable[..., None] | None = None,
@@ -78,6 +79,7 @@ def jitted(
         static: other static options. All static options are keyword-only.
         nonnegative: numeric options that may be traced; when their value is known
             they must be finite and at least 0.
+        positive: the same for options that must be above 0.
         optional: arguments that may be None; those whose default is None may, too.
         keep_dtypes: whether labels stay int8 or int16, which results then have.
         check: raises for arguments whose values are known and wrong.
@@ -92,6 +94,7 @@ def jitted(
     converters.update(dict.fromkeys(static, lambda name, value: canonical(value)))
     statics = tuple(converters)
     converters.update(dict.fromkeys(nonnegative, _as_nonnegative))
+    converters.update(dict.fromkeys(positive, _as_positive))
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         arguments = _Arguments.of(
@@ -235,6 +238,11 @@ def _as_nonnegative(name: str, value: Any) -> Any:
     return value if isinstance(value, jax.Array) else float(value)
 
 
+def _as_positive(name: str, value: Any) -> Any:
+    check_positive(name, value)
+    return value if isinstance(value, jax.Array) else float(value)
+
+
 def _as_labels(name: str, value: Any) -> Any:
     value = as_arrays(name, value)
     narrow = isinstance(value, np.ndarray | jax.Array) and value.dtype.kind in "iu"
@@ -308,6 +316,13 @@ def check_nonnegative(name: str, value: Any) -> None:
     number = known_scalar(name, value)
     if number is not None and (not math.isfinite(number) or number < 0):
         raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises for a value that is not traced, and not finite or not above 0."""
+    check_nonnegative(name, value)
+    if not isinstance(value, jax.core.Tracer) and not np.asarray(value) > 0:
+        raise ValueError(f"{name} must be above 0, got {value!r}.")
 
 
 def _has_explicit(tree: Any) -> bool:

@@ -30,6 +30,24 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from tripletjax._api import as_integer, jitted
+from tripletjax._blockwise_pairs import (
+    arcface_loss,
+    circle_loss,
+    contrastive_loss,
+    cosface_loss,
+    decoupled_contrastive_loss,
+    generalized_lifted_structure_loss,
+    info_nce_loss,
+    log_sum_exp_loss,
+    margin_loss,
+    multi_similarity_loss,
+    nca_loss,
+    nt_xent_loss,
+    proxy_anchor_loss,
+    separable_loss,
+    sigmoid_loss,
+    supcon_loss,
+)
 from tripletjax._engine.by_autodiff import (
     needs_autodiff,
     terms_by_autodiff,
@@ -63,6 +81,31 @@ from tripletjax.losses import (
 )
 from tripletjax.mining import CountedTriplets, Triplets, as_triplets
 from tripletjax.pairs import PairMasks
+
+__all__ = [
+    "arcface_loss",
+    "batch_all_loss",
+    "batch_hard_loss",
+    "batch_hard_triplets",
+    "batch_semi_hard_loss",
+    "batch_semi_hard_triplets",
+    "circle_loss",
+    "contrastive_loss",
+    "cosface_loss",
+    "decoupled_contrastive_loss",
+    "generalized_lifted_structure_loss",
+    "info_nce_loss",
+    "log_sum_exp_loss",
+    "margin_loss",
+    "multi_similarity_loss",
+    "nca_loss",
+    "nt_xent_loss",
+    "proxy_anchor_loss",
+    "separable_loss",
+    "sigmoid_loss",
+    "supcon_loss",
+    "triplet_loss",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -74,7 +74,8 @@ class TripletTerms(NamedTuple):
     valid: Array
 
 
-Reduction = Callable[[TripletTerms], Any]
+# A function from `TripletTerms`, or from the terms of another loss.
+Reduction = Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -88,8 +89,8 @@ class SumReduction:
     Reductions of the same function are equal and hash alike.
 
     Args:
-        of_sums: a function from `TripletTerms` ``[...]``, summed over the anchors, to
-            the result.
+        of_sums: a function from `TripletTerms` ``[...]``, or from the terms of another
+            loss, summed over the anchors, to the result.
 
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
@@ -103,20 +104,24 @@ class SumReduction:
     1.1875 0.75
     """
 
-    of_sums: Callable[[TripletTerms], Any]
+    of_sums: Callable[[Any], Any]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "of_sums", canonical(self.of_sums))
         object.__setattr__(self, "__doc__", self.of_sums.__doc__)
 
-    def __call__(self, terms: TripletTerms) -> Any:
+    def __call__(self, terms: Any) -> Any:
         """The result of `TripletTerms` ``[..., n]``, or of the terms of one anchor."""
-        sums = (jnp.sum(x, axis=-1) if jnp.ndim(x) else x for x in terms)
-        return self.of_sums(TripletTerms(*sums))
+        return self.of_sums(sums_over_anchors(terms))
 
     def __repr__(self) -> str:
         name = getattr(self.of_sums, "__name__", repr(self.of_sums))
         return f"SumReduction({name.strip('_')})"
+
+
+def sums_over_anchors(terms: Any) -> Any:
+    """Terms ``[..., n]`` summed over the anchors; terms of one anchor as they are."""
+    return jax.tree.map(lambda x: jnp.sum(x, axis=-1) if jnp.ndim(x) else x, terms)
 
 
 # The docstrings of these functions are those of the public reductions.

@@ -214,7 +214,7 @@ def _all_by_tiles(
             (sums, jnp.zeros_like(d_an) if gradient else None),
         )
         if grads is not None:
-            grads = _vjp_negatives(batch, grads, tile, by_negative * slope)
+            grads = vjp_negatives(batch, grads, tile, by_negative * slope)
         return sums, grads
 
     none = AllSums.zero(batch), Gradients.zero(batch) if gradient else None
@@ -226,7 +226,7 @@ def _all_by_tiles(
             by_margin = sums.by_margin
         grads = grads._replace(margin=by_margin)
         by_square = jnp.where(exists, sums.by_positive * slopes, 0)
-        grads = _vjp_positives(batch, grads, positives, by_square, classes, spec.sizes)
+        grads = vjp_positives(batch, grads, positives, by_square, classes, spec.sizes)
     valid = classes.count_triplets(0, len(batch.anchors), sums.total)
     return TripletTerms(sums.total, sums.active, valid), grads
 
@@ -303,7 +303,7 @@ def _add_positives(
     return sums, by_negative + by_an
 
 
-def _vjp_negatives(
+def vjp_negatives(
     batch: Batch, grads: Gradients, tile: Tile, by_square: Array
 ) -> Gradients:
     """Add the gradients by vectors of the half squares of a tile."""
@@ -317,7 +317,7 @@ def _vjp_negatives(
     return grads.add(tile.row, by_rows).add_to_references(tile.column, by_columns)
 
 
-def _vjp_positives(
+def vjp_positives(
     batch: Batch,
     grads: Gradients,
     positives: Array,

@@ -26,13 +26,15 @@ R = TypeVar("R")
 # Arguments with a row for each anchor, and for each reference.
 ANCHOR_ROWS = "embeddings", "labels", "positions", "where"
 REFERENCE_ROWS = "references", "reference_labels", "reference_where"
+ROWS = *ANCHOR_ROWS, *REFERENCE_ROWS
 # Arrays that every device has whole.
 WHOLE = "margin", "relative_margin", "key"
-ARRAYS = (*ANCHOR_ROWS, *REFERENCE_ROWS, *WHOLE)
 
 # A function from a device's result and the index of its first row to the part that is
 # concatenated over the devices.
 OfDevice = Callable[[Any, Array], Any]
+# Names of arguments, and for each a function that raises for wrong values.
+Parameters = dict[str, Callable[[str, Any], Any]]
 # A function from the concatenated parts, the number of rows and the options to the
 # result.
 Together = Callable[[Any, int, dict[str, Any]], Any]
@@ -49,6 +51,7 @@ def over_mesh(
     together: Together | None = None,
     suits: Callable[[dict[str, Any]], bool] | None = None,
     nonnegative: tuple[str, ...] = ("margin",),
+    parameters: Parameters | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Split the work of a function with `axis_name` over a mesh, wherever it can.
 
@@ -62,7 +65,14 @@ def over_mesh(
         suits: a function of the arguments that returns whether to split work on
             Explicit axes. If not given, it is always split.
         nonnegative: numeric options that must be finite and at least 0.
+        parameters: arguments that every device has whole, with the check of each, in
+            place of `WHOLE` and `nonnegative`.
     """
+    checks: dict[str, Any] = dict.fromkeys(WHOLE) | dict.fromkeys(
+        nonnegative, check_nonnegative
+    )
+    if parameters is not None:
+        checks = parameters
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         of: Any = function
@@ -79,9 +89,11 @@ def over_mesh(
                 return function(*args, **kwargs)
             mesh, axis_name = split
             options["axis_name"] = axis_name
-            arrays = {name: options.pop(name) for name in ARRAYS if name in options}
-            for name in arrays.keys() & {*nonnegative}:
-                check_nonnegative(name, arrays[name])
+            names = (*ROWS, *checks)
+            arrays = {name: options.pop(name) for name in names if name in options}
+            for name in checks.keys() & arrays.keys():
+                if (check := checks[name]) is not None and arrays[name] is not None:
+                    check(name, arrays[name])
             arrays = {
                 name: jax.tree.map(jnp.asarray, as_arrays(name, x))
                 for name, x in arrays.items()
@@ -111,7 +123,7 @@ def _mapped(
     devices = math.prod(mesh.shape[name] for name in names_of(axis_name))
     arrays = _divisible(arrays, devices)
     specs = {
-        name: jax.tree.map(lambda _, s=same if name in WHOLE else split: s, x)
+        name: jax.tree.map(lambda _, s=split if name in ROWS else same: s, x)
         for name, x in arrays.items()
     }
     explicit = AxisType.Explicit in mesh.axis_types

@@ -1,0 +1,737 @@
+"""Log-sum-exp and separable losses: oracles, both forms, traps of other libraries."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from problems import LABELS, batch, problems, unless_slow, vectors
+
+import tripletjax as tj
+
+# name -> (loss, oracle, parameters with gradients, options)
+LOSSES = {
+    "supcon": (tj.supcon_loss, oracles.supcon, {"temperature": 0.1}, {}),
+    "nt_xent": (tj.nt_xent_loss, oracles.nt_xent, {"temperature": 0.1}, {}),
+    "decoupled_contrastive": (
+        tj.decoupled_contrastive_loss,
+        oracles.decoupled_contrastive,
+        {"temperature": 0.1},
+        {},
+    ),
+    "nca": (tj.nca_loss, oracles.nca, {"temperature": 0.1}, {}),
+    "info_nce": (tj.info_nce_loss, oracles.info_nce, {"temperature": 0.05}, {}),
+    "info_nce of both sides": (
+        tj.info_nce_loss,
+        oracles.info_nce,
+        {"temperature": 0.05},
+        {"symmetric": True},
+    ),
+    "multi_similarity": (
+        tj.multi_similarity_loss,
+        oracles.multi_similarity,
+        {"alpha": 2.0, "beta": 50.0, "base": 0.5},
+        {},
+    ),
+    "multi_similarity with mining": (
+        tj.multi_similarity_loss,
+        oracles.multi_similarity,
+        {"alpha": 2.0, "beta": 50.0, "base": 0.5, "epsilon": 0.1},
+        {},
+    ),
+    "circle": (tj.circle_loss, oracles.circle, {"margin": 0.4, "scale": 80.0}, {}),
+    "generalized_lifted_structure": (
+        tj.generalized_lifted_structure_loss,
+        oracles.generalized_lifted_structure,
+        {"margin": 1.0},
+        {},
+    ),
+    "cosface": (tj.cosface_loss, oracles.cosface, {"margin": 0.35, "scale": 64.0}, {}),
+    "arcface": (tj.arcface_loss, oracles.arcface, {"margin": 0.5, "scale": 64.0}, {}),
+    "proxy_anchor": (
+        tj.proxy_anchor_loss,
+        oracles.proxy_anchor,
+        {"margin": 0.1, "scale": 32.0},
+        {},
+    ),
+    "contrastive": (
+        tj.contrastive_loss,
+        oracles.contrastive,
+        {"positive_margin": 0.0, "negative_margin": 1.0},
+        {},
+    ),
+    "margin": (tj.margin_loss, oracles.margin, {"margin": 0.2, "beta": 1.2}, {}),
+    "sigmoid": (tj.sigmoid_loss, oracles.sigmoid, {"scale": 10.0, "bias": -10.0}, {}),
+}
+TWO_SIDES = {
+    "info_nce",
+    "info_nce of both sides",
+    "cosface",
+    "arcface",
+    "proxy_anchor",
+}
+WITHIN = [name for name in LOSSES if name not in TWO_SIDES]
+every_loss = pytest.mark.parametrize(
+    "name", unless_slow(LOSSES, ["supcon", "circle", "arcface", "contrastive"])
+)
+every_form = pytest.mark.parametrize("name", unless_slow(LOSSES, ["nt_xent"]))
+
+
+def options_of(name, options):
+    """Pair options of a problem that go with a loss; two sides have references."""
+    if name in TWO_SIDES:
+        options = {k: v for k, v in options.items() if k != "positions"}
+    return options
+
+
+@functools.cache
+def matrix_program(name):
+    """Value and gradients by distances and parameters."""
+    loss, _, _, fixed = LOSSES[name]
+
+    @jax.jit
+    def run(distances, labels, options, parameters):
+        def value(distances, parameters):
+            return loss(distances, labels, **options, **fixed, **parameters)
+
+        return jax.value_and_grad(value, (0, 1))(distances, parameters)
+
+    return run
+
+
+def problem_of(name, problem):
+    """Continuous distances, labels, options and masks of a problem."""
+    distances, labels, options = problem
+    seed = int(distances.sum() * 8) + int(labels.sum())
+    random = np.random.default_rng(seed)
+    distances = random.uniform(0, 2, distances.shape).astype(np.float32)
+    options = options_of(name, options)
+    if name in TWO_SIDES and "reference_labels" not in options:
+        options["reference_labels"] = labels[::-1].copy()
+        options["reference_where"] = options["where"]
+    return distances, labels, options, oracles.pair_masks(labels, **options)
+
+
+@every_loss
+@settings(max_examples=15)
+@given(problem=problems())
+def test_value_is_the_oracles(name, problem):
+    _, oracle, parameters, fixed = LOSSES[name]
+    d, labels, options, masks = problem_of(name, problem)
+    value, _ = matrix_program(name)(d, labels, options, parameters)
+    expected = oracle(d.astype(float), *masks, **parameters, **fixed)
+    np.testing.assert_allclose(value, expected, rtol=2e-5, atol=1e-6)
+
+
+@every_loss
+@settings(max_examples=6)
+@given(problem=problems())
+def test_double_precision(name, problem):
+    """Values to 1e-10; gradients to the precision of central differences."""
+    _, oracle, parameters, fixed = LOSSES[name]
+    d, labels, options, masks = problem_of(name, problem)
+    d = d.astype(np.float64)
+    more = dict(parameters)
+    if name == "circle":
+        fixed = {"weights_of": d}
+    with jax.enable_x64(True):
+        value, (by_d, by_parameters) = matrix_program(name)(
+            d, labels, options, {k: np.float64(v) for k, v in more.items()}
+        )
+        assert value.dtype == by_d.dtype == jnp.float64
+    function = functools.partial(oracle, **fixed)
+    expected = function(d, *masks, **parameters)
+    np.testing.assert_allclose(value, expected, rtol=1e-10, atol=1e-12)
+    expected = oracles.central_differences(
+        lambda d: function(d, *masks, **parameters), d, masks[0] | masks[1]
+    )
+    np.testing.assert_allclose(by_d, expected, rtol=1e-5, atol=1e-6)
+    _, (by_single, _) = matrix_program(name)(
+        d.astype(np.float32), labels, options, parameters
+    )
+    scale = np.abs(by_d).max()
+    np.testing.assert_allclose(by_single, by_d, rtol=2e-5, atol=2e-5 * scale + 1e-12)
+    if name == "circle":  # whose weights depend on the margin, without a gradient
+        return
+    for key, got in by_parameters.items():
+        if key == "epsilon":
+            assert np.asarray(got) == 0
+            continue
+
+        def shifted(step, key=key):
+            return function(d, *masks, **parameters | {key: parameters[key] + step})
+
+        slope = (shifted(1e-6) - shifted(-1e-6)) / 2e-6
+        np.testing.assert_allclose(got, slope, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+REFERENCES = np.arange(18) % 9
+
+
+@functools.cache
+def form(name, blockwise, metric=tj.cosine):
+    """Value and gradients by embeddings, references and parameters, of one form."""
+    loss, _, _, fixed = LOSSES[name]
+    by_blocks = getattr(tj.blockwise, loss.__name__)
+
+    @jax.jit
+    def run(x, y, labels, where, parameters):
+        def value(x, y, parameters):
+            options = {"where": where, **fixed, **parameters}
+            references = None
+            if name in TWO_SIDES:
+                references, options["reference_labels"] = y, REFERENCES
+            if not blockwise:
+                return loss(metric(x, references), labels, **options)
+            if references is not None:
+                options["references"] = references
+            # 16 divides none of the sizes.
+            return by_blocks(x, labels, metric=metric, block_size=16, **options)
+
+        return jax.value_and_grad(value, (0, 1, 2))(x, y, parameters)
+
+    return run
+
+
+def run(name, x, labels, where=None, *, blockwise, **parameters):
+    y = vectors(18, seed=1)
+    where = np.ones(40, bool) if where is None else where
+    labels = np.asarray(labels, np.int32)
+    values = LOSSES[name][2] | parameters
+    values = {k: np.float32(v) for k, v in values.items()}
+    return form(name, blockwise)(x, y, labels, where, values)
+
+
+def check_forms(name, x, labels, where=None, *, rtol=2e-5, **parameters):
+    """Both forms agree; returns the blockwise form."""
+    got, expected = (
+        run(name, x, labels, where, blockwise=flag, **parameters)
+        for flag in (True, False)
+    )
+    np.testing.assert_allclose(got[0], expected[0], rtol=rtol, atol=1e-6)
+    for one, other in zip(jax.tree.leaves(got[1]), jax.tree.leaves(expected[1])):
+        scale = float(np.abs(other).max())
+        assert np.isfinite(one).all()
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol * scale + 1e-7)
+    return got
+
+
+@every_form
+def test_forms_agree(name):
+    """Value and gradients, for classes of all sizes, with padding and without."""
+    padding = np.random.default_rng(0).random(40) < 0.8
+    for labels in LABELS.values():
+        for where in (None, padding):
+            check_forms(name, vectors(), labels, where)
+
+
+@every_form
+def test_padding_may_hold_anything(name):
+    where = np.random.default_rng(0).random(40) < 0.7
+    expected = run(name, vectors(), LABELS["few"], where, blockwise=True)
+    for junk in (1e30, np.nan, np.inf):
+        x = jnp.where(where[:, None], vectors(), junk)
+        got = run(name, x, LABELS["few"], where, blockwise=True)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(got[1][0][~where], 0)
+
+
+@every_form
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_degenerate_batches(name, blockwise):
+    """No NaN and no infinity; without any pair, loss and gradients are 0."""
+    d = oracles.matrix(oracles.cosine, np.asarray(vectors(), float))
+    _, oracle, parameters, fixed = LOSSES[name]
+    x = vectors()
+    one_class, distinct = np.zeros(40, int), np.arange(40)
+    nothing = np.zeros(40, bool)
+    for labels, where in (
+        (one_class, None),
+        (distinct, None),
+        (np.arange(40) // 20, nothing),
+        (one_class + 99, np.arange(40) == 3),
+    ):
+        value, gradients = run(name, x, labels, where, blockwise=blockwise)
+        assert np.isfinite(value)
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+        if where is nothing:
+            assert value == 0
+            assert not any(np.any(g) for g in jax.tree.leaves(gradients))
+        elif name in WITHIN:
+            masks = oracles.pair_masks(labels, where=where)
+            expected = oracle(d, *masks, **parameters, **fixed)
+            np.testing.assert_allclose(value, expected, rtol=2e-5, atol=1e-6)
+
+
+EXTREMES = {
+    "duplicates": lambda x: x.at[3:9].set(x[0]).at[9:12].set(0),
+    "collapse": lambda x: jnp.ones_like(x),
+    "long": lambda x: x * 1e3,
+    "short": lambda x: x * 1e-3,
+}
+
+
+@every_form
+@pytest.mark.parametrize("case", EXTREMES)
+def test_extreme_vectors(name, case):
+    x = EXTREMES[case](vectors())
+    # The distance of a zero vector is 1, where a margin of 1 would count rounding.
+    change = {"negative_margin": 0.9} if name == "contrastive" else {}
+    for labels in (LABELS["few"], LABELS["many"]):
+        got = run(name, x, labels, blockwise=True, **change)
+        by_matrix = run(name, x, labels, blockwise=False, **change)
+        expected = by_matrix[0]
+        if name in WITHIN:
+            # Distances of a matrix have no digits where two vectors coincide.
+            _, oracle, parameters, fixed = LOSSES[name]
+            d = np.round(oracles.matrix(oracles.cosine, np.asarray(x, float)), 12)
+            expected = oracle(
+                d, *oracles.pair_masks(labels), **parameters | change, **fixed
+            )
+        np.testing.assert_allclose(got[0], expected, rtol=5e-5, atol=1e-6)
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves((got, by_matrix)))
+
+
+@every_form
+def test_extreme_parameters(name):
+    """Exponents beyond the range of floats."""
+    extreme = {"temperature": 0.005, "scale": 400.0, "beta": 400.0}
+    parameters = {k: v for k, v in extreme.items() if k in LOSSES[name][2]}
+    for labels in (LABELS["uneven"], LABELS["many"]):
+        check_forms(name, vectors(), labels, rtol=1e-4, **parameters)
+
+
+@pytest.mark.parametrize("name", unless_slow(LOSSES, [], slow=["supcon", "sigmoid"]))
+def test_low_precision(name):
+    low = vectors().astype(jnp.bfloat16)
+    value, (gradient, *_) = run(name, low, LABELS["few"], blockwise=True)
+    assert value.dtype == jnp.float32
+    assert gradient.dtype == jnp.bfloat16
+    expected, _ = run(name, low.astype(jnp.float32), LABELS["few"], blockwise=True)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", unless_slow(LOSSES, [], slow=["supcon", "margin", "info_nce"])
+)
+@pytest.mark.parametrize("metric", ["squared_euclidean", "manhattan"])
+def test_metrics(name, metric):
+    x, y = 0.3 * vectors(), 0.3 * vectors(18, seed=1)
+    parameters = {k: np.float32(v) for k, v in LOSSES[name][2].items()}
+    parameters |= {k: np.float32(8) for k in ("scale", "beta") if k in parameters}
+    for labels in (LABELS["few"], LABELS["many"]):
+        labels = np.asarray(labels, np.int32)
+        got, expected = (
+            form(name, flag, getattr(tj, metric))(
+                x, y, labels, np.ones(40, bool), parameters
+            )
+            for flag in (True, False)
+        )
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+            scale = float(np.abs(other).max())
+            np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5 * scale + 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOSSES)
+def test_pair_masks_stand_for_labels(name):
+    loss, _, _, fixed = LOSSES[name]
+    x, y = vectors(), vectors(18, seed=1)
+    labels = np.arange(40) % 9
+    pairs, options = {}, {}
+    if name in TWO_SIDES:
+        pairs, options = {"reference_labels": REFERENCES}, {"references": y}
+    by_blocks = getattr(tj.blockwise, loss.__name__)
+    masks = tj.pair_masks(labels, **pairs)
+    got = by_blocks(x, masks, **options, **fixed)
+    expected = by_blocks(x, labels, **options, **pairs, **fixed)
+    np.testing.assert_allclose(got, expected, rtol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nt_xent", "contrastive"])
+def test_vmap_and_leading_dimensions_are_loops(name):
+    """Over embeddings, labels and a parameter."""
+    loss, _, parameters, _ = LOSSES[name]
+    key = next(iter(parameters))
+    by_blocks = functools.partial(getattr(tj.blockwise, loss.__name__), block_size=16)
+    x = vectors(120).reshape(3, 40, 6)
+    labels = jnp.stack([jnp.asarray(LABELS[k]) for k in ("few", "many", "one large")])
+    values = jnp.float32([0.1, 0.2, 0.3])
+
+    def one(x, labels, value):
+        return by_blocks(x, labels, **{key: value})
+
+    got = jax.jit(jax.vmap(jax.value_and_grad(one, (0, 2))))(x, labels, values)
+    for i in range(3):
+        expected = run(name, x[i], labels[i], blockwise=True, **{key: values[i]})
+        np.testing.assert_allclose(got[0][i], expected[0], rtol=2e-5)
+        np.testing.assert_allclose(got[1][0][i], expected[1][0], rtol=1e-4, atol=1e-5)
+        by_value = expected[1][2][key]
+        np.testing.assert_allclose(got[1][1][i], by_value, rtol=1e-4, atol=1e-5)
+    expected = [run(name, x[i], labels[i], blockwise=True)[0] for i in range(3)]
+    np.testing.assert_allclose(by_blocks(x, labels), expected, rtol=2e-5)
+
+
+@every_form
+def test_a_nan_is_not_hidden(name):
+    for labels in (LABELS["few"] % 9, LABELS["many"]):
+        for blockwise in (False, True):
+            x = vectors().at[7].set(jnp.nan)
+            value, _ = run(name, x, labels, blockwise=blockwise)
+            assert np.isnan(value), labels
+
+
+@every_form
+def test_order_does_not_matter(name):
+    labels, order = LABELS["uneven"], np.random.default_rng(0).permutation(40)
+    value, (by_x, *_) = run(name, vectors(), labels, blockwise=True)
+    got, (by_ordered, *_) = run(name, vectors()[order], labels[order], blockwise=True)
+    np.testing.assert_allclose(got, value, rtol=2e-5)
+    scale = float(np.abs(by_x).max())
+    np.testing.assert_allclose(by_ordered, by_x[order], rtol=1e-4, atol=2e-5 * scale)
+
+
+# The general functions.
+
+
+def n_pair_cost(pairs, temperature):
+    costs = jax.nn.softplus(pairs.negatives[..., None] + pairs.distances / temperature)
+    total = jnp.sum(jnp.where(pairs.exists, costs, 0), axis=-1)
+    return pairs.terms(total, jnp.sum(pairs.exists, axis=-1))
+
+
+GENERAL = {
+    "log_sum_exp_loss": {
+        "logit": lambda d, temperature: -d / temperature,
+        "cost": n_pair_cost,
+    },
+    "separable_loss": {
+        "positive_cost": lambda d, margin: 0.5 * d**2,
+        "negative_cost": lambda d, margin: 0.5 * jax.nn.relu(margin - d) ** 2,
+    },
+}
+
+
+@pytest.mark.parametrize("name", unless_slow(GENERAL, []))
+def test_losses_of_users(name):
+    """Hadsell's squares and the N-pair loss, with a learned parameter."""
+    x, labels = vectors(), LABELS["uneven"]
+    d = oracles.matrix(oracles.cosine, np.asarray(x, float))
+    masks = oracles.pair_masks(labels)
+
+    def oracle(parameter):
+        if name == "log_sum_exp_loss":
+            return oracles.nt_xent(d, *masks, temperature=parameter)
+        costs = oracles.separable_costs(
+            d,
+            *masks,
+            lambda d: 0.5 * d**2,
+            lambda d: 0.5 * max(parameter - d, 0) ** 2,
+        )
+        return oracles.mean(sum(ps) + sum(ns) for ps, ns in costs)
+
+    forms = {
+        "matrix": lambda x, p: getattr(tj, name)(
+            tj.cosine(x), labels, parameters=p, **GENERAL[name]
+        ),
+        "blockwise": lambda x, p: getattr(tj.blockwise, name)(
+            x, labels, parameters=p, block_size=16, **GENERAL[name]
+        ),
+    }
+    slope = (oracle(0.7 + 1e-6) - oracle(0.7 - 1e-6)) / 2e-6
+    for function in forms.values():
+        value, by_parameter = jax.value_and_grad(function, 1)(x, 0.7)
+        np.testing.assert_allclose(value, oracle(0.7), rtol=2e-5)
+        np.testing.assert_allclose(by_parameter, slope, rtol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["supcon", "sigmoid", "multi_similarity"])
+def test_terms_add_up(name):
+    """Sums of the terms of two halves of the anchors make the loss of all."""
+    loss = LOSSES[name][0]
+    x, labels = vectors(), LABELS["few"]
+    by_blocks = getattr(tj.blockwise, loss.__name__)
+    reduction = tj.mean_valid if name == "supcon" else tj.mean_of_anchors
+    for function in (
+        lambda x, labels, **options: by_blocks(
+            x, labels, references=vectors(), reduce_fn=None, **options
+        ),
+        lambda x, labels, **options: loss(
+            tj.cosine(x, vectors()), labels, reduce_fn=None, **options
+        ),
+    ):
+        halves = [
+            function(
+                x[start : start + 20],
+                labels[start : start + 20],
+                reference_labels=labels,
+                positions=start + np.arange(20),
+            )
+            for start in (0, 20)
+        ]
+        terms = jax.tree.map(lambda *parts: sum(p.sum() for p in parts), *halves)
+        np.testing.assert_allclose(reduction(terms), by_blocks(x, labels), rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_gradients_of_terms_are_those_of_the_reduction():
+    """A function of the terms takes another way through separable losses."""
+    x, labels = vectors(), LABELS["few"]
+
+    def by_terms(terms):
+        return terms.total.sum() / terms.anchors.sum()
+
+    got, expected = (
+        jax.grad(lambda x: tj.blockwise.sigmoid_loss(x, labels, reduce_fn=f))(x)  # noqa: B023
+        for f in (by_terms, tj.mean_of_anchors)
+    )
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_share_of_anchors_whose_nearest_is_a_positive():
+    x, labels = batch(24)
+    terms = tj.supcon_loss(tj.cosine(x), labels, reduce_fn=None)
+    recall = tj.retrieval.recall_at_k(x, labels, ks=(1,), metric=tj.cosine)
+    share = terms.active.sum() / terms.valid.sum()
+    np.testing.assert_allclose(share, recall[1], rtol=1e-6)
+
+
+# Traps: faults that other libraries had.
+
+
+def test_the_maximum_is_that_of_kept_pairs():
+    """SupContrast subtracts the similarity of each anchor with itself."""
+    d = tj.cosine(vectors())
+    for name in ("supcon", "nca", "nt_xent", "circle"):
+        run = matrix_program(name)
+        args = LABELS["few"].astype(np.int32), {}, LOSSES[name][2]
+        expected, (gradient, _) = run(d, *args)
+        for own in (-1e4, 1e4, jnp.inf, jnp.nan):
+            value, (by_d, _) = run(jnp.where(jnp.eye(40, dtype=bool), own, d), *args)
+            np.testing.assert_allclose(value, expected, rtol=1e-6)
+            np.testing.assert_allclose(by_d, gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_ignored_pairs_have_no_weight():
+    """fast-reid's masked zeros take the softmax of circle loss."""
+    d = np.float32([[1.9, 1.8, 0.2, 0.1]])
+    masks = tj.PairMasks(
+        np.array([[True, False, False, False]]), np.array([[False, True, True, False]])
+    )
+    gradient = jax.grad(lambda d: tj.circle_loss(d, masks, margin=0.25, scale=64.0))(d)
+    alone = jax.grad(
+        lambda d: tj.circle_loss(
+            d, tj.PairMasks(*(m[:, :3] for m in masks)), margin=0.25, scale=64.0
+        )
+    )(d[:, :3])
+    np.testing.assert_allclose(gradient[:, :3], alone, rtol=1e-6)
+    assert gradient[0, 0] > 1
+    assert gradient[0, 3] == 0
+
+
+def test_an_anchor_is_no_negative_of_itself():
+    """A finite mask of the diagonal leaks at low temperatures."""
+    d = np.float32([[0, 0.1, 1.9], [0.1, 0, 1.9], [1.9, 1.9, 0]])
+    value = tj.decoupled_contrastive_loss(d, [0, 0, 1], temperature=0.005)
+    np.testing.assert_allclose(value, (0.1 - 1.9) / 0.005, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["supcon", "nt_xent", "circle", "nca"])
+def test_anchors_without_positives(name):
+    """SupContrast and optax return NaN."""
+    loss = LOSSES[name][0]
+    d = jnp.float32([[0, 0.1, 0.5], [0.1, 0, 0.6], [0.5, 0.6, 0]])
+    value, gradient = jax.value_and_grad(lambda d: loss(d, jnp.array([0, 0, 1])))(d)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[2], 0)
+
+
+def test_one_class_alone():
+    """SupCon has a loss, as in the paper; the others have none."""
+    d = tj.cosine(vectors(6))
+    labels = np.zeros(6, int)
+    assert tj.supcon_loss(d, labels) > 0
+    for loss in (tj.nt_xent_loss, tj.circle_loss, tj.nca_loss):
+        assert loss(d, labels) == 0
+    assert tj.generalized_lifted_structure_loss(d, labels) == 0
+
+
+def test_small_losses_do_not_vanish():
+    """log(x / y + epsilon) loses them."""
+    d = jnp.float32([[0, 0, 1], [0, 0, 1], [1, 1, 0]])
+    labels = jnp.array([0, 0, 1])
+    for loss in (tj.nt_xent_loss, tj.nca_loss):
+        value, gradient = jax.value_and_grad(
+            lambda d: loss(d, labels, temperature=0.02)  # noqa: B023
+        )(d)
+        np.testing.assert_allclose(value, np.exp(-50.0), rtol=1e-4)
+        assert gradient[0, 2] < 0
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("proxy_anchor", {"scale": 1000.0}),
+        ("circle", {"margin": 0.25, "scale": 256.0}),
+        ("multi_similarity", {"beta": 1000.0}),
+        ("generalized_lifted_structure", {"margin": 1e3}),
+    ],
+)
+def test_exponents_do_not_overflow(name, parameters):
+    d = np.random.default_rng(0).uniform(0, 2, (6, 6))
+    labels, pairs = np.arange(6) // 2, {}
+    if name in TWO_SIDES:
+        pairs["reference_labels"] = labels
+    masks = oracles.pair_masks(labels, **pairs)
+    value, (gradient, _) = matrix_program(name)(
+        np.float32(d), labels, pairs, LOSSES[name][2] | parameters
+    )
+    expected = LOSSES[name][1](d, *masks, **LOSSES[name][2] | parameters)
+    np.testing.assert_allclose(value, expected, rtol=2e-5)
+    assert np.isfinite(gradient).all()
+
+
+def test_arcface_has_a_finite_gradient_everywhere():
+    """An inverse cosine has none at 1 and -1; a continuation must keep its slope."""
+    classes = {"reference_labels": [0, 1]}
+
+    def loss(own):
+        d = jnp.stack([own, jnp.ones_like(own)], -1)
+        return tj.arcface_loss(d, jnp.zeros(len(own), int), scale=4.0, **classes)
+
+    slopes = jax.grad(loss)(jnp.float32([0, 1e-7, 1, 1.9, 1.99, 2, 2.0001]))
+    assert np.isfinite(slopes).all()
+    assert (slopes > 0).all()
+
+
+def test_sub_centres_are_references_of_one_label():
+    d = jnp.float32([[0.5, 0.1, 0.8]])
+    value = tj.cosface_loss(d, [0], reference_labels=[0, 0, 1], scale=4.0)
+    expected = tj.cosface_loss(d[:, 1:], [0], reference_labels=[0, 1], scale=4.0)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+def test_sigmoid_loss_is_divided_by_the_anchors():
+    """Not by all pairs; and a scale above 100 is not clipped."""
+    d, labels = np.float32([[0.1, 0.9], [0.8, 0.3]]), [0, 1]
+    for scale in (10.0, 112.0):
+        value = tj.sigmoid_loss(d, labels, reference_labels=labels, scale=scale)
+        z = scale * (1 - d) - 10
+        signs = 2 * np.eye(2) - 1
+        expected = np.logaddexp(0, -signs * z).sum() / 2
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_softmax_losses_take_distances_or_similarities():
+    """A constant that is added to all distances changes nothing."""
+    d, labels = tj.cosine(vectors()), LABELS["few"]
+    for loss in (tj.supcon_loss, tj.nt_xent_loss, tj.nca_loss):
+        np.testing.assert_allclose(loss(d + 3, labels), loss(d, labels), rtol=2e-5)
+
+
+def test_duplicates_are_no_negatives():
+    """Two anchors with one text: each is a positive of the other's reference."""
+    d = jnp.float32([[0.1, 0.1, 0.9], [0.1, 0.1, 0.9], [0.9, 0.9, 0.1]])
+    gradient = jax.grad(
+        lambda d: tj.info_nce_loss(d, [0, 0, 1], reference_labels=[0, 0, 1])
+    )(d)
+    assert (gradient[:2, :2] > 0).all()
+
+
+def test_hard_negatives_are_references_without_an_anchor():
+    d = jnp.float32([[0.1, 0.9, 0.3], [0.9, 0.1, 0.2]])
+    pairs = {"reference_labels": [0, 1, -1], "symmetric": True, "temperature": 0.1}
+    expected = oracles.info_nce(
+        np.asarray(d, float), *oracles.pair_masks([0, 1], [0, 1, -1]), 0.1, True
+    )
+    np.testing.assert_allclose(
+        tj.info_nce_loss(d, [0, 1], **pairs), expected, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"temperature": 0}, ValueError, "temperature must be above 0"),
+        ({"temperature": -1.0}, ValueError, "temperature.*not negative"),
+        ({"temperature": [0.1, 0.2]}, ValueError, "temperature must be a scalar"),
+        ({"temperature": "warm"}, TypeError, "temperature must be a real number"),
+        ({"temperatures": 1.0}, TypeError, "unexpected keyword argument"),
+        ({"reduce_fn": jnp.mean}, TypeError, "reduce_fn must take"),
+        ({"labels": [0.0, 1.0]}, TypeError, "labels must be integers"),
+    ],
+)
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_bad_input_is_named(options, error, words, blockwise):
+    loss = tj.blockwise.supcon_loss if blockwise else tj.supcon_loss
+    arguments = {"labels": [0, 0, 1, 1]} | options
+    with pytest.raises(error, match=words):
+        loss(jnp.ones((4, 4)), **arguments)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_class_vectors_need_labels(blockwise):
+    module = tj.blockwise if blockwise else tj
+    for name in ("cosface_loss", "info_nce_loss", "proxy_anchor_loss"):
+        with pytest.raises(ValueError, match="reference_labels must be given"):
+            getattr(module, name)(jnp.ones((4, 4)), [0, 0, 1, 1])
+
+
+# Meshes.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["supcon", "sigmoid"])
+def test_meshes(name, devices):
+    """One value and gradient, also by parameters, on any number of devices."""
+    loss = getattr(tj.blockwise, LOSSES[name][0].__name__)
+    x, labels = batch(32)
+    parameters = {k: jnp.float32(v) for k, v in LOSSES[name][2].items()}
+
+    def value(x, parameters, **options):
+        return loss(x, labels, block_size=8, **parameters, **options)
+
+    expected = jax.value_and_grad(value, (0, 1))(x, parameters)
+    with jax.set_mesh(jax.make_mesh((devices,), ("data",))):
+        program = jax.jit(
+            jax.value_and_grad(functools.partial(value, axis_name="data"), (0, 1))
+        )
+        got = program(x, parameters)
+        text = program.lower(x, parameters).as_text()
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+    # Vectors, labels; and `where` if there is one.
+    gathers = len(re.findall(r"stablehlo.all_gather", text))
+    assert gathers <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["info_nce", "info_nce of both sides", "arcface", "proxy_anchor"]
+)
+def test_meshes_of_two_sides(name):
+    loss, _, _, fixed = LOSSES[name]
+    loss = getattr(tj.blockwise, loss.__name__)
+    x, labels = batch(32)
+    y, classes = batch(16, classes=3, seed=1)
+
+    def value(x, y, **options):
+        return loss(
+            x, labels, references=y, reference_labels=classes, **fixed, **options
+        )
+
+    expected = jax.value_and_grad(value, (0, 1))(x, y)
+    with jax.set_mesh(jax.make_mesh((4,), ("data",))):
+        step = functools.partial(value, axis_name="data")
+        got = jax.jit(jax.value_and_grad(step, (0, 1)))(x, y)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)

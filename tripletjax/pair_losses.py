@@ -1,0 +1,581 @@
+r"""Losses of two general shapes, for every loss of pairs that is not a triplet loss.
+
+- *Log-sum-exp*: an anchor's loss is a function of its positives' distances and of the
+  log-sum-exp of its negatives' logits. `log_sum_exp_loss` is the general form, and
+  `tripletjax.softmax_losses` has the named losses.
+- *Separable*: an anchor's loss is a sum over positives and a sum over negatives.
+  `separable_loss` is the general form, and `tripletjax.separable_losses` has the named
+  losses.
+
+Each loss has two forms: of distances, and of embeddings in `tripletjax.blockwise`.
+
+>>> import jax.numpy as jnp
+>>> import tripletjax as tj
+>>> x = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.6, 0.8]])
+>>> labels = jnp.array([0, 0, 1, 1])
+>>> print(f"{tj.supcon_loss(tj.cosine(x), labels, temperature=0.5):.4f}")
+1.0213
+>>> print(f"{tj.blockwise.supcon_loss(x, labels, temperature=0.5):.4f}")
+1.0213
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from tripletjax._api import check_nonnegative, check_positive, jitted
+from tripletjax._closures import canonical
+from tripletjax._matrices import as_distances, check_not_embeddings
+from tripletjax.losses import (
+    Reduction,
+    SumReduction,
+    TripletTerms,
+    mean_active,
+    mean_valid,
+    reduced,
+)
+from tripletjax.pairs import PairMasks, masks_for
+
+# Raises for a wrong value of a named argument.
+Check = Callable[[str, Any], None]
+# A pytree of arrays with gradients, such as a temperature.
+Parameters = Any
+
+
+class AnchorPairs(NamedTuple):
+    """The pairs of each anchor, as the cost of a log-sum-exp loss takes them.
+
+    Attributes:
+        distances: distances of the positives ``[..., n, k]``, 0 where there is none.
+        exists: which of the positives exist, bool ``[..., n, k]``.
+        negatives: log-sum-exp of the logits of the negatives ``[..., n]``, minus
+            infinity without a negative.
+        nearest: distance of the nearest negative ``[..., n]``, infinite without a
+            negative; it has no gradient.
+        has_negative: bool ``[..., n]``, also True if `limits` leave out all negatives.
+    """
+
+    distances: Array
+    exists: Array
+    negatives: Array
+    nearest: Array
+    has_negative: Array
+
+    @property
+    def has_positive(self) -> Array:
+        """Whether each anchor has a positive, bool ``[..., n]``."""
+        return jnp.any(self.exists, axis=-1)
+
+    def terms(self, total: Array, valid: Array) -> TripletTerms:
+        """The terms of costs, and of counts that a mean divides by.
+
+        ``active`` is ``valid`` for anchors whose nearest reference is a positive.
+        """
+        nearest = jnp.min(jnp.where(self.exists, self.distances, jnp.inf), axis=-1)
+        correct = self.has_positive & (nearest < self.nearest)
+        valid = valid.astype(total.dtype)
+        return TripletTerms(total, valid * correct, valid)
+
+
+class PairTerms(NamedTuple):
+    """Sums of positives and of negatives per anchor, which add up over blocks.
+
+    Sums of devices and of steps add up as well.
+
+    Attributes:
+        positives: summed costs of positive pairs, number of those with a positive cost,
+            and number of all, each ``[..., n]``.
+        negatives: the same of negative pairs.
+        anchors: 1 for anchors that have a pair, else 0, ``[..., n]``.
+    """
+
+    positives: TripletTerms
+    negatives: TripletTerms
+    anchors: Array
+
+    @property
+    def total(self) -> Array:
+        """Summed cost of all pairs."""
+        return self.positives.total + self.negatives.total
+
+    @property
+    def active(self) -> Array:
+        """Number of pairs with a positive cost."""
+        return self.positives.active + self.negatives.active
+
+    @property
+    def valid(self) -> Array:
+        """Number of pairs."""
+        return self.positives.valid + self.negatives.valid
+
+
+# The docstrings of these functions are those of the public reductions.
+
+
+def _mean_of_anchors(sums: PairTerms) -> Array:
+    r"""Summed cost of all pairs over the number of anchors, 0 without an anchor.
+
+    Memory: O(1).
+
+    Args:
+        terms: `PairTerms` ``[..., n]``.
+
+    Returns:
+        The mean over the last axis, ``[...]``.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> x, labels = jnp.array([[0.0], [1.0], [3.0]]), jnp.array([0, 0, 1])
+    >>> terms = tj.contrastive_loss(tj.euclidean(x), labels, reduce_fn=None)
+    >>> print(f"{tj.mean_of_anchors(terms):.4f}")
+    0.6667
+    """
+    return sums.total / jnp.maximum(sums.anchors, 1)
+
+
+def _mean_active_by_side(sums: PairTerms) -> Array:
+    r"""Mean cost of positives plus mean cost of negatives, of pairs with a cost.
+
+    Memory: O(1).
+
+    Args:
+        terms: `PairTerms` ``[..., n]``.
+
+    Returns:
+        The sum of both means over the last axis, ``[...]``.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> x, labels = jnp.array([[0.0], [1.0], [1.5]]), jnp.array([0, 0, 1])
+    >>> terms = tj.contrastive_loss(tj.euclidean(x), labels, reduce_fn=None)
+    >>> print(tj.mean_active_by_side(terms))
+    1.5
+    """
+    return mean_active.of_sums(sums.positives) + mean_active.of_sums(sums.negatives)
+
+
+def _mean_valid_by_side(sums: PairTerms) -> Array:
+    r"""Mean cost of positives plus mean cost of negatives, of all that are valid.
+
+    Memory: O(1).
+
+    Args:
+        terms: `PairTerms` ``[..., n]``.
+
+    Returns:
+        The sum of both means over the last axis, ``[...]``.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> x, labels = jnp.array([[0.0], [1.0], [1.5]]), jnp.array([0, 0, 1])
+    >>> terms = tj.contrastive_loss(tj.euclidean(x), labels, reduce_fn=None)
+    >>> print(tj.mean_valid_by_side(terms))
+    1.25
+    """
+    return mean_valid.of_sums(sums.positives) + mean_valid.of_sums(sums.negatives)
+
+
+mean_of_anchors = SumReduction(_mean_of_anchors)
+mean_active_by_side = SumReduction(_mean_active_by_side)
+mean_valid_by_side = SumReduction(_mean_valid_by_side)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSumExp:
+    """The shape of a log-sum-exp loss; static.
+
+    Attributes:
+        logit: elementwise ``(distances of negatives, parameters) -> logits``.
+        cost: ``(AnchorPairs, parameters) -> terms`` ``[..., n]``.
+        limits: None, or ``(distances of positives [..., n, k], which exist, parameters)
+            -> (low, high)`` ``[..., n]``: negatives count only between the two. Limits
+            have no gradient.
+    """
+
+    logit: Callable[[Array, Parameters], Array]
+    cost: Callable[[AnchorPairs, Parameters], Any]
+    limits: Callable[[Array, Array, Parameters], tuple[Array, Array]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("logit", "cost", "limits"):
+            object.__setattr__(self, name, canonical(getattr(self, name)))
+
+    def limits_of(
+        self, distances: Array, exists: Array, parameters: Parameters
+    ) -> tuple[Array, Array] | None:
+        """The limits of each anchor's negatives, or None."""
+        if self.limits is None:
+            return None
+        low, high = self.limits(distances, exists, parameters)
+        return lax.stop_gradient((low, high))
+
+    def terms(self, distances: Array, masks: PairMasks, parameters: Parameters) -> Any:
+        """The terms ``[..., n]`` of a distance matrix ``[..., n, m]``."""
+        positive, negative = masks
+        d_ap = jnp.where(positive, distances, 0)
+        kept = negative
+        if (limits := self.limits_of(d_ap, positive, parameters)) is not None:
+            low, high = (x[..., None] for x in limits)
+            kept = kept & (low < distances) & (distances < high)
+        logits = self.logit(jnp.where(kept, distances, 0), parameters)
+        nearest = jnp.min(jnp.where(kept, distances, jnp.inf), axis=-1)
+        return self.cost(
+            AnchorPairs(
+                d_ap,
+                positive,
+                log_sum_exp(logits, kept),
+                lax.stop_gradient(nearest),
+                jnp.any(negative, axis=-1),
+            ),
+            parameters,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Separable:
+    """The shape of a separable loss; static.
+
+    Attributes:
+        positive_cost: elementwise ``(distances, parameters) -> costs`` of positives.
+        negative_cost: the same of negatives.
+    """
+
+    positive_cost: Callable[[Array, Parameters], Array]
+    negative_cost: Callable[[Array, Parameters], Array]
+
+    def __post_init__(self) -> None:
+        for name in ("positive_cost", "negative_cost"):
+            object.__setattr__(self, name, canonical(getattr(self, name)))
+
+    def terms(self, distances: Array, masks: PairMasks, parameters: Parameters) -> Any:
+        """The terms ``[..., n]`` of a distance matrix ``[..., n, m]``."""
+        functions = self.positive_cost, self.negative_cost
+        positives, negatives = (
+            sums_of_pairs(function, distances, mask, parameters)
+            for function, mask in zip(functions, masks)
+        )
+        anchors = jnp.any(masks.positive | masks.negative, axis=-1)
+        return PairTerms(positives, negatives, anchors.astype(distances.dtype))
+
+
+Shape = LogSumExp | Separable
+
+
+def sums_of_pairs(
+    function: Callable[[Array, Parameters], Array],
+    distances: Array,
+    mask: Array,
+    parameters: Parameters,
+) -> TripletTerms:
+    """Sums over the last axis of the costs of some pairs."""
+    costs = function(jnp.where(mask, distances, 0), parameters)
+    costs = jnp.where(mask, costs, 0)
+    terms = (costs, costs > 0, mask)
+    return TripletTerms(*(jnp.sum(x, axis=-1, dtype=costs.dtype) for x in terms))
+
+
+def log_sum_exp(logits: Array, mask: Array) -> Array:
+    """Log-sum-exp over the last axis where a mask is True, minus infinity of nothing.
+
+    The maximum is that of the mask, and gradients of the rest are 0.
+    """
+    empty = ~jnp.any(mask, axis=-1)
+    largest = lax.stop_gradient(jnp.max(jnp.where(mask, logits, -jnp.inf), axis=-1))
+    largest = jnp.where(empty, 0, largest)
+    shifted = jnp.where(mask, logits - largest[..., None], 0)
+    total = jnp.sum(jnp.where(mask, jnp.exp(shifted), 0), axis=-1)
+    return jnp.where(empty, -jnp.inf, largest + jnp.log(jnp.where(empty, 1, total)))
+
+
+class PairLoss(NamedTuple):
+    """A loss with the values of its parameters.
+
+    Attributes:
+        shape: the shape; static.
+        parameters: a pytree of numbers with gradients.
+        needs_references: why `reference_labels` must be given, or None.
+        symmetric: whether references are anchors as well.
+        swapped: whether references are the anchors, and anchors their references.
+    """
+
+    shape: Shape
+    parameters: Parameters = ()
+    needs_references: str | None = None
+    symmetric: bool = False
+    swapped: bool = False
+
+    def parameters_as(self, dtype: Any) -> Parameters:
+        """The parameters as arrays of a dtype."""
+        return jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), self.parameters)
+
+    def checked(self, labels: Any, pairs: dict[str, Any]) -> "PairLoss":
+        """The loss itself, if options of pairs go with it."""
+        by_labels = not isinstance(labels, PairMasks)
+        missing = by_labels and pairs.get("reference_labels") is None
+        if self.needs_references is not None and missing:
+            raise ValueError(
+                f"reference_labels must be given: {self.needs_references}."
+            )
+        both = self.symmetric or self.swapped
+        if both and pairs.get("positions") is not None:
+            raise ValueError(
+                "positions cannot be combined with anchors on both sides; use "
+                "PairMasks as labels."
+            )
+        return self
+
+
+class Definition(NamedTuple):
+    """A named loss: from the values of its parameters to a `PairLoss`.
+
+    Attributes:
+        build: the function; its docstring is that of the loss.
+        checks: names of numeric parameters, and functions that raise for wrong values.
+        callables, flags: names of static parameters.
+        reduce_fn: the default reduction.
+        by_anchor: whether terms are those of the anchors, and never of references.
+    """
+
+    build: Callable[..., PairLoss]
+    checks: dict[str, Check]
+    callables: tuple[str, ...]
+    flags: tuple[str, ...]
+    reduce_fn: Reduction
+    by_anchor: bool
+
+    def signature(self, first: str, options: dict[str, Any]) -> inspect.Signature:
+        """The signature of a form of the loss.
+
+        Args:
+            first: name of the first argument.
+            options: options of the form with their defaults.
+        """
+        own = [*inspect.signature(self.build).parameters.values()]
+        keyword, either = (
+            inspect.Parameter.KEYWORD_ONLY,
+            (inspect.Parameter.POSITIONAL_OR_KEYWORD),
+        )
+        added = [inspect.Parameter(k, keyword, default=v) for k, v in options.items()]
+        reduce_fn = inspect.Parameter("reduce_fn", keyword, default=self.reduce_fn)
+        arrays = [inspect.Parameter(name, either) for name in (first, "labels")]
+        return inspect.Signature([*arrays, *own, *added, reduce_fn])
+
+    def parameters_of(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Takes the parameters of the loss out of the options of a call."""
+        names = inspect.signature(self.build).parameters
+        values = {name: options.pop(name) for name in names}
+        for name in self.checks:
+            value = values[name]
+            if name != "parameters" and value is not None and jnp.ndim(value):
+                raise ValueError(
+                    f"{name} must be a scalar, got shape {jnp.shape(value)}; use "
+                    "jax.vmap to sweep over several."
+                )
+        return values
+
+    def jitted(self, function: Callable, *, check: Callable) -> Callable:
+        """The public function of a form."""
+
+        def names(of: Callable) -> tuple[str, ...]:
+            return tuple(name for name, check in self.checks.items() if check is of)
+
+        static = {"axis_name", "block_size"} & {*inspect.signature(function).parameters}
+        metric = {"metric"} & {*inspect.signature(function).parameters}
+        return jitted(
+            callables=(*self.callables, *metric, "reduce_fn"),
+            flags=self.flags,
+            static=tuple(sorted(static)),
+            nonnegative=names(check_nonnegative),
+            positive=names(check_positive),
+            optional=("reduce_fn",),
+            check=check,
+        )(function)
+
+    def docstring(self, arrays: str, memory: str, *, example: bool) -> str:
+        """The docstring of a form, from that of the function."""
+        text = inspect.cleandoc(self.build.__doc__ or "")
+        before, _, after = text.partition("Args:\n")
+        if not example:
+            after = after.partition("\n\n>>>")[0] + "\n"
+        return f"{before}Memory: {memory}.\n\nArgs:\n{arrays}\n{after}"
+
+
+def any_number(name: str, value: Any) -> None:
+    """The check of a parameter that may be any number."""
+
+
+DEFINITIONS: dict[Callable, Definition] = {}
+
+_MATRIX_ARGS = """\
+    distances: ``[..., n, m]``.
+    labels: integers ``[..., n]``, or `PairMasks`.
+    reference_labels, positions, where, reference_where: as in `pair_masks`.
+    reduce_fn: from the terms ``[..., n]`` to the result; None returns the terms."""
+
+
+def pair_loss(
+    *,
+    positive: tuple[str, ...] = (),
+    nonnegative: tuple[str, ...] = (),
+    numbers: tuple[str, ...] = (),
+    callables: tuple[str, ...] = (),
+    flags: tuple[str, ...] = (),
+    reduce_fn: Reduction = mean_valid,
+    by_anchor: bool = True,
+) -> Callable[[Callable[..., PairLoss]], Callable[..., Any]]:
+    """Makes a loss of distances from a function to its `PairLoss`.
+
+    The loss has the parameters of the function, and the arguments that every loss has.
+
+    Args:
+        positive, nonnegative, numbers: names of numeric parameters, which may be
+            traced and have gradients.
+        callables, flags: names of static parameters.
+        reduce_fn: the default reduction.
+        by_anchor: whether terms are those of the anchors, and never of references.
+    """
+    checks: dict[str, Check] = dict.fromkeys(positive, check_positive)
+    checks |= dict.fromkeys(nonnegative, check_nonnegative)
+    checks |= dict.fromkeys(numbers, any_number)
+
+    def decorate(build: Callable[..., PairLoss]) -> Callable[..., Any]:
+        definition = Definition(build, checks, callables, flags, reduce_fn, by_anchor)
+
+        def loss(distances: Any, labels: Any, *, reduce_fn: Any, **options: Any) -> Any:
+            loss = build(**definition.parameters_of(options))
+            return reduced(_matrix_terms(loss, distances, labels, options), reduce_fn)
+
+        pairs = "reference_labels", "positions", "where", "reference_where"
+        signature = definition.signature("distances", dict.fromkeys(pairs))
+        function: Any = loss
+        function.__signature__ = signature
+        function.__name__ = function.__qualname__ = build.__name__
+        function.__module__, function.__wrapped__ = build.__module__, build
+        function.__doc__ = definition.docstring(
+            _MATRIX_ARGS,
+            "O(n m), at most 6 times the size of the distances",
+            example=True,
+        )
+        public = definition.jitted(function, check=check_not_embeddings)
+        DEFINITIONS[public] = definition
+        return public
+
+    return decorate
+
+
+def _matrix_terms(
+    loss: PairLoss, distances: ArrayLike, labels: Any, pairs: dict[str, Any]
+) -> Any:
+    distances = as_distances(distances)
+    loss = loss.checked(labels, pairs)
+    parameters = loss.parameters_as(distances.dtype)
+    masks = masks_for(distances, labels, **pairs)
+    swap = lambda x: jnp.swapaxes(x, -1, -2)  # noqa: E731
+    sides = [(distances, masks)]
+    if loss.symmetric or loss.swapped:
+        sides.append((swap(distances), PairMasks(*map(swap, masks))))
+    if loss.swapped:
+        del sides[0]
+    terms = [loss.shape.terms(*side, parameters) for side in sides]
+    return both_sides(*terms)
+
+
+def both_sides(*terms: Any) -> Any:
+    """Terms of anchors, followed by those of references that are anchors as well."""
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *terms)
+
+
+@pair_loss(callables=("logit", "cost", "limits"), numbers=("parameters",))
+def log_sum_exp_loss(
+    *,
+    logit: Callable[[Array, Parameters], Array],
+    cost: Callable[[AnchorPairs, Parameters], Any],
+    limits: Callable[[Array, Array, Parameters], tuple[Array, Array]] | None = None,
+    parameters: Parameters = (),
+) -> PairLoss:
+    r"""Any loss of positives' distances and the log-sum-exp of negatives' logits.
+
+    $$\ell_a = f\Bigl((d_{ap})_{p \in P_a}, \log \sum_{n \in N_a} e^{g(d_{an})}\Bigr)$$
+
+    Args:
+        logit: g, elementwise ``(distances, parameters) -> logits``.
+        cost: f, ``(AnchorPairs, parameters) -> terms``, such as
+            ``pairs.terms(total, valid)``. It must return zeros for anchors without
+            pairs.
+        limits: None, or ``(distances of positives, which exist, parameters) -> (low,
+            high)``. Only negatives between both limits of their anchor count.
+        parameters: a pytree of numbers with gradients, such as a temperature. Functions
+            must not close over traced arrays.
+
+    Returns:
+        With the default `reduce_fn` the summed cost over ``valid``, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> def cost(pairs, temperature):  # N-pair loss of each positive
+    ...     loss = jax.nn.softplus(
+    ...         pairs.negatives[..., None] + pairs.distances / temperature)
+    ...     total = jnp.sum(jnp.where(pairs.exists, loss, 0), axis=-1)
+    ...     return pairs.terms(total, jnp.sum(pairs.exists, axis=-1))
+    >>> d = jnp.array([[0.0, 0.1, 0.5], [0.1, 0.0, 0.4], [0.5, 0.4, 0.0]])
+    >>> loss = tj.log_sum_exp_loss(
+    ...     d, jnp.array([0, 0, 1]), logit=lambda d, t: -d / t, cost=cost,
+    ...     parameters=0.1)
+    >>> print(f"{loss:.4f}")
+    0.0334
+    """
+    return PairLoss(LogSumExp(logit, cost, limits), parameters)
+
+
+@pair_loss(
+    callables=("positive_cost", "negative_cost"),
+    numbers=("parameters",),
+    reduce_fn=mean_of_anchors,
+)
+def separable_loss(
+    *,
+    positive_cost: Callable[[Array, Parameters], Array],
+    negative_cost: Callable[[Array, Parameters], Array],
+    parameters: Parameters = (),
+) -> PairLoss:
+    r"""Any sum of costs of positive pairs and of costs of negative pairs.
+
+    $$\ell_a = \sum_{p \in P_a} f(d_{ap}) + \sum_{n \in N_a} g(d_{an})$$
+
+    Args:
+        positive_cost: f, elementwise ``(distances, parameters) -> costs``.
+        negative_cost: g, likewise.
+        parameters: a pytree of numbers with gradients, such as a margin. Functions must
+            not close over traced arrays.
+
+    Returns:
+        With the default `reduce_fn` the summed cost over the number of anchors,
+        ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.0, 0.1, 0.5], [0.1, 0.0, 0.4], [0.5, 0.4, 0.0]])
+    >>> loss = tj.separable_loss(
+    ...     d, jnp.array([0, 0, 1]), parameters=1.0,
+    ...     positive_cost=lambda d, margin: d**2,
+    ...     negative_cost=lambda d, margin: jax.nn.relu(margin - d) ** 2)
+    >>> print(f"{loss:.4f}")
+    0.4133
+    """
+    return PairLoss(Separable(positive_cost, negative_cost), parameters)

@@ -1,0 +1,159 @@
+"""Named losses of the separable shape, over a distance matrix.
+
+Costs of positive pairs and costs of negative pairs are summed per anchor into
+`PairTerms`, and reduced.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from tripletjax.losses import mean_active
+from tripletjax.pair_losses import (
+    PairLoss,
+    Separable,
+    mean_active_by_side,
+    mean_of_anchors,
+    pair_loss,
+)
+
+
+def _beyond_margin(d: Array, parameters: tuple) -> Array:
+    return jax.nn.relu(d - parameters[0])
+
+
+def _within_margin(d: Array, parameters: tuple) -> Array:
+    return jax.nn.relu(parameters[1] - d)
+
+
+@pair_loss(
+    numbers=("positive_margin", "negative_margin"), reduce_fn=mean_active_by_side
+)
+def contrastive_loss(
+    *, positive_margin: ArrayLike = 0.0, negative_margin: ArrayLike = 1.0
+) -> PairLoss:
+    r"""Contrastive loss: positives within one margin, negatives beyond the other.
+
+    $$\ell_a = \sum_{p \in P_a} [d_{ap} - m_+]_+ + \sum_{n \in N_a} [m_- - d_{an}]_+$$
+
+    The paper has squares of these costs, which `separable_loss` can compute. Choose
+    both margins for your metric: cosine distances lie between 0 and 2.
+
+    Args:
+        positive_margin: $m_+$, a scalar, in units of the distances.
+        negative_margin: $m_-$, a scalar, in units of the distances.
+
+    Returns:
+        With the default `reduce_fn` the mean over positives that cost anything plus
+        the mean over negatives that cost anything, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit.
+
+    References:
+        Hadsell, Chopra, LeCun. Dimensionality Reduction by Learning an Invariant
+        Mapping. CVPR 2006.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.0, 0.5, 0.75], [0.5, 0.0, 2.0], [0.75, 2.0, 0.0]])
+    >>> print(tj.contrastive_loss(d, jnp.array([0, 0, 1])))
+    0.75
+    """
+    parameters = positive_margin, negative_margin
+    return PairLoss(Separable(_beyond_margin, _within_margin), parameters)
+
+
+def _beyond_boundary(d: Array, parameters: tuple) -> Array:
+    margin, beta = parameters
+    return jax.nn.relu(margin + d - beta)
+
+
+def _within_boundary(d: Array, parameters: tuple) -> Array:
+    margin, beta = parameters
+    return jax.nn.relu(margin + beta - d)
+
+
+@pair_loss(numbers=("margin", "beta"), reduce_fn=mean_active)
+def margin_loss(*, margin: ArrayLike = 0.2, beta: ArrayLike = 1.2) -> PairLoss:
+    r"""Margin loss around a boundary that can be learned.
+
+    $$\ell_a = \sum_{p \in P_a} [m + d_{ap} - \beta]_+ +
+      \sum_{n \in N_a} [m + \beta - d_{an}]_+$$
+
+    The paper samples one negative per positive by
+    `tripletjax.distance_weighted_triplets`; here all negatives count.
+
+    Args:
+        margin: m, a scalar, in units of the distances.
+        beta: $\beta$, a scalar, in units of the distances.
+
+    Returns:
+        With the default `reduce_fn` the mean over pairs that cost anything, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit.
+
+    References:
+        Wu, Manmatha, Smola, Krähenbühl. Sampling Matters in Deep Embedding Learning.
+        2017. arXiv:1706.07567
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.0, 1.25, 1.0], [1.25, 0.0, 2.0], [1.0, 2.0, 0.0]])
+    >>> print(f"{tj.margin_loss(d, jnp.array([0, 0, 1])):.4f}")
+    0.3250
+    """
+    return PairLoss(Separable(_beyond_boundary, _within_boundary), (margin, beta))
+
+
+def _softplus(x: Array) -> Array:
+    # Half the time of `jax.nn.softplus`, which treats infinities and NaN apart.
+    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+def _sigmoid_positive(d: Array, parameters: tuple) -> Array:
+    scale, bias = parameters
+    return _softplus(-(scale * (1 - d) + bias))
+
+
+def _sigmoid_negative(d: Array, parameters: tuple) -> Array:
+    scale, bias = parameters
+    return _softplus(scale * (1 - d) + bias)
+
+
+@pair_loss(positive=("scale",), numbers=("bias",), reduce_fn=mean_of_anchors)
+def sigmoid_loss(*, scale: ArrayLike = 10.0, bias: ArrayLike = -10.0) -> PairLoss:
+    r"""Sigmoid loss of all pairs (SigLIP), of similarities $s = 1 - d$.
+
+    $$\ell_a = \sum_{p \in P_a} \log(1 + e^{-(\gamma s_{ap} + b)}) +
+      \sum_{n \in N_a} \log(1 + e^{\gamma s_{an} + b})$$
+
+    Args:
+        scale: $\gamma$, a scalar above 0. The paper learns its logarithm.
+        bias: b, a scalar. With one positive in n pairs, $\log(1 / (n - 1))$ is the bias
+            of the prior; -10 is that of n = 22,027.
+
+    Returns:
+        With the default `reduce_fn` the sum over pairs divided by the number of
+        anchors, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, or the scale is not above 0.
+
+    References:
+        Zhai, Mustafa, Kolesnikov, Beyer. Sigmoid Loss for Language Image Pre-Training.
+        2023. arXiv:2303.15343
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.1, 0.9], [0.8, 0.3]])
+    >>> pairs = {"reference_labels": jnp.array([0, 1])}
+    >>> print(f"{tj.sigmoid_loss(d, jnp.array([0, 1]), bias=-5.0, **pairs):.4f}")
+    0.1059
+    """
+    return PairLoss(Separable(_sigmoid_positive, _sigmoid_negative), (scale, bias))

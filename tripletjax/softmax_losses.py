@@ -1,0 +1,617 @@
+r"""Named losses of the log-sum-exp shape, over a distance matrix.
+
+With $z = -d / \tau$, positives $P$, negatives $N$ and all references $A = P \cup N$,
+these losses differ in two choices: which positives the denominator has, and whether the
+logarithm is inside the mean over positives.
+
+| loss | per anchor | mean over |
+| --- | --- | --- |
+| `supcon_loss` | lse over A, less the mean of z over P | anchors with a positive |
+| `nt_xent_loss` | sum over P of softplus(lse over N, less z) | positive pairs |
+| `decoupled_contrastive_loss` | sum over P of (lse over N, less z) | positive pairs |
+| `nca_loss` | lse over A, less lse over P | anchors with a positive |
+
+In the terms of these losses, ``active`` counts what belongs to anchors whose nearest
+reference is a positive: ``active.sum() / valid.sum()`` is their share.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from tripletjax.losses import TripletTerms
+from tripletjax.pair_losses import (
+    AnchorPairs,
+    LogSumExp,
+    PairLoss,
+    PairTerms,
+    log_sum_exp,
+    mean_of_anchors,
+    mean_valid_by_side,
+    pair_loss,
+)
+
+
+def _by_temperature(d: Array, parameters: tuple) -> Array:
+    (temperature,) = parameters
+    return -d / temperature
+
+
+def _sum_over(mask: Array, x: Array) -> Array:
+    return jnp.sum(jnp.where(mask, x, 0), axis=-1)
+
+
+def _positives_lse(pairs: AnchorPairs, logits: Array) -> Array:
+    """Log-sum-exp of logits of the positives, 0 for anchors without one."""
+    return jnp.where(pairs.has_positive, log_sum_exp(logits, pairs.exists), 0)
+
+
+def _supcon_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
+    valid, count = pairs.has_positive, jnp.sum(pairs.exists, axis=-1)
+    z = _by_temperature(pairs.distances, parameters)
+    every = jnp.logaddexp(_positives_lse(pairs, z), pairs.negatives)
+    mean = _sum_over(pairs.exists, z) / jnp.maximum(count, 1).astype(z.dtype)
+    return pairs.terms(jnp.where(valid, every - mean, 0), valid)
+
+
+@pair_loss(positive=("temperature",))
+def supcon_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
+    r"""Supervised contrastive loss.
+
+    $$\ell_a = \log \sum_{i \in A_a} e^{-d_{ai} / \tau}
+      + \frac{1}{|P_a|} \sum_{p \in P_a} d_{ap} / \tau$$
+
+    Each positive is also in the denominator of the others. A batch of one class has a
+    loss, as in the paper.
+
+    Args:
+        temperature: $\tau$, a scalar above 0.
+
+    Returns:
+        With the default `reduce_fn` the mean over anchors with a positive, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, or the temperature is not above 0.
+
+    References:
+        Khosla et al. Supervised Contrastive Learning. 2020. arXiv:2004.11362
+        (equation 2)
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.0, 0.1, 0.2], [0.1, 0.0, 0.2], [0.2, 0.2, 0.0]])
+    >>> print(f"{tj.supcon_loss(d, jnp.array([0, 0, 1])):.4f}")
+    0.3133
+    """
+    return PairLoss(LogSumExp(_by_temperature, _supcon_cost), (temperature,))
+
+
+def _nt_xent_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
+    z = _by_temperature(pairs.distances, parameters)
+    costs = jax.nn.softplus(pairs.negatives[..., None] - z)
+    total = _sum_over(pairs.exists, costs)
+    return pairs.terms(total, jnp.sum(pairs.exists, axis=-1))
+
+
+_NT_XENT = LogSumExp(_by_temperature, _nt_xent_cost)
+
+
+@pair_loss(positive=("temperature",))
+def nt_xent_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
+    r"""Normalised temperature-scaled cross entropy of each positive pair.
+
+    $$\ell_a = \sum_{p \in P_a} \log \Bigl(1 +
+      \sum_{n \in N_a} e^{(d_{ap} - d_{an}) / \tau}\Bigr)$$
+
+    The denominator of a pair has its own positive and all negatives. InfoNCE and
+    SINCERE are other names.
+
+    Args:
+        temperature: $\tau$, a scalar above 0.
+
+    Returns:
+        With the default `reduce_fn` the mean over positive pairs, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, or the temperature is not above 0.
+
+    References:
+        Chen, Kornblith, Norouzi, Hinton. A Simple Framework for Contrastive Learning of
+        Visual Representations. 2020. arXiv:2002.05709
+
+        Feeney, Hughes. SINCERE: Supervised Information Noise-Contrastive Estimation
+        REvisited. 2023. arXiv:2309.14277
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.0, 0.1, 0.2], [0.1, 0.0, 0.2], [0.2, 0.2, 0.0]])
+    >>> print(f"{tj.nt_xent_loss(d, jnp.array([0, 0, 1])):.4f}")
+    0.3133
+    """
+    return PairLoss(_NT_XENT, (temperature,))
+
+
+def _decoupled_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
+    z = _by_temperature(pairs.distances, parameters)
+    exists = pairs.exists & (pairs.negatives != -jnp.inf)[..., None]
+    negatives = jnp.where(pairs.negatives == -jnp.inf, 0, pairs.negatives)
+    total = _sum_over(exists, negatives[..., None] - z)
+    return pairs.terms(total, jnp.sum(exists, axis=-1))
+
+
+@pair_loss(positive=("temperature",))
+def decoupled_contrastive_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
+    r"""Decoupled contrastive loss, whose denominator has negatives alone.
+
+    $$\ell_a = \sum_{p \in P_a} \Bigl(d_{ap} / \tau +
+      \log \sum_{n \in N_a} e^{-d_{an} / \tau}\Bigr)$$
+
+    The loss can be negative.
+
+    Args:
+        temperature: $\tau$, a scalar above 0.
+
+    Returns:
+        With the default `reduce_fn` the mean over positive pairs of anchors with a
+        negative, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, or the temperature is not above 0.
+
+    References:
+        Yeh et al. Decoupled Contrastive Learning. 2021. arXiv:2110.06848
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.0, 0.1, 0.2], [0.1, 0.0, 0.2], [0.2, 0.2, 0.0]])
+    >>> print(f"{tj.decoupled_contrastive_loss(d, jnp.array([0, 0, 1])):.4f}")
+    -1.0000
+    """
+    return PairLoss(LogSumExp(_by_temperature, _decoupled_cost), (temperature,))
+
+
+def _nca_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
+    valid = pairs.has_positive
+    z = _by_temperature(pairs.distances, parameters)
+    costs = jax.nn.softplus(pairs.negatives - _positives_lse(pairs, z))
+    return pairs.terms(jnp.where(valid, costs, 0), valid)
+
+
+@pair_loss(positive=("temperature",))
+def nca_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
+    r"""Neighbourhood components analysis: the probability of any positive.
+
+    $$\ell_a = -\log \frac{\sum_{p \in P_a} e^{-d_{ap} / \tau}}
+      {\sum_{i \in A_a} e^{-d_{ai} / \tau}}$$
+
+    Args:
+        temperature: $\tau$, a scalar above 0.
+
+    Returns:
+        With the default `reduce_fn` the mean over anchors with a positive, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, or the temperature is not above 0.
+
+    References:
+        Goldberger, Roweis, Hinton, Salakhutdinov. Neighbourhood Components Analysis.
+        NIPS 2004.
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.0, 0.1, 0.2], [0.1, 0.0, 0.2], [0.2, 0.2, 0.0]])
+    >>> print(f"{tj.nca_loss(d, jnp.array([0, 0, 1])):.4f}")
+    0.3133
+    """
+    return PairLoss(LogSumExp(_by_temperature, _nca_cost), (temperature,))
+
+
+@pair_loss(positive=("temperature",), flags=("symmetric",), by_anchor=False)
+def info_nce_loss(
+    *, temperature: ArrayLike = 0.05, symmetric: bool = False
+) -> PairLoss:
+    r"""InfoNCE of two sides, such as questions and answers or images and captions.
+
+    $$\ell_a = \sum_{p \in P_a} \log \Bigl(1 +
+      \sum_{n \in N_a} e^{(d_{ap} - d_{an}) / \tau}\Bigr)$$
+
+    Anchors and references are the two sides; equal labels are a pair. References of
+    labels that no anchor has are additional hard negatives. Duplicates share a label,
+    and are never negatives of each other.
+
+    Args:
+        temperature: $\tau$, a scalar above 0.
+        symmetric: if True, references are anchors as well, as in CLIP. The terms of the
+            references ``[..., m]`` follow those of the anchors.
+
+    Returns:
+        With the default `reduce_fn` the mean over positive pairs, ``[...]``. If
+        symmetric, the mean of both directions.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, reference_labels are missing, or the
+            temperature is not above 0.
+
+    References:
+        van den Oord, Li, Vinyals. Representation Learning with Contrastive Predictive
+        Coding. 2018. arXiv:1807.03748
+
+        Radford et al. Learning Transferable Visual Models From Natural Language
+        Supervision. 2021. arXiv:2103.00020
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.1, 0.2], [0.3, 0.1]])
+    >>> pairs = {"reference_labels": jnp.array([0, 1])}
+    >>> print(f"{tj.info_nce_loss(d, jnp.array([0, 1]), temperature=0.1, **pairs):.4f}")
+    0.2201
+    """
+    reason = "anchors and references are two sides"
+    return PairLoss(_NT_XENT, (temperature,), reason, symmetric)
+
+
+def _multi_similarity_logit(d: Array, parameters: tuple) -> Array:
+    _, beta, base = parameters[:3]
+    return beta * (1 - d - base)
+
+
+def _multi_similarity_cost(pairs: AnchorPairs, parameters: tuple) -> PairTerms:
+    alpha, beta, base, *mining = parameters
+    exists = pairs.exists
+    if mining:
+        # A NaN stays, for the loss to show it.
+        exists &= ~(pairs.distances <= (pairs.nearest - mining[0])[..., None])
+    logits = alpha * (pairs.distances - (1 - base))
+    positives = jax.nn.softplus(log_sum_exp(logits, exists)) / alpha
+    negatives = jax.nn.softplus(pairs.negatives) / beta
+    return PairTerms(
+        pairs.terms(positives, pairs.has_positive),
+        pairs.terms(negatives, pairs.has_negative),
+        (pairs.has_positive | pairs.has_negative).astype(positives.dtype),
+    )
+
+
+def _multi_similarity_limits(
+    distances: Array, exists: Array, parameters: tuple
+) -> tuple[Array, Array]:
+    farthest = jnp.max(jnp.where(exists, distances, -jnp.inf), axis=-1)
+    return jnp.full_like(farthest, -jnp.inf), farthest + parameters[3]
+
+
+_MULTI_SIMILARITY = LogSumExp(_multi_similarity_logit, _multi_similarity_cost)
+_MINED_MULTI_SIMILARITY = LogSumExp(
+    _multi_similarity_logit, _multi_similarity_cost, _multi_similarity_limits
+)
+
+
+@pair_loss(
+    positive=("alpha", "beta"),
+    numbers=("base", "epsilon"),
+    reduce_fn=mean_of_anchors,
+)
+def multi_similarity_loss(
+    *,
+    alpha: ArrayLike = 2.0,
+    beta: ArrayLike = 50.0,
+    base: ArrayLike = 0.5,
+    epsilon: ArrayLike | None = None,
+) -> PairLoss:
+    r"""Multi-similarity loss, of similarities $s = 1 - d$.
+
+    $$\ell_a = \frac1\alpha \log \Bigl(1 + \sum_{p \in P_a}
+      e^{-\alpha (s_{ap} - \lambda)}\Bigr) + \frac1\beta \log \Bigl(1 +
+      \sum_{n \in N_a} e^{\beta (s_{an} - \lambda)}\Bigr)$$
+
+    Args:
+        alpha, beta: scalars above 0.
+        base: $\lambda$, a scalar.
+        epsilon: the margin of the paper's mining, 0.1 there. Only negatives with
+            $s_{an} + \epsilon > \min_p s_{ap}$ and positives with
+            $s_{ap} - \epsilon < \max_n s_{an}$ count. None takes all pairs.
+
+    Returns:
+        With the default `reduce_fn` the mean over anchors, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, or alpha or beta is not above 0.
+
+    References:
+        Wang, Han, Huang, Dong, Scott. Multi-Similarity Loss with General Pair Weighting
+        for Deep Metric Learning. 2019. arXiv:1904.06627
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.0, 0.1, 0.6], [0.1, 0.0, 0.6], [0.6, 0.6, 0.0]])
+    >>> print(f"{tj.multi_similarity_loss(d, jnp.array([0, 0, 1])):.4f}")
+    0.1239
+    """
+    parameters = alpha, beta, base
+    if epsilon is None:
+        return PairLoss(_MULTI_SIMILARITY, parameters)
+    return PairLoss(_MINED_MULTI_SIMILARITY, (*parameters, epsilon))
+
+
+def _circle_logit(d: Array, parameters: tuple) -> Array:
+    margin, scale = parameters
+    weight = lax.stop_gradient(jax.nn.relu(1 - d + margin))
+    return scale * weight * (1 - d - margin)
+
+
+def _of_both(
+    pairs: AnchorPairs, function: Callable[[Array], Array], logits: Array
+) -> TripletTerms:
+    """The terms of a function of lse over P plus lse over N, where both exist."""
+    valid = pairs.has_positive & (pairs.negatives != -jnp.inf)
+    total = _positives_lse(pairs, logits) + jnp.where(valid, pairs.negatives, 0)
+    return pairs.terms(jnp.where(valid, function(total), 0), valid)
+
+
+def _circle_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
+    margin, scale = parameters
+    weight = lax.stop_gradient(jax.nn.relu(margin + pairs.distances))
+    logits = scale * weight * (pairs.distances - margin)
+    return _of_both(pairs, jax.nn.softplus, logits)
+
+
+@pair_loss(positive=("scale",), numbers=("margin",))
+def circle_loss(*, margin: ArrayLike = 0.4, scale: ArrayLike = 80.0) -> PairLoss:
+    r"""Circle loss, of similarities $s = 1 - d$.
+
+    $$\ell_a = \log \Bigl(1 + \sum_{n \in N_a} e^{\gamma [s_{an} + m]_+ (s_{an} - m)}
+      \sum_{p \in P_a} e^{-\gamma [1 + m - s_{ap}]_+ (s_{ap} - 1 + m)}\Bigr)$$
+
+    The weights $[\cdot]_+$ have no gradient.
+
+    Args:
+        margin: m, a scalar. The paper has 0.25 for faces and re-identification.
+        scale: $\gamma$, a scalar above 0. The paper has 256 for faces, and 128 for
+            re-identification.
+
+    Returns:
+        With the default `reduce_fn` the mean over anchors with a positive and a
+        negative, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, or the scale is not above 0.
+
+    References:
+        Sun et al. Circle Loss: A Unified Perspective of Pair Similarity Optimization.
+        2020. arXiv:2002.10857
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.0, 0.1, 0.6], [0.1, 0.0, 0.6], [0.6, 0.6, 0.0]])
+    >>> print(f"{tj.circle_loss(d, jnp.array([0, 0, 1]), scale=2.0):.4f}")
+    0.5544
+    """
+    return PairLoss(LogSumExp(_circle_logit, _circle_cost), (margin, scale))
+
+
+def _lifted_logit(d: Array, parameters: tuple) -> Array:
+    (margin,) = parameters
+    return margin - d
+
+
+def _lifted_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
+    return _of_both(pairs, jax.nn.relu, pairs.distances)
+
+
+@pair_loss(numbers=("margin",))
+def generalized_lifted_structure_loss(*, margin: ArrayLike = 1.0) -> PairLoss:
+    r"""Lifted structure loss, generalised to all positives of an anchor.
+
+    $$\ell_a = \Bigl[\log \sum_{p \in P_a} e^{d_{ap}} +
+      \log \sum_{n \in N_a} e^{m - d_{an}}\Bigr]_+$$
+
+    Args:
+        margin: m, a scalar, in units of the distances.
+
+    Returns:
+        With the default `reduce_fn` the mean over anchors with a positive and a
+        negative, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit.
+
+    References:
+        Hermans, Beyer, Leibe. In Defense of the Triplet Loss for Person
+        Re-Identification. 2017. arXiv:1703.07737
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.0, 0.5, 1.0], [0.5, 0.0, 1.0], [1.0, 1.0, 0.0]])
+    >>> print(tj.generalized_lifted_structure_loss(d, jnp.array([0, 0, 1])))
+    0.5
+    """
+    return PairLoss(LogSumExp(_lifted_logit, _lifted_cost), (margin,))
+
+
+def _scaled_logit(d: Array, parameters: tuple) -> Array:
+    _, scale = parameters
+    return scale * (1 - d)
+
+
+def _class_cost(pairs: AnchorPairs, logits: Array) -> TripletTerms:
+    """Cross entropy of the nearest class vector of an anchor's class."""
+    valid = pairs.has_positive
+    costs = jax.nn.softplus(pairs.negatives - jnp.where(valid, logits, 0))
+    return pairs.terms(jnp.where(valid, costs, 0), valid)
+
+
+def _class_similarity(pairs: AnchorPairs) -> Array:
+    """Similarity of the nearest class vector of an anchor's class, or 0."""
+    nearest = jnp.argmin(jnp.where(pairs.exists, pairs.distances, jnp.inf), axis=-1)
+    nearest = jnp.take_along_axis(
+        pairs.distances, nearest[..., None], axis=-1, mode="promise_in_bounds"
+    )[..., 0]
+    return jnp.where(pairs.has_positive, 1 - nearest, 0)
+
+
+def _cosface_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
+    margin, scale = parameters
+    return _class_cost(pairs, scale * (_class_similarity(pairs) - margin))
+
+
+_CLASS_VECTORS = "references are class vectors, with the labels of their classes"
+
+
+@pair_loss(positive=("scale",), numbers=("margin",))
+def cosface_loss(*, margin: ArrayLike = 0.35, scale: ArrayLike = 64.0) -> PairLoss:
+    r"""CosFace: softmax over class vectors, with a margin on the similarity.
+
+    $$\ell_a = -\log \frac{e^{\gamma (s_{ap} - m)}}
+      {e^{\gamma (s_{ap} - m)} + \sum_{n \in N_a} e^{\gamma s_{an}}}, \quad s = 1 - d$$
+
+    References are learned class vectors. Several references of one label are
+    sub-centres, of which the nearest is the positive.
+
+    Args:
+        margin: m, a scalar.
+        scale: $\gamma$, a scalar above 0.
+
+    Returns:
+        With the default `reduce_fn` the mean over anchors, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, reference_labels are missing, or the scale is
+            not above 0.
+
+    References:
+        Wang et al. CosFace: Large Margin Cosine Loss for Deep Face Recognition. 2018.
+        arXiv:1801.09414
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.1, 0.9], [0.8, 0.3]])
+    >>> classes = {"reference_labels": jnp.array([0, 1])}
+    >>> print(f"{tj.cosface_loss(d, jnp.array([0, 1]), scale=4.0, **classes):.4f}")
+    0.2952
+    """
+    parameters = margin, scale
+    return PairLoss(LogSumExp(_scaled_logit, _cosface_cost), parameters, _CLASS_VECTORS)
+
+
+def _arcface_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
+    margin, scale = parameters
+    s = _class_similarity(pairs)
+    inside = jnp.abs(s) < 1
+    sine = jnp.where(inside, jnp.sqrt(jnp.where(inside, (1 - s) * (1 + s), 1)), 0)
+    rotated = s * jnp.cos(margin) - sine * jnp.sin(margin)
+    continued = s - margin * jnp.sin(margin)
+    cosines = jnp.where(s > -jnp.cos(margin), rotated, continued)
+    return _class_cost(pairs, scale * cosines)
+
+
+@pair_loss(positive=("scale",), nonnegative=("margin",))
+def arcface_loss(*, margin: ArrayLike = 0.5, scale: ArrayLike = 64.0) -> PairLoss:
+    r"""ArcFace: softmax over class vectors, with a margin on the angle.
+
+    $$\ell_a = -\log \frac{e^{\gamma \cos(\theta_{ap} + m)}}
+      {e^{\gamma \cos(\theta_{ap} + m)} + \sum_{n \in N_a} e^{\gamma s_{an}}}, \quad
+      \cos \theta = s = 1 - d$$
+
+    $\cos(\theta + m)$ is $s \cos m - \sqrt{1 - s^2} \sin m$, without an inverse cosine,
+    so that gradients are finite everywhere. Beyond $\theta = \pi - m$ it continues as
+    $s - m \sin m$. References are class vectors, as in `cosface_loss`.
+
+    Args:
+        margin: m in radians, a scalar of at least 0.
+        scale: $\gamma$, a scalar above 0.
+
+    Returns:
+        With the default `reduce_fn` the mean over anchors, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, reference_labels are missing, the margin is
+            negative, or the scale is not above 0.
+
+    References:
+        Deng, Guo, Xue, Zafeiriou. ArcFace: Additive Angular Margin Loss for Deep Face
+        Recognition. 2018. arXiv:1801.07698
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.1, 0.9], [0.8, 0.3]])
+    >>> classes = {"reference_labels": jnp.array([0, 1])}
+    >>> print(f"{tj.arcface_loss(d, jnp.array([0, 1]), scale=4.0, **classes):.4f}")
+    0.3480
+    """
+    parameters = margin, scale
+    return PairLoss(LogSumExp(_scaled_logit, _arcface_cost), parameters, _CLASS_VECTORS)
+
+
+def _proxy_anchor_logit(d: Array, parameters: tuple) -> Array:
+    margin, scale = parameters
+    return scale * (1 - d + margin)
+
+
+def _proxy_anchor_cost(pairs: AnchorPairs, parameters: tuple) -> PairTerms:
+    margin, scale = parameters
+    logits = -scale * (1 - pairs.distances - margin)
+    positives = jax.nn.softplus(log_sum_exp(logits, pairs.exists))
+    negatives = jax.nn.softplus(pairs.negatives)
+    proxies = pairs.has_positive | pairs.has_negative
+    return PairTerms(
+        pairs.terms(positives, pairs.has_positive),
+        pairs.terms(negatives, proxies),
+        proxies.astype(positives.dtype),
+    )
+
+
+@pair_loss(
+    positive=("scale",),
+    numbers=("margin",),
+    reduce_fn=mean_valid_by_side,
+    by_anchor=False,
+)
+def proxy_anchor_loss(*, margin: ArrayLike = 0.1, scale: ArrayLike = 32.0) -> PairLoss:
+    r"""Proxy-anchor loss: class vectors are the anchors, embeddings their references.
+
+    $$\frac{1}{|C^+|} \sum_{c \in C^+} \log \Bigl(1 + \sum_{i \in P_c}
+      e^{-\gamma (s_{ic} - m)}\Bigr) + \frac{1}{|C|} \sum_{c \in C} \log \Bigl(1 +
+      \sum_{i \in N_c} e^{\gamma (s_{ic} + m)}\Bigr), \quad s = 1 - d$$
+
+    $C$ are the class vectors, given as references, and $C^+$ those with a positive.
+    Terms are per class vector, ``[..., m]``.
+
+    Args:
+        margin: m, a scalar.
+        scale: $\gamma$, a scalar above 0.
+
+    Returns:
+        With the default `reduce_fn` the sum of both means, ``[...]``.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype or is not callable.
+        ValueError: if shapes do not fit, reference_labels are missing, or the scale is
+            not above 0.
+
+    References:
+        Kim, Kim, Cho, Kwak. Proxy Anchor Loss for Deep Metric Learning. 2020.
+        arXiv:2003.13911
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.1, 0.9], [0.8, 0.3]])
+    >>> classes = {"reference_labels": jnp.array([0, 1])}
+    >>> print(f"{tj.proxy_anchor_loss(d, jnp.array([0, 1]), scale=4.0, **classes):.4f}")
+    1.3806
+    """
+    parameters, shape = (
+        (margin, scale),
+        LogSumExp(_proxy_anchor_logit, _proxy_anchor_cost),
+    )
+    return PairLoss(shape, parameters, _CLASS_VECTORS, swapped=True)
