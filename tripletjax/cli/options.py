@@ -146,8 +146,8 @@ class Train(Options):
     requested: dict[str, Any]
     augment: str | None = option(
         "random changes of the images while training: none, more than usual, or those "
-        "for photos or characters, which also decide size and network (default: photos "
-        "or characters, detected by smooth tones)",
+        "for photos or characters, which also decide size and network (default: "
+        "detected by smooth tones)",
         group=DATA,
         choices=(*choices.KINDS, *choices.AUGMENTS),
     )

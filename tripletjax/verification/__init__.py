@@ -1,8 +1,8 @@
 r"""Verification metrics: same or different, decided by a threshold on the distance.
 
-A pair is accepted as the same if its distance is at most the threshold t. d_p are the
-distances of pairs of the same item (positives), d_n those of different items
-(negatives). The true accept rate (TAR, in FaceNet VAL), the false accept rate (FAR)
+A pair is accepted as the same if its distance is at most the threshold t. Distances of
+pairs of the same item (positives) are d_p, those of different items (negatives) are
+d_n. The true accept rate (TAR, in FaceNet VAL), the false accept rate (FAR)
 and the false reject rate (FRR) are
 
 .. math::
