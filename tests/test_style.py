@@ -53,7 +53,9 @@ def prose_of_docstring(text: str) -> str:
     text = re.sub(r"^ *>>> .*?(\n *\n|\Z)", blank, text, flags=re.M | re.S)
     text = re.sub(r"^ *\|.*$", "", text, flags=re.M)
     text = re.sub(r"::\n\n(?:(?: {2,}.*)?\n)+", blank, text)
-    return re.sub(r"^ *(Args|Returns|Raises|Yields|Attributes|Note):$", "", text, flags=re.M)
+    return re.sub(
+        r"^ *(Args|Returns|Raises|Yields|Attributes|Note):$", "", text, flags=re.M
+    )
 
 
 def blocks_of(text: str) -> Blocks:
@@ -115,7 +117,11 @@ def help_of(parser: argparse.ArgumentParser) -> Blocks:
 
 def texts() -> Iterator[tuple[str, int, str]]:
     """Every block of prose, with its file and line."""
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/reference/*.md")]
+    pages = [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("docs/reference/*.md"),
+    ]
     for page in sorted(pages):
         name = str(page.relative_to(ROOT))
         if name not in EXEMPT:
