@@ -143,7 +143,7 @@ def findings() -> Iterator[str]:
             if sentence.startswith(EXCEPTIONS):
                 continue
             broken = [rule for rule, sign in RULES.items() if re.search(sign, sentence)]
-            if (words := len(re.findall(r"\w[\w'’.,-]*", sentence))) > LONGEST:
+            if (words := len(re.findall(r"\w['\w.,-]*", sentence))) > LONGEST:
                 broken.append(f"{words} words, at most {LONGEST}")
             for rule in broken:
                 yield f"{place}:{line}: {rule}: {sentence}"

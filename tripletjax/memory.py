@@ -114,8 +114,8 @@ def push(
     """Write a batch over the oldest embeddings.
 
     Embedding i of the batch goes to slot ``(position + i) % size``. If the batch is
-    larger than the memory, only its last `size` embeddings remain. Gradients do not flow into
-    the memory.
+    larger than the memory, only its last `size` embeddings remain. Gradients do not
+    flow into the memory.
 
     Memory: O(n d), beside the copy.
 

@@ -425,8 +425,8 @@ def _columns_at(mask: Array, first: Array, count: int) -> Array:
 def least_of_panel(panel: Array, k: int) -> tuple[Array, Array]:
     """Find the k least numbers of every row of ``[tiles, rows, columns]``.
 
-    The k least numbers lie in the k runs of columns that have the least minima. Only the
-    minima of runs and the numbers of k runs are sorted.
+    The k least numbers lie in the k runs of columns that have the least minima. Only
+    the minima of runs and the numbers of k runs are sorted.
 
     Returns:
         Numbers and their columns among all tiles ``[rows, k]``, ties by the lower
