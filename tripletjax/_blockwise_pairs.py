@@ -1,91 +1,140 @@
 """The losses of `pair_losses` straight from embeddings, for `tripletjax.blockwise`."""
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jax.typing import ArrayLike
 
 from tripletjax import pair_losses, separable_losses, softmax_losses
 from tripletjax._api import as_integer
 from tripletjax._engine.pair_losses import PairSpec, pair_terms
 from tripletjax._matrices import check_not_distances
 from tripletjax._pairwise.batch import Batch, as_batch, for_each_batch
-from tripletjax._pairwise.mesh import gather_terms
-from tripletjax._pairwise.over_mesh import over_mesh
-from tripletjax.distances import cosine
-from tripletjax.losses import SumReduction, reduced, sums_over_anchors
-from tripletjax.pair_losses import DEFINITIONS, PairLoss, both_sides
+from tripletjax._pairwise.mesh import AxisName, gather_terms
+from tripletjax._pairwise.over_mesh import over_mesh, without_padding
+from tripletjax.distances import Metric, cosine
+from tripletjax.losses import (
+    Reduction,
+    SumReduction,
+    mean_active,
+    mean_valid,
+    reduced,
+    sums_over_anchors,
+)
+from tripletjax.pair_losses import (
+    DEFINITIONS,
+    AnchorPairs,
+    LogSumExp,
+    PairLoss,
+    PairOptions,
+    Parameters,
+    Separable,
+    both_sides,
+    mean_active_by_side,
+    mean_of_anchors,
+    mean_valid_by_side,
+)
 from tripletjax.pairs import PairMasks
 
-_OPTIONS = {
-    "metric": cosine,
-    "references": None,
-    "reference_labels": None,
-    "positions": None,
-    "where": None,
-    "reference_where": None,
-    "axis_name": None,
-    "block_size": None,
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Lines of the docstring of a loss of distances, and those of its form of embeddings.
+_PAIRS = "    reference_labels, positions, where, reference_where: as in `pair_masks`."
+_LINES = {
+    "Memory: O(n m), at most 6 times the size of the distances.": (
+        "Memory: O(n d + m d + block_size^2), also of the gradient.",
+    ),
+    "    distances: ``[..., n, m]``.": (
+        "    embeddings: vectors of anchors ``[..., n, d]``.",
+    ),
+    _PAIRS: (
+        "    metric: a distance between vectors.",
+        "    references: vectors ``[..., m, d]``, or None, as in `batch_all_loss`.",
+        _PAIRS,
+        "    axis_name, block_size: as in `batch_all_loss`.",
+    ),
 }
 
-_ARGS = """\
-    embeddings: vectors of anchors ``[..., n, d]``.
-    labels: integers ``[..., n]``, or `PairMasks`.
-    metric: a distance between vectors.
-    references: vectors ``[..., m, d]``, with `reference_labels`. If not given, the
-        anchors are their own references.
-    reference_labels, positions, where, reference_where: as in `pair_masks`.
-    axis_name, block_size: as in `batch_all_loss`.
-    reduce_fn: from the terms ``[..., n]`` to the result; None returns the terms."""
+
+class Blocks(NamedTuple):
+    """Arguments of every loss of embeddings, besides those of pairs."""
+
+    metric: Metric
+    references: ArrayLike | None
+    axis_name: AxisName | None
+    block_size: int | None
 
 
-def _of_embeddings(of_distances: Callable[..., Any]) -> Callable[..., Any]:
-    """The form of a loss of distances that takes embeddings."""
+def _of_embeddings(
+    of_distances: Callable[..., Any],
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Define the form of a loss of distances that takes embeddings.
+
+    The docstring of the form is its first line, followed by that of the loss.
+    """
     definition = DEFINITIONS[of_distances]
 
-    def loss(embeddings: Any, labels: Any, *, reduce_fn: Any, **options: Any) -> Any:
-        loss = definition.build(**definition.parameters_of(options))
-        return _blockwise(loss, embeddings, labels, reduce_fn=reduce_fn, **options)
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        function.__doc__ = _docstring(function, of_distances)
+        reduce_default = inspect.signature(function).parameters["reduce_fn"].default
+        compiled = definition.jitted(
+            function,
+            check=check_not_distances,
+            callables=("metric",),
+            static=("axis_name", "block_size"),
+        )
 
-    function: Any = loss
-    function.__signature__ = definition.signature("embeddings", _OPTIONS)
-    function.__name__ = function.__qualname__ = definition.build.__name__
-    function.__module__ = "tripletjax.blockwise"
-    function.__doc__ = definition.docstring(
-        _ARGS, "O(n d + m d + block_size^2), also of the gradient", example=False
-    )
+        def together(result: Any, n: int, options: dict[str, Any]) -> Any:
+            """Terms of anchors lose the rows of padding; others have zeros there."""
+            reduce_fn = options.get("reduce_fn", reduce_default)
+            if reduce_fn is not None or not definition.by_anchor:
+                return result
+            return without_padding(result, n, options)
 
-    def together(result: Any, n: int, options: dict[str, Any]) -> Any:
-        """Terms of anchors lose the rows of padding; others have zeros there."""
-        reduce_fn = options.get("reduce_fn", definition.reduce_fn)
-        if reduce_fn is not None or not definition.by_anchor:
-            return result
-        return jax.tree.map(lambda x: x[:n], result)
+        return over_mesh(together=together, parameters=definition.checks)(compiled)
 
-    split = over_mesh(together=together, parameters=definition.checks)
-    return split(definition.jitted(function, check=check_not_distances))
+    return decorate
+
+
+def _docstring(function: Callable[..., Any], of_distances: Callable[..., Any]) -> str:
+    text = inspect.cleandoc(of_distances.__doc__ or "")
+    _, _, text = text.partition("\n\n")
+    for line, own in _LINES.items():
+        assert text.count(line) == 1, (of_distances, line)
+        text = text.replace(line, "\n".join(own))
+    # The example has distances.
+    text, _, _ = text.partition("\n\n>>>")
+    name = of_distances.__name__
+    reference = f"`tripletjax.{name}` without the distance matrix."
+    before, memory, after = text.partition("Memory: ")
+    return f"{function.__doc__}\n\n{before}{reference}\n\n{memory}{after}\n"
 
 
 def _blockwise(
     loss: PairLoss,
-    embeddings: Any,
-    labels: Any,
-    *,
-    metric: Any,
-    axis_name: Any,
-    block_size: int | None,
-    reduce_fn: Any,
-    **pairs: Any,
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    pairs: PairOptions,
+    blocks: Blocks,
+    reduce_fn: Reduction | None,
 ) -> Any:
+    metric, references, axis_name, block_size = blocks
     if block_size is not None:
         block_size = as_integer("block_size", block_size)
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}.")
-    loss = loss.checked(labels, pairs)
+    loss.check_pairs(labels, pairs)
     summed = isinstance(reduce_fn, SumReduction)
-    options = {"axis_name": axis_name, **pairs}
+    options: dict[str, Any] = {
+        "references": references,
+        "axis_name": axis_name,
+        **pairs._asdict(),
+    }
     # Over a mesh, anchors are split and their references gathered: each direction has
     # a batch of its own.
     apart = loss.symmetric and axis_name is not None
@@ -152,21 +201,385 @@ def _varying(batch: Batch, parameters: Any) -> tuple[Batch, Any]:
     return batch, jax.tree.map(lambda x: x + zero, parameters)
 
 
-log_sum_exp_loss = _of_embeddings(pair_losses.log_sum_exp_loss)
-separable_loss = _of_embeddings(pair_losses.separable_loss)
-supcon_loss = _of_embeddings(softmax_losses.supcon_loss)
-nt_xent_loss = _of_embeddings(softmax_losses.nt_xent_loss)
-decoupled_contrastive_loss = _of_embeddings(softmax_losses.decoupled_contrastive_loss)
-nca_loss = _of_embeddings(softmax_losses.nca_loss)
-info_nce_loss = _of_embeddings(softmax_losses.info_nce_loss)
-multi_similarity_loss = _of_embeddings(softmax_losses.multi_similarity_loss)
-circle_loss = _of_embeddings(softmax_losses.circle_loss)
-generalized_lifted_structure_loss = _of_embeddings(
-    softmax_losses.generalized_lifted_structure_loss
-)
-cosface_loss = _of_embeddings(softmax_losses.cosface_loss)
-arcface_loss = _of_embeddings(softmax_losses.arcface_loss)
-proxy_anchor_loss = _of_embeddings(softmax_losses.proxy_anchor_loss)
-contrastive_loss = _of_embeddings(separable_losses.contrastive_loss)
-margin_loss = _of_embeddings(separable_losses.margin_loss)
-sigmoid_loss = _of_embeddings(separable_losses.sigmoid_loss)
+@_of_embeddings(pair_losses.log_sum_exp_loss)
+def log_sum_exp_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    logit: Callable[[Array, Parameters], Array],
+    cost: Callable[[AnchorPairs, Parameters], Any],
+    limits: Callable[[Array, Array, Parameters], tuple[Array, Array]] | None = None,
+    parameters: Parameters = (),
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    """Any loss of positives' distances and the log-sum-exp of negatives' logits."""
+    loss = PairLoss(LogSumExp(logit, cost, limits), parameters)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(pair_losses.separable_loss)
+def separable_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    positive_cost: Callable[[Array, Parameters], Array],
+    negative_cost: Callable[[Array, Parameters], Array],
+    parameters: Parameters = (),
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_of_anchors,
+) -> Any:
+    """Any sum of costs of positive pairs and of costs of negative pairs."""
+    loss = PairLoss(Separable(positive_cost, negative_cost), parameters)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(separable_losses.contrastive_loss)
+def contrastive_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    positive_margin: ArrayLike = 0.0,
+    negative_margin: ArrayLike = 1.0,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_active_by_side,
+) -> Any:
+    """Contrastive loss: positives within one margin, negatives beyond the other."""
+    loss = separable_losses.define_contrastive(positive_margin, negative_margin)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(separable_losses.margin_loss)
+def margin_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    margin: ArrayLike = 0.2,
+    beta: ArrayLike = 1.2,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_active,
+) -> Any:
+    """Margin loss around a boundary that can be learned."""
+    loss = separable_losses.define_margin(margin, beta)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(separable_losses.sigmoid_loss)
+def sigmoid_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    scale: ArrayLike = 10.0,
+    bias: ArrayLike = -10.0,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_of_anchors,
+) -> Any:
+    """Sigmoid loss of all pairs (SigLIP), of similarities $s = 1 - d$."""
+    loss = separable_losses.define_sigmoid(scale, bias)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(softmax_losses.supcon_loss)
+def supcon_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    temperature: ArrayLike = 0.1,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    """Supervised contrastive loss."""
+    loss = softmax_losses.define_supcon(temperature)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(softmax_losses.nt_xent_loss)
+def nt_xent_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    temperature: ArrayLike = 0.1,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    """Normalised temperature-scaled cross entropy of each positive pair."""
+    loss = softmax_losses.define_nt_xent(temperature)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(softmax_losses.decoupled_contrastive_loss)
+def decoupled_contrastive_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    temperature: ArrayLike = 0.1,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    """Decoupled contrastive loss, whose denominator has negatives alone."""
+    loss = softmax_losses.define_decoupled_contrastive(temperature)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(softmax_losses.nca_loss)
+def nca_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    temperature: ArrayLike = 0.1,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    """Neighbourhood components analysis: the probability of any positive."""
+    loss = softmax_losses.define_nca(temperature)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(softmax_losses.info_nce_loss)
+def info_nce_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    temperature: ArrayLike = 0.05,
+    symmetric: bool = False,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    """InfoNCE of two sides, such as questions and answers or images and captions."""
+    loss = softmax_losses.define_info_nce(temperature, symmetric)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(softmax_losses.multi_similarity_loss)
+def multi_similarity_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    alpha: ArrayLike = 2.0,
+    beta: ArrayLike = 50.0,
+    base: ArrayLike = 0.5,
+    epsilon: ArrayLike | None = None,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_of_anchors,
+) -> Any:
+    """Multi-similarity loss, of similarities $s = 1 - d$."""
+    loss = softmax_losses.define_multi_similarity(alpha, beta, base, epsilon)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(softmax_losses.circle_loss)
+def circle_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    margin: ArrayLike = 0.4,
+    scale: ArrayLike = 80.0,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    """Circle loss, of similarities $s = 1 - d$."""
+    loss = softmax_losses.define_circle(margin, scale)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(softmax_losses.generalized_lifted_structure_loss)
+def generalized_lifted_structure_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    margin: ArrayLike = 1.0,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    """Lifted structure loss, generalised to all positives of an anchor."""
+    loss = softmax_losses.define_generalized_lifted_structure(margin)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(softmax_losses.cosface_loss)
+def cosface_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    margin: ArrayLike = 0.35,
+    scale: ArrayLike = 64.0,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    """CosFace: softmax over class vectors, with a margin on the similarity."""
+    loss = softmax_losses.define_cosface(margin, scale)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(softmax_losses.arcface_loss)
+def arcface_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    margin: ArrayLike = 0.5,
+    scale: ArrayLike = 64.0,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    """ArcFace: softmax over class vectors, with a margin on the angle."""
+    loss = softmax_losses.define_arcface(margin, scale)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(softmax_losses.proxy_anchor_loss)
+def proxy_anchor_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    margin: ArrayLike = 0.1,
+    scale: ArrayLike = 32.0,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_valid_by_side,
+) -> Any:
+    """Proxy-anchor loss: class vectors are the anchors, embeddings their references."""
+    loss = softmax_losses.define_proxy_anchor(margin, scale)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)

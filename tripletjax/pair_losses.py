@@ -14,15 +14,15 @@ Each loss has two forms: of distances, and of embeddings in `tripletjax.blockwis
 >>> x = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.6, 0.8]])
 >>> labels = jnp.array([0, 0, 1, 1])
 >>> print(f"{tj.supcon_loss(tj.cosine(x), labels, temperature=0.5):.4f}")
-1.0213
+0.8707
 >>> print(f"{tj.blockwise.supcon_loss(x, labels, temperature=0.5):.4f}")
-1.0213
+0.8707
 """
 
 import dataclasses
-import inspect
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,9 @@ from tripletjax.losses import (
     reduced,
 )
 from tripletjax.pairs import PairMasks, masks_for
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Raises for a wrong value of a named argument.
 Check = Callable[[str, Any], None]
@@ -293,6 +296,15 @@ def log_sum_exp(logits: Array, mask: Array) -> Array:
     return jnp.where(empty, -jnp.inf, largest + jnp.log(jnp.where(empty, 1, total)))
 
 
+class PairOptions(NamedTuple):
+    """Arguments of `pair_masks` that every loss has, besides labels."""
+
+    reference_labels: ArrayLike | None
+    positions: ArrayLike | None
+    where: ArrayLike | None
+    reference_where: ArrayLike | None
+
+
 class PairLoss(NamedTuple):
     """A loss with the values of its parameters.
 
@@ -314,109 +326,82 @@ class PairLoss(NamedTuple):
         """The parameters as arrays of a dtype."""
         return jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), self.parameters)
 
-    def checked(self, labels: Any, pairs: dict[str, Any]) -> "PairLoss":
-        """The loss itself, if options of pairs go with it."""
+    def check_pairs(self, labels: Any, pairs: PairOptions) -> None:
+        """Raise for arguments of pairs that the loss cannot have."""
         by_labels = not isinstance(labels, PairMasks)
-        missing = by_labels and pairs.get("reference_labels") is None
+        missing = by_labels and pairs.reference_labels is None
         if self.needs_references is not None and missing:
             raise ValueError(
                 f"reference_labels must be given: {self.needs_references}."
             )
-        both = self.symmetric or self.swapped
-        if both and pairs.get("positions") is not None:
+        if (self.symmetric or self.swapped) and pairs.positions is not None:
             raise ValueError(
                 "positions cannot be combined with anchors on both sides; use "
                 "PairMasks as labels."
             )
-        return self
 
 
 class Definition(NamedTuple):
-    """A named loss: from the values of its parameters to a `PairLoss`.
+    """The parameters of a named loss, which both of its forms have.
 
     Attributes:
-        build: the function; its docstring is that of the loss.
         checks: names of numeric parameters, and functions that raise for wrong values.
         callables, flags: names of static parameters.
-        reduce_fn: the default reduction.
         by_anchor: whether terms are those of the anchors, and never of references.
     """
 
-    build: Callable[..., PairLoss]
     checks: dict[str, Check]
     callables: tuple[str, ...]
     flags: tuple[str, ...]
-    reduce_fn: Reduction
     by_anchor: bool
 
-    def signature(self, first: str, options: dict[str, Any]) -> inspect.Signature:
-        """The signature of a form of the loss.
+    def jitted(
+        self,
+        function: Callable[P, R],
+        *,
+        check: Callable[..., None],
+        callables: tuple[str, ...] = (),
+        static: tuple[str, ...] = (),
+    ) -> Callable[P, R]:
+        """The public function of a form.
 
         Args:
-            first: name of the first argument.
-            options: options of the form with their defaults.
+            function: the form, with the arguments of the public function.
+            check: raises for arguments whose values are known and wrong.
+            callables, static: names of further static arguments of the form.
         """
-        own = [*inspect.signature(self.build).parameters.values()]
-        keyword, either = (
-            inspect.Parameter.KEYWORD_ONLY,
-            (inspect.Parameter.POSITIONAL_OR_KEYWORD),
-        )
-        added = [inspect.Parameter(k, keyword, default=v) for k, v in options.items()]
-        reduce_fn = inspect.Parameter("reduce_fn", keyword, default=self.reduce_fn)
-        arrays = [inspect.Parameter(name, either) for name in (first, "labels")]
-        return inspect.Signature([*arrays, *own, *added, reduce_fn])
 
-    def parameters_of(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Takes the parameters of the loss out of the options of a call."""
-        names = inspect.signature(self.build).parameters
-        values = {name: options.pop(name) for name in names}
-        for name in self.checks:
-            value = values[name]
-            if name != "parameters" and value is not None and jnp.ndim(value):
-                raise ValueError(
-                    f"{name} must be a scalar, got shape {jnp.shape(value)}; use "
-                    "jax.vmap to sweep over several."
-                )
-        return values
+        @functools.wraps(function)
+        def of_scalars(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in self.checks:
+                value: Any = kwargs[name]
+                if name != "parameters" and value is not None and jnp.ndim(value):
+                    raise ValueError(
+                        f"{name} must be a scalar, got shape {jnp.shape(value)}; use "
+                        "jax.vmap to sweep over several."
+                    )
+            return function(*args, **kwargs)
 
-    def jitted(self, function: Callable, *, check: Callable) -> Callable:
-        """The public function of a form."""
-
-        def names(of: Callable) -> tuple[str, ...]:
+        def names(of: Check) -> tuple[str, ...]:
             return tuple(name for name, check in self.checks.items() if check is of)
 
-        static = {"axis_name", "block_size"} & {*inspect.signature(function).parameters}
-        metric = {"metric"} & {*inspect.signature(function).parameters}
         return jitted(
-            callables=(*self.callables, *metric, "reduce_fn"),
+            callables=(*self.callables, *callables, "reduce_fn"),
             flags=self.flags,
-            static=tuple(sorted(static)),
+            static=static,
             nonnegative=names(check_nonnegative),
             positive=names(check_positive),
             optional=("reduce_fn",),
             check=check,
-        )(function)
-
-    def docstring(self, arrays: str, memory: str, *, example: bool) -> str:
-        """The docstring of a form, from that of the function."""
-        text = inspect.cleandoc(self.build.__doc__ or "")
-        before, _, after = text.partition("Args:\n")
-        if not example:
-            after = after.partition("\n\n>>>")[0] + "\n"
-        return f"{before}Memory: {memory}.\n\nArgs:\n{arrays}\n{after}"
+        )(of_scalars)
 
 
 def any_number(name: str, value: Any) -> None:
     """The check of a parameter that may be any number."""
 
 
+# The definition of each loss of distances, for its form of embeddings.
 DEFINITIONS: dict[Callable, Definition] = {}
-
-_MATRIX_ARGS = """\
-    distances: ``[..., n, m]``.
-    labels: integers ``[..., n]``, or `PairMasks`.
-    reference_labels, positions, where, reference_where: as in `pair_masks`.
-    reduce_fn: from the terms ``[..., n]`` to the result; None returns the terms."""
 
 
 def pair_loss(
@@ -426,42 +411,22 @@ def pair_loss(
     numbers: tuple[str, ...] = (),
     callables: tuple[str, ...] = (),
     flags: tuple[str, ...] = (),
-    reduce_fn: Reduction = mean_valid,
     by_anchor: bool = True,
-) -> Callable[[Callable[..., PairLoss]], Callable[..., Any]]:
-    """Makes a loss of distances from a function to its `PairLoss`.
-
-    The loss has the parameters of the function, and the arguments that every loss has.
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Define a loss of distances: check and jit the function that it decorates.
 
     Args:
         positive, nonnegative, numbers: names of numeric parameters, which may be
             traced and have gradients.
         callables, flags: names of static parameters.
-        reduce_fn: the default reduction.
         by_anchor: whether terms are those of the anchors, and never of references.
     """
     checks: dict[str, Check] = dict.fromkeys(positive, check_positive)
     checks |= dict.fromkeys(nonnegative, check_nonnegative)
     checks |= dict.fromkeys(numbers, any_number)
+    definition = Definition(checks, callables, flags, by_anchor)
 
-    def decorate(build: Callable[..., PairLoss]) -> Callable[..., Any]:
-        definition = Definition(build, checks, callables, flags, reduce_fn, by_anchor)
-
-        def loss(distances: Any, labels: Any, *, reduce_fn: Any, **options: Any) -> Any:
-            loss = build(**definition.parameters_of(options))
-            return reduced(_matrix_terms(loss, distances, labels, options), reduce_fn)
-
-        pairs = "reference_labels", "positions", "where", "reference_where"
-        signature = definition.signature("distances", dict.fromkeys(pairs))
-        function: Any = loss
-        function.__signature__ = signature
-        function.__name__ = function.__qualname__ = build.__name__
-        function.__module__, function.__wrapped__ = build.__module__, build
-        function.__doc__ = definition.docstring(
-            _MATRIX_ARGS,
-            "O(n m), at most 6 times the size of the distances",
-            example=True,
-        )
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         public = definition.jitted(function, check=check_not_embeddings)
         DEFINITIONS[public] = definition
         return public
@@ -469,21 +434,24 @@ def pair_loss(
     return decorate
 
 
-def _matrix_terms(
-    loss: PairLoss, distances: ArrayLike, labels: Any, pairs: dict[str, Any]
+def of_distances(
+    loss: PairLoss,
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    pairs: PairOptions,
+    reduce_fn: Reduction | None,
 ) -> Any:
+    """The reduced terms of a loss of a distance matrix ``[..., n, m]``."""
     distances = as_distances(distances)
-    loss = loss.checked(labels, pairs)
+    loss.check_pairs(labels, pairs)
     parameters = loss.parameters_as(distances.dtype)
-    masks = masks_for(distances, labels, **pairs)
+    masks = masks_for(distances, labels, **pairs._asdict())
     swap = lambda x: jnp.swapaxes(x, -1, -2)  # noqa: E731
-    sides = [(distances, masks)]
+    sides = [] if loss.swapped else [(distances, masks)]
     if loss.symmetric or loss.swapped:
         sides.append((swap(distances), PairMasks(*map(swap, masks))))
-    if loss.swapped:
-        del sides[0]
     terms = [loss.shape.terms(*side, parameters) for side in sides]
-    return both_sides(*terms)
+    return reduced(both_sides(*terms), reduce_fn)
 
 
 def both_sides(*terms: Any) -> Any:
@@ -493,17 +461,28 @@ def both_sides(*terms: Any) -> Any:
 
 @pair_loss(callables=("logit", "cost", "limits"), numbers=("parameters",))
 def log_sum_exp_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
     *,
     logit: Callable[[Array, Parameters], Array],
     cost: Callable[[AnchorPairs, Parameters], Any],
     limits: Callable[[Array, Array, Parameters], tuple[Array, Array]] | None = None,
     parameters: Parameters = (),
-) -> PairLoss:
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
     r"""Any loss of positives' distances and the log-sum-exp of negatives' logits.
 
     $$\ell_a = f\Bigl((d_{ap})_{p \in P_a}, \log \sum_{n \in N_a} e^{g(d_{an})}\Bigr)$$
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         logit: g, elementwise ``(distances, parameters) -> logits``.
         cost: f, ``(AnchorPairs, parameters) -> terms``, such as
             ``pairs.terms(total, valid)``. It must return zeros for anchors without
@@ -512,6 +491,9 @@ def log_sum_exp_loss(
             high)``. Only negatives between both limits of their anchor count.
         parameters: a pytree of numbers with gradients, such as a temperature. Functions
             must not close over traced arrays.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the summed cost over ``valid``, ``[...]``.
@@ -535,29 +517,41 @@ def log_sum_exp_loss(
     >>> print(f"{loss:.4f}")
     0.0334
     """
-    return PairLoss(LogSumExp(logit, cost, limits), parameters)
+    loss = PairLoss(LogSumExp(logit, cost, limits), parameters)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
-@pair_loss(
-    callables=("positive_cost", "negative_cost"),
-    numbers=("parameters",),
-    reduce_fn=mean_of_anchors,
-)
+@pair_loss(callables=("positive_cost", "negative_cost"), numbers=("parameters",))
 def separable_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
     *,
     positive_cost: Callable[[Array, Parameters], Array],
     negative_cost: Callable[[Array, Parameters], Array],
     parameters: Parameters = (),
-) -> PairLoss:
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_of_anchors,
+) -> Any:
     r"""Any sum of costs of positive pairs and of costs of negative pairs.
 
     $$\ell_a = \sum_{p \in P_a} f(d_{ap}) + \sum_{n \in N_a} g(d_{an})$$
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         positive_cost: f, elementwise ``(distances, parameters) -> costs``.
         negative_cost: g, likewise.
         parameters: a pytree of numbers with gradients, such as a margin. Functions must
             not close over traced arrays.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the summed cost over the number of anchors,
@@ -578,4 +572,6 @@ def separable_loss(
     >>> print(f"{loss:.4f}")
     0.4133
     """
-    return PairLoss(Separable(positive_cost, negative_cost), parameters)
+    loss = PairLoss(Separable(positive_cost, negative_cost), parameters)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)

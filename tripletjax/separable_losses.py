@@ -4,19 +4,24 @@ Costs of positive pairs and costs of negative pairs are summed per anchor into
 `PairTerms`, and reduced.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from tripletjax.losses import mean_active
+from tripletjax.losses import Reduction, mean_active
 from tripletjax.pair_losses import (
     PairLoss,
+    PairOptions,
     Separable,
     mean_active_by_side,
     mean_of_anchors,
+    of_distances,
     pair_loss,
 )
+from tripletjax.pairs import PairMasks
 
 
 def _beyond_margin(d: Array, parameters: tuple) -> Array:
@@ -27,12 +32,27 @@ def _within_margin(d: Array, parameters: tuple) -> Array:
     return jax.nn.relu(parameters[1] - d)
 
 
-@pair_loss(
-    numbers=("positive_margin", "negative_margin"), reduce_fn=mean_active_by_side
-)
-def contrastive_loss(
-    *, positive_margin: ArrayLike = 0.0, negative_margin: ArrayLike = 1.0
+def define_contrastive(
+    positive_margin: ArrayLike, negative_margin: ArrayLike
 ) -> PairLoss:
+    """The shape and the parameters of `contrastive_loss`."""
+    parameters = positive_margin, negative_margin
+    return PairLoss(Separable(_beyond_margin, _within_margin), parameters)
+
+
+@pair_loss(numbers=("positive_margin", "negative_margin"))
+def contrastive_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    positive_margin: ArrayLike = 0.0,
+    negative_margin: ArrayLike = 1.0,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_active_by_side,
+) -> Any:
     r"""Contrastive loss: positives within one margin, negatives beyond the other.
 
     $$\ell_a = \sum_{p \in P_a} [d_{ap} - m_+]_+ + \sum_{n \in N_a} [m_- - d_{an}]_+$$
@@ -40,9 +60,16 @@ def contrastive_loss(
     The paper has squares of these costs, which `separable_loss` can compute. Choose
     both margins for your metric: cosine distances lie between 0 and 2.
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         positive_margin: $m_+$, a scalar, in units of the distances.
         negative_margin: $m_-$, a scalar, in units of the distances.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the mean over positives that cost anything plus
@@ -62,8 +89,9 @@ def contrastive_loss(
     >>> print(tj.contrastive_loss(d, jnp.array([0, 0, 1])))
     0.75
     """
-    parameters = positive_margin, negative_margin
-    return PairLoss(Separable(_beyond_margin, _within_margin), parameters)
+    loss = define_contrastive(positive_margin, negative_margin)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
 def _beyond_boundary(d: Array, parameters: tuple) -> Array:
@@ -76,8 +104,24 @@ def _within_boundary(d: Array, parameters: tuple) -> Array:
     return jax.nn.relu(margin + beta - d)
 
 
-@pair_loss(numbers=("margin", "beta"), reduce_fn=mean_active)
-def margin_loss(*, margin: ArrayLike = 0.2, beta: ArrayLike = 1.2) -> PairLoss:
+def define_margin(margin: ArrayLike, beta: ArrayLike) -> PairLoss:
+    """The shape and the parameters of `margin_loss`."""
+    return PairLoss(Separable(_beyond_boundary, _within_boundary), (margin, beta))
+
+
+@pair_loss(numbers=("margin", "beta"))
+def margin_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    margin: ArrayLike = 0.2,
+    beta: ArrayLike = 1.2,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_active,
+) -> Any:
     r"""Margin loss around a boundary that can be learned.
 
     $$\ell_a = \sum_{p \in P_a} [m + d_{ap} - \beta]_+ +
@@ -86,9 +130,16 @@ def margin_loss(*, margin: ArrayLike = 0.2, beta: ArrayLike = 1.2) -> PairLoss:
     The paper samples one negative per positive by
     `tripletjax.distance_weighted_triplets`; here all negatives count.
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         margin: m, a scalar, in units of the distances.
         beta: $\beta$, a scalar, in units of the distances.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the mean over pairs that cost anything, ``[...]``.
@@ -107,7 +158,9 @@ def margin_loss(*, margin: ArrayLike = 0.2, beta: ArrayLike = 1.2) -> PairLoss:
     >>> print(f"{tj.margin_loss(d, jnp.array([0, 0, 1])):.4f}")
     0.3250
     """
-    return PairLoss(Separable(_beyond_boundary, _within_boundary), (margin, beta))
+    loss = define_margin(margin, beta)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
 def _softplus(x: Array) -> Array:
@@ -125,17 +178,40 @@ def _sigmoid_negative(d: Array, parameters: tuple) -> Array:
     return _softplus(scale * (1 - d) + bias)
 
 
-@pair_loss(positive=("scale",), numbers=("bias",), reduce_fn=mean_of_anchors)
-def sigmoid_loss(*, scale: ArrayLike = 10.0, bias: ArrayLike = -10.0) -> PairLoss:
+def define_sigmoid(scale: ArrayLike, bias: ArrayLike) -> PairLoss:
+    """The shape and the parameters of `sigmoid_loss`."""
+    return PairLoss(Separable(_sigmoid_positive, _sigmoid_negative), (scale, bias))
+
+
+@pair_loss(positive=("scale",), numbers=("bias",))
+def sigmoid_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    scale: ArrayLike = 10.0,
+    bias: ArrayLike = -10.0,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_of_anchors,
+) -> Any:
     r"""Sigmoid loss of all pairs (SigLIP), of similarities $s = 1 - d$.
 
     $$\ell_a = \sum_{p \in P_a} \log(1 + e^{-(\gamma s_{ap} + b)}) +
       \sum_{n \in N_a} \log(1 + e^{\gamma s_{an} + b})$$
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         scale: $\gamma$, a scalar above 0. The paper learns its logarithm.
         bias: b, a scalar. With one positive in n pairs, $\log(1 / (n - 1))$ is the bias
             of the prior; -10 is that of n = 22,027.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the sum over pairs divided by the number of
@@ -156,4 +232,6 @@ def sigmoid_loss(*, scale: ArrayLike = 10.0, bias: ArrayLike = -10.0) -> PairLos
     >>> print(f"{tj.sigmoid_loss(d, jnp.array([0, 1]), bias=-5.0, **pairs):.4f}")
     0.1059
     """
-    return PairLoss(Separable(_sigmoid_positive, _sigmoid_negative), (scale, bias))
+    loss = define_sigmoid(scale, bias)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)

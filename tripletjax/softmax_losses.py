@@ -16,23 +16,27 @@ reference is a positive: ``active.sum() / valid.sum()`` is their share.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from tripletjax.losses import TripletTerms
+from tripletjax.losses import Reduction, TripletTerms, mean_valid
 from tripletjax.pair_losses import (
     AnchorPairs,
     LogSumExp,
     PairLoss,
+    PairOptions,
     PairTerms,
     log_sum_exp,
     mean_of_anchors,
     mean_valid_by_side,
+    of_distances,
     pair_loss,
 )
+from tripletjax.pairs import PairMasks
 
 
 def _by_temperature(d: Array, parameters: tuple) -> Array:
@@ -57,8 +61,23 @@ def _supcon_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
     return pairs.terms(jnp.where(valid, every - mean, 0), valid)
 
 
+def define_supcon(temperature: ArrayLike) -> PairLoss:
+    """The shape and the parameters of `supcon_loss`."""
+    return PairLoss(LogSumExp(_by_temperature, _supcon_cost), (temperature,))
+
+
 @pair_loss(positive=("temperature",))
-def supcon_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
+def supcon_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    temperature: ArrayLike = 0.1,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
     r"""Supervised contrastive loss.
 
     $$\ell_a = \log \sum_{i \in A_a} e^{-d_{ai} / \tau}
@@ -67,8 +86,15 @@ def supcon_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
     Each positive is also in the denominator of the others. A batch of one class has a
     loss, as in the paper.
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         temperature: $\tau$, a scalar above 0.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the mean over anchors with a positive, ``[...]``.
@@ -87,7 +113,9 @@ def supcon_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
     >>> print(f"{tj.supcon_loss(d, jnp.array([0, 0, 1])):.4f}")
     0.3133
     """
-    return PairLoss(LogSumExp(_by_temperature, _supcon_cost), (temperature,))
+    loss = define_supcon(temperature)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
 def _nt_xent_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
@@ -100,8 +128,23 @@ def _nt_xent_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
 _NT_XENT = LogSumExp(_by_temperature, _nt_xent_cost)
 
 
+def define_nt_xent(temperature: ArrayLike) -> PairLoss:
+    """The shape and the parameters of `nt_xent_loss`."""
+    return PairLoss(_NT_XENT, (temperature,))
+
+
 @pair_loss(positive=("temperature",))
-def nt_xent_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
+def nt_xent_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    temperature: ArrayLike = 0.1,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
     r"""Normalised temperature-scaled cross entropy of each positive pair.
 
     $$\ell_a = \sum_{p \in P_a} \log \Bigl(1 +
@@ -110,8 +153,15 @@ def nt_xent_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
     The denominator of a pair has its own positive and all negatives. InfoNCE and
     SINCERE are other names.
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         temperature: $\tau$, a scalar above 0.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the mean over positive pairs, ``[...]``.
@@ -133,7 +183,9 @@ def nt_xent_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
     >>> print(f"{tj.nt_xent_loss(d, jnp.array([0, 0, 1])):.4f}")
     0.3133
     """
-    return PairLoss(_NT_XENT, (temperature,))
+    loss = define_nt_xent(temperature)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
 def _decoupled_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
@@ -144,8 +196,23 @@ def _decoupled_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
     return pairs.terms(total, jnp.sum(exists, axis=-1))
 
 
+def define_decoupled_contrastive(temperature: ArrayLike) -> PairLoss:
+    """The shape and the parameters of `decoupled_contrastive_loss`."""
+    return PairLoss(LogSumExp(_by_temperature, _decoupled_cost), (temperature,))
+
+
 @pair_loss(positive=("temperature",))
-def decoupled_contrastive_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
+def decoupled_contrastive_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    temperature: ArrayLike = 0.1,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
     r"""Decoupled contrastive loss, whose denominator has negatives alone.
 
     $$\ell_a = \sum_{p \in P_a} \Bigl(d_{ap} / \tau +
@@ -153,8 +220,15 @@ def decoupled_contrastive_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
 
     The loss can be negative.
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         temperature: $\tau$, a scalar above 0.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the mean over positive pairs of anchors with a
@@ -173,7 +247,9 @@ def decoupled_contrastive_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
     >>> print(f"{tj.decoupled_contrastive_loss(d, jnp.array([0, 0, 1])):.4f}")
     -1.0000
     """
-    return PairLoss(LogSumExp(_by_temperature, _decoupled_cost), (temperature,))
+    loss = define_decoupled_contrastive(temperature)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
 def _nca_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
@@ -183,15 +259,37 @@ def _nca_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
     return pairs.terms(jnp.where(valid, costs, 0), valid)
 
 
+def define_nca(temperature: ArrayLike) -> PairLoss:
+    """The shape and the parameters of `nca_loss`."""
+    return PairLoss(LogSumExp(_by_temperature, _nca_cost), (temperature,))
+
+
 @pair_loss(positive=("temperature",))
-def nca_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
+def nca_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    temperature: ArrayLike = 0.1,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
     r"""Neighbourhood components analysis: the probability of any positive.
 
     $$\ell_a = -\log \frac{\sum_{p \in P_a} e^{-d_{ap} / \tau}}
       {\sum_{i \in A_a} e^{-d_{ai} / \tau}}$$
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         temperature: $\tau$, a scalar above 0.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the mean over anchors with a positive, ``[...]``.
@@ -210,13 +308,30 @@ def nca_loss(*, temperature: ArrayLike = 0.1) -> PairLoss:
     >>> print(f"{tj.nca_loss(d, jnp.array([0, 0, 1])):.4f}")
     0.3133
     """
-    return PairLoss(LogSumExp(_by_temperature, _nca_cost), (temperature,))
+    loss = define_nca(temperature)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)
+
+
+def define_info_nce(temperature: ArrayLike, symmetric: bool) -> PairLoss:
+    """The shape and the parameters of `info_nce_loss`."""
+    reason = "anchors and references are two sides"
+    return PairLoss(_NT_XENT, (temperature,), reason, symmetric)
 
 
 @pair_loss(positive=("temperature",), flags=("symmetric",), by_anchor=False)
 def info_nce_loss(
-    *, temperature: ArrayLike = 0.05, symmetric: bool = False
-) -> PairLoss:
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    temperature: ArrayLike = 0.05,
+    symmetric: bool = False,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
     r"""InfoNCE of two sides, such as questions and answers or images and captions.
 
     $$\ell_a = \sum_{p \in P_a} \log \Bigl(1 +
@@ -226,10 +341,17 @@ def info_nce_loss(
     labels that no anchor has are additional hard negatives. Duplicates share a label,
     and are never negatives of each other.
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         temperature: $\tau$, a scalar above 0.
         symmetric: if True, references are anchors as well, as in CLIP. The terms of the
             references ``[..., m]`` follow those of the anchors.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the mean over positive pairs, ``[...]``. If
@@ -254,8 +376,9 @@ def info_nce_loss(
     >>> print(f"{tj.info_nce_loss(d, jnp.array([0, 1]), temperature=0.1, **pairs):.4f}")
     0.2201
     """
-    reason = "anchors and references are two sides"
-    return PairLoss(_NT_XENT, (temperature,), reason, symmetric)
+    loss = define_info_nce(temperature, symmetric)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
 def _multi_similarity_logit(d: Array, parameters: tuple) -> Array:
@@ -292,30 +415,50 @@ _MINED_MULTI_SIMILARITY = LogSumExp(
 )
 
 
-@pair_loss(
-    positive=("alpha", "beta"),
-    numbers=("base", "epsilon"),
-    reduce_fn=mean_of_anchors,
-)
+def define_multi_similarity(
+    alpha: ArrayLike, beta: ArrayLike, base: ArrayLike, epsilon: ArrayLike | None
+) -> PairLoss:
+    """The shape and the parameters of `multi_similarity_loss`."""
+    parameters = alpha, beta, base
+    if epsilon is None:
+        return PairLoss(_MULTI_SIMILARITY, parameters)
+    return PairLoss(_MINED_MULTI_SIMILARITY, (*parameters, epsilon))
+
+
+@pair_loss(positive=("alpha", "beta"), numbers=("base", "epsilon"))
 def multi_similarity_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
     *,
     alpha: ArrayLike = 2.0,
     beta: ArrayLike = 50.0,
     base: ArrayLike = 0.5,
     epsilon: ArrayLike | None = None,
-) -> PairLoss:
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_of_anchors,
+) -> Any:
     r"""Multi-similarity loss, of similarities $s = 1 - d$.
 
     $$\ell_a = \frac1\alpha \log \Bigl(1 + \sum_{p \in P_a}
       e^{-\alpha (s_{ap} - \lambda)}\Bigr) + \frac1\beta \log \Bigl(1 +
       \sum_{n \in N_a} e^{\beta (s_{an} - \lambda)}\Bigr)$$
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         alpha, beta: scalars above 0.
         base: $\lambda$, a scalar.
         epsilon: the margin of the paper's mining, 0.1 there. Only negatives with
             $s_{an} + \epsilon > \min_p s_{ap}$ and positives with
             $s_{ap} - \epsilon < \max_n s_{an}$ count. None takes all pairs.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the mean over anchors, ``[...]``.
@@ -334,10 +477,9 @@ def multi_similarity_loss(
     >>> print(f"{tj.multi_similarity_loss(d, jnp.array([0, 0, 1])):.4f}")
     0.1239
     """
-    parameters = alpha, beta, base
-    if epsilon is None:
-        return PairLoss(_MULTI_SIMILARITY, parameters)
-    return PairLoss(_MINED_MULTI_SIMILARITY, (*parameters, epsilon))
+    loss = define_multi_similarity(alpha, beta, base, epsilon)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
 def _circle_logit(d: Array, parameters: tuple) -> Array:
@@ -362,8 +504,24 @@ def _circle_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
     return _of_both(pairs, jax.nn.softplus, logits)
 
 
+def define_circle(margin: ArrayLike, scale: ArrayLike) -> PairLoss:
+    """The shape and the parameters of `circle_loss`."""
+    return PairLoss(LogSumExp(_circle_logit, _circle_cost), (margin, scale))
+
+
 @pair_loss(positive=("scale",), numbers=("margin",))
-def circle_loss(*, margin: ArrayLike = 0.4, scale: ArrayLike = 80.0) -> PairLoss:
+def circle_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    margin: ArrayLike = 0.4,
+    scale: ArrayLike = 80.0,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
     r"""Circle loss, of similarities $s = 1 - d$.
 
     $$\ell_a = \log \Bigl(1 + \sum_{n \in N_a} e^{\gamma [s_{an} + m]_+ (s_{an} - m)}
@@ -371,10 +529,17 @@ def circle_loss(*, margin: ArrayLike = 0.4, scale: ArrayLike = 80.0) -> PairLoss
 
     The weights $[\cdot]_+$ have no gradient.
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         margin: m, a scalar. The paper has 0.25 for faces and re-identification.
         scale: $\gamma$, a scalar above 0. The paper has 256 for faces, and 128 for
             re-identification.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the mean over anchors with a positive and a
@@ -394,7 +559,9 @@ def circle_loss(*, margin: ArrayLike = 0.4, scale: ArrayLike = 80.0) -> PairLoss
     >>> print(f"{tj.circle_loss(d, jnp.array([0, 0, 1]), scale=2.0):.4f}")
     0.5544
     """
-    return PairLoss(LogSumExp(_circle_logit, _circle_cost), (margin, scale))
+    loss = define_circle(margin, scale)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
 def _lifted_logit(d: Array, parameters: tuple) -> Array:
@@ -406,15 +573,37 @@ def _lifted_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
     return _of_both(pairs, jax.nn.relu, pairs.distances)
 
 
+def define_generalized_lifted_structure(margin: ArrayLike) -> PairLoss:
+    """The shape and the parameters of `generalized_lifted_structure_loss`."""
+    return PairLoss(LogSumExp(_lifted_logit, _lifted_cost), (margin,))
+
+
 @pair_loss(numbers=("margin",))
-def generalized_lifted_structure_loss(*, margin: ArrayLike = 1.0) -> PairLoss:
+def generalized_lifted_structure_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    margin: ArrayLike = 1.0,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
     r"""Lifted structure loss, generalised to all positives of an anchor.
 
     $$\ell_a = \Bigl[\log \sum_{p \in P_a} e^{d_{ap}} +
       \log \sum_{n \in N_a} e^{m - d_{an}}\Bigr]_+$$
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         margin: m, a scalar, in units of the distances.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the mean over anchors with a positive and a
@@ -434,7 +623,9 @@ def generalized_lifted_structure_loss(*, margin: ArrayLike = 1.0) -> PairLoss:
     >>> print(tj.generalized_lifted_structure_loss(d, jnp.array([0, 0, 1])))
     0.5
     """
-    return PairLoss(LogSumExp(_lifted_logit, _lifted_cost), (margin,))
+    loss = define_generalized_lifted_structure(margin)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
 def _scaled_logit(d: Array, parameters: tuple) -> Array:
@@ -466,8 +657,25 @@ def _cosface_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
 _CLASS_VECTORS = "references are class vectors, with the labels of their classes"
 
 
+def define_cosface(margin: ArrayLike, scale: ArrayLike) -> PairLoss:
+    """The shape and the parameters of `cosface_loss`."""
+    parameters = margin, scale
+    return PairLoss(LogSumExp(_scaled_logit, _cosface_cost), parameters, _CLASS_VECTORS)
+
+
 @pair_loss(positive=("scale",), numbers=("margin",))
-def cosface_loss(*, margin: ArrayLike = 0.35, scale: ArrayLike = 64.0) -> PairLoss:
+def cosface_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    margin: ArrayLike = 0.35,
+    scale: ArrayLike = 64.0,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
     r"""CosFace: softmax over class vectors, with a margin on the similarity.
 
     $$\ell_a = -\log \frac{e^{\gamma (s_{ap} - m)}}
@@ -476,9 +684,16 @@ def cosface_loss(*, margin: ArrayLike = 0.35, scale: ArrayLike = 64.0) -> PairLo
     References are learned class vectors. Several references of one label are
     sub-centres, of which the nearest is the positive.
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         margin: m, a scalar.
         scale: $\gamma$, a scalar above 0.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the mean over anchors, ``[...]``.
@@ -499,8 +714,9 @@ def cosface_loss(*, margin: ArrayLike = 0.35, scale: ArrayLike = 64.0) -> PairLo
     >>> print(f"{tj.cosface_loss(d, jnp.array([0, 1]), scale=4.0, **classes):.4f}")
     0.2952
     """
-    parameters = margin, scale
-    return PairLoss(LogSumExp(_scaled_logit, _cosface_cost), parameters, _CLASS_VECTORS)
+    loss = define_cosface(margin, scale)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
 def _arcface_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
@@ -514,8 +730,25 @@ def _arcface_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
     return _class_cost(pairs, scale * cosines)
 
 
+def define_arcface(margin: ArrayLike, scale: ArrayLike) -> PairLoss:
+    """The shape and the parameters of `arcface_loss`."""
+    parameters = margin, scale
+    return PairLoss(LogSumExp(_scaled_logit, _arcface_cost), parameters, _CLASS_VECTORS)
+
+
 @pair_loss(positive=("scale",), nonnegative=("margin",))
-def arcface_loss(*, margin: ArrayLike = 0.5, scale: ArrayLike = 64.0) -> PairLoss:
+def arcface_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    margin: ArrayLike = 0.5,
+    scale: ArrayLike = 64.0,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
     r"""ArcFace: softmax over class vectors, with a margin on the angle.
 
     $$\ell_a = -\log \frac{e^{\gamma \cos(\theta_{ap} + m)}}
@@ -526,9 +759,16 @@ def arcface_loss(*, margin: ArrayLike = 0.5, scale: ArrayLike = 64.0) -> PairLos
     so that gradients are finite everywhere. Beyond $\theta = \pi - m$ it continues as
     $s - m \sin m$. References are class vectors, as in `cosface_loss`.
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         margin: m in radians, a scalar of at least 0.
         scale: $\gamma$, a scalar above 0.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the mean over anchors, ``[...]``.
@@ -549,8 +789,9 @@ def arcface_loss(*, margin: ArrayLike = 0.5, scale: ArrayLike = 64.0) -> PairLos
     >>> print(f"{tj.arcface_loss(d, jnp.array([0, 1]), scale=4.0, **classes):.4f}")
     0.3480
     """
-    parameters = margin, scale
-    return PairLoss(LogSumExp(_scaled_logit, _arcface_cost), parameters, _CLASS_VECTORS)
+    loss = define_arcface(margin, scale)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
 def _proxy_anchor_logit(d: Array, parameters: tuple) -> Array:
@@ -571,13 +812,28 @@ def _proxy_anchor_cost(pairs: AnchorPairs, parameters: tuple) -> PairTerms:
     )
 
 
-@pair_loss(
-    positive=("scale",),
-    numbers=("margin",),
-    reduce_fn=mean_valid_by_side,
-    by_anchor=False,
-)
-def proxy_anchor_loss(*, margin: ArrayLike = 0.1, scale: ArrayLike = 32.0) -> PairLoss:
+def define_proxy_anchor(margin: ArrayLike, scale: ArrayLike) -> PairLoss:
+    """The shape and the parameters of `proxy_anchor_loss`."""
+    parameters, shape = (
+        (margin, scale),
+        LogSumExp(_proxy_anchor_logit, _proxy_anchor_cost),
+    )
+    return PairLoss(shape, parameters, _CLASS_VECTORS, swapped=True)
+
+
+@pair_loss(positive=("scale",), numbers=("margin",), by_anchor=False)
+def proxy_anchor_loss(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    margin: ArrayLike = 0.1,
+    scale: ArrayLike = 32.0,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    reduce_fn: Reduction | None = mean_valid_by_side,
+) -> Any:
     r"""Proxy-anchor loss: class vectors are the anchors, embeddings their references.
 
     $$\frac{1}{|C^+|} \sum_{c \in C^+} \log \Bigl(1 + \sum_{i \in P_c}
@@ -587,9 +843,16 @@ def proxy_anchor_loss(*, margin: ArrayLike = 0.1, scale: ArrayLike = 32.0) -> Pa
     $C$ are the class vectors, given as references, and $C^+$ those with a positive.
     Terms are per class vector, ``[..., m]``.
 
+    Memory: O(n m), at most 6 times the size of the distances.
+
     Args:
+        distances: ``[..., n, m]``.
+        labels: integers ``[..., n]``, or `PairMasks`.
         margin: m, a scalar.
         scale: $\gamma$, a scalar above 0.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+        reduce_fn: from the terms ``[..., n]`` to the result; None returns the
+            terms.
 
     Returns:
         With the default `reduce_fn` the sum of both means, ``[...]``.
@@ -610,8 +873,6 @@ def proxy_anchor_loss(*, margin: ArrayLike = 0.1, scale: ArrayLike = 32.0) -> Pa
     >>> print(f"{tj.proxy_anchor_loss(d, jnp.array([0, 1]), scale=4.0, **classes):.4f}")
     1.3806
     """
-    parameters, shape = (
-        (margin, scale),
-        LogSumExp(_proxy_anchor_logit, _proxy_anchor_cost),
-    )
-    return PairLoss(shape, parameters, _CLASS_VECTORS, swapped=True)
+    loss = define_proxy_anchor(margin, scale)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    return of_distances(loss, distances, labels, pairs, reduce_fn)
