@@ -27,7 +27,15 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in P
 
 
 # Pages that take longer than all others together.
-SLOW = ("training", "verification", "evaluation", "large-batches", "collapse")
+SLOW = (
+    "training",
+    "verification",
+    "evaluation",
+    "large-batches",
+    "collapse",
+    "losses",
+    "assistants",
+)
 SLOWEST = ("meshes", "composing", "pairs")
 
 
