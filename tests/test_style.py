@@ -18,7 +18,7 @@ RULES = {
     "name the actor": r"\b(is|are) (said|told|asked)\b",
     "write 'instead of'": r"\bin place of\b",
     "name the person": r"\b([Nn]obody|[Ss]omebody|[Ww]hom)\b",
-    "say where a link goes": r"\[[Mm]ore\]",
+    "say where a link goes": r"(?i)\[more\]",
 }
 # The record of experiments and the list of changes, which grow by short notes.
 EXEMPT = ("docs/notes.md", "CHANGELOG.md")
