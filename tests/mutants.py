@@ -1071,8 +1071,8 @@ MUTANTS = [
     Mutant(
         "step-memory-momentum",
         "learn/training/steps.py",
-        "slow: Any = optax.incremental_update(params, slow, 1 - memory_momentum)",
-        "slow: Any = optax.incremental_update(params, slow, memory_momentum)",
+        "slow: Any = optax.incremental_update(params.model, slow, 1 - memory_momentum)",
+        "slow: Any = optax.incremental_update(params.model, slow, memory_momentum)",
         "the slow network follows at once",
         "tests/test_training.py::test_averages_keep_what_their_decay_says",
     ),
@@ -1087,8 +1087,8 @@ MUTANTS = [
     Mutant(
         "step-chunk-statistics",
         "learn/training/steps.py",
-        "x, rest = _train_embed_jitted(state.params, rests[-1], chunk, graph=graph)",
-        "x, rest = _train_embed_jitted(state.params, rests[0], chunk, graph=graph)",
+        "x, rest = _train_embed_jitted(params.model, rests[-1], chunk, graph=graph)",
+        "x, rest = _train_embed_jitted(params.model, rests[0], chunk, graph=graph)",
         "statistics follow the last chunk alone",
         "tests/test_training.py::test_statistics_are_of_all_chunks",
     ),

@@ -134,7 +134,7 @@ def test_help_needs_no_extra(tmp_path):
         (["train", "--data", "nowhere"], "tfds:NAME, got 'nowhere'"),
         (["train", "--out", "."], "not an empty directory"),
         (["train", "--steps", "0"], "--steps must be at least 1, got 0."),
-        (["train", "--mining", "some"], "invalid choice"),
+        (["train", "--loss", "some"], "invalid choice"),
         (
             ["train", "--margin", "-1"],
             "--margin must be finite and at least 0, got -1.0",
@@ -144,8 +144,8 @@ def test_help_needs_no_extra(tmp_path):
             "--data cannot be combined with",
         ),
         (
-            ["train", "--mining", "hard", "--triplets", "a.csv"],
-            "--mining cannot be combined with",
+            ["train", "--loss", "hard", "--triplets", "a.csv"],
+            "--loss cannot be combined with",
         ),
         (
             ["train", "--triplets-per-batch", "4"],

@@ -40,7 +40,7 @@ def untrained(name, shape=SHAPE, **options):
             "batches": ClassBatchPlan(
                 classes=2,
                 per_class=2,
-                mining="all",
+                loss="all",
                 class_sampling="uniform",
                 relevance="classes",
                 rotation_classes=1,

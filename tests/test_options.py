@@ -153,7 +153,10 @@ def test_records_are_read_back_as_they_were(tmp_path):
         multiple=1,
     )
     batches = plan.ClassBatchPlan(
-        mining="hard",
+        loss="hard",
+        temperature=None,
+        scale=None,
+        learn_loss=False,
         batch_all_fraction=0.5,
         classes=4,
         per_class=2,

@@ -28,6 +28,7 @@ from tripletjax.learn.runs.plan import (
     Plan,
     TripletBatchPlan,
 )
+from tripletjax.learn.training.losses import find_loss
 
 # Data have many classes from this number on, which take longer to learn.
 MANY = 32
@@ -259,7 +260,10 @@ def _plan_batches(
     # Momentum 0 stands for the network itself, whose embeddings are soon out of date.
     momentum = _either(config.memory_momentum, MEMORY_MOMENTUM) or None
     return ClassBatchPlan(
-        mining=config.mining,
+        loss=config.loss,
+        temperature=_number(config, "temperature"),
+        scale=_number(config, "scale"),
+        learn_loss=config.learn_loss,
         batch_all_fraction=config.batch_all_fraction,
         classes=config.classes or min(turns * classes, max(2, batch // per_class)),
         per_class=per_class,
@@ -326,7 +330,7 @@ def _plan(
         mirror=mirror,
         bfloat16=config.bfloat16,
         augment=augment,
-        margin=config.margin,
+        margin=_number(config, "margin"),
         steps=steps,
         seed=config.seed,
         learning_rate=_either(config.learning_rate, recipe.learning_rate),
@@ -500,6 +504,11 @@ def _notes_on_backbone(
     if max(shape[:2]) < size:
         notes.append(f"images of {shape[0]} x {shape[1]} pixels are enlarged for it")
     return notes
+
+
+def _number(config: Config, name: str) -> float | None:
+    """The requested margin, temperature or scale, or the default of the loss."""
+    return _either(getattr(config, name), find_loss(config.loss).numbers.get(name))
 
 
 def _either(requested: T | None, default: T) -> T:

@@ -35,6 +35,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "at least 1": lambda x: x >= 1,
     "at least 0": lambda x: x >= 0,
     "finite and at least 0": lambda x: 0 <= x < float("inf"),
+    "finite and above 0": lambda x: 0 < x < float("inf"),
     "0 to 1": lambda x: 0 <= x <= 1,
     "at least 0 and below 1": lambda x: 0 <= x < 1,
     "shares from 0 to 1 with top < bottom and left < right": (

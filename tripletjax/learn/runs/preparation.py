@@ -21,8 +21,9 @@ from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.defaults import SCARCE_CHARACTERS, Start
 from tripletjax.learn.runs.model import BACKBONE
 from tripletjax.learn.runs.options import OptionError, options_of
-from tripletjax.learn.runs.plan import Plan
+from tripletjax.learn.runs.plan import ClassBatchPlan, Plan
 from tripletjax.learn.runs.record import ImageRecord, RunRecord
+from tripletjax.learn.training.losses import find_loss
 
 # Sample size for mean and standard deviation, and images read per chunk.
 SAMPLE, LOOK = 4096, 256
@@ -206,7 +207,9 @@ def _begin(
     The images of `task` are as they were read, those of `seen` as the network sees
     them.
     """
-    if plan.margin >= FARTHEST:
+    of = plan.batches
+    triplets = not isinstance(of, ClassBatchPlan) or find_loss(of.loss).mines_triplets
+    if triplets and plan.margin is not None and plan.margin >= FARTHEST:
         notes = [
             *notes,
             f"warning: no triplet can satisfy a margin of {plan.margin:g}: unit "

@@ -27,6 +27,8 @@ from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.defaults import Start
 from tripletjax.learn.runs.plan import ClassBatchPlan, Plan, TripletBatchPlan
 from tripletjax.learn.training import loop, objectives
+from tripletjax.learn.training.losses import find_loss
+from tripletjax.learn.training.optimizer import learning_rates
 from tripletjax.learn.training.selection import (
     Validation,
     class_means,
@@ -135,23 +137,32 @@ class LabelTask:
             groups=levels[0] if len(levels) else None,
         )
 
-    def losses(
-        self, plan: Plan, on: Placement = ONE_DEVICE
-    ) -> list[tuple[int, objectives.Loss]]:
-        """Losses, with the steps from which they hold."""
-        options: dict[str, Any] = {"margin": plan.margin, "axis_name": on.axis_name}
+    def loss(self, plan: Plan, on: Placement = ONE_DEVICE) -> objectives.Objective:
+        """The loss, or several with the steps from which they hold."""
         of = _batches_of(plan, ClassBatchPlan)
+        options: dict[str, Any] = {"margin": plan.margin, "axis_name": on.axis_name}
         levels = tuple(map(tuple, self._levels(of).tolist()))
-
-        def loss(mining: str) -> objectives.Loss:
-            if not levels:
-                return objectives.mined_loss(mining, **options)
-            return objectives.relevance_loss(mining, levels, **options)
-
+        if levels:
+            make = functools.partial(
+                objectives.relevance_loss, levels=levels, **options
+            )
+        else:
+            options |= {"temperature": of.temperature, "scale": of.scale}
+            make = functools.partial(objectives.batch_loss, **options)
+        if of.learn_loss or find_loss(of.loss).class_vectors:
+            labels = np.unique(self._trained(of).labels)
+            return objectives.learned_loss(
+                of.loss,
+                classes=len(labels) * of.rotation_classes,
+                dim=plan.dim,
+                learning_rate=learning_rates(plan.learning_rate, plan.steps),
+                seed=plan.seed,
+                **options,
+            )
         warm = int(of.batch_all_fraction * plan.steps)
-        if of.mining != "hard" or warm == 0:
-            return [(0, loss(of.mining))]
-        return [(0, loss("all")), (warm, loss(of.mining))]
+        if of.loss != "hard" or warm == 0:
+            return make(of.loss)
+        return [(0, make("all")), (warm, make(of.loss))]
 
     def evaluate(self, embed: Embed) -> dict[str, Any]:
         """Evaluate an embedding on the test images, in percent.
@@ -308,10 +319,9 @@ class TripletTask:
             self.images, self.dataset.train, of.triplets_per_batch, plan.seed, on.shard
         )
 
-    def losses(
-        self, plan: Plan, on: Placement = ONE_DEVICE
-    ) -> list[tuple[int, objectives.Loss]]:
-        return [(0, objectives.given_loss(margin=plan.margin, parts=on.processes))]
+    def loss(self, plan: Plan, on: Placement = ONE_DEVICE) -> objectives.Objective:
+        assert plan.margin is not None
+        return objectives.given_loss(margin=plan.margin, parts=on.processes)
 
     def evaluate(self, embed: Embed) -> dict[str, Any]:
         """Evaluate an embedding: the share of test triplets in the right order.

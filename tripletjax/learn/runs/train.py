@@ -237,7 +237,7 @@ class _Run:
                 _optimizer(plan),
                 self.batches,
                 steps=plan.steps,
-                loss=task.losses(plan, self.on),
+                loss=task.loss(plan, self.on),
                 mesh=self.on.mesh,
                 augment=AnyView() if plan.frozen else plan.augment,
                 seed=plan.seed,
@@ -311,12 +311,7 @@ def _announce(current: RunRecord, task: tasks.Task, on: Placement, out: Path) ->
 
 
 def _optimizer(plan: Plan) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=plan.learning_rate,
-        warmup_steps=min(50, plan.steps // 10),
-        decay_steps=plan.steps,
-    )
+    schedule = optimizer.learning_rates(plan.learning_rate, plan.steps)
     if plan.pretrained and not plan.frozen:
         return optimizer.slow_backbone(schedule, plan.weight_decay)
     return optax.adamw(schedule, weight_decay=plan.weight_decay)

@@ -29,14 +29,25 @@ from tripletjax.learn.distributed.placement import Placement
 from tripletjax.learn.networks.embedding import as_floats, check_static, strongly_typed
 from tripletjax.learn.training.checkpoints import Checkpoints
 from tripletjax.learn.training.interrupts import Interrupts, Stopped
-from tripletjax.learn.training.objectives import Loss, mined_loss
+from tripletjax.learn.training.objectives import (
+    LearnedLoss,
+    Loss,
+    Objective,
+    batch_loss,
+)
+from tripletjax.learn.training.optimizer import of_params
 from tripletjax.learn.training.selection import (
     Validation,
     candidate_of,
     first_candidate,
     select,
 )
-from tripletjax.learn.training.steps import TrainState, train_step, train_step_in_chunks
+from tripletjax.learn.training.steps import (
+    Params,
+    TrainState,
+    train_step,
+    train_step_in_chunks,
+)
 
 # Embeddings have collapsed if their spread is below this share of their length.
 COLLAPSED = 0.02
@@ -108,7 +119,7 @@ def fit(
     batches: Batches,
     *,
     steps: int,
-    loss: Loss | Sequence[tuple[int, Loss]] | None = None,
+    loss: Objective | None = None,
     augment: Callable[[Array, Array], Array] | None = None,
     seed: int = 0,
     ema_decay: float = 0.0,
@@ -139,11 +150,12 @@ def fit(
 
     Args:
         model: from float images from 0 to 1 to embeddings ``[n, d]``.
-        tx: the optimizer.
+        tx: the optimizer of the model.
         batches: ``batches[step]``, a pure function of the step.
         steps: number of steps.
-        loss: of embeddings and labels; or several, each with the step from which it
-            holds, the first from 0. If not given, `mined_loss()`.
+        loss: of embeddings and labels; a `LearnedLoss`, whose parameters are learned as
+            well; or several losses, each with the step from which it holds, the first
+            from 0. If not given, `batch_loss()`.
         augment: from a random key and float images to images.
         seed: of the augmentation.
         ema_decay: of the exponential moving average (EMA) of the parameters, such as
@@ -158,7 +170,7 @@ def fit(
             loss is always of the whole batch.
         mesh: devices to split every batch over; all of them hold the parameters. The
             loss is still of the whole batch. Its work is split if the loss has the
-            mesh's `axis_name`, as `mined_loss` takes and the default has. With several
+            mesh's `axis_name`, as `batch_loss` takes and the default has. With several
             processes, ``batches[step]`` is the part of this process, as with a `shard`
             in `sampling`. The first process alone validates, and all share the
             directories of checkpoints.
@@ -208,26 +220,33 @@ def fit(
     if not hasattr(batches, "__getitem__"):
         raise TypeError(f"batches must have batches[step], got {batches!r}.")
     on = Placement(mesh)
+    learned = loss if isinstance(loss, LearnedLoss) else None
     loop = _Loop(
         model,
         batches,
         on,
         Schedule(steps, log_every, validate_every, checkpoint_every),
-        _losses_of(loss, on),
+        _losses_of(learned.function if learned else loss, on),
         seed=seed,
         memory_warmup_steps=memory_warmup_steps,
         embed_chunk_size=embed_chunk_size,
         checkpoints=checkpoints,
         kept_model=kept_model,
         step_options={
-            "tx": tx,
+            "tx": of_params(tx, learned and learned.tx),
             "augment": augment,
             "ema_decay": ema_decay,
             "memory_momentum": memory_momentum or 0.0,
         },
     )
     slow = memory_momentum is not None
-    loop.begin(ema=ema_decay > 0, memory=memory, slow=slow, classes=validation_classes)
+    loop.begin(
+        learned and learned.parameters,
+        ema=ema_decay > 0,
+        memory=memory,
+        slow=slow,
+        classes=validation_classes,
+    )
     if (resumed := loop.restore()) is not None:
         yield resumed
     # Signals go to the caller while it holds a record.
@@ -288,12 +307,23 @@ class _Loop:
         self.step_options = step_options
         self.source = batches
 
-    def begin(self, *, ema: bool, memory: int, slow: bool, classes: int) -> None:
-        """Make the state before the first step, from the parameters of the model."""
+    def begin(
+        self, learned: Any, *, ema: bool, memory: int, slow: bool, classes: int
+    ) -> None:
+        """Make the state before the first step.
+
+        Args:
+            learned: parameters of the loss, or None.
+            ema: whether parameters are averaged.
+            memory: number of embeddings in the memory.
+            slow: whether an average of the parameters embeds images for the memory.
+            classes: number of values in `Validation.by_class`.
+        """
         self.model.train()
-        graph, params, rest = nnx.split(self.model, nnx.Param, ...)
+        graph, of_model, rest = nnx.split(self.model, nnx.Param, ...)
         check_static(graph)
         self.step_options["graph"] = graph
+        params = Params(of_model, learned)
         state = TrainState(
             params=params,
             rest=rest,
@@ -306,7 +336,7 @@ class _Loop:
             images, labels = self.source[0]
             # A copy, since a model with statistics changes them.
             x = jax.eval_shape(
-                lambda images: nnx.merge(graph, params, rest, copy=True)(
+                lambda images: nnx.merge(graph, of_model, rest, copy=True)(
                     as_floats(images)
                 ),
                 images,
@@ -314,7 +344,7 @@ class _Loop:
             label_dtype = jnp.asarray(labels).dtype
             state = state._replace(
                 memory=tj.memory.create(memory, x.shape[1], label_dtype=label_dtype),
-                slow=params if slow else None,
+                slow=of_model if slow else None,
             )
         # Copies, since a step gives the memory of its state away.
         self.state = self.on.everywhere(jax.tree.map(jnp.copy, strongly_typed(state)))
@@ -379,7 +409,7 @@ class _Loop:
             self.warned = True
             warnings.warn(
                 f"collapsed at step {done}: the embeddings of a batch are "
-                f"{numbers['spread']:.1e} apart. Train on all triplets (mining all), "
+                f"{numbers['spread']:.1e} apart. Train on all triplets (loss all), "
                 "or lower the learning rate.",
                 CollapseWarning,
                 stacklevel=3,
@@ -421,7 +451,7 @@ class _Loop:
         """Give the model the parameters so far, or their average."""
         state = self.state
         params = state.params if state.average is None else state.average
-        arrays = self.on.here((params, state.rest))
+        arrays = self.on.here((params.model, state.rest))
         nnx.update(self.model, *jax.tree.map(jnp.copy, arrays))
         self.model.eval()
 
@@ -433,16 +463,14 @@ class _Loop:
             )
 
 
-def _losses_of(
-    loss: Loss | Sequence[tuple[int, Loss]] | None, on: Placement
-) -> Sequence[tuple[int, Loss]]:
+def _losses_of(loss: Objective | None, on: Placement) -> Sequence[tuple[int, Loss]]:
     """Losses with the steps from which they hold."""
     if loss is None:
-        loss = mined_loss(axis_name=on.axis_name)
+        loss = batch_loss(axis_name=on.axis_name)
     losses = loss if isinstance(loss, list | tuple) else [(0, loss)]
     if not all(callable(of) for _, of in losses):
         raise TypeError(
-            f"loss must be a function, or such as mined_loss, got {loss!r}."
+            f"loss must be a function, or such as batch_loss, got {loss!r}."
         )
     if losses[0][0] != 0:
         raise ValueError(f"the first loss must hold from step 0, not {losses[0][0]}.")

@@ -20,25 +20,37 @@ from tripletjax.learn.training.selection import Candidate
 from tripletjax.memory import Memory
 
 
+class Params(NamedTuple):
+    """What training learns.
+
+    Attributes:
+        model: `nnx.State` of the model.
+        loss: learned parameters of the loss, by name; None if it has none.
+    """
+
+    model: Any
+    loss: Any = None
+
+
 class TrainState(NamedTuple):
     """The state of a training between two steps.
 
     Attributes:
-        params: parameters of the model.
+        params: of the model and of the loss.
         rest: other variables of the model, such as batch statistics.
         optimizer: state of the optimizer.
-        average: exponential moving average (EMA) of the parameters, or None.
+        average: exponential moving average (EMA) of `params`, or None.
         finite: whether all losses and gradients so far are finite.
         candidate: the model that the last one is compared with, or None.
         memory: embeddings of earlier batches, or None.
-        slow: EMA of the parameters, which embeds the batch for the memory; None if the
-            memory takes the embeddings of the batch.
+        slow: EMA of the model's parameters, which embeds the batch for the memory; None
+            if the memory takes the embeddings of the batch.
     """
 
-    params: nnx.State
+    params: Params
     rest: nnx.State
     optimizer: optax.OptState
-    average: nnx.State | None
+    average: Params | None
     finite: Array
     candidate: Candidate | None = None
     memory: Memory | None = None
@@ -73,8 +85,9 @@ def train_step(
         key: random key of the augmentation.
         remember: whether the memory keeps the batch.
         graph: graph of the model.
-        tx: optimizer.
-        loss: from embeddings and labels to a loss, with or without metrics.
+        tx: optimizer of `Params`.
+        loss: from embeddings and labels to a loss, with or without metrics; first its
+            parameters, if it has any.
         augment: augmentation of the images, or None.
         ema_decay: share of `state.average` that a step keeps.
         memory_momentum: share of `state.slow` that a step keeps.
@@ -84,9 +97,9 @@ def train_step(
     """
     images = _augment(images, key, augment=augment)
 
-    def loss_of(params: nnx.State) -> tuple[Array, tuple]:
-        x, rest = _train_embed(params, state.rest, images, graph=graph)
-        value, metrics = _compute_loss(x, labels, state.memory, loss)
+    def loss_of(params: Params) -> tuple[Array, tuple]:
+        x, rest = _train_embed(params.model, state.rest, images, graph=graph)
+        value, metrics = _compute_loss(x, params.loss, labels, state.memory, loss)
         return value, (x, rest, metrics)
 
     (value, (x, rest, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
@@ -151,17 +164,20 @@ def train_step_in_chunks(
     size, per_device = max(1, embed_chunk_size // devices), len(images) // devices
     ends = tuple(range(size, per_device, size))
     chunks = _split(images, ends, devices)
+    params = state.params
     parts, rests = [], [state.rest]
     for chunk in chunks:
-        x, rest = _train_embed_jitted(state.params, rests[-1], chunk, graph=graph)
+        x, rest = _train_embed_jitted(params.model, rests[-1], chunk, graph=graph)
         parts.append(on.paced(x))
         rests.append(rest)
     x = _join(parts, devices)
-    value, metrics, along_x = _loss_gradient(x, labels, state.memory, loss=loss)
-    gradients = jax.tree.map(jnp.zeros_like, state.params)
+    value, metrics, (along_x, along_loss) = _loss_gradient(
+        x, params.loss, labels, state.memory, loss=loss
+    )
+    gradients = jax.tree.map(jnp.zeros_like, params.model)
     for chunk, rest, along in zip(chunks, rests, _split(along_x, ends, devices)):
         gradients = _add_gradient(
-            gradients, state.params, rest, chunk, along, graph=graph
+            gradients, params.model, rest, chunk, along, graph=graph
         )
         on.paced(gradients)
     if state.slow is not None:
@@ -174,7 +190,7 @@ def train_step_in_chunks(
     state = _next_state_jitted(
         state._replace(rest=rests[-1], memory=memory),
         value,
-        gradients,
+        Params(gradients, along_loss),
         tx=tx,
         ema_decay=ema_decay,
         memory_momentum=memory_momentum,
@@ -235,20 +251,22 @@ def _add_gradient(
 
 @functools.partial(jax.jit, static_argnames="loss")
 def _loss_gradient(
-    x: Array, labels: Array, memory: Memory | None, *, loss: Loss
-) -> tuple[Array, dict[str, Array], Array]:
-    (value, metrics), along_x = jax.value_and_grad(_compute_loss, has_aux=True)(
-        x, labels, memory, loss
+    x: Array, params: Any, labels: Array, memory: Memory | None, *, loss: Loss
+) -> tuple[Array, dict[str, Array], tuple[Array, Any]]:
+    """The loss, its metrics, and its gradients for embeddings and parameters."""
+    (value, metrics), along = jax.value_and_grad(_compute_loss, (0, 1), has_aux=True)(
+        x, params, labels, memory, loss
     )
-    return value, metrics, along_x
+    return value, metrics, along
 
 
 def _compute_loss(
-    x: Array, labels: Array, memory: Memory | None, loss: Loss
+    x: Array, params: Any, labels: Array, memory: Memory | None, loss: Loss
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of a batch, and its metrics."""
     pairs = {} if memory is None else tj.memory.references(memory, x, labels)
-    value = loss(x, labels, **pairs)
+    learned = () if params is None else (params,)
+    value = loss(*learned, x, labels, **pairs)
     value, metrics = value if isinstance(value, tuple) else (value, {})
     # The root mean square distance between two embeddings of the batch.
     spread = jnp.sqrt(2 * jnp.sum(jnp.var(x, axis=0, ddof=1)))
@@ -259,7 +277,7 @@ def _compute_loss(
 def _next_state(
     state: TrainState,
     value: Array,
-    gradients: nnx.State,
+    gradients: Params,
     *,
     tx: optax.GradientTransformation,
     ema_decay: float,
@@ -272,7 +290,7 @@ def _next_state(
         averaged: Any = optax.incremental_update(params, averaged, 1 - ema_decay)
     slow: Any = state.slow
     if slow is not None:
-        slow: Any = optax.incremental_update(params, slow, 1 - memory_momentum)
+        slow: Any = optax.incremental_update(params.model, slow, 1 - memory_momentum)
     finite = state.finite
     for x in jax.tree.leaves((value, gradients)):
         finite &= jnp.isfinite(x).all()
