@@ -96,6 +96,8 @@ def write_math_in_docstrings(app, what, name, object, options, lines):
     text = re.sub(
         r"arXiv:(\d{4}\.\d{5})", r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", text
     )
+    if what == "function" and name.endswith("_loss"):
+        text += "\n\n.. seealso:: Data, requirements and settings: :doc:`/losses`\n"
     lines[:] = text.split("\n")
 
 

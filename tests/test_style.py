@@ -58,6 +58,20 @@ def prose_of_docstring(text: str) -> str:
     )
 
 
+def prose_of_script(text: str) -> str:
+    """The docstring of a script and its cells of text, without commands; lines stay."""
+    lines, cell = [], False
+    docstring = (ast.get_docstring(ast.parse(text), clean=False) or "").split("\n")
+    for number, line in enumerate(text.split("\n")):
+        cell = line.startswith("# %%") or (cell and line.startswith("#"))
+        if number < len(docstring):
+            kept = "" if docstring[number].startswith("    ") else docstring[number]
+            lines.append(kept if re.search(r"\w", kept) else "")
+        else:
+            lines.append(line[2:] if cell and line[:4] != "# %%" else "")
+    return "\n".join(lines)
+
+
 def blocks_of(text: str) -> Blocks:
     """Paragraphs, headings, items of lists and entries of arguments, with lines."""
     block: list[str] = []
@@ -127,6 +141,10 @@ def texts() -> Iterator[tuple[str, int, str]]:
         if name not in EXEMPT:
             for line, block in blocks_of(prose_of_page(page.read_text())):
                 yield name, line, block
+    scripts = [*ROOT.glob("docs/gallery/*.py"), *ROOT.glob("examples/*.py")]
+    for file in sorted(scripts + [*ROOT.glob("benchmarks/*.py")]):
+        for line, block in blocks_of(prose_of_script(file.read_text())):
+            yield str(file.relative_to(ROOT)), line, block
     for file in sorted((ROOT / "tripletjax").rglob("*.py")):
         if "/_" not in str(file.relative_to(ROOT)) or file.name == "__init__.py":
             for first, text in docstrings_of(file):

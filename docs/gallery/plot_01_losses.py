@@ -1,6 +1,6 @@
 """
-What each loss pulls and pushes
-===============================
+Gradients of three losses
+=========================
 
 The arrows are the negative gradient of a loss on nine points of three classes: where a
 step of gradient descent moves them. Batch-all moves every point that is in an active
