@@ -5,7 +5,8 @@
 
 Every item is a query against all others. `tripletjax.retrieval.evaluate` ranks all of
 them, and `recall_at_k` runs alone. The third contestant is faiss's exact search for the
-nearest 100, or as many as a class has, with metrics in NumPy. Each runs in a process of its own; the first call, which compiles, is not timed. Needs
+nearest 100, or as many as a class has, with metrics in NumPy. Each runs in a process of
+its own; the first call, which compiles, is not timed. Needs
 ``pip install -e . --group peers``.
 """
 

@@ -142,7 +142,7 @@ def texts() -> Iterator[tuple[str, int, str]]:
             for line, block in blocks_of(prose_of_page(page.read_text())):
                 yield name, line, block
     scripts = [*ROOT.glob("docs/gallery/*.py"), *ROOT.glob("examples/*.py")]
-    for file in sorted(scripts + [*ROOT.glob("benchmarks/*.py")]):
+    for file in sorted([*scripts, *ROOT.glob("benchmarks/*.py")]):
         for line, block in blocks_of(prose_of_script(file.read_text())):
             yield str(file.relative_to(ROOT)), line, block
     for file in sorted((ROOT / "tripletjax").rglob("*.py")):
