@@ -129,6 +129,14 @@ def find_elsewhere(app, env, node, text):
     return None
 
 
+def strip_code(app, doctree):
+    """Doctests end in an empty line, which pages need not show."""
+    for node in doctree.findall(nodes.literal_block):
+        if node.rawsource == node.astext():
+            node.rawsource = node.rawsource.rstrip("\n")
+            node[:] = [nodes.Text(node.rawsource)]
+
+
 def link_names(app, doctree, docname):
     """Names of public objects in the text of guides link to their pages."""
     objects = app.env.domains["py"].objects
@@ -199,6 +207,7 @@ def setup(app):
     app.connect("autodoc-process-signature", write_signatures_of_modules)
     app.connect("autodoc-skip-member", leave_out_fields)
     app.connect("missing-reference", find_elsewhere)
+    app.connect("doctree-read", strip_code)
     app.connect("doctree-resolved", link_names)
     app.connect("build-finished", write_text_for_models)
 
