@@ -30,6 +30,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in P
 # Pages that take longer than all others together.
 SLOW = (
     "training",
+    "your-own-model",
     "verification",
     "evaluation",
     "large-batches",
@@ -111,6 +112,7 @@ def test_the_bibliography_has_every_source():
     [
         "quickstart",
         pytest.param("compose", marks=pytest.mark.slow),
+        pytest.param("sentences", marks=pytest.mark.slow),
         pytest.param("train", marks=pytest.mark.full),
         pytest.param("deep_ranking", marks=pytest.mark.full),
         pytest.param("memory", marks=pytest.mark.full),

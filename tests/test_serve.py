@@ -86,7 +86,7 @@ def test_answers_are_those_of_the_applications(app):
 def test_without_a_threshold_it_says_so(app, root):
     plain = dataclasses.replace(app, calibration=None)
     image = app.read_image(str(app.index.file_of(app.paths[0])))
-    assert "the run has no threshold" in plain.verify(image, image)
+    assert "no threshold was chosen" in plain.verify(image, image)
     assert "No threshold: every image is named" in plain.identify(image)[0]
     loose = root / "loose"
     loose.mkdir()

@@ -159,7 +159,7 @@ class App:
         if self.calibration is None:
             distance = np.linalg.norm(self.embed(first) - self.embed(second))
             return (
-                f"Distance {distance:.3f}. No decision: the run has no threshold; "
+                f"Distance {distance:.3f}. No decision: no threshold was chosen; "
                 "choose one with `tripletjax verify`."
             )
         try:

@@ -9,7 +9,7 @@ from tripletjax.learn.runs.options import OptionError
 
 if TYPE_CHECKING:
     from tripletjax.apps.search import Changes, Index
-    from tripletjax.cli.options import Identify, Search, Serve
+    from tripletjax.cli.options import EmbedderOptions, Identify, Search, Serve
     from tripletjax.learn.embedder import ImageEmbedder
 
 # Errors that one line explains.
@@ -59,19 +59,37 @@ def check_new(*files: Path | None) -> None:
             raise FileExistsError(f"{file} already exists; give another file.")
 
 
+def open_embedder(options: "EmbedderOptions") -> "ImageEmbedder":
+    """The embedder of ``--run`` or ``--embedder``."""
+    from tripletjax.apps import embedders
+
+    if options.embedder is None:
+        assert options.run is not None
+        return embedders.embedder_of(options.run)
+    return embedders.open_embedder(
+        options.embedder,
+        size=options.embedder_size,
+        mean=options.embedder_mean,
+        std=options.embedder_std,
+    )
+
+
 def updated_index(
     folder: Path, options: "Search | Identify | Serve", embedder: "ImageEmbedder"
 ) -> tuple["Index", "Changes"]:
     """Update the index of a folder; return it and its changes."""
     from tripletjax.apps import search
 
-    index = search.Index(folder, options.database or options.run / "index", embedder)
+    database = options.database or options.home / "index"
+    index = search.Index(folder, database, embedder)
     changes = index.update(
         progress=True,
         waiting=lambda: print("another process updates an index here: waiting for it"),
         remove_missing=options.remove_missing,
     )
     print(changes)
+    if options.run is None:
+        print(f"index: {shown(database)}")
     for line in (*changes.notes, *changes.skipped):
         print(f"- {line}")
     return index, changes

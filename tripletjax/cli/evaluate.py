@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tripletjax.cli.common import print_table, shown
+from tripletjax.cli.common import open_embedder, print_table, shown
 from tripletjax.cli.options import Evaluate
 from tripletjax.learn import evaluation, reports
 from tripletjax.learn.files import free_path
@@ -14,9 +14,16 @@ def call(options: Evaluate) -> int:
         reports.check_replaceable(options.json)
     folder, out = options.data, options.out
     if out is None:
-        out = free_path(options.run / "evaluations" / (folder.resolve().name or "data"))
+        out = free_path(
+            options.home / "evaluations" / (folder.resolve().name or "data")
+        )
+    reports.check_empty(out)
     report = evaluation.evaluate(
-        options.run, folder, out=out, classes_from=options.classes_from, progress=True
+        options.run or open_embedder(options),
+        folder,
+        out=out,
+        classes_from=options.classes_from,
+        progress=True,
     )
     if options.json is not None:
         reports.write_report(report, options.json)

@@ -36,7 +36,9 @@ index_option = partial(
     metavar="FOLDER",
 )
 database_option = partial(
-    option, "directory of the indexes (default: RUN/index)", metavar="DIR"
+    option,
+    "directory of the indexes (default: index in --run or --embedder-dir)",
+    metavar="DIR",
 )
 remove_missing_option = partial(
     option,
@@ -45,6 +47,7 @@ remove_missing_option = partial(
 )
 json_option = partial(option, "JSON file for the report", metavar="FILE")
 _of_run = partial(option, group="run")
+_other = partial(option, group="embedder instead of a run")
 
 
 class Options:
@@ -87,6 +90,60 @@ class Options:
         given = [name for name in names if self.has(name)]
         if len(given) > 1:
             raise OptionError(f"{{{given[1]}}} cannot be combined with {{{given[0]}}}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedderOptions(Options):
+    """Options of a command that uses an embedder: of a run, or any other."""
+
+    run: Path | None = option("directory of a finished run", metavar="RUN")
+    embedder: str | None = _other(
+        "function from a list of Pillow images to vectors, in a module of the current "
+        "directory or an installed one; or an ONNX file from images to vectors",
+        metavar="MODULE:FUNCTION|FILE.onnx",
+    )
+    embedder_dir: Path | None = _other(
+        "directory of the indexes, threshold and reports of --embedder (default: "
+        "runs/embedder-NAME)",
+        metavar="DIR",
+    )
+    embedder_size: int | None = _other(
+        "image size in pixels: side of the input of an ONNX file (default: that of the "
+        "file), or largest longer side of images for a function (default: 640)",
+        rule="at least 1",
+    )
+    embedder_mean: tuple[float, ...] = _other(
+        "mean of pixel values from 0 to 1, for all channels or each, for an ONNX file "
+        "(default: that of FILE.onnx.json)",
+        default=(),
+        metavar="NUMBER",
+    )
+    embedder_std: tuple[float, ...] = _other(
+        "standard deviation of pixel values, as --embedder-mean",
+        default=(),
+        metavar="NUMBER",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.exclude("run", "embedder")
+        if self.run is None and self.embedder is None:
+            raise OptionError("give {run} RUN, or {embedder} with another embedder.")
+        names = ("embedder_dir", "embedder_size", "embedder_mean", "embedder_std")
+        self.require("embedder", *names)
+
+    @property
+    def home(self) -> Path:
+        """The directory of indexes, threshold and reports: by default that of the run.
+
+        With another embedder, by default a directory in ``runs``, as of `Train`.
+        """
+        if self.run is not None:
+            return self.run
+        if self.embedder_dir is not None:
+            return self.embedder_dir
+        name = Path(self.embedder or "").name.removesuffix(".onnx")
+        return Path("runs") / f"embedder-{name.replace(':', '.')}"
 
 
 def add_options(
@@ -220,15 +277,14 @@ class Train(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluate(Options):
-    """Measure the embedding of a run on a folder of classes.
+class Evaluate(EmbedderOptions):
+    """Measure an embedder on a folder of classes.
 
     Retrieval: every image is a query for the others of its class. Verification: every
     pair of images is of the same class or of different classes. The report and its
     pictures (ROC, distances of pairs, nearest neighbours) are written to --out.
     """
 
-    run: Path = run_option()
     data: Path = option(
         "folder with one folder of images per class, seen in training or not",
         required=True,
@@ -236,14 +292,15 @@ class Evaluate(Options):
     )
     classes_from: str | None = classes_from_option()
     out: Path | None = option(
-        "directory for the report (default: a new one in RUN/evaluations/)",
+        "directory for the report (default: a new one in evaluations/ of --run or "
+        "--embedder-dir)",
         metavar="DIR",
     )
     json: Path | None = json_option()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Search(Options):
+class Search(EmbedderOptions):
     """Search a folder for images like given ones, or for near-duplicates.
 
     The command first updates the index: new and changed images are embedded, deleted
@@ -252,7 +309,6 @@ class Search(Options):
 
     extras: ClassVar[str] = "train,search"
 
-    run: Path = run_option()
     index: Path = index_option()
     database: Path | None = database_option()
     remove_missing: bool = remove_missing_option()
@@ -285,7 +341,7 @@ class Search(Options):
     json: Path | None = json_option()
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         self.exclude("query", "duplicates")
         self.require("query", "together", "classes", "approximate")
         if self.out is not None and not (self.query or self.duplicates):
@@ -295,18 +351,18 @@ class Search(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Verify(Options):
-    """Decide whether two images are of the same class, by a threshold of the run.
+class Verify(EmbedderOptions):
+    """Decide whether two images are of the same class, by a threshold of its own.
 
     With --data: measure verification on classes that the run was not trained on, and
-    keep a threshold beside the run. With two images: same or different by that
-    threshold. Distances are Euclidean, of unit vectors: from 0 to 2.
+    keep a threshold in the directory of the run or the embedder. With two images: same
+    or different by that threshold. Distances are Euclidean, of unit vectors: from 0 to
+    2.
     """
 
     images: tuple[Path, ...] = option(
         "two images to compare", default=(), metavar="IMAGE", positional=True
     )
-    run: Path = run_option()
     data: str | None = option(
         "folder with one folder of images per class, such as a person, or tfds:NAME",
         metavar="FOLDER",
@@ -323,13 +379,14 @@ class Verify(Options):
     )
     classes_from: str | None = classes_from_option()
     out: Path | None = option(
-        "directory for the report (default: a new one in RUN/verifications/)",
+        "directory for the report (default: a new one in verifications/ of --run "
+        "or --embedder-dir)",
         metavar="DIR",
     )
     json: Path | None = json_option()
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if (self.data is None) == (not self.images):
             raise OptionError("give two images, or {data} FOLDER.")
         if self.images and len(self.images) != 2:
@@ -338,7 +395,7 @@ class Verify(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Identify(Options):
+class Identify(EmbedderOptions):
     """Name images by a gallery of known classes, or call them unknown.
 
     With a few images per class in the gallery, identification is few-shot
@@ -351,7 +408,6 @@ class Identify(Options):
     images: tuple[Path, ...] = option(
         "images to name", default=(), metavar="IMAGE", positional=True
     )
-    run: Path = run_option()
     gallery: Path = option(
         "folder of known classes: one folder of images per class, such as a person",
         required=True,
@@ -389,7 +445,7 @@ class Identify(Options):
     json: Path | None = json_option()
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if (self.data is None) == (not self.images):
             raise OptionError("give images to name, or {data} FOLDER to measure on.")
         self.exclude("fpir", "within", "closed")
@@ -398,7 +454,7 @@ class Identify(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Serve(Options):
+class Serve(EmbedderOptions):
     """Show search, verification and identification in a browser.
 
     The page loads nothing from other hosts. Everybody who reaches its address can see
@@ -407,7 +463,6 @@ class Serve(Options):
 
     extras: ClassVar[str] = "train,search,serve"
 
-    run: Path = run_option()
     index: Path = index_option()
     gallery: Path | None = option(
         "folder of known classes to identify: one folder of images per class (default: "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 import tripletjax as tj
@@ -22,7 +23,8 @@ from tripletjax.learn import plots
 from tripletjax.learn.data import image_files
 from tripletjax.learn.data.class_folders import ClassFolders, find_classes
 from tripletjax.learn.data.folder_listing import printable
-from tripletjax.learn.embedder import ImageEmbedder, load_embedder
+from tripletjax.learn.data.image_shape import ImageSpec
+from tripletjax.learn.embedder import Embedder, ImageEmbedder, load_embedder
 from tripletjax.learn.files import digest_of_image
 from tripletjax.learn.reports import (
     PREFIX,
@@ -44,6 +46,8 @@ BLOCK = 256
 # Bins of a histogram of distances.
 STEPS = 2000
 REPORT = f"{PREFIX}evaluation"
+# The shape of images in a picture whose embedder leaves their size as it is.
+SHOWN = ImageSpec(96, 96, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +78,17 @@ class Embedded:
 
 
 def evaluate(
-    run_dir: str | Path,
+    source: str | Path | ImageEmbedder,
     folder: str | Path,
     *,
     out: str | Path | None = None,
     classes_from: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate the embedding of a run on a folder of classes.
+    """Evaluate an embedding on a folder of classes.
 
     Args:
-        run_dir: a run directory.
+        source: a run directory, or any embedder.
         folder: one folder of images per class.
         out: a new or empty directory for ``report.json``, ``roc.png``,
             ``distances.png`` and ``neighbors.png``; None writes nothing.
@@ -93,7 +97,7 @@ def evaluate(
         progress: whether to show a progress bar.
 
     Returns:
-        The report: the run and the folder, and the metrics of ``retrieval``,
+        The report: the embedder and the folder, and the metrics of ``retrieval``,
         ``verification`` and ``collapse``.
 
     Raises:
@@ -108,19 +112,20 @@ def evaluate(
     if out is not None:
         out = Path(out)
         check_empty(out)
-    embedder = load_embedder(run_dir)
+    embedder = load_embedder(source) if isinstance(source, str | Path) else source
     images = embed_folder(
         embedder, folder, keep=GALLERY, classes_from=classes_from, progress=progress
     )
-    notes = [
-        *images.notes,
-        *note_on_seen_names(images.names, embedder.record.seen_names),
-    ]
+    notes, run_dir = [*images.notes], None
+    if isinstance(embedder, Embedder):
+        run_dir = embedder.run_dir
+        notes += note_on_seen_names(images.names, embedder.record.seen_names)
     notes += filter(None, [note_on_sizes(images.labels)])
     pairs = verification(images.x, images.labels)
     report = {
         "what": REPORT,
-        "run": str(Path(run_dir).resolve()),
+        "run": None if run_dir is None else str(run_dir),
+        "embedder": embedder.key,
         "data": str(folder.resolve()),
         "images": len(images.labels),
         "classes": len(images.names),
@@ -243,12 +248,17 @@ def _embed_files(
                 prepared.append(image)
                 digests.append(digest_of_image(np.asarray(image)))
                 if index in shown:
-                    images[len(kept) - 1] = image
+                    images[len(kept) - 1] = _shown_pixels(image)
             if prepared:
                 x.append(embedder.embed(prepared))
             bar.update(len(indices))
     vectors = np.concatenate(x) if x else np.zeros((0, 1), np.float32)
     return vectors, kept, images, len(digests) - len({*digests}), unreadable
+
+
+def _shown_pixels(prepared: Any) -> np.ndarray:
+    """A prepared image for a picture; images of Pillow get one size."""
+    return SHOWN.fit(prepared) if isinstance(prepared, Image.Image) else prepared
 
 
 def retrieval(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

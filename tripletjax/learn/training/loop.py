@@ -1,4 +1,4 @@
-"""The loop that trains a model in place, for any model and images.
+"""The loop that trains a model in place, for any model and inputs.
 
 model = MyModel(rngs=nnx.Rngs(0))
 batches = ImageBatches(images, labels, classes=8, per_class=4)
@@ -11,7 +11,7 @@ import collections
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +26,12 @@ from tqdm import tqdm
 
 import tripletjax as tj
 from tripletjax.learn.distributed.placement import Placement
-from tripletjax.learn.networks.embedding import as_floats, check_static, strongly_typed
+from tripletjax.learn.networks.embedding import (
+    as_inputs,
+    check_static,
+    rows_of,
+    strongly_typed,
+)
 from tripletjax.learn.training.checkpoints import Checkpoints
 from tripletjax.learn.training.interrupts import Interrupts, Stopped
 from tripletjax.learn.training.objectives import (
@@ -56,12 +61,39 @@ THREADS, AHEAD = 2, 4
 
 
 class Batches(Protocol):
-    """``batches[step]`` is images ``[n, h, w, c]`` and labels ``[n]``.
+    """``batches[step]`` is inputs with n rows, and labels ``[n]``.
 
-    Images are uint8, or floats from 0 to 1.
+    Inputs are images ``[n, h, w, c]``: uint8, or floats from 0 to 1. Other inputs are
+    any pytree of arrays with n rows each, such as a dict of tokens and a mask.
     """
 
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]: ...
+    def __getitem__(self, step: int) -> tuple[Any, np.ndarray]: ...
+
+
+class _InOrder:
+    """Batches of an iterable in its order, again and again, for one thread."""
+
+    def __init__(self, iterable: Iterable[Any]):
+        self.batches = self._repeat(iterable)
+        self.step: int | None = None
+        self.batch: Any = None
+
+    def __getitem__(self, step: int) -> tuple[Any, np.ndarray]:
+        # The first batch is read twice, once for its shape.
+        if step != self.step:
+            self.step, self.batch = step, next(self.batches)
+        return self.batch
+
+    @staticmethod
+    def _repeat(iterable: Iterable[Any]) -> Iterator[Any]:
+        while True:
+            batch = None
+            for batch in iterable:
+                inputs, labels = batch
+                # Arrays of other libraries, such as tensors, become those of NumPy.
+                yield jax.tree.map(np.asarray, inputs), np.asarray(labels)
+            if batch is None:
+                raise ValueError("batches must have a batch, got none.")
 
 
 class CollapseWarning(UserWarning):
@@ -116,11 +148,11 @@ class Schedule(NamedTuple):
 def fit(
     model: nnx.Module,
     tx: optax.GradientTransformation,
-    batches: Batches,
+    batches: Batches | Iterable[Any],
     *,
     steps: int,
     loss: Objective | None = None,
-    augment: Callable[[Array, Array], Array] | None = None,
+    augment: Callable[[Array, Any], Any] | None = None,
     seed: int = 0,
     ema_decay: float = 0.0,
     memory: int = 0,
@@ -149,14 +181,20 @@ def fit(
     the next record.
 
     Args:
-        model: from float images from 0 to 1 to embeddings ``[n, d]``.
+        model: from float images from 0 to 1, or from other inputs, to embeddings
+            ``[n, d]``. `as_model` makes one of any function with parameters.
         tx: the optimizer of the model.
-        batches: ``batches[step]``, a pure function of the step.
+        batches: ``batches[step]``, a pure function of the step: inputs and labels.
+            Inputs are images, or a pytree of arrays with n rows each, which the model
+            gets as its one argument. It gets uint8 as floats from 0 to 1, floats as
+            float32, and others as they are. Or an iterable of such pairs, such as a
+            PyTorch DataLoader, which is read in its order, again and again. A resumed
+            training reads an iterable from its start.
         steps: number of steps.
         loss: of embeddings and labels; a `LearnedLoss`, whose parameters are learned as
             well; or several losses, each with the step from which it holds, the first
             from 0. If not given, `batch_loss()`.
-        augment: from a random key and float images to images.
+        augment: from a random key and inputs, such as float images, to inputs.
         seed: of the augmentation.
         ema_decay: of the exponential moving average (EMA) of the parameters, such as
             0.99. The average is then validated, and given to the model. 0 for none.
@@ -217,13 +255,11 @@ def fit(
     _check_decays(ema_decay=ema_decay, memory_momentum=memory_momentum)
     if not memory:
         _check_unused(memory_warmup_steps or None, memory_momentum)
-    if not hasattr(batches, "__getitem__"):
-        raise TypeError(f"batches must have batches[step], got {batches!r}.")
     on = Placement(mesh)
     learned = loss if isinstance(loss, LearnedLoss) else None
     loop = _Loop(
         model,
-        batches,
+        _by_step(batches),
         on,
         Schedule(steps, log_every, validate_every, checkpoint_every),
         _losses_of(learned.function if learned else loss, on),
@@ -258,7 +294,7 @@ def fit(
             metrics = loop.step(step, *batch)
             due = loop.schedule.after(step + 1)
             if due.log:
-                record = loop.record(step + 1, metrics, len(batch[0]))
+                record = loop.record(step + 1, metrics, rows_of(batch[0]))
                 with outside():
                     yield record
             if due.validate and validate is not None:
@@ -333,13 +369,13 @@ class _Loop:
             candidate=first_candidate(self.model, classes),
         )
         if memory:
-            images, labels = self.source[0]
+            inputs, labels = self.source[0]
             # A copy, since a model with statistics changes them.
             x = jax.eval_shape(
-                lambda images: nnx.merge(graph, of_model, rest, copy=True)(
-                    as_floats(images)
+                lambda inputs: nnx.merge(graph, of_model, rest, copy=True)(
+                    as_inputs(inputs)
                 ),
-                images,
+                inputs,
             )
             label_dtype = jnp.asarray(labels).dtype
             state = state._replace(
@@ -373,17 +409,15 @@ class _Loop:
         # The bar is exhausted, and closed, with the last batch.
         return enumerate(self.bar, start=self.start)
 
-    def step(
-        self, step: int, images: np.ndarray, labels: np.ndarray
-    ) -> dict[str, Array]:
+    def step(self, step: int, inputs: Any, labels: np.ndarray) -> dict[str, Array]:
         """Take one step, and return its metrics."""
         loss = [loss for first, loss in self.losses if first <= step][-1]
         key = jax.random.fold_in(self.key, step)
-        batch = self.on.split(images), self.on.split(labels), key
+        batch = self.on.split(inputs), self.on.split(labels), key
         remember = step >= self.memory_warmup_steps
         options: dict[str, Any] = {"loss": loss, **self.step_options}
         # Of several processes, each has a part of the rows.
-        chunk, rows = self.embed_chunk_size, len(batch[0])
+        chunk, rows = self.embed_chunk_size, rows_of(batch[0])
         with self.on.context():
             if chunk is None or chunk >= rows:
                 self.state, metrics = train_step(
@@ -463,6 +497,18 @@ class _Loop:
             )
 
 
+def _by_step(batches: Any) -> Any:
+    """Batches by step, of such batches or of an iterable."""
+    if hasattr(batches, "__getitem__"):
+        return batches
+    if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
+        raise TypeError(
+            "batches must have batches[step], or be an iterable that can be read "
+            f"again, such as a DataLoader, got {batches!r}."
+        )
+    return _InOrder(batches)
+
+
 def _losses_of(loss: Objective | None, on: Placement) -> Sequence[tuple[int, Loss]]:
     """Losses with the steps from which they hold."""
     if loss is None:
@@ -501,7 +547,8 @@ def _check_unused(warmup_steps: int | None, momentum: float | None) -> None:
 def _prefetched(batches: Batches, steps: range) -> Iterator[Any]:
     """Batches in order, made ahead of the steps by threads."""
     ahead: collections.deque = collections.deque()
-    with ThreadPoolExecutor(THREADS) as pool:
+    threads = 1 if isinstance(batches, _InOrder) else THREADS
+    with ThreadPoolExecutor(threads) as pool:
         for step in steps:
             ahead.append(pool.submit(batches.__getitem__, step))
             if len(ahead) > AHEAD:

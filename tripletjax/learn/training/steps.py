@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 import tripletjax as tj
 from tripletjax.learn.distributed.placement import ONE_DEVICE, Placement
 from tripletjax.learn.networks.convolution import jit
-from tripletjax.learn.networks.embedding import as_floats, strongly_typed
+from tripletjax.learn.networks.embedding import as_inputs, rows_of, strongly_typed
 from tripletjax.learn.training.objectives import Loss
 from tripletjax.learn.training.selection import Candidate
 from tripletjax.memory import Memory
@@ -64,7 +64,7 @@ class TrainState(NamedTuple):
 )
 def train_step(
     state: TrainState,
-    images: Array,
+    inputs: Any,
     labels: Array,
     key: Array,
     remember: ArrayLike = True,
@@ -72,7 +72,7 @@ def train_step(
     graph: nnx.GraphDef,
     tx: optax.GradientTransformation,
     loss: Loss,
-    augment: Callable[[Array, Array], Array] | None,
+    augment: Callable[[Array, Any], Any] | None,
     ema_decay: float,
     memory_momentum: float = 0.0,
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -80,7 +80,7 @@ def train_step(
 
     Args:
         state: the state before the step, whose buffers are donated.
-        images: uint8 or float images ``[n, ...]``.
+        inputs: uint8 or float images ``[n, ...]``, or a pytree of arrays with n rows.
         labels: integers ``[n]``, or the labels that `loss` requires.
         key: random key of the augmentation.
         remember: whether the memory keeps the batch.
@@ -88,17 +88,17 @@ def train_step(
         tx: optimizer of `Params`.
         loss: from embeddings and labels to a loss, with or without metrics; first its
             parameters, if it has any.
-        augment: augmentation of the images, or None.
+        augment: augmentation of the inputs, or None.
         ema_decay: share of `state.average` that a step keeps.
         memory_momentum: share of `state.slow` that a step keeps.
 
     Returns:
         The state after the step, and scalar metrics with ``"loss"``.
     """
-    images = _augment(images, key, augment=augment)
+    inputs = _augment(inputs, key, augment=augment)
 
     def loss_of(params: Params) -> tuple[Array, tuple]:
-        x, rest = _train_embed(params.model, state.rest, images, graph=graph)
+        x, rest = _train_embed(params.model, state.rest, inputs, graph=graph)
         value, metrics = _compute_loss(x, params.loss, labels, state.memory, loss)
         return value, (x, rest, metrics)
 
@@ -106,7 +106,7 @@ def train_step(
         state.params
     )
     if state.slow is not None:
-        x, _ = _train_embed(state.slow, state.rest, images, graph=graph)
+        x, _ = _train_embed(state.slow, state.rest, inputs, graph=graph)
     state = state._replace(rest=rest, memory=_push(state.memory, x, labels, remember))
     state = _next_state(
         state,
@@ -131,7 +131,7 @@ def _push(
 
 def train_step_in_chunks(
     state: TrainState,
-    images: Array,
+    inputs: Any,
     labels: Array,
     key: Array,
     remember: ArrayLike = True,
@@ -139,31 +139,31 @@ def train_step_in_chunks(
     graph: nnx.GraphDef,
     tx: optax.GradientTransformation,
     loss: Loss,
-    augment: Callable[[Array, Array], Array] | None,
+    augment: Callable[[Array, Any], Any] | None,
     ema_decay: float,
     memory_momentum: float = 0.0,
     embed_chunk_size: int,
     on: Placement = ONE_DEVICE,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Take the step of `train_step`, embedding a chunk of images at a time.
+    """Take the step of `train_step`, embedding a chunk of inputs at a time.
 
     The backward pass computes the activations of each chunk again. The loop runs in
     Python, since XLA runs convolutions within its own loops many times slower on CPUs.
 
     Args:
-        state, images, labels, key, remember: as in `train_step`.
+        state, inputs, labels, key, remember: as in `train_step`.
         graph, tx, loss, augment, ema_decay, memory_momentum: as in `train_step`.
-        embed_chunk_size: images of a chunk, taken evenly from every device.
+        embed_chunk_size: inputs of a chunk, taken evenly from every device.
         on: devices that the batch is split over.
 
     Returns:
         The state after the step, and scalar metrics with ``"loss"``.
     """
-    images = _augment(images, key, augment=augment)
+    inputs = _augment(inputs, key, augment=augment)
     devices = on.count
-    size, per_device = max(1, embed_chunk_size // devices), len(images) // devices
+    size, per_device = max(1, embed_chunk_size // devices), rows_of(inputs) // devices
     ends = tuple(range(size, per_device, size))
-    chunks = _split(images, ends, devices)
+    chunks = _split(inputs, ends, devices)
     params = state.params
     parts, rests = [], [state.rest]
     for chunk in chunks:
@@ -199,10 +199,15 @@ def train_step_in_chunks(
 
 
 @functools.partial(jax.jit, static_argnames=("ends", "devices"))
-def _split(x: Array, ends: tuple[int, ...], devices: int) -> list[Array]:
+def _split(batch: Any, ends: tuple[int, ...], devices: int) -> list[Any]:
     """Chunks of a batch, which end at rows `ends` of every device."""
-    parts = jnp.split(x.reshape(devices, -1, *x.shape[1:]), ends, axis=1)
-    return [part.reshape(-1, *x.shape[1:]) for part in parts]
+
+    def split(x: Array) -> list[Array]:
+        parts = jnp.split(x.reshape(devices, -1, *x.shape[1:]), ends, axis=1)
+        return [part.reshape(-1, *x.shape[1:]) for part in parts]
+
+    leaves, treedef = jax.tree.flatten(batch)
+    return [treedef.unflatten(chunk) for chunk in zip(*map(split, leaves))]
 
 
 @functools.partial(jax.jit, static_argnames="devices")
@@ -214,18 +219,18 @@ def _join(parts: list[Array], devices: int) -> Array:
 
 @functools.partial(jax.jit, static_argnames="augment")
 def _augment(
-    images: Array, key: Array, *, augment: Callable[[Array, Array], Array] | None
-) -> Array:
-    images = as_floats(images)
-    return images if augment is None else augment(key, images)
+    inputs: Any, key: Array, *, augment: Callable[[Array, Any], Any] | None
+) -> Any:
+    inputs = as_inputs(inputs)
+    return inputs if augment is None else augment(key, inputs)
 
 
 def _train_embed(
-    params: nnx.State, rest: nnx.State, images: Array, *, graph: nnx.GraphDef
+    params: nnx.State, rest: nnx.State, inputs: Any, *, graph: nnx.GraphDef
 ) -> tuple[Array, nnx.State]:
     """Embeddings, and the other variables of the model after them."""
     model = nnx.merge(graph, params, rest, copy=True)
-    x = model(images)
+    x = model(inputs)
     return x, nnx.state(model, nnx.Not(nnx.Param))
 
 
@@ -237,14 +242,14 @@ def _add_gradient(
     gradients: nnx.State,
     params: nnx.State,
     rest: nnx.State,
-    images: Array,
+    inputs: Any,
     along_x: Array,
     *,
     graph: nnx.GraphDef,
 ) -> nnx.State:
     """Add the gradient of a chunk, from that of its embeddings."""
     _, pull_back = jax.vjp(
-        lambda params: _train_embed(params, rest, images, graph=graph)[0], params
+        lambda params: _train_embed(params, rest, inputs, graph=graph)[0], params
     )
     return jax.tree.map(jnp.add, gradients, *pull_back(along_x))
 
