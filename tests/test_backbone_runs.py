@@ -18,9 +18,10 @@ from safetensors.numpy import load_file, save_file
 from tripletjax import cli, learn
 from tripletjax.apps.export import export
 from tripletjax.learn.data.augment import Augment
+from tripletjax.learn.files import digest_of_file
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.networks.weights import COUNTER, Frozen
-from tripletjax.learn.runs import train
+from tripletjax.learn.runs import preparation, train
 from tripletjax.learn.runs.model import load_model
 from tripletjax.learn.runs.record import RunRecord
 from tripletjax.learn.training import feature_cache
@@ -102,7 +103,7 @@ def test_what_a_run_trains_and_keeps(run_of, resnet, training):
     out = run_of(training)
     made = RunRecord.read(out)
     assert made.plan.backbone.training == training
-    assert made.images.mean == pytest.approx(backbones.IMAGENET[0])
+    assert made.images.mean == pytest.approx(backbones.IMAGENET.mean)
     assert made.images.shape[2] == 1
     notes = "\n".join(made.notes)
     _, loaded = backbones.load(resnet)
@@ -122,6 +123,30 @@ def test_what_a_run_trains_and_keeps(run_of, resnet, training):
     assert changed == CHANGED[training]
     evaluations = json.loads((out / "summary.json").read_text())["evaluations"]
     assert list(evaluations) == ["raw pixels", "pretrained", "trained"]
+
+
+def test_a_run_keeps_the_network_of_a_wrapped_file(tmp_path, resnet):
+    """Its copy has the names of the network's library, and the digest of the plan."""
+    file = tmp_path / "checkpoint.safetensors"
+    save_file({f"model.{name}": x for name, x in load_file(resnet).items()}, file)
+    config = preparation.normalize(learn.Config(backbone=str(file)))
+    start = preparation.start_of(config, None)
+    assert "unwrapped: names of its arrays begin with 'model.'" in start.notes
+    preparation._keep_backbone(config, start.digest, tmp_path)
+    kept = tmp_path / "backbone.safetensors"
+    assert digest_of_file(kept) == start.digest
+    assert backbones.open_weights(kept).is_plain
+    for name, array in load_file(kept).items():
+        np.testing.assert_array_equal(array, load_file(resnet)[name])
+    kept.unlink()
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors has changed since"):
+        preparation._keep_backbone(config, "another", tmp_path)
+    assert not kept.exists()
+
+
+def test_names_of_pretrained_networks_are_no_paths():
+    config = learn.Config(backbone="efficientnet-lite0")
+    assert preparation.normalize(config).backbone == "efficientnet-lite0"
 
 
 @contextlib.contextmanager
@@ -324,10 +349,16 @@ def test_a_backbone_that_was_not_trained_is_not_written(run_of, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", unless_full(["vit", "convnext"], ["vit"]))
+@pytest.mark.parametrize(
+    "family", unless_full(["vit", "convnext", "efficientnet"], ["vit"])
+)
 def test_every_family_is_exported(own_data_dir, folder, family, tmp_path):
     """Inception-ResNet has what ResNet has, and takes minutes."""
-    make = {"vit": by_hand.small_vit, "convnext": by_hand.small_convnext}[family]
+    make = {
+        "vit": by_hand.small_vit,
+        "convnext": by_hand.small_convnext,
+        "efficientnet": by_hand.small_efficientnet,
+    }[family]
     file = tmp_path / "weights.safetensors"
     save_file(make(), file)
     config = configured(folder, file, "top", size=40, steps=2)
@@ -386,7 +417,7 @@ def test_given_triplets_on_kept_features(own_data_dir, folder, resnet, tmp_path)
     ("arguments", "words"),
     [
         (["--backbone", "none.safetensors"], "none.safetensors"),
-        (["--backbone", "pickle.pth"], "is a pickle"),
+        (["--backbone", "pickle.pth"], "file of PyTorch"),
         (
             ["--backbone", "FILE", "--model", "cnn"],
             "--model cannot be combined with --backbone, got 'cnn'",

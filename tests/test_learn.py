@@ -1174,6 +1174,15 @@ def with_images(shape, kinds, each):
     )
 
 
+def test_a_pretrained_network_instead_of_training_from_scratch():
+    (general,) = defaults._notes_on_scratch(4999, aligned=False)
+    (faces,) = defaults._notes_on_scratch(4999, aligned=True)
+    assert general.startswith("4,999 photographs are few to train from scratch")
+    assert "--backbone with efficientnet-lite0 of the extra pretrained" in general
+    assert "docs/faces.md" in faces
+    assert defaults._notes_on_scratch(5000, aligned=False) == []
+
+
 @pytest.mark.parametrize(
     ("shape", "kinds", "each", "expected"),
     [
@@ -1194,7 +1203,9 @@ def with_images(shape, kinds, each):
     ],
 )
 def test_choices_by_the_data(shape, kinds, each, expected):
-    plan, _ = tasks.LabelTask(with_images(shape, kinds, each)).plan(learn.Config())
+    plan, notes = tasks.LabelTask(with_images(shape, kinds, each)).plan(learn.Config())
+    few = [note for note in notes if "photographs are few to train from" in note]
+    assert len(few) == (shape[-1] == 3 and kinds * each < 5000)
     of = plan.batches
     made = (plan.model, of.classes, of.per_class, of.rotation_classes, plan.channels)
     assert made == expected

@@ -183,7 +183,7 @@ def _row(
     row["type"] = inner[0] if inner else hint
     row["metavar"] = declared.metavar or METAVARS[row["type"]]
     if declared.positional:
-        return field.name, row | {"nargs": "*"}
+        return field.name, row if required else row | {"nargs": "*"}
     if declared.choices is not None:
         row |= {"choices": declared.choices, "metavar": None}
     if isinstance(field.default, tuple):
@@ -503,7 +503,28 @@ class Export(Options):
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert(Options):
+    """Write a file of weights as safetensors, for --backbone without PyTorch.
+
+    The file holds the network's arrays in float32. Wrappers of the network, such as
+    module. or state_dict, and its classifier are left out; the command reports them.
+    Files of PyTorch require an installed PyTorch, and are refused if they contain code.
+    """
+
+    file: Path = option(
+        "file of weights to read (.safetensors, .pt, .pth, .bin, .ckpt, or "
+        ".safetensors.index.json), or efficientnet-lite0 of the extra pretrained",
+        required=True,
+        metavar="FILE",
+        positional=True,
+    )
+    out: Path = option(
+        "file to write", required=True, metavar="OUT.safetensors", positional=True
+    )
+
+
 COMMANDS: dict[str, type[Options]] = {
     cls.__name__.lower(): cls
-    for cls in (Train, Evaluate, Search, Verify, Identify, Serve, Export)
+    for cls in (Train, Evaluate, Search, Verify, Identify, Serve, Export, Convert)
 }

@@ -73,9 +73,10 @@ class Config:
         "pooling of the last feature map of a photo network", choices=choices.HEADS
     )
     backbone: str | None = _network(
-        "pretrained network to begin with: ResNet, DINOv2, ConvNeXt or "
-        "Inception-ResNet-v1",
-        metavar="FILE.safetensors",
+        "pretrained network to begin with: efficientnet-lite0 of the extra "
+        "pretrained, or a file of weights of EfficientNet, ResNet, DINOv2, ConvNeXt or "
+        "Inception-ResNet-v1 (.safetensors, .pt, .pth, .bin, .ckpt)",
+        metavar="NAME|FILE",
     )
     backbone_training: str | None = _network(
         "part of the backbone that is trained: none (frozen), its last stages (top), "

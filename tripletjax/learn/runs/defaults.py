@@ -107,6 +107,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 # A backbone is frozen on CPUs with fewer images than this.
 FEW_IMAGES = 5000
+# Photographs are few to train from scratch below this number.
+FEW_PHOTOS = 5000
 # Views of each image whose features a frozen backbone computes.
 VIEWS = 2
 # Pixels that a trained backbone embeds at a time, and in a batch, about.
@@ -135,7 +137,7 @@ class Start:
         """Image size in pixels; None if it is unset and there are no weights."""
         if config.size is not None or self.digest is None:
             return config.size
-        return self.backbone.of.size
+        return self.backbone.images.size
 
 
 def plan_for_classes(
@@ -175,6 +177,7 @@ def plan_for_classes(
         config,
         recipe,
         images.shape[1:],
+        count=len(images),
         batches=batches,
         augment=augment,
         layout=image_analysis.layout_of(images, labels) if kind == "photos" else None,
@@ -212,6 +215,7 @@ def plan_for_triplets(
         config,
         recipe,
         dataset.images.shape[1:],
+        count=len(dataset.images),
         batches=TripletBatchPlan(triplets_per_batch=batch),
         augment=config.augment or recipe.augment,
         layout=layout,
@@ -281,6 +285,7 @@ def _plan(
     recipe: Recipe,
     shape: Sequence[int],
     *,
+    count: int,
     batches: ClassBatchPlan | TripletBatchPlan,
     augment: Augment,
     layout: image_analysis.Layout | None,
@@ -293,6 +298,7 @@ def _plan(
         config: the request.
         recipe: the starting point.
         shape: height, width and channels of images.
+        count: number of training images.
         batches: the plan of a batch.
         augment: random changes of images.
         layout: of photographs; None of other images.
@@ -302,6 +308,8 @@ def _plan(
     photos = layout is not None
     mirror = _either(config.mirror, photos and augment.flip)
     box, size, notes = _choose_view(config, shape, layout)
+    if photos and (start is None or start.digest is None):
+        notes += _notes_on_scratch(count, aligned=layout.aligned)
     if start is not None and backbone is not None:
         size = _backbone_size(config, start, size, shape, box)
         if backbone.training == "frozen":
@@ -479,10 +487,22 @@ def _notes_on_memory(batches: ClassBatchPlan) -> list[str]:
     ]
 
 
+def _notes_on_scratch(count: int, *, aligned: bool) -> list[str]:
+    if count >= FEW_PHOTOS:
+        return []
+    example = "efficientnet-lite0 of the extra pretrained"
+    if aligned:
+        example = "a network for faces if these are faces (docs/faces.md)"
+    return [
+        f"{count:,} photographs are few to train from scratch; a pretrained network is "
+        f"better: --backbone with {example}"
+    ]
+
+
 def _notes_on_backbone(
     start: Start, backbone: BackbonePlan, shape: Sequence[int], size: int
 ) -> list[str]:
-    title, of = start.backbone.title, start.backbone.of
+    title, images = start.backbone.title, start.backbone.images
     trained = {
         "frozen": "the backbone is frozen: a head is trained on its features, "
         f"{backbone.views} of each image",
@@ -495,7 +515,7 @@ def _notes_on_backbone(
         notes = [f"{title}, from scratch"]
     else:
         notes = [*start.notes, trained]
-    mean, std = ([round(x, 3) for x in part] for part in (of.mean, of.std))
+    mean, std = ([round(x, 3) for x in part] for part in (images.mean, images.std))
     notes.append(
         f"the network sees images of {size} pixels, of mean {mean} and deviation {std}"
     )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tripletjax.learn.data.augment import Augment
 from tripletjax.learn.data.image_array import ImageArray
 from tripletjax.learn.data.sources import parse_source
 from tripletjax.learn.distributed.placement import Placement
-from tripletjax.learn.files import digest_of_file, free_path, part_of, replaced
+from tripletjax.learn.files import free_path, part_of, replaced
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.runs import record, tasks
 from tripletjax.learn.runs.config import Config
@@ -41,7 +40,8 @@ def normalize(config: Config) -> Config:
     """Resolve the paths of a request, so that it can be resumed from any folder."""
     changes: dict[str, Any] = {"data": parse_source(config.data).name}
     for name in ("triplets", "backbone"):
-        if (value := getattr(config, name)) is not None:
+        value = getattr(config, name)
+        if value is not None and value not in choices.PRETRAINED:
             changes[name] = str(Path(value).resolve())
     # Tuples, as the record of a run has them.
     for name in ("channels", "box"):
@@ -151,21 +151,26 @@ def start_of(config: Config, old: RunRecord | None) -> Start | None:
         plan = old.plan.backbone
         if plan is None:
             return None
-        if config.backbone is not None and Path(config.backbone).exists():
-            _check_same(config.backbone, plan.digest)
+        file = config.backbone
+        # The weights of a named network may have been uninstalled since.
+        named = file in choices.PRETRAINED
+        if file is not None and not named and Path(file).exists():
+            _check_same(backbones.open_weights(file), plan.digest)
         return Start(backbones.Backbone(plan.family, plan.options), plan.digest)
     if config.model in backbones.UNTRAINED:
         options = backbones.UNTRAINED[config.model]
         return Start(backbones.Backbone("resnet", options), None)
     if config.backbone is None:
         return None
-    backbone = backbones.recognise(config.backbone)
-    _, loaded = backbones.load(config.backbone)
+    weights = backbones.open_weights(config.backbone)
+    backbone = weights.backbone
+    loaded = weights.fill(backbone.abstract())
     notes = (
         f"{config.backbone} is {backbone.title}, {loaded.parameters:,} parameters",
+        *weights.notes,
         *loaded.notes,
     )
-    return Start(backbone, digest_of_file(config.backbone), notes)
+    return Start(backbone, weights.digest, notes)
 
 
 def make_plan(
@@ -220,9 +225,8 @@ def _begin(
     if start is None:
         mean, std = _statistics(seen.images)
     else:
-        mean, std = (
-            np.array(x) for x in (start.backbone.of.mean, start.backbone.of.std)
-        )
+        images = start.backbone.images
+        mean, std = np.array(images.mean), np.array(images.std)
     return RunRecord(
         requested=config,
         plan=plan,
@@ -295,11 +299,12 @@ def _keep_backbone(config: Config, digest: str, out: Path) -> None:
     kept = out / BACKBONE
     if kept.exists() or config.backbone is None:
         return
+    weights = backbones.open_weights(config.backbone)
+    _check_same(weights, digest)
     with replaced(kept) as part:
-        shutil.copyfile(config.backbone, part)
-        _check_same(part, digest)
+        weights.write(part)
 
 
-def _check_same(file: str | Path, digest: str | None) -> None:
-    if digest_of_file(file) != digest:
-        raise ValueError(f"{file} has changed since the run began.")
+def _check_same(weights: backbones.Weights, digest: str | None) -> None:
+    if weights.digest != digest:
+        raise ValueError(f"{weights.path} has changed since the run began.")
