@@ -661,6 +661,30 @@ def sigmoid(d, positive, negative, scale=10.0, bias=-10.0):
     return total / max(anchors, 1)
 
 
+def sigmoid_of(x):
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def smooth_ap(d, positive, negative, temperature=0.01, include_anchor=True):
+    """Brown et al. 2020, equations 4 to 6, of similarities -d."""
+    costs = []
+    for a in range(len(d)):
+        ps, ns = ([d[a][j] for j in _of(mask, a)] for mask in (positive, negative))
+        if not ps:
+            continue
+        if include_anchor:
+            ps.append(0.0)
+        shares = []
+        for i, own in enumerate(ps):
+            rank_among_positives = 1 + sum(
+                sigmoid_of((own - p) / temperature) for j, p in enumerate(ps) if j != i
+            )
+            ahead = sum(sigmoid_of((own - n) / temperature) for n in ns)
+            shares.append(rank_among_positives / (rank_among_positives + ahead))
+        costs.append(1 - mean(shares))
+    return mean(costs)
+
+
 def central_differences(function, d, mask, step=1e-6):
     """The derivatives of a function of distances by those of a mask."""
     gradient = np.zeros_like(d)

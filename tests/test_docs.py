@@ -34,6 +34,7 @@ SLOW = (
     "verification",
     "evaluation",
     "large-batches",
+    "gradient-caching",
     "collapse",
     "losses",
     "assistants",

@@ -59,11 +59,11 @@ CORE = (
     ("mining",),
     ("losses", "relevance", "hard_examples"),
     ("pair_losses",),
-    ("softmax_losses", "separable_losses"),
+    ("softmax_losses", "separable_losses", "smooth_ap"),
     ("_engine",),
     ("_blockwise_pairs",),
     ("blockwise",),
-    ("memory",),
+    ("memory", "gradient_caching", "matryoshka"),
 )
 ROOMS = (
     *CORE,
