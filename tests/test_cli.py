@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import oracles
 import pytest
-from folders import shapes
+from folders import shapes, write_digits
 from PIL import Image
 
 import tripletjax as tj
@@ -126,6 +126,9 @@ def test_help_needs_no_extra(tmp_path):
     assert re.search(r"No module named '\w+': it needs pip install", result.stderr)
 
 
+MINE = ("mine", "--run", "r", "--data", ".", "--out", "a.csv")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -197,6 +200,25 @@ def test_help_needs_no_extra(tmp_path):
             ["verify", "--run", "r", "--data", ".", "--json", "precious"],
             "precious exists and is not a tripletjax report",
         ),
+        (["mine", "--run", "r", "--data", "."], "required: --out"),
+        (
+            ["mine", "--run", "r", "--data", ".", "--out", "a.txt"],
+            "--out must be a .csv file, got",
+        ),
+        (["mine", "--run", "r", "--data", ".", "--out", "a.csv"], "no trained model"),
+        (
+            [*MINE, "--json", "precious"],
+            "precious already exists; give another file",
+        ),
+        ([*MINE, "--json", "a.csv"], "the report must be a file of its own, got a.csv"),
+        ([*MINE, "--seed", "1"], "--seed requires --random."),
+        ([*MINE, "--random"], "--random requires --range-max."),
+        (
+            [*MINE, "--range-min", "3", "--range-max", "3"],
+            "--range-max must be above --range-min, got 3 and 3.",
+        ),
+        ([*MINE, "--margin", "nan"], "--margin must be finite, got nan."),
+        ([*MINE, "-k", "0"], "-k must be at least 1, got 0."),
         (["serve", "--run", "r"], "required: --index"),
         (["serve", "--run", "r", "--index", "."], "no trained model"),
         (["export", "--run", "r"], "required: --out"),
@@ -452,6 +474,45 @@ def test_a_threshold_is_not_of_classes_that_were_trained_on(trained, tmp_path):
     report = of_run(names[:3], tmp_path)
     assert report["classes"] == 8
     assert "3 classes have names of classes" in " ".join(report["notes"])
+
+
+@pytest.mark.xdist_group("run of the command")
+@pytest.mark.slow
+def test_mined_triplets_are_trained_on(trained, tmp_path, capsys):
+    folder = tmp_path / "digits"
+    (wrong,) = write_digits(folder, per_class=20, swapped={(0, 1)})
+    out = tmp_path / "mined" / "triplets.csv"
+    mine = ["mine", "--run", str(trained), "--data", str(folder), "--out", str(out)]
+    assert cli.main([*mine, "-k", "2", "--margin", "0", "--skip-label-errors"]) == 0
+    output = capsys.readouterr().out
+    names = (
+        "triplets.csv",
+        "triplets.json",
+        "triplets_label_errors.csv",
+        "triplets_label_errors.png",
+    )
+    assert {path.name for path in out.parent.iterdir()} == {*names}
+    for name in names:
+        assert f"written: {out.parent / name}" in output
+    report = json.loads((out.parent / "triplets.json").read_text())
+    assert f"{report['triplets']:,} triplets of {report['anchors']:,} anchors" in output
+    assert report["images"] == 200
+    assert report["distances"]["nearer_negatives"] == 0
+    classes = {folder / e["path"]: e["nearest_class"] for e in report["label_errors"]}
+    assert classes[wrong] == "0"
+    assert len(classes) < 10
+    before = {path: path.read_bytes() for path in out.parent.iterdir()}
+    assert cli.main(mine) == 2
+    assert f"{out} already exists; give another file." in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in out.parent.iterdir()}
+
+    run = tmp_path / "run"
+    train = ["train", "--triplets", str(out), "--steps", "2", "--out", str(run)]
+    assert cli.main(train) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    counts = summary["counts"]
+    assert counts.pop("left_out") == counts.pop("skipped") == 0
+    assert sum(counts.values()) == report["triplets"]
 
 
 def test_interrupts_exit_130(monkeypatch, capsys, tmp_path):

@@ -76,7 +76,7 @@ ROOMS = (
     ("learn.evaluation",),
     ("learn",),
     ("apps.embedders", "apps.images"),
-    ("apps.search", "apps.verification", "apps.export"),
+    ("apps.search", "apps.verification", "apps.mining", "apps.export"),
     ("apps.identification",),
     ("apps.serve",),
     ("apps",),

@@ -1,4 +1,4 @@
-"""Applications of an embedder: search, verify, identify, serve, export.
+"""Applications of an embedder: search, verify, identify, mine, serve, export.
 
 Every application takes a run directory, or any function from images to vectors. The
 extras ``train`` and ``search`` are required, and ``serve`` or ``export`` for these:
@@ -17,6 +17,7 @@ __all__ = [
     "export",
     "identification",
     "images",
+    "mining",
     "search",
     "serve",
     "verification",

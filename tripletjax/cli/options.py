@@ -454,6 +454,79 @@ class Identify(EmbedderOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Mine(EmbedderOptions):
+    """Mine the hardest triplets of a whole folder, and list likely label errors.
+
+    The search is exact. Copies of an image are excluded. The margins exclude negatives
+    that are nearer than, or hardly farther than, the positive: such negatives are often
+    labelled wrongly. tripletjax train --triplets reads the file of triplets. The report
+    and the likely label errors lie beside the file. Distances are Euclidean, of unit
+    vectors: from 0 to 2.
+    """
+
+    data: Path = option(
+        "folder with one folder of images per class", required=True, metavar="FOLDER"
+    )
+    classes_from: str | None = classes_from_option()
+    k: int = option(
+        "number of negatives of each anchor", default=1, metavar="K", rule="at least 1"
+    )
+    range_min: int = option(
+        "first rank of negatives; 0 is the nearest one", default=0, rule="at least 0"
+    )
+    range_max: int | None = option(
+        "rank of negatives to stop before (default: no limit)", rule="at least 1"
+    )
+    margin: float | None = option(
+        "least difference between the distances of the negative and of the positive",
+        rule="finite",
+    )
+    relative_margin: float | None = option(
+        "least difference between the distances of the negative and of the positive, "
+        "as a share of that of the positive",
+        rule="finite",
+    )
+    farthest_positive: bool = option(
+        "take the farthest positive of each anchor instead of the nearest",
+        default=False,
+    )
+    skip_label_errors: bool = option(
+        "leave likely label errors out of the triplets", default=False
+    )
+    random: bool = option(
+        "draw the negatives from the ranks below --range-max, with equal probability",
+        default=False,
+    )
+    seed: int | None = option(
+        "seed of the draws (default: 0)", metavar="S", rule="at least 0"
+    )
+    out: Path = option(
+        "file of triplets to write",
+        required=True,
+        metavar="FILE.csv",
+        rule="a .csv file",
+    )
+    json: Path | None = option(
+        "JSON file for the report (default: beside --out)", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("random", "seed")
+        self.require("range_max", "random")
+        if self.range_max is not None and self.range_max <= self.range_min:
+            raise OptionError(
+                "{range_max} must be above {range_min}, got "
+                f"{self.range_max} and {self.range_min}."
+            )
+
+    @property
+    def draw_seed(self) -> int | None:
+        """Seed of random draws; None for the hardest negatives."""
+        return (self.seed or 0) if self.random else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Serve(EmbedderOptions):
     """Show search, verification and identification in a browser.
 
@@ -526,5 +599,15 @@ class Convert(Options):
 
 COMMANDS: dict[str, type[Options]] = {
     cls.__name__.lower(): cls
-    for cls in (Train, Evaluate, Search, Verify, Identify, Serve, Export, Convert)
+    for cls in (
+        Train,
+        Evaluate,
+        Search,
+        Verify,
+        Identify,
+        Mine,
+        Serve,
+        Export,
+        Convert,
+    )
 }

@@ -62,6 +62,7 @@ class Embedded:
         root: the folder that holds the classes: the data folder, or one within it.
         shown: numbers of the images that are kept for a picture, in order.
         images: these images, uint8 ``[k, height, width, channels]``.
+        first_copy: integers ``[n]``, the first image with the same prepared pixels.
         skipped: skipped files, with reasons.
         notes: on the classes and images.
     """
@@ -73,6 +74,7 @@ class Embedded:
     root: Path
     shown: np.ndarray
     images: np.ndarray
+    first_copy: np.ndarray
     skipped: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -181,10 +183,11 @@ def embed_folder(
     skipped = [f"{file.name}: not in a folder of a class" for file in listing.loose]
     skipped += listing.skipped
     entries = len(skipped)
-    x, kept, images, copies, unreadable = _embed_files(
+    x, kept, images, first_copy, unreadable = _embed_files(
         embedder, listing, keep=keep, progress=progress
     )
     skipped += unreadable
+    copies = np.count_nonzero(first_copy != np.arange(len(first_copy)))
     names, labels = np.unique(
         [printable(listing.classes[index]) for index in kept], return_inverse=True
     )
@@ -214,6 +217,7 @@ def embed_folder(
         listing.root,
         rows,
         np.stack([images[row] for row in rows]) if keep else np.zeros((0, 1, 1, 1)),
+        first_copy,
         tuple(skipped),
         tuple(notes),
     )
@@ -221,16 +225,18 @@ def embed_folder(
 
 def _embed_files(
     embedder: ImageEmbedder, listing: ClassFolders, *, keep: int, progress: bool
-) -> tuple[np.ndarray, list[int], dict[int, np.ndarray], int, list[str]]:
+) -> tuple[np.ndarray, list[int], dict[int, np.ndarray], np.ndarray, list[str]]:
     """Read and embed the files of a listing, a part at a time.
 
     Returns:
         Vectors; the numbers of the readable files; `keep` random images by row of
-        their vectors; the number of images that are copies; and the unreadable files.
+        their vectors; the first copy of each image; and the unreadable files.
     """
     order = np.random.default_rng(0).permutation(len(listing.files))
     shown = {*order[:keep].tolist()}
-    x, kept, digests, images, unreadable = [], [], [], {}, []
+    x, kept, images, unreadable = [], [], {}, []
+    first_of: dict[str, int] = {}
+    first_copy: list[int] = []
 
     def read(file: Path) -> Any:
         return embedder.prepare(image_files.open_image(file))
@@ -246,14 +252,16 @@ def _embed_files(
                     continue
                 kept.append(index)
                 prepared.append(image)
-                digests.append(digest_of_image(np.asarray(image)))
+                pixels = np.asarray(image)
+                content = f"{pixels.shape} {digest_of_image(pixels)}"
+                first_copy.append(first_of.setdefault(content, len(first_copy)))
                 if index in shown:
                     images[len(kept) - 1] = _shown_pixels(image)
             if prepared:
                 x.append(embedder.embed(prepared))
             bar.update(len(indices))
     vectors = np.concatenate(x) if x else np.zeros((0, 1), np.float32)
-    return vectors, kept, images, len(digests) - len({*digests}), unreadable
+    return vectors, kept, images, np.array(first_copy, int), unreadable
 
 
 def _shown_pixels(prepared: Any) -> np.ndarray:
