@@ -14,7 +14,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tripletjax.apps import identification, mining, search, verification
+from tripletjax.apps import (
+    clustering,
+    identification,
+    mining,
+    search,
+    verification,
+)
+from tripletjax.apps.clustering import report as clustering_report
 from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.identification import report as identification_report
 from tripletjax.apps.images import load_image
@@ -91,6 +98,9 @@ def draw_applications(run: Path, unseen: Path, out: Path) -> None:
         x = vectors_of(embedder, [load_image(file) for file in probes])
         assert measured.calibration is not None
         calibration = measured.calibration
+        chosen = clustering.choose_threshold(calibration)
+        groups = clustering.group_images(index, chosen.threshold)
+        clustering_report.draw(index, groups, out / "groups.png")
         threshold = calibration.threshold
         strangers = identification.Strangers.of(gallery, calibration)
         report = identification_report.make_gallery_report(

@@ -812,3 +812,47 @@ def expanded_query(q, references, k, alpha):
         weight = max(similarities[j], 0) ** alpha
         total = [s + weight * t for s, t in zip(total, references[j])]
     return unit(total)
+
+
+# Groups against classes.
+
+
+def clustering(labels, groups, copies=None):
+    """BCubed and pairwise precision and recall, and the adjusted Rand index, by pairs.
+
+    `copies` is the number of copies of each class. Pairs of two copies of one class
+    are left out.
+    """
+    items = [
+        (label, copy, group)
+        for label, group in zip(labels, groups)
+        for copy in range(1 if copies is None else copies[label])
+    ]
+    counts = {(one, two): 0 for one in (True, False) for two in (True, False)}
+    precisions, recalls = [], []
+    for i, (label, copy, group) in enumerate(items):
+        both = in_group = in_class = 0
+        for j, (label_j, copy_j, group_j) in enumerate(items):
+            if label == label_j and copy != copy_j:
+                continue
+            same, together = label == label_j, group == group_j
+            both += same and together
+            in_group += together
+            in_class += same
+            if i < j:
+                counts[same, together] += 1
+        precisions.append(both / in_group)
+        recalls.append(both / in_class)
+    true, false = counts[True, True], counts[False, True]
+    missed, rest = counts[True, False], counts[False, False]
+    index = 1.0
+    if false or missed:
+        index = 2 * (true * rest - missed * false)
+        index /= (true + missed) * (missed + rest) + (true + false) * (false + rest)
+    return {
+        "bcubed_precision": sum(precisions) / len(precisions),
+        "bcubed_recall": sum(recalls) / len(recalls),
+        "pairwise_precision": true / (true + false) if true + false else math.nan,
+        "pairwise_recall": true / (true + missed) if true + missed else math.nan,
+        "adjusted_rand_index": index,
+    }

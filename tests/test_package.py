@@ -77,7 +77,7 @@ ROOMS = (
     ("learn",),
     ("apps.embedders", "apps.images"),
     ("apps.search", "apps.verification", "apps.mining", "apps.export"),
-    ("apps.identification",),
+    ("apps.identification", "apps.clustering"),
     ("apps.serve",),
     ("apps",),
     ("cli",),

@@ -291,6 +291,9 @@ class Evaluate(EmbedderOptions):
         metavar="FOLDER",
     )
     classes_from: str | None = classes_from_option()
+    rerank: bool = option(
+        "also measure retrieval re-ranked by k-reciprocal neighbours", default=False
+    )
     out: Path | None = option(
         "directory for the report (default: a new one in evaluations/ of --run or "
         "--embedder-dir)",
@@ -322,6 +325,11 @@ class Search(EmbedderOptions):
         default=False,
     )
     together: bool = option("search once, by the mean of all queries", default=False)
+    rerank: bool = option(
+        "re-rank the hits by k-reciprocal neighbours: those first that have the query "
+        "and its neighbours among their own",
+        default=False,
+    )
     k: int = option(
         "largest number of hits of a query", default=8, metavar="K", rule="at least 1"
     )
@@ -343,7 +351,7 @@ class Search(EmbedderOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.exclude("query", "duplicates")
-        self.require("query", "together", "classes", "approximate")
+        self.require("query", "together", "classes", "approximate", "rerank")
         if self.out is not None and not (self.query or self.duplicates):
             raise OptionError("{out} requires {query} or {duplicates}.")
         if self.out is not None and self.query and self.out.suffix != ".png":
@@ -454,6 +462,55 @@ class Identify(EmbedderOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Cluster(EmbedderOptions):
+    """Group the images of a folder by identity.
+
+    The command first updates the index, as tripletjax search does. Groups merge by
+    average linkage, up to a threshold that is chosen on the images of tripletjax
+    verify. An image may stay alone. The images are only read.
+    """
+
+    extras: ClassVar[str] = "train,search"
+
+    index: Path = option(
+        "folder of images to group, which is only read",
+        required=True,
+        metavar="FOLDER",
+    )
+    database: Path | None = database_option()
+    remove_missing: bool = remove_missing_option()
+    threshold: float | None = option(
+        "largest distance of two groups that merge, the root mean square over their "
+        "pairs (default: best BCubed F on the images of tripletjax verify)",
+        metavar="DISTANCE",
+        rule="at least 0",
+    )
+    evaluate: bool = option(
+        "compare the groups with the folders of the index as known classes",
+        default=False,
+    )
+    classes_from: str | None = classes_from_option()
+    out: Path | None = option(
+        "table of the groups; a contact sheet of the largest groups is written beside "
+        "it, as FILE.png",
+        metavar="FILE.csv",
+        rule="a .csv file",
+    )
+    copy_to: Path | None = option(
+        "new folder for a copy of the images, one folder per group", metavar="DIR"
+    )
+    link_to: Path | None = option(
+        "new folder for links to the images, one folder per group", metavar="DIR"
+    )
+    json: Path | None = json_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.exclude("copy_to", "link_to")
+        self.require("evaluate", "classes_from")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Mine(EmbedderOptions):
     """Mine the hardest triplets of a whole folder, and list likely label errors.
 
@@ -528,7 +585,7 @@ class Mine(EmbedderOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Serve(EmbedderOptions):
-    """Show search, verification and identification in a browser.
+    """Show search, verification, identification and groups in a browser.
 
     The page loads nothing from other hosts. Everybody who reaches its address can see
     the images of the index.
@@ -605,6 +662,7 @@ COMMANDS: dict[str, type[Options]] = {
         Search,
         Verify,
         Identify,
+        Cluster,
         Mine,
         Serve,
         Export,

@@ -41,6 +41,8 @@ FARS = tuple(10.0**-digits for digits in range(1, 7))
 # Images of the picture of neighbours, and images whose pairs with all others are in the
 # picture of distances, at most.
 GALLERY, ROWS = 2048, 4096
+# Images of each query that are re-ranked, at least, and at most for large classes.
+RERANKED, MOST_RERANKED = 100, 1000
 # Rows of pairs that are compared at a time.
 BLOCK = 256
 # Bins of a histogram of distances.
@@ -85,6 +87,7 @@ def evaluate(
     *,
     out: str | Path | None = None,
     classes_from: str | None = None,
+    rerank: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluate an embedding on a folder of classes.
@@ -96,11 +99,12 @@ def evaluate(
             ``distances.png`` and ``neighbors.png``; None writes nothing.
         classes_from: the level of nested folders that makes classes, as in
             `datasets.load`.
+        rerank: whether to measure retrieval with re-ranking, too.
         progress: whether to show a progress bar.
 
     Returns:
         The report: the embedder and the folder, and the metrics of ``retrieval``,
-        ``verification`` and ``collapse``.
+        ``verification`` and ``collapse``; with `rerank` those of ``reranked``, too.
 
     Raises:
         FileNotFoundError: if there is no trained model, or the folder does not exist.
@@ -140,6 +144,8 @@ def evaluate(
         "notes": notes,
         "skipped": list(images.skipped),
     }
+    if rerank:
+        report["reranked"] = reranked_retrieval(images.x, images.labels)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         draw(images, pairs, out)
@@ -281,6 +287,53 @@ def retrieval(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         "mean_average_precision": percent(metrics.mean_average_precision),
         "mean_reciprocal_rank": percent(metrics.mean_reciprocal_rank),
         "queries": int(metrics.queries),
+    }
+
+
+def reranked_retrieval(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Retrieval metrics after re-ranking by k-reciprocal neighbours, in percent.
+
+    The 100 nearest images of each query are re-ranked, or as many as the largest class
+    has. MAP@R and R-precision are None if that is more than 1,000.
+    """
+    n, largest = len(labels), int(np.unique(labels, return_counts=True)[1].max()) - 1
+    k = min(n - 1, max(RERANKED, largest if largest <= MOST_RERANKED else 0))
+    _, nearest = tj.retrieval.k_reciprocal_distances(x, k=k)
+    return metrics_of_ranks(labels, np.asarray(nearest))
+
+
+def metrics_of_ranks(labels: np.ndarray, nearest: np.ndarray) -> dict[str, Any]:
+    """Retrieval metrics of given ranks, in percent, as `retrieval` reports them.
+
+    Args:
+        labels: classes of n images, each of which is a query ``[n]``.
+        nearest: rows of the first k images of each query, or -1 ``[n, k]``.
+
+    Returns:
+        The report. MAP@R and R-precision are None if a class has more than k + 1
+        images.
+    """
+    k = nearest.shape[1]
+    relevant = (labels[nearest] == labels[:, None]) & (nearest >= 0)
+    _, classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    count = sizes[classes] - 1
+    relevant, count = relevant[count > 0], count[count > 0]
+    empty = not len(count)
+    beyond = empty or count.max() > k
+
+    def mean(values: np.ndarray, unknown: bool) -> float | None:
+        return None if unknown else percent(np.mean(values))
+
+    precision = np.cumsum(relevant, axis=1) / np.arange(1, k + 1)
+    first = relevant & (np.arange(k) < count[:, None])
+    return {
+        "map_at_r": mean(np.sum(first * precision, axis=1) / count, beyond),
+        "r_precision": mean(np.sum(first, axis=1) / count, beyond),
+        "recall_at_k": {
+            str(one): mean(relevant[:, :one].any(axis=1), empty) for one in KS
+        },
+        "queries": len(count),
+        "images": k,
     }
 
 

@@ -165,7 +165,11 @@ class Config:
     embed_chunk_size: int | None = _batches(
         "number of images embedded at a time, to bound the memory", rule="at least 1"
     )
-    steps: int | None = _training("number of training steps", rule="at least 1")
+    steps: int | None = _training(
+        "number of training steps; 0 for the closed form of a head on a frozen "
+        "backbone",
+        rule="at least 0",
+    )
     seed: int = _training(
         "seed of parameters, batches and augmentation", default=0, rule="at least 0"
     )
@@ -209,6 +213,16 @@ class Config:
         for name in excluded:
             if (value := getattr(self, name)) is not None:
                 raise OptionError(f"{{{name}}} {rule}, got {value!r}.")
+        if self.steps == 0:
+            if self.backbone is None:
+                raise OptionError(
+                    "{steps} must be at least 1 without {backbone}, got 0."
+                )
+            if self.hidden:
+                raise OptionError(
+                    "{steps} must be at least 1 with {hidden}, got 0: a head of two "
+                    "layers has no closed form."
+                )
 
     def _check_loss(self) -> None:
         """Check the options that only some losses have."""

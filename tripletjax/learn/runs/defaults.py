@@ -96,8 +96,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         "turned and mirrored copies are further classes to learn",
     ),
     "frozen backbone": (
-        {"steps": 1000, "learning_rate": 1e-3},
-        "a head alone is trained",
+        {"dim": 512, "steps": 200, "learning_rate": 2e-4},
+        "a head alone is trained, from its closed form",
     ),
     "trained backbone": (
         {"steps": 300, "learning_rate": 1e-3},
@@ -171,6 +171,7 @@ def plan_for_classes(
     augment = dataclasses.replace(augment, flip=augment.flip and turns < 8)
     augment = config.augment or augment
     backbone = _backbone_plan(config, start, len(images))
+    recipe = _recipe_on_backbone(recipe, start, backbone)
     _check_turns(turns, augment, backbone)
     batches = _plan_batches(config, recipe, turns, classes, start, backbone)
     plan, notes = _plan(
@@ -187,6 +188,7 @@ def plan_for_classes(
     return plan, [
         _note_on_kind(dataset.decoding),
         *_notes_on_classes(sizes, classes, turns),
+        *_notes_on_head(sizes, plan),
         *_notes_on_relevance(config, dataset.label_names),
         *_notes_on_memory(batches),
         *notes,
@@ -211,6 +213,8 @@ def plan_for_triplets(
         reason = "triplets do not tell where classes differ"
         layout = image_analysis.Layout(WHOLE, False, reason)
     batch = config.triplets_per_batch or min(48, len(dataset.train))
+    backbone = _backbone_plan(config, start, len(dataset.images))
+    recipe = _recipe_on_backbone(recipe, start, backbone)
     plan, notes = _plan(
         config,
         recipe,
@@ -220,7 +224,7 @@ def plan_for_triplets(
         augment=config.augment or recipe.augment,
         layout=layout,
         start=start,
-        backbone=_backbone_plan(config, start, len(dataset.images)),
+        backbone=backbone,
     )
     return plan, [_note_on_kind(dataset.decoding), *notes]
 
@@ -232,6 +236,18 @@ def recipe_of(kind: str, *, many: bool, changes: Sequence[str] = ()) -> Recipe:
         options, _ = CHANGES.get(name, ({}, ""))
         recipe = dataclasses.replace(recipe, **options)
     return recipe
+
+
+def _recipe_on_backbone(
+    recipe: Recipe, start: Start | None, backbone: BackbonePlan | None
+) -> Recipe:
+    """The recipe with the changes for a pretrained backbone."""
+    if start is None or backbone is None or start.digest is None:
+        return recipe
+    part = "frozen" if backbone.training == "frozen" else "trained"
+    changes, _ = CHANGES[f"{part} backbone"]
+    recipe = dataclasses.replace(recipe, **changes)
+    return dataclasses.replace(recipe, dim=min(recipe.dim, start.backbone.features))
 
 
 def _check_turns(turns: int, augment: Augment, backbone: BackbonePlan | None) -> None:
@@ -316,14 +332,11 @@ def _plan(
             # Features of an image, and of its mirror image where both are averaged.
             views = max(backbone.views, 1 + mirror)
             backbone = dataclasses.replace(backbone, views=views)
-        if start.digest is not None:
-            part = "frozen" if backbone.training == "frozen" else "trained"
-            changes, _ = CHANGES[f"{part} backbone"]
-            recipe = dataclasses.replace(recipe, **changes)
         notes += _notes_on_backbone(start, backbone, shape, size)
     model, channels = _choose_model(config, shape, photos, start)
     longest = max(shape[:2])
-    steps = config.steps or recipe.steps
+    steps = _either(config.steps, recipe.steps)
+    _check_steps(steps, backbone)
     return Plan(
         batches=batches,
         box=box,
@@ -350,6 +363,14 @@ def _plan(
         or (max(100, steps // 8) if photos else 100),
         checkpoint_every=config.checkpoint_every,
     ), notes
+
+
+def _check_steps(steps: int, backbone: BackbonePlan | None) -> None:
+    if steps == 0 and (backbone is None or backbone.training != "frozen"):
+        raise ValueError(
+            "steps must be at least 1 with a trained backbone, got 0; the closed form "
+            "needs backbone_training frozen."
+        )
 
 
 def _choose_view(
@@ -457,6 +478,16 @@ def _notes_on_classes(sizes: np.ndarray, classes: int, turns: int) -> list[str]:
             "their positives are copies of it, which differ by augmentation alone"
         )
     return notes
+
+
+def _notes_on_head(sizes: np.ndarray, plan: Plan) -> list[str]:
+    """A note on a head that cannot begin with within-class whitening."""
+    if not plan.pretrained or max(sizes) > 1:
+        return []
+    return [
+        "the head begins with the principal directions of the features: no class has "
+        "two training images"
+    ]
 
 
 def _notes_on_relevance(config: Config, names: Sequence[str]) -> list[str]:

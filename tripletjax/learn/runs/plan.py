@@ -128,3 +128,8 @@ class Plan:
     def frozen(self) -> bool:
         """Whether a head alone is trained, on features that are kept."""
         return self.backbone_training == "frozen"
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether a head is trained that has a closed form."""
+        return self.frozen and self.backbone is not None and not self.backbone.hidden

@@ -162,6 +162,12 @@ class Backbone:
         options = self.options | options
         return self.of.network(**options, dtype=dtype, rngs=rngs)
 
+    @property
+    def features(self) -> int:
+        """Number of features."""
+        network: Any = self.abstract()
+        return network.features
+
     def abstract(self, *, dtype: DTypeLike | None = None) -> nnx.Module:
         """Build the network with shapes alone, to be filled."""
         return nnx.eval_shape(lambda: self.build(dtype=dtype, rngs=nnx.Rngs(0)))
