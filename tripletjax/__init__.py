@@ -97,7 +97,7 @@ from tripletjax.pair_losses import (
     mean_valid_by_side,
     separable_loss,
 )
-from tripletjax.pairs import PairMasks, pair_masks
+from tripletjax.pairs import PairMasks, ignore_false_negatives, pair_masks
 from tripletjax.relevance import relevance_triplets
 from tripletjax.separable_losses import contrastive_loss, margin_loss, sigmoid_loss
 from tripletjax.softmax_losses import (
@@ -152,6 +152,7 @@ __all__ = [
     "generalized_lifted_structure_loss",
     "hard_band",
     "hard_examples",
+    "ignore_false_negatives",
     "info_nce_loss",
     "log_sum_exp_loss",
     "losses",

@@ -331,6 +331,8 @@ def supcon_loss(
     *,
     metric: Metric = cosine,
     temperature: ArrayLike = 0.1,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
     references: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
@@ -341,7 +343,8 @@ def supcon_loss(
     reduce_fn: Reduction | None = mean_valid,
 ) -> Any:
     """Supervised contrastive loss."""
-    loss = softmax_losses.define_supcon(temperature)
+    guard = false_negative_margin, false_negative_share
+    loss = softmax_losses.define_supcon(temperature, *guard)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     blocks = Blocks(metric, references, axis_name, block_size)
     return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
@@ -354,6 +357,8 @@ def nt_xent_loss(
     *,
     metric: Metric = cosine,
     temperature: ArrayLike = 0.1,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
     references: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
@@ -364,7 +369,8 @@ def nt_xent_loss(
     reduce_fn: Reduction | None = mean_valid,
 ) -> Any:
     """Normalised temperature-scaled cross entropy of each positive pair."""
-    loss = softmax_losses.define_nt_xent(temperature)
+    guard = false_negative_margin, false_negative_share
+    loss = softmax_losses.define_nt_xent(temperature, *guard)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     blocks = Blocks(metric, references, axis_name, block_size)
     return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
@@ -377,6 +383,8 @@ def decoupled_contrastive_loss(
     *,
     metric: Metric = cosine,
     temperature: ArrayLike = 0.1,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
     references: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
@@ -387,7 +395,8 @@ def decoupled_contrastive_loss(
     reduce_fn: Reduction | None = mean_valid,
 ) -> Any:
     """Decoupled contrastive loss, whose denominator has negatives alone."""
-    loss = softmax_losses.define_decoupled_contrastive(temperature)
+    guard = false_negative_margin, false_negative_share
+    loss = softmax_losses.define_decoupled_contrastive(temperature, *guard)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     blocks = Blocks(metric, references, axis_name, block_size)
     return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
@@ -400,6 +409,8 @@ def nca_loss(
     *,
     metric: Metric = cosine,
     temperature: ArrayLike = 0.1,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
     references: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
@@ -410,7 +421,8 @@ def nca_loss(
     reduce_fn: Reduction | None = mean_valid,
 ) -> Any:
     """Neighbourhood components analysis: the probability of any positive."""
-    loss = softmax_losses.define_nca(temperature)
+    guard = false_negative_margin, false_negative_share
+    loss = softmax_losses.define_nca(temperature, *guard)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     blocks = Blocks(metric, references, axis_name, block_size)
     return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
@@ -424,6 +436,8 @@ def info_nce_loss(
     metric: Metric = cosine,
     temperature: ArrayLike = 0.05,
     symmetric: bool = False,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
     references: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
@@ -434,7 +448,8 @@ def info_nce_loss(
     reduce_fn: Reduction | None = mean_valid,
 ) -> Any:
     """InfoNCE of two sides, such as questions and answers or images and captions."""
-    loss = softmax_losses.define_info_nce(temperature, symmetric)
+    guard = false_negative_margin, false_negative_share
+    loss = softmax_losses.define_info_nce(temperature, symmetric, *guard)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     blocks = Blocks(metric, references, axis_name, block_size)
     return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)

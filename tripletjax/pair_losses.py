@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from tripletjax._api import check_nonnegative, check_positive, jitted
+from tripletjax._api import check_finite, check_nonnegative, check_positive, jitted
 from tripletjax._closures import canonical
 from tripletjax._matrices import as_distances, check_not_embeddings
 from tripletjax.losses import (
@@ -197,8 +197,8 @@ class LogSumExp:
         logit: elementwise ``(distances of negatives, parameters) -> logits``.
         cost: ``(AnchorPairs, parameters) -> terms`` ``[..., n]``.
         limits: None, or ``(distances of positives [..., n, k], which exist, parameters)
-            -> (low, high)`` ``[..., n]``: negatives count only between the two. Limits
-            have no gradient.
+            -> (low, high)`` ``[..., n]``: negatives count from low on and below high.
+            Limits have no gradient.
     """
 
     logit: Callable[[Array, Parameters], Array]
@@ -215,8 +215,7 @@ class LogSumExp:
         """The limits of each anchor's negatives, or None."""
         if self.limits is None:
             return None
-        low, high = self.limits(distances, exists, parameters)
-        return lax.stop_gradient((low, high))
+        return self.limits(*lax.stop_gradient((distances, exists, parameters)))
 
     def terms(self, distances: Array, masks: PairMasks, parameters: Parameters) -> Any:
         """The terms ``[..., n]`` of a distance matrix ``[..., n, m]``."""
@@ -225,7 +224,8 @@ class LogSumExp:
         kept = negative
         if (limits := self.limits_of(d_ap, positive, parameters)) is not None:
             low, high = (x[..., None] for x in limits)
-            kept = kept & (low < distances) & (distances < high)
+            # A NaN stays, for the loss to show it.
+            kept = kept & ~((distances < low) | (distances >= high))
         logits = self.logit(jnp.where(kept, distances, 0), parameters)
         nearest = jnp.min(jnp.where(kept, distances, jnp.inf), axis=-1)
         return self.cost(
@@ -391,13 +391,14 @@ class Definition(NamedTuple):
             static=static,
             nonnegative=names(check_nonnegative),
             positive=names(check_positive),
+            finite=names(check_finite),
             optional=("reduce_fn",),
             check=check,
         )(of_scalars)
 
 
-def any_number(name: str, value: Any) -> None:
-    """The check of a parameter that may be any number."""
+def any_tree(name: str, value: Any) -> None:
+    """The check of parameters that may be any pytree of numbers."""
 
 
 # The definition of each loss of distances, for its form of embeddings.
@@ -408,7 +409,8 @@ def pair_loss(
     *,
     positive: tuple[str, ...] = (),
     nonnegative: tuple[str, ...] = (),
-    numbers: tuple[str, ...] = (),
+    finite: tuple[str, ...] = (),
+    trees: tuple[str, ...] = (),
     callables: tuple[str, ...] = (),
     flags: tuple[str, ...] = (),
     by_anchor: bool = True,
@@ -416,14 +418,16 @@ def pair_loss(
     """Define a loss of distances: check and jit the function that it decorates.
 
     Args:
-        positive, nonnegative, numbers: names of numeric parameters, which may be
-            traced and have gradients.
+        positive, nonnegative, finite: names of numeric parameters, which may be
+            traced and have gradients. Known values must be finite.
+        trees: names of pytrees of such parameters, whose values nothing checks.
         callables, flags: names of static parameters.
         by_anchor: whether terms are those of the anchors, and never of references.
     """
     checks: dict[str, Check] = dict.fromkeys(positive, check_positive)
     checks |= dict.fromkeys(nonnegative, check_nonnegative)
-    checks |= dict.fromkeys(numbers, any_number)
+    checks |= dict.fromkeys(finite, check_finite)
+    checks |= dict.fromkeys(trees, any_tree)
     definition = Definition(checks, callables, flags, by_anchor)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -459,7 +463,7 @@ def both_sides(*terms: Any) -> Any:
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *terms)
 
 
-@pair_loss(callables=("logit", "cost", "limits"), numbers=("parameters",))
+@pair_loss(callables=("logit", "cost", "limits"), trees=("parameters",))
 def log_sum_exp_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -488,7 +492,8 @@ def log_sum_exp_loss(
             ``pairs.terms(total, valid)``. It must return zeros for anchors without
             pairs.
         limits: None, or ``(distances of positives, which exist, parameters) -> (low,
-            high)``. Only negatives between both limits of their anchor count.
+            high)``. Only negatives from low on and below high count, without a
+            gradient of the limits.
         parameters: a pytree of numbers with gradients, such as a temperature. Functions
             must not close over traced arrays.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
@@ -522,7 +527,7 @@ def log_sum_exp_loss(
     return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
-@pair_loss(callables=("positive_cost", "negative_cost"), numbers=("parameters",))
+@pair_loss(callables=("positive_cost", "negative_cost"), trees=("parameters",))
 def separable_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,

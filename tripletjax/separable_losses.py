@@ -40,7 +40,7 @@ def define_contrastive(
     return PairLoss(Separable(_beyond_margin, _within_margin), parameters)
 
 
-@pair_loss(numbers=("positive_margin", "negative_margin"))
+@pair_loss(finite=("positive_margin", "negative_margin"))
 def contrastive_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -109,7 +109,7 @@ def define_margin(margin: ArrayLike, beta: ArrayLike) -> PairLoss:
     return PairLoss(Separable(_beyond_boundary, _within_boundary), (margin, beta))
 
 
-@pair_loss(numbers=("margin", "beta"))
+@pair_loss(finite=("margin", "beta"))
 def margin_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -183,7 +183,7 @@ def define_sigmoid(scale: ArrayLike, bias: ArrayLike) -> PairLoss:
     return PairLoss(Separable(_sigmoid_positive, _sigmoid_negative), (scale, bias))
 
 
-@pair_loss(positive=("scale",), numbers=("bias",))
+@pair_loss(positive=("scale",), finite=("bias",))
 def sigmoid_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,

@@ -286,7 +286,7 @@ def _inside(d: Array, limits: tuple[Array, Array] | None, side: Direction) -> An
     if limits is None:
         return True
     low, high = (side.at(x) for x in limits)
-    return (low < d) & (d < high)
+    return ~((d < low) | (d >= high))
 
 
 def _log_sum_exps(
