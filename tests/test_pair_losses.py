@@ -1,6 +1,7 @@
 """Log-sum-exp and separable losses: oracles, both forms, traps of other libraries."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 from hypothesis import given, settings
-from problems import LABELS, batch, problems, unless_slow, vectors
+from problems import LABELS, batch, in_lanes, problems, unless_slow, vectors
 
 import tripletjax as tj
 
@@ -850,50 +851,47 @@ def test_class_vectors_need_labels(blockwise):
 # Meshes.
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", ["supcon", "sigmoid"])
-def test_meshes(name, devices):
-    """One value and gradient, also by parameters, on any number of devices."""
-    loss = getattr(tj.blockwise, LOSSES[name][0].__name__)
-    x, labels = batch(32)
-    parameters = {k: jnp.float32(v) for k, v in LOSSES[name][2].items()}
-
-    def value(x, parameters, **options):
-        return loss(x, labels, block_size=8, **parameters, **options)
-
-    expected = jax.value_and_grad(value, (0, 1))(x, parameters)
-    with jax.set_mesh(jax.make_mesh((devices,), ("data",))):
-        program = jax.jit(
-            jax.value_and_grad(functools.partial(value, axis_name="data"), (0, 1))
-        )
-        got = program(x, parameters)
-        text = program.lower(x, parameters).as_text()
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
-        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
-    # Vectors, labels; and `where` if there is one.
-    gathers = len(re.findall(r"stablehlo.all_gather", text))
-    assert gathers <= 2
+# name -> gathers of vectors. Each direction of two sides that are both anchors has one.
+OVER_MESHES = {
+    "supcon": 1,
+    "sigmoid": 1,
+    "nt_xent without false negatives": 1,
+    "info_nce": 1,
+    "arcface": 1,
+    "proxy_anchor": 1,
+    "info_nce of both sides": 2,
+}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["info_nce", "info_nce of both sides", "arcface", "proxy_anchor"]
+@in_lanes(
+    ("name", "devices"),
+    itertools.product(OVER_MESHES, [1, 2, 4, 8]),
+    slow=lambda name, devices: (
+        devices == 4 or (devices == 8 and name in ("supcon", "sigmoid"))
+    ),
 )
-def test_meshes_of_two_sides(name):
-    loss, _, _, fixed = LOSSES[name]
+def test_meshes(name, devices):
+    """One value and one gradient, by parameters as well, on any number of devices."""
+    loss, _, values, fixed = LOSSES[name]
     loss = getattr(tj.blockwise, loss.__name__)
     x, labels = batch(32)
     y, classes = batch(16, classes=3, seed=1)
+    parameters = {k: jnp.float32(v) for k, v in values.items()}
 
-    def value(x, y, **options):
-        return loss(
-            x, labels, references=y, reference_labels=classes, **fixed, **options
-        )
+    def value(x, y, parameters, **options):
+        if name in TWO_SIDES:
+            options |= {"references": y, "reference_labels": classes}
+        return loss(x, labels, block_size=8, **parameters, **fixed, **options)
 
-    expected = jax.value_and_grad(value, (0, 1))(x, y)
-    with jax.set_mesh(jax.make_mesh((4,), ("data",))):
+    arguments = x, y, parameters
+    expected = jax.jit(jax.value_and_grad(value, (0, 1, 2)))(*arguments)
+    with jax.set_mesh(jax.make_mesh((devices,), ("data",))):
         step = functools.partial(value, axis_name="data")
-        got = jax.jit(jax.value_and_grad(step, (0, 1)))(x, y)
+        program = jax.jit(jax.value_and_grad(step, (0, 1, 2)))
+        got, text = program(*arguments), program.lower(*arguments).as_text()
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+    gathers = re.findall(r'stablehlo.all_gather"[^\n]*x5xf32>\n', text)
+    scatters = re.findall(r"stablehlo.(?:reduce_scatter|all_to_all)", text)
+    assert len(gathers) == OVER_MESHES[name]
+    assert len(scatters) == (OVER_MESHES[name] if devices > 1 else 0)

@@ -168,9 +168,8 @@ def test_symmetric_multiple_negatives_ranking(seed):
 
 @every_seed
 def test_cached_multiple_negatives_ranking(seed):
-    other = st_losses.CachedMultipleNegativesRankingLoss(
-        torch.nn.Identity(), mini_batch_size=5
-    )
+    model = torch.nn.Sequential(torch.nn.Identity())
+    other = st_losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=5)
 
     def theirs(x):
         parts = [list(torch.split(column, 5)) for column in columns(x, 3)]
