@@ -771,11 +771,15 @@ def contrastive(d, positive, negative, positive_margin=0.0, negative_margin=1.0)
 
 
 def margin(d, positive, negative, margin=0.2, beta=1.2):
-    """Wu et al. 2017, equation 4, over the pairs that cost anything."""
+    """Wu et al. 2017, equation 4, over the pairs that cost anything.
+
+    `beta` is a number, or one for each anchor.
+    """
     costs = []
     for a in range(len(d)):
-        costs += [margin + d[a][p] - beta for p in _of(positive, a)]
-        costs += [margin + beta - d[a][n] for n in _of(negative, a)]
+        own = beta[a] if np.ndim(beta) else beta
+        costs += [margin + d[a][p] - own for p in _of(positive, a)]
+        costs += [margin + own - d[a][n] for n in _of(negative, a)]
     return mean(c for c in costs if c > 0)
 
 

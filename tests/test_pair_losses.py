@@ -729,6 +729,84 @@ def test_hard_negatives_are_references_without_an_anchor():
     )
 
 
+# A boundary of each class.
+
+
+@pytest.mark.parametrize("labels", unless_slow(LABELS, ["uneven"], slow=["many"]))
+def test_boundaries_of_classes(labels):
+    """Both forms, by embeddings and by the boundaries; float64 for the gradients."""
+    labels = LABELS[labels]
+    where = np.arange(40) < 37
+    beta = np.random.default_rng(0).uniform(0.5, 1.5, labels.max() + 1)
+    masks = oracles.pair_masks(labels, where=where)
+    x = np.asarray(vectors(), float)
+
+    def oracle(x, beta):
+        d = oracles.matrix(oracles.cosine, x)
+        return oracles.margin(d, *masks, beta=[beta[c] for c in labels])
+
+    expected, slopes = oracles.value_and_gradients(oracle, x, beta)
+    forms = {
+        "matrix": lambda x, beta: tj.margin_loss(
+            tj.cosine(x), labels, beta=beta[labels], where=where
+        ),
+        "blockwise": lambda x, beta: tj.blockwise.margin_loss(
+            x, labels, beta=beta[labels], where=where, block_size=16
+        ),
+        "terms": lambda x, beta: tj.mean_active(
+            tj.blockwise.margin_loss(
+                x,
+                labels,
+                beta=beta[labels],
+                where=where,
+                block_size=16,
+                reduce_fn=lambda terms: tj.TripletTerms(
+                    terms.total, terms.active, terms.valid
+                ),
+            )
+        ),
+    }
+    with jax.enable_x64(True):
+        for form in forms.values():
+            value, gradients = jax.jit(jax.value_and_grad(form, (0, 1)))(x, beta)
+            np.testing.assert_allclose(value, expected, rtol=1e-10)
+            for got, slope in zip(gradients, slopes):
+                np.testing.assert_allclose(got, slope, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.slow
+def test_boundaries_of_anchors_in_batches_and_over_meshes():
+    x, labels = batch(36)
+    beta = np.linspace(0.5, 1.5, 36, dtype=np.float32)
+    loss = functools.partial(tj.blockwise.margin_loss, block_size=8)
+    run = jax.value_and_grad(lambda x, beta: loss(x, labels, beta=beta), (0, 1))
+    expected = run(x, beta)
+    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+        over_mesh = jax.value_and_grad(
+            lambda x, beta: loss(x, labels, beta=beta, axis_name="data"), (0, 1)
+        )
+        got = jax.jit(over_mesh)(x, beta)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+    both = jnp.stack([x, x[::-1]]), jnp.stack([labels, labels[::-1]])
+    betas = jnp.stack([beta, beta[::-1]])
+    for got in (
+        loss(*both, beta=betas),
+        tj.margin_loss(tj.cosine(both[0]), both[1], beta=betas),
+    ):
+        np.testing.assert_allclose(got, [expected[0]] * 2, rtol=2e-5)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_wrong_boundaries_are_named(blockwise):
+    loss = tj.blockwise.margin_loss if blockwise else tj.margin_loss
+    x = jnp.ones((4, 4))
+    with pytest.raises(ValueError, match="beta must be a scalar or have one value"):
+        loss(x, [0, 0, 1, 1], beta=np.ones(3))
+    with pytest.raises(ValueError, match="beta must be finite"):
+        loss(x, [0, 0, 1, 1], beta=np.array([1, 1, np.nan, 1]))
+
+
 # False negatives.
 
 

@@ -34,6 +34,7 @@ from tripletjax.pair_losses import (
     Parameters,
     Separable,
     both_sides,
+    is_per_anchor,
     mean_active_by_side,
     mean_of_anchors,
     mean_valid_by_side,
@@ -96,7 +97,11 @@ def _of_embeddings(
                 return result
             return without_padding(result, n, options)
 
-        return over_mesh(together=together, parameters=definition.checks)(compiled)
+        return over_mesh(
+            together=together,
+            parameters=definition.checks,
+            of_anchors=definition.of_anchors,
+        )(compiled)
 
     return decorate
 
@@ -143,11 +148,19 @@ def _blockwise(
         sides.append(_other_side(embeddings, labels, options))
     checked = [as_batch(metric, x, y, **side) for x, y, side in sides]
     batches, lead = [batch for batch, _ in checked], checked[0][1]
-    parameters = loss.parameters_as(batches[0].anchors.dtype)
+    anchors = batches[0].anchors
+    parameters = loss.parameters_for(anchors.dtype, anchors.shape[:-1])
+    # Every batch of the leading dimensions has the parameters that are not per anchor.
+    parameters = jax.tree.map(
+        lambda x: x if is_per_anchor(x) else jnp.broadcast_to(x, (*lead, *x.shape)),
+        parameters,
+        is_leaf=is_per_anchor,
+    )
     symmetric = loss.symmetric and not apart
     spec = PairSpec(loss.shape, metric, symmetric, summed, block_size)
 
-    def one(batches: list[Batch]) -> Any:
+    def one(inputs: tuple[list[Batch], Any]) -> Any:
+        batches, parameters = inputs
         each = [pair_terms(spec, *_varying(x, parameters)) for x in batches]
         if not summed:
             if axis_name is not None:
@@ -158,7 +171,7 @@ def _blockwise(
             sums = lax.psum(sums, axis_name)
         return reduce_fn.of_sums(sums)
 
-    return for_each_batch(lead, one, batches)
+    return for_each_batch(lead, one, (batches, parameters))
 
 
 def _other_side(

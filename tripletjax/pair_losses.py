@@ -26,12 +26,13 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from tripletjax._api import check_finite, check_nonnegative, check_positive, jitted
 from tripletjax._closures import canonical
-from tripletjax._matrices import as_distances, check_not_embeddings
+from tripletjax._matrices import as_distances, check_not_embeddings, values_at_hand
 from tripletjax.losses import (
     Reduction,
     SumReduction,
@@ -49,6 +50,44 @@ R = TypeVar("R")
 Check = Callable[[str, Any], None]
 # A pytree of arrays with gradients, such as a temperature.
 Parameters = Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["name"]
+)
+@dataclasses.dataclass(frozen=True)
+class PerAnchor:
+    """A parameter with a value for each anchor, among those of a separable loss.
+
+    Attributes:
+        values: ``[..., n]``.
+        name: the argument.
+    """
+
+    values: Any
+    name: str
+
+
+def is_per_anchor(x: Any) -> bool:
+    """Whether a part of parameters is a `PerAnchor`."""
+    return isinstance(x, PerAnchor)
+
+
+def at_anchors(
+    parameters: Parameters, function: Callable[[Any], Any], *, keep: bool = False
+) -> Parameters:
+    """Parameters with a function of each array ``[..., n]`` of anchors in its place.
+
+    With `keep`, the results are values of anchors as well.
+    """
+
+    def of(x: Any) -> Any:
+        if not is_per_anchor(x):
+            return x
+        values = function(x.values)
+        return PerAnchor(values, x.name) if keep else values
+
+    return jax.tree.map(of, parameters, is_leaf=is_per_anchor)
 
 
 class AnchorPairs(NamedTuple):
@@ -258,6 +297,7 @@ class Separable:
 
     def terms(self, distances: Array, masks: PairMasks, parameters: Parameters) -> Any:
         """The terms ``[..., n]`` of a distance matrix ``[..., n, m]``."""
+        parameters = at_anchors(parameters, lambda x: x[..., None])
         functions = self.positive_cost, self.negative_cost
         positives, negatives = (
             sums_of_pairs(function, distances, mask, parameters)
@@ -322,9 +362,24 @@ class PairLoss(NamedTuple):
     symmetric: bool = False
     swapped: bool = False
 
-    def parameters_as(self, dtype: Any) -> Parameters:
-        """The parameters as arrays of a dtype."""
-        return jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), self.parameters)
+    def parameters_for(self, dtype: Any, anchors: tuple[int, ...]) -> Parameters:
+        """The parameters as arrays of a dtype, for anchors of a shape ``[..., n]``."""
+
+        def broadcast(x: PerAnchor) -> PerAnchor:
+            try:
+                return PerAnchor(jnp.broadcast_to(x.values, anchors), x.name)
+            except ValueError:
+                raise ValueError(
+                    f"{x.name} must be a scalar or have one value for each anchor, got "
+                    f"shape {jnp.shape(x.values)} for anchors of shape {anchors}."
+                ) from None
+
+        parameters = jax.tree.map(
+            lambda x: broadcast(x) if is_per_anchor(x) else x,
+            self.parameters,
+            is_leaf=is_per_anchor,
+        )
+        return jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), parameters)
 
     def check_pairs(self, labels: Any, pairs: PairOptions) -> None:
         """Raise for arguments of pairs that the loss cannot have."""
@@ -348,12 +403,14 @@ class Definition(NamedTuple):
         checks: names of numeric parameters, and functions that raise for wrong values.
         callables, flags: names of static parameters.
         by_anchor: whether terms are those of the anchors, and never of references.
+        of_anchors: names of parameters that may have a value for each anchor.
     """
 
     checks: dict[str, Check]
     callables: tuple[str, ...]
     flags: tuple[str, ...]
     by_anchor: bool
+    of_anchors: tuple[str, ...]
 
     def jitted(
         self,
@@ -375,12 +432,20 @@ class Definition(NamedTuple):
         def of_scalars(*args: P.args, **kwargs: P.kwargs) -> R:
             for name in self.checks:
                 value: Any = kwargs[name]
-                if name != "parameters" and value is not None and jnp.ndim(value):
+                if self.checks[name] in (any_tree, check_finite_values):
+                    continue
+                if value is not None and jnp.ndim(value):
                     raise ValueError(
                         f"{name} must be a scalar, got shape {jnp.shape(value)}; use "
                         "jax.vmap to sweep over several."
                     )
             return function(*args, **kwargs)
+
+        def check_all(*args: Any, **kwargs: Any) -> None:
+            check(*args, **kwargs)
+            for name in names(check_finite_values):
+                if name in kwargs:
+                    check_finite_values(name, kwargs[name])
 
         def names(of: Check) -> tuple[str, ...]:
             return tuple(name for name, check in self.checks.items() if check is of)
@@ -393,8 +458,18 @@ class Definition(NamedTuple):
             positive=names(check_positive),
             finite=names(check_finite),
             optional=("reduce_fn",),
-            check=check,
+            check=check_all,
         )(of_scalars)
+
+
+def check_finite_values(name: str, value: Any) -> None:
+    """Raise for a scalar, or for an array at hand, with a NaN or an infinity."""
+    if not jnp.ndim(value):
+        check_finite(name, value)
+        return
+    values = values_at_hand(value)
+    if values is not None and not np.isfinite(values.astype(float)).all():
+        raise ValueError(f"{name} must be finite, got NaN or infinite values.")
 
 
 def any_tree(name: str, value: Any) -> None:
@@ -410,6 +485,7 @@ def pair_loss(
     positive: tuple[str, ...] = (),
     nonnegative: tuple[str, ...] = (),
     finite: tuple[str, ...] = (),
+    of_anchors: tuple[str, ...] = (),
     trees: tuple[str, ...] = (),
     callables: tuple[str, ...] = (),
     flags: tuple[str, ...] = (),
@@ -420,6 +496,7 @@ def pair_loss(
     Args:
         positive, nonnegative, finite: names of numeric parameters, which may be
             traced and have gradients. Known values must be finite.
+        of_anchors: names of such parameters that may have a value for each anchor.
         trees: names of pytrees of such parameters, whose values nothing checks.
         callables, flags: names of static parameters.
         by_anchor: whether terms are those of the anchors, and never of references.
@@ -427,8 +504,9 @@ def pair_loss(
     checks: dict[str, Check] = dict.fromkeys(positive, check_positive)
     checks |= dict.fromkeys(nonnegative, check_nonnegative)
     checks |= dict.fromkeys(finite, check_finite)
+    checks |= dict.fromkeys(of_anchors, check_finite_values)
     checks |= dict.fromkeys(trees, any_tree)
-    definition = Definition(checks, callables, flags, by_anchor)
+    definition = Definition(checks, callables, flags, by_anchor, of_anchors)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         public = definition.jitted(function, check=check_not_embeddings)
@@ -448,7 +526,7 @@ def of_distances(
     """The reduced terms of a loss of a distance matrix ``[..., n, m]``."""
     distances = as_distances(distances)
     loss.check_pairs(labels, pairs)
-    parameters = loss.parameters_as(distances.dtype)
+    parameters = loss.parameters_for(distances.dtype, distances.shape[:-1])
     masks = masks_for(distances, labels, **pairs._asdict())
     swap = lambda x: jnp.swapaxes(x, -1, -2)  # noqa: E731
     sides = [] if loss.swapped else [(distances, masks)]

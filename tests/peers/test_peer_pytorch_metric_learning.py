@@ -198,16 +198,21 @@ def test_margin_loss(labels_name, seed):
         )
         return total / active
 
-    theirs = losses.MarginLoss(
-        margin=0.3, beta=3.0, distance=distances.LpDistance(**PLAIN)
-    )
-    options = {"margin": 0.3, "beta": 3.0, "reduce_fn": reduce_fn}
-    assert_same(
-        on_matrix(tj.margin_loss, labels, **options),
-        lambda x: theirs(x, torch.tensor(labels)),
-        embeddings(seed),
-        rtol=1e-8,
-    )
+    theirs = losses.MarginLoss(margin=0.3, distance=distances.LpDistance(**PLAIN))
+
+    # The last numbers are boundaries: one for each class.
+    def ours(numbers):
+        d, beta = tj.euclidean(numbers[:96].reshape(16, 6)), numbers[96:]
+        options = {"margin": 0.3, "reduce_fn": reduce_fn}
+        return tj.margin_loss(d, labels, beta=beta[labels], **options)
+
+    def of_torch(numbers):
+        theirs.beta = numbers[96:]
+        return theirs(numbers[:96].reshape(16, 6), torch.tensor(labels))
+
+    beta = np.linspace(2.5, 3.5, labels.max() + 1)
+    numbers = np.concatenate([embeddings(seed).ravel(), beta])
+    assert_same(ours, of_torch, numbers, rtol=1e-8)
 
 
 # name -> (our loss, our options, their loss, name of their class vectors)
