@@ -116,7 +116,7 @@ def head(steps: int) -> None:
         optax.adamw(1e-3),
         sampling.ImageBatches(images, labels, 40, 4),
         steps=steps,
-        loss=objectives.mined_loss(),
+        loss=objectives.batch_loss(),
         augment=AnyView(),
         ema_decay=0.98,
         progress=False,

@@ -1,7 +1,7 @@
 """What the default training is worth on handwritten digits, over several seeds.
 
     python benchmarks/digits.py
-    python benchmarks/digits.py --mining hard --seeds 5
+    python benchmarks/digits.py --loss hard --seeds 5
 
 Trains on the first 898 images, less 90 for validation, and evaluates on the
 last 899. All choices are the defaults of `tripletjax.learn.Config`; every seed is
@@ -16,19 +16,19 @@ from pathlib import Path
 import numpy as np
 
 from tripletjax import learn
-from tripletjax.learn.training import objectives
+from tripletjax.learn.training.losses import LOSSES
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--mining", choices=objectives.MINING, default="semi-hard")
+    parser.add_argument("--loss", choices=LOSSES, default="semi-hard")
     arguments = parser.parse_args()
     names = ("map_at_r", "r_precision", "recall_at_1", "gallery_recall_at_1", "seconds")
     print("".join(f"{name:>18}" for name in ("", *names)))
     rows = []
     for seed in range(arguments.seeds):
-        config = learn.Config(seed=seed, mining=arguments.mining)
+        config = learn.Config(seed=seed, loss=arguments.loss)
         with tempfile.TemporaryDirectory() as directory:
             start = time.perf_counter()
             metrics = learn.run(config, Path(directory) / "run", progress=False)

@@ -29,7 +29,8 @@ from tripletjax.learn.data.image_array import ArrayImages
 from tripletjax.learn.runs import tasks
 from tripletjax.learn.runs.model import build_model
 from tripletjax.learn.runs.record import ImageRecord, RunRecord
-from tripletjax.learn.training import objectives
+from tripletjax.learn.training.losses import find_loss
+from tripletjax.learn.training.optimizer import learning_rates
 
 CONFIDENCE = 0.95
 # MAP@R in percent by class, at each seed.
@@ -48,19 +49,18 @@ class WithMargin:
 
 
 @functools.cache
-def loss_of(mining: str):
-    """Mined loss of labels that carry the margin."""
-    loss, mean = objectives.MINING[mining]
-    return lambda x, labels: loss(x, labels[0], margin=labels[1], reduce_fn=mean)
+def loss_of(name: str):
+    """Triplet loss of labels that carry the margin."""
+    one = find_loss(name)
+    return lambda x, labels: one.function(
+        x, labels[0], margin=labels[1], reduce_fn=one.mean
+    )
 
 
 @functools.cache
 def optimizer(learning_rate: float, weight_decay: float, steps: int):
     """The optimizer of `learn.run`, one object for all margins."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, min(50, steps // 10), steps
-    )
-    return optax.adamw(schedule, weight_decay=weight_decay)
+    return optax.adamw(learning_rates(learning_rate, steps), weight_decay=weight_decay)
 
 
 def load(arguments: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Images]:
@@ -105,8 +105,8 @@ def train(
         notes=(),
     )
     model = build_model(record)
-    losses = [(0, loss_of(config.mining))]
-    if config.mining == "hard":
+    losses = [(0, loss_of(config.loss))]
+    if config.loss == "hard":
         warm = int(config.batch_all_fraction * plan.steps)
         losses = [(0, loss_of("all")), (warm, loss_of("hard"))]
     lines = learn.fit(
@@ -155,7 +155,7 @@ def measure(arguments: argparse.Namespace) -> dict[float, Scores]:
             start = time.perf_counter()
             config = learn.Config(
                 data=arguments.data,
-                mining=arguments.mining,
+                loss=arguments.loss,
                 margin=margin,
                 seed=seed,
                 size=arguments.size,
@@ -208,7 +208,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--margins", type=float, nargs="+", default=[0.2, 0.4, 0.8])
-    parser.add_argument("--mining", choices=objectives.MINING, default="semi-hard")
+    parser.add_argument(
+        "--loss", choices=["semi-hard", "hard", "all"], default="semi-hard"
+    )
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--images", type=int, help="largest number of each class")
     parser.add_argument("--size", type=int, help="longer side in pixels")

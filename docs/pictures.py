@@ -12,17 +12,28 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tripletjax.apps import identification, search, verification
+from tripletjax.apps import (
+    clustering,
+    identification,
+    mining,
+    search,
+    verification,
+)
+from tripletjax.apps.clustering import report as clustering_report
 from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.identification import report as identification_report
 from tripletjax.apps.images import load_image
+from tripletjax.apps.mining import report as mining_report
 from tripletjax.apps.search import report as search_report
 from tripletjax.apps.verification import report as verification_report
 from tripletjax.learn.data.class_folders import find_classes
+from tripletjax.learn.embedder import ImageEmbedder
 
 # Of every third class nobody is in the gallery; of the others so many images.
 UNKNOWN, KNOWN = 3, 3
 QUERIES = 4
+# Images in the folder of another class, of which the picture has some.
+MOVED, PICTURED = 6, 5
 
 
 def main() -> None:
@@ -46,6 +57,8 @@ def main() -> None:
         hits = search_report.search_files(index, queries, k=8)
         search_report.draw_hits(index, hits, out / "search.png")
 
+        draw_label_errors(embedder, classes, root / "moved", out / "label_errors.png")
+
         measured = verification.evaluate(embedder, arguments.unseen, progress=True)
         for line in verification_report.format_report(measured.report):
             print(line)
@@ -68,6 +81,9 @@ def main() -> None:
         x = vectors_of(embedder, [load_image(file) for file in probes])
         assert measured.calibration is not None
         calibration = measured.calibration
+        chosen = clustering.choose_threshold(calibration)
+        groups = clustering.group_images(index, chosen.threshold)
+        clustering_report.draw(index, groups, out / "groups.png")
         threshold = calibration.threshold
         strangers = identification.Strangers.of(gallery, calibration)
         report = identification_report.make_gallery_report(
@@ -79,6 +95,29 @@ def main() -> None:
         for line in identification_report.format_identities(probes, named):
             print(line)
         identification_report.draw(gallery_index, probes, named, out / "identify.png")
+
+
+def draw_label_errors(
+    embedder: ImageEmbedder, classes: dict[str, list[Path]], folder: Path, out: Path
+) -> None:
+    """Copy the images to a folder, some to a wrong class, and draw likely errors."""
+    names, wrong = sorted(classes), set()
+    for number, name in enumerate(names):
+        for index, file in enumerate(classes[name]):
+            move = index == 0 and number % (len(names) // MOVED) == 0
+            place = folder / (names[number - len(names) // 2] if move else name)
+            place.mkdir(parents=True, exist_ok=True)
+            # Drawings of different characters may have the same name.
+            copy = place / (f"{Path(name).name}_{file.name}" if move else file.name)
+            shutil.copy(file, copy)
+            wrong |= {copy} if move else set()
+    mined = mining.mine(embedder, folder)
+    listed = [mined.images.files[index] for index in mined.label_errors.images]
+    print(
+        f"{len(wrong)} images moved to a wrong class, {len(wrong & {*listed})} of them "
+        f"among {len(listed)} likely label errors"
+    )
+    mining_report.draw(mined, out, most=PICTURED)
 
 
 if __name__ == "__main__":

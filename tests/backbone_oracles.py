@@ -165,6 +165,55 @@ def convnext(arrays, x):
     return layer_norm(x.mean(axis=(2, 3)), arrays, "head.norm")
 
 
+def efficientnet(arrays, x):
+    """Under the names of efficientnet-pytorch, padded as in TensorFlow."""
+    lite = "_blocks.0._se_reduce.weight" not in arrays
+
+    def active(x):
+        return np.clip(x, 0, 6) if lite else x / (1 + np.exp(-x))
+
+    def convolved(x, name, norm, stride=1, groups=1):
+        kernel = arrays[f"{name}.weight"]
+        size = kernel.shape[2]
+        ends = [(0, 0), (0, 0)]
+        for length in x.shape[2:]:
+            total = max((-(-length // stride) - 1) * stride + size - length, 0)
+            ends.append((total // 2, total - total // 2))
+        y = conv(np.pad(x, ends), kernel, stride=stride, groups=groups)
+        return batch_norm(y, arrays, norm, 1e-3)
+
+    def block(x, name, stride):
+        y = x
+        if f"{name}._expand_conv.weight" in arrays:
+            y = active(convolved(y, f"{name}._expand_conv", f"{name}._bn0"))
+        depthwise, norm = f"{name}._depthwise_conv", f"{name}._bn1"
+        y = active(convolved(y, depthwise, norm, stride, y.shape[1]))
+        if not lite:
+            weights = y.mean((2, 3), keepdims=True)
+            for part in ("_se_reduce", "_se_expand"):
+                kernel, bias = (
+                    arrays[f"{name}.{part}.{of}"] for of in ("weight", "bias")
+                )
+                weights = conv(weights, kernel, bias)
+                weights = active(weights) if part == "_se_reduce" else weights
+            y = y / (1 + np.exp(-weights))
+        y = convolved(y, f"{name}._project_conv", f"{name}._bn2")
+        return x + y if stride == 1 and x.shape == y.shape else y
+
+    x = active(convolved(x, "_conv_stem", "_bn0", 2))
+    for number, (_, stride, _) in enumerate(EFFICIENTNET):
+        x = block(x, f"_blocks.{number}", stride)
+    return active(convolved(x, "_conv_head", "_bn1")).mean((2, 3))
+
+
+# Size of the kernel, stride and output channels of the blocks of a small EfficientNet:
+# seven stages, of which the second has two blocks.
+EFFICIENTNET = (
+    *[(3, 1, 8), (3, 2, 12), (3, 1, 12), (5, 2, 16)],
+    *[(3, 2, 20), (5, 1, 24), (5, 2, 28), (3, 1, 32)],
+)
+
+
 def inception_resnet(arrays, x):
     def layer(x, name, stride=1, padding=(0, 0)):
         y = conv(x, arrays[f"{name}.conv.weight"], stride=stride, padding=padding)
@@ -310,6 +359,31 @@ def small_convnext(*, widths=(8, 12, 16, 24), seed=0):
             made.array(f"{name}.gamma", (width,), 0.2, 0.5)
     made.norm("head.norm", widths[-1])
     made.linear("head.fc", 5, widths[-1])
+    return made.done()
+
+
+def small_efficientnet(*, lite=False, seed=0):
+    """Under the names of efficientnet-pytorch."""
+    made = Drawn(seed)
+    made.conv("_conv_stem", 8, 3, 3)
+    made.norm("_bn0", 8, statistics=True)
+    incoming = 8
+    for number, (size, _, out) in enumerate(EFFICIENTNET):
+        name, inside = f"_blocks.{number}", (6 if number else 1) * incoming
+        if number:
+            made.conv(f"{name}._expand_conv", inside, incoming, 1)
+            made.norm(f"{name}._bn0", inside, statistics=True)
+        made.conv(f"{name}._depthwise_conv", inside, 1, size)
+        made.norm(f"{name}._bn1", inside, statistics=True)
+        if not lite:
+            made.conv(f"{name}._se_reduce", incoming // 4, inside, 1, bias=True)
+            made.conv(f"{name}._se_expand", inside, incoming // 4, 1, bias=True)
+        made.conv(f"{name}._project_conv", out, inside, 1)
+        made.norm(f"{name}._bn2", out, statistics=True)
+        incoming = out
+    made.conv("_conv_head", 40, incoming, 1)
+    made.norm("_bn1", 40, statistics=True)
+    made.linear("_fc", 5, 40)
     return made.done()
 
 

@@ -102,6 +102,13 @@ sqrt = _with_derivative(math.sqrt, lambda x: 0.5 / math.sqrt(x))
 sin = _with_derivative(math.sin, math.cos)
 cos = _with_derivative(math.cos, lambda x: -math.sin(x))
 arccos = _with_derivative(math.acos, lambda x: -1 / math.sqrt((1 - x) * (1 + x)))
+
+
+def _logistic(x):
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+
+
+sigmoid_of = _with_derivative(_logistic, lambda x: _logistic(x) * _logistic(-x))
 softplus = _with_derivative(
     lambda x: max(x, 0.0) + math.log1p(math.exp(-abs(x))),
     lambda x: math.exp(min(x, 0.0)) / (1 + math.exp(-abs(x))),
@@ -794,6 +801,26 @@ def sigmoid(d, positive, negative, scale=10.0, bias=-10.0):
     return total / max(anchors, 1)
 
 
+def smooth_ap(d, positive, negative, temperature=0.01, include_anchor=True):
+    """Brown et al. 2020, equations 4 to 6, of similarities -d."""
+    costs = []
+    for a in range(len(d)):
+        ps, ns = ([d[a][j] for j in _of(mask, a)] for mask in (positive, negative))
+        if not ps:
+            continue
+        if include_anchor:
+            ps.append(0.0)
+        shares = []
+        for i, own in enumerate(ps):
+            rank_among_positives = 1 + sum(
+                sigmoid_of((own - p) / temperature) for j, p in enumerate(ps) if j != i
+            )
+            ahead = sum(sigmoid_of((own - n) / temperature) for n in ns)
+            shares.append(rank_among_positives / (rank_among_positives + ahead))
+        costs.append(1 - mean(shares))
+    return mean(costs)
+
+
 # Hard examples of a whole data set.
 
 
@@ -909,3 +936,47 @@ def expanded_query(q, references, k, alpha):
         weight = max(similarities[j], 0) ** alpha
         total = [s + weight * t for s, t in zip(total, references[j])]
     return unit(total)
+
+
+# Groups against classes.
+
+
+def clustering(labels, groups, copies=None):
+    """BCubed and pairwise precision and recall, and the adjusted Rand index, by pairs.
+
+    `copies` is the number of copies of each class. Pairs of two copies of one class
+    are left out.
+    """
+    items = [
+        (label, copy, group)
+        for label, group in zip(labels, groups)
+        for copy in range(1 if copies is None else copies[label])
+    ]
+    counts = {(one, two): 0 for one in (True, False) for two in (True, False)}
+    precisions, recalls = [], []
+    for i, (label, copy, group) in enumerate(items):
+        both = in_group = in_class = 0
+        for j, (label_j, copy_j, group_j) in enumerate(items):
+            if label == label_j and copy != copy_j:
+                continue
+            same, together = label == label_j, group == group_j
+            both += same and together
+            in_group += together
+            in_class += same
+            if i < j:
+                counts[same, together] += 1
+        precisions.append(both / in_group)
+        recalls.append(both / in_class)
+    true, false = counts[True, True], counts[False, True]
+    missed, rest = counts[True, False], counts[False, False]
+    index = 1.0
+    if false or missed:
+        index = 2 * (true * rest - missed * false)
+        index /= (true + missed) * (missed + rest) + (true + false) * (false + rest)
+    return {
+        "bcubed_precision": sum(precisions) / len(precisions),
+        "bcubed_recall": sum(recalls) / len(recalls),
+        "pairwise_precision": true / (true + false) if true + false else math.nan,
+        "pairwise_recall": true / (true + missed) if true + missed else math.nan,
+        "adjusted_rand_index": index,
+    }

@@ -65,13 +65,13 @@ def of(limit: int, function: Callable, *arguments: Any, **options: Any) -> Progr
     return Program(limit, partial(function, **options), arguments)
 
 
-def of_pairs(name: str, **options: Any) -> dict[str, Program]:
-    """Both forms of a log-sum-exp or separable loss."""
+def of_pairs(name: str, most: int = 32 * MIB, **options: Any) -> dict[str, Program]:
+    """Both forms of a loss of pairs; the form without a matrix uses at most `most`."""
     matrix, embeddings = getattr(tj, name), getattr(blockwise, name)
     if name not in TWO_SIDES:
         return {
             name: of_loss(6 * MATRIX, matrix, DISTANCES, Y, **options),
-            f"blockwise.{name}": of_loss(32 * MIB, embeddings, X, Y, **options),
+            f"blockwise.{name}": of_loss(most, embeddings, X, Y, **options),
         }
 
     def by_matrix(distances, y, labels):
@@ -83,7 +83,7 @@ def of_pairs(name: str, **options: Any) -> dict[str, Program]:
 
     return {
         name: of_loss(6 * MATRIX, by_matrix, DISTANCES, Y, Y),
-        f"blockwise.{name}": of_loss(32 * MIB, by_blocks, X, Y, X, Y),
+        f"blockwise.{name}": of_loss(most, by_blocks, X, Y, X, Y),
     }
 
 
@@ -112,6 +112,8 @@ PAIR_LOSSES = (
 PAIR_PROGRAMS = {}
 for loss in PAIR_LOSSES:
     PAIR_PROGRAMS |= of_pairs(loss)
+# Panels of large classes have ranks and their gradients beside the distances.
+PAIR_PROGRAMS |= of_pairs("smooth_ap_loss", most=40 * MIB)
 PAIR_PROGRAMS |= of_pairs(
     "log_sum_exp_loss", logit=lambda d, _: -d, cost=pairs_terms
 ) | of_pairs(
@@ -119,6 +121,19 @@ PAIR_PROGRAMS |= of_pairs(
     positive_cost=lambda d, _: d,
     negative_cost=lambda d, _: jnp.exp(-d),
 )
+
+
+def encoded(params, x):
+    """An encoder with activations of 16 MiB for each of its six layers, in chunks."""
+
+    def encoder(params, x):
+        for layer in params:
+            x = jnp.tanh(jnp.tile(x, 16) @ layer)
+        return x
+
+    return tj.encode_in_chunks(encoder, params, x, chunk_size=256).sum()
+
+
 PAIR_TERMS = tj.PairTerms(TERMS, TERMS, VALUES)
 PROGRAMS = PAIR_PROGRAMS | {
     "mean_of_anchors": of(MIB, tj.mean_of_anchors, PAIR_TERMS),
@@ -131,6 +146,7 @@ PROGRAMS = PAIR_PROGRAMS | {
     "Metric": of_metric(
         MATRIX // 2, tj.Metric(paired=lambda a, b: jnp.sum((a - b) ** 4))
     ),
+    "encode_in_chunks": of_loss(4 * MIB, encoded, [shape(16 * D, D)] * 6, X),
     "normalize": of_loss(4 * MIB, lambda x: tj.normalize(x).sum(), X),
     "pair_masks": of(MIB, tj.pair_masks, Y),
     "ignore_false_negatives": of(
@@ -231,7 +247,13 @@ PROGRAMS = PAIR_PROGRAMS | {
     "collapse.report": of(8 * MIB, collapse.report, X),
 }
 # These only make a few numbers or another function.
-NO_ARRAYS = {"hard_band", "semi_hard_band", "easy_band", "violating_band"}
+NO_ARRAYS = {
+    "hard_band",
+    "semi_hard_band",
+    "easy_band",
+    "violating_band",
+    "matryoshka_loss",
+}
 # These take more than two seconds to compile.
 SLOW = {
     *(name for name in PAIR_PROGRAMS if name.startswith("blockwise.")),

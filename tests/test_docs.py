@@ -17,6 +17,7 @@ from programs import quickly
 import tripletjax as tj
 from tripletjax import learn
 from tripletjax.learn.runs import defaults
+from tripletjax.learn.training.losses import LOSSES
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,7 +28,15 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in P
 
 
 # Pages that take longer than all others together.
-SLOW = ("training", "verification", "evaluation", "large-batches", "collapse")
+SLOW = (
+    "training",
+    "your-own-model",
+    "verification",
+    "evaluation",
+    "large-batches",
+    "gradient-caching",
+    "collapse",
+)
 SLOWEST = ("meshes", "composing", "pairs")
 
 
@@ -102,6 +111,7 @@ def test_the_bibliography_has_every_source():
     [
         "quickstart",
         pytest.param("compose", marks=pytest.mark.slow),
+        pytest.param("sentences", marks=pytest.mark.slow),
         pytest.param("train", marks=pytest.mark.full),
         pytest.param("deep_ranking", marks=pytest.mark.full),
         pytest.param("memory", marks=pytest.mark.full),
@@ -153,5 +163,18 @@ def test_training_has_the_table_of_defaults():
             for option, value in options.items()
         )
         rows.append(f"| {name} | {', '.join(values)} | {reason} |")
+    page = (DOCS / "training.md").read_text().splitlines()
+    assert [row for row in rows if row not in page] == []
+
+
+def test_the_page_on_training_lists_the_losses():
+    rows = []
+    for name, of in LOSSES.items():
+        numbers = ", ".join(f"`--{k}` {v:g}" for k, v in of.numbers.items())
+        learned = "class vectors" if of.class_vectors else ""
+        if of.learned:
+            learned = f"`--learn-loss`: {', '.join(of.learned)}"
+        cells = (f" {cell} " if cell else " " for cell in (name, numbers, learned))
+        rows.append("|" + "|".join(cells) + "|")
     page = (DOCS / "training.md").read_text().splitlines()
     assert [row for row in rows if row not in page] == []

@@ -13,7 +13,7 @@ import tripletjax as tj
 from tripletjax import learn
 from tripletjax.learn.data import hierarchy, sampling
 from tripletjax.learn.runs.config import Config
-from tripletjax.learn.training import objectives
+from tripletjax.learn.training import losses, objectives
 
 
 def test_levels_are_the_folders_that_are_shared():
@@ -32,16 +32,18 @@ def test_levels_are_the_folders_that_are_shared():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mining", unless_full(objectives.MINING, ["semi-hard"]))
-def test_the_loss_is_a_mean_of_those_of_the_levels(mining):
+@pytest.mark.parametrize(
+    "name", unless_full(["hard", "all", "semi-hard"], ["semi-hard"])
+)
+def test_the_loss_is_a_mean_of_those_of_the_levels(name):
     x = jax.random.normal(jax.random.key(0), (24, 5))
     x /= jnp.linalg.norm(x, axis=1, keepdims=True)
     labels = jnp.arange(24) % 8
     levels = (0, 0, 1, 1, 2, 2, 3, 3), (0, 0, 0, 0, 1, 1, 1, 1)
-    loss = objectives.relevance_loss(mining, levels, margin=0.2)
+    loss = objectives.relevance_loss(name, levels, margin=0.2)
     value, metrics = loss(x, labels)
     expected = [
-        objectives.mined_loss(mining, margin=margin)(x, of)
+        objectives.batch_loss(name, margin=margin)(x, of)
         for of, margin in (
             (labels, 0.2),
             (jnp.array(levels[0])[labels], 0.4),
@@ -53,8 +55,10 @@ def test_the_loss_is_a_mean_of_those_of_the_levels(mining):
     names = ("active", "active_1", "active_2")
     for name, (_, of) in zip(names, expected):
         np.testing.assert_allclose(metrics[name], of["active"], rtol=1e-6)
-    with pytest.raises(ValueError, match="mining must be one of"):
-        objectives.relevance_loss("some", levels)
+    with pytest.raises(
+        ValueError, match="loss must be semi-hard, hard or all, got 'supcon'"
+    ):
+        objectives.relevance_loss("supcon", levels)
 
 
 def test_coarse_levels_weigh_half_of_the_level_below(monkeypatch):
@@ -64,7 +68,10 @@ def test_coarse_levels_weigh_half_of_the_level_below(monkeypatch):
         margins.append(margin)
         return labels.sum(), {"active": labels.max()}
 
-    monkeypatch.setitem(objectives.MINING, "hard", (loss_of, tj.mean_valid))
+    hard = losses.BatchLoss(
+        loss_of, tj.mean_valid, {"margin": 0.2}, mines_triplets=True, share="active"
+    )
+    monkeypatch.setitem(losses.LOSSES, "hard", hard)
     levels = (0, 0, 10, 10), (0, 0, 0, 100)
     loss = objectives.relevance_loss("hard", levels, margin=0.125)
     value, metrics = loss(jnp.zeros((2, 1)), jnp.array([2, 3]))

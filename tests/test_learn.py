@@ -38,7 +38,7 @@ from tripletjax.learn.runs.record import RunRecord
 from tripletjax.learn.training import loop, objectives, selection
 from tripletjax.learn.training.checkpoints import Checkpoints
 from tripletjax.learn.training.metrics_log import MetricsLog
-from tripletjax.learn.training.objectives import mined_loss
+from tripletjax.learn.training.objectives import batch_loss
 from tripletjax.learn.training.selection import Validation
 
 pytestmark = pytest.mark.usefixtures("own_data_dir")
@@ -481,17 +481,17 @@ def assert_nearly_same_model(one, two):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("mining", objectives.MINING)
-def test_every_mining_trains(mining):
-    start = objectives.mined_loss("all")
-    _, lines = trained(loss=[(0, start), (10, objectives.mined_loss(mining))])
+@pytest.mark.parametrize("name", ["semi-hard", "hard", "all"])
+def test_every_triplet_loss_trains(name):
+    start = objectives.batch_loss("all")
+    _, lines = trained(loss=[(0, start), (10, objectives.batch_loss(name))])
     assert [line["step"] for line in lines] == [10, 20]
     assert all(0 <= line["active"] <= 1 and line["spread"] > 0.05 for line in lines)
 
 
 @pytest.mark.slow
 def test_losses_follow_one_another():
-    every, hard = (objectives.mined_loss(mining) for mining in ("all", "hard"))
+    every, hard = (objectives.batch_loss(name) for name in ("all", "hard"))
     one, _ = trained(10, loss=every)
     two, _ = trained(20, loss=[(0, every), (10, hard)])
     for steps, loss, same in ((10, [(0, every), (10, hard)], one), (20, hard, None)):
@@ -513,7 +513,7 @@ def test_a_loss_without_metrics(chunk):
 
     options = {"tx": SGD, "log_every": 1, "embed_chunk_size": chunk}
     model, lines = trained(3, loss=loss, **options)
-    expected, _ = trained(3, loss=objectives.mined_loss("semi-hard"), **options)
+    expected, _ = trained(3, loss=objectives.batch_loss("semi-hard"), **options)
     assert lines[0].keys() == {"step", "loss", "spread"}
     assert_nearly_same_model(model, expected)
 
@@ -633,8 +633,8 @@ def over(count):
 
 
 # Of all triplets none is chosen, which rounding might choose otherwise.
-ALL = mined_loss("all")
-ALL_OVER_MESH = mined_loss("all", axis_name="data")
+ALL = batch_loss("all")
+ALL_OVER_MESH = batch_loss("all", axis_name="data")
 
 
 @pytest.mark.slow
@@ -1136,7 +1136,7 @@ def test_nothing_is_overwritten(finished):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"mining": "some"}, "mining must be one of all, semi-hard, hard"),
+        ({"loss": "some"}, "loss must be one of semi-hard, hard, all, supcon"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"batch_all_fraction": 2}, "batch_all_fraction"),
     ],
@@ -1174,6 +1174,15 @@ def with_images(shape, kinds, each):
     )
 
 
+def test_a_pretrained_network_instead_of_training_from_scratch():
+    (general,) = defaults._notes_on_scratch(4999, aligned=False)
+    (faces,) = defaults._notes_on_scratch(4999, aligned=True)
+    assert general.startswith("4,999 photographs are few to train from scratch")
+    assert "--backbone with efficientnet-lite0 of the extra pretrained" in general
+    assert "docs/faces.md" in faces
+    assert defaults._notes_on_scratch(5000, aligned=False) == []
+
+
 @pytest.mark.parametrize(
     ("shape", "kinds", "each", "expected"),
     [
@@ -1194,7 +1203,9 @@ def with_images(shape, kinds, each):
     ],
 )
 def test_choices_by_the_data(shape, kinds, each, expected):
-    plan, _ = tasks.LabelTask(with_images(shape, kinds, each)).plan(learn.Config())
+    plan, notes = tasks.LabelTask(with_images(shape, kinds, each)).plan(learn.Config())
+    few = [note for note in notes if "photographs are few to train from" in note]
+    assert len(few) == (shape[-1] == 3 and kinds * each < 5000)
     of = plan.batches
     made = (plan.model, of.classes, of.per_class, of.rotation_classes, plan.channels)
     assert made == expected

@@ -86,7 +86,8 @@ def test_words_for_augmentation(word, expected):
         ({"relevance": "folders", "triplets": "a"}, "relevance cannot be combined"),
         ({"triplets_per_batch": 2}, "triplets_per_batch requires triplets"),
         ({"memory_warmup": 0.2}, "memory_warmup requires memory"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be at least 1 without backbone, got 0"),
+        ({"steps": -1}, "steps must be at least 0, got -1"),
     ],
 )
 def test_wrong_requests(given, words):
@@ -153,7 +154,10 @@ def test_records_are_read_back_as_they_were(tmp_path):
         multiple=1,
     )
     batches = plan.ClassBatchPlan(
-        mining="hard",
+        loss="hard",
+        temperature=None,
+        scale=None,
+        learn_loss=False,
         batch_all_fraction=0.5,
         classes=4,
         per_class=2,

@@ -97,6 +97,13 @@ LOSSES = {
     ),
     "margin": (tj.margin_loss, oracles.margin, {"margin": 0.2, "beta": 1.2}, {}),
     "sigmoid": (tj.sigmoid_loss, oracles.sigmoid, {"scale": 10.0, "bias": -10.0}, {}),
+    "smooth_ap": (tj.smooth_ap_loss, oracles.smooth_ap, {"temperature": 0.01}, {}),
+    "smooth_ap of references alone": (
+        tj.smooth_ap_loss,
+        oracles.smooth_ap,
+        {"temperature": 0.1},
+        {"include_anchor": False},
+    ),
 }
 TWO_SIDES = {
     "info_nce",
@@ -155,6 +162,8 @@ LARGEST_LOGIT = {
     "circle": 80 * (2 + 0.4) * (2 - 0.4),
     "cosface": 64 * (1 + 0.35),
     "arcface": 64 * 2,
+    "smooth_ap": 2 / 0.01,
+    "smooth_ap of references alone": 2 / 0.01,
 }
 
 
@@ -426,7 +435,7 @@ def test_pair_masks_stand_for_labels(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nt_xent", "contrastive"])
+@pytest.mark.parametrize("name", ["nt_xent", "contrastive", "smooth_ap"])
 def test_vmap_and_leading_dimensions_are_loops(name):
     """Over embeddings, labels and a parameter."""
     loss, _, parameters, _ = LOSSES[name]
@@ -524,13 +533,14 @@ def test_losses_of_users(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["supcon", "sigmoid", "multi_similarity"])
+@pytest.mark.parametrize("name", ["supcon", "sigmoid", "multi_similarity", "smooth_ap"])
 def test_terms_add_up(name):
     """Sums of the terms of two halves of the anchors make the loss of all."""
     loss = LOSSES[name][0]
     x, labels = vectors(), LABELS["few"]
     by_blocks = getattr(tj.blockwise, loss.__name__)
-    reduction = tj.mean_valid if name == "supcon" else tj.mean_of_anchors
+    by_anchor = name in ("supcon", "smooth_ap")
+    reduction = tj.mean_valid if by_anchor else tj.mean_of_anchors
     for function in (
         lambda x, labels, **options: by_blocks(
             x, labels, references=vectors(), reduce_fn=None, **options
@@ -573,6 +583,17 @@ def test_share_of_anchors_whose_nearest_is_a_positive():
     recall = tj.retrieval.recall_at_k(x, labels, ks=(1,), metric=tj.cosine)
     share = terms.active.sum() / terms.valid.sum()
     np.testing.assert_allclose(share, recall[1], rtol=1e-6)
+
+
+def test_smooth_average_precision_is_that_of_retrieval_at_a_low_temperature():
+    x, labels = batch(24, dim=3)
+    loss = tj.blockwise.smooth_ap_loss(
+        x, labels, temperature=1e-6, include_anchor=False
+    )
+    metrics = tj.retrieval.evaluate(x, labels, metric=tj.cosine)
+    precision = metrics.mean_average_precision
+    assert 0.2 < precision < 0.9
+    np.testing.assert_allclose(1 - loss, precision, rtol=1e-5)
 
 
 # Traps: faults that other libraries had.
@@ -646,6 +667,12 @@ def test_small_losses_do_not_vanish():
         )(d)
         np.testing.assert_allclose(value, np.exp(-50.0), rtol=1e-4)
         assert gradient[0, 2] < 0
+    # The rank among positives is 1 of both the anchor and its copy, and 1/2 of a tie.
+    value, gradient = jax.value_and_grad(
+        lambda d: tj.smooth_ap_loss(d, labels, temperature=0.02)
+    )(d)
+    np.testing.assert_allclose(value, np.exp(-50.0) / 1.5, rtol=1e-4)
+    assert gradient[0, 2] < 0
 
 
 @pytest.mark.parametrize(
@@ -933,6 +960,7 @@ def test_class_vectors_need_labels(blockwise):
 OVER_MESHES = {
     "supcon": 1,
     "sigmoid": 1,
+    "smooth_ap": 1,
     "nt_xent without false negatives": 1,
     "info_nce": 1,
     "arcface": 1,

@@ -186,7 +186,7 @@ def assert_same_curve(one, other, of="loss"):
 
 
 # Of all triplets none is chosen, which rounding might choose otherwise.
-CALM = ("--mining", "all", "--steps", 20)
+CALM = ("--loss", "all", "--steps", 20)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_lost_process_ends_the_other(tmp_path, number, which):
 def test_a_run_goes_on_with_other_processes(tmp_path):
     """Stopped in two, killed in one, finished in four: the curve is unbroken."""
     run, whole = tmp_path / "run", tmp_path / "whole"
-    options = ("--mining", "all", "--steps", 160)
+    options = ("--loss", "all", "--steps", 160)
     begun = begun_until(run, 10, *options)
     begun[1].send_signal(signal.SIGINT)
     first, second = ended(*begun)

@@ -44,6 +44,14 @@ CALLS = {
     "manhattan": lambda: tj.manhattan(X, R),
     "Metric": lambda: tj.Metric(paired=lambda a, b: jnp.max(jnp.abs(a - b)))(X, R),
     "normalize": lambda: tj.normalize(X),
+    "encode_in_chunks": lambda: jax.value_and_grad(
+        lambda w: tj.encode_in_chunks(
+            lambda w, x, key: jnp.matmul(x, w), w, X, chunk_size=9, key=key()
+        ).sum()
+    )(X.T),
+    "matryoshka_loss": lambda: jax.value_and_grad(
+        tj.matryoshka_loss(tj.blockwise.batch_hard_loss, (3, 6), weights=(2.0, 1.0))
+    )(X, Y),
     "pair_masks": lambda: tj.pair_masks(Y, RY, **PADDED),
     "batch_hard_triplets": lambda: tj.batch_hard_triplets(distances(), Y),
     "batch_easy_hard_triplets": lambda: tj.batch_easy_hard_triplets(distances(), Y),
@@ -166,6 +174,7 @@ for name in ("batch_all_loss", "batch_hard_loss", "batch_semi_hard_loss"):
 
 
 PAIR_LOSSES = (
+    "smooth_ap_loss",
     "supcon_loss",
     "nt_xent_loss",
     "decoupled_contrastive_loss",
@@ -207,7 +216,7 @@ for name in (*PAIR_LOSSES, *GENERAL):
     CALLS[f"blockwise.{name}"] = functools.partial(
         gradient, blockwise, Y, **GALLERY, **options
     )
-    if name not in PAIR_LOSSES[10:]:
+    if name not in PAIR_LOSSES[-4:]:
         CALLS[f"blockwise.{name} of terms"] = functools.partial(
             gradient,
             blockwise,

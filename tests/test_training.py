@@ -11,24 +11,27 @@ from tripletjax.learn.training import loop, steps
 
 def test_averages_keep_what_their_decay_says():
     one = jnp.ones(2)
+    both = steps.Params(one, {"scale": one})
     state = steps.TrainState(
-        params=one,
+        params=both,
         rest=None,
-        optimizer=optax.sgd(1.0).init(one),
-        average=one,
+        optimizer=optax.sgd(1.0).init(both),
+        average=both,
         finite=jnp.array(True),
         slow=one,
     )
     new = steps._next_state(
         state,
         jnp.array(1.0),
-        one,
+        both,
         tx=optax.sgd(1.0),
         ema_decay=0.75,
         memory_momentum=0.875,
     )
-    np.testing.assert_array_equal(new.params, [0, 0])
-    np.testing.assert_array_equal(new.average, [0.75, 0.75])
+    for x in jax.tree.leaves(new.params):
+        np.testing.assert_array_equal(x, [0, 0])
+    for x in jax.tree.leaves(new.average):
+        np.testing.assert_array_equal(x, [0.75, 0.75])
     np.testing.assert_array_equal(new.slow, [0.875, 0.875])
     assert new.finite
 

@@ -284,7 +284,7 @@ def test_classes_of_the_folder_of_a_run_are_left_out(folder, tmp_path):
 
 def test_vectors_that_are_not_finite_are_named(folder):
     nan = embedder_of(lambda images: [[np.nan]] * len(images), key="nan")
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="must return finite vectors, got NaN"):
         verification.evaluate(nan, folder)
 
 

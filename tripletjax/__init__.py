@@ -20,8 +20,11 @@ transformations:
 - `tripletjax.losses`: what it costs. Triplet losses and their reductions.
 - `tripletjax.pair_losses`: losses of two other shapes, log-sum-exp and separable;
   `tripletjax.softmax_losses` and `tripletjax.separable_losses` name them.
+- `tripletjax.smooth_ap`: average precision with smooth ranks.
 - `tripletjax.blockwise`: the same straight from embeddings, without a matrix.
+- `tripletjax.gradient_caching`: large batches through an encoder, in chunks.
 - `tripletjax.hard_examples`: hard examples of a whole data set, without a matrix.
+- `tripletjax.matryoshka`: a loss at several prefixes of the vectors.
 - `tripletjax.memory`: references from earlier batches.
 - `tripletjax.retrieval`: is it any good. Neighbours and ranking metrics.
 - `tripletjax.verification`: is it any good, same or different. ROC, TAR@FAR, EER.
@@ -35,8 +38,10 @@ from tripletjax import (
     blockwise,
     collapse,
     distances,
+    gradient_caching,
     hard_examples,
     losses,
+    matryoshka,
     memory,
     mining,
     pairs,
@@ -51,6 +56,7 @@ from tripletjax.distances import (
     normalize,
     squared_euclidean,
 )
+from tripletjax.gradient_caching import encode_in_chunks
 from tripletjax.hard_examples import (
     Exclusions,
     HardExamples,
@@ -72,6 +78,7 @@ from tripletjax.losses import (
     triplet_loss,
     triplet_margin_loss,
 )
+from tripletjax.matryoshka import matryoshka_loss
 from tripletjax.mining import (
     Band,
     CountedTriplets,
@@ -100,6 +107,7 @@ from tripletjax.pair_losses import (
 from tripletjax.pairs import PairMasks, ignore_false_negatives, pair_masks
 from tripletjax.relevance import relevance_triplets
 from tripletjax.separable_losses import contrastive_loss, margin_loss, sigmoid_loss
+from tripletjax.smooth_ap import smooth_ap_loss
 from tripletjax.softmax_losses import (
     arcface_loss,
     circle_loss,
@@ -148,8 +156,10 @@ __all__ = [
     "distance_weighted_triplets",
     "distances",
     "easy_band",
+    "encode_in_chunks",
     "euclidean",
     "generalized_lifted_structure_loss",
+    "gradient_caching",
     "hard_band",
     "hard_examples",
     "ignore_false_negatives",
@@ -158,6 +168,8 @@ __all__ = [
     "losses",
     "manhattan",
     "margin_loss",
+    "matryoshka",
+    "matryoshka_loss",
     "mean_active",
     "mean_active_by_side",
     "mean_of_anchors",
@@ -183,6 +195,7 @@ __all__ = [
     "semi_hard_band",
     "separable_loss",
     "sigmoid_loss",
+    "smooth_ap_loss",
     "squared_euclidean",
     "supcon_loss",
     "triplet_loss",

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from tripletjax import pair_losses, separable_losses, softmax_losses
+from tripletjax import pair_losses, separable_losses, smooth_ap, softmax_losses
 from tripletjax._api import as_integer
 from tripletjax._engine.pair_losses import PairSpec, pair_terms
+from tripletjax._engine.smooth_ap import smooth_ap_by_tiles
 from tripletjax._matrices import check_not_distances
 from tripletjax._pairwise.batch import Batch, as_batch, for_each_batch
 from tripletjax._pairwise.mesh import AxisName, gather_terms
@@ -161,7 +162,10 @@ def _blockwise(
 
     def one(inputs: tuple[list[Batch], Any]) -> Any:
         batches, parameters = inputs
-        each = [pair_terms(spec, *_varying(x, parameters)) for x in batches]
+        each = [
+            pair_terms(spec, *_varying(x, parameters), smooth_ap_by_tiles)
+            for x in batches
+        ]
         if not summed:
             if axis_name is not None:
                 each = [gather_terms(terms, axis_name) for terms in each]
@@ -608,6 +612,30 @@ def proxy_anchor_loss(
 ) -> Any:
     """Proxy-anchor loss: class vectors are the anchors, embeddings their references."""
     loss = softmax_losses.define_proxy_anchor(margin, scale)
+    pairs = PairOptions(reference_labels, positions, where, reference_where)
+    blocks = Blocks(metric, references, axis_name, block_size)
+    return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
+
+
+@_of_embeddings(smooth_ap.smooth_ap_loss)
+def smooth_ap_loss(
+    embeddings: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    metric: Metric = cosine,
+    temperature: ArrayLike = 0.01,
+    include_anchor: bool = True,
+    references: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    reduce_fn: Reduction | None = mean_valid,
+) -> Any:
+    """One minus the smooth average precision of each anchor (SmoothAP)."""
+    loss = smooth_ap.define_smooth_ap(temperature, include_anchor)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     blocks = Blocks(metric, references, axis_name, block_size)
     return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)

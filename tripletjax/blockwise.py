@@ -46,6 +46,7 @@ from tripletjax._blockwise_pairs import (
     proxy_anchor_loss,
     separable_loss,
     sigmoid_loss,
+    smooth_ap_loss,
     supcon_loss,
 )
 from tripletjax._engine.by_autodiff import (
@@ -103,6 +104,7 @@ __all__ = [
     "proxy_anchor_loss",
     "separable_loss",
     "sigmoid_loss",
+    "smooth_ap_loss",
     "supcon_loss",
     "triplet_loss",
 ]

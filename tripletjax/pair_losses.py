@@ -22,7 +22,7 @@ Each loss has two forms: of distances, and of embeddings in `tripletjax.blockwis
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -307,7 +307,11 @@ class Separable:
         return PairTerms(positives, negatives, anchors.astype(distances.dtype))
 
 
-Shape = LogSumExp | Separable
+class Shape(Protocol):
+    """A shape of losses; static. `LogSumExp` and `Separable` are two."""
+
+    def terms(self, distances: Array, masks: PairMasks, parameters: Parameters) -> Any:
+        """The terms ``[..., n]`` of a distance matrix ``[..., n, m]``."""
 
 
 def sums_of_pairs(

@@ -1,4 +1,4 @@
-"""torchvision, timm, transformers, facenet-pytorch: their networks and weights."""
+"""Networks and weights of torchvision, timm, transformers and other libraries."""
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,44 @@ def pooled(model, x):
     return model(x).pooler_output
 
 
+# Factors of widths and depths, of a network with one block in each stage.
+FACTORS = 0.5, 0.1
+
+
+def efficientnet_pytorch_model(package, name):
+    width, depth = FACTORS
+    return pytest.importorskip(package).EfficientNet.from_name(
+        name, width_coefficient=width, depth_coefficient=depth, image_size=None
+    )
+
+
+def efficientnet_pytorch_features(model, x):
+    return model.extract_features(x).mean((2, 3))
+
+
+def small_torchvision_efficientnet():
+    efficientnet = pytest.importorskip("torchvision.models.efficientnet")
+    width, depth = FACTORS
+    stages, channels = efficientnet._efficientnet_conf(
+        "efficientnet_b0", width_mult=width, depth_mult=depth
+    )
+    return efficientnet.EfficientNet(stages, 0.2, last_channel=channels)
+
+
+def torchvision_efficientnet_features(model, x):
+    return model.avgpool(model.features(x)).flatten(1)
+
+
+def small_timm_efficientnet(*, lite=False, **options):
+    efficientnet = pytest.importorskip("timm.models.efficientnet")
+    make = efficientnet._gen_efficientnet
+    if lite:
+        make = efficientnet._gen_efficientnet_lite
+    name = "efficientnet_lite0" if lite else "efficientnet_b0"
+    width, depth = FACTORS
+    return make(name, channel_multiplier=width, depth_multiplier=depth, **options)
+
+
 DINO = {
     "hidden_size": 128,
     "num_hidden_layers": 3,
@@ -87,8 +125,11 @@ def facenet_model():
     return model
 
 
-# Of these, embeddings alone: gradients of their blocks are those of smaller ones.
-WHOLE = ["torchvision resnet18", "torchvision resnet34", "torchvision resnet50"]
+# Only the embeddings of these networks are compared: other networks have their blocks.
+EMBEDDINGS_ALONE = [
+    *("torchvision resnet18", "torchvision resnet34", "torchvision resnet50"),
+    *("timm efficientnet", "timm efficientnet_lite", "timm tf_efficientnet"),
+]
 # The peer's network, its features, the family, and two sizes of images.
 SMALL, PATCHES = [(64, 64), (96, 80)], [(70, 70), (112, 42)]
 PEERS = {
@@ -129,6 +170,45 @@ PEERS = {
         lambda: transformers_model("ConvNext", depths=DEPTHS, hidden_sizes=WIDTHS),
         pooled,
         "convnext",
+        SMALL,
+    ),
+    **{
+        f"{package.replace('_', '-')} {name}": (
+            lambda package=package, name=name: efficientnet_pytorch_model(
+                package, name
+            ),
+            efficientnet_pytorch_features,
+            "efficientnet",
+            SMALL,
+        )
+        for package, name in (
+            ("efficientnet_pytorch", "efficientnet-b0"),
+            ("efficientnet_lite_pytorch", "efficientnet-lite0"),
+        )
+    },
+    "torchvision efficientnet": (
+        small_torchvision_efficientnet,
+        torchvision_efficientnet_features,
+        "efficientnet",
+        SMALL,
+    ),
+    "timm efficientnet": (
+        small_timm_efficientnet,
+        timm_features,
+        "efficientnet",
+        SMALL,
+    ),
+    "timm efficientnet_lite": (
+        lambda: small_timm_efficientnet(lite=True),
+        timm_features,
+        "efficientnet",
+        SMALL,
+    ),
+    # The name of the file decides.
+    "timm tf_efficientnet": (
+        lambda: small_timm_efficientnet(pad_type="same", bn_eps=1e-3),
+        timm_features,
+        "efficientnet",
         SMALL,
     ),
     "facenet-pytorch": (
@@ -191,7 +271,7 @@ def relative(got, expected):
 def test_embeddings_and_gradients(name, tmp_path):
     make, features, family, sizes = PEERS[name]
     model = drawn(make())
-    file = tmp_path / "weights.safetensors"
+    file = tmp_path / f"{name}.safetensors"
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     safetensors.save_file(state, file)
     assert backbones.recognise(file).family == family
@@ -214,7 +294,7 @@ def test_embeddings_and_gradients(name, tmp_path):
         )
         assert relative(got, theirs.numpy()) < 1e-4
 
-        if name in WHOLE or (height, width) != sizes[0]:
+        if name in EMBEDDINGS_ALONE or (height, width) != sizes[0]:
             continue
         # Where a ReLU or a maximum is nearly tied, its slope turns on the last digit
         # of float32, in either library: in float64 none is.

@@ -14,6 +14,7 @@ goes by panels of rows, which the backward pass computes again.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -77,11 +78,26 @@ class PairSpec:
     sizes: BlockSizes = CPU
 
 
-def pair_terms(spec: PairSpec, batch: Batch, parameters: Parameters) -> Any:
+def pair_terms(
+    spec: PairSpec,
+    batch: Batch,
+    parameters: Parameters,
+    by_tiles: Callable[..., Any] | None = None,
+) -> Any:
     """The terms of the anchors ``[n]``; if symmetric, of all references as well.
 
     If `spec.summed`, sums over negatives may stand for all anchors in their first.
+
+    Args:
+        spec, batch, parameters: the loss, its batch and the values of its parameters.
+        by_tiles: the walk over tiles of a shape that is neither log-sum-exp nor
+            separable, a function of spec, batch, classes and parameters.
     """
+    if isinstance(spec.shape, LogSumExp):
+        by_tiles = _log_sum_exp_by_tiles
+    elif isinstance(spec.shape, Separable):
+        by_tiles = _separable_by_tiles
+    assert by_tiles is not None
     sides = [batch, swapped(batch)] if spec.symmetric else [batch]
     classes = None
     if spec.metric.products is not None and batch.has_classes:
@@ -98,11 +114,6 @@ def pair_terms(spec: PairSpec, batch: Batch, parameters: Parameters) -> Any:
         if classes is None:
             return by_panels()
         most = functools.reduce(jnp.maximum, (x.max_positives for x in classes))
-        by_tiles = (
-            _log_sum_exp_by_tiles
-            if isinstance(spec.shape, LogSumExp)
-            else _separable_by_tiles
-        )
         return lax.cond(
             most <= MAX_TILE_POSITIVES,
             lambda: by_tiles(here, batch, classes, parameters),
@@ -272,10 +283,10 @@ def _numbers_backward(spec: PairSpec, inputs: tuple, cotangents: tuple) -> tuple
         spec, tiles, limits, parameters, total, by_total
     )
     grads = positives.vjp(spec, batch, classes, by_square, grads)
-    return _cotangents(grads, by_parameters)
+    return vector_cotangents(grads, by_parameters)
 
 
-def _cotangents(grads: Gradients, by_parameters: Parameters) -> tuple:
+def vector_cotangents(grads: Gradients, by_parameters: Parameters) -> tuple:
     """Those of batch, classes and parameters; labels and masks have no gradient."""
     pairs: Any = None
     return Batch(grads.anchors, grads.references, pairs), None, by_parameters
@@ -462,7 +473,7 @@ def _sums_backward(spec: PairSpec, inputs: tuple, cotangents: tuple) -> tuple:
     assert out is not None
     grads, by_parameters = out
     grads = positives.vjp(spec, batch, classes, by_square, grads)
-    return _cotangents(grads, by_parameters)
+    return vector_cotangents(grads, by_parameters)
 
 
 _negative_sums.defvjp(_sums_forward, _sums_backward)
@@ -495,7 +506,7 @@ def _totals_backward(spec: PairSpec, inputs: tuple, cotangents: tuple) -> tuple:
     by_square, _, by_total, _ = cotangents
     grads, by_parameters = jax.tree.map(lambda x: x * by_total[0], gradients)
     grads = positives.vjp(spec, batch, classes, by_square, grads)
-    return _cotangents(grads, by_parameters)
+    return vector_cotangents(grads, by_parameters)
 
 
 _negative_totals.defvjp(_totals_forward, _totals_backward)

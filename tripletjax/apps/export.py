@@ -9,10 +9,11 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from flax import nnx
 from jax import Array
 from PIL import Image
 
+from tripletjax.apps.embedders.onnx_files import METADATA
 from tripletjax.learn.data.digits import digits
 from tripletjax.learn.data.folder_listing import find_files
 from tripletjax.learn.data.image_files import open_image
@@ -92,7 +94,8 @@ def export(
       those of the file that the run began with, or torchvision's.
 
     Beside a function, ``FILE.json`` holds the preparation of images, for
-    `learn.data.image_shape.prepare_images`.
+    `learn.data.image_shape.prepare_images`. An ONNX file also carries it as metadata,
+    so that ``--embedder FILE.onnx`` of the commands needs no second file.
 
     Args:
         embedder: of a run.
@@ -136,9 +139,13 @@ def export(
         else:
             expected = embedder.embed(list(images))
             function = function_of(embedder)
-            onnx = out.suffix == ".onnx"
-            part.write_bytes((_to_onnx if onnx else _to_stablehlo)(function, shape))
-            restored = (_load_onnx if onnx else _load_stablehlo)(part.read_bytes())
+            if out.suffix == ".onnx":
+                metadata = {METADATA: json.dumps(dataclasses.asdict(spec))}
+                part.write_bytes(_to_onnx(function, shape, metadata))
+                restored = _load_onnx(part.read_bytes())
+            else:
+                part.write_bytes(_to_stablehlo(function, shape))
+                restored = _load_stablehlo(part.read_bytes())
         # In two batches, since the file must accept any number of images.
         actual = np.concatenate([restored(images[:1]), restored(images[1:])])
         # Features are compared as shares of the largest; vectors have unit norm.
@@ -309,7 +316,9 @@ def _load_stablehlo(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
     return lambda images: np.asarray(call(images))
 
 
-def _to_onnx(function: Callable, shape: tuple[int, int, int]) -> bytes:
+def _to_onnx(
+    function: Callable, shape: tuple[int, int, int], metadata: Mapping[str, str]
+) -> bytes:
     (n,) = jax.export.symbolic_shape("n")
     with _silence_converters(), whole_depthwise():
         # The import warns of optional packages, which these networks do not need.
@@ -321,6 +330,8 @@ def _to_onnx(function: Callable, shape: tuple[int, int, int]) -> bytes:
             input_names=["images"],
             output_names=["embeddings"],
         )
+    for name, text in metadata.items():
+        model.metadata_props.add(key=name, value=text)
     return model.SerializeToString()
 
 

@@ -4,13 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tripletjax.apps import identification
-from tripletjax.apps.embedders import embedder_of, vectors_of
+from tripletjax.apps.embedders import vectors_of
 from tripletjax.apps.identification import Gallery, Identity
 from tripletjax.apps.identification import report as identification_report
 from tripletjax.apps.images import load_image
 from tripletjax.apps.search import Index
 from tripletjax.apps.verification.calibration import Calibration
-from tripletjax.cli.common import check_images, check_new, shown, updated_index
+from tripletjax.cli.common import (
+    check_images,
+    check_new,
+    open_embedder,
+    shown,
+    updated_index,
+)
 from tripletjax.cli.options import Identify
 from tripletjax.learn import evaluation, reports
 from tripletjax.learn.embedder import ImageEmbedder
@@ -21,7 +27,7 @@ def call(options: Identify) -> int:
     if options.json is not None:
         reports.check_replaceable(options.json)
     check_images(options.images)
-    embedder = embedder_of(options.run)
+    embedder = open_embedder(options)
     calibration = _calibration(options, embedder)
     index, _ = updated_index(options.gallery, options, embedder)
     gallery = Gallery.of(
@@ -81,9 +87,9 @@ def _identities(
 
 
 def _calibration(options: Identify, embedder: ImageEmbedder) -> Calibration | None:
-    """The calibration of the run; None if there is none and none is needed."""
+    """The calibration of the embedder; None if there is none and none is needed."""
     try:
-        return Calibration.read(options.run, embedder.key)
+        return Calibration.read(options.home, embedder.key)
     except FileNotFoundError as error:
         if options.within is None and not options.closed:
             raise FileNotFoundError(

@@ -36,7 +36,9 @@ index_option = partial(
     metavar="FOLDER",
 )
 database_option = partial(
-    option, "directory of the indexes (default: RUN/index)", metavar="DIR"
+    option,
+    "directory of the indexes (default: index in --run or --embedder-dir)",
+    metavar="DIR",
 )
 remove_missing_option = partial(
     option,
@@ -45,6 +47,7 @@ remove_missing_option = partial(
 )
 json_option = partial(option, "JSON file for the report", metavar="FILE")
 _of_run = partial(option, group="run")
+_other = partial(option, group="embedder instead of a run")
 
 
 class Options:
@@ -89,6 +92,60 @@ class Options:
             raise OptionError(f"{{{given[1]}}} cannot be combined with {{{given[0]}}}.")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedderOptions(Options):
+    """Options of a command that uses an embedder: of a run, or any other."""
+
+    run: Path | None = option("directory of a finished run", metavar="RUN")
+    embedder: str | None = _other(
+        "function from a list of Pillow images to vectors, in a module of the current "
+        "directory or an installed one; or an ONNX file from images to vectors",
+        metavar="MODULE:FUNCTION|FILE.onnx",
+    )
+    embedder_dir: Path | None = _other(
+        "directory of the indexes, threshold and reports of --embedder (default: "
+        "runs/embedder-NAME)",
+        metavar="DIR",
+    )
+    embedder_size: int | None = _other(
+        "image size in pixels: side of the input of an ONNX file (default: that of the "
+        "file), or largest longer side of images for a function (default: 640)",
+        rule="at least 1",
+    )
+    embedder_mean: tuple[float, ...] = _other(
+        "mean of pixel values from 0 to 1, for all channels or each, for an ONNX file "
+        "(default: that of FILE.onnx.json)",
+        default=(),
+        metavar="NUMBER",
+    )
+    embedder_std: tuple[float, ...] = _other(
+        "standard deviation of pixel values, as --embedder-mean",
+        default=(),
+        metavar="NUMBER",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.exclude("run", "embedder")
+        if self.run is None and self.embedder is None:
+            raise OptionError("give {run} RUN, or {embedder} with another embedder.")
+        names = ("embedder_dir", "embedder_size", "embedder_mean", "embedder_std")
+        self.require("embedder", *names)
+
+    @property
+    def home(self) -> Path:
+        """The directory of indexes, threshold and reports: by default that of the run.
+
+        With another embedder, by default a directory in ``runs``, as of `Train`.
+        """
+        if self.run is not None:
+            return self.run
+        if self.embedder_dir is not None:
+            return self.embedder_dir
+        name = Path(self.embedder or "").name.removesuffix(".onnx")
+        return Path("runs") / f"embedder-{name.replace(':', '.')}"
+
+
 def add_options(
     parser: argparse.ArgumentParser, cls: Any, groups: dict[str, Any], **common: Any
 ) -> None:
@@ -126,7 +183,7 @@ def _row(
     row["type"] = inner[0] if inner else hint
     row["metavar"] = declared.metavar or METAVARS[row["type"]]
     if declared.positional:
-        return field.name, row | {"nargs": "*"}
+        return field.name, row if required else row | {"nargs": "*"}
     if declared.choices is not None:
         row |= {"choices": declared.choices, "metavar": None}
     if isinstance(field.default, tuple):
@@ -220,30 +277,33 @@ class Train(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluate(Options):
-    """Measure the embedding of a run on a folder of classes.
+class Evaluate(EmbedderOptions):
+    """Measure an embedder on a folder of classes.
 
     Retrieval: every image is a query for the others of its class. Verification: every
     pair of images is of the same class or of different classes. The report and its
     pictures (ROC, distances of pairs, nearest neighbours) are written to --out.
     """
 
-    run: Path = run_option()
     data: Path = option(
         "folder with one folder of images per class, seen in training or not",
         required=True,
         metavar="FOLDER",
     )
     classes_from: str | None = classes_from_option()
+    rerank: bool = option(
+        "also measure retrieval re-ranked by k-reciprocal neighbours", default=False
+    )
     out: Path | None = option(
-        "directory for the report (default: a new one in RUN/evaluations/)",
+        "directory for the report (default: a new one in evaluations/ of --run or "
+        "--embedder-dir)",
         metavar="DIR",
     )
     json: Path | None = json_option()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Search(Options):
+class Search(EmbedderOptions):
     """Search a folder for images like given ones, or for near-duplicates.
 
     The command first updates the index: new and changed images are embedded, deleted
@@ -252,7 +312,6 @@ class Search(Options):
 
     extras: ClassVar[str] = "train,search"
 
-    run: Path = run_option()
     index: Path = index_option()
     database: Path | None = database_option()
     remove_missing: bool = remove_missing_option()
@@ -266,6 +325,11 @@ class Search(Options):
         default=False,
     )
     together: bool = option("search once, by the mean of all queries", default=False)
+    rerank: bool = option(
+        "re-rank the hits by k-reciprocal neighbours: those first that have the query "
+        "and its neighbours among their own",
+        default=False,
+    )
     k: int = option(
         "largest number of hits of a query", default=8, metavar="K", rule="at least 1"
     )
@@ -285,9 +349,9 @@ class Search(Options):
     json: Path | None = json_option()
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         self.exclude("query", "duplicates")
-        self.require("query", "together", "classes", "approximate")
+        self.require("query", "together", "classes", "approximate", "rerank")
         if self.out is not None and not (self.query or self.duplicates):
             raise OptionError("{out} requires {query} or {duplicates}.")
         if self.out is not None and self.query and self.out.suffix != ".png":
@@ -295,18 +359,18 @@ class Search(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Verify(Options):
-    """Decide whether two images are of the same class, by a threshold of the run.
+class Verify(EmbedderOptions):
+    """Decide whether two images are of the same class, by a threshold of its own.
 
     With --data: measure verification on classes that the run was not trained on, and
-    keep a threshold beside the run. With two images: same or different by that
-    threshold. Distances are Euclidean, of unit vectors: from 0 to 2.
+    keep a threshold in the directory of the run or the embedder. With two images: same
+    or different by that threshold. Distances are Euclidean, of unit vectors: from 0 to
+    2.
     """
 
     images: tuple[Path, ...] = option(
         "two images to compare", default=(), metavar="IMAGE", positional=True
     )
-    run: Path = run_option()
     data: str | None = option(
         "folder with one folder of images per class, such as a person, or tfds:NAME",
         metavar="FOLDER",
@@ -323,13 +387,14 @@ class Verify(Options):
     )
     classes_from: str | None = classes_from_option()
     out: Path | None = option(
-        "directory for the report (default: a new one in RUN/verifications/)",
+        "directory for the report (default: a new one in verifications/ of --run "
+        "or --embedder-dir)",
         metavar="DIR",
     )
     json: Path | None = json_option()
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if (self.data is None) == (not self.images):
             raise OptionError("give two images, or {data} FOLDER.")
         if self.images and len(self.images) != 2:
@@ -338,7 +403,7 @@ class Verify(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Identify(Options):
+class Identify(EmbedderOptions):
     """Name images by a gallery of known classes, or call them unknown.
 
     With a few images per class in the gallery, identification is few-shot
@@ -351,7 +416,6 @@ class Identify(Options):
     images: tuple[Path, ...] = option(
         "images to name", default=(), metavar="IMAGE", positional=True
     )
-    run: Path = run_option()
     gallery: Path = option(
         "folder of known classes: one folder of images per class, such as a person",
         required=True,
@@ -389,7 +453,7 @@ class Identify(Options):
     json: Path | None = json_option()
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if (self.data is None) == (not self.images):
             raise OptionError("give images to name, or {data} FOLDER to measure on.")
         self.exclude("fpir", "within", "closed")
@@ -398,8 +462,130 @@ class Identify(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Serve(Options):
-    """Show search, verification and identification in a browser.
+class Cluster(EmbedderOptions):
+    """Group the images of a folder by identity.
+
+    The command first updates the index, as tripletjax search does. Groups merge by
+    average linkage, up to a threshold that is chosen on the images of tripletjax
+    verify. An image may stay alone. The images are only read.
+    """
+
+    extras: ClassVar[str] = "train,search"
+
+    index: Path = option(
+        "folder of images to group, which is only read",
+        required=True,
+        metavar="FOLDER",
+    )
+    database: Path | None = database_option()
+    remove_missing: bool = remove_missing_option()
+    threshold: float | None = option(
+        "largest distance of two groups that merge, the root mean square over their "
+        "pairs (default: best BCubed F on the images of tripletjax verify)",
+        metavar="DISTANCE",
+        rule="at least 0",
+    )
+    evaluate: bool = option(
+        "compare the groups with the folders of the index as known classes",
+        default=False,
+    )
+    classes_from: str | None = classes_from_option()
+    out: Path | None = option(
+        "table of the groups; a contact sheet of the largest groups is written beside "
+        "it, as FILE.png",
+        metavar="FILE.csv",
+        rule="a .csv file",
+    )
+    copy_to: Path | None = option(
+        "new folder for a copy of the images, one folder per group", metavar="DIR"
+    )
+    link_to: Path | None = option(
+        "new folder for links to the images, one folder per group", metavar="DIR"
+    )
+    json: Path | None = json_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.exclude("copy_to", "link_to")
+        self.require("evaluate", "classes_from")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mine(EmbedderOptions):
+    """Mine the hardest triplets of a whole folder, and list likely label errors.
+
+    The search is exact. Copies of an image are excluded. The margins exclude negatives
+    that are nearer than, or hardly farther than, the positive: such negatives are often
+    labelled wrongly. tripletjax train --triplets reads the file of triplets. The report
+    and the likely label errors lie beside the file. Distances are Euclidean, of unit
+    vectors: from 0 to 2.
+    """
+
+    data: Path = option(
+        "folder with one folder of images per class", required=True, metavar="FOLDER"
+    )
+    classes_from: str | None = classes_from_option()
+    k: int = option(
+        "number of negatives of each anchor", default=1, metavar="K", rule="at least 1"
+    )
+    range_min: int = option(
+        "first rank of negatives; 0 is the nearest one", default=0, rule="at least 0"
+    )
+    range_max: int | None = option(
+        "rank of negatives to stop before (default: no limit)", rule="at least 1"
+    )
+    margin: float | None = option(
+        "least difference between the distances of the negative and of the positive",
+        rule="finite",
+    )
+    relative_margin: float | None = option(
+        "least difference between the distances of the negative and of the positive, "
+        "as a share of that of the positive",
+        rule="finite",
+    )
+    farthest_positive: bool = option(
+        "take the farthest positive of each anchor instead of the nearest",
+        default=False,
+    )
+    skip_label_errors: bool = option(
+        "leave likely label errors out of the triplets", default=False
+    )
+    random: bool = option(
+        "draw the negatives from the ranks below --range-max, with equal probability",
+        default=False,
+    )
+    seed: int | None = option(
+        "seed of the draws (default: 0)", metavar="S", rule="at least 0"
+    )
+    out: Path = option(
+        "file of triplets to write",
+        required=True,
+        metavar="FILE.csv",
+        rule="a .csv file",
+    )
+    json: Path | None = option(
+        "JSON file for the report (default: beside --out)", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("random", "seed")
+        self.require("range_max", "random")
+        if self.range_max is not None and self.range_max <= self.range_min:
+            raise OptionError(
+                "{range_max} must be above {range_min}, got "
+                f"{self.range_max} and {self.range_min}."
+            )
+
+    @property
+    def draw_seed(self) -> int | None:
+        """Seed of random draws; None for the hardest negatives."""
+        return (self.seed or 0) if self.random else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve(EmbedderOptions):
+    """Show search, verification, identification and groups in a browser.
 
     The page loads nothing from other hosts. Everybody who reaches its address can see
     the images of the index.
@@ -407,7 +593,6 @@ class Serve(Options):
 
     extras: ClassVar[str] = "train,search,serve"
 
-    run: Path = run_option()
     index: Path = index_option()
     gallery: Path | None = option(
         "folder of known classes to identify: one folder of images per class (default: "
@@ -448,7 +633,39 @@ class Export(Options):
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert(Options):
+    """Write a file of weights as safetensors, for --backbone without PyTorch.
+
+    The file holds the network's arrays in float32. Wrappers of the network, such as
+    module. or state_dict, and its classifier are left out; the command reports them.
+    Files of PyTorch require an installed PyTorch, and are refused if they contain code.
+    """
+
+    file: Path = option(
+        "file of weights to read (.safetensors, .pt, .pth, .bin, .ckpt, or "
+        ".safetensors.index.json), or efficientnet-lite0 of the extra pretrained",
+        required=True,
+        metavar="FILE",
+        positional=True,
+    )
+    out: Path = option(
+        "file to write", required=True, metavar="OUT.safetensors", positional=True
+    )
+
+
 COMMANDS: dict[str, type[Options]] = {
     cls.__name__.lower(): cls
-    for cls in (Train, Evaluate, Search, Verify, Identify, Serve, Export)
+    for cls in (
+        Train,
+        Evaluate,
+        Search,
+        Verify,
+        Identify,
+        Cluster,
+        Mine,
+        Serve,
+        Export,
+        Convert,
+    )
 }

@@ -3,9 +3,14 @@
 from typing import Any
 
 from tripletjax.apps import search
-from tripletjax.apps.embedders import embedder_of
 from tripletjax.apps.search import report as search_report
-from tripletjax.cli.common import check_images, check_new, shown, updated_index
+from tripletjax.cli.common import (
+    check_images,
+    check_new,
+    open_embedder,
+    shown,
+    updated_index,
+)
 from tripletjax.cli.options import Search
 from tripletjax.learn.files import write_json
 
@@ -13,7 +18,7 @@ from tripletjax.learn.files import write_json
 def call(options: Search) -> int:
     check_new(options.out, options.json)
     check_images(options.query)
-    embedder = embedder_of(options.run)
+    embedder = open_embedder(options)
     index, changes = updated_index(options.index, options, embedder)
     report: dict[str, Any] = {"index": search_report.report_changes(index, changes)}
     lines: list[str] = []
@@ -46,6 +51,7 @@ def _nearest(
         classes=options.classes or None,
         together=options.together,
         approximate=options.approximate,
+        rerank=options.rerank,
     )
     if options.out is not None:
         search_report.draw_hits(index, hits, options.out)

@@ -1,16 +1,15 @@
 """``tripletjax serve``."""
 
 from tripletjax.apps import serve
-from tripletjax.apps.embedders import embedder_of
 from tripletjax.apps.verification.calibration import Calibration
-from tripletjax.cli.common import updated_index
+from tripletjax.cli.common import open_embedder, updated_index
 from tripletjax.cli.options import Serve
 
 
 def call(options: Serve) -> int:
-    embedder, calibration = embedder_of(options.run), None
+    embedder, calibration = open_embedder(options), None
     try:
-        calibration = Calibration.read(options.run, embedder.key)
+        calibration = Calibration.read(options.home, embedder.key)
     except FileNotFoundError as error:
         print(f"- {error}")
     index, _ = updated_index(options.index, options, embedder)

@@ -1,11 +1,10 @@
 """``tripletjax verify``."""
 
 from tripletjax.apps import verification
-from tripletjax.apps.embedders import embedder_of
 from tripletjax.apps.images import load_image
 from tripletjax.apps.verification import report as verification_report
 from tripletjax.apps.verification.calibration import FOLDER, Calibration
-from tripletjax.cli.common import shown
+from tripletjax.cli.common import open_embedder, shown
 from tripletjax.cli.options import Verify
 from tripletjax.learn import reports
 from tripletjax.learn.data.sources import parse_source
@@ -16,7 +15,7 @@ from tripletjax.learn.files import free_path
 def call(options: Verify) -> int:
     if options.json is not None:
         reports.check_replaceable(options.json)
-    embedder = embedder_of(options.run)
+    embedder = open_embedder(options)
     if options.data is None:
         _compare(options, embedder)
     else:
@@ -26,7 +25,7 @@ def call(options: Verify) -> int:
 
 def _compare(options: Verify, embedder: ImageEmbedder) -> None:
     """Print whether two images are of the same class."""
-    calibration = Calibration.read(options.run, embedder.key)
+    calibration = Calibration.read(options.home, embedder.key)
     first, second = map(load_image, options.images)
     decision = verification.decide(embedder, first, second, calibration)
     if options.json is not None:
@@ -38,11 +37,11 @@ def _compare(options: Verify, embedder: ImageEmbedder) -> None:
 
 
 def _calibrate(options: Verify, embedder: ImageEmbedder, data: str) -> None:
-    """Measure verification on a folder, and keep a threshold beside the run."""
-    source, run = parse_source(data), options.run
+    """Measure verification on a folder, and keep a threshold in its directory."""
+    source, home = parse_source(data), options.home
     out = options.out
     if out is None:
-        out = free_path(run / "verifications" / source.label)
+        out = free_path(home / "verifications" / source.label)
     reports.check_empty(out)
     with verification.folder_of(data) as folder:
         result = verification.evaluate(
@@ -58,14 +57,16 @@ def _calibrate(options: Verify, embedder: ImageEmbedder, data: str) -> None:
     if options.json is not None:
         reports.write_report(result.report, options.json)
     calibration = result.calibration
-    earlier = None if calibration is None else calibration.write(run)
+    earlier = None if calibration is None else calibration.write(home)
     for line in verification_report.format_report(result.report):
         print(line)
     print()
     if calibration is not None:
         print(verification_report.format_threshold(calibration))
+        if options.run is None:
+            print(f"The threshold is kept in {shown(home / FOLDER)}.")
         if earlier is not None:
             print(f"The threshold is in use; the earlier one is in {earlier.name}.")
-    elif (run / FOLDER).exists():
-        print(f"The threshold in {shown(run / FOLDER)} stays in use.")
+    elif (home / FOLDER).exists():
+        print(f"The threshold in {shown(home / FOLDER)} stays in use.")
     print(f"Report directory: {shown(out)}; see roc, distances and errors.png.")

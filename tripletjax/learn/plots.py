@@ -26,22 +26,25 @@ ROWS = 10
 
 
 def training(lines: Sequence[dict], path: str | Path) -> None:
-    """Plot loss, active triplets, spread of embeddings and validation over the steps.
+    """Plot the loss, its share, the spread of embeddings and validation over the steps.
 
     Args:
-        lines: records of the log with a step, and either loss, active and spread, or
-            validation.
+        lines: records of the log with a step, and either loss, spread, and active or
+            recall_at_1, or validation.
         path: the PNG file to write.
     """
     trained = [line for line in lines if "loss" in line]
     validated = [line for line in lines if line.get("validation")]
     figure = Figure(figsize=(7, 8 if validated else 6), layout="constrained")
     panels = figure.subplots(4 if validated else 3, 1, sharex=True)
-    for axes, name, title in zip(
-        panels,
-        ("loss", "active", "spread"),
-        ("loss", "share of active triplets", "spread: root mean squared distance"),
-    ):
+    titles = {
+        "loss": "loss",
+        "active": "share of active triplets or pairs",
+        "recall_at_1": "share of anchors whose nearest reference is a positive",
+        "spread": "spread: root mean squared distance",
+    }
+    names = [name for name in titles if name in trained[0]]
+    for axes, name, title in zip(panels, names, map(titles.get, names)):
         steps, values = zip(*((line["step"], line[name]) for line in trained))
         axes.plot(steps, values, color="#30638e", linewidth=1.2)
         axes.set_title(title, loc="left", fontsize=10)

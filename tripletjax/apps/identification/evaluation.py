@@ -61,7 +61,7 @@ class Strangers:
         if n * fpir < NEEDED - 1e-6:
             raise TooFewPairsError(
                 f"fpir {fpir:g} requires {-(-NEEDED // fpir):,.0f} calibration images "
-                f"of classes outside the gallery, got {n:,}; calibrate the run on more "
+                f"of classes outside the gallery, got {n:,}; calibrate on more "
                 "images with tripletjax verify."
             )
         count = int(n * fpir + 1e-6)

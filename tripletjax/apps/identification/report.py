@@ -64,7 +64,7 @@ def format_gallery(report: dict[str, Any]) -> Iterator[str]:
         return
     yield f"threshold {threshold:.4f}: largest distance of a named probe"
     if others is None:
-        yield "false positives at this gallery: unknown, the run has no calibration"
+        yield "false positives at this gallery: unknown, there is no calibration"
         return
     if others["left_out"]:
         yield (

@@ -1,4 +1,4 @@
-"""Calibration: a threshold at a chosen false accept rate, saved with a run.
+"""Calibration: a threshold at a chosen false accept rate, saved with its embedder.
 
 The threshold is chosen on images of unseen classes. A logistic regression on distances
 gives the probability that a pair is of the same class. The vectors of the images are
@@ -74,13 +74,13 @@ class Calibration:
             name: values[name] for name in values if name not in ("vectors", "names")
         }
 
-    def write(self, run_dir: str | Path) -> Path | None:
-        """Save the calibration in a run directory.
+    def write(self, directory: str | Path) -> Path | None:
+        """Save the calibration in the directory of a run or another embedder.
 
         Returns:
             The folder that an earlier calibration was moved to, if there was one.
         """
-        wanted = Path(run_dir) / FOLDER
+        wanted = Path(directory) / FOLDER
         earlier = None
         with replaced(wanted) as part:
             write_json(part / FILE, {"format": FORMAT, **self.summary()})
@@ -92,24 +92,24 @@ class Calibration:
         return earlier
 
     @classmethod
-    def read(cls, run_dir: str | Path, key: str) -> "Calibration":
-        """Read the calibration of a run directory.
+    def read(cls, directory: str | Path, key: str) -> "Calibration":
+        """Read the calibration in the directory of a run or another embedder.
 
         Args:
-            run_dir: the run directory.
+            directory: the directory.
             key: of the embedding that will use it.
 
         Raises:
             FileNotFoundError: if there is none.
             ValueError: if it is of another embedding, or cannot be read.
         """
-        folder = Path(run_dir) / FOLDER
+        folder = Path(directory) / FOLDER
         again = (
-            f"Choose one on images of unseen classes: tripletjax verify --run "
-            f"{run_dir} --data FOLDER"
+            "Choose one on images of unseen classes: tripletjax verify --data FOLDER, "
+            "with the same --run or --embedder"
         )
         if not (folder / FILE).exists():
-            raise FileNotFoundError(f"no threshold was chosen for {run_dir}. {again}")
+            raise FileNotFoundError(f"no threshold was chosen in {directory}. {again}")
         try:
             values = json.loads((folder / FILE).read_text(encoding="utf-8"))
             if values.pop("format") != FORMAT:
@@ -122,7 +122,7 @@ class Calibration:
         if calibration.embedder != key:
             raise ValueError(
                 f"the threshold in {folder} is of another state of the run, or another "
-                f"embedding. {again}"
+                f"embedder. {again}"
             )
         return calibration
 

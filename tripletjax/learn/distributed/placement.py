@@ -113,7 +113,7 @@ class Placement:
         """
         if self.mesh is None:
             return batch
-        n = len(batch) * self.processes
+        n = len(jax.tree.leaves(batch)[0]) * self.processes
         if n % self.count:
             raise ValueError(
                 f"batches must split over {self.count} devices of the mesh, got one of "
@@ -123,7 +123,10 @@ class Placement:
         sharding = NamedSharding(self.mesh, rows)
         if self.processes == 1:
             return jax.device_put(batch, sharding)
-        return jax.make_array_from_process_local_data(sharding, np.asarray(batch))
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+            batch,
+        )
 
     def paced(self, tree: Tree) -> Tree:
         """Wait for arrays in computation where several CPU devices are simulated.

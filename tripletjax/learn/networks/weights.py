@@ -1,10 +1,10 @@
-"""Weights of a network from a safetensors file, and back: every array, or none.
+"""Weights of a network from arrays of a file, and back: every array, or none.
 
-Files have PyTorch's layout: kernels ``[out, in, ...]``. Pickles, as in ``.pth`` and
-``.pt`` files, run code when they are opened, and are refused.
+Arrays have PyTorch's layout: kernels ``[out, in, ...]``.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,19 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from tripletjax.learn.networks.weights_files import Arrays, WeightsError, read_arrays
 
 COUNTER = "num_batches_tracked"
 # Names that an error lists for each fault, at most.
 LISTED = 5
-# The name of a shard, one of several files of one network.
-SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)")
-JOIN = "Join the shards into one safetensors file."
-
-
-class WeightsError(ValueError):
-    """A file without weights, or with weights of another network."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,19 +77,17 @@ class Loaded:
 
 
 def shapes_of(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of the arrays in a safetensors file, by name.
+    """Read the shapes of the arrays in a file of weights, by name.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        WeightsError: if it is no whole safetensors file.
+        WeightsError: if it holds no weights, or is not whole.
     """
-    with _opened(path) as file:
-        names = file.keys()
-        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    return {name: array.shape for name, array in read_arrays(path).items()}
 
 
 def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:
-    r"""Load the arrays of a safetensors file into a network, all or none.
+    r"""Load the arrays of a file of weights into a network, all or none.
 
     Every array of the file has exactly one rule, and every parameter and statistic of
     the network (`nnx.Param`, `nnx.BatchStat`, `Frozen`) is filled once, in its shape.
@@ -103,7 +95,8 @@ def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:
 
     Args:
         model: the network, which may be abstract, as from `nnx.eval_shape`.
-        path: the file.
+        path: a safetensors file, the index of its shards, or a file of PyTorch, which
+            requires an installed PyTorch; nested dictionaries give names with dots.
         rules: from a regular expression for the whole name of an array to its target:
             the dotted path of a variable, which may hold ``\1`` for a group of the
             expression; a `Part` of a variable; or None to skip the array.
@@ -113,8 +106,9 @@ def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        WeightsError: if it is no whole safetensors file; or with every array that is
-            missing, left over, filled twice, of another shape or not finite.
+        WeightsError: if it holds no weights, is not whole, or is a pickle with code; or
+            with every array that is missing, left over, filled twice, of another shape
+            or not finite.
 
     >>> import tempfile
     >>> import numpy as np
@@ -132,39 +126,51 @@ def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:
     >>> print(model(np.ones((1, 2))))
     [[2. 2. 2.]]
     """
+    return load_arrays(model, read_arrays(path), rules, title=str(path))
+
+
+def load_arrays(
+    model: nnx.Module, arrays: Arrays, rules: Rules, *, title: str
+) -> Loaded:
+    """Load arrays by name into a network, as `load_weights`.
+
+    Args:
+        model: the network.
+        arrays: by name.
+        rules: of `load_weights`.
+        title: of the arrays, for errors.
+    """
     variables = _variables(model)
     faults = _Faults()
     filled: dict[str, list[tuple[Part, np.ndarray]]] = {}
     unused, dtypes = [], set()
-    with _opened(path) as file:
-        for name in sorted(file.keys()):
-            matches = _targets(rules, name)
-            shape = list(file.get_slice(name).get_shape())
-            if len(matches) != 1:
-                fault = "left over" if not matches else "named by several rules"
-                faults.add(fault, f"{name} {shape}")
-                continue
-            ((part, target),) = matches
-            if part is None:
-                unused.append(name)
-                continue
-            if target not in variables:
-                faults.add("left over", f"{name} {shape}, for {target}")
-                continue
-            array = file.get_tensor(name)
-            shape = list(variables[target].shape)
-            shape[-1:] = [shape[-1] // part.of] if shape else []
-            fitted = _fitted(array, target, shape)
-            if fitted is None:
-                faults.add(
-                    "misshapen",
-                    f"{name} {list(array.shape)}, for {target}, which is {shape} here",
-                )
-            elif not np.isfinite(fitted).all():
-                faults.add("not finite", name)
-            dtypes.add(array.dtype.name)
-            fitted = np.zeros(shape, np.float32) if fitted is None else fitted
-            filled.setdefault(target, []).append((part, fitted))
+    for name in sorted(arrays):
+        array = arrays[name]
+        matches = _targets(rules, name)
+        if len(matches) != 1:
+            fault = "left over" if not matches else "named by several rules"
+            faults.add(fault, f"{name} {list(array.shape)}")
+            continue
+        ((part, target),) = matches
+        if part is None:
+            unused.append(name)
+            continue
+        if target not in variables:
+            faults.add("left over", f"{name} {list(array.shape)}, for {target}")
+            continue
+        shape = list(variables[target].shape)
+        shape[-1:] = [shape[-1] // part.of] if shape else []
+        fitted = _fitted(array, target, shape)
+        if fitted is None:
+            faults.add(
+                "misshapen",
+                f"{name} {list(array.shape)}, for {target}, which is {shape} here",
+            )
+        elif not np.isfinite(fitted).all():
+            faults.add("not finite", name)
+        dtypes.add(array.dtype.name)
+        fitted = np.zeros(shape, np.float32) if fitted is None else fitted
+        filled.setdefault(target, []).append((part, fitted))
     values = {}
     for target, variable in variables.items():
         parts = sorted(filled.get(target, ()), key=lambda one: one[0].index)
@@ -177,7 +183,7 @@ def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:
         else:
             whole = np.concatenate([np.atleast_1d(x) for _, x in parts], axis=-1)
             values[target] = whole.reshape(variable.shape)
-    faults.check(f"{path} does not fit {type(model).__name__}")
+    faults.check(f"{title} does not fit {type(model).__name__}")
     _fill(model, values)
     return Loaded(
         sum(
@@ -217,15 +223,13 @@ def save_weights(
     }
     arrays = _named_by_torch(values) if like is None else {}
     if like is not None:
-        with _opened(like) as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dictionary)
-                if name.endswith(COUNTER):
-                    arrays[name] = file.get_tensor(name)
-                for part, target in _targets(rules or {}, name):
-                    if part is not None:
-                        piece = np.split(values[target], part.of, axis=-1)[part.index]
-                        shape = file.get_slice(name).get_shape()
-                        arrays[name] = _to_torch(piece, target).reshape(shape)
+        for name, array in read_arrays(like).items():
+            if name.endswith(COUNTER):
+                arrays[name] = array
+            for part, target in _targets(rules or {}, name):
+                if part is not None:
+                    piece = np.split(values[target], part.of, axis=-1)[part.index]
+                    arrays[name] = _to_torch(piece, target).reshape(array.shape)
     # safetensors writes the memory of an array, which a transposed one shares.
     save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path)
 
@@ -244,10 +248,14 @@ def _targets(rules: Rules, name: str) -> list[tuple[Part | None, str]]:
     """The targets of the rules that match a name, with their paths."""
     targets = []
     for rule, target in rules.items():
-        if match := re.fullmatch(rule, name):
+        if match := _compiled(rule).fullmatch(name):
             part = Part(target, 0, 1) if isinstance(target, str) else target
             targets.append((part, match.expand(part.target) if part else ""))
     return targets
+
+
+# The cache of `re` is smaller than the rules of a large network.
+_compiled = functools.cache(re.compile)
 
 
 # PyTorch's name for the last part of a variable's path.
@@ -283,7 +291,7 @@ def _fill(model: nnx.Module, values: Mapping[str, np.ndarray]) -> None:
 
 def _fitted(array: np.ndarray, target: str, shape: Sequence[int]) -> np.ndarray | None:
     """An array in the layout and the shape of a variable, or None if it cannot be."""
-    if not jax.dtypes.issubdtype(array.dtype, np.floating):
+    if not is_float(array):
         return None
     array = array.astype(np.float32)
     if target.endswith("kernel"):
@@ -291,6 +299,11 @@ def _fitted(array: np.ndarray, target: str, shape: Sequence[int]) -> np.ndarray 
     # Scales of channels may have empty axes.
     same = [n for n in array.shape if n > 1] == [n for n in shape if n > 1]
     return array.reshape(shape) if same else None
+
+
+def is_float(array: np.ndarray) -> bool:
+    """Whether an array is of a floating-point type, of NumPy or of JAX."""
+    return jax.dtypes.issubdtype(array.dtype, np.floating)
 
 
 def _to_flax(kernel: np.ndarray) -> np.ndarray:
@@ -325,44 +338,3 @@ def _several(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
-
-
-def _opened(path: str | Path) -> Any:
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"weights file {path} does not exist.")
-    if path.is_dir():
-        raise WeightsError(f"{path} is a folder; weights must be one safetensors file.")
-    with path.open("rb") as file:
-        start = file.read(64)
-    if not start:
-        raise WeightsError(f"{path} is empty: 0 bytes.")
-    if start.startswith(b"version https://git-lfs"):
-        raise WeightsError(
-            f"{path} is a pointer of Git LFS, not the weights. Download the file "
-            "itself: git lfs pull."
-        )
-    # The header of safetensors comes after its length of eight bytes.
-    has_header = start[8:9] == b"{"
-    if not has_header and start.lstrip()[:1] == b"<":
-        raise WeightsError(f"{path} is a web page, not weights. Download the file.")
-    if not has_header and start.lstrip()[:1] == b"{":
-        raise WeightsError(
-            f"{path} is JSON, such as the index of a network in several files "
-            f"(shards), not weights. {JOIN}"
-        )
-    if (shard := SHARD.search(path.name)) and int(shard[2]) > 1:
-        raise WeightsError(
-            f"{path} is by its name shard {shard[1]} of {shard[2]} of a network. {JOIN}"
-        )
-    # Zip archives and pickles.
-    if not has_header and (start[:2] == b"PK" or start[0] == 0x80):
-        raise WeightsError(
-            f"{path} is a pickle of PyTorch's, which could run any code when it is "
-            "opened: it is not. Make a safetensors file of it, as docs/backbones.md "
-            "shows."
-        )
-    try:
-        return safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is no whole safetensors file: {error}.") from error

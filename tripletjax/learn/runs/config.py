@@ -6,7 +6,7 @@ from functools import partial
 from tripletjax.learn import choices
 from tripletjax.learn.data.augment import Augment
 from tripletjax.learn.runs.options import OptionError, check_options, documented, option
-from tripletjax.learn.training.objectives import MARGIN, MINING
+from tripletjax.learn.training.losses import LOSSES, MARGIN, find_loss
 
 # Groups of options, in the order of the help.
 DATA, NETWORK, BATCHES, TRAINING = "data", "network", "batches and loss", "training"
@@ -73,9 +73,10 @@ class Config:
         "pooling of the last feature map of a photo network", choices=choices.HEADS
     )
     backbone: str | None = _network(
-        "pretrained network to begin with: ResNet, DINOv2, ConvNeXt or "
-        "Inception-ResNet-v1",
-        metavar="FILE.safetensors",
+        "pretrained network to begin with: efficientnet-lite0 of the extra "
+        "pretrained, or a file of weights of EfficientNet, ResNet, DINOv2, ConvNeXt or "
+        "Inception-ResNet-v1 (.safetensors, .pt, .pth, .bin, .ckpt)",
+        metavar="NAME|FILE",
     )
     backbone_training: str | None = _network(
         "part of the backbone that is trained: none (frozen), its last stages (top), "
@@ -103,13 +104,26 @@ class Config:
         "stride of the first convolution of a residual network", rule="at least 1"
     )
     bfloat16: bool = _network("compute the network in bfloat16", default=False)
-    mining: str = _batches_of_classes(
-        "triplets to train on", default="semi-hard", choices=tuple(MINING)
+    loss: str = _batches_of_classes(
+        "loss of a batch; semi-hard, hard and all are triplet losses",
+        default="semi-hard",
+        choices=tuple(LOSSES),
     )
-    margin: float = _batches(
-        "margin of the triplet loss, in Euclidean distance between unit vectors",
-        default=MARGIN,
+    margin: float | None = _batches(
+        "margin of the loss; that of triplets is a Euclidean distance between unit "
+        f"vectors (default: {MARGIN} for triplets)",
         rule="finite and at least 0",
+    )
+    temperature: float | None = _batches_of_classes(
+        "temperature of a softmax loss (default: 0.1; 0.01 for smooth-ap)",
+        rule="finite and above 0",
+    )
+    scale: float | None = _batches_of_classes(
+        "scale of similarities in circle, sigmoid, cosface, arcface and proxy-anchor",
+        rule="finite and above 0",
+    )
+    learn_loss: bool = _batches_of_classes(
+        "learn the temperature, or the scale, bias or beta of the loss", default=False
     )
     batch_all_fraction: float = _api(
         "share of the steps that hard mining begins with all triplets, without which "
@@ -152,7 +166,11 @@ class Config:
     embed_chunk_size: int | None = _batches(
         "number of images embedded at a time, to bound the memory", rule="at least 1"
     )
-    steps: int | None = _training("number of training steps", rule="at least 1")
+    steps: int | None = _training(
+        "number of training steps; 0 for the closed form of a head on a frozen "
+        "backbone",
+        rule="at least 0",
+    )
     seed: int = _training(
         "seed of parameters, batches and augmentation", default=0, rule="at least 0"
     )
@@ -183,6 +201,7 @@ class Config:
                 "{memory_momentum} requires {memory}, got "
                 f"{self.memory_momentum!r}."
             )
+        self._check_loss()
         if self.backbone is not None:
             excluded = "model", "head", "channels", "stride"
             rule = "cannot be combined with {backbone}"
@@ -195,3 +214,38 @@ class Config:
         for name in excluded:
             if (value := getattr(self, name)) is not None:
                 raise OptionError(f"{{{name}}} {rule}, got {value!r}.")
+        if self.steps == 0:
+            if self.backbone is None:
+                raise OptionError(
+                    "{steps} must be at least 1 without {backbone}, got 0."
+                )
+            if self.hidden:
+                raise OptionError(
+                    "{steps} must be at least 1 with {hidden}, got 0: a head of two "
+                    "layers has no closed form."
+                )
+
+    def _check_loss(self) -> None:
+        """Check the options that only some losses have."""
+        loss = find_loss(self.loss)
+        for name in ("margin", "temperature", "scale"):
+            if getattr(self, name) is not None and name not in loss.numbers:
+                owners = ", ".join(k for k, of in LOSSES.items() if name in of.numbers)
+                raise OptionError(
+                    f"{{{name}}} requires {{loss}} {owners}; got {self.loss}."
+                )
+        if self.learn_loss and not loss.learned:
+            owners = ", ".join(k for k, of in LOSSES.items() if of.learned)
+            raise OptionError(
+                f"{{learn_loss}} requires {{loss}} {owners}; got {self.loss}."
+            )
+        if self.memory and loss.class_vectors:
+            raise OptionError(
+                f"{{memory}} cannot be combined with {{loss}} {self.loss}, which has "
+                "class vectors."
+            )
+        if self.relevance == "folders" and not loss.mines_triplets:
+            raise OptionError(
+                "{relevance} folders requires {loss} semi-hard, hard or all; got "
+                f"{self.loss}."
+            )

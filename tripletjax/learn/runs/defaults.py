@@ -28,6 +28,7 @@ from tripletjax.learn.runs.plan import (
     Plan,
     TripletBatchPlan,
 )
+from tripletjax.learn.training.losses import find_loss
 
 # Data have many classes from this number on, which take longer to learn.
 MANY = 32
@@ -95,8 +96,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         "turned and mirrored copies are further classes to learn",
     ),
     "frozen backbone": (
-        {"steps": 1000, "learning_rate": 1e-3},
-        "a head alone is trained",
+        {"dim": 512, "steps": 200, "learning_rate": 2e-4},
+        "a head alone is trained, from its closed form",
     ),
     "trained backbone": (
         {"steps": 300, "learning_rate": 1e-3},
@@ -106,6 +107,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 # A backbone is frozen on CPUs with fewer images than this.
 FEW_IMAGES = 5000
+# Photographs are few to train from scratch below this number.
+FEW_PHOTOS = 5000
 # Views of each image whose features a frozen backbone computes.
 VIEWS = 2
 # Pixels that a trained backbone embeds at a time, and in a batch, about.
@@ -134,7 +137,7 @@ class Start:
         """Image size in pixels; None if it is unset and there are no weights."""
         if config.size is not None or self.digest is None:
             return config.size
-        return self.backbone.of.size
+        return self.backbone.images.size
 
 
 def plan_for_classes(
@@ -168,12 +171,14 @@ def plan_for_classes(
     augment = dataclasses.replace(augment, flip=augment.flip and turns < 8)
     augment = config.augment or augment
     backbone = _backbone_plan(config, start, len(images))
+    recipe = _recipe_on_backbone(recipe, start, backbone)
     _check_turns(turns, augment, backbone)
     batches = _plan_batches(config, recipe, turns, classes, start, backbone)
     plan, notes = _plan(
         config,
         recipe,
         images.shape[1:],
+        count=len(images),
         batches=batches,
         augment=augment,
         layout=image_analysis.layout_of(images, labels) if kind == "photos" else None,
@@ -183,6 +188,7 @@ def plan_for_classes(
     return plan, [
         _note_on_kind(dataset.decoding),
         *_notes_on_classes(sizes, classes, turns),
+        *_notes_on_head(sizes, plan),
         *_notes_on_relevance(config, dataset.label_names),
         *_notes_on_memory(batches),
         *notes,
@@ -207,15 +213,18 @@ def plan_for_triplets(
         reason = "triplets do not tell where classes differ"
         layout = image_analysis.Layout(WHOLE, False, reason)
     batch = config.triplets_per_batch or min(48, len(dataset.train))
+    backbone = _backbone_plan(config, start, len(dataset.images))
+    recipe = _recipe_on_backbone(recipe, start, backbone)
     plan, notes = _plan(
         config,
         recipe,
         dataset.images.shape[1:],
+        count=len(dataset.images),
         batches=TripletBatchPlan(triplets_per_batch=batch),
         augment=config.augment or recipe.augment,
         layout=layout,
         start=start,
-        backbone=_backbone_plan(config, start, len(dataset.images)),
+        backbone=backbone,
     )
     return plan, [_note_on_kind(dataset.decoding), *notes]
 
@@ -227,6 +236,18 @@ def recipe_of(kind: str, *, many: bool, changes: Sequence[str] = ()) -> Recipe:
         options, _ = CHANGES.get(name, ({}, ""))
         recipe = dataclasses.replace(recipe, **options)
     return recipe
+
+
+def _recipe_on_backbone(
+    recipe: Recipe, start: Start | None, backbone: BackbonePlan | None
+) -> Recipe:
+    """The recipe with the changes for a pretrained backbone."""
+    if start is None or backbone is None or start.digest is None:
+        return recipe
+    part = "frozen" if backbone.training == "frozen" else "trained"
+    changes, _ = CHANGES[f"{part} backbone"]
+    recipe = dataclasses.replace(recipe, **changes)
+    return dataclasses.replace(recipe, dim=min(recipe.dim, start.backbone.features))
 
 
 def _check_turns(turns: int, augment: Augment, backbone: BackbonePlan | None) -> None:
@@ -259,7 +280,10 @@ def _plan_batches(
     # Momentum 0 stands for the network itself, whose embeddings are soon out of date.
     momentum = _either(config.memory_momentum, MEMORY_MOMENTUM) or None
     return ClassBatchPlan(
-        mining=config.mining,
+        loss=config.loss,
+        temperature=_number(config, "temperature"),
+        scale=_number(config, "scale"),
+        learn_loss=config.learn_loss,
         batch_all_fraction=config.batch_all_fraction,
         classes=config.classes or min(turns * classes, max(2, batch // per_class)),
         per_class=per_class,
@@ -277,6 +301,7 @@ def _plan(
     recipe: Recipe,
     shape: Sequence[int],
     *,
+    count: int,
     batches: ClassBatchPlan | TripletBatchPlan,
     augment: Augment,
     layout: image_analysis.Layout | None,
@@ -289,6 +314,7 @@ def _plan(
         config: the request.
         recipe: the starting point.
         shape: height, width and channels of images.
+        count: number of training images.
         batches: the plan of a batch.
         augment: random changes of images.
         layout: of photographs; None of other images.
@@ -298,20 +324,19 @@ def _plan(
     photos = layout is not None
     mirror = _either(config.mirror, photos and augment.flip)
     box, size, notes = _choose_view(config, shape, layout)
+    if photos and (start is None or start.digest is None):
+        notes += _notes_on_scratch(count, aligned=layout.aligned)
     if start is not None and backbone is not None:
         size = _backbone_size(config, start, size, shape, box)
         if backbone.training == "frozen":
             # Features of an image, and of its mirror image where both are averaged.
             views = max(backbone.views, 1 + mirror)
             backbone = dataclasses.replace(backbone, views=views)
-        if start.digest is not None:
-            part = "frozen" if backbone.training == "frozen" else "trained"
-            changes, _ = CHANGES[f"{part} backbone"]
-            recipe = dataclasses.replace(recipe, **changes)
         notes += _notes_on_backbone(start, backbone, shape, size)
     model, channels = _choose_model(config, shape, photos, start)
     longest = max(shape[:2])
-    steps = config.steps or recipe.steps
+    steps = _either(config.steps, recipe.steps)
+    _check_steps(steps, backbone)
     return Plan(
         batches=batches,
         box=box,
@@ -326,7 +351,7 @@ def _plan(
         mirror=mirror,
         bfloat16=config.bfloat16,
         augment=augment,
-        margin=config.margin,
+        margin=_number(config, "margin"),
         steps=steps,
         seed=config.seed,
         learning_rate=_either(config.learning_rate, recipe.learning_rate),
@@ -338,6 +363,14 @@ def _plan(
         or (max(100, steps // 8) if photos else 100),
         checkpoint_every=config.checkpoint_every,
     ), notes
+
+
+def _check_steps(steps: int, backbone: BackbonePlan | None) -> None:
+    if steps == 0 and (backbone is None or backbone.training != "frozen"):
+        raise ValueError(
+            "steps must be at least 1 with a trained backbone, got 0; the closed form "
+            "needs backbone_training frozen."
+        )
 
 
 def _choose_view(
@@ -447,6 +480,16 @@ def _notes_on_classes(sizes: np.ndarray, classes: int, turns: int) -> list[str]:
     return notes
 
 
+def _notes_on_head(sizes: np.ndarray, plan: Plan) -> list[str]:
+    """A note on a head that cannot begin with within-class whitening."""
+    if not plan.pretrained or max(sizes) > 1:
+        return []
+    return [
+        "the head begins with the principal directions of the features: no class has "
+        "two training images"
+    ]
+
+
 def _notes_on_relevance(config: Config, names: Sequence[str]) -> list[str]:
     if config.relevance != "folders":
         return []
@@ -475,10 +518,22 @@ def _notes_on_memory(batches: ClassBatchPlan) -> list[str]:
     ]
 
 
+def _notes_on_scratch(count: int, *, aligned: bool) -> list[str]:
+    if count >= FEW_PHOTOS:
+        return []
+    example = "efficientnet-lite0 of the extra pretrained"
+    if aligned:
+        example = "a network for faces if these are faces (docs/faces.md)"
+    return [
+        f"{count:,} photographs are few to train from scratch; a pretrained network is "
+        f"better: --backbone with {example}"
+    ]
+
+
 def _notes_on_backbone(
     start: Start, backbone: BackbonePlan, shape: Sequence[int], size: int
 ) -> list[str]:
-    title, of = start.backbone.title, start.backbone.of
+    title, images = start.backbone.title, start.backbone.images
     trained = {
         "frozen": "the backbone is frozen: a head is trained on its features, "
         f"{backbone.views} of each image",
@@ -491,7 +546,7 @@ def _notes_on_backbone(
         notes = [f"{title}, from scratch"]
     else:
         notes = [*start.notes, trained]
-    mean, std = ([round(x, 3) for x in part] for part in (of.mean, of.std))
+    mean, std = ([round(x, 3) for x in part] for part in (images.mean, images.std))
     notes.append(
         f"the network sees images of {size} pixels, of mean {mean} and deviation {std}"
     )
@@ -500,6 +555,11 @@ def _notes_on_backbone(
     if max(shape[:2]) < size:
         notes.append(f"images of {shape[0]} x {shape[1]} pixels are enlarged for it")
     return notes
+
+
+def _number(config: Config, name: str) -> float | None:
+    """The requested margin, temperature or scale, or the default of the loss."""
+    return _either(getattr(config, name), find_loss(config.loss).numbers.get(name))
 
 
 def _either(requested: T | None, default: T) -> T:

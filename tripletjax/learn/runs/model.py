@@ -12,6 +12,7 @@ from tripletjax.learn.files import digest_of_file
 from tripletjax.learn.networks import backbones, heads
 from tripletjax.learn.networks.embedding_networks import MODELS, Standardized
 from tripletjax.learn.networks.weights import Loaded
+from tripletjax.learn.networks.weights_files import read_arrays
 from tripletjax.learn.runs.plan import BackbonePlan
 from tripletjax.learn.runs.record import FILE, RunRecord
 from tripletjax.learn.training.checkpoints import Checkpoints
@@ -66,7 +67,8 @@ def fill_backbone(model: Standardized, record: RunRecord, run_dir: Path) -> Load
     if digest_of_file(file) != plan.digest:
         raise ValueError(f"{file} is damaged: it is not what the run began with.")
     backbone = backbones.Backbone(plan.family, plan.options)
-    return backbone.fill(heads.backbone_of(model), file)
+    arrays = read_arrays(file)
+    return backbone.fill(heads.backbone_of(model), arrays, title=str(file))
 
 
 # The run's copy of the weights that it began with.

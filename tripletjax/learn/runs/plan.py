@@ -10,12 +10,15 @@ from tripletjax.learn.data.image_shape import WHOLE, Box, View
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassBatchPlan:
-    """Batches of P classes with K images each, of which triplets are mined.
+    """Batches of P classes with K images each, and their loss.
 
     Fields have the meaning of those of `Config`.
     """
 
-    mining: str
+    loss: str
+    temperature: float | None
+    scale: float | None
+    learn_loss: bool
     batch_all_fraction: float
     classes: int
     per_class: int
@@ -91,7 +94,7 @@ class Plan:
     mirror: bool
     bfloat16: bool
     augment: Augment
-    margin: float
+    margin: float | None
     steps: int
     seed: int
     learning_rate: float
@@ -125,3 +128,8 @@ class Plan:
     def frozen(self) -> bool:
         """Whether a head alone is trained, on features that are kept."""
         return self.backbone_training == "frozen"
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether a head is trained that has a closed form."""
+        return self.frozen and self.backbone is not None and not self.backbone.hidden

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,16 @@ from tripletjax.learn.data.augment import Augment
 from tripletjax.learn.data.image_array import ImageArray
 from tripletjax.learn.data.sources import parse_source
 from tripletjax.learn.distributed.placement import Placement
-from tripletjax.learn.files import digest_of_file, free_path, part_of, replaced
+from tripletjax.learn.files import free_path, part_of, replaced
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.runs import record, tasks
 from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.defaults import SCARCE_CHARACTERS, Start
 from tripletjax.learn.runs.model import BACKBONE
 from tripletjax.learn.runs.options import OptionError, options_of
-from tripletjax.learn.runs.plan import Plan
+from tripletjax.learn.runs.plan import ClassBatchPlan, Plan
 from tripletjax.learn.runs.record import ImageRecord, RunRecord
+from tripletjax.learn.training.losses import find_loss
 
 # Sample size for mean and standard deviation, and images read per chunk.
 SAMPLE, LOOK = 4096, 256
@@ -40,7 +40,8 @@ def normalize(config: Config) -> Config:
     """Resolve the paths of a request, so that it can be resumed from any folder."""
     changes: dict[str, Any] = {"data": parse_source(config.data).name}
     for name in ("triplets", "backbone"):
-        if (value := getattr(config, name)) is not None:
+        value = getattr(config, name)
+        if value is not None and value not in choices.PRETRAINED:
             changes[name] = str(Path(value).resolve())
     # Tuples, as the record of a run has them.
     for name in ("channels", "box"):
@@ -102,7 +103,8 @@ def find_run(
     if old is None or not (out / record.SUMMARY).exists():
         return old, None
     summary = json.loads((out / record.SUMMARY).read_text(encoding="utf-8"))
-    finished = summary.get("steps") == (config.steps or old.plan.steps)
+    steps = old.plan.steps if config.steps is None else config.steps
+    finished = summary.get("steps") == steps
     return old, summary["evaluations"] if finished else None
 
 
@@ -150,21 +152,26 @@ def start_of(config: Config, old: RunRecord | None) -> Start | None:
         plan = old.plan.backbone
         if plan is None:
             return None
-        if config.backbone is not None and Path(config.backbone).exists():
-            _check_same(config.backbone, plan.digest)
+        file = config.backbone
+        # The weights of a named network may have been uninstalled since.
+        named = file in choices.PRETRAINED
+        if file is not None and not named and Path(file).exists():
+            _check_same(backbones.open_weights(file), plan.digest)
         return Start(backbones.Backbone(plan.family, plan.options), plan.digest)
     if config.model in backbones.UNTRAINED:
         options = backbones.UNTRAINED[config.model]
         return Start(backbones.Backbone("resnet", options), None)
     if config.backbone is None:
         return None
-    backbone = backbones.recognise(config.backbone)
-    _, loaded = backbones.load(config.backbone)
+    weights = backbones.open_weights(config.backbone)
+    backbone = weights.backbone
+    loaded = weights.fill(backbone.abstract())
     notes = (
         f"{config.backbone} is {backbone.title}, {loaded.parameters:,} parameters",
+        *weights.notes,
         *loaded.notes,
     )
-    return Start(backbone, digest_of_file(config.backbone), notes)
+    return Start(backbone, weights.digest, notes)
 
 
 def make_plan(
@@ -206,7 +213,9 @@ def _begin(
     The images of `task` are as they were read, those of `seen` as the network sees
     them.
     """
-    if plan.margin >= FARTHEST:
+    of = plan.batches
+    triplets = not isinstance(of, ClassBatchPlan) or find_loss(of.loss).mines_triplets
+    if triplets and plan.margin is not None and plan.margin >= FARTHEST:
         notes = [
             *notes,
             f"warning: no triplet can satisfy a margin of {plan.margin:g}: unit "
@@ -217,9 +226,8 @@ def _begin(
     if start is None:
         mean, std = _statistics(seen.images)
     else:
-        mean, std = (
-            np.array(x) for x in (start.backbone.of.mean, start.backbone.of.std)
-        )
+        images = start.backbone.images
+        mean, std = np.array(images.mean), np.array(images.std)
     return RunRecord(
         requested=config,
         plan=plan,
@@ -249,7 +257,7 @@ def _go_on(old: RunRecord, config: Config, task: tasks.Task, out: Path) -> RunRe
         )
     locations = {name: getattr(config, name) for name in LOCATIONS}
     requested = dataclasses.replace(old.requested, **locations)
-    steps = config.steps or old.plan.steps
+    steps = old.plan.steps if config.steps is None else config.steps
     if steps == old.plan.steps:
         return dataclasses.replace(old, requested=requested)
     note = (
@@ -292,11 +300,12 @@ def _keep_backbone(config: Config, digest: str, out: Path) -> None:
     kept = out / BACKBONE
     if kept.exists() or config.backbone is None:
         return
+    weights = backbones.open_weights(config.backbone)
+    _check_same(weights, digest)
     with replaced(kept) as part:
-        shutil.copyfile(config.backbone, part)
-        _check_same(part, digest)
+        weights.write(part)
 
 
-def _check_same(file: str | Path, digest: str | None) -> None:
-    if digest_of_file(file) != digest:
-        raise ValueError(f"{file} has changed since the run began.")
+def _check_same(weights: backbones.Weights, digest: str | None) -> None:
+    if weights.digest != digest:
+        raise ValueError(f"{weights.path} has changed since the run began.")

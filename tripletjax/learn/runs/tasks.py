@@ -5,7 +5,7 @@ A task has its batches, its losses and its evaluation.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,8 @@ from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.defaults import Start
 from tripletjax.learn.runs.plan import ClassBatchPlan, Plan, TripletBatchPlan
 from tripletjax.learn.training import loop, objectives
+from tripletjax.learn.training.losses import find_loss
+from tripletjax.learn.training.optimizer import learning_rates
 from tripletjax.learn.training.selection import (
     Validation,
     class_means,
@@ -49,6 +51,7 @@ class LabelTask:
     """Images with labels, of which triplets are mined in each batch."""
 
     dataset: datasets.Dataset
+    unit = "classes"
 
     @property
     def images(self) -> ImageArray:
@@ -80,7 +83,44 @@ class LabelTask:
         self, config: Config, start: Start | None = None
     ) -> tuple[Plan, list[str]]:
         plan, notes = defaults.plan_for_classes(config, self.dataset, start)
-        return plan, [*notes, *note_of(self.validation_classes, "classes")]
+        if plan.steps:
+            notes = [*notes, *note_of(self.validation_classes, self.unit)]
+        return plan, notes
+
+    @property
+    def labelled_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of training images, and their classes."""
+        labels = self.dataset.train.labels
+        return np.arange(len(labels)), labels
+
+    @property
+    def _several(self) -> np.ndarray:
+        """Labels of the classes of several training images."""
+        labels, counts = np.unique(self.dataset.train.labels, return_counts=True)
+        return labels[counts > 1]
+
+    @property
+    def trained_classes(self) -> int:
+        """The number of classes of several training images."""
+        return len(self._several)
+
+    def folds(self, count: int) -> Iterator["LabelTask"]:
+        """Tasks whose validation has a part of the training classes each."""
+        train = self.dataset.train
+        labels = np.random.default_rng(0).permutation(self._several)
+        for first in range(count):
+            held_out = np.isin(train.labels, labels[first::count])
+            parts = train.part(~held_out), train.part(held_out)
+            yield LabelTask(
+                dataclasses.replace(self.dataset, train=parts[0], validation=parts[1])
+            )
+
+    def limited(self, plan: Plan) -> Plan:
+        """The plan with no more classes in a batch than the task has."""
+        of = _batches_of(plan, ClassBatchPlan)
+        classes = min(of.classes, len(self._several))
+        batches = dataclasses.replace(of, classes=classes)
+        return dataclasses.replace(plan, batches=batches)
 
     def seen(self, plan: Plan) -> "LabelTask":
         """The task with images as the network sees them."""
@@ -135,23 +175,32 @@ class LabelTask:
             groups=levels[0] if len(levels) else None,
         )
 
-    def losses(
-        self, plan: Plan, on: Placement = ONE_DEVICE
-    ) -> list[tuple[int, objectives.Loss]]:
-        """Losses, with the steps from which they hold."""
-        options: dict[str, Any] = {"margin": plan.margin, "axis_name": on.axis_name}
+    def loss(self, plan: Plan, on: Placement = ONE_DEVICE) -> objectives.Objective:
+        """The loss, or several with the steps from which they hold."""
         of = _batches_of(plan, ClassBatchPlan)
+        options: dict[str, Any] = {"margin": plan.margin, "axis_name": on.axis_name}
         levels = tuple(map(tuple, self._levels(of).tolist()))
-
-        def loss(mining: str) -> objectives.Loss:
-            if not levels:
-                return objectives.mined_loss(mining, **options)
-            return objectives.relevance_loss(mining, levels, **options)
-
+        if levels:
+            make = functools.partial(
+                objectives.relevance_loss, levels=levels, **options
+            )
+        else:
+            options |= {"temperature": of.temperature, "scale": of.scale}
+            make = functools.partial(objectives.batch_loss, **options)
+        if of.learn_loss or find_loss(of.loss).class_vectors:
+            labels = np.unique(self._trained(of).labels)
+            return objectives.learned_loss(
+                of.loss,
+                classes=len(labels) * of.rotation_classes,
+                dim=plan.dim,
+                learning_rate=learning_rates(plan.learning_rate, plan.steps),
+                seed=plan.seed,
+                **options,
+            )
         warm = int(of.batch_all_fraction * plan.steps)
-        if of.mining != "hard" or warm == 0:
-            return [(0, loss(of.mining))]
-        return [(0, loss("all")), (warm, loss(of.mining))]
+        if of.loss != "hard" or warm == 0:
+            return make(of.loss)
+        return [(0, make("all")), (warm, make(of.loss))]
 
     def evaluate(self, embed: Embed) -> dict[str, Any]:
         """Evaluate an embedding on the test images, in percent.
@@ -174,7 +223,7 @@ class LabelTask:
         if len(test) > 1:
             within = tj.retrieval.evaluate(x, labels, reduce_fn=None)
             measured = _of_queries(within, labels)
-        metrics = _summary(measured, "classes")
+        metrics = _summary(measured, self.unit)
         if np.isin(test.labels, train.labels).any():
             recall = tj.retrieval.recall_at_k(
                 x,
@@ -259,6 +308,7 @@ class TripletTask:
     """Given triplets of images."""
 
     dataset: triplet_files.TripletDataset
+    unit = "anchors"
 
     @property
     def images(self) -> ImageArray:
@@ -286,7 +336,42 @@ class TripletTask:
         self, config: Config, start: Start | None = None
     ) -> tuple[Plan, list[str]]:
         plan, notes = defaults.plan_for_triplets(config, self.dataset, start)
-        return plan, [*notes, *note_of(self.validation_classes, "anchors")]
+        if plan.steps:
+            notes = [*notes, *note_of(self.validation_classes, self.unit)]
+        return plan, notes
+
+    @property
+    def labelled_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of anchors and positives; each pair is a class of its own."""
+        pairs = self.dataset.train[:, :2]
+        return pairs.ravel(), np.repeat(np.arange(len(pairs)), 2)
+
+    @property
+    def trained_classes(self) -> int:
+        """The number of anchors of training triplets."""
+        return len(np.unique(self.dataset.train[:, 0]))
+
+    def folds(self, count: int) -> Iterator["TripletTask"]:
+        """Tasks whose validation has a part of the training anchors each.
+
+        Their training triplets contain none of these anchors.
+        """
+        train = self.dataset.train
+        anchors = np.random.default_rng(0).permutation(np.unique(train[:, 0]))
+        for first in range(count):
+            held_out = np.isin(train, anchors[first::count])
+            known, unseen = train[~held_out.any(axis=1)], train[held_out[:, 0]]
+            if len(known):
+                yield TripletTask(
+                    dataclasses.replace(self.dataset, train=known, validation=unseen)
+                )
+
+    def limited(self, plan: Plan) -> Plan:
+        """The plan with no more triplets in a batch than the task has."""
+        of = _batches_of(plan, TripletBatchPlan)
+        count = min(of.triplets_per_batch, len(self.dataset.train))
+        batches = dataclasses.replace(of, triplets_per_batch=count)
+        return dataclasses.replace(plan, batches=batches)
 
     def seen(self, plan: Plan) -> "TripletTask":
         """The task with images as the network sees them."""
@@ -308,10 +393,9 @@ class TripletTask:
             self.images, self.dataset.train, of.triplets_per_batch, plan.seed, on.shard
         )
 
-    def losses(
-        self, plan: Plan, on: Placement = ONE_DEVICE
-    ) -> list[tuple[int, objectives.Loss]]:
-        return [(0, objectives.given_loss(margin=plan.margin, parts=on.processes))]
+    def loss(self, plan: Plan, on: Placement = ONE_DEVICE) -> objectives.Objective:
+        assert plan.margin is not None
+        return objectives.given_loss(margin=plan.margin, parts=on.processes)
 
     def evaluate(self, embed: Embed) -> dict[str, Any]:
         """Evaluate an embedding: the share of test triplets in the right order.
@@ -322,7 +406,7 @@ class TripletTask:
         if not len(test):
             return {}
         right = self._are_right(embed, test)
-        return _summary({"triplet_accuracy": (right, test[:, 0])}, "anchors")
+        return _summary({"triplet_accuracy": (right, test[:, 0])}, self.unit)
 
     @property
     def _validation_triplets(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The loop that trains a model in place, for any model and images.
+"""The loop that trains a model in place, for any model and inputs.
 
 model = MyModel(rngs=nnx.Rngs(0))
 batches = ImageBatches(images, labels, classes=8, per_class=4)
@@ -11,7 +11,7 @@ import collections
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -26,17 +26,33 @@ from tqdm import tqdm
 
 import tripletjax as tj
 from tripletjax.learn.distributed.placement import Placement
-from tripletjax.learn.networks.embedding import as_floats, check_static, strongly_typed
+from tripletjax.learn.networks.embedding import (
+    as_inputs,
+    check_static,
+    rows_of,
+    strongly_typed,
+)
 from tripletjax.learn.training.checkpoints import Checkpoints
 from tripletjax.learn.training.interrupts import Interrupts, Stopped
-from tripletjax.learn.training.objectives import Loss, mined_loss
+from tripletjax.learn.training.objectives import (
+    LearnedLoss,
+    Loss,
+    Objective,
+    batch_loss,
+)
+from tripletjax.learn.training.optimizer import of_params
 from tripletjax.learn.training.selection import (
     Validation,
     candidate_of,
     first_candidate,
     select,
 )
-from tripletjax.learn.training.steps import TrainState, train_step, train_step_in_chunks
+from tripletjax.learn.training.steps import (
+    Params,
+    TrainState,
+    train_step,
+    train_step_in_chunks,
+)
 
 # Embeddings have collapsed if their spread is below this share of their length.
 COLLAPSED = 0.02
@@ -45,12 +61,39 @@ THREADS, AHEAD = 2, 4
 
 
 class Batches(Protocol):
-    """``batches[step]`` is images ``[n, h, w, c]`` and labels ``[n]``.
+    """``batches[step]`` is inputs with n rows, and labels ``[n]``.
 
-    Images are uint8, or floats from 0 to 1.
+    Inputs are images ``[n, h, w, c]``: uint8, or floats from 0 to 1. Other inputs are
+    any pytree of arrays with n rows each, such as a dict of tokens and a mask.
     """
 
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]: ...
+    def __getitem__(self, step: int) -> tuple[Any, np.ndarray]: ...
+
+
+class _InOrder:
+    """Batches of an iterable in its order, again and again, for one thread."""
+
+    def __init__(self, iterable: Iterable[Any]):
+        self.batches = self._repeat(iterable)
+        self.step: int | None = None
+        self.batch: Any = None
+
+    def __getitem__(self, step: int) -> tuple[Any, np.ndarray]:
+        # The first batch is read twice, once for its shape.
+        if step != self.step:
+            self.step, self.batch = step, next(self.batches)
+        return self.batch
+
+    @staticmethod
+    def _repeat(iterable: Iterable[Any]) -> Iterator[Any]:
+        while True:
+            batch = None
+            for batch in iterable:
+                inputs, labels = batch
+                # Arrays of other libraries, such as tensors, become those of NumPy.
+                yield jax.tree.map(np.asarray, inputs), np.asarray(labels)
+            if batch is None:
+                raise ValueError("batches must have a batch, got none.")
 
 
 class CollapseWarning(UserWarning):
@@ -105,11 +148,11 @@ class Schedule(NamedTuple):
 def fit(
     model: nnx.Module,
     tx: optax.GradientTransformation,
-    batches: Batches,
+    batches: Batches | Iterable[Any],
     *,
     steps: int,
-    loss: Loss | Sequence[tuple[int, Loss]] | None = None,
-    augment: Callable[[Array, Array], Array] | None = None,
+    loss: Objective | None = None,
+    augment: Callable[[Array, Any], Any] | None = None,
     seed: int = 0,
     ema_decay: float = 0.0,
     memory: int = 0,
@@ -138,13 +181,20 @@ def fit(
     the next record.
 
     Args:
-        model: from float images from 0 to 1 to embeddings ``[n, d]``.
-        tx: the optimizer.
-        batches: ``batches[step]``, a pure function of the step.
+        model: from float images from 0 to 1, or from other inputs, to embeddings
+            ``[n, d]``. `as_model` makes one of any function with parameters.
+        tx: the optimizer of the model.
+        batches: ``batches[step]``, a pure function of the step: inputs and labels.
+            Inputs are images, or a pytree of arrays with n rows each, which the model
+            gets as its one argument: uint8 as floats from 0 to 1, floats as float32,
+            others as they are. Or an iterable of such pairs, such as a DataLoader of
+            PyTorch, read in its order, again and again; a training that goes on from a
+            checkpoint reads it from its start.
         steps: number of steps.
-        loss: of embeddings and labels; or several, each with the step from which it
-            holds, the first from 0. If not given, `mined_loss()`.
-        augment: from a random key and float images to images.
+        loss: of embeddings and labels; a `LearnedLoss`, whose parameters are learned as
+            well; or several losses, each with the step from which it holds, the first
+            from 0. If not given, `batch_loss()`.
+        augment: from a random key and inputs, such as float images, to inputs.
         seed: of the augmentation.
         ema_decay: of the exponential moving average (EMA) of the parameters, such as
             0.99. The average is then validated, and given to the model. 0 for none.
@@ -158,7 +208,7 @@ def fit(
             loss is always of the whole batch.
         mesh: devices to split every batch over; all of them hold the parameters. The
             loss is still of the whole batch. Its work is split if the loss has the
-            mesh's `axis_name`, as `mined_loss` takes and the default has. With several
+            mesh's `axis_name`, as `batch_loss` takes and the default has. With several
             processes, ``batches[step]`` is the part of this process, as with a `shard`
             in `sampling`. The first process alone validates, and all share the
             directories of checkpoints.
@@ -205,29 +255,34 @@ def fit(
     _check_decays(ema_decay=ema_decay, memory_momentum=memory_momentum)
     if not memory:
         _check_unused(memory_warmup_steps or None, memory_momentum)
-    if not hasattr(batches, "__getitem__"):
-        raise TypeError(f"batches must have batches[step], got {batches!r}.")
     on = Placement(mesh)
+    learned = loss if isinstance(loss, LearnedLoss) else None
     loop = _Loop(
         model,
-        batches,
+        _by_step(batches),
         on,
         Schedule(steps, log_every, validate_every, checkpoint_every),
-        _losses_of(loss, on),
+        _losses_of(learned.function if learned else loss, on),
         seed=seed,
         memory_warmup_steps=memory_warmup_steps,
         embed_chunk_size=embed_chunk_size,
         checkpoints=checkpoints,
         kept_model=kept_model,
         step_options={
-            "tx": tx,
+            "tx": of_params(tx, learned and learned.tx),
             "augment": augment,
             "ema_decay": ema_decay,
             "memory_momentum": memory_momentum or 0.0,
         },
     )
     slow = memory_momentum is not None
-    loop.begin(ema=ema_decay > 0, memory=memory, slow=slow, classes=validation_classes)
+    loop.begin(
+        learned and learned.parameters,
+        ema=ema_decay > 0,
+        memory=memory,
+        slow=slow,
+        classes=validation_classes,
+    )
     if (resumed := loop.restore()) is not None:
         yield resumed
     # Signals go to the caller while it holds a record.
@@ -239,7 +294,7 @@ def fit(
             metrics = loop.step(step, *batch)
             due = loop.schedule.after(step + 1)
             if due.log:
-                record = loop.record(step + 1, metrics, len(batch[0]))
+                record = loop.record(step + 1, metrics, rows_of(batch[0]))
                 with outside():
                     yield record
             if due.validate and validate is not None:
@@ -288,12 +343,23 @@ class _Loop:
         self.step_options = step_options
         self.source = batches
 
-    def begin(self, *, ema: bool, memory: int, slow: bool, classes: int) -> None:
-        """Make the state before the first step, from the parameters of the model."""
+    def begin(
+        self, learned: Any, *, ema: bool, memory: int, slow: bool, classes: int
+    ) -> None:
+        """Make the state before the first step.
+
+        Args:
+            learned: parameters of the loss, or None.
+            ema: whether parameters are averaged.
+            memory: number of embeddings in the memory.
+            slow: whether an average of the parameters embeds images for the memory.
+            classes: number of values in `Validation.by_class`.
+        """
         self.model.train()
-        graph, params, rest = nnx.split(self.model, nnx.Param, ...)
+        graph, of_model, rest = nnx.split(self.model, nnx.Param, ...)
         check_static(graph)
         self.step_options["graph"] = graph
+        params = Params(of_model, learned)
         state = TrainState(
             params=params,
             rest=rest,
@@ -303,18 +369,18 @@ class _Loop:
             candidate=first_candidate(self.model, classes),
         )
         if memory:
-            images, labels = self.source[0]
+            inputs, labels = self.source[0]
             # A copy, since a model with statistics changes them.
             x = jax.eval_shape(
-                lambda images: nnx.merge(graph, params, rest, copy=True)(
-                    as_floats(images)
+                lambda inputs: nnx.merge(graph, of_model, rest, copy=True)(
+                    as_inputs(inputs)
                 ),
-                images,
+                inputs,
             )
             label_dtype = jnp.asarray(labels).dtype
             state = state._replace(
                 memory=tj.memory.create(memory, x.shape[1], label_dtype=label_dtype),
-                slow=params if slow else None,
+                slow=of_model if slow else None,
             )
         # Copies, since a step gives the memory of its state away.
         self.state = self.on.everywhere(jax.tree.map(jnp.copy, strongly_typed(state)))
@@ -343,17 +409,15 @@ class _Loop:
         # The bar is exhausted, and closed, with the last batch.
         return enumerate(self.bar, start=self.start)
 
-    def step(
-        self, step: int, images: np.ndarray, labels: np.ndarray
-    ) -> dict[str, Array]:
+    def step(self, step: int, inputs: Any, labels: np.ndarray) -> dict[str, Array]:
         """Take one step, and return its metrics."""
         loss = [loss for first, loss in self.losses if first <= step][-1]
         key = jax.random.fold_in(self.key, step)
-        batch = self.on.split(images), self.on.split(labels), key
+        batch = self.on.split(inputs), self.on.split(labels), key
         remember = step >= self.memory_warmup_steps
         options: dict[str, Any] = {"loss": loss, **self.step_options}
         # Of several processes, each has a part of the rows.
-        chunk, rows = self.embed_chunk_size, len(batch[0])
+        chunk, rows = self.embed_chunk_size, rows_of(batch[0])
         with self.on.context():
             if chunk is None or chunk >= rows:
                 self.state, metrics = train_step(
@@ -379,7 +443,7 @@ class _Loop:
             self.warned = True
             warnings.warn(
                 f"collapsed at step {done}: the embeddings of a batch are "
-                f"{numbers['spread']:.1e} apart. Train on all triplets (mining all), "
+                f"{numbers['spread']:.1e} apart. Train on all triplets (loss all), "
                 "or lower the learning rate.",
                 CollapseWarning,
                 stacklevel=3,
@@ -421,7 +485,7 @@ class _Loop:
         """Give the model the parameters so far, or their average."""
         state = self.state
         params = state.params if state.average is None else state.average
-        arrays = self.on.here((params, state.rest))
+        arrays = self.on.here((params.model, state.rest))
         nnx.update(self.model, *jax.tree.map(jnp.copy, arrays))
         self.model.eval()
 
@@ -433,16 +497,26 @@ class _Loop:
             )
 
 
-def _losses_of(
-    loss: Loss | Sequence[tuple[int, Loss]] | None, on: Placement
-) -> Sequence[tuple[int, Loss]]:
+def _by_step(batches: Any) -> Any:
+    """Batches by step, of such batches or of an iterable."""
+    if hasattr(batches, "__getitem__"):
+        return batches
+    if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
+        raise TypeError(
+            "batches must have batches[step], or be an iterable that can be read "
+            f"again, such as a DataLoader, got {batches!r}."
+        )
+    return _InOrder(batches)
+
+
+def _losses_of(loss: Objective | None, on: Placement) -> Sequence[tuple[int, Loss]]:
     """Losses with the steps from which they hold."""
     if loss is None:
-        loss = mined_loss(axis_name=on.axis_name)
+        loss = batch_loss(axis_name=on.axis_name)
     losses = loss if isinstance(loss, list | tuple) else [(0, loss)]
     if not all(callable(of) for _, of in losses):
         raise TypeError(
-            f"loss must be a function, or such as mined_loss, got {loss!r}."
+            f"loss must be a function, or such as batch_loss, got {loss!r}."
         )
     if losses[0][0] != 0:
         raise ValueError(f"the first loss must hold from step 0, not {losses[0][0]}.")
@@ -473,7 +547,8 @@ def _check_unused(warmup_steps: int | None, momentum: float | None) -> None:
 def _prefetched(batches: Batches, steps: range) -> Iterator[Any]:
     """Batches in order, made ahead of the steps by threads."""
     ahead: collections.deque = collections.deque()
-    with ThreadPoolExecutor(THREADS) as pool:
+    threads = 1 if isinstance(batches, _InOrder) else THREADS
+    with ThreadPoolExecutor(threads) as pool:
         for step in steps:
             ahead.append(pool.submit(batches.__getitem__, step))
             if len(ahead) > AHEAD:

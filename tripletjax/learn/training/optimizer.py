@@ -1,5 +1,6 @@
-"""The optimizer of a run."""
+"""Optimizers of a run."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,21 @@ import jax
 import optax
 from flax import nnx
 
+from tripletjax.learn.training.steps import Params
+
 # Learning rate of pretrained parameters, as a share of the head's.
 RATE = 0.1
+
+
+@functools.lru_cache
+def learning_rates(peak: float, steps: int) -> Callable[[Any], Any]:
+    """A linear warm-up to the peak, and a cosine decay to 0."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=peak,
+        warmup_steps=min(50, steps // 10),
+        decay_steps=steps,
+    )
 
 
 def slow_backbone(
@@ -32,3 +46,25 @@ def slow_backbone(
         },
         parts,
     )
+
+
+@functools.lru_cache
+def of_params(
+    model: optax.GradientTransformation, loss: optax.GradientTransformation | None
+) -> optax.GradientTransformation:
+    """The optimizer of `Params`, from those of the model and of the loss."""
+
+    def init(params: Any) -> Any:
+        state = model.init(params.model)
+        return Params(state, None if loss is None else loss.init(params.loss))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        of_model, state_of_model = model.update(
+            updates.model, state.model, params.model
+        )
+        if loss is None:
+            return Params(of_model), Params(state_of_model)
+        of_loss, state_of_loss = loss.update(updates.loss, state.loss, params.loss)
+        return Params(of_model, of_loss), Params(state_of_model, state_of_loss)
+
+    return optax.GradientTransformation(init, update)

@@ -218,7 +218,7 @@ RULES: Rules = {
     r"(.*)\.running_mean": r"\1.mean",
     r"(.*)\.running_var": r"\1.var",
     r".*\.num_batches_tracked": None,
-    r"logits\.(weight|bias)": None,
+    r"logits\..*": None,
 }
 
 

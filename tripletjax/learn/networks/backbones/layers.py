@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from tripletjax.learn.networks.convolution import HE_NORMAL, convolution, pad
+from tripletjax.learn.networks.convolution import HE_NORMAL, Padding, convolution, pad
 
 
 class BatchNorm(nnx.Module):
@@ -56,14 +56,15 @@ class BatchNorm(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """A convolution whose padding is the same at both ends.
+    """A convolution.
 
     Args:
         in_channels: of what comes in.
         out_channels: of what comes out.
         size: of the kernel, height and width if they differ.
         stride: how far apart its outputs are.
-        padding: how many zeros are added at each end, down and across if they differ.
+        padding: number of zeros at each end, down and across if they differ; or
+            ``"SAME"`` of TensorFlow.
         bias: whether one is added.
         dtype: what is computed in; parameters stay float32.
         rngs: Flax random number streams, with ``params``.
@@ -75,19 +76,23 @@ class Conv(nnx.Module):
         out_channels: int,
         size: int | tuple[int, int],
         stride: int = 1,
-        padding: int | tuple[int, int] = 0,
+        padding: int | tuple[int, int] | str = 0,
         *,
         bias: bool = False,
         dtype: DTypeLike | None,
         rngs: nnx.Rngs,
     ):
         height, width = (size, size) if isinstance(size, int) else size
-        down, across = (padding, padding) if isinstance(padding, int) else padding
         shape = height, width, in_channels, out_channels
         self.kernel = nnx.Param(HE_NORMAL(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(out_channels)) if bias else None
-        self.stride, self.padding = stride, ((down, down), (across, across))
-        self.dtype = dtype
+        self.stride, self.dtype = stride, dtype
+        self.padding: str | Padding
+        if isinstance(padding, str):
+            self.padding = padding
+        else:
+            down, across = (padding, padding) if isinstance(padding, int) else padding
+            self.padding = (down, down), (across, across)
 
     def __call__(self, x: Array) -> Array:
         x, kernel = nnx.nn.dtypes.promote_dtype((x, self.kernel[...]), dtype=self.dtype)
@@ -112,46 +117,70 @@ def whole_depthwise() -> Iterator[None]:
 
 
 class DepthwiseConv(nnx.Module):
-    """A convolution of each channel by itself, of an odd size, as large as the image.
+    """A convolution of each channel by itself.
 
     A sum of shifted images: XLA's own takes many times longer on CPUs.
 
     Args:
-        channels: of what comes in.
+        channels: of the input.
         size: of the kernel.
-        dtype: what is computed in.
+        stride: distance of two outputs in pixels.
+        padding: number of zeros at each end, or ``"SAME"`` of TensorFlow.
+        bias: whether one is added.
+        dtype: of the computation; parameters stay float32.
         rngs: Flax random number streams, with ``params``.
     """
 
     def __init__(
-        self, channels: int, size: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs
+        self,
+        channels: int,
+        size: int,
+        stride: int = 1,
+        padding: int | str = "SAME",
+        *,
+        bias: bool = True,
+        dtype: DTypeLike | None,
+        rngs: nnx.Rngs,
     ):
         shape = size, size, 1, channels
         self.kernel = nnx.Param(HE_NORMAL(rngs.params(), shape))
-        self.bias = nnx.Param(jnp.zeros(channels))
-        self.dtype = dtype
+        self.bias = nnx.Param(jnp.zeros(channels)) if bias else None
+        self.stride, self.padding, self.dtype = stride, padding, dtype
 
     def __call__(self, x: Array) -> Array:
-        x, kernel, bias = nnx.nn.dtypes.promote_dtype(
-            (x, self.kernel[...], self.bias[...]), dtype=self.dtype
-        )
+        x, kernel = nnx.nn.dtypes.promote_dtype((x, self.kernel[...]), dtype=self.dtype)
+        size, stride = kernel.shape[0], self.stride
+        if isinstance(self.padding, str):
+            pads = jax.lax.padtype_to_pads(
+                x.shape[1:3], (size, size), (stride, stride), self.padding
+            )
+        else:
+            pads = [(self.padding, self.padding)] * 2
         if _whole.get():
             y = jax.lax.conv_general_dilated(
-                *(x, kernel, (1, 1), "SAME"),
+                *(x, kernel, (stride, stride), pads),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
                 feature_group_count=x.shape[-1],
             )
-            return y + bias
-        size, _, height, width = *kernel.shape[:2], *x.shape[1:3]
-        wide, side = x, size // 2
-        for axis in (1, 2):
-            wide = pad(wide, axis, side, side)
-        total = jnp.zeros_like(x)
-        for down in range(size):
-            for right in range(size):
-                part = wide[:, down : down + height, right : right + width]
-                total += part * kernel[down, right, 0]
-        return total + bias
+        else:
+            y = _sum_of_shifts(x, kernel, stride, pads)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def _sum_of_shifts(
+    x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]]
+) -> Array:
+    size = kernel.shape[0]
+    for axis, (before, after) in zip((1, 2), pads):
+        x = pad(x, axis, before, after)
+    # Between the first and the last pixel, in steps of the stride.
+    rows, columns = ((n - size) // stride * stride + 1 for n in x.shape[1:3])
+    parts = (
+        x[:, i : i + rows : stride, j : j + columns : stride] * kernel[i, j, 0]
+        for i in range(size)
+        for j in range(size)
+    )
+    return functools.reduce(jnp.add, parts)
 
 
 def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:

@@ -148,7 +148,7 @@ RULES: Rules = {
     r"(.*)\.running_mean": r"\1.mean",
     r"(.*)\.running_var": r"\1.var",
     r".*\.num_batches_tracked": None,
-    r"fc\.(weight|bias)": None,
+    r"fc\..*": None,
 }
 
 

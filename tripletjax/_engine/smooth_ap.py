@@ -1,0 +1,211 @@
+"""SmoothAP by tiles: smooth numbers of negatives ahead of each positive, ``[k, n]``.
+
+    ahead_ai = sum_n sigma((d_ai - d_an) / temperature)
+
+One walk makes these numbers, and the gradient takes a second walk. The rest of the loss
+is a function of O(n k) numbers, which JAX differentiates.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from tripletjax._api import own_promotion
+from tripletjax._engine.by_tiles import vjp_negatives
+from tripletjax._engine.pair_losses import (
+    Classes,
+    PairSpec,
+    Positives,
+    vector_cotangents,
+)
+from tripletjax._engine.reductions import add_up, sum_in_one_loop
+from tripletjax._engine.search import in_threes
+from tripletjax._engine.slopes import with_slope
+from tripletjax._engine.spec import Gradients
+from tripletjax._pairwise.batch import Batch
+from tripletjax._pairwise.slices import materialize
+from tripletjax._pairwise.tiles import Tile, Tiles
+from tripletjax.pair_losses import Parameters
+from tripletjax.smooth_ap import SmoothAP
+
+
+class Thresholds(NamedTuple):
+    """Positives of every anchor whose ranks count, ``[k, n]``.
+
+    Attributes:
+        distances: distances, 0 where there is none.
+        count: number of rows in use.
+    """
+
+    distances: Array
+    count: Array
+
+    @classmethod
+    def of(cls, spec: PairSpec, positives: Positives, classes: Classes) -> "Thresholds":
+        shape, form = spec.shape, spec.metric.inner_products
+        assert isinstance(shape, SmoothAP)
+        d_ap = jnp.where(positives.exists, form.distance(positives.squares), 0)
+        distances, _ = shape.with_anchor(d_ap, positives.exists)
+        return cls(distances, classes[0].max_positives + shape.include_anchor)
+
+
+def smooth_ap_by_tiles(
+    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
+) -> Any:
+    """The terms of the anchors ``[n]``."""
+    shape = spec.shape
+    assert isinstance(shape, SmoothAP)
+    squares, exists, ahead, nearest = _ranks(spec, batch, classes, parameters)
+    d_ap = jnp.where(exists, spec.metric.inner_products.distance(squares), 0)
+    (temperature,) = parameters
+    costs = shape.costs(*shape.with_anchor(d_ap, exists), ahead, temperature)
+    return shape.terms_of_costs(costs, d_ap.T, exists.T, nearest)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ranks(
+    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
+) -> tuple[Array, ...]:
+    """Half squares of positives, which exist, negatives ahead, nearest negative."""
+    return _ranks_forward(spec, batch, classes, parameters)[0]
+
+
+@own_promotion
+def _ranks_forward(
+    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
+) -> tuple[tuple[Array, ...], tuple]:
+    positives = Positives.of(spec, batch, classes)
+    thresholds = Thresholds.of(spec, positives, classes)
+    tiles = Tiles.of(spec.metric, batch, spec.sizes)
+    ahead, nearest = _negatives_ahead(tiles, thresholds, parameters)
+    out = positives.squares, positives.exists, ahead, nearest
+    return out, (batch, classes, parameters, positives)
+
+
+@own_promotion
+def _ranks_backward(spec: PairSpec, inputs: tuple, cotangents: tuple) -> tuple:
+    batch, classes, parameters, positives = inputs
+    by_square, _, by_ahead, _ = cotangents
+    shape, form = spec.shape, spec.metric.inner_products
+    assert isinstance(shape, SmoothAP)
+    thresholds = Thresholds.of(spec, positives, classes)
+    tiles = Tiles.of(spec.metric, batch, spec.sizes)
+    grads, by_threshold, by_parameters = _gradients(
+        tiles, thresholds, parameters, by_ahead
+    )
+    _, slopes = with_slope(form.distance, positives.squares)
+    by_square += by_threshold[int(shape.include_anchor) :] * slopes
+    grads = positives.vjp(spec, batch, classes, by_square, grads)
+    return vector_cotangents(grads, by_parameters)
+
+
+_ranks.defvjp(_ranks_forward, _ranks_backward)
+
+
+class Tiled(NamedTuple):
+    """The distances of a tile, and its sides.
+
+    Attributes:
+        distances: distances of negatives, infinite for other pairs.
+        starts: the first anchors along the rows and, if mirrored, the columns.
+    """
+
+    distances: Array
+    starts: list[Array]
+
+    @classmethod
+    def of(cls, tiles: Tiles, tile: Tile) -> "Tiled":
+        distance = tiles.metric.inner_products.distance
+        starts = [tile.row, tile.column][: tile.directions]
+        return cls(materialize(distance(tile.squares)), starts)
+
+
+def _negatives_ahead(
+    tiles: Tiles, thresholds: Thresholds, parameters: Parameters
+) -> tuple[Array, Array]:
+    """Negatives ahead of each threshold ``[k, n]``, and nearest distances ``[n]``."""
+    (temperature,) = parameters
+
+    # The state: negatives ahead, and distances of nearest negatives.
+    def visit(state: tuple[Array, Array], tile: Tile) -> tuple[Array, Array]:
+        ahead, nearest = state
+        d, starts = Tiled.of(tiles, tile)
+        for axis, start in zip((1, 0), starts):
+            least = jnp.min(d, axis)
+            old = lax.dynamic_slice_in_dim(nearest, start, len(least))
+            least = jnp.minimum(old, least)
+            nearest = lax.dynamic_update_slice_in_dim(nearest, least, start, 0)
+
+        def add(r: Array, rows: list[Array], ahead: Array) -> Array:
+            for axis, start, some in zip((1, 0), starts, rows):
+                steps = [
+                    jax.nn.sigmoid((jnp.expand_dims(own, axis) - d) / temperature)
+                    for own in some
+                ]
+                sums = jnp.stack([sum_in_one_loop(x, axis) for x in steps])
+                ahead = _add_at(ahead, r, start, sums)
+            return ahead
+
+        own = tile.along(thresholds.distances)
+        return in_threes(thresholds.count, own, add, ahead), nearest
+
+    zeros = tiles.batch.zeros((len(tiles.halves),))
+    none = tiles.batch.zeros(thresholds.distances.shape)
+    return tiles.scan(visit, (none, zeros + jnp.inf))
+
+
+def _gradients(
+    tiles: Tiles, thresholds: Thresholds, parameters: Parameters, by_ahead: Array
+) -> tuple[Gradients, Array, Parameters]:
+    """Gradients by vectors, by thresholds ``[k, n]`` and by parameters."""
+    batch, form = tiles.batch, tiles.metric.inner_products
+    (temperature,) = parameters
+
+    # The state: gradients by vectors, by thresholds and by the temperature.
+    def visit(state: tuple[Gradients, Array, Array], tile: Tile) -> tuple:
+        grads, *of_thresholds = state
+        d, starts = Tiled.of(tiles, tile)
+        directions = len(starts)
+
+        # The state: gradients by thresholds, by the temperature and by the distances.
+        def add(r: Array, rows: list[Array], state: tuple[Array, Array, Array]) -> Any:
+            by_threshold, by_temperature, by_d = state
+            sides = zip((1, 0), starts, rows[:directions], rows[directions:])
+            for axis, start, some, weights in sides:
+                slopes = []
+                for own, weight in zip(some, weights):
+                    gaps = (jnp.expand_dims(own, axis) - d) / temperature
+                    steps = jax.nn.sigmoid(gaps)
+                    weight = jnp.expand_dims(weight / temperature, axis)
+                    slopes.append(weight * (steps * (1 - steps)))
+                    # Not by the sums of slopes: gaps have more digits than distances.
+                    scaled = jnp.where(slopes[-1] != 0, slopes[-1] * gaps, 0)
+                    by_temperature -= jnp.sum(jnp.sum(scaled, axis))
+                sums = jnp.stack([sum_in_one_loop(x, axis) for x in slopes])
+                by_threshold = _add_at(by_threshold, r, start, sums)
+                by_d = by_d - add_up(slopes)
+            return by_threshold, by_temperature, by_d
+
+        rows = tile.along(thresholds.distances) + tile.along(by_ahead)
+        *of_thresholds, by_d = in_threes(
+            thresholds.count, rows, add, (*of_thresholds, jnp.zeros_like(d))
+        )
+        negative = tile.squares < jnp.inf
+        _, slope = with_slope(form.distance, jnp.where(negative, tile.squares, 0))
+        by_square = jnp.where(negative, by_d * slope, 0)
+        return vjp_negatives(batch, grads, tile, by_square), *of_thresholds
+
+    none = batch.zeros(thresholds.distances.shape)
+    state = Gradients.zero(batch), none, batch.zeros()
+    grads, by_threshold, by_temperature = tiles.scan(visit, state)
+    return grads, by_threshold, (by_temperature,)
+
+
+def _add_at(x: Array, r: Array, start: Array, rows: Array) -> Array:
+    """``x[r:, start:]`` with some rows added."""
+    corner = (lax.convert_element_type(r, start.dtype), start)
+    old = lax.dynamic_slice(x, corner, rows.shape)
+    return lax.dynamic_update_slice(x, old + rows, corner)
