@@ -183,11 +183,21 @@ def oracle_gradients(name, d, masks, parameters):
     return value, by_d, dict(zip(parameters, slopes))
 
 
-def check_rows(got, expected, rtol, axis=-1):
+# Ranks have derivatives s (1 - s) / temperature, of a sigmoid s: their error is that of
+# 1 - s, also where all of a row are small.
+RANKS = {"smooth_ap": 1 / 0.01, "smooth_ap of references alone": 1 / 0.1}
+
+
+def rounding_of_ranks(name, dtype):
+    return np.finfo(dtype).eps * RANKS.get(name, 0)
+
+
+def check_rows(name, got, expected, rtol, axis=-1):
     """Errors are at most a share of the largest number of each row."""
     largest = np.maximum(np.abs(expected).max(axis, keepdims=True), 1e-30)
-    error = np.abs(np.asarray(got, float) - expected) / largest
-    assert error.max() <= rtol
+    error = np.abs(np.asarray(got, float) - expected)
+    error -= rounding_of_ranks(name, got.dtype)
+    assert (error / largest).max() <= rtol
 
 
 @every_loss
@@ -206,11 +216,11 @@ def test_value_and_gradients_are_the_oracles(name, problem):
         assert value.dtype == by_d.dtype == dtype
         expected, slope, slopes = oracle_gradients(name, d, masks, parameters)
         np.testing.assert_allclose(value, expected, rtol=rtol, atol=rtol / 100)
-        check_rows(by_d, slope, rtol, axis)
+        check_rows(name, by_d, slope, rtol, axis)
         # Gradients by parameters are sums over pairs, which may cancel.
         total = np.abs(slope).sum()
         for key, got in by_parameters.items():
-            error = abs(float(got) - slopes[key])
+            error = abs(float(got) - slopes[key]) - rounding_of_ranks(name, dtype)
             assert error <= rtol * max(abs(slopes[key]), total), key
 
 
@@ -293,11 +303,12 @@ def test_gradients_by_embeddings_are_the_oracles(name):
                 by_embeddings(name, labels), x, y, *parameters.values()
             )
             np.testing.assert_allclose(value, expected, rtol=rtol, atol=rtol / 100)
-            check_rows(by_x, of_x, rtol)
-            check_rows(by_y, of_y, rtol)
+            check_rows(name, by_x, of_x, rtol)
+            check_rows(name, by_y, of_y, rtol)
             total = np.abs(of_x).sum()
             for key, slope in zip(parameters, of_parameters):
                 error = abs(float(slopes[key]) - slope)
+                error -= rounding_of_ranks(name, dtype)
                 assert error <= rtol * max(abs(slope), total), key
 
 
