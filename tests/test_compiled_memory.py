@@ -150,7 +150,7 @@ PROGRAMS = PAIR_PROGRAMS | {
     "normalize": of_loss(4 * MIB, lambda x: tj.normalize(x).sum(), X),
     "pair_masks": of(MIB, tj.pair_masks, Y),
     "ignore_false_negatives": of(
-        MATRIX // 2, tj.ignore_false_negatives, DISTANCES, Y, margin=0.1, share=0.1
+        MATRIX + MIB, tj.ignore_false_negatives, DISTANCES, Y, margin=0.1, share=0.1
     ),
     "batch_hard_triplets": of(MATRIX, tj.batch_hard_triplets, DISTANCES, Y),
     "batch_easy_hard_triplets": of(MATRIX, tj.batch_easy_hard_triplets, DISTANCES, Y),

@@ -402,7 +402,7 @@ def ignore_false_negatives(
     softmax losses have both rules as arguments, and without a matrix in
     `tripletjax.blockwise`.
 
-    Memory: O(n m), that of the masks.
+    Memory: O(n m), that of the distances.
 
     Args:
         distances: ``[..., n, m]``; cosine distances for `share`.
