@@ -435,7 +435,7 @@ class Definition(NamedTuple):
         @functools.wraps(function)
         def of_scalars(*args: P.args, **kwargs: P.kwargs) -> R:
             for name in self.checks:
-                value: Any = kwargs[name]
+                value: Any = kwargs.get(name)
                 if self.checks[name] in (any_tree, check_finite_values):
                     continue
                 if value is not None and jnp.ndim(value):
