@@ -537,7 +537,7 @@ def _separable_walk(
         sides = _directions(spec, batch, tile)
         # Both directions have one cost, unless a parameter is that of the anchor.
         groups = [[side] for side in sides] if of_anchors else [sides]
-        by_distance = jnp.zeros_like(d)
+        by_distances = []
         for group in groups:
             here = at_anchors(parameters, group[0].at)
             costs, pull = jax.vjp(shape.negative_cost, d, here)
@@ -555,12 +555,13 @@ def _separable_walk(
             grads, by_parameters = gradients
             each = [1.0 if weights is None else side.at(weights) for side in group]
             new, by_here = pull(jnp.where(negative, sum(each), 0).astype(d.dtype))
-            by_distance = by_distance + new
+            by_distances.append(new)
             by_parameters = _add_parameters(by_parameters, by_here, group[0])
             gradients = grads, by_parameters
         if gradients is None:
             return sums, None
         grads, by_parameters = gradients
+        by_distance = functools.reduce(jnp.add, by_distances)
         by_square = jnp.where(negative, by_distance * slope, 0)
         return sums, (vjp_negatives(batch, grads, tile, by_square), by_parameters)
 
