@@ -41,9 +41,12 @@ from tripletjax.pair_losses import (
     LogSumExp,
     PairTerms,
     Parameters,
+    PerAnchor,
     Separable,
     Shape,
+    at_anchors,
     both_sides,
+    is_per_anchor,
     sums_of_pairs,
 )
 from tripletjax.pairs import PairMasks
@@ -297,7 +300,7 @@ def _inside(d: Array, limits: tuple[Array, Array] | None, side: Direction) -> An
     if limits is None:
         return True
     low, high = (side.at(x) for x in limits)
-    return (low < d) & (d < high)
+    return ~((d < low) | (d >= high))
 
 
 def _log_sum_exps(
@@ -437,7 +440,8 @@ def _separable_by_tiles(
     squares, exists, total, active = sums_of(spec, batch, classes, parameters)
     (of_anchors,) = classes
     d_ap = spec.metric.inner_products.distance(squares)
-    positives = sums_of_pairs(shape.positive_cost, d_ap.T, exists.T, parameters)
+    each = at_anchors(parameters, lambda x: x[:, None])
+    positives = sums_of_pairs(shape.positive_cost, d_ap.T, exists.T, each)
     negatives = of_anchors.negatives.astype(total.dtype)
     anchors = (positives.valid + negatives > 0).astype(total.dtype)
     return PairTerms(positives, TripletTerms(total, active, negatives), anchors)
@@ -530,30 +534,58 @@ def _separable_walk(
         squares = materialize(tile.squares)
         negative = squares < jnp.inf
         d, slope = with_slope(form.distance, jnp.where(negative, squares, 0))
-        costs, pull = jax.vjp(shape.negative_cost, d, parameters)
-        costs = materialize(jnp.where(negative, costs, 0))
         sides = _directions(spec, batch, tile)
-        for side in sides:
-            parts = (
-                sum_in_one_loop(costs, side.axis),
-                jnp.sum((costs > 0).astype(costs.dtype), side.axis),
-            )
-            sums = tuple(add_rows(x, side.start, new) for x, new in zip(sums, parts))
+        # Both directions have one cost, unless a parameter is that of the anchor.
+        groups = [[side] for side in sides] if of_anchors else [sides]
+        by_distances = []
+        for group in groups:
+            here = at_anchors(parameters, group[0].at)
+            costs, pull = jax.vjp(shape.negative_cost, d, here)
+            costs = materialize(jnp.where(negative, costs, 0))
+            for side in group:
+                parts = (
+                    sum_in_one_loop(costs, side.axis),
+                    jnp.sum((costs > 0).astype(costs.dtype), side.axis),
+                )
+                sums = tuple(
+                    add_rows(x, side.start, new) for x, new in zip(sums, parts)
+                )
+            if gradients is None:
+                continue
+            grads, by_parameters = gradients
+            each = [1.0 if weights is None else side.at(weights) for side in group]
+            new, by_here = pull(jnp.where(negative, sum(each), 0).astype(d.dtype))
+            by_distances.append(new)
+            by_parameters = _add_parameters(by_parameters, by_here, group[0])
+            gradients = grads, by_parameters
         if gradients is None:
             return sums, None
         grads, by_parameters = gradients
-        each = [1.0 if weights is None else side.at(weights) for side in sides]
-        by_distance, new = pull(jnp.where(negative, sum(each), 0).astype(d.dtype))
+        by_distance = functools.reduce(jnp.add, by_distances)
         by_square = jnp.where(negative, by_distance * slope, 0)
-        grads = vjp_negatives(batch, grads, tile, by_square)
-        return sums, (grads, jax.tree.map(jnp.add, by_parameters, new))
+        return sums, (vjp_negatives(batch, grads, tile, by_square), by_parameters)
 
+    of_anchors = any(
+        map(is_per_anchor, jax.tree.leaves(parameters, is_leaf=is_per_anchor))
+    )
     zeros = batch.zeros((_anchor_count(spec, batch),))
     gradients = None
     if gradient:
         by_parameters = jax.tree.map(jnp.zeros_like, parameters)
         gradients = Gradients.zero(batch), by_parameters
     return tiles.scan(visit, ((zeros, zeros), gradients))
+
+
+def _add_parameters(total: Parameters, new: Parameters, side: Direction) -> Parameters:
+    """Gradients by parameters with those of a tile, in the rows of a side's anchors."""
+
+    def add(old: Any, part: Array) -> Any:
+        if not is_per_anchor(old):
+            return old + part
+        values = add_rows(old.values, side.start, part.reshape(-1))
+        return PerAnchor(values, old.name)
+
+    return jax.tree.map(add, total, new, is_leaf=is_per_anchor)
 
 
 # Panels.
@@ -566,7 +598,11 @@ def _terms_by_panels(spec: PairSpec, batch: Batch, parameters: Parameters) -> An
     def of_block(block: Array) -> tuple[Array, Any]:
         rows = panels.rows(block)
         distances = _panel_distances(spec, panels, rows)
-        terms = spec.shape.terms(distances, rows.masks, parameters)
+        count = len(rows.a)
+        here = at_anchors(
+            parameters, lambda x: rows_at(x, rows.start, count), keep=True
+        )
+        terms = spec.shape.terms(distances, rows.masks, here)
         return rows.start, jax.tree.map(lambda x: jnp.where(rows.real, x, 0), terms)
 
     blocks = panels.blocks
