@@ -24,6 +24,26 @@ def shapes(folder, *, kinds=8, each=10, size=(24, 20), mode="L", seed=0):
     return folder
 
 
+def write_digits(folder, *, per_class, classes=10, swapped=()):
+    """Digits as files ``DIGIT/NUMBER.png``; some are in the folder of the next digit.
+
+    Returns:
+        The files of swapped images.
+    """
+    images, labels = digits()
+    wrong = []
+    for label in range(classes):
+        rows = np.flatnonzero(np.asarray(labels) == label)[:per_class]
+        for number, row in enumerate(rows):
+            swap = (label, number) in swapped
+            place = folder / str((label + swap) % classes)
+            place.mkdir(parents=True, exist_ok=True)
+            file = place / f"{label}_{number}.png"
+            Image.fromarray(images[row].reshape(8, 8)).save(file)
+            wrong += [file] * swap
+    return wrong
+
+
 class PreparedDigits(tfds.core.GeneratorBasedBuilder):
     """The digits as a dataset of the catalogue, in two splits."""
 

@@ -21,7 +21,7 @@ from tripletjax.learn.data.augment import Augment
 from tripletjax.learn.files import digest_of_file
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.networks.weights import COUNTER, Frozen
-from tripletjax.learn.runs import preparation, train
+from tripletjax.learn.runs import comparisons, preparation, train
 from tripletjax.learn.runs.model import load_model
 from tripletjax.learn.runs.record import RunRecord
 from tripletjax.learn.training import feature_cache
@@ -69,6 +69,14 @@ def configured(folder, backbone, training, **options):
     )
 
 
+@contextlib.contextmanager
+def trained_without_comparison():
+    """Train heads on these few classes, which a run keeps in closed form."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparisons, "TRAINED_BY_DEFAULT", True)
+        yield
+
+
 @pytest.fixture(scope="module")
 def run_of(own_data_dir, folder, resnet, tmp_path_factory):
     """Directory of a run with so much of the network trained, made when needed."""
@@ -76,7 +84,8 @@ def run_of(own_data_dir, folder, resnet, tmp_path_factory):
     @functools.cache
     def run_of(training):
         out = tmp_path_factory.mktemp("runs") / training
-        learn.run(configured(folder, resnet, training), out, progress=False)
+        with trained_without_comparison():
+            learn.run(configured(folder, resnet, training), out, progress=False)
         return out
 
     return run_of
@@ -122,7 +131,13 @@ def test_what_a_run_trains_and_keeps(run_of, resnet, training):
     }
     assert changed == CHANGED[training]
     evaluations = json.loads((out / "summary.json").read_text())["evaluations"]
-    assert list(evaluations) == ["raw pixels", "pretrained", "trained"]
+    closed_form = ["closed form"] if training == "frozen" else []
+    assert list(evaluations) == [
+        "raw pixels",
+        "pretrained",
+        *closed_form,
+        "trained",
+    ]
 
 
 def test_a_run_keeps_the_network_of_a_wrapped_file(tmp_path, resnet):
@@ -173,9 +188,10 @@ def stopped_at_first_checkpoint():
 def test_resumed_is_bit_identical(run_of, folder, resnet, training, tmp_path):
     config = configured(folder, resnet, training)
     out = tmp_path / "run"
-    with stopped_at_first_checkpoint():
+    with trained_without_comparison(), stopped_at_first_checkpoint():
         learn.run(config, out, progress=False)
-    # The file that it began with need not be there.
+    # A training that has begun goes on without another comparison. The file that it
+    # began with need not be there.
     moved = learn.Config(**vars(config) | {"backbone": str(tmp_path / "gone")})
     learn.run(moved, out, resume=True, progress=False)
     once, again = (
@@ -200,19 +216,26 @@ def test_a_frozen_run_compiles_each_program_once(
 ):
     config = configured(folder, resnet, "frozen", dim=12, validate_every=2)
     out = tmp_path / "run"
-    with compilations() as lines, stopped_at_first_checkpoint():
+    with (
+        compilations() as lines,
+        trained_without_comparison(),
+        stopped_at_first_checkpoint(),
+    ):
         learn.run(config, out, progress=False)
     assert_each_compiled_once(lines)
-    # Another run has another optimiser and compiles its own step.
+    # Runs with one learning rate and number of steps share an optimiser and its step.
+    # The closed form was evaluated by the programs that evaluate the trained head.
     with compilations() as lines:
         learn.run(config, out, resume=True, progress=False)
-    assert_each_compiled_once(lines)
+    assert not any(line.startswith(COMPILED) for line in lines)
+
+
+COMPILED = "jit(train_step)", "jit(_embed)", "jit(_evaluate)"
 
 
 def assert_each_compiled_once(lines):
     steps, embedded, evaluated = (
-        [line for line in lines if line.startswith(f"jit({function})")]
-        for function in ("train_step", "_embed", "_evaluate")
+        [line for line in lines if line.startswith(program)] for program in COMPILED
     )
     assert len(steps) == 1
     assert evaluated
@@ -238,6 +261,50 @@ def test_such_runs_serve_as_any(run_of, folder, training, tmp_path, capsys):
             patch.chdir(tmp_path)
             status = cli.main(arguments)
         assert status == 0, (arguments, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_single_images_have_no_whitening(own_data_dir, resnet, tmp_path, each):
+    data = shapes(tmp_path / "data", kinds=6, each=each)
+    config = preparation.normalize(configured(data, resnet, "frozen"))
+    start = preparation.start_of(config, None)
+    task = train.tasks.load(config, size=32, progress=False)
+    _, notes = task.plan(config, start)
+    note = "the head begins with the principal directions of the features"
+    assert any(line.startswith(note) for line in notes) is (each == 1)
+
+
+@pytest.mark.slow
+def test_a_run_of_few_classes_keeps_the_closed_form(
+    own_data_dir, folder, resnet, tmp_path, capsys
+):
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    config = configured(folder, resnet, "frozen")
+    evaluations = learn.run(config, out)
+    words = "keeps the closed form: a comparison of the trained head with the closed"
+    assert words in capsys.readouterr().out
+    assert evaluations["trained"] == evaluations["closed form"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["steps"], summary["kept_step"]) == (OPTIONS["steps"], 0)
+    assert summary["comparison"]["trained_is_kept"] is False
+    assert "loss" not in (out / "metrics.jsonl").read_text()
+    assert learn.run(config, out, resume=True, progress=False) == evaluations
+    # The same head without any training.
+    learn.run(configured(folder, resnet, "frozen", steps=0), alone, progress=False)
+    leaves = (jax.tree.leaves(nnx.state(load_model(run)[0])) for run in (out, alone))
+    for one, other in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(one, other)
+    # A killed run whose summary was not written yet ends with the same numbers.
+    (out / "summary.json").unlink()
+    log = (out / "metrics.jsonl").read_text()
+    assert learn.run(config, out, resume=True, progress=False) == evaluations
+    assert (out / "metrics.jsonl").read_text() == log
+    # A lengthened run compares again, and then trains.
+    longer = configured(folder, resnet, "frozen", steps=3)
+    with trained_without_comparison():
+        learn.run(longer, alone, resume=True, progress=False)
+    summary = json.loads((alone / "summary.json").read_text())
+    assert (summary["steps"], summary["kept_step"]) == (3, 3)
 
 
 @pytest.mark.xdist_group("frozen backbone")
@@ -435,6 +502,15 @@ def test_given_triplets_on_kept_features(own_data_dir, folder, resnet, tmp_path)
         (["--backbone", "FILE", "--views", "0"], "--views must be at least 1, got 0"),
         (["--backbone", "FILE", "--rotation-classes", "4"], "cannot be turned"),
         (["--backbone", "FILE", "--backbone-training", "some"], "invalid choice"),
+        (["--steps", "0"], "--steps must be at least 1 without --backbone, got 0"),
+        (
+            ["--backbone", "FILE", "--steps", "0", "--hidden", "8"],
+            "--steps must be at least 1 with --hidden, got 0",
+        ),
+        (
+            ["--backbone", "FILE", "--steps", "0", "--backbone-training", "top"],
+            "steps must be at least 1 with a trained backbone, got 0",
+        ),
     ],
 )
 def test_bad_arguments(arguments, words, own_data_dir, resnet, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The command, as its user types it."""
 
+import csv
 import dataclasses
 import inspect
 import io
@@ -16,16 +17,17 @@ import jax
 import numpy as np
 import oracles
 import pytest
-from folders import shapes
+from folders import shapes, write_digits
 from PIL import Image
 
 import tripletjax as tj
 from tripletjax import cli, learn
-from tripletjax.apps import verification
+from tripletjax.apps import clustering, verification
 from tripletjax.cli import compile_cache
 from tripletjax.cli.main import build_parser
 from tripletjax.cli.options import COMMANDS
 from tripletjax.learn import evaluation
+from tripletjax.learn.data.digits import digits
 from tripletjax.learn.files import write_json
 
 PARSERS = build_parser()._subparsers._group_actions[0].choices
@@ -126,6 +128,9 @@ def test_help_needs_no_extra(tmp_path):
     assert re.search(r"No module named '\w+': it needs pip install", result.stderr)
 
 
+MINE = ("mine", "--run", "r", "--data", ".", "--out", "a.csv")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -133,7 +138,10 @@ def test_help_needs_no_extra(tmp_path):
         (["fly"], "invalid choice"),
         (["train", "--data", "nowhere"], "tfds:NAME, got 'nowhere'"),
         (["train", "--out", "."], "not an empty directory"),
-        (["train", "--steps", "0"], "--steps must be at least 1, got 0."),
+        (
+            ["train", "--steps", "0"],
+            "--steps must be at least 1 without --backbone, got 0.",
+        ),
         (["train", "--loss", "some"], "invalid choice"),
         (
             ["train", "--margin", "-1"],
@@ -197,6 +205,47 @@ def test_help_needs_no_extra(tmp_path):
             ["verify", "--run", "r", "--data", ".", "--json", "precious"],
             "precious exists and is not a tripletjax report",
         ),
+        (["cluster", "--run", "r"], "required: --index"),
+        (["cluster", "--run", "r", "--index", "."], "no trained model"),
+        (
+            ["cluster", "--run", "r", "--index", ".", "--out", "groups.png"],
+            "--out must be a .csv file",
+        ),
+        (
+            ["cluster", "--run", "r", "--index", "..", "--copy-to", "precious"],
+            "precious already exists; give another folder",
+        ),
+        (
+            [
+                *("cluster", "--run", "r", "--index", "."),
+                *("--copy-to", "a", "--link-to", "b"),
+            ],
+            "--link-to cannot be combined with --copy-to.",
+        ),
+        (
+            ["cluster", "--run", "r", "--index", ".", "--threshold", "-1"],
+            "--threshold must be at least 0",
+        ),
+        (["search", "--run", "r", "--index", ".", "--rerank"], "requires --query"),
+        (["mine", "--run", "r", "--data", "."], "required: --out"),
+        (
+            ["mine", "--run", "r", "--data", ".", "--out", "a.txt"],
+            "--out must be a .csv file, got",
+        ),
+        (["mine", "--run", "r", "--data", ".", "--out", "a.csv"], "no trained model"),
+        (
+            [*MINE, "--json", "precious"],
+            "precious already exists; give another file",
+        ),
+        ([*MINE, "--json", "a.csv"], "the report must be a file of its own, got a.csv"),
+        ([*MINE, "--seed", "1"], "--seed requires --random."),
+        ([*MINE, "--random"], "--random requires --range-max."),
+        (
+            [*MINE, "--range-min", "3", "--range-max", "3"],
+            "--range-max must be above --range-min, got 3 and 3.",
+        ),
+        ([*MINE, "--margin", "nan"], "--margin must be finite, got nan."),
+        ([*MINE, "-k", "0"], "-k must be at least 1, got 0."),
         (["serve", "--run", "r"], "required: --index"),
         (["serve", "--run", "r", "--index", "."], "no trained model"),
         (["export", "--run", "r"], "required: --out"),
@@ -430,6 +479,126 @@ def test_verification_and_naming(trained, tmp_path, capsys):
 
 @pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
+def test_groups_of_digits(trained, tmp_path, capsys):
+    """As its users type it: a threshold by verify, then groups of other digits."""
+    images, labels = digits()
+    for folder, rows in (("people", range(1200, 1500)), ("index", range(1500, 1797))):
+        for row in rows:
+            file = tmp_path / folder / f"digit {labels[row]}" / f"{row}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[row, ..., 0]).save(file)
+    run, folder = shutil.copytree(trained, tmp_path / "run"), tmp_path / "index"
+    cluster = ["cluster", "--run", str(run), "--index", str(folder)]
+    assert cli.main(cluster) == 2
+    assert capsys.readouterr().err.endswith("Or give --threshold DISTANCE\n")
+    assert (
+        cli.main(["verify", "--run", str(run), "--data", str(tmp_path / "people")]) == 0
+    )
+    capsys.readouterr()
+
+    table, file, links = (tmp_path / name for name in ("a.csv", "a.json", "links"))
+    more = ["--out", str(table), "--json", str(file), "--link-to", str(links)]
+    assert cli.main([*cluster, "--evaluate", *more]) == 0
+    output = capsys.readouterr().out
+    report = json.loads(file.read_text())
+    assert "297 images in the index (297 added)" in output
+    assert "%, on 300 images of tripletjax verify" in report["origin"]
+    assert report["groups"] == len(report["paths"]) > 2
+    with table.open(newline="") as opened:
+        rows = {row["path"]: row for row in csv.DictReader(opened)}
+    for number, paths in enumerate(report["paths"], start=1):
+        assert {rows[path]["group"] for path in paths} == {str(number)}
+        assert {rows[path]["size"] for path in paths} == {str(len(paths))}
+    metrics = report["evaluation"]
+    names = sorted(rows)
+    expected = clustering.measure(
+        np.array([int(name[6]) for name in names]),
+        np.array([int(rows[name]["group"]) for name in names]),
+    )
+    np.testing.assert_allclose(metrics["bcubed_f"], 100 * expected.bcubed_f)
+    assert (metrics["images"], metrics["classes"]) == (297, 10)
+    # Even a few steps of training tell most digits apart.
+    assert metrics["bcubed_f"] > 40
+    assert f"BCubed F              {metrics['bcubed_f']:.2f} %" in output
+    with Image.open(table.with_suffix(".png")) as picture:
+        assert np.ptp(np.asarray(picture)) > 0
+    assert sum(one.is_symlink() for one in links.rglob("*.png")) == 297
+
+    # The index is known; the files that exist are not written over.
+    assert cli.main([*cluster, "--threshold", "0", "--json", str(file)]) == 0
+    assert "297 images in the index (no change)" in capsys.readouterr().out
+    assert json.loads(file.read_text())["origin"] == "threshold of --threshold"
+    for option, path in (("--out", table), ("--copy-to", links)):
+        assert cli.main([*cluster, option, str(path)]) == 2
+        assert f"{path.name} already exists" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    cluster[-1] = str(tmp_path / "empty")
+    assert cli.main(cluster) == 2
+    assert "at least 2 readable images to group, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.xdist_group("run of the command")
+@pytest.mark.slow
+def test_reranked_hits_and_metrics(trained, unseen, tmp_path, capsys):
+    query = sorted((unseen / "group1" / "kind1").iterdir())[0]
+    file = tmp_path / "hits.json"
+    command = ["search", "--run", str(trained), "--index", str(unseen), "-k", "5"]
+    more = ["--query", str(query), "--rerank", "--json", str(file)]
+    assert cli.main([*command, *more]) == 0
+    assert "  re-ranked " in capsys.readouterr().out
+    files = sorted(unseen.rglob("*.*"))
+    x, own = learn.load_embedder(trained)(files), files.index(query)
+    others = np.delete(x, own, axis=0)
+    distances, rows = tj.retrieval.k_reciprocal_distances(
+        x[own : own + 1], others, k=19
+    )
+    left = [str(one.relative_to(unseen)) for one in files if one != query]
+    hits = json.loads(file.read_text())["queries"][0]["hits"]
+    assert [hit["path"] for hit in hits] == [left[row] for row in rows[0][:5]]
+    for hit, distance in zip(hits, distances[0]):
+        np.testing.assert_allclose(hit["reranked_distance"], distance, 1e-4)
+        np.testing.assert_allclose(
+            hit["distance"],
+            np.linalg.norm(x[own] - others[left.index(hit["path"])]),
+            1e-3,
+        )
+
+    report = tmp_path / "report.json"
+    evaluate = ["evaluate", "--run", str(trained), "--data", str(unseen)]
+    evaluate += ["--out", str(tmp_path / "out"), "--rerank", "--json", str(report)]
+    assert cli.main(evaluate) == 0
+    output = capsys.readouterr().out
+    assert "20 queries, and with 19 images of each re-ranked" in output
+    metrics = json.loads(report.read_text())
+    line = (
+        f"  {'MAP@R':<24}{metrics['retrieval']['map_at_r']:>8.2f} %"
+        f"{metrics['reranked']['map_at_r']:>8.2f} %"
+    )
+    assert line in output.splitlines()
+
+
+def test_metrics_of_ranks_are_those_of_the_core():
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 12, 60)
+    labels[0] = 99
+    x = draw.normal(size=(60, 4)).astype(np.float32)
+    _, nearest = tj.retrieval.nearest_neighbors(x, x, 30, positions=np.arange(60))
+    metrics = evaluation.metrics_of_ranks(labels, np.asarray(nearest))
+    expected = evaluation.retrieval(x, labels)
+    for name in ("map_at_r", "r_precision", "queries"):
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
+    for k, value in expected["recall_at_k"].items():
+        np.testing.assert_allclose(metrics["recall_at_k"][k], value, rtol=1e-5)
+    few = evaluation.metrics_of_ranks(labels, np.asarray(nearest)[:, :2])
+    assert (few["map_at_r"], few["r_precision"]) == (None, None)
+    assert few["recall_at_k"]["1"] == metrics["recall_at_k"]["1"]
+    alone = evaluation.metrics_of_ranks(np.arange(60), np.asarray(nearest))
+    assert (alone["queries"], alone["map_at_r"]) == (0, None)
+    assert {*alone["recall_at_k"].values()} == {None}
+
+
+@pytest.mark.xdist_group("run of the command")
+@pytest.mark.slow
 def test_a_threshold_is_not_of_classes_that_were_trained_on(trained, tmp_path):
     people = shapes(tmp_path / "people", kinds=8, each=9)
     embedder = learn.load_embedder(trained)
@@ -452,6 +621,45 @@ def test_a_threshold_is_not_of_classes_that_were_trained_on(trained, tmp_path):
     report = of_run(names[:3], tmp_path)
     assert report["classes"] == 8
     assert "3 classes have names of classes" in " ".join(report["notes"])
+
+
+@pytest.mark.xdist_group("run of the command")
+@pytest.mark.slow
+def test_mined_triplets_are_trained_on(trained, tmp_path, capsys):
+    folder = tmp_path / "digits"
+    (wrong,) = write_digits(folder, per_class=20, swapped={(0, 1)})
+    out = tmp_path / "mined" / "triplets.csv"
+    mine = ["mine", "--run", str(trained), "--data", str(folder), "--out", str(out)]
+    assert cli.main([*mine, "-k", "2", "--margin", "0", "--skip-label-errors"]) == 0
+    output = capsys.readouterr().out
+    names = (
+        "triplets.csv",
+        "triplets.json",
+        "triplets_label_errors.csv",
+        "triplets_label_errors.png",
+    )
+    assert {path.name for path in out.parent.iterdir()} == {*names}
+    for name in names:
+        assert f"written: {out.parent / name}" in output
+    report = json.loads((out.parent / "triplets.json").read_text())
+    assert f"{report['triplets']:,} triplets of {report['anchors']:,} anchors" in output
+    assert report["images"] == 200
+    assert report["distances"]["nearer_negatives"] == 0
+    classes = {folder / e["path"]: e["nearest_class"] for e in report["label_errors"]}
+    assert classes[wrong] == "0"
+    assert len(classes) < 10
+    before = {path: path.read_bytes() for path in out.parent.iterdir()}
+    assert cli.main(mine) == 2
+    assert f"{out} already exists; give another file." in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in out.parent.iterdir()}
+
+    run = tmp_path / "run"
+    train = ["train", "--triplets", str(out), "--steps", "2", "--out", str(run)]
+    assert cli.main(train) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    counts = summary["counts"]
+    assert counts.pop("left_out") == counts.pop("skipped") == 0
+    assert sum(counts.values()) == report["triplets"]
 
 
 def test_interrupts_exit_130(monkeypatch, capsys, tmp_path):

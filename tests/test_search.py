@@ -26,7 +26,7 @@ from tripletjax.apps import search
 from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.images import decode_path as of_text
 from tripletjax.apps.images import encode_path as as_text
-from tripletjax.apps.search import duplicates, rejections
+from tripletjax.apps.search import duplicates, rejections, reranking
 from tripletjax.apps.search import report as search_report
 from tripletjax.apps.search import table as search_table
 from tripletjax.apps.search import update as update_module
@@ -227,6 +227,30 @@ def test_an_approximate_search_finds_nearly_the_same(tmp_path):
     (hits,) = index.search(vector[None], 1, approximate=True)
     assert hits[0].path == "later.png"
     assert index.search(x, 5) == index.search(x, 5, approximate=False)
+
+
+def test_reranked_hits_keep_the_limits_of_a_search(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(reranking, "CANDIDATES", 24)
+    index, _ = opened(folder, tmp_path / "db", Thumbnails(levels=256))
+    assert reranking.search_reranked(index, np.ones((1, 9))) == [[]]
+    index.update()
+    paths, x = index.vectors()
+    rest = [path for path in paths if path.startswith("group1/") and path != paths[12]]
+    limits = {"classes": ["group1"], "leave_out": [[paths[12]], [paths[12]]]}
+    queries = x[[0, 12]] / 100
+    reranked = reranking.search_reranked(index, queries, 24, **limits)
+    for query, hits in zip(queries, reranked):
+        assert {one.hit.path for one in hits} == {*rest}
+        expected, order = tj.retrieval.k_reciprocal_distances(
+            query[None], x[[paths.index(path) for path in rest]], k=len(rest)
+        )
+        assert [one.hit.path for one in hits] == [rest[row] for row in order[0]]
+        np.testing.assert_allclose([one.distance for one in hits], expected[0], 1e-4)
+    within = float(np.median([one.hit.distance for one in reranked[0]]))
+    near, _ = reranking.search_reranked(index, queries, 3, within=within, **limits)
+    assert near == [one for one in reranked[0] if one.hit.distance <= within][:3]
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        reranking.search_reranked(index, queries, 0)
 
 
 def test_near_duplicates_are_linked(tmp_path):

@@ -21,11 +21,12 @@ from selenium.common.exceptions import (
     StaleElementReferenceException,
 )
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from test_verify import EMBEDDER
 
 from tripletjax import cli
-from tripletjax.apps import search, serve, verification
+from tripletjax.apps import clustering, search, serve, verification
 
 # Fixtures of the module are made once, by one worker.
 pytestmark = pytest.mark.xdist_group("page")
@@ -83,6 +84,45 @@ def test_answers_are_those_of_the_applications(app):
     assert re.search(r"\. Threshold \d\.\d{3}\.$", text)
 
 
+def test_groups_and_near_duplicates_of_the_index(app):
+    threshold = clustering.choose_threshold(app.calibration).threshold
+    assert app.group_threshold == threshold
+    expected = clustering.group_images(app.index, threshold)
+    text, groups = app.group(threshold)
+    assert text == (
+        f"Images: 24; groups of several images: {expected.several}; single images: "
+        f"{len(expected) - expected.several}."
+    )
+    assert groups == [expected.paths_of(i) for i in range(expected.several)] != []
+    firsts = app.first_of_groups(groups)
+    assert [caption for _, caption in firsts] == [f"{len(g)} images" for g in groups]
+    pictures = app.images_of_group(groups[0])
+    assert [name for _, name in pictures] == [p.split("/")[1] for p in groups[0]]
+    np.testing.assert_array_equal(pictures[0][0], firsts[0][0])
+    text, groups = app.near_duplicates(0.3)
+    assert groups == app.index.duplicates(0.3) != []
+    count = sum(map(len, groups))
+    assert text == f"Groups of near-duplicates: {len(groups)}, of {count} images."
+    for find in (app.group, app.near_duplicates):
+        with pytest.raises(serve.RequestError, match="must be at least 0"):
+            find(-1)
+    assert dataclasses.replace(app, calibration=None).group_threshold == 0.5
+
+
+def test_likely_label_errors_of_the_index(app, root):
+    moved = shutil.copytree(root / "pictures", root / "moved")
+    wrong = moved / "group0" / "kind0" / "0.png"
+    wrong.rename(moved / "group1" / "kind5" / "wrong.png")
+    index = search.Index(moved, root / "database", EMBEDDER)
+    index.update()
+    text, pictures = serve.App.of(index, calibration=None).label_errors()
+    assert text.startswith("Likely label errors: 1 of 24 images.")
+    assert len(pictures) == 2
+    assert re.fullmatch(r"ratio 0\.\d\d kind5", pictures[0][1])
+    assert pictures[1][1] == "nearest kind0"
+    assert app.label_errors()[0].startswith("Likely label errors: 0 of 24 images.")
+
+
 def test_without_a_threshold_it_says_so(app, root):
     plain = dataclasses.replace(app, calibration=None)
     image = app.read_image(str(app.index.file_of(app.paths[0])))
@@ -98,6 +138,8 @@ def test_without_a_threshold_it_says_so(app, root):
         serve.RequestError, match="one folder per class; the index has none"
     ):
         without_classes.identify(image)
+    with pytest.raises(serve.RequestError, match="Label errors require one folder"):
+        without_classes.label_errors()
     with pytest.raises(ValueError, match="one folder per class"):
         serve.App.of(app.index, calibration=None, gallery_index=index)
 
@@ -205,6 +247,26 @@ def test_the_page_in_a_browser(address, root, tmp_path):
         upload("identify-file", pictures[0])
         check_text("identify-message", "nearest class group")
         wait.until(lambda b: len(images("identify-nearest")) == 2)
+        for name, element in (("Groups", "groups"), ("Near-duplicates", "copies")):
+            tab(name)
+            field = f"#{element}-distance input"
+            wait.until(lambda b, field=field: b.find_elements(By.CSS_SELECTOR, field))
+            # All images are within the largest distance.
+            distance = browser.find_element(By.CSS_SELECTOR, field)
+            distance.send_keys(Keys.CONTROL, "a")
+            distance.send_keys("2")
+            click(
+                lambda element=element: browser.find_element(By.ID, f"{element}-show")
+            )
+            check_text(f"{element}-message", "24")
+            wait.until(lambda b, element=element: len(images(f"{element}-list")) == 1)
+            click(lambda element=element: images(f"{element}-list")[0])
+            wait.until(
+                lambda b, element=element: len(images(f"{element}-images")) == 24
+            )
+        tab("Label errors")
+        click(lambda: browser.find_element(By.ID, "labels-show"))
+        check_text("labels-message", "of 24 images")
         # Nothing comes from elsewhere.
         hosts = {
             url.split("/")[2] for url in asked_for(browser) if url.startswith("http")

@@ -1,4 +1,4 @@
-"""Applications of an embedder: search, verify, identify, serve, export.
+"""Applications of an embedder: search, verify, identify, cluster, mine, serve, export.
 
 Every application takes a run directory, or any function from images to vectors. The
 extras ``train`` and ``search`` are required, and ``serve`` or ``export`` for these:
@@ -13,10 +13,12 @@ from typing import Any
 os.environ.setdefault("LANCEDB_LOG", "error")
 
 __all__ = [
+    "clustering",
     "embedders",
     "export",
     "identification",
     "images",
+    "mining",
     "search",
     "serve",
     "verification",

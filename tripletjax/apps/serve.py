@@ -1,4 +1,4 @@
-"""A page in the browser: search, verification and identification by one index.
+"""A page in the browser: search, verification, identification and groups of an index.
 
 The page listens on localhost by default, loads nothing from other hosts and sends
 nothing to them. It shows images of the index as thumbnails, by number and not by path.
@@ -12,6 +12,7 @@ import shutil
 import signal
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
-from tripletjax.apps import identification, verification
+import tripletjax as tj
+from tripletjax.apps import clustering, identification, mining, verification
 from tripletjax.apps.embedders import vectors_of
 from tripletjax.apps.images import shrink, thumbnail
-from tripletjax.apps.search.index import Index
+from tripletjax.apps.mining.label_errors import NEIGHBORS
+from tripletjax.apps.search.index import DUPLICATE_DISTANCE, Index
 from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.learn.data.image_files import ImageError, ImageTooLargeError, open_image
 
@@ -34,6 +37,8 @@ from tripletjax.learn.data.image_files import ImageError, ImageTooLargeError, op
 MAX_FILE_SIZE, MAX_PIXELS = "20mb", 40_000_000
 # Images of the index that are offered as queries, and results at most.
 SAMPLE_SIZE, MAX_RESULTS = 24, 48
+# The threshold of groups if the run has none.
+GROUP_DISTANCE = 0.5
 
 Pictures = list[tuple[np.ndarray, str]]
 
@@ -204,6 +209,92 @@ class App:
         nearest = _picture(self.gallery_index, identity.path, identity.distance)
         return text, [nearest]
 
+    @functools.cached_property
+    def group_threshold(self) -> float:
+        """The threshold of groups that is chosen on the images of the calibration."""
+        if self.calibration is None:
+            return GROUP_DISTANCE
+        return clustering.choose_threshold(self.calibration).threshold
+
+    def group(self, threshold: float) -> tuple[str, list[list[str]]]:
+        """Describe the groups of the index, and list the paths of the largest.
+
+        Raises:
+            RequestError: if the threshold is negative, or there are too few images.
+        """
+        try:
+            groups = clustering.group_images(self.index, threshold)
+        except ValueError as error:
+            raise RequestError(f"The images cannot be grouped: {error}") from None
+        text = (
+            f"Images: {len(groups.paths):,}; groups of several images: "
+            f"{groups.several:,}; single images: {len(groups) - groups.several:,}."
+        )
+        shown = range(min(groups.several, MAX_RESULTS))
+        return text, [groups.paths_of(number) for number in shown]
+
+    def near_duplicates(self, within: float) -> tuple[str, list[list[str]]]:
+        """Describe the near-duplicates of the index, and list the largest groups.
+
+        Raises:
+            RequestError: if the distance is negative.
+        """
+        try:
+            groups = self.index.duplicates(within)
+        except ValueError as error:
+            raise RequestError(f"Near-duplicates cannot be listed: {error}") from None
+        count = sum(map(len, groups))
+        text = f"Groups of near-duplicates: {len(groups):,}, of {count:,} images."
+        return text, groups[:MAX_RESULTS]
+
+    def label_errors(self) -> tuple[str, Pictures]:
+        """Describe likely label errors, and show each beside the nearest other class.
+
+        Raises:
+            RequestError: if the index has no class folders, or fewer than two images.
+        """
+        try:
+            known = identification.Gallery.of(self.index)
+        except ValueError:
+            raise RequestError(
+                "Label errors require one folder per class; the index has none."
+            ) from None
+        x, labels, n = known.vectors, known.labels, len(known.paths)
+        if len(known.names) < 2:
+            raise RequestError("Label errors require at least two classes.")
+        distances, neighbors = tj.retrieval.nearest_neighbors(
+            x, x, min(NEIGHBORS, n - 1), positions=np.arange(n)
+        )
+        errors = mining.find_label_errors(
+            x, labels, np.asarray(distances), np.asarray(neighbors)
+        )
+        pictures: Pictures = []
+        for image, nearest, ratio in zip(errors.images, errors.nearest, errors.ratio):
+            for row, text in ((image, f"ratio {ratio:.2f}"), (nearest, "nearest")):
+                path = known.paths[row]
+                picture = thumbnail(self.index.file_of(path))
+                pictures.append((picture, f"{text} {_name(path)}"))
+        text = (
+            f"Likely label errors: {len(errors.images):,} of {n:,} images. The ratio "
+            "is the distance to the nearest other class, divided by the distance to "
+            "the own class."
+        )
+        return text, pictures[:MAX_RESULTS]
+
+    def first_of_groups(self, groups: list[list[str]]) -> Pictures:
+        """A thumbnail of the first image of each group, with the group's size."""
+        return [
+            (thumbnail(self.index.file_of(paths[0])), f"{len(paths):,} images")
+            for paths in groups
+        ]
+
+    def images_of_group(self, paths: list[str]) -> Pictures:
+        """Thumbnails of the images of a group, with their classes or names."""
+        return [
+            (thumbnail(self.index.file_of(path)), _name(path))
+            for path in paths[:MAX_RESULTS]
+        ]
+
     def _describe_threshold(self) -> str:
         if self.calibration is None:
             return "No threshold: every image is named after its nearest class."
@@ -217,16 +308,20 @@ class App:
 
 def _picture(index: Index, path: str, distance: float) -> tuple[np.ndarray, str]:
     """A thumbnail, with its distance and class as caption."""
+    return thumbnail(index.file_of(path)), f"{distance:.3f} {_name(path)}"
+
+
+def _name(path: str) -> str:
+    """The class of an image, or its file name if it has none."""
     folder, _, name = path.rpartition("/")
-    caption = f"{distance:.3f} {folder.rpartition('/')[2] or name}"
-    return thumbnail(index.file_of(path)), caption
+    return folder.rpartition("/")[2] or name
 
 
 def build_page(app: App) -> gr.Blocks:
     """Build the page of an `App`; `run` serves it."""
     with gr.Blocks(title="tripletjax", analytics_enabled=False) as blocks:
         gr.Markdown(
-            "# Search, verification, identification\n"
+            "# Search, verification, identification, groups\n"
             f"Images in the index: {len(app.paths):,}"
         )
         with gr.Tab("Search"):
@@ -235,6 +330,12 @@ def build_page(app: App) -> gr.Blocks:
             _build_verification(app)
         with gr.Tab("Identify"):
             _build_identification(app)
+        with gr.Tab("Groups"):
+            _build_groups(app, "groups", app.group, app.group_threshold)
+        with gr.Tab("Near-duplicates"):
+            _build_groups(app, "copies", app.near_duplicates, DUPLICATE_DISTANCE)
+        with gr.Tab("Label errors"):
+            _build_label_errors(app)
     return blocks
 
 
@@ -323,6 +424,72 @@ def _build_identification(app: App) -> None:
         **GALLERY,
     )
     upload.upload(identify, upload, [message, nearest], **EVENT)
+
+
+def _build_groups(
+    app: App,
+    name: str,
+    find: Callable[[float], tuple[str, list[list[str]]]],
+    threshold: float,
+) -> None:
+    """Groups of the index at a distance; a click on one shows its images.
+
+    Args:
+        app: answers the requests.
+        name: beginning of the identifiers of elements.
+        find: from a distance to a description and the paths of each group.
+        threshold: the distance at first.
+    """
+
+    def show(distance: float | None) -> tuple:
+        try:
+            if distance is None:
+                raise RequestError("Enter a distance.")
+            text, groups = find(distance)
+        except RequestError as error:
+            return str(error), [], [], []
+        return text, app.first_of_groups(groups), groups, []
+
+    def open_group(groups: list[list[str]], click: gr.SelectData) -> Pictures:
+        # The list may be newer than the click.
+        if not 0 <= click.index < len(groups):
+            return []
+        return app.images_of_group(groups[click.index])
+
+    with gr.Row():
+        distance = gr.Number(
+            round(threshold, 4), label="Largest distance", elem_id=f"{name}-distance"
+        )
+        button = gr.Button("Show groups", elem_id=f"{name}-show")
+    message = gr.Markdown(elem_id=f"{name}-message")
+    groups = gr.State([])
+    firsts = gr.Gallery(
+        label="Largest groups: click one to see its images",
+        elem_id=f"{name}-list",
+        **GALLERY,
+    )
+    images = gr.Gallery(
+        label="Images of the group", elem_id=f"{name}-images", **GALLERY
+    )
+    button.click(show, distance, [message, firsts, groups, images], **EVENT)
+    firsts.select(open_group, groups, images, **EVENT)
+
+
+def _build_label_errors(app: App) -> None:
+    def show() -> tuple:
+        try:
+            return app.label_errors()
+        except RequestError as error:
+            return str(error), []
+
+    button = gr.Button("Show likely label errors", elem_id="labels-show")
+    message = gr.Markdown(elem_id="labels-message")
+    pictures = gr.Gallery(
+        label="Likely label errors, each before the nearest image of the other class",
+        elem_id="labels-images",
+        **GALLERY,
+    )
+    button.click(show, None, [message, pictures], **EVENT)
 
 
 def run(app: App, *, host: str = "127.0.0.1", port: int = 7860) -> None:

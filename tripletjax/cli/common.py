@@ -9,7 +9,13 @@ from tripletjax.learn.runs.options import OptionError
 
 if TYPE_CHECKING:
     from tripletjax.apps.search import Changes, Index
-    from tripletjax.cli.options import EmbedderOptions, Identify, Search, Serve
+    from tripletjax.cli.options import (
+        Cluster,
+        EmbedderOptions,
+        Identify,
+        Search,
+        Serve,
+    )
     from tripletjax.learn.embedder import ImageEmbedder
 
 # Errors that one line explains.
@@ -38,11 +44,19 @@ def shown(path: Path) -> str:
     return os.fsencode(path).decode(errors="replace")
 
 
-def print_table(title: str, rows: Mapping[str, float | None], unit: str = "") -> None:
+def print_table(
+    title: str,
+    rows: Mapping[str, float | None],
+    unit: str = "",
+    *,
+    beside: Mapping[str, float | None] | None = None,
+) -> None:
+    """Print a title and a line for each row, with the values of `beside` next to it."""
     print(f"\n{title}")
     for name, value in rows.items():
-        text = "-" if value is None else f"{value:.2f}{unit}"
-        print(f"  {name:<24}{text:>10}")
+        columns = [value] if beside is None else [value, beside.get(name)]
+        texts = ["-" if one is None else f"{one:.2f}{unit}" for one in columns]
+        print(f"  {name:<24}" + "".join(f"{text:>10}" for text in texts))
 
 
 def check_images(images: Iterable[Path]) -> None:
@@ -75,7 +89,9 @@ def open_embedder(options: "EmbedderOptions") -> "ImageEmbedder":
 
 
 def updated_index(
-    folder: Path, options: "Search | Identify | Serve", embedder: "ImageEmbedder"
+    folder: Path,
+    options: "Search | Identify | Cluster | Serve",
+    embedder: "ImageEmbedder",
 ) -> tuple["Index", "Changes"]:
     """Update the index of a folder; return it and its changes."""
     from tripletjax.apps import search

@@ -23,6 +23,7 @@ def call(options: Evaluate) -> int:
         folder,
         out=out,
         classes_from=options.classes_from,
+        rerank=options.rerank,
         progress=True,
     )
     if options.json is not None:
@@ -40,13 +41,13 @@ def _print_report(report: dict[str, Any], folder: Path) -> None:
     retrieval, pairs, spread = (
         report[name] for name in ("retrieval", "verification", "collapse")
     )
-    rows = {
-        "MAP@R": retrieval["map_at_r"],
-        "R-precision": retrieval["r_precision"],
-        **{f"recall@{k}": value for k, value in retrieval["recall_at_k"].items()},
-        "mean average precision": retrieval["mean_average_precision"],
-    }
-    print_table(f"retrieval, {retrieval['queries']:,} queries", rows, " %")
+    rows = _rows_of_retrieval(retrieval)
+    rows["mean average precision"] = retrieval["mean_average_precision"]
+    title, beside = f"retrieval, {retrieval['queries']:,} queries", None
+    if (reranked := report.get("reranked")) is not None:
+        beside = _rows_of_retrieval(reranked)
+        title += f", and with {reranked['images']:,} images of each re-ranked"
+    print_table(title, rows, " %", beside=beside)
     rows = {
         "equal error rate": pairs["equal_error_rate"],
         "area under the ROC": pairs["area_under_roc"],
@@ -60,3 +61,11 @@ def _print_report(report: dict[str, Any], folder: Path) -> None:
         "effective rank": spread["effective_rank"],
     }
     print_table("spread of the embeddings: near 0, and rank 1, if collapsed", rows)
+
+
+def _rows_of_retrieval(metrics: dict[str, Any]) -> dict[str, float | None]:
+    return {
+        "MAP@R": metrics["map_at_r"],
+        "R-precision": metrics["r_precision"],
+        **{f"recall@{k}": value for k, value in metrics["recall_at_k"].items()},
+    }

@@ -202,9 +202,9 @@ class Train(Options):
 
     requested: dict[str, Any]
     augment: str | None = option(
-        "random changes of the images while training: those for photos or characters, "
-        "which also decides size and network, none, or more than usual (default: "
-        "photos or characters, by the smooth tones of the images)",
+        "random changes of the images while training: none, more than usual, or those "
+        "for photos or characters, which also decide size and network (default: "
+        "detected by smooth tones)",
         group=DATA,
         choices=(*choices.KINDS, *choices.AUGMENTS),
     )
@@ -291,6 +291,9 @@ class Evaluate(EmbedderOptions):
         metavar="FOLDER",
     )
     classes_from: str | None = classes_from_option()
+    rerank: bool = option(
+        "also measure retrieval re-ranked by k-reciprocal neighbours", default=False
+    )
     out: Path | None = option(
         "directory for the report (default: a new one in evaluations/ of --run or "
         "--embedder-dir)",
@@ -322,6 +325,11 @@ class Search(EmbedderOptions):
         default=False,
     )
     together: bool = option("search once, by the mean of all queries", default=False)
+    rerank: bool = option(
+        "re-rank the hits by k-reciprocal neighbours: those first that have the query "
+        "and its neighbours among their own",
+        default=False,
+    )
     k: int = option(
         "largest number of hits of a query", default=8, metavar="K", rule="at least 1"
     )
@@ -343,7 +351,7 @@ class Search(EmbedderOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.exclude("query", "duplicates")
-        self.require("query", "together", "classes", "approximate")
+        self.require("query", "together", "classes", "approximate", "rerank")
         if self.out is not None and not (self.query or self.duplicates):
             raise OptionError("{out} requires {query} or {duplicates}.")
         if self.out is not None and self.query and self.out.suffix != ".png":
@@ -454,8 +462,130 @@ class Identify(EmbedderOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Cluster(EmbedderOptions):
+    """Group the images of a folder by identity.
+
+    The command first updates the index, as tripletjax search does. Groups merge by
+    average linkage, up to a threshold that is chosen on the images of tripletjax
+    verify. An image may stay alone. The images are only read.
+    """
+
+    extras: ClassVar[str] = "train,search"
+
+    index: Path = option(
+        "folder of images to group, which is only read",
+        required=True,
+        metavar="FOLDER",
+    )
+    database: Path | None = database_option()
+    remove_missing: bool = remove_missing_option()
+    threshold: float | None = option(
+        "largest distance of two groups that merge, the root mean square over their "
+        "pairs (default: best BCubed F on the images of tripletjax verify)",
+        metavar="DISTANCE",
+        rule="at least 0",
+    )
+    evaluate: bool = option(
+        "compare the groups with the folders of the index as known classes",
+        default=False,
+    )
+    classes_from: str | None = classes_from_option()
+    out: Path | None = option(
+        "table of the groups; a contact sheet of the largest groups is written beside "
+        "it, as FILE.png",
+        metavar="FILE.csv",
+        rule="a .csv file",
+    )
+    copy_to: Path | None = option(
+        "new folder for a copy of the images, one folder per group", metavar="DIR"
+    )
+    link_to: Path | None = option(
+        "new folder for links to the images, one folder per group", metavar="DIR"
+    )
+    json: Path | None = json_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.exclude("copy_to", "link_to")
+        self.require("evaluate", "classes_from")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mine(EmbedderOptions):
+    """Mine the hardest triplets of a whole folder, and list likely label errors.
+
+    The search is exact. Copies of an image are excluded. The margins exclude negatives
+    that are nearer than, or hardly farther than, the positive: such negatives are often
+    labelled wrongly. tripletjax train --triplets reads the file of triplets. The report
+    and the likely label errors lie beside the file. Distances are Euclidean, of unit
+    vectors: from 0 to 2.
+    """
+
+    data: Path = option(
+        "folder with one folder of images per class", required=True, metavar="FOLDER"
+    )
+    classes_from: str | None = classes_from_option()
+    k: int = option(
+        "number of negatives of each anchor", default=1, metavar="K", rule="at least 1"
+    )
+    range_min: int = option(
+        "first rank of negatives; 0 is the nearest one", default=0, rule="at least 0"
+    )
+    range_max: int | None = option(
+        "rank of negatives to stop before (default: no limit)", rule="at least 1"
+    )
+    margin: float | None = option(
+        "least difference between the distances of the negative and of the positive",
+        rule="finite",
+    )
+    relative_margin: float | None = option(
+        "least difference between the distances of the negative and of the positive, "
+        "as a share of that of the positive",
+        rule="finite",
+    )
+    farthest_positive: bool = option(
+        "take the farthest positive of each anchor instead of the nearest",
+        default=False,
+    )
+    skip_label_errors: bool = option(
+        "leave likely label errors out of the triplets", default=False
+    )
+    random: bool = option(
+        "draw the negatives from the ranks below --range-max, with equal probability",
+        default=False,
+    )
+    seed: int | None = option(
+        "seed of the draws (default: 0)", metavar="S", rule="at least 0"
+    )
+    out: Path = option(
+        "file of triplets to write",
+        required=True,
+        metavar="FILE.csv",
+        rule="a .csv file",
+    )
+    json: Path | None = option(
+        "JSON file for the report (default: beside --out)", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("random", "seed")
+        self.require("range_max", "random")
+        if self.range_max is not None and self.range_max <= self.range_min:
+            raise OptionError(
+                "{range_max} must be above {range_min}, got "
+                f"{self.range_max} and {self.range_min}."
+            )
+
+    @property
+    def draw_seed(self) -> int | None:
+        """Seed of random draws; None for the hardest negatives."""
+        return (self.seed or 0) if self.random else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Serve(EmbedderOptions):
-    """Show search, verification and identification in a browser.
+    """Show search, verification, identification and groups in a browser.
 
     The page loads nothing from other hosts. Everybody who reaches its address can see
     the images of the index.
@@ -526,5 +656,16 @@ class Convert(Options):
 
 COMMANDS: dict[str, type[Options]] = {
     cls.__name__.lower(): cls
-    for cls in (Train, Evaluate, Search, Verify, Identify, Serve, Export, Convert)
+    for cls in (
+        Train,
+        Evaluate,
+        Search,
+        Verify,
+        Identify,
+        Cluster,
+        Mine,
+        Serve,
+        Export,
+        Convert,
+    )
 }

@@ -51,6 +51,7 @@ def _nearest(
         classes=options.classes or None,
         together=options.together,
         approximate=options.approximate,
+        rerank=options.rerank,
     )
     if options.out is not None:
         search_report.draw_hits(index, hits, options.out)

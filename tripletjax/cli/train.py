@@ -146,6 +146,8 @@ def _print_results(
 def _kept_step(summary: dict[str, Any]) -> str:
     """The kept step, and the number of steps."""
     step, steps = summary["kept_step"], summary["steps"]
+    if step == 0:
+        return "0, the closed form of the head"
     return f"{step:,}, the last" if step == steps else f"{step:,} of {steps:,}"
 
 

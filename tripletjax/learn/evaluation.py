@@ -41,6 +41,8 @@ FARS = tuple(10.0**-digits for digits in range(1, 7))
 # Images of the picture of neighbours, and images whose pairs with all others are in the
 # picture of distances, at most.
 GALLERY, ROWS = 2048, 4096
+# Images of each query that are re-ranked, at least, and at most for large classes.
+RERANKED, MOST_RERANKED = 100, 1000
 # Rows of pairs that are compared at a time.
 BLOCK = 256
 # Bins of a histogram of distances.
@@ -62,6 +64,7 @@ class Embedded:
         root: the folder that holds the classes: the data folder, or one within it.
         shown: numbers of the images that are kept for a picture, in order.
         images: these images, uint8 ``[k, height, width, channels]``.
+        first_copy: integers ``[n]``, the first image with the same prepared pixels.
         skipped: skipped files, with reasons.
         notes: on the classes and images.
     """
@@ -73,6 +76,7 @@ class Embedded:
     root: Path
     shown: np.ndarray
     images: np.ndarray
+    first_copy: np.ndarray
     skipped: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -83,6 +87,7 @@ def evaluate(
     *,
     out: str | Path | None = None,
     classes_from: str | None = None,
+    rerank: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluate an embedding on a folder of classes.
@@ -94,11 +99,12 @@ def evaluate(
             ``distances.png`` and ``neighbors.png``; None writes nothing.
         classes_from: the level of nested folders that makes classes, as in
             `datasets.load`.
+        rerank: whether to measure retrieval with re-ranking, too.
         progress: whether to show a progress bar.
 
     Returns:
         The report: the embedder and the folder, and the metrics of ``retrieval``,
-        ``verification`` and ``collapse``.
+        ``verification`` and ``collapse``; with `rerank` those of ``reranked``, too.
 
     Raises:
         FileNotFoundError: if there is no trained model, or the folder does not exist.
@@ -138,6 +144,8 @@ def evaluate(
         "notes": notes,
         "skipped": list(images.skipped),
     }
+    if rerank:
+        report["reranked"] = reranked_retrieval(images.x, images.labels)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         draw(images, pairs, out)
@@ -181,10 +189,11 @@ def embed_folder(
     skipped = [f"{file.name}: not in a folder of a class" for file in listing.loose]
     skipped += listing.skipped
     entries = len(skipped)
-    x, kept, images, copies, unreadable = _embed_files(
+    x, kept, images, first_copy, unreadable = _embed_files(
         embedder, listing, keep=keep, progress=progress
     )
     skipped += unreadable
+    copies = np.count_nonzero(first_copy != np.arange(len(first_copy)))
     names, labels = np.unique(
         [printable(listing.classes[index]) for index in kept], return_inverse=True
     )
@@ -214,6 +223,7 @@ def embed_folder(
         listing.root,
         rows,
         np.stack([images[row] for row in rows]) if keep else np.zeros((0, 1, 1, 1)),
+        first_copy,
         tuple(skipped),
         tuple(notes),
     )
@@ -221,16 +231,18 @@ def embed_folder(
 
 def _embed_files(
     embedder: ImageEmbedder, listing: ClassFolders, *, keep: int, progress: bool
-) -> tuple[np.ndarray, list[int], dict[int, np.ndarray], int, list[str]]:
+) -> tuple[np.ndarray, list[int], dict[int, np.ndarray], np.ndarray, list[str]]:
     """Read and embed the files of a listing, a part at a time.
 
     Returns:
         Vectors; the numbers of the readable files; `keep` random images by row of
-        their vectors; the number of images that are copies; and the unreadable files.
+        their vectors; the first copy of each image; and the unreadable files.
     """
     order = np.random.default_rng(0).permutation(len(listing.files))
     shown = {*order[:keep].tolist()}
-    x, kept, digests, images, unreadable = [], [], [], {}, []
+    x, kept, images, unreadable = [], [], {}, []
+    first_of: dict[str, int] = {}
+    first_copy: list[int] = []
 
     def read(file: Path) -> Any:
         return embedder.prepare(image_files.open_image(file))
@@ -246,14 +258,16 @@ def _embed_files(
                     continue
                 kept.append(index)
                 prepared.append(image)
-                digests.append(digest_of_image(np.asarray(image)))
+                pixels = np.asarray(image)
+                content = f"{pixels.shape} {digest_of_image(pixels)}"
+                first_copy.append(first_of.setdefault(content, len(first_copy)))
                 if index in shown:
                     images[len(kept) - 1] = _shown_pixels(image)
             if prepared:
                 x.append(embedder.embed(prepared))
             bar.update(len(indices))
     vectors = np.concatenate(x) if x else np.zeros((0, 1), np.float32)
-    return vectors, kept, images, len(digests) - len({*digests}), unreadable
+    return vectors, kept, images, np.array(first_copy, int), unreadable
 
 
 def _shown_pixels(prepared: Any) -> np.ndarray:
@@ -273,6 +287,53 @@ def retrieval(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         "mean_average_precision": percent(metrics.mean_average_precision),
         "mean_reciprocal_rank": percent(metrics.mean_reciprocal_rank),
         "queries": int(metrics.queries),
+    }
+
+
+def reranked_retrieval(x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Retrieval metrics after re-ranking by k-reciprocal neighbours, in percent.
+
+    The 100 nearest images of each query are re-ranked, or as many as the largest class
+    has. MAP@R and R-precision are None if that is more than 1,000.
+    """
+    n, largest = len(labels), int(np.unique(labels, return_counts=True)[1].max()) - 1
+    k = min(n - 1, max(RERANKED, largest if largest <= MOST_RERANKED else 0))
+    _, nearest = tj.retrieval.k_reciprocal_distances(x, k=k)
+    return metrics_of_ranks(labels, np.asarray(nearest))
+
+
+def metrics_of_ranks(labels: np.ndarray, nearest: np.ndarray) -> dict[str, Any]:
+    """Retrieval metrics of given ranks, in percent, as `retrieval` reports them.
+
+    Args:
+        labels: classes of n images, each of which is a query ``[n]``.
+        nearest: rows of the first k images of each query, or -1 ``[n, k]``.
+
+    Returns:
+        The report. MAP@R and R-precision are None if a class has more than k + 1
+        images.
+    """
+    k = nearest.shape[1]
+    relevant = (labels[nearest] == labels[:, None]) & (nearest >= 0)
+    _, classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    count = sizes[classes] - 1
+    relevant, count = relevant[count > 0], count[count > 0]
+    empty = not len(count)
+    beyond = empty or count.max() > k
+
+    def mean(values: np.ndarray, unknown: bool) -> float | None:
+        return None if unknown else percent(np.mean(values))
+
+    precision = np.cumsum(relevant, axis=1) / np.arange(1, k + 1)
+    first = relevant & (np.arange(k) < count[:, None])
+    return {
+        "map_at_r": mean(np.sum(first * precision, axis=1) / count, beyond),
+        "r_precision": mean(np.sum(first, axis=1) / count, beyond),
+        "recall_at_k": {
+            str(one): mean(relevant[:, :one].any(axis=1), empty) for one in KS
+        },
+        "queries": len(count),
+        "images": k,
     }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from tripletjax.apps.embedders import vectors_of
 from tripletjax.apps.images import decode_path, encode_path, load_image, thumbnail
 from tripletjax.apps.search.index import Index
+from tripletjax.apps.search.reranking import search_reranked
 from tripletjax.apps.search.update import Changes
 
 
@@ -32,6 +33,7 @@ def search_files(
     classes: Sequence[str] | None = None,
     together: bool = False,
     approximate: bool = False,
+    rerank: bool = False,
 ) -> list[dict[str, Any]]:
     """Search by image files, each alone or by the mean of their vectors.
 
@@ -48,14 +50,16 @@ def search_files(
         x = x.mean(axis=0, keepdims=True)
         x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     leave_out = [[*filter(None, map(index.path_of, files))] for files in groups]
-    hits = index.search(
-        x,
-        k,
-        within=within,
-        classes=classes,
-        leave_out=leave_out,
-        approximate=approximate,
-    )
+    limits: dict[str, Any] = {
+        "within": within,
+        "classes": classes,
+        "leave_out": leave_out,
+        "approximate": approximate,
+    }
+    if rerank:
+        hits = search_reranked(index, x, k, **limits)
+    else:
+        hits = [[(hit, None) for hit in one] for one in index.search(x, k, **limits)]
     results = []
     for files, own, hits_of_query in zip(groups, leave_out, hits):
         # Images in the folder itself have no class.
@@ -71,8 +75,9 @@ def search_files(
                         "distance": hit.distance,
                         "class": hit.label,
                         "right": None if own_class is None else hit.label == own_class,
+                        **({} if reranked is None else {"reranked_distance": reranked}),
                     }
-                    for hit in hits_of_query
+                    for hit, reranked in hits_of_query
                 ],
             }
         )
@@ -87,7 +92,10 @@ def ranked_lines(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         if not result["hits"]:
             yield "  no hits"
         for rank, hit in enumerate(result["hits"], start=1):
-            yield f"{rank:>5}  {hit['distance']:.4f}  {hit['path']}"
+            reranked = ""
+            if "reranked_distance" in hit:
+                reranked = f"  re-ranked {hit['reranked_distance']:.4f}"
+            yield f"{rank:>5}  {hit['distance']:.4f}{reranked}  {hit['path']}"
 
 
 def draw_hits(index: Index, results: Sequence[dict[str, Any]], out: Path) -> None:

@@ -1,7 +1,7 @@
 """Pretrained networks in training: a backbone and a head on its features.
 
-The trained part is one of three: ``frozen``, the head alone, on cached features;
-``top``, also the last stages of the backbone, at a lower learning rate; ``all``, the
+The trained part is one of three. ``frozen`` is the head alone, on cached features.
+``top`` adds the last stages of the backbone, at a lower learning rate. ``all`` is the
 whole network.
 """
 
@@ -17,6 +17,7 @@ from jax import Array
 from tripletjax.learn.networks.embedding_networks import Standardized
 from tripletjax.learn.networks.layers import unit_norm
 from tripletjax.learn.networks.weights import Frozen
+from tripletjax.learn.networks.whitening import whitening
 
 
 class FeatureStat(nnx.Variable):
@@ -53,27 +54,29 @@ class Head(nnx.Module):
         self.out = nnx.Linear(hidden or features, dim, rngs=rngs)
         self.mirror = mirror
 
-    def fit(self, features: np.ndarray) -> None:
-        """Set the statistics of features ``[n, f]``, and start from their directions.
+    def fit(self, features: np.ndarray, labels: np.ndarray) -> None:
+        """Set the statistics of features, and start from their whitening projection.
 
-        A head of one layer begins with the principal directions of the features, so
-        that its embedding is about as good as they are.
+        A head of one layer begins with within-class whitening (`whitening`), the closed
+        form that training starts from. A head of two layers keeps its random values.
+
+        Args:
+            features: ``[n, f]``.
+            labels: classes ``[n]``.
         """
         mean, deviation = features.mean(axis=0), features.std(axis=0)
         # A feature that hardly varies carries noise, which is not amplified.
         scale = 1 / np.maximum(deviation, 0.1 * deviation.mean() + 1e-6)
-        self.mean[...] = jnp.asarray(mean, jnp.float32)
         self.scale[...] = jnp.asarray(scale, jnp.float32)
+        self.mean[...] = jnp.asarray(mean, jnp.float32)
         if self.hidden is None:
             kernel = self.out.kernel
-            _, _, directions = np.linalg.svd(
-                (features - mean) * scale, full_matrices=False
-            )
-            some = directions[: kernel.shape[1]].T
-            # The first dimensions; further ones keep their random values.
-            drawn = np.array(kernel[...])
-            drawn[:, : some.shape[1]] = some
-            kernel[...] = jnp.asarray(drawn)
+            mean, projection = whitening(features, labels, kernel.shape[1])
+            self.mean[...] = jnp.asarray(mean, jnp.float32)
+            projection /= scale[:, None]
+            # Columns have a root mean squared norm of 1, to which learning rates refer.
+            projection /= np.linalg.norm(projection) / np.sqrt(kernel.shape[1])
+            kernel[...] = jnp.asarray(projection, jnp.float32)
 
     def __call__(self, features: Array) -> Array:
         """Unit vectors ``[n, dim]`` of features ``[n, f]`` or ``[n, views, f]``.

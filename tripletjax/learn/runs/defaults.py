@@ -22,6 +22,7 @@ from tripletjax.learn.data.image_shape import WHOLE, Box
 from tripletjax.learn.data.triplet_files import TripletDataset
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.runs.config import Config
+from tripletjax.learn.runs.options import OptionError
 from tripletjax.learn.runs.plan import (
     BackbonePlan,
     ClassBatchPlan,
@@ -96,8 +97,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         "turned and mirrored copies are further classes to learn",
     ),
     "frozen backbone": (
-        {"steps": 1000, "learning_rate": 1e-3},
-        "a head alone is trained",
+        {"dim": 512, "steps": 200, "learning_rate": 2e-4},
+        "a head alone is trained, from its closed form",
     ),
     "trained backbone": (
         {"steps": 300, "learning_rate": 1e-3},
@@ -171,6 +172,7 @@ def plan_for_classes(
     augment = dataclasses.replace(augment, flip=augment.flip and turns < 8)
     augment = config.augment or augment
     backbone = _backbone_plan(config, start, len(images))
+    recipe = _recipe_on_backbone(recipe, start, backbone)
     _check_turns(turns, augment, backbone)
     batches = _plan_batches(config, recipe, turns, classes, start, backbone)
     plan, notes = _plan(
@@ -187,6 +189,7 @@ def plan_for_classes(
     return plan, [
         _note_on_kind(dataset.decoding),
         *_notes_on_classes(sizes, classes, turns),
+        *_notes_on_head(sizes, plan),
         *_notes_on_relevance(config, dataset.label_names),
         *_notes_on_memory(batches),
         *notes,
@@ -211,6 +214,8 @@ def plan_for_triplets(
         reason = "triplets do not tell where classes differ"
         layout = image_analysis.Layout(WHOLE, False, reason)
     batch = config.triplets_per_batch or min(48, len(dataset.train))
+    backbone = _backbone_plan(config, start, len(dataset.images))
+    recipe = _recipe_on_backbone(recipe, start, backbone)
     plan, notes = _plan(
         config,
         recipe,
@@ -220,7 +225,7 @@ def plan_for_triplets(
         augment=config.augment or recipe.augment,
         layout=layout,
         start=start,
-        backbone=_backbone_plan(config, start, len(dataset.images)),
+        backbone=backbone,
     )
     return plan, [_note_on_kind(dataset.decoding), *notes]
 
@@ -232,6 +237,18 @@ def recipe_of(kind: str, *, many: bool, changes: Sequence[str] = ()) -> Recipe:
         options, _ = CHANGES.get(name, ({}, ""))
         recipe = dataclasses.replace(recipe, **options)
     return recipe
+
+
+def _recipe_on_backbone(
+    recipe: Recipe, start: Start | None, backbone: BackbonePlan | None
+) -> Recipe:
+    """The recipe with the changes for a pretrained backbone."""
+    if start is None or backbone is None or start.digest is None:
+        return recipe
+    part = "frozen" if backbone.training == "frozen" else "trained"
+    changes, _ = CHANGES[f"{part} backbone"]
+    recipe = dataclasses.replace(recipe, **changes)
+    return dataclasses.replace(recipe, dim=min(recipe.dim, start.backbone.features))
 
 
 def _check_turns(turns: int, augment: Augment, backbone: BackbonePlan | None) -> None:
@@ -263,17 +280,24 @@ def _plan_batches(
     per_class = config.per_class or recipe.per_class
     # Momentum 0 stands for the network itself, whose embeddings are soon out of date.
     momentum = _either(config.memory_momentum, MEMORY_MOMENTUM) or None
+    in_batch = config.classes or min(turns * classes, max(2, batch // per_class))
+    if config.rounds and in_batch >= turns * classes:
+        raise OptionError(
+            f"{{rounds}} requires {{classes}} below {turns * classes}, the number of "
+            f"classes, got {in_batch}: a batch would hold all of them."
+        )
     return ClassBatchPlan(
         loss=config.loss,
         temperature=_number(config, "temperature"),
         scale=_number(config, "scale"),
         learn_loss=config.learn_loss,
         batch_all_fraction=config.batch_all_fraction,
-        classes=config.classes or min(turns * classes, max(2, batch // per_class)),
+        classes=in_batch,
         per_class=per_class,
         class_sampling=config.class_sampling,
         relevance=config.relevance,
         rotation_classes=turns,
+        rounds=config.rounds,
         memory=config.memory,
         memory_warmup=config.memory_warmup if config.memory else 0.0,
         memory_momentum=momentum if config.memory else None,
@@ -316,14 +340,11 @@ def _plan(
             # Features of an image, and of its mirror image where both are averaged.
             views = max(backbone.views, 1 + mirror)
             backbone = dataclasses.replace(backbone, views=views)
-        if start.digest is not None:
-            part = "frozen" if backbone.training == "frozen" else "trained"
-            changes, _ = CHANGES[f"{part} backbone"]
-            recipe = dataclasses.replace(recipe, **changes)
         notes += _notes_on_backbone(start, backbone, shape, size)
     model, channels = _choose_model(config, shape, photos, start)
     longest = max(shape[:2])
-    steps = config.steps or recipe.steps
+    steps = _either(config.steps, recipe.steps)
+    _check_steps(steps, backbone)
     return Plan(
         batches=batches,
         box=box,
@@ -350,6 +371,14 @@ def _plan(
         or (max(100, steps // 8) if photos else 100),
         checkpoint_every=config.checkpoint_every,
     ), notes
+
+
+def _check_steps(steps: int, backbone: BackbonePlan | None) -> None:
+    if steps == 0 and (backbone is None or backbone.training != "frozen"):
+        raise ValueError(
+            "steps must be at least 1 with a trained backbone, got 0; the closed form "
+            "needs backbone_training frozen."
+        )
 
 
 def _choose_view(
@@ -457,6 +486,16 @@ def _notes_on_classes(sizes: np.ndarray, classes: int, turns: int) -> list[str]:
             "their positives are copies of it, which differ by augmentation alone"
         )
     return notes
+
+
+def _notes_on_head(sizes: np.ndarray, plan: Plan) -> list[str]:
+    """A note on a head that cannot begin with within-class whitening."""
+    if not plan.pretrained or max(sizes) > 1:
+        return []
+    return [
+        "the head begins with the principal directions of the features: no class has "
+        "two training images"
+    ]
 
 
 def _notes_on_relevance(config: Config, names: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ the rows of the command, the check of values, and the documentation.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -34,6 +35,7 @@ class OptionError(ValueError):
 RULES: dict[str, Callable[[Any], bool]] = {
     "at least 1": lambda x: x >= 1,
     "at least 0": lambda x: x >= 0,
+    "finite": math.isfinite,
     "finite and at least 0": lambda x: 0 <= x < float("inf"),
     "finite and above 0": lambda x: 0 < x < float("inf"),
     "0 to 1": lambda x: 0 <= x <= 1,
@@ -41,6 +43,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "shares from 0 to 1 with top < bottom and left < right": (
         lambda box: 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
     ),
+    "a .csv file": lambda path: path.suffix == ".csv",
     "a .png file": lambda path: path.suffix == ".png",
 }
 

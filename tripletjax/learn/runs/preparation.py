@@ -103,7 +103,8 @@ def find_run(
     if old is None or not (out / record.SUMMARY).exists():
         return old, None
     summary = json.loads((out / record.SUMMARY).read_text(encoding="utf-8"))
-    finished = summary.get("steps") == (config.steps or old.plan.steps)
+    steps = old.plan.steps if config.steps is None else config.steps
+    finished = summary.get("steps") == steps
     return old, summary["evaluations"] if finished else None
 
 
@@ -256,7 +257,7 @@ def _go_on(old: RunRecord, config: Config, task: tasks.Task, out: Path) -> RunRe
         )
     locations = {name: getattr(config, name) for name in LOCATIONS}
     requested = dataclasses.replace(old.requested, **locations)
-    steps = config.steps or old.plan.steps
+    steps = old.plan.steps if config.steps is None else config.steps
     if steps == old.plan.steps:
         return dataclasses.replace(old, requested=requested)
     note = (

@@ -5,7 +5,7 @@ A task has its batches, its losses and its evaluation.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from tripletjax.learn.data.image_array import (
 )
 from tripletjax.learn.distributed.placement import ONE_DEVICE, Placement
 from tripletjax.learn.networks.embedding import embed_images
-from tripletjax.learn.runs import defaults
+from tripletjax.learn.runs import defaults, rounds
 from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.defaults import Start
 from tripletjax.learn.runs.plan import ClassBatchPlan, Plan, TripletBatchPlan
@@ -51,6 +51,7 @@ class LabelTask:
     """Images with labels, of which triplets are mined in each batch."""
 
     dataset: datasets.Dataset
+    unit = "classes"
 
     @property
     def images(self) -> ImageArray:
@@ -82,7 +83,44 @@ class LabelTask:
         self, config: Config, start: Start | None = None
     ) -> tuple[Plan, list[str]]:
         plan, notes = defaults.plan_for_classes(config, self.dataset, start)
-        return plan, [*notes, *note_of(self.validation_classes, "classes")]
+        if plan.steps:
+            notes = [*notes, *note_of(self.validation_classes, self.unit)]
+        return plan, notes
+
+    @property
+    def labelled_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of training images, and their classes."""
+        labels = self.dataset.train.labels
+        return np.arange(len(labels)), labels
+
+    @property
+    def _several(self) -> np.ndarray:
+        """Labels of the classes of several training images."""
+        labels, counts = np.unique(self.dataset.train.labels, return_counts=True)
+        return labels[counts > 1]
+
+    @property
+    def trained_classes(self) -> int:
+        """The number of classes of several training images."""
+        return len(self._several)
+
+    def folds(self, count: int) -> Iterator["LabelTask"]:
+        """Tasks whose validation has a part of the training classes each."""
+        train = self.dataset.train
+        labels = np.random.default_rng(0).permutation(self._several)
+        for first in range(count):
+            held_out = np.isin(train.labels, labels[first::count])
+            parts = train.part(~held_out), train.part(held_out)
+            yield LabelTask(
+                dataclasses.replace(self.dataset, train=parts[0], validation=parts[1])
+            )
+
+    def limited(self, plan: Plan) -> Plan:
+        """The plan with no more classes in a batch than the task has."""
+        of = _batches_of(plan, ClassBatchPlan)
+        classes = min(of.classes, len(self._several))
+        batches = dataclasses.replace(of, classes=classes)
+        return dataclasses.replace(plan, batches=batches)
 
     def seen(self, plan: Plan) -> "LabelTask":
         """The task with images as the network sees them."""
@@ -112,6 +150,11 @@ class LabelTask:
             train = train.part(np.flatnonzero(np.isin(train.labels, several)))
         return train
 
+    def mine_round(self, plan: Plan, embed: Embed, step: int) -> rounds.Round:
+        """Mine the training images for the round that begins with a step."""
+        train = self._trained(_batches_of(plan, ClassBatchPlan))
+        return rounds.mine_round(embed(train.images), train.labels, step)
+
     def _levels(self, of: ClassBatchPlan) -> np.ndarray:
         """Groups ``[levels, k]`` of the labels of batches, none but by folders."""
         labels = np.unique(self._trained(of).labels)
@@ -120,11 +163,31 @@ class LabelTask:
         levels = hierarchy.levels_of([self.label_names[label] for label in labels])
         return hierarchy.with_turns(levels, of.rotation_classes)
 
-    def batches(self, plan: Plan, on: Placement = ONE_DEVICE) -> loop.Batches:
-        """Batches, or the parts of this process."""
+    def batches(
+        self,
+        plan: Plan,
+        on: Placement = ONE_DEVICE,
+        mined: Sequence[rounds.Round] = (),
+    ) -> loop.Batches:
+        """Batches, or the parts of this process, with the groups of mined rounds."""
         of = _batches_of(plan, ClassBatchPlan)
         _check_splits(on, "classes * per_class", of.classes * of.per_class)
-        train, levels = self._trained(of), self._levels(of)
+        levels, turns = self._levels(of), of.rotation_classes
+        first = self._batches_in_groups(plan, on, levels[0] if len(levels) else None)
+        if not mined:
+            return first
+        later = []
+        for one in mined:
+            (groups,) = hierarchy.with_turns(np.array([one.groups]), turns)
+            later.append((one.step, self._batches_in_groups(plan, on, groups)))
+        return rounds.RoundBatches([(0, first), *later])
+
+    def _batches_in_groups(
+        self, plan: Plan, on: Placement, groups: np.ndarray | None
+    ) -> loop.Batches:
+        """Batches in which classes of a group come together."""
+        of = _batches_of(plan, ClassBatchPlan)
+        train = self._trained(of)
         return sampling.ImageBatches(
             train.images,
             train.labels,
@@ -134,7 +197,7 @@ class LabelTask:
             of.rotation_classes,
             of.class_sampling,
             on.shard,
-            groups=levels[0] if len(levels) else None,
+            groups=groups,
         )
 
     def loss(self, plan: Plan, on: Placement = ONE_DEVICE) -> objectives.Objective:
@@ -185,7 +248,7 @@ class LabelTask:
         if len(test) > 1:
             within = tj.retrieval.evaluate(x, labels, reduce_fn=None)
             measured = _of_queries(within, labels)
-        metrics = _summary(measured, "classes")
+        metrics = _summary(measured, self.unit)
         if np.isin(test.labels, train.labels).any():
             recall = tj.retrieval.recall_at_k(
                 x,
@@ -270,6 +333,7 @@ class TripletTask:
     """Given triplets of images."""
 
     dataset: triplet_files.TripletDataset
+    unit = "anchors"
 
     @property
     def images(self) -> ImageArray:
@@ -297,7 +361,42 @@ class TripletTask:
         self, config: Config, start: Start | None = None
     ) -> tuple[Plan, list[str]]:
         plan, notes = defaults.plan_for_triplets(config, self.dataset, start)
-        return plan, [*notes, *note_of(self.validation_classes, "anchors")]
+        if plan.steps:
+            notes = [*notes, *note_of(self.validation_classes, self.unit)]
+        return plan, notes
+
+    @property
+    def labelled_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of anchors and positives; each pair is a class of its own."""
+        pairs = self.dataset.train[:, :2]
+        return pairs.ravel(), np.repeat(np.arange(len(pairs)), 2)
+
+    @property
+    def trained_classes(self) -> int:
+        """The number of anchors of training triplets."""
+        return len(np.unique(self.dataset.train[:, 0]))
+
+    def folds(self, count: int) -> Iterator["TripletTask"]:
+        """Tasks whose validation has a part of the training anchors each.
+
+        Their training triplets contain none of these anchors.
+        """
+        train = self.dataset.train
+        anchors = np.random.default_rng(0).permutation(np.unique(train[:, 0]))
+        for first in range(count):
+            held_out = np.isin(train, anchors[first::count])
+            known, unseen = train[~held_out.any(axis=1)], train[held_out[:, 0]]
+            if len(known):
+                yield TripletTask(
+                    dataclasses.replace(self.dataset, train=known, validation=unseen)
+                )
+
+    def limited(self, plan: Plan) -> Plan:
+        """The plan with no more triplets in a batch than the task has."""
+        of = _batches_of(plan, TripletBatchPlan)
+        count = min(of.triplets_per_batch, len(self.dataset.train))
+        batches = dataclasses.replace(of, triplets_per_batch=count)
+        return dataclasses.replace(plan, batches=batches)
 
     def seen(self, plan: Plan) -> "TripletTask":
         """The task with images as the network sees them."""
@@ -332,7 +431,7 @@ class TripletTask:
         if not len(test):
             return {}
         right = self._are_right(embed, test)
-        return _summary({"triplet_accuracy": (right, test[:, 0])}, "anchors")
+        return _summary({"triplet_accuracy": (right, test[:, 0])}, self.unit)
 
     @property
     def _validation_triplets(self) -> np.ndarray:

@@ -4,6 +4,7 @@ A run directory holds
 
 - ``config.json``: the request, and every choice that was made (`RunRecord`);
 - ``backbone.safetensors``: a copy of the weights that the run began with, if any;
+- ``rounds.json``: groups of classes of each round, if requested (`rounds`);
 - ``metrics.jsonl``: records of metrics, validations and evaluations;
 - ``checkpoints/``: the last two states, to go on from;
 - ``best/``: the model that the rule of `selection` keeps, at each of the last two
@@ -25,7 +26,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
@@ -33,7 +33,6 @@ from jax.sharding import Mesh
 from tripletjax.learn import plots
 from tripletjax.learn.data.image_array import (
     ImageArray,
-    KeptFeatures,
     StoredImages,
 )
 from tripletjax.learn.distributed.placement import Placement
@@ -42,21 +41,32 @@ from tripletjax.learn.networks import heads
 from tripletjax.learn.networks.embedding import as_floats, embed_images
 from tripletjax.learn.networks.embedding_networks import Standardized
 from tripletjax.learn.networks.weights import Frozen
-from tripletjax.learn.runs import preparation, record, tasks
+from tripletjax.learn.runs import (
+    comparisons,
+    fitting,
+    preparation,
+    record,
+    rounds,
+    tasks,
+)
 from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.model import build_model, fill_backbone, load_model
-from tripletjax.learn.runs.plan import ClassBatchPlan, Plan
+from tripletjax.learn.runs.plan import Plan
 from tripletjax.learn.runs.record import RunRecord
-from tripletjax.learn.training import loop, optimizer
+from tripletjax.learn.training import loop
 from tripletjax.learn.training.checkpoints import Checkpoints
-from tripletjax.learn.training.feature_cache import AnyView, FeatureCache, views_of
+from tripletjax.learn.training.feature_cache import FeatureCache, views_of
 from tripletjax.learn.training.interrupts import Interrupts
 from tripletjax.learn.training.metrics_log import MetricsLog, summary_writer
+from tripletjax.learn.training.selection import candidate_of
 
-# Images whose features give a head its statistics.
-HEAD_SAMPLE = 2048
+# Images whose features give a head its statistics where the backbone is trained, and
+# the least number of each class.
+HEAD_SAMPLE, EACH = 2048, 16
 # Name of the comparison with raw pixels, and the most bytes of images that have it.
 RAW_PIXELS, MOST_RAW = "raw pixels", 2**28
+# Name of the evaluation of a head before training.
+CLOSED_FORM = "closed form"
 
 
 class _Log(MetricsLog):
@@ -72,8 +82,18 @@ class _Log(MetricsLog):
         return {
             line["evaluation"]: line["metrics"]
             for line in self.lines
-            if "evaluation" in line and line["step"] == 0
+            if line.get("evaluation", "trained") != "trained" and line["step"] == 0
         }
+
+    @property
+    def kept_steps(self) -> list[int]:
+        """The step of the kept model, after each validation."""
+        return [line["kept_step"] for line in self.lines if "kept_step" in line]
+
+    def comparison(self, steps: int) -> dict[str, Any] | None:
+        """The comparison of a head trained in these steps with its closed form."""
+        lines = [line["comparison"] for line in self.lines if "comparison" in line]
+        return next((line for line in lines if line["steps"] == steps), None)
 
     def add_evaluation(self, step: int, name: str, metrics: dict[str, float]) -> None:
         """Add the record of an evaluation."""
@@ -205,6 +225,11 @@ class _Run:
             )
             self.batches = self.task.batches(self.plan, on)
         self.embeddings = _embeddings_before(self.task, self.model, self.plan)
+        if self.plan.closed_form:
+            # The head is fitted when a run has no evaluation of it yet.
+            self.embeddings[CLOSED_FORM] = lambda images: embed_images(
+                self.fitted_head, images
+            )
         self.log: Any = _Log(out, tensorboard) if on.first else None
         self.checkpoints = Checkpoints(out / "checkpoints")
         self.kept_model = Checkpoints(out / "best")
@@ -225,37 +250,120 @@ class _Run:
 
     def _prepare_first_step(self) -> None:
         if self.plan.pretrained:
-            _fit_head(self.model, self.task)
+            whole: Any = self.model.model
+            nnx.update(whole.head, nnx.state(self.fitted_head))
         self.log.begin_again(self.plan, progress=self.progress)
+        if rounds.rounds_of(self.plan):
+            rounds.begin_rounds(self.out)
 
     def train(self) -> None:
-        """Train the model to the last step."""
-        plan, task = self.plan, self.task
+        """Train the model to the last step, or keep the closed form of its head."""
+        if self.on.of_first(self._keeps_closed_form):
+            self._keep_closed_form()
+            return
+        plan = self.plan
         with Interrupts() as interrupts:
-            for line in loop.fit(
-                heads.trained_part(self.model, plan.backbone_training),
-                _optimizer(plan),
-                self.batches,
-                steps=plan.steps,
-                loss=task.loss(plan, self.on),
-                mesh=self.on.mesh,
-                augment=AnyView() if plan.frozen else plan.augment,
-                seed=plan.seed,
-                ema_decay=plan.ema_decay,
-                **_memory_options(plan),
-                embed_chunk_size=plan.embed_chunk_size,
-                log_every=plan.log_every,
-                validate=task.validate,
-                validate_every=plan.validate_every,
-                validation_classes=task.validation_classes,
-                checkpoints=self.checkpoints,
-                checkpoint_every=plan.checkpoint_every,
-                kept_model=self.kept_model,
-                interrupts=interrupts,
-                progress=self.progress,
-            ):
-                if self.log is not None:
-                    self.log.add_record(line)
+            for step in rounds.first_steps(plan.steps, rounds.rounds_of(plan)):
+                # Groups of the rounds before a later checkpoint are in the file.
+                if max(self.checkpoints.steps, default=0) <= step:
+                    self._train_to(step, interrupts)
+                    self.on.of_first(functools.partial(self._mine_round, step))
+            self._train_to(plan.steps, interrupts)
+
+    def _train_to(self, step: int, interrupts: Interrupts) -> None:
+        """Train the model to a step, and save its state there."""
+        plan, task = self.plan, self.task
+        for line in fitting.fit(
+            self.trained_part,
+            task,
+            self._batches_of_rounds(),
+            plan,
+            self.on,
+            steps=step,
+            validate=task.validate,
+            validate_every=plan.validate_every,
+            validation_classes=task.validation_classes,
+            checkpoints=self.checkpoints,
+            checkpoint_every=plan.checkpoint_every,
+            kept_model=self.kept_model,
+            interrupts=interrupts,
+            progress=self.progress,
+        ):
+            if self.log is not None:
+                self.log.add_record(line)
+
+    def _batches_of_rounds(self) -> loop.Batches:
+        """Batches with the groups of the rounds so far."""
+        task, plan = self.task, self.plan
+        if not isinstance(task, tasks.LabelTask) or not rounds.rounds_of(plan):
+            return self.batches
+        mined = self.on.of_first(lambda: rounds.read_rounds(self.out))
+        return task.batches(plan, self.on, mined)
+
+    def _mine_round(self, step: int) -> None:
+        """Mine the training images for the batches from a step on."""
+        assert isinstance(self.task, tasks.LabelTask)
+        embed = functools.partial(embed_images, self.trained_part)
+        new = self.task.mine_round(self.plan, embed, step)
+        rounds.write_round(self.out, new)
+        if self.progress:
+            print(
+                f"- step {step}: {len({*new.groups}):,} groups of classes; "
+                f"{100 * new.nearer:.1f} % of the training images have a negative "
+                "nearer than the nearest positive",
+                flush=True,
+            )
+
+    def _keeps_closed_form(self) -> bool:
+        """Whether the closed form is requested, or training shows no gain over it.
+
+        A training that has begun goes on.
+        """
+        if not self.plan.closed_form or self.checkpoints.steps:
+            return False
+        if not self.plan.steps:
+            return True
+        comparison = self.log.comparison(self.plan.steps)
+        if comparison is None:
+            comparison = comparisons.compare(
+                self.task, self.plan, self.trained_part, progress=self.progress
+            )
+            self.log.add({"step": 0, "comparison": comparison})
+        if self.progress:
+            note = comparisons.note_of(comparison, self.task.unit)
+            print(f"- {note}", flush=True)
+        return not comparison["trained_is_kept"]
+
+    def _keep_closed_form(self) -> None:
+        head = self.trained_part
+        self.kept_model.save(
+            0, self.on.everywhere(candidate_of(head, 0, np.zeros(0)).model)
+        )
+        # A run that was killed after this record has it already.
+        if self.log is not None and not self.log.kept_steps:
+            metrics, _ = self.task.validate(head)
+            self.log.add({"step": 0, "validation": metrics, "kept_step": 0})
+
+    @functools.cached_property
+    def fitted_head(self) -> heads.Head:
+        """The head before training, fitted to features of the training images."""
+        whole: Any = self.model.model
+        head = nnx.clone(whole.head)
+        if self.plan.frozen:
+            comparisons.fit_to_features(head, self.task)
+            return head
+        rows, labels = self.task.labelled_rows
+        sample = sample_of_classes(labels, HEAD_SAMPLE)
+        images, rows = np.unique(rows[sample], return_inverse=True)
+        network = heads.features_of(self.model)
+        features = embed_images(network, self.task.images.part(images))
+        head.fit(np.asarray(features)[rows], labels[sample])
+        return head
+
+    @property
+    def trained_part(self) -> Any:
+        """The part of the model that is trained and saved."""
+        return heads.trained_part(self.model, self.plan.backbone_training)
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the kept model, draw, and write the summary."""
@@ -267,13 +375,16 @@ class _Run:
 
     def _finish(self) -> dict[str, Any]:
         plan, log = self.plan, self.log
-        trained = heads.trained_part(self.model, plan.backbone_training)
-        embed = functools.partial(embed_images, trained)
+        embed = functools.partial(embed_images, self.trained_part)
         evaluations = (self.before or {}) | {"trained": self.task.evaluate(embed)}
         log.truncate_after(plan.steps)
-        kept_step = [line["kept_step"] for line in log.lines if "kept_step" in line][-1]
-        log.add_evaluation(plan.steps, "trained", evaluations["trained"])
-        plots.training(log.lines, self.out / "training.png")
+        # The closed form is of no step: a lengthened run begins with it.
+        trains = bool(self.checkpoints.steps)
+        log.add_evaluation(
+            plan.steps if trains else 0, "trained", evaluations["trained"]
+        )
+        if trains:
+            plots.training(log.lines, self.out / "training.png")
         raw = {name: e for name, e in self.embeddings.items() if name == RAW_PIXELS}
         self.task.draw(raw | {"trained": embed}, self.out)
         parameters = jax.tree.leaves(nnx.state(self.model, nnx.Any(nnx.Param, Frozen)))
@@ -286,7 +397,8 @@ class _Run:
         )
         summary = {
             "steps": plan.steps,
-            "kept_step": kept_step,
+            "kept_step": log.kept_steps[-1],
+            "comparison": log.comparison(plan.steps),
             "evaluations": evaluations,
             "parameters": sum(x.size for x in parameters),
             "counts": self.task.counts | {"skipped": sum(skipped.values())},
@@ -308,25 +420,6 @@ def _announce(current: RunRecord, task: tasks.Task, on: Placement, out: Path) ->
         notes.append(f"every batch is split over {on.count} devices{of}")
     for note in notes:
         print(f"- {note}", flush=True)
-
-
-def _optimizer(plan: Plan) -> optax.GradientTransformation:
-    schedule = optimizer.learning_rates(plan.learning_rate, plan.steps)
-    if plan.pretrained and not plan.frozen:
-        return optimizer.slow_backbone(schedule, plan.weight_decay)
-    return optax.adamw(schedule, weight_decay=plan.weight_decay)
-
-
-def _memory_options(plan: Plan) -> dict[str, Any]:
-    """Options of `learn.fit` for a memory, if the plan has one."""
-    batches = plan.batches
-    if not isinstance(batches, ClassBatchPlan) or not batches.memory:
-        return {}
-    return {
-        "memory": batches.memory,
-        "memory_warmup_steps": int(batches.memory_warmup * plan.steps),
-        "memory_momentum": batches.memory_momentum,
-    }
 
 
 def _on_features(
@@ -371,16 +464,15 @@ def _embeddings_before(
     return embeddings | {"pretrained": functools.partial(embed_images, features)}
 
 
-def _fit_head(model: Standardized, task: tasks.Task) -> None:
-    """Give a head the statistics of the features of some images."""
-    images = task.images
-    some = images.part(np.arange(0, len(images), -(-len(images) // HEAD_SAMPLE)))
-    if isinstance(some, KeptFeatures):
-        features = some.features[:, 0]
-    else:
-        features = np.asarray(embed_images(heads.features_of(model), some))
-    whole: Any = model.model
-    whole.head.fit(features)
+def sample_of_classes(labels: np.ndarray, most: int) -> np.ndarray:
+    """Positions of at most so many labels, several of each class in the sample."""
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    rank = np.random.default_rng(0).permutation(len(counts))
+    order = np.argsort(rank[classes], kind="stable")
+    sizes = counts[classes[order]]
+    starts = np.flatnonzero(np.diff(rank[classes[order]], prepend=-1))
+    position = np.arange(len(order)) - np.repeat(starts, sizes[starts])
+    return order[position < max(EACH, most // len(counts))][:most]
 
 
 def _flat(images: ImageArray) -> Array:

@@ -63,10 +63,10 @@ class MetricsLog:
     def _show(self, line: dict[str, Any]) -> None:
         if self._board is None:
             return
-        group = line.get(
-            "evaluation", "validation" if "validation" in line else "train"
-        )
-        numbers = line.get("metrics", line.get("validation", line))
+        parts = (part for part in ("validation", "comparison") if part in line)
+        part = next(parts, "train")
+        group = line.get("evaluation", part)
+        numbers = line.get("metrics", line.get(part, line))
         for name, value in numbers.items():
             if name not in ("step", "intervals"):
                 self._board.add_scalar(f"{group}/{name}", value, line["step"])

@@ -14,6 +14,7 @@ from tripletjax.learn.training.steps import Params
 RATE = 0.1
 
 
+@functools.lru_cache
 def learning_rates(peak: float, steps: int) -> Callable[[Any], Any]:
     """A linear warm-up to the peak, and a cosine decay to 0."""
     return optax.warmup_cosine_decay_schedule(

@@ -90,18 +90,23 @@ def select(
 
 
 def exceeds_noise(
-    earlier: np.ndarray, last: np.ndarray, *, min_classes: int = MIN_CLASSES
+    earlier: np.ndarray,
+    last: np.ndarray,
+    *,
+    min_classes: int = MIN_CLASSES,
+    significance: float = SIGNIFICANCE,
 ) -> bool:
     """Whether an earlier checkpoint is better than the last by more than chance.
 
     A one-sided paired t-test: the mean over classes of the difference must exceed its
-    standard error times the quantile 1 - `SIGNIFICANCE` of Student's t. Of fewer than
-    `min_classes` classes the answer is no.
+    standard error times the quantile 1 - `significance` of Student's t. With fewer
+    than `min_classes` classes the result is False.
 
     Args:
         earlier: values ``[classes]`` of the earlier checkpoint.
         last: values of the same classes of the last checkpoint.
         min_classes: the least number of classes, at least 2.
+        significance: the probability of yes where neither is better.
 
     >>> last = np.linspace(50, 90, 16)
     >>> spread = np.tile([1, -1], 8)
@@ -115,7 +120,7 @@ def exceeds_noise(
     if n < min_classes:
         return False
     error = np.std(difference, ddof=1) / np.sqrt(n)
-    return bool(np.mean(difference) > stdtrit(n - 1, 1 - SIGNIFICANCE) * error)
+    return bool(np.mean(difference) > stdtrit(n - 1, 1 - significance) * error)
 
 
 def note_of(classes: int, unit: str) -> list[str]:

@@ -162,6 +162,12 @@ class Backbone:
         options = self.options | options
         return self.of.network(**options, dtype=dtype, rngs=rngs)
 
+    @property
+    def features(self) -> int:
+        """Number of features."""
+        network: Any = self.abstract()
+        return network.features
+
     def abstract(self, *, dtype: DTypeLike | None = None) -> nnx.Module:
         """Build the network with shapes alone, to be filled."""
         return nnx.eval_shape(lambda: self.build(dtype=dtype, rngs=nnx.Rngs(0)))
@@ -237,8 +243,8 @@ def open_weights(backbone: str | Path) -> Weights:
     """Read a file of weights, and recognise its network by the names of the arrays.
 
     Names may have a prefix, which a wrapper of the network or a checkpoint adds:
-    ``module.``, ``state_dict.model.``, ``teacher.backbone.``. Of a network and its
-    moving average, the average is taken.
+    ``module.``, ``state_dict.model.``, ``teacher.backbone.``. If the file has a network
+    and its moving average, the average is loaded.
 
     Args:
         backbone: a file, or a name of `choices.PRETRAINED`.
