@@ -11,7 +11,13 @@ from jax.typing import ArrayLike
 
 from tripletjax import pair_losses, separable_losses, smooth_ap, softmax_losses
 from tripletjax._api import as_integer
-from tripletjax._engine.pair_losses import LOG_SUM_EXP, SEPARABLE, PairSpec, pair_terms
+from tripletjax._engine.pair_losses import (
+    LOG_SUM_EXP,
+    SEPARABLE,
+    PairSpec,
+    TileWalk,
+    pair_terms,
+)
 from tripletjax._engine.smooth_ap import SMOOTH_AP
 from tripletjax._matrices import check_not_distances
 from tripletjax._pairwise.batch import Batch, as_batch, for_each_batch
@@ -64,7 +70,7 @@ _LINES = {
 
 
 # The walks over tiles of each shape of losses.
-WALKS = {
+WALKS: dict[type, TileWalk] = {
     LogSumExp: LOG_SUM_EXP,
     Separable: SEPARABLE,
     smooth_ap.SmoothAP: SMOOTH_AP,
