@@ -64,6 +64,7 @@ def jitted(
     static: tuple[str, ...] = (),
     nonnegative: tuple[str, ...] = (),
     positive: tuple[str, ...] = (),
+    finite: tuple[str, ...] = (),
     optional: tuple[str, ...] = (),
     keep_dtypes: bool = False,
     check: Callable[..., None] | None = None,
@@ -80,6 +81,7 @@ def jitted(
         nonnegative: numeric options that may be traced; when their value is known
             they must be finite and at least 0.
         positive: the same for options that must be above 0.
+        finite: the same for options of any sign.
         optional: arguments that may be None; those whose default is None may, too.
         keep_dtypes: whether labels stay int8 or int16, which results then have.
         check: raises for arguments whose values are known and wrong.
@@ -95,6 +97,7 @@ def jitted(
     statics = tuple(converters)
     converters.update(dict.fromkeys(nonnegative, _as_nonnegative))
     converters.update(dict.fromkeys(positive, _as_positive))
+    converters.update(dict.fromkeys(finite, _as_finite))
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         arguments = _Arguments.of(
@@ -109,12 +112,12 @@ def jitted(
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = arguments.match(args, kwargs)
+            if given is None:
+                return run(*args, **kwargs)  # Python raises the TypeError.
             if check is not None:
                 check(*args, **kwargs)
-            bound = arguments.bind(args, kwargs)
-            if bound is None:
-                return run(*args, **kwargs)  # Python raises the TypeError.
-            placed, named, explicit = bound
+            placed, named, explicit = arguments.convert(given)
             chosen: Any = run_explicit if explicit else run
             return chosen(*placed, **named)
 
@@ -171,15 +174,11 @@ class _Arguments(NamedTuple):
             {n: p.default for n, p in parameters.items() if p.default is not p.empty},
         )
 
-    def bind(self, args: tuple, kwargs: dict) -> tuple[list, dict, bool] | None:
-        """Converts the arguments of a call.
-
-        Returns:
-            Arguments by place, arguments by name, and whether an array lies on a mesh
-            with Explicit axes. None if Python has to raise an error about the call.
+    def match(self, args: tuple, kwargs: dict) -> dict[str, Any] | None:
+        """The given arguments by name; None if Python has to raise an error.
 
         Raises:
-            TypeError: if an argument is unknown, or must not be None.
+            TypeError: if an argument is unknown.
         """
         given = dict(zip(self.by_place, args))
         if unknown := kwargs.keys() - self.converters.keys():
@@ -190,9 +189,20 @@ class _Arguments(NamedTuple):
         if len(args) > len(self.by_place) or given.keys() & kwargs.keys():
             return None
         given |= kwargs
+        missing = self.converters.keys() - self.defaults.keys() - given.keys()
+        return None if missing else given
+
+    def convert(self, given: dict[str, Any]) -> tuple[list, dict, bool]:
+        """Convert the arguments of a call.
+
+        Returns:
+            Arguments by place, arguments by name, and whether an array lies on a mesh
+            with Explicit axes.
+
+        Raises:
+            TypeError: if an argument must not be None.
+        """
         ready = self.defaults | given
-        if len(ready) < len(self.converters):
-            return None
         explicit = False
         for name, value in given.items():
             if value is None and name in self.nullable:
@@ -240,6 +250,11 @@ def _as_nonnegative(name: str, value: Any) -> Any:
 
 def _as_positive(name: str, value: Any) -> Any:
     check_positive(name, value)
+    return value if isinstance(value, jax.Array) else float(value)
+
+
+def _as_finite(name: str, value: Any) -> Any:
+    check_finite(name, value)
     return value if isinstance(value, jax.Array) else float(value)
 
 
@@ -309,6 +324,13 @@ def known_scalar(name: str, value: Any) -> Any:
             "over several."
         )
     return number
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Raise for a scalar that is not traced, and NaN or infinite."""
+    number = known_scalar(name, value)
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value!r}.")
 
 
 def check_nonnegative(name: str, value: Any) -> None:

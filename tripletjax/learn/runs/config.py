@@ -121,7 +121,8 @@ class Config:
         rule="finite and at least 0",
     )
     temperature: float | None = _batches_of_classes(
-        "temperature of a softmax loss (default: 0.1)", rule="finite and above 0"
+        "temperature of a softmax loss (default: 0.1; 0.01 for smooth-ap)",
+        rule="finite and above 0",
     )
     scale: float | None = _batches_of_classes(
         "scale of similarities in circle, sigmoid, cosface, arcface and proxy-anchor",
@@ -151,6 +152,12 @@ class Config:
         "folders",
         default="classes",
         choices=choices.RELEVANCE,
+    )
+    rounds: int = _batches_of_classes(
+        "number of times that training stops to mine the classes that the model "
+        "confuses, which come into a batch together from there on",
+        default=0,
+        rule="at least 0",
     )
     memory: int = _batches_of_classes(
         "number of embeddings of earlier batches in the cross-batch memory",
@@ -206,6 +213,7 @@ class Config:
                 "{memory_momentum} requires {memory}, got "
                 f"{self.memory_momentum!r}."
             )
+        self._check_rounds()
         self._check_loss()
         if self.backbone is not None:
             excluded = "model", "head", "channels", "stride"
@@ -228,6 +236,20 @@ class Config:
                 raise OptionError(
                     "{steps} must be at least 1 with {hidden}, got 0: a head of two "
                     "layers has no closed form."
+                )
+
+    def _check_rounds(self) -> None:
+        """Check the options that rounds depend on."""
+        if self.rounds and self.steps is not None and self.rounds >= self.steps:
+            raise OptionError(
+                f"{{rounds}} must be less than {{steps}} {self.steps}, got "
+                f"{self.rounds}."
+            )
+        for name, value in (("relevance", "classes"), ("class_sampling", "uniform")):
+            if self.rounds and getattr(self, name) != value:
+                raise OptionError(
+                    f"{{rounds}} requires {{{name}}} {value}, got "
+                    f"{getattr(self, name)}."
                 )
 
     def _check_loss(self) -> None:
