@@ -396,7 +396,7 @@ def test_a_name_with_a_line_break_is_printed_in_one_line(user_module, tmp_path, 
     embedder = ("--embedder", "colours:embed", "--embedder-dir", str(tmp_path / "own"))
     assert cli.main(["search", *embedder, "--index", str(folder), "--duplicates"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert r"- a\x1b\n.png: it is no image that can be read" in lines
+    assert r"- a\x1b\n.png: it is not a readable image" in lines
     arguments = ["cluster", *embedder, "--index", str(folder), "--threshold", "1"]
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err.endswith(
