@@ -101,25 +101,7 @@ def mine(
             than `k` negatives, or no triplet is left.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder {folder} does not exist.")
-    if not _fits_a_line(str(folder.resolve())):
-        raise ValueError(f"{encode_path(folder)} has a path that {UNWRITABLE}.")
-    unwritable = []
-
-    def choose(path: str, _: str) -> bool:
-        fits = _fits_a_line(path)
-        unwritable.extend([] if fits else [path])
-        return fits
-
-    images = evaluation.embed_folder(
-        embedder, folder, choose=choose, classes_from=classes_from, progress=progress
-    )
-    notes = [*images.notes, *filter(None, [evaluation.note_on_sizes(images.labels)])]
-    if unwritable:
-        notes.append(
-            f"{len(unwritable):,} images are skipped: each has a path that {UNWRITABLE}"
-        )
+    images, notes = _embed(embedder, folder, classes_from, progress)
     _check_counts(folder, images.labels, k, range_min)
     # Equal images have equal vectors, whatever batch they were embedded in.
     x, labels = images.x[images.first_copy], images.labels
@@ -145,15 +127,7 @@ def mine(
         name: int(np.sum(count, dtype=np.int64))
         for name, count in mined.excluded._asdict().items()
     }
-    if not len(triplets):
-        counts = ", ".join(
-            f"{name.replace('_', ' ')} {count:,}"
-            for name, count in excluded.items()
-            if count
-        )
-        raise ValueError(
-            f"{folder} has no triplet left; excluded pairs: {counts or 'none'}."
-        )
+    _check_some_left(folder, triplets, excluded)
     report = {
         "what": REPORT,
         "embedder": embedder.key,
@@ -170,6 +144,47 @@ def mine(
         "skipped": [*images.skipped],
     }
     return Mining(report, triplets, of_triplets, errors, images, neighbors, distances)
+
+
+def _embed(
+    embedder: ImageEmbedder, folder: Path, classes_from: str | None, progress: bool
+) -> tuple[evaluation.Embedded, list[str]]:
+    """The embedded images of a folder whose paths fit a line, and notes."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {folder} does not exist.")
+    if not _fits_a_line(str(folder.resolve())):
+        raise ValueError(f"{encode_path(folder)} has a path that {UNWRITABLE}.")
+    unwritable = []
+
+    def choose(path: str, _: str) -> bool:
+        fits = _fits_a_line(path)
+        unwritable.extend([] if fits else [path])
+        return fits
+
+    images = evaluation.embed_folder(
+        embedder, folder, choose=choose, classes_from=classes_from, progress=progress
+    )
+    notes = [*images.notes, *filter(None, [evaluation.note_on_sizes(images.labels)])]
+    if unwritable:
+        notes.append(
+            f"{len(unwritable):,} images are skipped: each has a path that {UNWRITABLE}"
+        )
+    return images, notes
+
+
+def _check_some_left(
+    folder: Path, triplets: np.ndarray, excluded: dict[str, int]
+) -> None:
+    if len(triplets):
+        return
+    counts = ", ".join(
+        f"{name.replace('_', ' ')} {count:,}"
+        for name, count in excluded.items()
+        if count
+    )
+    raise ValueError(
+        f"{folder} has no triplet left; excluded pairs: {counts or 'none'}."
+    )
 
 
 def _fits_a_line(path: str) -> bool:
