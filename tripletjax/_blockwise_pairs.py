@@ -11,8 +11,8 @@ from jax.typing import ArrayLike
 
 from tripletjax import pair_losses, separable_losses, smooth_ap, softmax_losses
 from tripletjax._api import as_integer
-from tripletjax._engine.pair_losses import PairSpec, pair_terms
-from tripletjax._engine.smooth_ap import smooth_ap_by_tiles
+from tripletjax._engine.pair_losses import LOG_SUM_EXP, SEPARABLE, PairSpec, pair_terms
+from tripletjax._engine.smooth_ap import SMOOTH_AP
 from tripletjax._matrices import check_not_distances
 from tripletjax._pairwise.batch import Batch, as_batch, for_each_batch
 from tripletjax._pairwise.mesh import AxisName, gather_terms
@@ -59,6 +59,14 @@ _LINES = {
         _PAIRS,
         "    axis_name, block_size: as in `batch_all_loss`.",
     ),
+}
+
+
+# The walks over tiles of each shape of losses.
+WALKS = {
+    LogSumExp: LOG_SUM_EXP,
+    Separable: SEPARABLE,
+    smooth_ap.SmoothAP: SMOOTH_AP,
 }
 
 
@@ -147,12 +155,10 @@ def _blockwise(
     parameters = loss.parameters_as(batches[0].anchors.dtype)
     symmetric = loss.symmetric and not apart
     spec = PairSpec(loss.shape, metric, symmetric, summed, block_size)
+    walk = WALKS[type(loss.shape)]
 
     def one(batches: list[Batch]) -> Any:
-        each = [
-            pair_terms(spec, *_varying(x, parameters), smooth_ap_by_tiles)
-            for x in batches
-        ]
+        each = [pair_terms(spec, walk, *_varying(x, parameters)) for x in batches]
         if not summed:
             if axis_name is not None:
                 each = [gather_terms(terms, axis_name) for terms in each]

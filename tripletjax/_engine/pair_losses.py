@@ -23,14 +23,13 @@ from jax import Array, lax
 
 from tripletjax._api import own_promotion
 from tripletjax._engine.by_tiles import vjp_negatives, vjp_positives
-from tripletjax._engine.panels import PanelRows, Panels
+from tripletjax._engine.panels import Panel, Panels
 from tripletjax._engine.reductions import sum_in_one_loop
 from tripletjax._engine.search import MAX_TILE_POSITIVES, positives_of
 from tripletjax._engine.slopes import with_slope
 from tripletjax._engine.spec import Gradients
 from tripletjax._pairwise.batch import Batch
 from tripletjax._pairwise.block_sizes import CPU, BlockSizes, by_platform
-from tripletjax._pairwise.cancellation import refine
 from tripletjax._pairwise.class_index import ClassIndex
 from tripletjax._pairwise.slices import add_rows, materialize, rows_at
 from tripletjax._pairwise.tiles import Tile, Tiles
@@ -75,49 +74,129 @@ class PairSpec:
     sizes: BlockSizes = CPU
 
 
+class TileWalk(NamedTuple):
+    """The walks over tiles of a shape of losses, by way of numbers of size O(n k).
+
+    Attributes:
+        forward: ``(spec, batch, classes, parameters) -> (numbers, extra)``; `extra` is
+            anything that the backward walk can use.
+        terms: ``(spec, classes, parameters, numbers) -> terms``, which JAX
+            differentiates.
+        backward: ``(spec, batch, classes, parameters, numbers, extra, cotangents of
+            the numbers) -> (Gradients, gradients by parameters)``.
+    """
+
+    forward: Callable[..., tuple[Any, Any]]
+    terms: Callable[..., Any]
+    backward: Callable[..., tuple[Gradients, Parameters]]
+
+
 def pair_terms(
-    spec: PairSpec,
-    batch: Batch,
-    parameters: Parameters,
-    by_tiles: Callable[..., Any] | None = None,
+    spec: PairSpec, walk: TileWalk, batch: Batch, parameters: Parameters
 ) -> Any:
     """The terms of the anchors ``[n]``; if symmetric, of all references as well.
 
     If `spec.summed`, sums over negatives may stand for all anchors in their first.
 
     Args:
-        spec, batch, parameters: the loss, its batch and the values of its parameters.
-        by_tiles: the walk over tiles of a shape that is neither log-sum-exp nor
-            separable, a function of spec, batch, classes and parameters.
+        spec: the loss.
+        walk: the walks over tiles of its shape.
+        batch: vectors and their pairs.
+        parameters: values of the parameters.
     """
-    if isinstance(spec.shape, LogSumExp):
-        by_tiles = _log_sum_exp_by_tiles
-    elif isinstance(spec.shape, Separable):
-        by_tiles = _separable_by_tiles
-    assert by_tiles is not None
-    sides = [batch, swapped(batch)] if spec.symmetric else [batch]
     classes = None
     if spec.metric.products is not None and batch.has_classes:
-        classes = tuple(_all_positives(side) for side in sides)
+        classes = tuple(_all_positives(side) for side in _sides(spec, batch))
 
     def terms(sizes: BlockSizes) -> Any:
         sizes = sizes._replace(tile=spec.block_size or sizes.tile)
         here = dataclasses.replace(spec, sizes=sizes)
-
-        def by_panels() -> Any:
-            each = [_terms_by_panels(here, side, parameters) for side in sides]
-            return both_sides(*each)
-
-        if classes is None:
-            return by_panels()
-        most = functools.reduce(jnp.maximum, (x.max_positives for x in classes))
-        return lax.cond(
-            most <= MAX_TILE_POSITIVES,
-            lambda: by_tiles(here, batch, classes, parameters),
-            by_panels,
-        )
+        return _terms(here, walk, batch, classes, parameters)
 
     return by_platform(terms, batch.size)
+
+
+def _sides(spec: PairSpec, batch: Batch) -> list[Batch]:
+    return [batch, swapped(batch)] if spec.symmetric else [batch]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _terms(
+    spec: PairSpec,
+    walk: TileWalk,
+    batch: Batch,
+    classes: Classes | None,
+    parameters: Parameters,
+) -> Any:
+    """The terms, by tiles or by panels.
+
+    The choice is made once more for the gradient, so that nothing of size O(n d) is
+    kept for it.
+    """
+    return _terms_forward(spec, walk, batch, classes, parameters)[0]
+
+
+@own_promotion
+def _terms_forward(
+    spec: PairSpec,
+    walk: TileWalk,
+    batch: Batch,
+    classes: Classes | None,
+    parameters: Parameters,
+) -> tuple[Any, tuple]:
+    if classes is None:
+        terms = _terms_by_panels(spec, batch, parameters)
+        return terms, (batch, classes, parameters, None)
+
+    def by_tiles() -> tuple[Any, Any]:
+        numbers, extra = walk.forward(spec, batch, classes, parameters)
+        return walk.terms(spec, classes, parameters, numbers), (numbers, extra)
+
+    _, kept = jax.eval_shape(by_tiles)
+
+    def by_panels() -> tuple[Any, Any]:
+        none = jax.tree.map(lambda x: batch.zeros(x.shape).astype(x.dtype), kept)
+        return _terms_by_panels(spec, batch, parameters), none
+
+    terms, kept = lax.cond(_few_positives(classes), by_tiles, by_panels)
+    return terms, (batch, classes, parameters, kept)
+
+
+@own_promotion
+def _terms_backward(
+    spec: PairSpec, walk: TileWalk, inputs: tuple, cotangents: Any
+) -> tuple:
+    batch, classes, parameters, kept = inputs
+
+    def by_panels() -> tuple[Gradients, Parameters]:
+        return _gradients_by_panels(spec, batch, parameters, cotangents)
+
+    def by_tiles() -> tuple[Gradients, Parameters]:
+        numbers, extra = kept
+        _, pull = jax.vjp(
+            functools.partial(walk.terms, spec, classes), parameters, numbers
+        )
+        direct, by_numbers = pull(cotangents)
+        grads, by_parameters = walk.backward(
+            spec, batch, classes, parameters, numbers, extra, by_numbers
+        )
+        return grads, jax.tree.map(jnp.add, direct, by_parameters)
+
+    if classes is None:
+        grads, by_parameters = by_panels()
+    else:
+        few = _few_positives(classes)
+        grads, by_parameters = lax.cond(few, by_tiles, by_panels)
+    pairs: Any = None  # Labels and masks have no gradient.
+    return Batch(grads.anchors, grads.references, pairs), None, by_parameters
+
+
+_terms.defvjp(_terms_forward, _terms_backward)
+
+
+def _few_positives(classes: Classes) -> Array:
+    most = functools.reduce(jnp.maximum, (x.max_positives for x in classes))
+    return most <= MAX_TILE_POSITIVES
 
 
 def swapped(batch: Batch) -> Batch:
@@ -168,6 +247,11 @@ class Positives(NamedTuple):
         ]
         return cls(*both_sides(*each))
 
+    def distances(self, spec: PairSpec) -> Array:
+        """The distances ``[k, n]``, 0 where there is no positive."""
+        distance = spec.metric.inner_products.distance
+        return jnp.where(self.exists, distance(self.squares), 0)
+
     def vjp(
         self,
         spec: PairSpec,
@@ -184,7 +268,7 @@ class Positives(NamedTuple):
         )
         if len(classes) == 1:
             return grads
-        other = _swapped_gradients(grads)
+        other = swap(grads)
         other = vjp_positives(
             swapped(batch),
             other,
@@ -193,11 +277,13 @@ class Positives(NamedTuple):
             classes[1],
             spec.sizes,
         )
-        return _swapped_gradients(other)
+        return swap(other)
 
 
-def _swapped_gradients(grads: Gradients) -> Gradients:
-    assert grads.references is not None
+def swap(grads: Gradients) -> Gradients:
+    """The gradients of a swapped batch."""
+    if grads.references is None:
+        return grads
     return grads._replace(anchors=grads.references, references=grads.anchors)
 
 
@@ -234,62 +320,61 @@ def _anchor_count(spec: PairSpec, batch: Batch) -> int:
     return len(batch.anchors) + (len(batch.reference_side[0]) if spec.symmetric else 0)
 
 
-def _log_sum_exp_by_tiles(
+def _log_sum_exp_forward(
     spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
+) -> tuple[tuple[Positives, Array, Array], Any]:
+    """Positives, log-sum-exps of logits, and distances of the nearest negatives."""
+    positives = Positives.of(spec, batch, classes)
+    tiles = Tiles.of(spec.metric, batch, spec.sizes)
+    limits = _limits(spec, positives, parameters)
+    total, nearest = _log_sum_exps(spec, tiles, limits, parameters)
+    distance = spec.metric.inner_products.distance
+    nearest = jnp.where(nearest < jnp.inf, distance(nearest), jnp.inf)
+    return (positives, total, nearest), ()
+
+
+def _log_sum_exp_terms(
+    spec: PairSpec,
+    classes: Classes,
+    parameters: Parameters,
+    numbers: tuple[Positives, Array, Array],
 ) -> Any:
     assert isinstance(spec.shape, LogSumExp)
-    squares, exists, total, nearest = _pair_numbers(spec, batch, classes, parameters)
+    positives, total, nearest = numbers
     negatives = jnp.concatenate([x.negatives for x in classes])
-    distance = spec.metric.inner_products.distance
-    d_ap = jnp.where(exists, distance(squares), 0)
     # Cost functions take the positives of an anchor along the last axis.
-    pairs = AnchorPairs(d_ap.T, exists.T, total, nearest, negatives > 0)
+    pairs = AnchorPairs(
+        positives.distances(spec).T, positives.exists.T, total, nearest, negatives > 0
+    )
     return spec.shape.cost(pairs, parameters)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pair_numbers(
-    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
-) -> tuple[Array, ...]:
-    """Half squares of positives and which exist, log-sum-exp and nearest negative."""
-    return _numbers_forward(spec, batch, classes, parameters)[0]
-
-
-@own_promotion
-def _numbers_forward(
-    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
-) -> tuple[tuple[Array, ...], tuple]:
-    assert isinstance(spec.shape, LogSumExp)
-    positives = Positives.of(spec, batch, classes)
-    form = spec.metric.inner_products
-    d_ap = jnp.where(positives.exists, form.distance(positives.squares), 0)
-    limits = spec.shape.limits_of(d_ap.T, positives.exists.T, parameters)
+def _log_sum_exp_backward(
+    spec: PairSpec,
+    batch: Batch,
+    classes: Classes,
+    parameters: Parameters,
+    numbers: tuple[Positives, Array, Array],
+    extra: Any,
+    cotangents: tuple[Positives, Array, Array],
+) -> tuple[Gradients, Parameters]:
+    positives, total, _ = numbers
+    by_positives, by_total, _ = cotangents
     tiles = Tiles.of(spec.metric, batch, spec.sizes)
-    total, nearest = _log_sum_exps(spec, tiles, limits, parameters)
-    nearest = jnp.where(nearest < jnp.inf, form.distance(nearest), jnp.inf)
-    out = positives.squares, positives.exists, total, nearest
-    return out, (batch, classes, parameters, positives, limits, total)
-
-
-@own_promotion
-def _numbers_backward(spec: PairSpec, inputs: tuple, cotangents: tuple) -> tuple:
-    batch, classes, parameters, positives, limits, total = inputs
-    by_square, _, by_total, _ = cotangents
-    tiles = Tiles.of(spec.metric, batch, spec.sizes)
+    limits = _limits(spec, positives, parameters)
     grads, by_parameters = _log_sum_exp_gradients(
         spec, tiles, limits, parameters, total, by_total
     )
-    grads = positives.vjp(spec, batch, classes, by_square, grads)
-    return vector_cotangents(grads, by_parameters)
+    grads = positives.vjp(spec, batch, classes, by_positives.squares, grads)
+    return grads, by_parameters
 
 
-def vector_cotangents(grads: Gradients, by_parameters: Parameters) -> tuple:
-    """Those of batch, classes and parameters; labels and masks have no gradient."""
-    pairs: Any = None
-    return Batch(grads.anchors, grads.references, pairs), None, by_parameters
-
-
-_pair_numbers.defvjp(_numbers_forward, _numbers_backward)
+def _limits(
+    spec: PairSpec, positives: Positives, parameters: Parameters
+) -> tuple[Array, Array] | None:
+    assert isinstance(spec.shape, LogSumExp)
+    d_ap = positives.distances(spec)
+    return spec.shape.limits_of(d_ap.T, positives.exists.T, parameters)
 
 
 def _inside(d: Array, limits: tuple[Array, Array] | None, side: Direction) -> Any:
@@ -428,84 +513,57 @@ def _log_sum_exp_gradients(
 # Separable losses.
 
 
-def _separable_by_tiles(
+def _separable_forward(
     spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
+) -> tuple[tuple[Positives, Array, Array], Any]:
+    """Positives, and summed costs of negatives and how many cost anything.
+
+    If only sums over the anchors are wanted, all anchors have one weight, and the same
+    walk makes the gradients: these are the extra.
+    """
+    positives = Positives.of(spec, batch, classes)
+    sums, gradients = _separable_walk(
+        spec, batch, parameters, None, gradient=spec.summed
+    )
+    return (positives, *sums), gradients
+
+
+def _separable_terms(
+    spec: PairSpec,
+    classes: Classes,
+    parameters: Parameters,
+    numbers: tuple[Positives, Array, Array],
 ) -> PairTerms:
     shape = spec.shape
     assert isinstance(shape, Separable)
-    sums_of = _negative_totals if spec.summed else _negative_sums
-    squares, exists, total, active = sums_of(spec, batch, classes, parameters)
+    of_positives, total, active = numbers
     (of_anchors,) = classes
-    d_ap = spec.metric.inner_products.distance(squares)
+    d_ap = spec.metric.inner_products.distance(of_positives.squares)
+    exists = of_positives.exists
     positives = sums_of_pairs(shape.positive_cost, d_ap.T, exists.T, parameters)
     negatives = of_anchors.negatives.astype(total.dtype)
     anchors = (positives.valid + negatives > 0).astype(total.dtype)
     return PairTerms(positives, TripletTerms(total, active, negatives), anchors)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _negative_sums(
-    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
-) -> tuple[Array, ...]:
-    """Half squares of positives, which exist, and costs and counts of negatives."""
-    return _sums_forward(spec, batch, classes, parameters)[0]
-
-
-@own_promotion
-def _sums_forward(
-    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
-) -> tuple[tuple[Array, ...], tuple]:
-    positives = Positives.of(spec, batch, classes)
-    sums, _ = _separable_walk(spec, batch, parameters, None, gradient=False)
-    out = positives.squares, positives.exists, *sums
-    return out, (batch, classes, parameters, positives)
-
-
-@own_promotion
-def _sums_backward(spec: PairSpec, inputs: tuple, cotangents: tuple) -> tuple:
-    batch, classes, parameters, positives = inputs
-    by_square, _, by_total, _ = cotangents
-    _, out = _separable_walk(spec, batch, parameters, by_total, gradient=True)
-    assert out is not None
-    grads, by_parameters = out
-    grads = positives.vjp(spec, batch, classes, by_square, grads)
-    return vector_cotangents(grads, by_parameters)
-
-
-_negative_sums.defvjp(_sums_forward, _sums_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _negative_totals(
-    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
-) -> tuple[Array, ...]:
-    """`_negative_sums`, of which only the sums over the anchors have gradients.
-
-    One walk makes values and gradients: all anchors have one weight.
-    """
-    return _sums_forward(spec, batch, classes, parameters)[0]
-
-
-@own_promotion
-def _totals_forward(
-    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
-) -> tuple[tuple[Array, ...], tuple]:
-    positives = Positives.of(spec, batch, classes)
-    sums, gradients = _separable_walk(spec, batch, parameters, None, gradient=True)
-    out = positives.squares, positives.exists, *sums
-    return out, (batch, classes, positives, gradients)
-
-
-@own_promotion
-def _totals_backward(spec: PairSpec, inputs: tuple, cotangents: tuple) -> tuple:
-    batch, classes, positives, gradients = inputs
-    by_square, _, by_total, _ = cotangents
-    grads, by_parameters = jax.tree.map(lambda x: x * by_total[0], gradients)
-    grads = positives.vjp(spec, batch, classes, by_square, grads)
-    return vector_cotangents(grads, by_parameters)
-
-
-_negative_totals.defvjp(_totals_forward, _totals_backward)
+def _separable_backward(
+    spec: PairSpec,
+    batch: Batch,
+    classes: Classes,
+    parameters: Parameters,
+    numbers: tuple[Positives, Array, Array],
+    extra: Any,
+    cotangents: tuple[Positives, Array, Array],
+) -> tuple[Gradients, Parameters]:
+    positives, (by_positives, by_total, _) = numbers[0], cotangents
+    if spec.summed:
+        grads, by_parameters = jax.tree.map(lambda x: x * by_total[0], extra)
+    else:
+        _, gradients = _separable_walk(spec, batch, parameters, by_total, gradient=True)
+        assert gradients is not None
+        grads, by_parameters = gradients
+    grads = positives.vjp(spec, batch, classes, by_positives.squares, grads)
+    return grads, by_parameters
 
 
 def _separable_walk(
@@ -556,35 +614,84 @@ def _separable_walk(
     return tiles.scan(visit, ((zeros, zeros), gradients))
 
 
+LOG_SUM_EXP = TileWalk(_log_sum_exp_forward, _log_sum_exp_terms, _log_sum_exp_backward)
+SEPARABLE = TileWalk(_separable_forward, _separable_terms, _separable_backward)
+
+
 # Panels.
 
 
 def _terms_by_panels(spec: PairSpec, batch: Batch, parameters: Parameters) -> Any:
+    return both_sides(
+        *(_side_terms(spec, side, parameters) for side in _sides(spec, batch))
+    )
+
+
+def _side_terms(spec: PairSpec, batch: Batch, parameters: Parameters) -> Any:
     panels = Panels.of(spec.metric, batch, spec.sizes)
 
-    @jax.checkpoint
     def of_block(block: Array) -> tuple[Array, Any]:
-        rows = panels.rows(block)
-        distances = _panel_distances(spec, panels, rows)
-        terms = spec.shape.terms(distances, rows.masks, parameters)
-        return rows.start, jax.tree.map(lambda x: jnp.where(rows.real, x, 0), terms)
+        panel = _refined(panels, block)
+        terms = _block_terms(spec, panel, parameters, panel.distances)
+        return _rows(panels, panel), terms
 
-    blocks = panels.blocks
-    start, parts = lax.map(of_block, jnp.arange(blocks.count))
-    # Rows that two panels share count in the first.
-    row = start[:, None] + jnp.arange(blocks.size)
+    row, parts = lax.map(of_block, jnp.arange(panels.blocks.count))
     none = batch.zeros((len(batch.anchors),))
     return jax.tree.map(lambda part: none.at[row].add(part), parts)
 
 
-def _panel_distances(spec: PairSpec, panels: Panels, rows: PanelRows) -> Array:
-    """Distances ``[rows, m]``; those of positives have all their digits."""
-    metric, y = spec.metric, panels.batch.reference_side[0]
-    if metric.products is None:
-        return metric._matrix_checked(rows.a, y, rows.own_index)
-    squares, near = panels.squares(rows.a)
-    rounded = lax.stop_gradient(squares)
-    pairs, compare = near & rows.masks.positive, metric.inner_products.half_square
-    exact = refine(rounded, pairs, compare, *lax.stop_gradient((rows.a, y)))
-    squares = squares + (exact - rounded)
-    return metric.inner_products.distance(jnp.where(squares < 0, 0, squares))
+def _gradients_by_panels(
+    spec: PairSpec, batch: Batch, parameters: Parameters, cotangents: Any
+) -> tuple[Gradients, Parameters]:
+    n = len(batch.anchors)
+    none = Gradients.zero(batch), jax.tree.map(jnp.zeros_like, parameters)
+    own = jax.tree.map(lambda x: x[:n], cotangents)
+    grads, by_parameters = _side_gradients(spec, batch, parameters, own, none)
+    if not spec.symmetric:
+        return grads, by_parameters
+    other = jax.tree.map(lambda x: x[n:], cotangents)
+    grads, by_parameters = _side_gradients(
+        spec, swapped(batch), parameters, other, (swap(grads), by_parameters)
+    )
+    return swap(grads), by_parameters
+
+
+def _side_gradients(
+    spec: PairSpec,
+    batch: Batch,
+    parameters: Parameters,
+    cotangents: Any,
+    gradients: tuple[Gradients, Parameters],
+) -> tuple[Gradients, Parameters]:
+    panels = Panels.of(spec.metric, batch, spec.sizes)
+
+    # The state: the gradients by vectors and by parameters.
+    def step(block: Array, state: tuple[Gradients, Parameters]) -> tuple:
+        grads, by_parameters = state
+        panel = _refined(panels, block)
+        terms = functools.partial(_block_terms, spec, panel)
+        _, pull = jax.vjp(terms, parameters, panel.distances)
+        row = _rows(panels, panel)
+        new, by_distance = pull(jax.tree.map(lambda x: x[row], cotangents))
+        grads = panel.vjp(panels, by_distance, grads)
+        return grads, jax.tree.map(jnp.add, by_parameters, new)
+
+    return lax.fori_loop(0, panels.blocks.count, step, gradients)
+
+
+def _refined(panels: Panels, block: Array) -> Panel:
+    """A panel in which positives have all the digits of their distances."""
+    panel = panels.panel(block)
+    return panel.refined(panels, panel.masks.positive)
+
+
+def _rows(panels: Panels, panel: Panel) -> Array:
+    return panel.start + jnp.arange(panels.blocks.size)
+
+
+def _block_terms(
+    spec: PairSpec, panel: Panel, parameters: Parameters, distances: Array
+) -> Any:
+    """The terms of a panel; rows that two panels share count in the first."""
+    terms = spec.shape.terms(distances, panel.masks, parameters)
+    return jax.tree.map(lambda x: jnp.where(panel.real, x, 0), terms)

@@ -6,20 +6,18 @@ One walk makes these numbers, and the gradient takes a second walk. The rest of 
 is a function of O(n k) numbers, which JAX differentiates.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tripletjax._api import own_promotion
 from tripletjax._engine.by_tiles import vjp_negatives
 from tripletjax._engine.pair_losses import (
     Classes,
     PairSpec,
     Positives,
-    vector_cotangents,
+    TileWalk,
 )
 from tripletjax._engine.reductions import add_up, sum_in_one_loop
 from tripletjax._engine.search import in_threes
@@ -45,50 +43,47 @@ class Thresholds(NamedTuple):
 
     @classmethod
     def of(cls, spec: PairSpec, positives: Positives, classes: Classes) -> "Thresholds":
-        shape, form = spec.shape, spec.metric.inner_products
+        shape = spec.shape
         assert isinstance(shape, SmoothAP)
-        d_ap = jnp.where(positives.exists, form.distance(positives.squares), 0)
-        distances, _ = shape.with_anchor(d_ap, positives.exists)
+        distances, _ = shape.with_anchor(positives.distances(spec), positives.exists)
         return cls(distances, classes[0].max_positives + shape.include_anchor)
 
 
-def smooth_ap_by_tiles(
+def _forward(
     spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
+) -> tuple[tuple[Positives, Array, Array], Any]:
+    """Positives, negatives ahead of each, and distances of the nearest negatives."""
+    positives = Positives.of(spec, batch, classes)
+    thresholds = Thresholds.of(spec, positives, classes)
+    tiles = Tiles.of(spec.metric, batch, spec.sizes)
+    return (positives, *_negatives_ahead(tiles, thresholds, parameters)), ()
+
+
+def _terms(
+    spec: PairSpec,
+    classes: Classes,
+    parameters: Parameters,
+    numbers: tuple[Positives, Array, Array],
 ) -> Any:
-    """The terms of the anchors ``[n]``."""
     shape = spec.shape
     assert isinstance(shape, SmoothAP)
-    squares, exists, ahead, nearest = _ranks(spec, batch, classes, parameters)
-    d_ap = jnp.where(exists, spec.metric.inner_products.distance(squares), 0)
+    positives, ahead, nearest = numbers
+    d_ap, exists = positives.distances(spec), positives.exists
     (temperature,) = parameters
     costs = shape.costs(*shape.with_anchor(d_ap, exists), ahead, temperature)
     return shape.terms_of_costs(costs, d_ap.T, exists.T, nearest)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ranks(
-    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
-) -> tuple[Array, ...]:
-    """Half squares of positives, which exist, negatives ahead, nearest negative."""
-    return _ranks_forward(spec, batch, classes, parameters)[0]
-
-
-@own_promotion
-def _ranks_forward(
-    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
-) -> tuple[tuple[Array, ...], tuple]:
-    positives = Positives.of(spec, batch, classes)
-    thresholds = Thresholds.of(spec, positives, classes)
-    tiles = Tiles.of(spec.metric, batch, spec.sizes)
-    ahead, nearest = _negatives_ahead(tiles, thresholds, parameters)
-    out = positives.squares, positives.exists, ahead, nearest
-    return out, (batch, classes, parameters, positives)
-
-
-@own_promotion
-def _ranks_backward(spec: PairSpec, inputs: tuple, cotangents: tuple) -> tuple:
-    batch, classes, parameters, positives = inputs
-    by_square, _, by_ahead, _ = cotangents
+def _backward(
+    spec: PairSpec,
+    batch: Batch,
+    classes: Classes,
+    parameters: Parameters,
+    numbers: tuple[Positives, Array, Array],
+    extra: Any,
+    cotangents: tuple[Positives, Array, Array],
+) -> tuple[Gradients, Parameters]:
+    positives, (by_positives, by_ahead, _) = numbers[0], cotangents
     shape, form = spec.shape, spec.metric.inner_products
     assert isinstance(shape, SmoothAP)
     thresholds = Thresholds.of(spec, positives, classes)
@@ -97,12 +92,12 @@ def _ranks_backward(spec: PairSpec, inputs: tuple, cotangents: tuple) -> tuple:
         tiles, thresholds, parameters, by_ahead
     )
     _, slopes = with_slope(form.distance, positives.squares)
+    by_square = by_positives.squares
     by_square += by_threshold[int(shape.include_anchor) :] * slopes
-    grads = positives.vjp(spec, batch, classes, by_square, grads)
-    return vector_cotangents(grads, by_parameters)
+    return positives.vjp(spec, batch, classes, by_square, grads), by_parameters
 
 
-_ranks.defvjp(_ranks_forward, _ranks_backward)
+SMOOTH_AP = TileWalk(_forward, _terms, _backward)
 
 
 class Tiled(NamedTuple):
