@@ -1,4 +1,4 @@
-"""What loss and gradient cost on a TPU, as its compiler sees it. No TPU is needed.
+"""Time and memory of loss and gradient on a TPU, by its compiler, without a TPU.
 
     pip install libtpu
     python benchmarks/accelerators.py
@@ -8,9 +8,9 @@ Nothing is run: programs are compiled for one chip, here of a TPU v5e, and read.
 is temporary, beside embeddings and gradient. Operations are those of one call, loops
 counted as often as they go round; on a GPU about as many kernels are launched. The time
 is the compiler's own estimate of its cycles, and the multiple that of the bare
-product's. For an H100 there is no such compiler here: on paper, it launches an
-operation in 3 us, makes 50 Tflop/s in float32 (which "highest" precision asks for) and
-reads or writes 3.35 TB/s, and blocks are read or written as often as `PASSES` says.
+product's. The figures of an H100 are an estimate on paper. It assumes 3 us to launch an
+operation, 50 Tflop/s in float32 ("highest" precision), and 3.35 TB/s to read or write.
+`PASSES` is the number of times that a block is read or written.
 
 Labels are classes of four. Loops whose length depends on the labels are counted for
 these; the farthest negatives of semi-hard mining, where there is no nearer one, once.

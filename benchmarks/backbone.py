@@ -2,9 +2,9 @@
 
 python benchmarks/backbone.py            # needs the peers group, and facenet-pytorch
 
-Of each network, random weights of the peer's own are written as safetensors and loaded
-here; both then embed the same images, in turn, and the best of three counts. The head
-is trained as a frozen run trains it, on features of 10,000 images drawn at random.
+For each network, random weights of the peer are written as safetensors and loaded here.
+Both networks then embed the same images, in turn, and the best of three counts. The
+head is trained as in a frozen run, on features of 10,000 random images.
 """
 
 import argparse

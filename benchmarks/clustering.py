@@ -6,8 +6,8 @@
 The first command groups the images of the second folder. Both folders have one folder
 of images per class, and the run was trained on neither. Each method has one threshold:
 a distance, chosen on the first folder by its false accept rate, or by the best BCubed F
-there; and, as a bound, the best for the second folder itself. DBSCAN and HDBSCAN leave
-images out of all groups; these count as single.
+there. A bound is the best threshold for the second folder itself. DBSCAN and HDBSCAN
+leave images out of all groups; these count as single.
 
 The second command groups synthetic unit vectors of 128 dimensions, 10 around each of
 n / 10 centres, and prints seconds and the largest memory of the process.

@@ -1,4 +1,4 @@
-"""What the default training is worth on handwritten digits, over several seeds.
+"""MAP@R of the default training on handwritten digits, over several seeds.
 
     python benchmarks/digits.py
     python benchmarks/digits.py --loss hard --seeds 5

@@ -1,4 +1,4 @@
-"""What a call costs beside plain `jax.jit`, when there is next to nothing to compute.
+"""Overhead of a call beside plain `jax.jit`, with next to nothing to compute.
 
     python benchmarks/dispatch.py
 

@@ -3,9 +3,9 @@
     python benchmarks/frozen.py --data FOLDER --backbone efficientnet-lite0 --size 160
 
 FOLDER has one folder of images per class. In each fold the heads are fitted and trained
-on a random half of the classes with several images, with all images of each class, and
-measured on the other half: the mean MAP@R over images and the equal error rate over all
-pairs, in %.
+on a random half of the classes with several images, with all images of each class. They
+are measured on the other half: the mean MAP@R over images and the equal error rate over
+all pairs, in %.
 """
 
 import argparse

@@ -4,9 +4,8 @@
     python benchmarks/guard.py --commit
 
 Fails if loss and gradient take 30 % more than the committed multiple of the bare
-product. Of some tries the best counts, with a pause between them: other load on the
-machine only makes it worse, and passes.
-With `--commit`, what is measured becomes what later runs are held to.
+product. The best of some tries counts, with a pause between them, because other load on
+the machine passes. With `--commit`, the measured values become the limit of later runs.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What loss and gradient of a batch cost, here and in other libraries.
+"""Time of loss and gradient of a batch, here and in other libraries.
 
     python benchmarks/in_batch.py --quick
     python benchmarks/in_batch.py --json results.json
 
-Every case runs in a process of its own. A cell says how long it takes in multiples of
-the bare product of all embeddings, `x @ x.T`, that the same library computes in turn
-with it; the file has memory, too. Times are medians of many repetitions. The other
+Every case runs in a process of its own. A cell is its time in multiples of the bare
+product of all embeddings, `x @ x.T`, which the same library computes in turn with it.
+The file has memory, too. Times are medians of many repetitions. The other
 libraries come with ``pip install -e '.[train]' --group peers``; those that are not
 there are left out.
 """

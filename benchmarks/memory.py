@@ -4,8 +4,8 @@
     python benchmarks/memory.py --out memory --loss all --largest 4096
 
 Classes of four, 128 dimensions. Every size is twice the one before, each in a process
-of its own; a library is left out from the size on at which memory or its time
-is up. Writes OUT.json and OUT.png, both axes logarithmic.
+of its own. A library is left out from the size on at which its memory or time is up.
+Writes OUT.json and OUT.png, both axes logarithmic.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What loss and gradient of a global batch need on each device of a mesh.
+"""Memory and exchanges of loss and gradient on each device of a mesh.
 
     python benchmarks/mesh.py
     python benchmarks/mesh.py --devices 8 --n 16384 --loss hard
     python benchmarks/mesh.py --devices 256 --topology v5e:16x16    # pip install libtpu
 
-Nothing is run: programs are compiled for so many simulated devices, or chips of a TPU
-that is not here, and asked for the memory that they need and the collectives that they
-have, in loops counted once. Temporary memory is beside the device's own part of
+Nothing is run. Programs are compiled for simulated devices, or for chips of a TPU that
+is not here. The table has their memory and their collectives, in loops counted once.
+Temporary memory is beside the device's own part of
 embeddings and gradient.
 """
 

@@ -1,4 +1,4 @@
-"""What training by folders gives: classes, and groups of them, in order.
+"""Order of classes and of groups of classes, after training by folders.
 
     python benchmarks/relevance.py --data FOLDER
 

@@ -3,10 +3,10 @@
     python benchmarks/retrieval.py
     python benchmarks/retrieval.py --n 10000
 
-Every item is a query against all others: `tripletjax.retrieval.evaluate`, which ranks
-all of them, `recall_at_k` alone, and faiss's exact search for the nearest 100 (or as
-many as a class has), from which NumPy makes the same metrics as far as they go. Each
-runs in a process of its own; the first call, which compiles, is not timed. Needs
+Every item is a query against all others. `tripletjax.retrieval.evaluate` ranks all of
+them, and `recall_at_k` runs alone. The third contestant is faiss's exact search for the
+nearest 100, or as many as a class has, with metrics in NumPy. Each runs in a process of
+its own; the first call, which compiles, is not timed. Needs
 ``pip install -e . --group peers``.
 """
 

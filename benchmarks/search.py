@@ -1,4 +1,4 @@
-"""What a search costs, in time and memory, and what an approximate one misses.
+"""Time and memory of a search, and the recall of an approximate one.
 
     python benchmarks/search.py
     python benchmarks/search.py --images 20000

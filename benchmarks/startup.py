@@ -1,4 +1,4 @@
-"""What is waited for before anything is computed: imports, tracing and compiling.
+"""Time before the first result: imports, tracing and compiling.
 
     python benchmarks/startup.py
     PYTHONPATH=OTHER_VERSION python benchmarks/startup.py

@@ -1,4 +1,4 @@
-"""What of a training step the loss costs, and what reading the images costs.
+"""Share of the loss and of reading images in a training step.
 
     python benchmarks/step.py
     python benchmarks/step.py --batch 64 --size 32
@@ -6,8 +6,8 @@
     python benchmarks/step.py --gradients
 
 `EmbeddingResNet` on random colour images: the step of `learn.fit` with triplet losses,
-beside the same step with a loss that costs nothing (a sum), and beside the loss with
-its gradient alone. Then steps per second of `fit` with one batch that is always at
+the same step with a loss that costs nothing (a sum), and the loss with its gradient
+alone. Then steps per second of `fit` with one batch that is always at
 hand, with batches drawn by `ImageBatches` from memory, and from disk.
 
 With `--peers`, a step with AdamW of each network beside the same network in PyTorch, in

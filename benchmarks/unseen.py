@@ -1,19 +1,19 @@
-"""What an embedding is worth on classes that it never saw: one-shot error, MAP@R, EER.
+"""One-shot error, MAP@R and equal error rate of unseen classes.
 
     python benchmarks/unseen.py --data TRAIN_FOLDER --unseen OTHER_FOLDER --seeds 3
     python benchmarks/unseen.py --data FOLDER --folds 3 --classes 285 571 1143
 
-Trains on the first folder by the defaults of `tripletjax train`, and then tells apart
-the classes of the second: in each episode, one image each of 20 of its classes, and
-another image of each to be named by the nearest; and tells same from different in all
-pairs, and in those of at most 10 images per class ("capped": a few large classes have
-most of the pairs). Both folders have one folder of images per class; if classes lie in
-groups (alphabets), episodes within one group are measured, too, of as many ways as the
-smallest has classes.
+Trains on the first folder by the defaults of `tripletjax train`, and measures on the
+classes of the second. An episode has one image each of 20 classes, and another image of
+each to be named by the nearest. Verification is measured on all pairs, and on those of
+at most 10 images per class ("capped"), because a few large classes have most of the
+pairs. Both folders have one folder of images per class. If classes lie in groups
+(alphabets), episodes within one group are measured, too. Their number of ways is the
+number of classes of the smallest group.
 
-With `--folds K` in place of another folder, each random Kth of the classes is measured
-in turn, by training on the others or, to show how the number of classes matters, on so
-many of them. `--images N` takes classes of at least N images, and N of each.
+With `--folds K` instead of another folder, each random Kth of the classes is measured
+in turn, by training on the others. `--classes` trains on fewer classes, to show the
+effect of their number. `--images N` takes classes of at least N images, and N of each.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """How the site is built: `sphinx-build -W docs site`, without a network."""
 
 import inspect
+import pydoc
 import re
 import sys
 from importlib.metadata import version as version_of
@@ -71,6 +72,11 @@ sphinx_gallery_conf = {
     "show_memory": False,
     "write_computation_times": False,  # whose page loads scripts from elsewhere
     "within_subsection_order": "FileNameSortKey",
+    "first_notebook_cell": (
+        "# In a copy of the repository, from the folder of this notebook.\n"
+        "%pip install -q -e '../..[train]'\n"
+        "%matplotlib inline"
+    ),
     "reset_modules": ("matplotlib",),
     "min_reported_time": 5,
 }
@@ -90,6 +96,8 @@ def write_math_in_docstrings(app, what, name, object, options, lines):
     text = re.sub(
         r"arXiv:(\d{4}\.\d{5})", r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", text
     )
+    if what == "function" and name.endswith("_loss"):
+        text += "\n\n.. seealso:: Data, requirements and settings: :doc:`/losses`\n"
     lines[:] = text.split("\n")
 
 
@@ -121,6 +129,62 @@ def find_elsewhere(app, env, node, text):
     return None
 
 
+def strip_code(app, doctree):
+    """Doctests end in an empty line, which pages need not show."""
+    for node in doctree.findall(nodes.literal_block):
+        if node.rawsource == node.astext():
+            node.rawsource = node.rawsource.rstrip("\n")
+            node[:] = [nodes.Text(node.rawsource)]
+
+
+def link_names(app, doctree, docname):
+    """Names of public objects in the text of guides link to their pages."""
+    objects = app.env.domains["py"].objects
+    for node in list(doctree.findall(nodes.literal)):
+        name = re.sub(r"^tj\.", "", node.astext()).partition("(")[0]
+        if isinstance(node.parent, nodes.reference | nodes.title):
+            continue
+        found = objects.get(f"tripletjax.{name}") if name.isascii() else None
+        if found is None or found.docname == docname:
+            continue
+        link = make_refnode(
+            app.builder, docname, found.docname, found.node_id, node.deepcopy()
+        )
+        node.replace_self(link)
+
+
+def write_text_for_models(app, exception):
+    """`llms.txt` lists the pages, and `llms-full.txt` has their text."""
+    if exception or app.builder.format != "html":
+        return
+    titles = {page: title.astext() for page, title in app.env.titles.items()}
+    pages = [page for page in in_order(app.env, "index") if page in titles]
+    index = [
+        "# tripletjax",
+        "",
+        "> Triplet, contrastive and softmax losses for JAX.",
+        "",
+    ]
+    index += [f"- [{titles[page]}]({page}.html)" for page in pages]
+    Path(app.outdir, "llms.txt").write_text("\n".join(index) + "\n")
+    texts = [Path(app.env.doc2path(page)) for page in pages]
+    texts = [file.read_text() for file in texts if file.suffix == ".md"]
+    functions = [
+        f"# {name}\n\n{inspect.getdoc(function)}"
+        for name in sorted(app.env.domains["py"].objects)
+        if callable(function := pydoc.locate(name)) and inspect.getdoc(function)
+    ]
+    text = "\n\n".join(texts + functions)
+    Path(app.outdir, "llms-full.txt").write_text(text + "\n")
+
+
+def in_order(env, page):
+    """The page, and the pages below it in the tree of contents."""
+    yield page
+    for below in env.toctree_includes.get(page, ()):
+        yield from in_order(env, below)
+
+
 def math_inline(self, node):
     self.body.append(latex2mathml.converter.convert(node.astext()))
     raise nodes.SkipNode
@@ -143,6 +207,9 @@ def setup(app):
     app.connect("autodoc-process-signature", write_signatures_of_modules)
     app.connect("autodoc-skip-member", leave_out_fields)
     app.connect("missing-reference", find_elsewhere)
+    app.connect("doctree-read", strip_code)
+    app.connect("doctree-resolved", link_names)
+    app.connect("build-finished", write_text_for_models)
 
 
 html_math_renderer = "mathml"

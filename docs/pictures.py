@@ -1,10 +1,12 @@
 """The pictures of the applications in the README and these pages.
 
+    tripletjax train --out DIGITS
     tripletjax train --data THREE --out RUN
-    python docs/pictures.py --run RUN --unseen TWO
+    python docs/pictures.py --digits DIGITS --run RUN --unseen TWO
 
-THREE and TWO are folders of alphabets of Omniglot, such as the Greek, Katakana and
-Latin that were trained on here, and the Sanskrit and Tagalog that are shown.
+THREE and TWO are folders of alphabets of Omniglot: Greek, Katakana and Latin for
+training, Sanskrit and Tagalog for the pictures. With `--digits` alone, only the
+pictures of the digits are copied.
 """
 
 import argparse
@@ -38,12 +40,27 @@ MOVED, PICTURED = 6, 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--unseen", type=Path, required=True)
+    parser.add_argument("--digits", type=Path)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--unseen", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
     arguments = parser.parse_args()
-    embedder, out = embedder_of(arguments.run), arguments.out
-    found = find_classes(arguments.unseen)
+    if arguments.digits is not None:
+        copy_curves(arguments.digits, arguments.out)
+    if arguments.run is not None:
+        draw_applications(arguments.run, arguments.unseen, arguments.out)
+
+
+def copy_curves(run: Path, out: Path) -> None:
+    """Copy the curves and the neighbours of the run on digits."""
+    shutil.copy(run / "training.png", out / "training_curves.png")
+    shutil.copy(run / "neighbors.png", out / "neighbors.png")
+
+
+def draw_applications(run: Path, unseen: Path, out: Path) -> None:
+    """Draw search, verification and identification of the run on unseen characters."""
+    embedder = embedder_of(run)
+    found = find_classes(unseen)
     classes = {}
     for file, name in zip(found.files, found.classes):
         classes.setdefault(name, []).append(file)
@@ -51,7 +68,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        index = search.Index(arguments.unseen, root / "index", embedder)
+        index = search.Index(unseen, root / "index", embedder)
         index.update(progress=True)
         queries = [files[0] for files in [*classes.values()][::every][:QUERIES]]
         hits = search_report.search_files(index, queries, k=8)
@@ -59,7 +76,7 @@ def main() -> None:
 
         draw_label_errors(embedder, classes, root / "moved", out / "label_errors.png")
 
-        measured = verification.evaluate(embedder, arguments.unseen, progress=True)
+        measured = verification.evaluate(embedder, unseen, progress=True)
         for line in verification_report.format_report(measured.report):
             print(line)
         verification_report.draw(measured, root)

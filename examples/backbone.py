@@ -1,4 +1,4 @@
-"""Somebody else's network, in Flax NNX, trained by this library's loop.
+"""A Flax NNX network of another library, trained by the loop of this library.
 
 Any `nnx.Module` from images to features will do: of a package such as jimm or bonsai,
 or your own. Here it is a small stand-in that gets its weights from a safetensors file,

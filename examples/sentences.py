@@ -86,7 +86,7 @@ class SentenceNetwork(nnx.Module):
     def __call__(self, inputs: dict[str, jax.Array]) -> jax.Array:
         tokens, mask = inputs["tokens"], inputs["mask"]
         logits = jnp.where(mask, self.weights(tokens)[..., 0], -jnp.inf)
-        x = jnp.einsum("nl,nld->nd", jax.nn.softmax(logits), self.words(tokens))
+        x = jnp.einsum("bt,btd->bd", jax.nn.softmax(logits), self.words(tokens))
         return tj.normalize(x)
 
 

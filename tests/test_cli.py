@@ -138,7 +138,10 @@ MINE = ("mine", "--run", "r", "--data", ".", "--out", "a.csv")
         (["fly"], "invalid choice"),
         (["train", "--data", "nowhere"], "tfds:NAME, got 'nowhere'"),
         (["train", "--out", "."], "not an empty directory"),
-        (["train", "--steps", "0"], "--steps must be at least 1 without --backbone, got 0."),
+        (
+            ["train", "--steps", "0"],
+            "--steps must be at least 1 without --backbone, got 0.",
+        ),
         (["train", "--loss", "some"], "invalid choice"),
         (
             ["train", "--margin", "-1"],

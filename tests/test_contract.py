@@ -5,6 +5,7 @@ through one compiled program (`problems.program`), as data of one shape.
 """
 
 import functools
+import inspect
 import itertools
 
 import chex
@@ -473,3 +474,26 @@ def test_bad_input_is_named(loss, change, error, words):
     distances, labels = arguments.pop("distances"), arguments.pop("labels")
     with pytest.raises(error, match=words):
         loss(distances, labels, **arguments)
+
+
+def kinds(function):
+    return [one.kind for one in inspect.signature(function).parameters.values()]
+
+
+WITH_OPTIONS = [
+    getattr(module, name)
+    for module in (tj, tj.blockwise)
+    for name in module.__all__
+    if inspect.isfunction(getattr(module, name))
+    and inspect.Parameter.KEYWORD_ONLY in kinds(getattr(module, name))
+]
+
+
+@pytest.mark.parametrize(
+    "function", WITH_OPTIONS, ids=lambda function: function.__name__
+)
+def test_an_option_by_place_is_refused_by_the_name_of_the_function(function):
+    by_place = len([kind for kind in kinds(function) if kind.name != "KEYWORD_ONLY"])
+    words = rf"{function.__name__}\(\) takes .*{by_place} .*argument"
+    with pytest.raises(TypeError, match=words):
+        function(*[jnp.ones((2, 2))] * (by_place + 1))

@@ -36,6 +36,8 @@ SLOW = (
     "large-batches",
     "gradient-caching",
     "collapse",
+    "losses",
+    "assistants",
 )
 SLOWEST = ("meshes", "composing", "pairs")
 

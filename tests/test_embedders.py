@@ -410,6 +410,7 @@ def test_wrong_use_is_one_line(arguments, words, tmp_path, capsys, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_an_evaluation_shows_images_of_any_size(user_module, tmp_path):
     user_module(COLOURS)
     for number in range(6):

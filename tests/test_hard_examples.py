@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from problems import unless_slow
 
 import tripletjax as tj
 from tripletjax import hard_examples
@@ -40,7 +41,7 @@ def check(mined, d, expected):
         assert got == counts
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", unless_slow(METRICS, [tj.euclidean]))
 @settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -145,6 +146,7 @@ def test_triplets_of_one_batch_are_batch_hard():
         np.testing.assert_array_equal(got[:, 0], value)
 
 
+@pytest.mark.slow
 def test_margins_of_the_cosine_similarity_are_those_of_nv_retriever():
     random = np.random.default_rng(0)
     x, labels = random.normal(size=(60, 4)), np.arange(60) % 9

@@ -38,7 +38,7 @@ FOREIGN = {
     ),
     "photos.zip": (b"PK\3\4", "it is an archive: unpack it"),
     "empty.png": (b"", "it is an empty file"),
-    "notes.txt": (b"hello", "it is no image that can be read"),
+    "notes.txt": (b"hello", "it is not a readable image"),
 }
 
 

@@ -853,7 +853,7 @@ def test_an_earlier_model_is_kept_if_it_exceeds_noise(tmp_path, gains, steps):
     jax.tree.map(np.testing.assert_array_equal, model, seen[steps[-1]])
 
 
-@pytest.mark.parametrize("stop", [4, 6, 9])
+@pytest.mark.parametrize("stop", unless_slow([4, 6, 9], [9]))
 def test_the_candidate_survives_a_resume(tmp_path, stop):
     def fit(name, start, steps):
         due = iter([s for s in range(start + 1, steps + 1) if s % 4 == 0 or s == steps])
@@ -899,6 +899,7 @@ def test_the_candidate_over_a_mesh(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, model, seen[0])
 
 
+@pytest.mark.slow
 def test_a_noisy_early_peak_of_two_classes_is_not_kept(tmp_path, monkeypatch):
     folder = shapes(tmp_path / "pictures", size=(9, 9), kinds=8, each=4)
     peaks = iter([99.0, 40.0, 60.0])

@@ -1,7 +1,7 @@
 """Exact triplet losses and in-batch triplet mining for JAX.
 
-Distances, then a loss; everything is a pure function, jitted, and composes with JAX's
-transformations:
+Compute distances, then a loss. Every function is pure and jitted, and composes with
+JAX's transformations:
 
 >>> import jax
 >>> import jax.numpy as jnp
@@ -14,21 +14,21 @@ transformations:
 >>> print(gradient.shape)
 (8, 16)
 
-- `tripletjax.distances`: how far. Metrics, as matrices and pair by pair.
-- `tripletjax.pairs`: who matches whom. Labels to masks of positives and negatives.
-- `tripletjax.mining`: which triplets. Indices chosen from a distance matrix.
-- `tripletjax.losses`: what it costs. Triplet losses and their reductions.
-- `tripletjax.pair_losses`: losses of two other shapes, log-sum-exp and separable;
+- `tripletjax.distances`: metrics, as matrices and pair by pair.
+- `tripletjax.pairs`: masks of positives and negatives from labels.
+- `tripletjax.mining`: triplet miners, from a distance matrix to indices.
+- `tripletjax.losses`: triplet losses and their reductions.
+- `tripletjax.pair_losses`: losses of two other shapes, log-sum-exp and separable.
   `tripletjax.softmax_losses` and `tripletjax.separable_losses` name them.
 - `tripletjax.smooth_ap`: average precision with smooth ranks.
-- `tripletjax.blockwise`: the same straight from embeddings, without a matrix.
+- `tripletjax.blockwise`: losses and miners straight from embeddings, without a matrix.
 - `tripletjax.gradient_caching`: large batches through an encoder, in chunks.
 - `tripletjax.hard_examples`: hard examples of a whole data set, without a matrix.
 - `tripletjax.matryoshka`: a loss at several prefixes of the vectors.
 - `tripletjax.memory`: references from earlier batches.
-- `tripletjax.retrieval`: is it any good. Neighbours and ranking metrics.
-- `tripletjax.verification`: is it any good, same or different. ROC, TAR@FAR, EER.
-- `tripletjax.collapse`: has training collapsed. Spread and effective rank.
+- `tripletjax.retrieval`: neighbours and ranking metrics.
+- `tripletjax.verification`: verification metrics: ROC, TAR@FAR, equal error rate.
+- `tripletjax.collapse`: spread and effective rank, which detect collapse.
 - `tripletjax.learn`: training an embedding (needs the extra ``tripletjax[train]``).
 """
 

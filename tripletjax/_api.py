@@ -109,12 +109,12 @@ def jitted(
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = arguments.match(args, kwargs)
+            if given is None:
+                return run(*args, **kwargs)  # Python raises the TypeError.
             if check is not None:
                 check(*args, **kwargs)
-            bound = arguments.bind(args, kwargs)
-            if bound is None:
-                return run(*args, **kwargs)  # Python raises the TypeError.
-            placed, named, explicit = bound
+            placed, named, explicit = arguments.convert(given)
             chosen: Any = run_explicit if explicit else run
             return chosen(*placed, **named)
 
@@ -171,15 +171,11 @@ class _Arguments(NamedTuple):
             {n: p.default for n, p in parameters.items() if p.default is not p.empty},
         )
 
-    def bind(self, args: tuple, kwargs: dict) -> tuple[list, dict, bool] | None:
-        """Converts the arguments of a call.
-
-        Returns:
-            Arguments by place, arguments by name, and whether an array lies on a mesh
-            with Explicit axes. None if Python has to raise an error about the call.
+    def match(self, args: tuple, kwargs: dict) -> dict[str, Any] | None:
+        """The given arguments by name; None if Python has to raise an error.
 
         Raises:
-            TypeError: if an argument is unknown, or must not be None.
+            TypeError: if an argument is unknown.
         """
         given = dict(zip(self.by_place, args))
         if unknown := kwargs.keys() - self.converters.keys():
@@ -190,9 +186,20 @@ class _Arguments(NamedTuple):
         if len(args) > len(self.by_place) or given.keys() & kwargs.keys():
             return None
         given |= kwargs
+        missing = self.converters.keys() - self.defaults.keys() - given.keys()
+        return None if missing else given
+
+    def convert(self, given: dict[str, Any]) -> tuple[list, dict, bool]:
+        """Convert the arguments of a call.
+
+        Returns:
+            Arguments by place, arguments by name, and whether an array lies on a mesh
+            with Explicit axes.
+
+        Raises:
+            TypeError: if an argument must not be None.
+        """
         ready = self.defaults | given
-        if len(ready) < len(self.converters):
-            return None
         explicit = False
         for name, value in given.items():
             if value is None and name in self.nullable:

@@ -1,7 +1,7 @@
 r"""Exact losses and miners straight from embeddings, without a distance matrix.
 
-The losses and miners of `tripletjax.losses` and `tripletjax.mining` with embeddings in
-place of distances, in O(n d + n block) memory:
+The losses and miners of `tripletjax.losses` and `tripletjax.mining` with embeddings
+instead of distances, in O(n d + n block) memory:
 
 >>> import jax
 >>> import jax.numpy as jnp

@@ -282,9 +282,9 @@ def selectively_contrastive(
       \log(1 + \exp((s_{an} - s_{ap}) / \tau)) & \text{otherwise}
       \end{cases}, \qquad s = 1 - d$$
 
-    for cosine distances d. Where the negative is nearer than the positive, pulling the
-    positive in drags the negative along, and pushing alone is what helps. The margin
-    has no part in it. Meant for the nearest negative, with the nearest positive::
+    for cosine distances d. If the negative is nearer than the positive, pulling the
+    positive also pulls the negative, so this cost only pushes the negative. It does
+    not use the margin. Use it with the nearest negative and the nearest positive::
 
         triplets = tj.batch_easy_hard_triplets(d, labels, negative=hardest_negative)
         tj.triplet_loss(d, triplets, hinge=tj.selectively_contrastive())
@@ -467,7 +467,7 @@ def check_triplets(triplets: Triplets, lead: tuple[int, ...], *, of: str) -> Non
 
 
 def outside_as(limit: int, index: Array) -> Array:
-    """Indices with `limit` in place of negative ones, which JAX would wrap."""
+    """Indices with `limit` instead of negative ones, which JAX would wrap."""
     return jnp.where(index < 0, jnp.asarray(limit, index.dtype), index)
 
 

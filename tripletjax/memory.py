@@ -113,9 +113,9 @@ def push(
 ) -> Memory:
     """Write a batch over the oldest embeddings.
 
-    Embedding i of the batch goes to slot ``(position + i) % size``. Of a batch larger
-    than the memory, only the last `size` embeddings remain. Gradients do not flow into
-    the memory.
+    Embedding i of the batch goes to slot ``(position + i) % size``. If the batch is
+    larger than the memory, only its last `size` embeddings remain. Gradients do not
+    flow into the memory.
 
     Memory: O(n d), beside the copy.
 

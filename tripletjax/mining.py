@@ -56,7 +56,7 @@ MAX_COMPARED = 64
 
 
 class Triplets(NamedTuple):
-    """Indices of triplets. Where `valid` is False, the indices have no meaning.
+    """Indices of triplets, meaningless if `valid` is False.
 
     Attributes:
         anchor: integers, rows of the distance matrix; ``[..., k]`` or ``[..., n, k]``.

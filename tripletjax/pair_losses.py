@@ -378,7 +378,7 @@ class Definition(NamedTuple):
         @functools.wraps(function)
         def of_scalars(*args: P.args, **kwargs: P.kwargs) -> R:
             for name in self.checks:
-                value: Any = kwargs[name]
+                value: Any = kwargs.get(name)
                 if name != "parameters" and value is not None and jnp.ndim(value):
                     raise ValueError(
                         f"{name} must be a scalar, got shape {jnp.shape(value)}; use "

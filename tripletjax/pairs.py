@@ -1,9 +1,9 @@
-"""Who matches whom: labels -> masks of positive and negative pairs.
+"""Masks of positive and negative pairs from labels.
 
-Everything that mines, costs or ranks takes `labels` either as integers or, for what
-integers cannot say, as the `PairMasks` that this module makes or that the user made by
-hand. What is said about pairs is checked, completed and compared here (`Pairs`); large
-batches of integers are sorted by class instead (`_pairwise.class_index`).
+Miners, losses and metrics take `labels` as integers or as `PairMasks`. This module
+makes the masks, or the user makes them by hand. `Pairs` checks, completes and compares
+labels, positions and padding. Large batches of integers are sorted by class instead
+(`_pairwise.class_index`).
 """
 
 from collections.abc import Callable
@@ -61,13 +61,13 @@ def pair_masks(
         reference_labels: the same for m references. If not given, the anchors are
             their own references (m = n).
         positions: integers ``[..., n]``: the index of each anchor among the
-            references, so that it is never paired with itself; an index outside 0 to
-            m - 1 (such as -1) means that it is not among them. If not given, the
-            diagonal without `reference_labels`, and nowhere with them.
+            references, so that an anchor is never paired with itself. An index outside
+            0 to m - 1, such as -1, means that the anchor is not a reference. If not
+            given, the diagonal without `reference_labels`, and nowhere with them.
         where: bool ``[..., n]``, True for real anchors and False for padding.
         reference_where: bool ``[..., m]``, the same for references. If not given,
             `where` if the anchors are their own references.
-        match: says whether two labels match, ``(label, label) -> bool``, in place of
+        match: a predicate of two labels, ``(label, label) -> bool``, instead of
             equality.
 
     Returns:

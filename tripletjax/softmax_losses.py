@@ -1,8 +1,8 @@
 r"""Named losses of the log-sum-exp shape, over a distance matrix.
 
-With $z = -d / \tau$, positives $P$, negatives $N$ and all references $A = P \cup N$,
-these losses differ in two choices: which positives the denominator has, and whether the
-logarithm is inside the mean over positives.
+Logits are $z = -d / \tau$. $P$ are the positives, $N$ the negatives and $A = P \cup N$
+all references. The losses differ in the positives of the denominator, and in the place
+of the logarithm, inside or outside of the mean over positives.
 
 | loss | per anchor | mean over |
 | --- | --- | --- |

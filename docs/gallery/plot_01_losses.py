@@ -1,6 +1,6 @@
 """
-What each loss pulls and pushes
-===============================
+Gradients of three losses
+=========================
 
 The arrows are the negative gradient of a loss on nine points of three classes: where a
 step of gradient descent moves them. Batch-all moves every point that is in an active
@@ -31,25 +31,37 @@ losses = {
 # A loss is a function of a matrix of distances, and JAX differentiates through both.
 # All three are drawn to the scale of their longest arrow.
 
-figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained")
+colors = np.array(["#0072b2", "#d55e00", "#009e73"])
+plt.rcParams["font.size"] = 13
+figure, axes = plt.subplots(1, 3, figsize=(10, 4.2), layout="constrained")
 for panel, (name, loss) in zip(axes, losses.items()):
 
     def of_points(points, loss=loss):
         return loss(tj.euclidean(points), labels, margin=0.3)
 
     value, gradient = jax.value_and_grad(of_points)(points)
-    step = -0.35 * gradient / jnp.linalg.norm(gradient, axis=1).max()
-    panel.scatter(*points.T, c=labels, cmap="viridis", s=60, zorder=2)
+    step = -0.5 * gradient / jnp.linalg.norm(gradient, axis=1).max()
+    panel.scatter(*points.T, c=colors[labels], s=110, zorder=2)
     panel.quiver(
-        *points.T, *step.T, angles="xy", scale_units="xy", scale=1, width=0.008
+        *points.T,
+        *step.T,
+        angles="xy",
+        scale_units="xy",
+        scale=1,
+        width=0.014,
+        zorder=3,
     )
-    panel.set_title(f"{name}: loss {value:.2f}")
+    panel.set_title(f"{name}, loss {value:.2f}")
     panel.set_aspect("equal")
     panel.margins(0.25)
-figure.suptitle("Where a step of each loss moves the points")
+    panel.set_xlabel("first dimension")
+    panel.set_xticks([])
+    panel.set_yticks([])
+axes[0].set_ylabel("second dimension")
+figure.suptitle("Negative gradient of each loss; colours are classes")
 plt.show()
 
 # %%
-# Which to take: batch-all is the safe start, as no single point decides. Semi-hard is
-# what :command:`tripletjax train` does unless told otherwise. Batch-hard sees the
-# fewest triplets and those that matter most, mislabelled images among them.
+# Batch-all is the safe start, as no single point dominates. Semi-hard is the default of
+# :command:`tripletjax train`. Batch-hard uses the fewest triplets and the hardest ones,
+# mislabelled images among them.

@@ -30,7 +30,7 @@ readings = {
     "per pair, the nearest beyond the positive;\nif there is none, the farthest": (
         tj.batch_semi_hard_triplets(distances, labels)
     ),
-    "the same, without the second line\n(fallback=False)": (
+    "per pair, the nearest beyond the positive,\nor none (fallback=False)": (
         tj.batch_semi_hard_triplets(distances, labels, fallback=False)
     ),
     "all beyond the positive by at most\nthe margin (semi_hard_band)": tj.all_triplets(
@@ -83,9 +83,9 @@ for panel, (name, triplets) in zip(axes, readings.items()):
     panel.set_ylim(-0.15, 0.6)
     panel.set_xticks([])
     panel.set_yticks([])
-    panel.set_title(name.replace("\n", " "), fontsize=9, loc="left")
+    panel.set_title(name.replace("\n", " "), fontsize=12, loc="left")
     panel.spines[:].set_visible(False)
 figure.suptitle(
-    "Anchor (black), its positives (dots), negatives (crosses), and what is taken"
+    "Anchor (black), positives (dots), negatives (crosses); arrows show the selection"
 )
 plt.show()

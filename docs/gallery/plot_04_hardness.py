@@ -2,10 +2,10 @@
 Mining by hardness
 ==================
 
-Most triplets of a batch teach nothing. Of 120 digits, as pixels of unit length, the
-histogram shows by how much the negative of each triplet is farther away than its
-positive: hard ones are left of 0, semi-hard ones up to the margin, and easy ones, which
-cost nothing, beyond. `all_triplets` with a band gives those of each kind.
+Most triplets of a batch teach nothing. The histogram is of all triplets of 120 digits,
+as unit-norm pixels. It shows by how much the negative is farther away than the
+positive. Hard triplets are left of 0, and semi-hard ones between 0 and the margin. Easy
+triplets, beyond the margin, cost nothing. `all_triplets` with a band selects a group.
 """
 
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ axes.legend()
 plt.show()
 
 # %%
-# What a miner takes of them: one number per triplet, the same gap.
+# The triplets of each miner: one number per triplet, the same gap.
 
 miners = {
     "batch-hard": tj.batch_hard_triplets(distances, labels),

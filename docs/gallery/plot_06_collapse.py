@@ -2,10 +2,9 @@
 Collapse, and how to leave it
 =============================
 
-Batch-hard from a cold start may pull everything into one point: there the hardest
+Batch-hard from a cold start may pull everything into one point. There the hardest
 positive and the hardest negative are equally far away, and the loss is the margin, for
-long or for good. This happens in silence, unless the spread of the embeddings is
-watched.
+long or for good. The spread of the embeddings shows it, and the loss alone does not.
 """
 
 import functools

@@ -1,12 +1,11 @@
 """
-One-shot: characters never seen
-===============================
+One-shot classification of unseen characters
+============================================
 
-An embedding is for classes that it was not trained on. Here it is trained on the
-letters of some scripts, as drawn by the twelve fonts that come with matplotlib, bent
-and turned at random; and then names letters of other scripts by one example of each, in
-another font: the nearest wins. The command for your own images is :command:`tripletjax
-identify`.
+An embedding classifies unseen classes. Here it is trained on the letters of some
+scripts, in the twelve fonts that come with matplotlib, distorted at random. It then
+classifies letters of other scripts by the nearest example. Each letter has one example,
+in another font. The command for your own images is :command:`tripletjax identify`.
 """
 
 from pathlib import Path

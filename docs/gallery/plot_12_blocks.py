@@ -2,9 +2,9 @@
 Half of a matrix, block by block
 ================================
 
-How `tj.blockwise` has a loss of all pairs without a matrix of them. Distances are
+`tj.blockwise` computes a loss of all pairs without a matrix of distances. Distances are
 symmetric, so that half of the blocks are enough: each product serves the anchors of its
-rows, and those of its columns. A block is used and forgotten; what is kept are some
+rows, and those of its columns. A block is used and discarded. The loss keeps some
 numbers of each anchor.
 """
 
@@ -35,13 +35,12 @@ def block(panel, row, column, color):
 
 
 # %%
-# At the left, what is computed: of the 36 blocks, the 21 on and above the diagonal. The
-# squares of green are pairs of the same class, which lie together here, as the batch is
-# in order of class; their distances come first, from differences of vectors. In the
-# middle, one step: the product of blocks 1 and 4 is looked at along its rows for the
-# anchors of block 1, and along its columns for those of block 4. At the right, what is
-# done for classes that are too large for that: a panel of all references for some
-# anchors at a time.
+# Left: the loss computes the 21 blocks on and above the diagonal, of 36. The green
+# squares are pairs of the same class, which lie together here, as the batch is in order
+# of class. Their distances come first, from differences of vectors. Middle: one step.
+# The product of blocks 1 and 4 serves the anchors of block 1 along its rows, and those
+# of block 4 along its columns. Right: for large classes, a panel of all references for
+# some anchors at a time.
 
 figure, axes = plt.subplots(1, 3, figsize=(10, 3.8), layout="constrained")
 empty(axes[0], "half of the blocks")
@@ -60,8 +59,8 @@ figure.suptitle("Rows are anchors, columns are references")
 plt.show()
 
 # %%
-# What that saves, for vectors of 128 numbers and blocks of 512: the bytes of a matrix,
-# and of the vectors and one block.
+# Memory for vectors of 128 numbers and blocks of 512: the bytes of a matrix, and those
+# of the vectors and one block.
 
 sizes = 2 ** np.arange(8, 21)
 figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")

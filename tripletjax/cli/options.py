@@ -202,9 +202,9 @@ class Train(Options):
 
     requested: dict[str, Any]
     augment: str | None = option(
-        "random changes of the images while training: those for photos or characters, "
-        "which also decides size and network, none, or more than usual (default: "
-        "photos or characters, by the smooth tones of the images)",
+        "random changes of the images while training: none, more than usual, or those "
+        "for photos or characters, which also decide size and network (default: "
+        "detected by smooth tones)",
         group=DATA,
         choices=(*choices.KINDS, *choices.AUGMENTS),
     )

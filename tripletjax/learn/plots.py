@@ -237,16 +237,7 @@ def distances(
         axes.stairs(shares, edges, fill=True, alpha=0.35, color=color)
         axes.stairs(shares, edges, color=color, label=label)
     if threshold is not None:
-        axes.axvline(threshold[0], color=QUERY, linewidth=1)
-        axes.annotate(
-            threshold[1],
-            (threshold[0], 0.98),
-            xycoords=("data", "axes fraction"),
-            rotation=90,
-            ha="right",
-            va="top",
-            fontsize=8,
-        )
+        axes.axvline(threshold[0], color=QUERY, linewidth=1.5, label=threshold[1])
     axes.set(xlim=(0, furthest), xlabel="distance", ylabel="share of the pairs")
     axes.set_ylim(bottom=0)
     handles = axes.get_legend_handles_labels()[0]
@@ -257,7 +248,7 @@ def distances(
         handles += beside.plot(x, probability(x), "--", color=QUERY, label=label)
         beside.set(ylim=(0, 1.02), ylabel="probability")
         beside.spines["top"].set_visible(False)
-    figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=3)
+    figure.legend(handles=handles, fontsize=9, loc="outside lower center", ncols=2)
     _write_diagram(axes, f"Distances of {what}", path)
 
 
@@ -343,9 +334,9 @@ def contact_sheet(
     """Draw queries, each in a row with its hits.
 
     Args:
-        rows: the name of each query; its images uint8 ``[height, width]`` or ``[height,
-            width, 3]``, that of the query first; and for each hit a text and whether
-            the hit is right, or None if unknown.
+        rows: the name of each query, its images and its hits. Images are uint8
+            ``[height, width]`` or ``[height, width, 3]``, the query first. Each hit has
+            a text and whether the hit is right, or None if unknown.
         path: the PNG file to write.
         title: of the sheet.
     """

@@ -154,8 +154,8 @@ def evaluate(
     r"""Compute ranking metrics of labelled embeddings.
 
     Every query ranks the references by distance. Let rel(i) be 1 if the i-th nearest
-    reference is relevant and else 0, P(i) the mean of rel over the first i, and R the
-    number of relevant references. Per query
+    reference is relevant and else 0. P(i) is the mean of rel over the first i, and R
+    the number of relevant references. Per query
 
     $$\text{MAP@R} = \frac{1}{R} \sum_{i=1}^{R} P(i)\, \text{rel}(i), \qquad
       \text{AP} = \frac{1}{R} \sum_{i=1}^{m} P(i)\, \text{rel}(i),$$

@@ -132,8 +132,8 @@ def evaluate_identification(
 
     Let $c_q$ be the nearest class of query q, at distance $d_q$ (`nearest_classes`),
     and $y_q$ its true class. A query with $d_q \le t$ is accepted as $c_q$, any other
-    is rejected as unknown. Of the queries, K have a class in the gallery (known), U do
-    not (unknown):
+    is rejected as unknown. K is the set of queries with a class in the gallery
+    (known), U that of the others (unknown):
 
     $$\text{FPIR}(t) = \frac{|\{q \in U : d_q \le t\}|}{|U|}, \qquad
       \text{FNIR}(t) = 1 - \frac{|\{q \in K : d_q \le t,\; c_q = y_q\}|}{|K|}$$

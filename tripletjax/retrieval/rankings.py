@@ -50,7 +50,7 @@ def masks_of(batch: Batch, each: Array | None) -> PairMasks:
 
 
 def with_masks(batch: Batch, masks: PairMasks) -> Batch:
-    """The batch with masks in place of labels, positions and padding."""
+    """The batch with masks instead of labels, positions and padding."""
     pairs = Pairs(masks, None, None, None, None)
     return Batch(batch.anchors, batch.reference_side[0], pairs)
 
@@ -425,8 +425,8 @@ def _columns_at(mask: Array, first: Array, count: int) -> Array:
 def least_of_panel(panel: Array, k: int) -> tuple[Array, Array]:
     """Find the k least numbers of every row of ``[tiles, rows, columns]``.
 
-    The k least numbers lie in the k runs of columns that have the least minima, so that
-    only the minima of runs and the numbers of k runs are sorted.
+    The k least numbers lie in the k runs of columns that have the least minima. Only
+    the minima of runs and the numbers of k runs are sorted.
 
     Returns:
         Numbers and their columns among all tiles ``[rows, k]``, ties by the lower

@@ -1,8 +1,8 @@
 r"""Verification metrics: same or different, decided by a threshold on the distance.
 
-A pair is accepted as the same if its distance is at most the threshold t. With d_p the
-distances of pairs of the same item (positives) and d_n those of different items
-(negatives), the true accept rate (TAR, in FaceNet VAL), the false accept rate (FAR)
+A pair is accepted as the same if its distance is at most the threshold t. Distances of
+pairs of the same item (positives) are d_p, those of different items (negatives) are
+d_n. The true accept rate (TAR, in FaceNet VAL), the false accept rate (FAR)
 and the false reject rate (FRR) are
 
 .. math::
@@ -20,8 +20,9 @@ The curve of TAR over FAR for all thresholds is the receiver operating character
 >>> print(metrics.tar_at_far, f"{metrics.area_under_roc:.4f}")
 [1.] 0.8889
 
-Undefined values are NaN: every rate without a positive or without a negative pair, the
-TAR at a FAR below one pair of all negatives, and every value if a distance is NaN.
+Undefined values are NaN. They are every rate without a positive or without a negative
+pair, and the TAR at a FAR below one pair of all negatives. If a distance is NaN, every
+value is NaN.
 
 Thresholds lie in the middle between two distances, so that ``distance <= threshold``
 accepts the pairs that the rates count. NumPy arrays of 64 bits are compared in 64 bits,

@@ -36,7 +36,7 @@ class VerificationMetrics(NamedTuple):
     Attributes:
         tar_at_far: ``[len(fars)]``, the largest TAR whose FAR is at most each of
             `fars`.
-        thresholds: ``[len(fars)]``, the thresholds of these rates. Where no pair is
+        thresholds: ``[len(fars)]``, the thresholds of these rates. If no pair is
             accepted, a negative number, or minus infinity if distances may be negative.
         equal_error_rate: the rate at which FAR = FRR, interpolated linearly between
             the points of the ROC.

@@ -54,8 +54,8 @@ def k_fold_accuracy(
         \text{accuracy} = \frac{1}{K} \sum_k a_k, \quad
         \text{standard error} = \frac{\mathrm{std}(a)}{\sqrt{K}}
 
-    where std divides by K - 1. Of several thresholds with the best accuracy the
-    smallest is taken, in the middle between two distances.
+    where std divides by K - 1. If several thresholds have the best accuracy, the
+    smallest one counts, in the middle between two distances.
 
     Memory: O(n).
 

@@ -29,8 +29,8 @@ def bootstrap(
 
     Pairs of one person are not independent, so a replicate draws identities, not pairs:
     as many as there are, with replacement. With w_i copies of identity i, its positive
-    pairs count w_i times, and negative pairs of identities i and j count w_i w_j times
-    (the vertex bootstrap, without pairs of two copies of one identity).
+    pairs count w_i times. Negative pairs of identities i and j count w_i w_j times.
+    This is the vertex bootstrap, without pairs of two copies of one identity.
 
     Memory: O(p + q + size), as replicates are drawn one after the other.
 

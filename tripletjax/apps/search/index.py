@@ -207,7 +207,7 @@ class Index:
     def path_of(self, file: str | Path) -> str | None:
         """The path of a file within the folder, or None if it lies elsewhere.
 
-        Of two paths through a link, the path that the index has.
+        If two paths lead to the file through a link, the path in the index.
         """
         file = Path(os.path.abspath(file))
         paths = [

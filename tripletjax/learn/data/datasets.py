@@ -132,13 +132,13 @@ def load(
     """Load a dataset, and decode its images at the first time.
 
     Args:
-        name: ``"digits"``, the 1,797 handwritten digits that come with scikit-learn; a
-            folder that has one folder per class, at any depth, of PNG, JPEG, BMP or
-            WebP images; or ``"tfds:NAME"`` or ``"tfds:NAME:SPLIT"``, a dataset of
+        name: ``"digits"``, the 1,797 handwritten digits that come with scikit-learn. Or
+            a folder that has one folder per class, at any depth, of PNG, JPEG, BMP or
+            WebP images. Or ``"tfds:NAME"`` or ``"tfds:NAME:SPLIT"``, a dataset of
             tensorflow-datasets with an image and a label.
         split: ``"images"`` holds out some images of every class. ``"classes"`` holds
             out all images of some classes, the test of an embedding on unseen classes.
-            Of the digits, ``"images"`` holds out the second half, as their authors did.
+            With digits, ``"images"`` holds out the second half, as their authors did.
         size: image size for the network, longer side in pixels. If None, that of the
             median image, but at most 32 for grey characters and 64 for photographs and
             colour. Photographs are cached at up to twice the size.

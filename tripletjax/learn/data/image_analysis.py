@@ -82,8 +82,8 @@ def layout_of(images: ImageSource, labels: np.ndarray) -> Layout:
     In each cell of a grid, ``B / (B + W)`` is the share of the variance of oriented
     edges that is between classes, not within them. Without a common layout the share is
     near 0 everywhere, and the box is the whole image. Otherwise the box is the part
-    whose edges verify classes of other images with the least error, and one cell more
-    each way, unless the whole image is about as good.
+    whose edges verify classes of other images with the least error, enlarged by one
+    cell each way. If the whole image is about as good, the box is the whole image.
 
     Args:
         images: uint8 ``[n, height, width, channels]``.

@@ -117,7 +117,7 @@ class StoredImages:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KeptFeatures:
-    """Images with features of a backbone, which are trained on in place of pixels.
+    """Images with features of a backbone; training uses features instead of pixels.
 
     Attributes:
         pixels: uint8 ``[n, height, width, channels]``.

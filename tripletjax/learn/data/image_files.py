@@ -186,7 +186,7 @@ def _describe(file: BinaryIO) -> str:
             if signature == HEIC and "HEIF" in formats():
                 return "it is a HEIC image that is broken"
             return f"it is {description}"
-    return "it is no image that can be read"
+    return "it is not a readable image"
 
 
 def _identify(file: BinaryIO) -> None:

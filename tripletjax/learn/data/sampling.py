@@ -144,9 +144,9 @@ class ImageBatches:
         classes: P.
         per_class: K.
         seed: what the batches are drawn with.
-        rotation_classes: of every class, how many turned and mirrored copies are
-            classes of their own: 1 for none, 2 for half turns, 4 for quarter turns, 8
-            for these with their mirror images; the last two for square images alone.
+        rotation_classes: number of classes that each class becomes by turned and
+            mirrored copies: 1 for none, 2 for half turns, 4 for quarter turns, 8 for
+            quarter turns with mirror images. 4 and 8 require square images.
         class_sampling: as in `ClassBatches`.
         shard: as in `ClassBatches`.
         groups: as in `ClassBatches`, of turned copies too, after all others.

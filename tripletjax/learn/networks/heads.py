@@ -1,7 +1,7 @@
 """Pretrained networks in training: a backbone and a head on its features.
 
-The trained part is one of three: ``frozen``, the head alone, on cached features;
-``top``, also the last stages of the backbone, at a lower learning rate; ``all``, the
+The trained part is one of three. ``frozen`` is the head alone, on cached features.
+``top`` adds the last stages of the backbone, at a lower learning rate. ``all`` is the
 whole network.
 """
 

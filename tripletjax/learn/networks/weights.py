@@ -97,18 +97,18 @@ def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:
         model: the network, which may be abstract, as from `nnx.eval_shape`.
         path: a safetensors file, the index of its shards, or a file of PyTorch, which
             requires an installed PyTorch; nested dictionaries give names with dots.
-        rules: from a regular expression for the whole name of an array to its target:
-            the dotted path of a variable, which may hold ``\1`` for a group of the
-            expression; a `Part` of a variable; or None to skip the array.
+        rules: from a regular expression for the whole name of an array to its target.
+            A target is the dotted path of a variable, which may hold ``\1`` for a group
+            of the expression, a `Part` of a variable, or None to skip the array.
 
     Returns:
         `Loaded`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        WeightsError: if it holds no weights, is not whole, or is a pickle with code; or
-            with every array that is missing, left over, filled twice, of another shape
-            or not finite.
+        WeightsError: if it holds no weights, is not whole, or is a pickle with code.
+            Another message names every array that is missing, left over, filled twice,
+            of another shape or not finite.
 
     >>> import tempfile
     >>> import numpy as np

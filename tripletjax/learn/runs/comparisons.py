@@ -46,8 +46,8 @@ def compare(
 
     Returns:
         ``steps`` of the training, ``classes`` (the number of held-out classes with
-        a value), ``trained_is_kept``, and from 2 classes on, with means over classes
-        in percent, ``closed_form``, ``trained`` and ``error``, the standard error of
+        a value), and ``trained_is_kept``. From 2 classes on also means over classes in
+        percent: ``closed_form``, ``trained``, and ``error``, the standard error of
         their difference.
     """
     closed_form, trained = [], []

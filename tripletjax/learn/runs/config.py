@@ -115,7 +115,8 @@ class Config:
         rule="finite and at least 0",
     )
     temperature: float | None = _batches_of_classes(
-        "temperature of a softmax loss (default: 0.1)", rule="finite and above 0"
+        "temperature of a softmax loss (default: 0.1; 0.01 for smooth-ap)",
+        rule="finite and above 0",
     )
     scale: float | None = _batches_of_classes(
         "scale of similarities in circle, sigmoid, cosface, arcface and proxy-anchor",

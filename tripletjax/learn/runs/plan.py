@@ -1,4 +1,4 @@
-"""What a run does: every choice made, nothing left open."""
+"""The plan of a run: every setting that a run needs, chosen."""
 
 import dataclasses
 from collections.abc import Sequence

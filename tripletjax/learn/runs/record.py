@@ -1,4 +1,4 @@
-"""What a run directory says of its run: ``config.json``."""
+"""The record of a run in its directory: ``config.json``."""
 
 import dataclasses
 import json

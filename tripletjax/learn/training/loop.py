@@ -186,10 +186,10 @@ def fit(
         tx: the optimizer of the model.
         batches: ``batches[step]``, a pure function of the step: inputs and labels.
             Inputs are images, or a pytree of arrays with n rows each, which the model
-            gets as its one argument: uint8 as floats from 0 to 1, floats as float32,
-            others as they are. Or an iterable of such pairs, such as a DataLoader of
-            PyTorch, read in its order, again and again; a training that goes on from a
-            checkpoint reads it from its start.
+            gets as its one argument. It gets uint8 as floats from 0 to 1, floats as
+            float32, and others as they are. Or an iterable of such pairs, such as a
+            PyTorch DataLoader, which is read in its order, again and again. A resumed
+            training reads an iterable from its start.
         steps: number of steps.
         loss: of embeddings and labels; a `LearnedLoss`, whose parameters are learned as
             well; or several losses, each with the step from which it holds, the first
@@ -218,8 +218,8 @@ def fit(
         validate_every: steps between two validations. If not given, only at the end.
         validation_classes: the number of values in `Validation.by_class`. From
             `selection.MIN_CLASSES` on, the model with the highest mean over classes is
-            part of the state, and is kept instead of the last one if it is better by
-            more than noise (`selection.exceeds_noise`).
+            part of the state. It replaces the last one if it is better by more than
+            noise (`selection.exceeds_noise`).
         checkpoints: storage of states.
         checkpoint_every: steps between two saved states.
         kept_model: storage of the model that the rule keeps, saved by each validation.

@@ -68,6 +68,9 @@ LOSSES: dict[str, BatchLoss] = {
     "nt-xent": _softmax(tj.blockwise.nt_xent_loss),
     "decoupled-contrastive": _softmax(tj.blockwise.decoupled_contrastive_loss),
     "nca": _softmax(tj.blockwise.nca_loss),
+    "smooth-ap": BatchLoss(
+        tj.blockwise.smooth_ap_loss, tj.mean_valid, {"temperature": 0.01}
+    ),
     "multi-similarity": BatchLoss(
         tj.blockwise.multi_similarity_loss, tj.mean_valid_by_side
     ),

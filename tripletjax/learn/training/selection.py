@@ -99,8 +99,8 @@ def exceeds_noise(
     """Whether an earlier checkpoint is better than the last by more than chance.
 
     A one-sided paired t-test: the mean over classes of the difference must exceed its
-    standard error times the quantile 1 - `significance` of Student's t. Of fewer than
-    `min_classes` classes the answer is no.
+    standard error times the quantile 1 - `significance` of Student's t. With fewer
+    than `min_classes` classes the result is False.
 
     Args:
         earlier: values ``[classes]`` of the earlier checkpoint.

@@ -21,7 +21,7 @@ from tripletjax.memory import Memory
 
 
 class Params(NamedTuple):
-    """What training learns.
+    """Parameters that training learns.
 
     Attributes:
         model: `nnx.State` of the model.

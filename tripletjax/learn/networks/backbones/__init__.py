@@ -243,8 +243,8 @@ def open_weights(backbone: str | Path) -> Weights:
     """Read a file of weights, and recognise its network by the names of the arrays.
 
     Names may have a prefix, which a wrapper of the network or a checkpoint adds:
-    ``module.``, ``state_dict.model.``, ``teacher.backbone.``. Of a network and its
-    moving average, the average is taken.
+    ``module.``, ``state_dict.model.``, ``teacher.backbone.``. If the file has a network
+    and its moving average, the average is loaded.
 
     Args:
         backbone: a file, or a name of `choices.PRETRAINED`.

@@ -186,8 +186,8 @@ def _sum_of_shifts(
 def max_pool(x: Array, size: int, stride: int, padding: int = 0) -> Array:
     """The maximum over windows of images ``[n, height, width, channels]``.
 
-    Of rows, then of columns, without a window of XLA's, whose gradient is slow on CPUs.
-    Padding is less than all.
+    The maximum over rows comes first, then that over columns. A window of XLA has a
+    slow gradient on CPUs. Padding is less than every number.
     """
     lowest = float(jnp.finfo(x.dtype).min)
     for axis in (1, 2):
