@@ -346,7 +346,7 @@ def _log_sum_exp_terms(
     pairs = AnchorPairs(
         positives.distances(spec).T, positives.exists.T, total, nearest, negatives > 0
     )
-    return spec.shape.cost(pairs, parameters)
+    return spec.shape.terms_of(pairs, parameters)
 
 
 def _log_sum_exp_backward(
@@ -400,7 +400,7 @@ def _log_sum_exps(
         squares = materialize(tile.squares)
         negative = squares < jnp.inf
         d = form.distance(jnp.where(negative, squares, 0))
-        logits = jnp.where(negative, shape.logit(d, parameters), -jnp.inf)
+        logits = jnp.where(negative, shape.logits_of(d, parameters), -jnp.inf)
         shift = _finite(jnp.max(logits))
         powers = materialize(jnp.exp(logits - shift))
         sides = _directions(spec, batch, tile)
@@ -470,7 +470,7 @@ def _log_sum_exp_gradients(
         squares = materialize(tile.squares)
         negative = squares < jnp.inf
         d, slope = with_slope(form.distance, jnp.where(negative, squares, 0))
-        logits, pull = jax.vjp(shape.logit, d, parameters)
+        logits, pull = jax.vjp(shape.logits_of, d, parameters)
         logits = jnp.where(negative, logits, -jnp.inf)
         shift = _finite(jnp.max(logits))
         sides = _directions(spec, batch, tile)
@@ -538,9 +538,8 @@ def _separable_terms(
     assert isinstance(shape, Separable)
     of_positives, total, active = numbers
     (of_anchors,) = classes
-    d_ap = spec.metric.inner_products.distance(of_positives.squares)
-    exists = of_positives.exists
-    positives = sums_of_pairs(shape.positive_cost, d_ap.T, exists.T, parameters)
+    d_ap, exists = of_positives.distances(spec), of_positives.exists
+    positives = sums_of_pairs(shape.positive_costs, d_ap.T, exists.T, parameters)
     negatives = of_anchors.negatives.astype(total.dtype)
     anchors = (positives.valid + negatives > 0).astype(total.dtype)
     return PairTerms(positives, TripletTerms(total, active, negatives), anchors)
@@ -588,7 +587,7 @@ def _separable_walk(
         squares = materialize(tile.squares)
         negative = squares < jnp.inf
         d, slope = with_slope(form.distance, jnp.where(negative, squares, 0))
-        costs, pull = jax.vjp(shape.negative_cost, d, parameters)
+        costs, pull = jax.vjp(shape.negative_costs, d, parameters)
         costs = materialize(jnp.where(negative, costs, 0))
         sides = _directions(spec, batch, tile)
         for side in sides:
