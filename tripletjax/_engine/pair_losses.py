@@ -96,21 +96,23 @@ def pair_terms(
 ) -> Any:
     """The terms of the anchors ``[n]``; if symmetric, of all references as well.
 
-    If `spec.summed`, sums over negatives may stand for all anchors in their first.
-
     Args:
         spec: the loss.
         walk: the walks over tiles of its shape.
         batch: vectors and their pairs.
         parameters: values of the parameters.
     """
+    by_products = spec.metric.products is not None
     classes = None
-    if spec.metric.products is not None and batch.has_classes:
+    if by_products and batch.has_classes:
         classes = tuple(_all_positives(side) for side in _sides(spec, batch))
 
     def terms(sizes: BlockSizes) -> Any:
         sizes = sizes._replace(tile=spec.block_size or sizes.tile)
         here = dataclasses.replace(spec, sizes=sizes)
+        if not by_products:
+            # A user's metric may close over traced arrays, which have gradients.
+            return _terms_by_panels(here, batch, parameters)
         return _terms(here, walk, batch, classes, parameters)
 
     return by_platform(terms, batch.size)
@@ -629,6 +631,7 @@ def _terms_by_panels(spec: PairSpec, batch: Batch, parameters: Parameters) -> An
 def _side_terms(spec: PairSpec, batch: Batch, parameters: Parameters) -> Any:
     panels = Panels.of(spec.metric, batch, spec.sizes)
 
+    @jax.checkpoint
     def of_block(block: Array) -> tuple[Array, Any]:
         panel = _refined(panels, block)
         terms = _block_terms(spec, panel, parameters, panel.distances)
