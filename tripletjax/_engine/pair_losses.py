@@ -132,8 +132,8 @@ def _terms(
 ) -> Any:
     """The terms, by tiles or by panels.
 
-    The choice is made once more for the gradient, so that nothing of size O(n d) is
-    kept for it.
+    The gradient makes the choice once more, so that no intermediate results of the
+    chosen branch have to be kept.
     """
     return _terms_forward(spec, walk, batch, classes, parameters)[0]
 
