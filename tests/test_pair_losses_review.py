@@ -86,3 +86,18 @@ def test_terms_may_be_booleans_and_integers(module):
     negative = LABELS[:, None] != LABELS
     logs = np.log((negative * np.exp(-d)).sum(axis=1))
     np.testing.assert_allclose(value, logs.sum() / 24, rtol=2e-5)
+
+
+@both_forms
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [
+        (1j, TypeError, "base must be a real number"),
+        ("high", TypeError, "base must be a real number"),
+        (float("nan"), ValueError, "base must be a number, got nan"),
+    ],
+)
+def test_parameters_of_any_sign_are_real_numbers(module, value, error, words):
+    x = vectors(12) if module is tj.blockwise else tj.cosine(vectors(12))
+    with pytest.raises(error, match=words):
+        module.multi_similarity_loss(x, LABELS, base=value)

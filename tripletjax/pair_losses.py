@@ -26,10 +26,11 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from tripletjax._api import check_nonnegative, check_positive, jitted
+from tripletjax._api import check_nonnegative, check_positive, jitted, known_scalar
 from tripletjax._closures import canonical
 from tripletjax._matrices import as_distances, check_not_embeddings
 from tripletjax.losses import (
@@ -421,6 +422,12 @@ class Definition(NamedTuple):
                     )
             return function(*args, **kwargs)
 
+        def check_all(*args: Any, **kwargs: Any) -> None:
+            check(*args, **kwargs)
+            for name in names(any_number):
+                if kwargs.get(name) is not None:
+                    any_number(name, kwargs[name])
+
         def names(of: Check) -> tuple[str, ...]:
             return tuple(name for name, check in self.checks.items() if check is of)
 
@@ -431,12 +438,15 @@ class Definition(NamedTuple):
             nonnegative=names(check_nonnegative),
             positive=names(check_positive),
             optional=("reduce_fn",),
-            check=check,
+            check=check_all,
         )(of_scalars)
 
 
 def any_number(name: str, value: Any) -> None:
-    """The check of a parameter that may be any number."""
+    """Raise for a value that is neither traced nor a real number."""
+    number = None if name == "parameters" else known_scalar(name, value)
+    if number is not None and np.isnan(number):
+        raise ValueError(f"{name} must be a number, got {value!r}.")
 
 
 # The definition of each loss of distances, for its form of embeddings.
