@@ -23,6 +23,9 @@ MARGIN = 0.2
 LOSSES = ("hard", "semi-hard", "all")
 # Losses of pairs, of cosine distances with their defaults.
 PAIR_LOSSES = ("supcon", "nt_xent", "multi_similarity", "contrastive", "sigmoid")
+# Losses of two sides: two views of each item, and embeddings with their class vectors.
+# Both sides have gradients.
+TWO_SIDES = ("clip", "arcface")
 # How long memory is watched, and how long and often time is taken at most.
 PEAK_SECONDS, REPEAT_SECONDS, MOST_REPEATS = 0.3, 3.0, 101
 # What takes so many seconds is not repeated often.
@@ -33,7 +36,7 @@ class Case(NamedTuple):
     """A batch: unit vectors in classes of one size, or references of such.
 
     Attributes:
-        loss: one of `LOSSES` or `PAIR_LOSSES`.
+        loss: one of `LOSSES`, `PAIR_LOSSES` or `TWO_SIDES`.
         n: how many embeddings.
         classes: how many classes they are in.
         references: how many references, or 0 if the embeddings are their own.
@@ -97,8 +100,6 @@ def main(message: str) -> None:
     library, case, with_product = json.loads(message)
     case = Case(*case)
     arrays = case.arrays()
-    if case.loss in PAIR_LOSSES and not library.startswith("tripletjax"):
-        raise NotImplementedError("not supported")
     loss, product = LIBRARIES[library](case, *arrays)
     within_memory()
     start = time.perf_counter()
@@ -204,13 +205,15 @@ Timed = tuple[Callable[[], float], Callable[[], Any]]
 
 
 def with_jax(case: Case, function: Callable, x: Any, y: Any) -> Timed:
+    """The function takes x, or a tuple of x and y if both have gradients."""
     import jax
     import jax.numpy as jnp
 
+    argument = (x, y) if case.loss in TWO_SIDES else x
     loss = jax.jit(jax.value_and_grad(function))
     product = jax.jit(lambda x, y: jnp.matmul(x, y.T, precision="highest"))
     return (
-        lambda: float(jax.block_until_ready(loss(x))[0]),
+        lambda: float(jax.block_until_ready(loss(argument))[0]),
         lambda: product(x, y).block_until_ready(),
     )
 
@@ -231,16 +234,22 @@ def ours(case: Case, x: Any, labels: Any, *references: Any, blockwise: bool) -> 
     if case.loss in PAIR_LOSSES:
         named[case.loss] = getattr(module, f"{case.loss}_loss")
         options, metric = {}, tj.cosine
+    if case.loss in TWO_SIDES:
+        named |= {"clip": module.info_nce_loss, "arcface": module.arcface_loss}
+        options, metric = {}, tj.cosine
+        if case.loss == "clip":
+            options["symmetric"] = True
     loss = named[case.loss]
     if references:
         y, options["reference_labels"] = references
-        if blockwise:
-            options["references"] = y
 
-    def function(x: Any) -> Any:
+    def function(argument: Any) -> Any:
+        x, others = argument if case.loss in TWO_SIDES else (argument, y)
+        if not references:
+            others = None
         if blockwise:
-            return loss(x, labels, metric=metric, **options)
-        return loss(metric(x, *references[:1]), labels, **options)
+            return loss(x, labels, metric=metric, references=others, **options)
+        return loss(metric(x, others), labels, **options)
 
     return with_jax(case, function, x, y)
 
@@ -251,7 +260,7 @@ def cubed(case: Case, x: Any, labels: Any, *references: Any) -> Timed:
 
     import tripletjax as tj
 
-    if references:
+    if references or case.loss not in LOSSES:
         raise NotImplementedError("not supported")
     x, labels = jnp.asarray(x), jnp.asarray(labels)
     alike = labels[:, None] == labels
@@ -282,7 +291,7 @@ def representax(case: Case, x: Any, labels: Any, *references: Any) -> Timed:
     import jax.numpy as jnp
     from representax.tasks.triplet import losses
 
-    if references:
+    if references or case.loss not in LOSSES:
         raise NotImplementedError("not supported")
     x, labels = jnp.asarray(x), jnp.asarray(labels)
     terms = {
@@ -293,15 +302,27 @@ def representax(case: Case, x: Any, labels: Any, *references: Any) -> Timed:
     return with_jax(case, lambda x: terms(x, labels, margin=MARGIN).loss, x, x)
 
 
-def with_torch(function: Callable, x: Any, y: Any) -> Timed:
+def of_optax(case: Case, x: Any, labels: Any, *references: Any) -> Timed:
+    import jax.numpy as jnp
+    import optax
+
+    if references or case.loss != "nt_xent":
+        raise NotImplementedError("not supported")
+    x, labels = jnp.asarray(x), jnp.asarray(labels)
+    function = lambda x: optax.losses.ntxent(x, labels, temperature=0.1)  # noqa: E731
+    return with_jax(case, function, x, x)
+
+
+def with_torch(function: Callable, x: Any, y: Any, *, both: bool = False) -> Timed:
+    """The function takes x, or x and y if both have gradients."""
     import torch
 
     x = torch.tensor(x, requires_grad=True)
-    y = torch.tensor(y)
+    y = torch.tensor(y, requires_grad=both)
 
     def loss() -> float:
-        x.grad = None
-        value = function(x)
+        x.grad = y.grad = None
+        value = function(x, y) if both else function(x)
         value.backward()
         return value.item()
 
@@ -316,7 +337,19 @@ def sentence_transformers(case: Case, x: Any, labels: Any, *references: Any) -> 
     import torch
     from sentence_transformers.sentence_transformer import losses
 
-    if references:
+    if case.loss == "clip":
+        ranking = losses.MultipleNegativesRankingLoss(
+            torch.nn.Identity(),
+            directions=("query_to_doc", "doc_to_query"),
+            partition_mode="per_direction",
+        )
+        return with_torch(
+            lambda x, y: ranking.compute_loss_from_embeddings([x, y], None),
+            x,
+            references[0],
+            both=True,
+        )
+    if references or case.loss not in LOSSES:
         raise NotImplementedError("not supported")
     kind, method = {
         "hard": (losses.BatchHardTripletLoss, "batch_hard_triplet_loss"),
@@ -333,6 +366,35 @@ def pytorch_metric_learning(case: Case, x: Any, labels: Any, *references: Any) -
     import torch
     from pytorch_metric_learning import distances, losses, miners, reducers
 
+    labels = torch.tensor(labels)
+    if case.loss == "arcface":
+        margin = float(np.degrees(0.5))
+        classes = losses.ArcFaceLoss(case.references, case.dim, margin=margin)
+
+        def of_classes(x: Any, y: Any) -> Any:
+            classes._parameters.pop("W", None)
+            classes.W = y.T
+            return classes(x, labels)
+
+        return with_torch(of_classes, x, references[0], both=True)
+    if case.loss not in LOSSES:
+        if references:
+            raise NotImplementedError("not supported")
+        named = {
+            "supcon": losses.SupConLoss,
+            "nt_xent": functools.partial(losses.NTXentLoss, temperature=0.1),
+            "multi_similarity": losses.MultiSimilarityLoss,
+            "contrastive": functools.partial(
+                losses.ContrastiveLoss,
+                pos_margin=1,
+                neg_margin=0,
+                distance=distances.CosineSimilarity(),
+            ),
+        }
+        if case.loss not in named:
+            raise NotImplementedError("not supported")
+        of_pairs = named[case.loss]()
+        return with_torch(lambda x: of_pairs(x, labels), x, x)
     distance = distances.LpDistance(normalize_embeddings=False)
     loss = losses.TripletMarginLoss(
         margin=MARGIN,
@@ -346,7 +408,6 @@ def pytorch_metric_learning(case: Case, x: Any, labels: Any, *references: Any) -
             margin=MARGIN, type_of_triplets="semihard", distance=distance
         ),
     }[case.loss]
-    labels = torch.tensor(labels)
     others = tuple(map(torch.tensor, references))
 
     def function(x: Any) -> Any:
@@ -361,6 +422,7 @@ LIBRARIES: dict[str, Callable[..., Timed]] = {
     "representax": representax,
     "sentence-transformers": sentence_transformers,
     "pytorch-metric-learning": pytorch_metric_learning,
+    "optax": of_optax,
     "n x n x n": cubed,
 }
 

@@ -18,6 +18,7 @@ from contestants import (
     LIBRARIES,
     LOSSES,
     PAIR_LOSSES,
+    TWO_SIDES,
     Case,
     installed,
     machine,
@@ -26,6 +27,8 @@ from contestants import (
 
 SMALL = [(256, 64, 0), (1024, 256, 0)]
 LARGE = [(4096, 1024, 0), (4096, 8, 0), (4096, 16384, 65536)]
+# Both sides of losses of two sides are learned.
+SMALL_SIDES, LARGE_SIDES = [(1024, 1024, 1024)], [(4096, 4096, 4096)]
 
 
 def main() -> None:
@@ -34,7 +37,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file for all figures")
     parser.add_argument("--limit", type=float, default=300, help="seconds per case")
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES)
-    losses = LOSSES + PAIR_LOSSES
+    losses = LOSSES + PAIR_LOSSES + TWO_SIDES
     parser.add_argument("--losses", nargs="+", choices=losses, default=losses)
     arguments = parser.parse_args()
     if arguments.json is not None and arguments.json.exists():
@@ -44,9 +47,16 @@ def main() -> None:
     rows = []
     header = "| batch | loss |" + "".join(f" {name} |" for name in libraries)
     print(header, "|---" * (2 + len(libraries)) + "|", sep="\n", flush=True)
-    for n, classes, references in SMALL + (not arguments.quick) * LARGE:
-        for loss in arguments.losses:
-            case = Case(loss, n, classes, references)
+    large = not arguments.quick
+    one_side, two_sides = SMALL + large * LARGE, SMALL_SIDES + large * LARGE_SIDES
+    sizes = {
+        size: [loss for loss in arguments.losses if (loss in TWO_SIDES) == both]
+        for both, each in enumerate((one_side, two_sides))
+        for size in each
+    }
+    for size, losses in sizes.items():
+        for loss in losses:
+            case = Case(loss, *size)
             print(f"| {describe(case)} | {loss} |", end="", flush=True)
             for library in libraries:
                 result = measure(library, case, limit=arguments.limit)

@@ -13,6 +13,126 @@ import numpy as np
 NONE = (0, 0, 0, False)
 
 
+# Derivatives.
+
+
+class Dual:
+    """A number with its derivatives by many variables, which arithmetic carries along.
+
+    Loops over duals have exact gradients. Comparisons take the number alone.
+    """
+
+    __array_ufunc__ = None  # so that numbers of NumPy leave arithmetic to this class
+
+    def __init__(self, value, slopes):
+        self.value, self.slopes = float(value), slopes
+
+    def __add__(self, other):
+        return Dual(self.value + value_of(other), self.slopes + slopes_of(other))
+
+    def __mul__(self, other):
+        slopes = self.slopes * value_of(other) + self.value * slopes_of(other)
+        return Dual(self.value * value_of(other), slopes)
+
+    def __neg__(self):
+        return Dual(-self.value, -self.slopes)
+
+    def __sub__(self, other):
+        return self + -other
+
+    def __rsub__(self, other):
+        return -self + other
+
+    def __truediv__(self, other):
+        ratio = self.value / value_of(other)
+        slopes = (self.slopes - ratio * slopes_of(other)) / value_of(other)
+        return Dual(ratio, slopes)
+
+    def __rtruediv__(self, other):
+        ratio = other / self.value
+        return Dual(ratio, -ratio / self.value * self.slopes)
+
+    def __pow__(self, power):
+        return Dual(self.value**power, power * self.value ** (power - 1) * self.slopes)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __eq__(self, other):
+        return self.value == value_of(other)
+
+    def __lt__(self, other):
+        return self.value < value_of(other)
+
+    def __gt__(self, other):
+        return self.value > value_of(other)
+
+    def __le__(self, other):
+        return self.value <= value_of(other)
+
+    def __ge__(self, other):
+        return self.value >= value_of(other)
+
+    def __abs__(self):
+        return -self if self.value < 0 else self
+
+    __hash__ = None
+
+
+def value_of(x):
+    """A number without its derivatives."""
+    return x.value if isinstance(x, Dual) else float(x)
+
+
+def slopes_of(x):
+    return x.slopes if isinstance(x, Dual) else 0.0
+
+
+def _with_derivative(function, derivative):
+    def apply(x):
+        if not isinstance(x, Dual):
+            return function(x)
+        return Dual(function(x.value), derivative(x.value) * x.slopes)
+
+    return apply
+
+
+exp = _with_derivative(math.exp, math.exp)
+log = _with_derivative(math.log, lambda x: 1 / x)
+sqrt = _with_derivative(math.sqrt, lambda x: 0.5 / math.sqrt(x))
+sin = _with_derivative(math.sin, math.cos)
+cos = _with_derivative(math.cos, lambda x: -math.sin(x))
+arccos = _with_derivative(math.acos, lambda x: -1 / math.sqrt((1 - x) * (1 + x)))
+
+
+def _logistic(x):
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+
+
+sigmoid_of = _with_derivative(_logistic, lambda x: _logistic(x) * _logistic(-x))
+softplus = _with_derivative(
+    lambda x: max(x, 0.0) + math.log1p(math.exp(-abs(x))),
+    lambda x: math.exp(min(x, 0.0)) / (1 + math.exp(-abs(x))),
+)
+
+
+def value_and_gradients(function, *arguments):
+    """The value of a function of arrays and numbers, and its gradients by each."""
+    arrays = [np.asarray(x, float) for x in arguments]
+    ends = np.cumsum([x.size for x in arrays])
+    duals = []
+    for x, end in zip(arrays, ends):
+        each = np.empty(x.size, object)
+        for i, number in enumerate(x.ravel()):
+            slopes = np.zeros(ends[-1])
+            slopes[end - x.size + i] = 1
+            each[i] = Dual(number, slopes)
+        duals.append(each.reshape(x.shape) if x.ndim else each[0])
+    result = function(*duals)
+    slopes = np.zeros(ends[-1]) + slopes_of(result)
+    parts = np.split(slopes, ends[:-1])
+    return value_of(result), [part.reshape(x.shape) for part, x in zip(parts, arrays)]
+
+
 # Distances of two vectors.
 
 
@@ -29,10 +149,12 @@ def manhattan(a, b):
 
 
 def cosine(a, b):
-    norms = [math.sqrt(sum(float(s) ** 2 for s in v)) for v in (a, b)]
-    if 0 in norms:
+    a, b = ([s if isinstance(s, Dual) else float(s) for s in v] for v in (a, b))
+    squares = [sum(s * s for s in v) for v in (a, b)]
+    if 0 in squares:
         return 1.0
-    return 1 - sum(float(s) * float(t) for s, t in zip(a, b)) / norms[0] / norms[1]
+    product = sum(s * t for s, t in zip(a, b))
+    return 1 - product / sqrt(squares[0]) / sqrt(squares[1])
 
 
 def matrix(distance, x, y=None):
@@ -75,6 +197,19 @@ def pair_masks(
             matched = bool(match(labels[i], reference_labels[j]))
             positive[i, j], negative[i, j] = matched, not matched
     return positive, negative
+
+
+def ignore_false_negatives(d, positive, negative, margin=None, share=None):
+    """The negatives that are not much nearer than the nearest positive."""
+    kept = np.zeros_like(negative)
+    for a in range(len(d)):
+        nearest = min((d[a][p] for p in _of(positive, a)), default=None)
+        for n in _of(negative, a):
+            kept[a, n] = nearest is None or (
+                (margin is None or d[a][n] >= nearest - margin)
+                and (share is None or d[a][n] >= nearest - share * abs(1 - nearest))
+            )
+    return kept
 
 
 # Mining. Triplets are (anchor, positive, negative, valid).
@@ -447,14 +582,10 @@ def relevance_probabilities(r, categories, cap, gap, out_of_category):
 
 
 def log_sum_exp(values):
-    largest = max(values, default=-math.inf)
+    largest = value_of(max(values, default=-math.inf))
     if largest == -math.inf:
         return -math.inf
-    return largest + math.log(sum(math.exp(v - largest) for v in values))
-
-
-def softplus(x):
-    return log_sum_exp([0.0, x])
+    return largest + log(sum(exp(v - largest) for v in values))
 
 
 def mean(values):
@@ -488,11 +619,12 @@ def supcon(d, positive, negative, temperature=0.1):
     """Khosla et al. 2020, equation 2."""
     costs = []
     for a in range(len(d)):
-        ps = _of(positive, a)
-        logits = {j: -d[a][j] / temperature for j in ps + _of(negative, a)}
-        every = log_sum_exp(list(logits.values()))
+        ps = [-d[a][p] / temperature for p in _of(positive, a)]
+        ns = [-d[a][n] / temperature for n in _of(negative, a)]
         if ps:
-            costs.append(-mean(logits[p] - every for p in ps))
+            of_ps, of_ns = log_sum_exp(ps), log_sum_exp(ns)
+            # The log-sum-exp of all, without cancellation.
+            costs.append(softplus(of_ns - of_ps) + mean(of_ps - z for z in ps))
     return mean(costs)
 
 
@@ -503,7 +635,7 @@ def nt_xent(d, positive, negative, temperature=0.1):
         logits = [-d[a][n] / temperature for n in _of(negative, a)]
         for p in _of(positive, a):
             z = -d[a][p] / temperature
-            costs.append(log_sum_exp([z, *logits]) - z)
+            costs.append(softplus(log_sum_exp(logits) - z))
     return mean(costs)
 
 
@@ -526,7 +658,7 @@ def nca(d, positive, negative, temperature=0.1):
         ps = [-d[a][p] / temperature for p in _of(positive, a)]
         ns = [-d[a][n] / temperature for n in _of(negative, a)]
         if ps:
-            costs.append(log_sum_exp(ps + ns) - log_sum_exp(ps))
+            costs.append(softplus(log_sum_exp(ns) - log_sum_exp(ps)))
     return mean(costs)
 
 
@@ -560,16 +692,20 @@ def multi_similarity(
     return mean(costs)
 
 
-def circle(d, positive, negative, margin=0.4, scale=80.0, weights_of=None):
-    """Sun et al. 2020, equations 6 to 8; the weights are those of other distances."""
-    costs, w = [], d if weights_of is None else weights_of
+def circle(d, positive, negative, margin=0.4, scale=80.0):
+    """Sun et al. 2020, equations 6 to 8; the weights have no gradient."""
+
+    def weight(x):
+        return max(value_of(x), 0)
+
+    costs = []
     for a in range(len(d)):
         ps, ns = _of(positive, a), _of(negative, a)
         of_ps = [
-            -scale * max(margin + w[a][p], 0) * (1 - d[a][p] - (1 - margin)) for p in ps
+            -scale * weight(margin + d[a][p]) * (1 - d[a][p] - (1 - margin)) for p in ps
         ]
         of_ns = [
-            scale * max(1 - w[a][n] + margin, 0) * (1 - d[a][n] - margin) for n in ns
+            scale * weight(1 - d[a][n] + margin) * (1 - d[a][n] - margin) for n in ns
         ]
         if ps and ns:
             costs.append(softplus(log_sum_exp(of_ps) + log_sum_exp(of_ns)))
@@ -594,7 +730,7 @@ def _class_softmax(d, positive, negative, scale, with_margin):
         if ps:
             own = scale * with_margin(max(ps))
             others = [scale * (1 - d[a][n]) for n in _of(negative, a)]
-            costs.append(log_sum_exp([own, *others]) - own)
+            costs.append(softplus(log_sum_exp(others) - own))
     return mean(costs)
 
 
@@ -607,10 +743,10 @@ def arcface(d, positive, negative, margin=0.5, scale=64.0):
     """Deng et al. 2018, equation 3, and the continuation of its authors' code."""
 
     def with_margin(s):
-        angle = math.acos(min(max(s, -1.0), 1.0))
+        angle = arccos(min(max(s, -1.0), 1.0))
         if angle < math.pi - margin:
-            return math.cos(angle + margin)
-        return s - margin * math.sin(margin)
+            return cos(angle + margin)
+        return s - margin * sin(margin)
 
     return _class_softmax(d, positive, negative, scale, with_margin)
 
@@ -642,11 +778,15 @@ def contrastive(d, positive, negative, positive_margin=0.0, negative_margin=1.0)
 
 
 def margin(d, positive, negative, margin=0.2, beta=1.2):
-    """Wu et al. 2017, equation 4, over the pairs that cost anything."""
+    """Wu et al. 2017, equation 4, over the pairs that cost anything.
+
+    `beta` is a number, or one for each anchor.
+    """
     costs = []
     for a in range(len(d)):
-        costs += [margin + d[a][p] - beta for p in _of(positive, a)]
-        costs += [margin + beta - d[a][n] for n in _of(negative, a)]
+        own = beta[a] if np.ndim(beta) else beta
+        costs += [margin + d[a][p] - own for p in _of(positive, a)]
+        costs += [margin + own - d[a][n] for n in _of(negative, a)]
     return mean(c for c in costs if c > 0)
 
 
@@ -659,10 +799,6 @@ def sigmoid(d, positive, negative, scale=10.0, bias=-10.0):
         total += sum(softplus(scale * (1 - d[a][n]) + bias) for n in ns)
         anchors += bool(ps or ns)
     return total / max(anchors, 1)
-
-
-def sigmoid_of(x):
-    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
 
 
 def smooth_ap(d, positive, negative, temperature=0.01, include_anchor=True):
@@ -683,18 +819,6 @@ def smooth_ap(d, positive, negative, temperature=0.01, include_anchor=True):
             shares.append(rank_among_positives / (rank_among_positives + ahead))
         costs.append(1 - mean(shares))
     return mean(costs)
-
-
-def central_differences(function, d, mask, step=1e-6):
-    """The derivatives of a function of distances by those of a mask."""
-    gradient = np.zeros_like(d)
-    for place in np.argwhere(mask):
-        shift = np.zeros_like(d)
-        shift[tuple(place)] = step
-        gradient[tuple(place)] = (function(d + shift) - function(d - shift)) / (
-            2 * step
-        )
-    return gradient
 
 
 # Hard examples of a whole data set.

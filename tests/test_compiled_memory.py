@@ -149,6 +149,9 @@ PROGRAMS = PAIR_PROGRAMS | {
     "encode_in_chunks": of_loss(4 * MIB, encoded, [shape(16 * D, D)] * 6, X),
     "normalize": of_loss(4 * MIB, lambda x: tj.normalize(x).sum(), X),
     "pair_masks": of(MIB, tj.pair_masks, Y),
+    "ignore_false_negatives": of(
+        MATRIX + MIB, tj.ignore_false_negatives, DISTANCES, Y, margin=0.1, share=0.1
+    ),
     "batch_hard_triplets": of(MATRIX, tj.batch_hard_triplets, DISTANCES, Y),
     "batch_easy_hard_triplets": of(MATRIX, tj.batch_easy_hard_triplets, DISTANCES, Y),
     "batch_semi_hard_triplets": of(
@@ -265,6 +268,45 @@ SLOW = {
 @pytest.mark.parametrize("name", unless_slow(PROGRAMS, PROGRAMS.keys() - SLOW))
 def test_temporary_memory(name):
     limit, function, arguments = PROGRAMS[name]
+    memory = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= limit
+
+
+def large_batches() -> dict[str, Program]:
+    """A loss of each shape, two sides and class vectors, for 65,536 embeddings."""
+    n, scalar = 65_536, shape()
+    x, y = shape(n, D), shape(n, dtype=jnp.int32)
+    vectors, classes = shape(4096, D), shape(4096, dtype=jnp.int32)
+
+    def supcon(x, temperature, y):
+        return blockwise.supcon_loss(x, y, temperature=temperature)
+
+    def sigmoid(x, scale, y):
+        return blockwise.sigmoid_loss(x, y, scale=scale)
+
+    def arcface(x, scale, y, vectors, classes):
+        sides = {"references": vectors, "reference_labels": classes}
+        return blockwise.arcface_loss(x, y, scale=scale, **sides)
+
+    def both_sides(x, temperature, y, other):
+        sides = {"references": other, "reference_labels": y, "symmetric": True}
+        return blockwise.info_nce_loss(x, y, temperature=temperature, **sides)
+
+    def program(limit, loss, *more, by=(0, 1)):
+        return Program(limit, jax.value_and_grad(loss, by), (x, scalar, y, *more))
+
+    return {
+        "log-sum-exp": program(64 * MIB, supcon),
+        "separable": program(64 * MIB, sigmoid),
+        "class vectors": program(64 * MIB, arcface, vectors, classes, by=(0, 1, 3)),
+        # Twice as many embeddings.
+        "both sides": program(128 * MIB, both_sides, x, by=(0, 1, 3)),
+    }
+
+
+@pytest.mark.parametrize("name", unless_slow(large_batches(), [], slow=["log-sum-exp"]))
+def test_temporary_memory_of_large_batches(name):
+    limit, function, arguments = large_batches()[name]
     memory = jax.jit(function).lower(*arguments).compile().memory_analysis()
     assert memory.temp_size_in_bytes <= limit
 

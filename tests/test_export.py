@@ -44,6 +44,7 @@ def untrained(name, shape=SHAPE, **options):
                 class_sampling="uniform",
                 relevance="classes",
                 rotation_classes=1,
+                rounds=0,
                 batch_all_fraction=0.0,
                 temperature=None,
                 scale=None,

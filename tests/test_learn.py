@@ -32,7 +32,7 @@ from tripletjax.learn.data.image_cache import Decoding
 from tripletjax.learn.distributed import placement
 from tripletjax.learn.networks import embedding_networks, layers
 from tripletjax.learn.networks.embedding import as_floats
-from tripletjax.learn.runs import config, defaults, preparation, record, tasks
+from tripletjax.learn.runs import config, defaults, preparation, record, rounds, tasks
 from tripletjax.learn.runs import model as model_of_run
 from tripletjax.learn.runs.record import RunRecord
 from tripletjax.learn.training import loop, objectives, selection
@@ -1374,6 +1374,61 @@ def test_a_run_killed_before_its_first_state_begins_again(
     monkeypatch.setattr(defaults, "CHARACTERS", augment.Augment(rotation=90.0))
     learn.run(small(), out, resume=True, progress=False)
     assert_same_run(out, finished_exactly)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {},
+        {"loss": "arcface"},
+        {"loss": "supcon", "learn_loss": True, "memory": 16},
+    ],
+    ids=lambda options: options.get("loss", "default"),
+)
+def test_a_run_with_rounds_is_the_same_wherever_it_is_killed(
+    loss, tmp_path, own_data_dir, monkeypatch
+):
+    config = small(
+        steps=9, checkpoint_every=2, log_every=1, classes=4, rounds=2, **loss
+    )
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    learn.run(config, whole, progress=False)
+    mined = rounds.read_rounds(whole)
+    assert [one.step for one in mined] == [3, 6]
+    for one in mined:
+        sizes = np.unique(one.groups, return_counts=True)[1]
+        assert sizes.sum() == 10
+        assert 2 <= sizes.max() <= 4
+    # Killed before a round is mined, after it is written, and within the next round.
+    kills = [(rounds, "write_round", 3), (MetricsLog, "add", 4), (MetricsLog, "add", 8)]
+    for owner, name, step in kills:
+        act = getattr(owner, name)
+
+        def killed(first, line, act=act, step=step):
+            at = line["step"] if isinstance(line, dict) else line.step
+            if at == step:
+                raise MemoryError
+            act(first, line)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            with pytest.raises(MemoryError):
+                learn.run(config, out, resume=True, progress=False)
+    learn.run(config, out, resume=True, progress=False)
+    assert_same_run(out, whole)
+    assert (out / rounds.FILE).read_bytes() == (whole / rounds.FILE).read_bytes()
+    # Nothing is trained without the groups of the rounds so far.
+    longer, state = dataclasses.replace(config, steps=12), steps_of(out)
+    text = (out / rounds.FILE).read_text()
+    (out / rounds.FILE).write_text(text[:20])
+    with pytest.raises(ValueError, match=r"rounds\.json is damaged"):
+        learn.run(longer, out, resume=True, progress=False)
+    (out / rounds.FILE).unlink()
+    with pytest.raises(FileNotFoundError, match=r"rounds\.json does not exist"):
+        learn.run(longer, out, resume=True, progress=False)
+    assert steps_of(out) == state
 
 
 def test_names_that_no_font_has_are_shown_as_numbers(tmp_path):

@@ -84,6 +84,7 @@ def test_words_for_augmentation(word, expected):
     ("given", "words"),
     [
         ({"relevance": "folders", "triplets": "a"}, "relevance cannot be combined"),
+        ({"rounds": 1, "triplets": "a"}, "rounds cannot be combined with triplets"),
         ({"triplets_per_batch": 2}, "triplets_per_batch requires triplets"),
         ({"memory_warmup": 0.2}, "memory_warmup requires memory"),
         ({"steps": 0}, "steps must be at least 1 without backbone, got 0"),
@@ -164,6 +165,7 @@ def test_records_are_read_back_as_they_were(tmp_path):
         class_sampling="uniform",
         relevance="classes",
         rotation_classes=1,
+        rounds=2,
     )
     config = learn.Config(augment=Augment(flip=True), channels=(8, 16), size=9)
     for number, changes in enumerate(({}, {"backbone": backbone, "batches": batches})):

@@ -1,6 +1,7 @@
 """Log-sum-exp and separable losses: oracles, both forms, traps of other libraries."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -9,9 +10,27 @@ import numpy as np
 import oracles
 import pytest
 from hypothesis import given, settings
-from problems import LABELS, batch, problems, unless_slow, vectors
+from problems import LABELS, batch, in_lanes, problems, unless_slow, vectors
 
 import tripletjax as tj
+
+
+def guarded(oracle):
+    """An oracle whose negatives are none that are much nearer than a positive."""
+
+    def value(d, positive, negative, temperature, false_negative_margin, **options):
+        rule = {"margin": false_negative_margin}
+        kept = oracles.ignore_false_negatives(d, positive, negative, **rule)
+        if not options.get("symmetric"):
+            return oracle(d, positive, kept, temperature)
+        back = oracles.ignore_false_negatives(d.T, positive.T, negative.T, **rule)
+        return oracles.mean(
+            oracles.nt_xent(*side, temperature)
+            for side in ((d, positive, kept), (d.T, positive.T, back))
+        )
+
+    return value
+
 
 # name -> (loss, oracle, parameters with gradients, options)
 LOSSES = {
@@ -29,6 +48,18 @@ LOSSES = {
         tj.info_nce_loss,
         oracles.info_nce,
         {"temperature": 0.05},
+        {"symmetric": True},
+    ),
+    "nt_xent without false negatives": (
+        tj.nt_xent_loss,
+        guarded(oracles.nt_xent),
+        {"temperature": 0.1, "false_negative_margin": 0.1},
+        {},
+    ),
+    "info_nce of both sides without false negatives": (
+        tj.info_nce_loss,
+        guarded(oracles.info_nce),
+        {"temperature": 0.05, "false_negative_margin": 0.1},
         {"symmetric": True},
     ),
     "multi_similarity": (
@@ -77,6 +108,7 @@ LOSSES = {
 TWO_SIDES = {
     "info_nce",
     "info_nce of both sides",
+    "info_nce of both sides without false negatives",
     "cosface",
     "arcface",
     "proxy_anchor",
@@ -123,60 +155,76 @@ def problem_of(name, problem):
     return distances, labels, options, oracles.pair_masks(labels, **options)
 
 
+# The largest logit of losses whose logits lose more than 2e-5 to rounding, for
+# distances of up to 2. A float32 logit z has an error of about |z| 2^-24, and weights
+# are exponentials of logits.
+LARGEST_LOGIT = {
+    "circle": 80 * (2 + 0.4) * (2 - 0.4),
+    "cosface": 64 * (1 + 0.35),
+    "arcface": 64 * 2,
+    "smooth_ap": 2 / 0.01,
+    "smooth_ap of references alone": 2 / 0.01,
+}
+
+
+def tolerance(name):
+    """The relative error in float32: 2e-5, or that of three roundings of a logit."""
+    return max(2e-5, 3 * 2**-24 * LARGEST_LOGIT.get(name, 0))
+
+
+def oracle_gradients(name, d, masks, parameters):
+    """Value, gradient by distances, and gradients by parameters as a dictionary."""
+    oracle, fixed = LOSSES[name][1], LOSSES[name][3]
+    value, (by_d, *slopes) = oracles.value_and_gradients(
+        lambda d, *values: oracle(d, *masks, **dict(zip(parameters, values)), **fixed),
+        d,
+        *parameters.values(),
+    )
+    return value, by_d, dict(zip(parameters, slopes))
+
+
+# Ranks have derivatives s (1 - s) / temperature, of a sigmoid s: their error is that of
+# 1 - s, also where all of a row are small.
+RANKS = {"smooth_ap": 1 / 0.01, "smooth_ap of references alone": 1 / 0.1}
+
+
+def rounding_of_ranks(name, dtype):
+    return np.finfo(dtype).eps * RANKS.get(name, 0)
+
+
+def check_rows(name, got, expected, rtol, axis=-1):
+    """Errors are at most a share of the largest number of each row."""
+    largest = np.maximum(np.abs(expected).max(axis, keepdims=True), 1e-30)
+    error = np.abs(np.asarray(got, float) - expected)
+    error -= rounding_of_ranks(name, got.dtype)
+    assert (error / largest).max() <= rtol
+
+
 @every_loss
 @settings(max_examples=15)
 @given(problem=problems())
-def test_value_is_the_oracles(name, problem):
-    _, oracle, parameters, fixed = LOSSES[name]
+def test_value_and_gradients_are_the_oracles(name, problem):
+    """To 1e-10 in float64, and in float32 to 2e-5 of the largest of each anchor."""
     d, labels, options, masks = problem_of(name, problem)
-    value, _ = matrix_program(name)(d, labels, options, parameters)
-    expected = oracle(d.astype(float), *masks, **parameters, **fixed)
-    np.testing.assert_allclose(value, expected, rtol=2e-5, atol=1e-6)
+    axis = -2 if name == "proxy_anchor" else -1
+    for dtype, rtol in ((np.float64, 1e-10), (np.float32, tolerance(name))):
+        parameters = {k: dtype(v) for k, v in LOSSES[name][2].items()}
+        with jax.enable_x64(dtype is np.float64):
+            value, (by_d, by_parameters) = matrix_program(name)(
+                d.astype(dtype), labels, options, parameters
+            )
+        assert value.dtype == by_d.dtype == dtype
+        expected, slope, slopes = oracle_gradients(name, d, masks, parameters)
+        np.testing.assert_allclose(value, expected, rtol=rtol, atol=rtol / 100)
+        check_rows(name, by_d, slope, rtol, axis)
+        # Gradients by parameters are sums over pairs, which may cancel.
+        total = np.abs(slope).sum()
+        for key, got in by_parameters.items():
+            error = abs(float(got) - slopes[key]) - rounding_of_ranks(name, dtype)
+            assert error <= rtol * max(abs(slopes[key]), total), key
 
 
-@every_loss
-@settings(max_examples=6)
-@given(problem=problems())
-def test_double_precision(name, problem):
-    """Values to 1e-10; gradients to the precision of central differences."""
-    _, oracle, parameters, fixed = LOSSES[name]
-    d, labels, options, masks = problem_of(name, problem)
-    d = d.astype(np.float64)
-    more = dict(parameters)
-    if name == "circle":
-        fixed = {"weights_of": d}
-    with jax.enable_x64(True):
-        value, (by_d, by_parameters) = matrix_program(name)(
-            d, labels, options, {k: np.float64(v) for k, v in more.items()}
-        )
-        assert value.dtype == by_d.dtype == jnp.float64
-    function = functools.partial(oracle, **fixed)
-    expected = function(d, *masks, **parameters)
-    np.testing.assert_allclose(value, expected, rtol=1e-10, atol=1e-12)
-    expected = oracles.central_differences(
-        lambda d: function(d, *masks, **parameters), d, masks[0] | masks[1]
-    )
-    np.testing.assert_allclose(by_d, expected, rtol=1e-5, atol=1e-6)
-    _, (by_single, _) = matrix_program(name)(
-        d.astype(np.float32), labels, options, parameters
-    )
-    scale = np.abs(by_d).max()
-    np.testing.assert_allclose(by_single, by_d, rtol=2e-5, atol=2e-5 * scale + 1e-12)
-    if name == "circle":  # whose weights depend on the margin, without a gradient
-        return
-    for key, got in by_parameters.items():
-        if key == "epsilon":
-            assert np.asarray(got) == 0
-            continue
-
-        def shifted(step, key=key):
-            return function(d, *masks, **parameters | {key: parameters[key] + step})
-
-        slope = (shifted(1e-6) - shifted(-1e-6)) / 2e-6
-        np.testing.assert_allclose(got, slope, rtol=1e-5, atol=1e-6, err_msg=key)
-
-
-REFERENCES = np.arange(18) % 9
+REFERENCES = np.int32(np.arange(18) % 9)
 
 
 @functools.cache
@@ -225,6 +273,43 @@ def check_forms(name, x, labels, where=None, *, rtol=2e-5, **parameters):
         assert np.isfinite(one).all()
         np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol * scale + 1e-7)
     return got
+
+
+def by_embeddings(name, labels):
+    """The oracle of a loss as a function of embeddings, references and parameters."""
+    oracle, values, fixed = LOSSES[name][1:]
+    sides = (REFERENCES,) if name in TWO_SIDES else ()
+    masks = oracles.pair_masks(labels, *sides)
+
+    def value(x, y, *parameters):
+        d = oracles.matrix(oracles.cosine, x, *(y,) * len(sides))
+        return oracle(d, *masks, **dict(zip(values, parameters)), **fixed)
+
+    return value
+
+
+@every_form
+def test_gradients_by_embeddings_are_the_oracles(name):
+    """Without a matrix, to 1e-10 in float64 and 2e-5 of each anchor's in float32."""
+    for labels in (LABELS["few"], LABELS["many"]):
+        for dtype, rtol in ((np.float64, 1e-10), (np.float32, tolerance(name))):
+            x, y = (np.asarray(v, dtype) for v in (vectors(), vectors(18, seed=1)))
+            parameters = {k: dtype(v) for k, v in LOSSES[name][2].items()}
+            with jax.enable_x64(dtype is np.float64):
+                value, (by_x, by_y, slopes) = form(name, True)(
+                    x, y, labels.astype(np.int32), np.ones(40, bool), parameters
+                )
+            expected, (of_x, of_y, *of_parameters) = oracles.value_and_gradients(
+                by_embeddings(name, labels), x, y, *parameters.values()
+            )
+            np.testing.assert_allclose(value, expected, rtol=rtol, atol=rtol / 100)
+            check_rows(name, by_x, of_x, rtol)
+            check_rows(name, by_y, of_y, rtol)
+            total = np.abs(of_x).sum()
+            for key, slope in zip(parameters, of_parameters):
+                error = abs(float(slopes[key]) - slope)
+                error -= rounding_of_ranks(name, dtype)
+                assert error <= rtol * max(abs(slope), total), key
 
 
 @every_form
@@ -451,11 +536,11 @@ def test_losses_of_users(name):
             x, labels, parameters=p, block_size=16, **GENERAL[name]
         ),
     }
-    slope = (oracle(0.7 + 1e-6) - oracle(0.7 - 1e-6)) / 2e-6
+    expected, (slope,) = oracles.value_and_gradients(oracle, 0.7)
     for function in forms.values():
         value, by_parameter = jax.value_and_grad(function, 1)(x, 0.7)
-        np.testing.assert_allclose(value, oracle(0.7), rtol=2e-5)
-        np.testing.assert_allclose(by_parameter, slope, rtol=2e-4)
+        np.testing.assert_allclose(value, expected, rtol=2e-5)
+        np.testing.assert_allclose(by_parameter, slope, rtol=2e-5)
 
 
 @pytest.mark.slow
@@ -587,7 +672,7 @@ def test_small_losses_do_not_vanish():
     """log(x / y + epsilon) loses them."""
     d = jnp.float32([[0, 0, 1], [0, 0, 1], [1, 1, 0]])
     labels = jnp.array([0, 0, 1])
-    for loss in (tj.nt_xent_loss, tj.nca_loss):
+    for loss in (tj.nt_xent_loss, tj.nca_loss, tj.supcon_loss):
         value, gradient = jax.value_and_grad(
             lambda d: loss(d, labels, temperature=0.02)  # noqa: B023
         )(d)
@@ -682,6 +767,175 @@ def test_hard_negatives_are_references_without_an_anchor():
     )
 
 
+# A boundary of each class.
+
+
+@pytest.mark.parametrize("labels", unless_slow(LABELS, ["uneven"], slow=["many"]))
+def test_boundaries_of_classes(labels):
+    """Both forms, by embeddings and by the boundaries; float64 for the gradients."""
+    labels = LABELS[labels]
+    where = np.arange(40) < 37
+    beta = np.random.default_rng(0).uniform(0.5, 1.5, labels.max() + 1)
+    masks = oracles.pair_masks(labels, where=where)
+    x = np.asarray(vectors(), float)
+
+    def oracle(x, beta):
+        d = oracles.matrix(oracles.cosine, x)
+        return oracles.margin(d, *masks, beta=[beta[c] for c in labels])
+
+    expected, slopes = oracles.value_and_gradients(oracle, x, beta)
+    forms = {
+        "matrix": lambda x, beta: tj.margin_loss(
+            tj.cosine(x), labels, beta=beta[labels], where=where
+        ),
+        "blockwise": lambda x, beta: tj.blockwise.margin_loss(
+            x, labels, beta=beta[labels], where=where, block_size=16
+        ),
+        "terms": lambda x, beta: tj.mean_active(
+            tj.blockwise.margin_loss(
+                x,
+                labels,
+                beta=beta[labels],
+                where=where,
+                block_size=16,
+                reduce_fn=lambda terms: tj.TripletTerms(
+                    terms.total, terms.active, terms.valid
+                ),
+            )
+        ),
+    }
+    with jax.enable_x64(True):
+        for form in forms.values():
+            value, gradients = jax.jit(jax.value_and_grad(form, (0, 1)))(x, beta)
+            np.testing.assert_allclose(value, expected, rtol=1e-10)
+            for got, slope in zip(gradients, slopes):
+                np.testing.assert_allclose(got, slope, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.slow
+def test_boundaries_of_anchors_in_batches_and_over_meshes():
+    x, labels = batch(36)
+    beta = np.linspace(0.5, 1.5, 36, dtype=np.float32)
+    loss = functools.partial(tj.blockwise.margin_loss, block_size=8)
+    run = jax.value_and_grad(lambda x, beta: loss(x, labels, beta=beta), (0, 1))
+    expected = run(x, beta)
+    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+        over_mesh = jax.value_and_grad(
+            lambda x, beta: loss(x, labels, beta=beta, axis_name="data"), (0, 1)
+        )
+        got = jax.jit(over_mesh)(x, beta)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+    both = jnp.stack([x, x[::-1]]), jnp.stack([labels, labels[::-1]])
+    betas = jnp.stack([beta, beta[::-1]])
+    for got in (
+        loss(*both, beta=betas),
+        tj.margin_loss(tj.cosine(both[0]), both[1], beta=betas),
+    ):
+        np.testing.assert_allclose(got, [expected[0]] * 2, rtol=2e-5)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_wrong_boundaries_are_named(blockwise):
+    loss = tj.blockwise.margin_loss if blockwise else tj.margin_loss
+    x = jnp.ones((4, 4))
+    with pytest.raises(ValueError, match="beta must be a scalar or have one value"):
+        loss(x, [0, 0, 1, 1], beta=np.ones(3))
+    with pytest.raises(ValueError, match="beta must be finite"):
+        loss(x, [0, 0, 1, 1], beta=np.array([1, 1, np.nan, 1]))
+
+
+# False negatives.
+
+
+RULES = [{"margin": 0.1}, {"share": 0.2}, {"margin": -0.1, "share": 0.05}]
+
+
+@settings(max_examples=20)
+@given(problem=problems())
+def test_masks_without_false_negatives(problem):
+    """Ties at the limit stay, whole rows without a positive as well."""
+    d, labels, options = problem
+    positive, negative = oracles.pair_masks(labels, **options)
+    for rule in ({"margin": 0.125}, {"margin": 0.0}, {"margin": -0.25, "share": 0.0}):
+        got = tj.ignore_false_negatives(d, labels, **rule, **options)
+        kept = oracles.ignore_false_negatives(d, positive, negative, **rule)
+        np.testing.assert_array_equal(got.positive, positive)
+        np.testing.assert_array_equal(got.negative, kept)
+
+
+GUARDED = ["supcon", "nt_xent", "decoupled_contrastive", "nca", "info_nce"]
+
+
+@pytest.mark.parametrize("name", unless_slow(GUARDED, ["supcon"]))
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_false_negatives_have_no_weight(name, rule):
+    """Both forms are the loss of masks without them, and limits have no gradient."""
+    loss = LOSSES[name][0]
+    by_blocks = functools.partial(getattr(tj.blockwise, loss.__name__), block_size=16)
+    x, labels, where = vectors(), LABELS["few"], np.arange(40) < 37
+    options = {"where": where}
+    if name in TWO_SIDES:
+        options |= {"reference_labels": labels, "reference_where": where}
+    y = vectors(seed=1)
+    references = {"references": y} if name in TWO_SIDES else {}
+    d = tj.cosine(x, *references.values())
+    masks = tj.ignore_false_negatives(d, labels, **rule, **options)
+    ignored = tj.pair_masks(labels, **options).negative.sum() - masks.negative.sum()
+    assert ignored > 20
+    guard = {f"false_negative_{key}": value for key, value in rule.items()}
+
+    def by_guard(x):
+        return by_blocks(x, labels, **references, **options, **guard)
+
+    def by_masks(x):
+        return loss(tj.cosine(x, *references.values()), masks)
+
+    def by_matrix(x, guard):
+        d = tj.cosine(x, *references.values())
+        return loss(d, labels, **options, **guard)
+
+    expected, slope = jax.value_and_grad(by_masks)(x)
+    value, by_x = jax.value_and_grad(by_guard)(x)
+    matrix, (by_matrix_x, by_rule) = jax.value_and_grad(by_matrix, (0, 1))(x, guard)
+    for got, gradient in ((value, by_x), (matrix, by_matrix_x)):
+        np.testing.assert_allclose(got, expected, rtol=2e-5)
+        scale = float(np.abs(slope).max())
+        np.testing.assert_allclose(gradient, slope, rtol=2e-5, atol=2e-5 * scale)
+    assert not any(np.any(g) for g in by_rule.values())
+
+
+def test_collapse_is_not_a_false_negative():
+    """Equal distances stay negatives, or collapse would cost nothing."""
+    x, labels = jnp.ones((8, 3)), jnp.arange(8) // 2
+    plain = tj.nt_xent_loss(tj.cosine(x), labels)
+    got = tj.nt_xent_loss(tj.cosine(x), labels, false_negative_margin=0.0)
+    np.testing.assert_allclose(got, plain, rtol=1e-6)
+    np.testing.assert_allclose(plain, np.log(7), rtol=1e-6)
+
+
+def test_a_rule_must_be_given():
+    with pytest.raises(ValueError, match="margin or share must be given"):
+        tj.ignore_false_negatives(jnp.ones((2, 2)), [0, 1])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_known_parameters_are_finite(value):
+    d, labels = jnp.ones((4, 4)), [0, 0, 1, 1]
+    for name in LOSSES:
+        loss, _, parameters, fixed = LOSSES[name]
+        pairs = {"reference_labels": labels} if name in TWO_SIDES else {}
+        for form in (loss, getattr(tj.blockwise, loss.__name__)):
+            for key in parameters:
+                for wrong in (value, np.float64(value), jnp.float32(value)):
+                    with pytest.raises(ValueError, match=f"{key} must be finite"):
+                        form(d, labels, **pairs, **fixed, **{key: wrong})
+    with pytest.raises(ValueError, match="share must be finite"):
+        tj.ignore_false_negatives(d, labels, share=value)
+    with pytest.raises(ValueError, match="false_negative_share must be finite"):
+        tj.supcon_loss(d, labels, false_negative_share=value)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -713,50 +967,48 @@ def test_class_vectors_need_labels(blockwise):
 # Meshes.
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", ["supcon", "sigmoid", "smooth_ap"])
-def test_meshes(name, devices):
-    """One value and gradient, also by parameters, on any number of devices."""
-    loss = getattr(tj.blockwise, LOSSES[name][0].__name__)
-    x, labels = batch(32)
-    parameters = {k: jnp.float32(v) for k, v in LOSSES[name][2].items()}
-
-    def value(x, parameters, **options):
-        return loss(x, labels, block_size=8, **parameters, **options)
-
-    expected = jax.value_and_grad(value, (0, 1))(x, parameters)
-    with jax.set_mesh(jax.make_mesh((devices,), ("data",))):
-        program = jax.jit(
-            jax.value_and_grad(functools.partial(value, axis_name="data"), (0, 1))
-        )
-        got = program(x, parameters)
-        text = program.lower(x, parameters).as_text()
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
-        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
-    # Vectors, labels; and `where` if there is one.
-    gathers = len(re.findall(r"stablehlo.all_gather", text))
-    assert gathers <= 2
+# name -> gathers of vectors. Each direction of two sides that are both anchors has one.
+OVER_MESHES = {
+    "supcon": 1,
+    "sigmoid": 1,
+    "smooth_ap": 1,
+    "nt_xent without false negatives": 1,
+    "info_nce": 1,
+    "arcface": 1,
+    "proxy_anchor": 1,
+    "info_nce of both sides": 2,
+}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["info_nce", "info_nce of both sides", "arcface", "proxy_anchor"]
+@in_lanes(
+    ("name", "devices"),
+    itertools.product(OVER_MESHES, [1, 2, 4, 8]),
+    slow=lambda name, devices: (
+        devices == 4 or (devices == 8 and name in ("supcon", "sigmoid"))
+    ),
 )
-def test_meshes_of_two_sides(name):
-    loss, _, _, fixed = LOSSES[name]
+def test_meshes(name, devices):
+    """One value and one gradient, by parameters as well, on any number of devices."""
+    loss, _, values, fixed = LOSSES[name]
     loss = getattr(tj.blockwise, loss.__name__)
     x, labels = batch(32)
     y, classes = batch(16, classes=3, seed=1)
+    parameters = {k: jnp.float32(v) for k, v in values.items()}
 
-    def value(x, y, **options):
-        return loss(
-            x, labels, references=y, reference_labels=classes, **fixed, **options
-        )
+    def value(x, y, parameters, **options):
+        if name in TWO_SIDES:
+            options |= {"references": y, "reference_labels": classes}
+        return loss(x, labels, block_size=8, **parameters, **fixed, **options)
 
-    expected = jax.value_and_grad(value, (0, 1))(x, y)
-    with jax.set_mesh(jax.make_mesh((4,), ("data",))):
+    arguments = x, y, parameters
+    expected = jax.jit(jax.value_and_grad(value, (0, 1, 2)))(*arguments)
+    with jax.set_mesh(jax.make_mesh((devices,), ("data",))):
         step = functools.partial(value, axis_name="data")
-        got = jax.jit(jax.value_and_grad(step, (0, 1)))(x, y)
+        program = jax.jit(jax.value_and_grad(step, (0, 1, 2)))
+        got, text = program(*arguments), program.lower(*arguments).as_text()
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+    gathers = re.findall(r'stablehlo.all_gather"[^\n]*x5xf32>\n', text)
+    scatters = re.findall(r"stablehlo.(?:reduce_scatter|all_to_all)", text)
+    assert len(gathers) == OVER_MESHES[name]
+    assert len(scatters) == (OVER_MESHES[name] if devices > 1 else 0)

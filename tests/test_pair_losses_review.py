@@ -94,7 +94,7 @@ def test_terms_may_be_booleans_and_integers(module):
     [
         (1j, TypeError, "base must be a real number"),
         ("high", TypeError, "base must be a real number"),
-        (float("nan"), ValueError, "base must be a number, got nan"),
+        (float("nan"), ValueError, "base must be finite, got nan"),
     ],
 )
 def test_parameters_of_any_sign_are_real_numbers(module, value, error, words):

@@ -104,7 +104,7 @@ from tripletjax.pair_losses import (
     mean_valid_by_side,
     separable_loss,
 )
-from tripletjax.pairs import PairMasks, pair_masks
+from tripletjax.pairs import PairMasks, ignore_false_negatives, pair_masks
 from tripletjax.relevance import relevance_triplets
 from tripletjax.separable_losses import contrastive_loss, margin_loss, sigmoid_loss
 from tripletjax.smooth_ap import smooth_ap_loss
@@ -162,6 +162,7 @@ __all__ = [
     "gradient_caching",
     "hard_band",
     "hard_examples",
+    "ignore_false_negatives",
     "info_nce_loss",
     "log_sum_exp_loss",
     "losses",

@@ -64,6 +64,7 @@ def jitted(
     static: tuple[str, ...] = (),
     nonnegative: tuple[str, ...] = (),
     positive: tuple[str, ...] = (),
+    finite: tuple[str, ...] = (),
     optional: tuple[str, ...] = (),
     keep_dtypes: bool = False,
     check: Callable[..., None] | None = None,
@@ -80,6 +81,7 @@ def jitted(
         nonnegative: numeric options that may be traced; when their value is known
             they must be finite and at least 0.
         positive: the same for options that must be above 0.
+        finite: the same for options of any sign.
         optional: arguments that may be None; those whose default is None may, too.
         keep_dtypes: whether labels stay int8 or int16, which results then have.
         check: raises for arguments whose values are known and wrong.
@@ -95,6 +97,7 @@ def jitted(
     statics = tuple(converters)
     converters.update(dict.fromkeys(nonnegative, _as_nonnegative))
     converters.update(dict.fromkeys(positive, _as_positive))
+    converters.update(dict.fromkeys(finite, _as_finite))
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         arguments = _Arguments.of(
@@ -250,6 +253,11 @@ def _as_positive(name: str, value: Any) -> Any:
     return value if isinstance(value, jax.Array) else float(value)
 
 
+def _as_finite(name: str, value: Any) -> Any:
+    check_finite(name, value)
+    return value if isinstance(value, jax.Array) else float(value)
+
+
 def _as_labels(name: str, value: Any) -> Any:
     value = as_arrays(name, value)
     narrow = isinstance(value, np.ndarray | jax.Array) and value.dtype.kind in "iu"
@@ -316,6 +324,13 @@ def known_scalar(name: str, value: Any) -> Any:
             "over several."
         )
     return number
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Raise for a scalar that is not traced, and NaN or infinite."""
+    number = known_scalar(name, value)
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value!r}.")
 
 
 def check_nonnegative(name: str, value: Any) -> None:

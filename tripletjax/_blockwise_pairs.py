@@ -11,7 +11,13 @@ from jax.typing import ArrayLike
 
 from tripletjax import pair_losses, separable_losses, smooth_ap, softmax_losses
 from tripletjax._api import as_integer
-from tripletjax._engine.pair_losses import LOG_SUM_EXP, SEPARABLE, PairSpec, pair_terms
+from tripletjax._engine.pair_losses import (
+    LOG_SUM_EXP,
+    SEPARABLE,
+    PairSpec,
+    TileWalk,
+    pair_terms,
+)
 from tripletjax._engine.smooth_ap import SMOOTH_AP
 from tripletjax._matrices import check_not_distances
 from tripletjax._pairwise.batch import Batch, as_batch, for_each_batch
@@ -35,6 +41,7 @@ from tripletjax.pair_losses import (
     Parameters,
     Separable,
     both_sides,
+    is_per_anchor,
     mean_active_by_side,
     mean_of_anchors,
     mean_valid_by_side,
@@ -63,7 +70,7 @@ _LINES = {
 
 
 # The walks over tiles of each shape of losses.
-WALKS = {
+WALKS: dict[type, TileWalk] = {
     LogSumExp: LOG_SUM_EXP,
     Separable: SEPARABLE,
     smooth_ap.SmoothAP: SMOOTH_AP,
@@ -105,7 +112,11 @@ def _of_embeddings(
                 return result
             return without_padding(result, n, options)
 
-        return over_mesh(together=together, parameters=definition.checks)(compiled)
+        return over_mesh(
+            together=together,
+            parameters=definition.checks,
+            of_anchors=definition.of_anchors,
+        )(compiled)
 
     return decorate
 
@@ -152,12 +163,20 @@ def _blockwise(
         sides.append(_other_side(embeddings, labels, options))
     checked = [as_batch(metric, x, y, **side) for x, y, side in sides]
     batches, lead = [batch for batch, _ in checked], checked[0][1]
-    parameters = loss.parameters_as(batches[0].anchors.dtype)
+    anchors = batches[0].anchors
+    parameters = loss.parameters_for(anchors.dtype, anchors.shape[:-1])
+    # Every batch of the leading dimensions has the parameters that are not per anchor.
+    parameters = jax.tree.map(
+        lambda x: x if is_per_anchor(x) else jnp.broadcast_to(x, (*lead, *x.shape)),
+        parameters,
+        is_leaf=is_per_anchor,
+    )
     symmetric = loss.symmetric and not apart
     spec = PairSpec(loss.shape, metric, symmetric, summed, block_size)
     walk = WALKS[type(loss.shape)]
 
-    def one(batches: list[Batch]) -> Any:
+    def one(inputs: tuple[list[Batch], Any]) -> Any:
+        batches, parameters = inputs
         each = [pair_terms(spec, walk, *_varying(x, parameters)) for x in batches]
         if not summed:
             if axis_name is not None:
@@ -168,7 +187,7 @@ def _blockwise(
             sums = lax.psum(sums, axis_name)
         return reduce_fn.of_sums(sums)
 
-    return for_each_batch(lead, one, batches)
+    return for_each_batch(lead, one, (batches, parameters))
 
 
 def _other_side(
@@ -341,6 +360,8 @@ def supcon_loss(
     *,
     metric: Metric = cosine,
     temperature: ArrayLike = 0.1,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
     references: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
@@ -351,7 +372,8 @@ def supcon_loss(
     reduce_fn: Reduction | None = mean_valid,
 ) -> Any:
     """Supervised contrastive loss."""
-    loss = softmax_losses.define_supcon(temperature)
+    guard = false_negative_margin, false_negative_share
+    loss = softmax_losses.define_supcon(temperature, *guard)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     blocks = Blocks(metric, references, axis_name, block_size)
     return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
@@ -364,6 +386,8 @@ def nt_xent_loss(
     *,
     metric: Metric = cosine,
     temperature: ArrayLike = 0.1,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
     references: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
@@ -374,7 +398,8 @@ def nt_xent_loss(
     reduce_fn: Reduction | None = mean_valid,
 ) -> Any:
     """Normalised temperature-scaled cross entropy of each positive pair."""
-    loss = softmax_losses.define_nt_xent(temperature)
+    guard = false_negative_margin, false_negative_share
+    loss = softmax_losses.define_nt_xent(temperature, *guard)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     blocks = Blocks(metric, references, axis_name, block_size)
     return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
@@ -387,6 +412,8 @@ def decoupled_contrastive_loss(
     *,
     metric: Metric = cosine,
     temperature: ArrayLike = 0.1,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
     references: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
@@ -397,7 +424,8 @@ def decoupled_contrastive_loss(
     reduce_fn: Reduction | None = mean_valid,
 ) -> Any:
     """Decoupled contrastive loss, whose denominator has negatives alone."""
-    loss = softmax_losses.define_decoupled_contrastive(temperature)
+    guard = false_negative_margin, false_negative_share
+    loss = softmax_losses.define_decoupled_contrastive(temperature, *guard)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     blocks = Blocks(metric, references, axis_name, block_size)
     return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
@@ -410,6 +438,8 @@ def nca_loss(
     *,
     metric: Metric = cosine,
     temperature: ArrayLike = 0.1,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
     references: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
@@ -420,7 +450,8 @@ def nca_loss(
     reduce_fn: Reduction | None = mean_valid,
 ) -> Any:
     """Neighbourhood components analysis: the probability of any positive."""
-    loss = softmax_losses.define_nca(temperature)
+    guard = false_negative_margin, false_negative_share
+    loss = softmax_losses.define_nca(temperature, *guard)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     blocks = Blocks(metric, references, axis_name, block_size)
     return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)
@@ -434,6 +465,8 @@ def info_nce_loss(
     metric: Metric = cosine,
     temperature: ArrayLike = 0.05,
     symmetric: bool = False,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
     references: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
@@ -444,7 +477,8 @@ def info_nce_loss(
     reduce_fn: Reduction | None = mean_valid,
 ) -> Any:
     """InfoNCE of two sides, such as questions and answers or images and captions."""
-    loss = softmax_losses.define_info_nce(temperature, symmetric)
+    guard = false_negative_margin, false_negative_share
+    loss = softmax_losses.define_info_nce(temperature, symmetric, *guard)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     blocks = Blocks(metric, references, axis_name, block_size)
     return _blockwise(loss, embeddings, labels, pairs, blocks, reduce_fn)

@@ -6,7 +6,6 @@ negatives are wrongly labelled positives: ranges and margins exclude them, and e
 result counts the exclusions of each rule.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from tripletjax._api import jitted, known_scalar
+from tripletjax._api import check_finite, jitted
 from tripletjax._matrices import (
     check_not_distances,
     ordered_bits,
@@ -112,11 +111,8 @@ def _check_options(embeddings: Any, labels: Any, **options: Any) -> None:
     """Check `margin` and `relative_margin` whose values are known."""
     check_not_distances(embeddings, labels, **options)
     for name in ("margin", "relative_margin"):
-        if (value := options.get(name)) is None:
-            continue
-        number = known_scalar(name, value)
-        if number is not None and not math.isfinite(number):
-            raise ValueError(f"{name} must be finite, got {value!r}.")
+        if (value := options.get(name)) is not None:
+            check_finite(name, value)
 
 
 def _same(result: Any, first: Array) -> Any:

@@ -30,9 +30,9 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from tripletjax._api import check_nonnegative, check_positive, jitted, known_scalar
+from tripletjax._api import check_finite, check_nonnegative, check_positive, jitted
 from tripletjax._closures import canonical
-from tripletjax._matrices import as_distances, check_not_embeddings
+from tripletjax._matrices import as_distances, check_not_embeddings, values_at_hand
 from tripletjax.losses import (
     Reduction,
     SumReduction,
@@ -51,6 +51,44 @@ R = TypeVar("R")
 Check = Callable[[str, Any], None]
 # A pytree of arrays with gradients, such as a temperature.
 Parameters = Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["name"]
+)
+@dataclasses.dataclass(frozen=True)
+class PerAnchor:
+    """A parameter with a value for each anchor, among those of a separable loss.
+
+    Attributes:
+        values: ``[..., n]``.
+        name: the argument.
+    """
+
+    values: Any
+    name: str
+
+
+def is_per_anchor(x: Any) -> bool:
+    """Whether a part of parameters is a `PerAnchor`."""
+    return isinstance(x, PerAnchor)
+
+
+def at_anchors(
+    parameters: Parameters, function: Callable[[Any], Any], *, keep: bool = False
+) -> Parameters:
+    """Parameters with a function of each array ``[..., n]`` of anchors in its place.
+
+    With `keep`, the results are values of anchors as well.
+    """
+
+    def of(x: Any) -> Any:
+        if not is_per_anchor(x):
+            return x
+        values = function(x.values)
+        return PerAnchor(values, x.name) if keep else values
+
+    return jax.tree.map(of, parameters, is_leaf=is_per_anchor)
 
 
 class AnchorPairs(NamedTuple):
@@ -199,8 +237,8 @@ class LogSumExp:
         logit: elementwise ``(distances of negatives, parameters) -> logits``.
         cost: ``(AnchorPairs, parameters) -> terms`` ``[..., n]``.
         limits: None, or ``(distances of positives [..., n, k], which exist, parameters)
-            -> (low, high)`` ``[..., n]``: negatives count only between the two. Limits
-            have no gradient.
+            -> (low, high)`` ``[..., n]``: negatives count from low on and below high.
+            Limits have no gradient.
     """
 
     logit: Callable[[Array, Parameters], Array]
@@ -217,8 +255,7 @@ class LogSumExp:
         """The limits of each anchor's negatives, or None."""
         if self.limits is None:
             return None
-        low, high = self.limits(distances, exists, parameters)
-        return lax.stop_gradient((low, high))
+        return self.limits(*lax.stop_gradient((distances, exists, parameters)))
 
     def logits_of(self, distances: Array, parameters: Parameters) -> Array:
         """The checked logits of negatives of any shape."""
@@ -243,7 +280,8 @@ class LogSumExp:
         kept = negative
         if (limits := self.limits_of(d_ap, positive, parameters)) is not None:
             low, high = (x[..., None] for x in limits)
-            kept = kept & (low < distances) & (distances < high)
+            # A NaN stays, for the loss to show it.
+            kept = kept & ~((distances < low) | (distances >= high))
         logits = self.logits_of(jnp.where(kept, distances, 0), parameters)
         nearest = jnp.min(jnp.where(kept, distances, jnp.inf), axis=-1)
         pairs = AnchorPairs(
@@ -282,6 +320,7 @@ class Separable:
 
     def terms(self, distances: Array, masks: PairMasks, parameters: Parameters) -> Any:
         """The terms ``[..., n]`` of a distance matrix ``[..., n, m]``."""
+        parameters = at_anchors(parameters, lambda x: x[..., None])
         functions = self.positive_costs, self.negative_costs
         positives, negatives = (
             sums_of_pairs(function, distances, mask, parameters)
@@ -362,9 +401,24 @@ class PairLoss(NamedTuple):
     symmetric: bool = False
     swapped: bool = False
 
-    def parameters_as(self, dtype: Any) -> Parameters:
-        """The parameters as arrays of a dtype."""
-        return jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), self.parameters)
+    def parameters_for(self, dtype: Any, anchors: tuple[int, ...]) -> Parameters:
+        """The parameters as arrays of a dtype, for anchors of a shape ``[..., n]``."""
+
+        def broadcast(x: PerAnchor) -> PerAnchor:
+            try:
+                return PerAnchor(jnp.broadcast_to(x.values, anchors), x.name)
+            except ValueError:
+                raise ValueError(
+                    f"{x.name} must be a scalar or have one value for each anchor, got "
+                    f"shape {jnp.shape(x.values)} for anchors of shape {anchors}."
+                ) from None
+
+        parameters = jax.tree.map(
+            lambda x: broadcast(x) if is_per_anchor(x) else x,
+            self.parameters,
+            is_leaf=is_per_anchor,
+        )
+        return jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), parameters)
 
     def check_pairs(self, labels: Any, pairs: PairOptions) -> None:
         """Raise for arguments of pairs that the loss cannot have."""
@@ -388,12 +442,14 @@ class Definition(NamedTuple):
         checks: names of numeric parameters, and functions that raise for wrong values.
         callables, flags: names of static parameters.
         by_anchor: whether terms are those of the anchors, and never of references.
+        of_anchors: names of parameters that may have a value for each anchor.
     """
 
     checks: dict[str, Check]
     callables: tuple[str, ...]
     flags: tuple[str, ...]
     by_anchor: bool
+    of_anchors: tuple[str, ...]
 
     def jitted(
         self,
@@ -415,7 +471,9 @@ class Definition(NamedTuple):
         def of_scalars(*args: P.args, **kwargs: P.kwargs) -> R:
             for name in self.checks:
                 value: Any = kwargs.get(name)
-                if name != "parameters" and value is not None and jnp.ndim(value):
+                if self.checks[name] in (any_tree, check_finite_values):
+                    continue
+                if value is not None and jnp.ndim(value):
                     raise ValueError(
                         f"{name} must be a scalar, got shape {jnp.shape(value)}; use "
                         "jax.vmap to sweep over several."
@@ -424,9 +482,9 @@ class Definition(NamedTuple):
 
         def check_all(*args: Any, **kwargs: Any) -> None:
             check(*args, **kwargs)
-            for name in names(any_number):
-                if kwargs.get(name) is not None:
-                    any_number(name, kwargs[name])
+            for name in names(check_finite_values):
+                if name in kwargs:
+                    check_finite_values(name, kwargs[name])
 
         def names(of: Check) -> tuple[str, ...]:
             return tuple(name for name, check in self.checks.items() if check is of)
@@ -437,16 +495,24 @@ class Definition(NamedTuple):
             static=static,
             nonnegative=names(check_nonnegative),
             positive=names(check_positive),
+            finite=names(check_finite),
             optional=("reduce_fn",),
             check=check_all,
         )(of_scalars)
 
 
-def any_number(name: str, value: Any) -> None:
-    """Raise for a value that is neither traced nor a real number."""
-    number = None if name == "parameters" else known_scalar(name, value)
-    if number is not None and np.isnan(number):
-        raise ValueError(f"{name} must be a number, got {value!r}.")
+def check_finite_values(name: str, value: Any) -> None:
+    """Raise for a scalar, or for an array at hand, with a NaN or an infinity."""
+    if not jnp.ndim(value):
+        check_finite(name, value)
+        return
+    values = values_at_hand(value)
+    if values is not None and not np.isfinite(values.astype(float)).all():
+        raise ValueError(f"{name} must be finite, got NaN or infinite values.")
+
+
+def any_tree(name: str, value: Any) -> None:
+    """The check of parameters that may be any pytree of numbers."""
 
 
 # The definition of each loss of distances, for its form of embeddings.
@@ -457,7 +523,9 @@ def pair_loss(
     *,
     positive: tuple[str, ...] = (),
     nonnegative: tuple[str, ...] = (),
-    numbers: tuple[str, ...] = (),
+    finite: tuple[str, ...] = (),
+    of_anchors: tuple[str, ...] = (),
+    trees: tuple[str, ...] = (),
     callables: tuple[str, ...] = (),
     flags: tuple[str, ...] = (),
     by_anchor: bool = True,
@@ -465,15 +533,19 @@ def pair_loss(
     """Define a loss of distances: check and jit the function that it decorates.
 
     Args:
-        positive, nonnegative, numbers: names of numeric parameters, which may be
-            traced and have gradients.
+        positive, nonnegative, finite: names of numeric parameters, which may be
+            traced and have gradients. Known values must be finite.
+        of_anchors: names of such parameters that may have a value for each anchor.
+        trees: names of pytrees of such parameters, whose values nothing checks.
         callables, flags: names of static parameters.
         by_anchor: whether terms are those of the anchors, and never of references.
     """
     checks: dict[str, Check] = dict.fromkeys(positive, check_positive)
     checks |= dict.fromkeys(nonnegative, check_nonnegative)
-    checks |= dict.fromkeys(numbers, any_number)
-    definition = Definition(checks, callables, flags, by_anchor)
+    checks |= dict.fromkeys(finite, check_finite)
+    checks |= dict.fromkeys(of_anchors, check_finite_values)
+    checks |= dict.fromkeys(trees, any_tree)
+    definition = Definition(checks, callables, flags, by_anchor, of_anchors)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         public = definition.jitted(function, check=check_not_embeddings)
@@ -493,7 +565,7 @@ def of_distances(
     """The reduced terms of a loss of a distance matrix ``[..., n, m]``."""
     distances = as_distances(distances)
     loss.check_pairs(labels, pairs)
-    parameters = loss.parameters_as(distances.dtype)
+    parameters = loss.parameters_for(distances.dtype, distances.shape[:-1])
     masks = masks_for(distances, labels, **pairs._asdict())
     swap = lambda x: jnp.swapaxes(x, -1, -2)  # noqa: E731
     sides = [] if loss.swapped else [(distances, masks)]
@@ -508,7 +580,7 @@ def both_sides(*terms: Any) -> Any:
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *terms)
 
 
-@pair_loss(callables=("logit", "cost", "limits"), numbers=("parameters",))
+@pair_loss(callables=("logit", "cost", "limits"), trees=("parameters",))
 def log_sum_exp_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -537,7 +609,8 @@ def log_sum_exp_loss(
             ``pairs.terms(total, valid)``. It must return zeros for anchors without
             pairs.
         limits: None, or ``(distances of positives, which exist, parameters) -> (low,
-            high)``. Only negatives between both limits of their anchor count.
+            high)``. Only negatives from low on and below high count, without a
+            gradient of the limits.
         parameters: a pytree of numbers with gradients, such as a temperature. Functions
             must not close over traced arrays.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
@@ -571,7 +644,7 @@ def log_sum_exp_loss(
     return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
-@pair_loss(callables=("positive_cost", "negative_cost"), numbers=("parameters",))
+@pair_loss(callables=("positive_cost", "negative_cost"), trees=("parameters",))
 def separable_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from tripletjax._api import jitted
+from tripletjax._matrices import as_distances
 
 
 class PairMasks(NamedTuple):
@@ -371,6 +372,107 @@ def _match_all(match: Match, labels: Array, references: Array, row: int) -> Arra
     left = jnp.expand_dims(labels, labels.ndim - row)
     right = jnp.expand_dims(references, references.ndim - row - 1)
     return compare(left, right)
+
+
+def _check_guard(*_: Any, **options: Any) -> None:
+    if options.get("margin") is None and options.get("share") is None:
+        raise ValueError("margin or share must be given, got None for both.")
+
+
+@jitted(finite=("margin", "share"), check=_check_guard)
+def ignore_false_negatives(
+    distances: ArrayLike,
+    labels: ArrayLike | PairMasks,
+    *,
+    margin: ArrayLike | None = None,
+    share: ArrayLike | None = None,
+    reference_labels: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reference_where: ArrayLike | None = None,
+) -> PairMasks:
+    r"""Pairs without the negatives that are much nearer than a positive.
+
+    Such negatives are probably positives without a label. Those that remain have
+
+    $$d_{an} \ge \min_{p \in P_a} d_{ap} - \text{margin}, \qquad
+      s_{an} \le s_{ap} + \text{share} \cdot |s_{ap}|, \quad s = 1 - d$$
+
+    with the nearest positive p. The masks go into any miner or loss as `labels`. The
+    softmax losses have both rules as arguments, and without a matrix in
+    `tripletjax.blockwise`.
+
+    Memory: O(n m), that of the distances.
+
+    Args:
+        distances: ``[..., n, m]``; cosine distances for `share`.
+        labels: integers ``[..., n]``, or `PairMasks`.
+        margin: a scalar of any sign, in units of the distances, or None. The rule of
+            Qwen3 Embedding is 0.1 with cosine distances.
+        share: a scalar of any sign, or None. The rule of NV-Retriever is -0.05, which
+            keeps negatives with at most 95 % of the positive's similarity.
+        reference_labels, positions, where, reference_where: as in `pair_masks`.
+
+    Returns:
+        The `PairMasks` ``[..., n, m]``. All negatives remain for an anchor without a
+        positive.
+
+    Raises:
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if shapes do not fit, both rules are None, or one is not finite.
+
+    References:
+        Zhang et al. Qwen3 Embedding: Advancing Text Embedding and Reranking Through
+        Foundation Models. 2025. arXiv:2506.05176
+
+        Moreira, Osmulski, Xu, Ak, Schifferer, Oldridge. NV-Retriever: Improving Text
+        Embedding Models with Effective Hard-Negative Mining. 2024. arXiv:2407.15831
+
+    >>> import jax.numpy as jnp
+    >>> import tripletjax as tj
+    >>> d = jnp.array([[0.0, 0.5, 0.1], [0.5, 0.0, 0.6], [0.1, 0.6, 0.0]])
+    >>> masks = tj.ignore_false_negatives(d, jnp.array([0, 0, 1]), margin=0.1)
+    >>> print(masks.negative)
+    [[False False False]
+     [False False  True]
+     [ True  True False]]
+    >>> print(f"{tj.batch_hard_loss(d, masks, margin=0.2):.1f}")
+    0.1
+    """
+    distances = as_distances(distances)
+    positive, negative = masks_for(
+        distances,
+        labels,
+        reference_labels=reference_labels,
+        positions=positions,
+        where=where,
+        reference_where=reference_where,
+    )
+    low = false_negative_limits(distances, positive, margin, share)
+    return PairMasks(positive, negative & ~(distances < low[..., None]))
+
+
+def false_negative_limits(
+    distances: Array,
+    positive: Array,
+    margin: ArrayLike | None,
+    share: ArrayLike | None,
+) -> Array:
+    """The least distances of negatives that are not ignored, ``[..., n]``.
+
+    Args:
+        distances: of positives and others ``[..., n, k]``.
+        positive: bool ``[..., n, k]``.
+        margin, share: as in `ignore_false_negatives`.
+    """
+    nearest = jnp.min(jnp.where(positive, distances, jnp.inf), axis=-1)
+    limits = [jnp.full_like(nearest, -jnp.inf)]
+    if margin is not None:
+        limits.append(nearest - margin)
+    if share is not None:
+        limits.append(nearest - share * jnp.abs(1 - nearest))
+    least = jnp.max(jnp.stack(limits), axis=0).astype(nearest.dtype)
+    return lax.stop_gradient(jnp.where(nearest < jnp.inf, least, -jnp.inf))
 
 
 def keep_pairs(

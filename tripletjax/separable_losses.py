@@ -15,6 +15,7 @@ from tripletjax.losses import Reduction, mean_active
 from tripletjax.pair_losses import (
     PairLoss,
     PairOptions,
+    PerAnchor,
     Separable,
     mean_active_by_side,
     mean_of_anchors,
@@ -40,7 +41,7 @@ def define_contrastive(
     return PairLoss(Separable(_beyond_margin, _within_margin), parameters)
 
 
-@pair_loss(numbers=("positive_margin", "negative_margin"))
+@pair_loss(finite=("positive_margin", "negative_margin"))
 def contrastive_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -106,10 +107,11 @@ def _within_boundary(d: Array, parameters: tuple) -> Array:
 
 def define_margin(margin: ArrayLike, beta: ArrayLike) -> PairLoss:
     """The shape and the parameters of `margin_loss`."""
-    return PairLoss(Separable(_beyond_boundary, _within_boundary), (margin, beta))
+    boundary = PerAnchor(beta, "beta") if jnp.ndim(beta) else beta
+    return PairLoss(Separable(_beyond_boundary, _within_boundary), (margin, boundary))
 
 
-@pair_loss(numbers=("margin", "beta"))
+@pair_loss(finite=("margin",), of_anchors=("beta",))
 def margin_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -136,7 +138,8 @@ def margin_loss(
         distances: ``[..., n, m]``.
         labels: integers ``[..., n]``, or `PairMasks`.
         margin: m, a scalar, in units of the distances.
-        beta: $\beta$, a scalar, in units of the distances.
+        beta: $\beta$, a scalar or an array ``[..., n]`` with a value for each anchor,
+            in units of the distances. With a value for each class, ``beta[labels]``.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
         reduce_fn: from the terms ``[..., n]`` to the result; None returns the
             terms.
@@ -183,7 +186,7 @@ def define_sigmoid(scale: ArrayLike, bias: ArrayLike) -> PairLoss:
     return PairLoss(Separable(_sigmoid_positive, _sigmoid_negative), (scale, bias))
 
 
-@pair_loss(positive=("scale",), numbers=("bias",))
+@pair_loss(positive=("scale",), finite=("bias",))
 def sigmoid_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,

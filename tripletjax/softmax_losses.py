@@ -11,12 +11,16 @@ of the logarithm, inside or outside of the mean over positives.
 | `decoupled_contrastive_loss` | sum over P of (lse over N, less z) | positive pairs |
 | `nca_loss` | lse over A, less lse over P | anchors with a positive |
 
+Negatives that are much nearer than a positive are probably positives without a label.
+``false_negative_margin`` and ``false_negative_share`` ignore them, by the rule of
+`tripletjax.ignore_false_negatives`.
+
 In the terms of these losses, ``active`` counts what belongs to anchors whose nearest
 reference is a positive: ``active.sum() / valid.sum()`` is their share.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +40,40 @@ from tripletjax.pair_losses import (
     of_distances,
     pair_loss,
 )
-from tripletjax.pairs import PairMasks
+from tripletjax.pairs import PairMasks, false_negative_limits
+
+_GUARD = "false_negative_margin", "false_negative_share"
 
 
-def _by_temperature(d: Array, parameters: tuple) -> Array:
-    (temperature,) = parameters
-    return -d / temperature
+class Softmax(NamedTuple):
+    """Parameters of the losses of the table.
+
+    Attributes:
+        temperature: a scalar above 0.
+        margin, share: the arguments of `false_negative_limits`.
+    """
+
+    temperature: ArrayLike
+    margin: ArrayLike | None = None
+    share: ArrayLike | None = None
+
+    def shape_of(self, cost: Callable[[AnchorPairs, Any], Any]) -> LogSumExp:
+        """The shape of a loss with a cost, with limits if there is a guard."""
+        guarded = self.margin is not None or self.share is not None
+        limits = _false_negative_limits if guarded else None
+        return LogSumExp(_by_temperature, cost, limits)
+
+
+def _by_temperature(d: Array, parameters: Any) -> Array:
+    return -d / parameters.temperature
+
+
+def _false_negative_limits(
+    distances: Array, exists: Array, parameters: Any
+) -> tuple[Array, Array]:
+    margin, share = parameters.margin, parameters.share
+    low = false_negative_limits(distances, exists, margin, share)
+    return low, jnp.full_like(low, jnp.inf)
 
 
 def _sum_over(mask: Array, x: Array) -> Array:
@@ -53,25 +85,34 @@ def _positives_lse(pairs: AnchorPairs, logits: Array) -> Array:
     return jnp.where(pairs.has_positive, log_sum_exp(logits, pairs.exists), 0)
 
 
-def _supcon_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
+def _supcon_cost(pairs: AnchorPairs, parameters: Softmax) -> TripletTerms:
     valid, count = pairs.has_positive, jnp.sum(pairs.exists, axis=-1)
     z = _by_temperature(pairs.distances, parameters)
-    every = jnp.logaddexp(_positives_lse(pairs, z), pairs.negatives)
+    positives = _positives_lse(pairs, z)
     mean = _sum_over(pairs.exists, z) / jnp.maximum(count, 1).astype(z.dtype)
-    return pairs.terms(jnp.where(valid, every - mean, 0), valid)
+    # The log-sum-exp of all less the mean, so that small costs do not vanish.
+    costs = jax.nn.softplus(pairs.negatives - positives) + (positives - mean)
+    return pairs.terms(jnp.where(valid, costs, 0), valid)
 
 
-def define_supcon(temperature: ArrayLike) -> PairLoss:
+def define_supcon(
+    temperature: ArrayLike,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
+) -> PairLoss:
     """The shape and the parameters of `supcon_loss`."""
-    return PairLoss(LogSumExp(_by_temperature, _supcon_cost), (temperature,))
+    parameters = Softmax(temperature, false_negative_margin, false_negative_share)
+    return PairLoss(parameters.shape_of(_supcon_cost), parameters)
 
 
-@pair_loss(positive=("temperature",))
+@pair_loss(positive=("temperature",), finite=_GUARD)
 def supcon_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
     *,
     temperature: ArrayLike = 0.1,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -92,6 +133,11 @@ def supcon_loss(
         distances: ``[..., n, m]``.
         labels: integers ``[..., n]``, or `PairMasks`.
         temperature: $\tau$, a scalar above 0.
+        false_negative_margin: a scalar of any sign, in units of the distances, or
+            None. Negatives nearer than the anchor's nearest positive by more than the
+            margin are ignored.
+        false_negative_share: the same by more than a share of $|s_{ap}|$, where
+            $s = 1 - d$; or None.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
         reduce_fn: from the terms ``[..., n]`` to the result; None returns the
             terms.
@@ -113,32 +159,37 @@ def supcon_loss(
     >>> print(f"{tj.supcon_loss(d, jnp.array([0, 0, 1])):.4f}")
     0.3133
     """
-    loss = define_supcon(temperature)
+    guard = false_negative_margin, false_negative_share
+    loss = define_supcon(temperature, *guard)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
-def _nt_xent_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
+def _nt_xent_cost(pairs: AnchorPairs, parameters: Softmax) -> TripletTerms:
     z = _by_temperature(pairs.distances, parameters)
     costs = jax.nn.softplus(pairs.negatives[..., None] - z)
     total = _sum_over(pairs.exists, costs)
     return pairs.terms(total, jnp.sum(pairs.exists, axis=-1))
 
 
-_NT_XENT = LogSumExp(_by_temperature, _nt_xent_cost)
-
-
-def define_nt_xent(temperature: ArrayLike) -> PairLoss:
+def define_nt_xent(
+    temperature: ArrayLike,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
+) -> PairLoss:
     """The shape and the parameters of `nt_xent_loss`."""
-    return PairLoss(_NT_XENT, (temperature,))
+    parameters = Softmax(temperature, false_negative_margin, false_negative_share)
+    return PairLoss(parameters.shape_of(_nt_xent_cost), parameters)
 
 
-@pair_loss(positive=("temperature",))
+@pair_loss(positive=("temperature",), finite=_GUARD)
 def nt_xent_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
     *,
     temperature: ArrayLike = 0.1,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -159,6 +210,11 @@ def nt_xent_loss(
         distances: ``[..., n, m]``.
         labels: integers ``[..., n]``, or `PairMasks`.
         temperature: $\tau$, a scalar above 0.
+        false_negative_margin: a scalar of any sign, in units of the distances, or
+            None. Negatives nearer than the anchor's nearest positive by more than the
+            margin are ignored.
+        false_negative_share: the same by more than a share of $|s_{ap}|$, where
+            $s = 1 - d$; or None.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
         reduce_fn: from the terms ``[..., n]`` to the result; None returns the
             terms.
@@ -183,12 +239,13 @@ def nt_xent_loss(
     >>> print(f"{tj.nt_xent_loss(d, jnp.array([0, 0, 1])):.4f}")
     0.3133
     """
-    loss = define_nt_xent(temperature)
+    guard = false_negative_margin, false_negative_share
+    loss = define_nt_xent(temperature, *guard)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
-def _decoupled_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
+def _decoupled_cost(pairs: AnchorPairs, parameters: Softmax) -> TripletTerms:
     z = _by_temperature(pairs.distances, parameters)
     exists = pairs.exists & (pairs.negatives != -jnp.inf)[..., None]
     negatives = jnp.where(pairs.negatives == -jnp.inf, 0, pairs.negatives)
@@ -196,17 +253,24 @@ def _decoupled_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
     return pairs.terms(total, jnp.sum(exists, axis=-1))
 
 
-def define_decoupled_contrastive(temperature: ArrayLike) -> PairLoss:
+def define_decoupled_contrastive(
+    temperature: ArrayLike,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
+) -> PairLoss:
     """The shape and the parameters of `decoupled_contrastive_loss`."""
-    return PairLoss(LogSumExp(_by_temperature, _decoupled_cost), (temperature,))
+    parameters = Softmax(temperature, false_negative_margin, false_negative_share)
+    return PairLoss(parameters.shape_of(_decoupled_cost), parameters)
 
 
-@pair_loss(positive=("temperature",))
+@pair_loss(positive=("temperature",), finite=_GUARD)
 def decoupled_contrastive_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
     *,
     temperature: ArrayLike = 0.1,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -226,6 +290,11 @@ def decoupled_contrastive_loss(
         distances: ``[..., n, m]``.
         labels: integers ``[..., n]``, or `PairMasks`.
         temperature: $\tau$, a scalar above 0.
+        false_negative_margin: a scalar of any sign, in units of the distances, or
+            None. Negatives nearer than the anchor's nearest positive by more than the
+            margin are ignored.
+        false_negative_share: the same by more than a share of $|s_{ap}|$, where
+            $s = 1 - d$; or None.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
         reduce_fn: from the terms ``[..., n]`` to the result; None returns the
             terms.
@@ -247,29 +316,37 @@ def decoupled_contrastive_loss(
     >>> print(f"{tj.decoupled_contrastive_loss(d, jnp.array([0, 0, 1])):.4f}")
     -1.0000
     """
-    loss = define_decoupled_contrastive(temperature)
+    guard = false_negative_margin, false_negative_share
+    loss = define_decoupled_contrastive(temperature, *guard)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
-def _nca_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
+def _nca_cost(pairs: AnchorPairs, parameters: Softmax) -> TripletTerms:
     valid = pairs.has_positive
     z = _by_temperature(pairs.distances, parameters)
     costs = jax.nn.softplus(pairs.negatives - _positives_lse(pairs, z))
     return pairs.terms(jnp.where(valid, costs, 0), valid)
 
 
-def define_nca(temperature: ArrayLike) -> PairLoss:
+def define_nca(
+    temperature: ArrayLike,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
+) -> PairLoss:
     """The shape and the parameters of `nca_loss`."""
-    return PairLoss(LogSumExp(_by_temperature, _nca_cost), (temperature,))
+    parameters = Softmax(temperature, false_negative_margin, false_negative_share)
+    return PairLoss(parameters.shape_of(_nca_cost), parameters)
 
 
-@pair_loss(positive=("temperature",))
+@pair_loss(positive=("temperature",), finite=_GUARD)
 def nca_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
     *,
     temperature: ArrayLike = 0.1,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -287,6 +364,11 @@ def nca_loss(
         distances: ``[..., n, m]``.
         labels: integers ``[..., n]``, or `PairMasks`.
         temperature: $\tau$, a scalar above 0.
+        false_negative_margin: a scalar of any sign, in units of the distances, or
+            None. Negatives nearer than the anchor's nearest positive by more than the
+            margin are ignored.
+        false_negative_share: the same by more than a share of $|s_{ap}|$, where
+            $s = 1 - d$; or None.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
         reduce_fn: from the terms ``[..., n]`` to the result; None returns the
             terms.
@@ -308,24 +390,35 @@ def nca_loss(
     >>> print(f"{tj.nca_loss(d, jnp.array([0, 0, 1])):.4f}")
     0.3133
     """
-    loss = define_nca(temperature)
+    guard = false_negative_margin, false_negative_share
+    loss = define_nca(temperature, *guard)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
-def define_info_nce(temperature: ArrayLike, symmetric: bool) -> PairLoss:
+def define_info_nce(
+    temperature: ArrayLike,
+    symmetric: bool,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
+) -> PairLoss:
     """The shape and the parameters of `info_nce_loss`."""
+    parameters = Softmax(temperature, false_negative_margin, false_negative_share)
     reason = "anchors and references are two sides"
-    return PairLoss(_NT_XENT, (temperature,), reason, symmetric)
+    return PairLoss(parameters.shape_of(_nt_xent_cost), parameters, reason, symmetric)
 
 
-@pair_loss(positive=("temperature",), flags=("symmetric",), by_anchor=False)
+@pair_loss(
+    positive=("temperature",), finite=_GUARD, flags=("symmetric",), by_anchor=False
+)
 def info_nce_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
     *,
     temperature: ArrayLike = 0.05,
     symmetric: bool = False,
+    false_negative_margin: ArrayLike | None = None,
+    false_negative_share: ArrayLike | None = None,
     reference_labels: ArrayLike | None = None,
     positions: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -349,6 +442,11 @@ def info_nce_loss(
         temperature: $\tau$, a scalar above 0.
         symmetric: if True, references are anchors as well, as in CLIP. The terms of the
             references ``[..., m]`` follow those of the anchors.
+        false_negative_margin: a scalar of any sign, in units of the distances, or
+            None. Negatives nearer than the anchor's nearest positive by more than the
+            margin are ignored.
+        false_negative_share: the same by more than a share of $|s_{ap}|$, where
+            $s = 1 - d$; or None.
         reference_labels, positions, where, reference_where: as in `pair_masks`.
         reduce_fn: from the terms ``[..., n]`` to the result; None returns the
             terms.
@@ -376,7 +474,8 @@ def info_nce_loss(
     >>> print(f"{tj.info_nce_loss(d, jnp.array([0, 1]), temperature=0.1, **pairs):.4f}")
     0.2201
     """
-    loss = define_info_nce(temperature, symmetric)
+    guard = false_negative_margin, false_negative_share
+    loss = define_info_nce(temperature, symmetric, *guard)
     pairs = PairOptions(reference_labels, positions, where, reference_where)
     return of_distances(loss, distances, labels, pairs, reduce_fn)
 
@@ -425,7 +524,7 @@ def define_multi_similarity(
     return PairLoss(_MINED_MULTI_SIMILARITY, (*parameters, epsilon))
 
 
-@pair_loss(positive=("alpha", "beta"), numbers=("base", "epsilon"))
+@pair_loss(positive=("alpha", "beta"), finite=("base", "epsilon"))
 def multi_similarity_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -509,7 +608,7 @@ def define_circle(margin: ArrayLike, scale: ArrayLike) -> PairLoss:
     return PairLoss(LogSumExp(_circle_logit, _circle_cost), (margin, scale))
 
 
-@pair_loss(positive=("scale",), numbers=("margin",))
+@pair_loss(positive=("scale",), finite=("margin",))
 def circle_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -578,7 +677,7 @@ def define_generalized_lifted_structure(margin: ArrayLike) -> PairLoss:
     return PairLoss(LogSumExp(_lifted_logit, _lifted_cost), (margin,))
 
 
-@pair_loss(numbers=("margin",))
+@pair_loss(finite=("margin",))
 def generalized_lifted_structure_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -663,7 +762,7 @@ def define_cosface(margin: ArrayLike, scale: ArrayLike) -> PairLoss:
     return PairLoss(LogSumExp(_scaled_logit, _cosface_cost), parameters, _CLASS_VECTORS)
 
 
-@pair_loss(positive=("scale",), numbers=("margin",))
+@pair_loss(positive=("scale",), finite=("margin",))
 def cosface_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,
@@ -821,7 +920,7 @@ def define_proxy_anchor(margin: ArrayLike, scale: ArrayLike) -> PairLoss:
     return PairLoss(shape, parameters, _CLASS_VECTORS, swapped=True)
 
 
-@pair_loss(positive=("scale",), numbers=("margin",), by_anchor=False)
+@pair_loss(positive=("scale",), finite=("margin",), by_anchor=False)
 def proxy_anchor_loss(
     distances: ArrayLike,
     labels: ArrayLike | PairMasks,

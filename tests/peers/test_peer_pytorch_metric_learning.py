@@ -1,4 +1,4 @@
-"""pytorch-metric-learning: the loss of all triplets, and the miners."""
+"""pytorch-metric-learning: the loss of all triplets, losses of pairs, and miners."""
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from pytorch_metric_learning import (  # noqa: E402
 
 PLAIN = {"normalize_embeddings": False}
 every_labels = pytest.mark.parametrize("name", LABELS)
+every_labels_name = pytest.mark.parametrize("labels_name", LABELS)
 every_seed = pytest.mark.parametrize("seed", range(3))
 
 
@@ -96,6 +97,159 @@ def test_loss_with_references():
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_no_triplet(name):
     assert_nothing(on_matrix(tj.batch_all_loss, DEGENERATE[name]), embeddings(0))
+
+
+COSINE = distances.CosineSimilarity()
+
+
+# name -> (our loss, our options, our metric, their loss)
+PAIR_LOSSES = {
+    "supcon": (
+        tj.supcon_loss,
+        {"temperature": 0.2},
+        tj.cosine,
+        losses.SupConLoss(temperature=0.2),
+    ),
+    "nt_xent": (
+        tj.nt_xent_loss,
+        {"temperature": 0.07},
+        tj.cosine,
+        losses.NTXentLoss(temperature=0.07),
+    ),
+    "nca": (
+        tj.nca_loss,
+        {"temperature": 0.1},
+        tj.cosine,
+        losses.NCALoss(softmax_scale=10, distance=COSINE),
+    ),
+    "multi_similarity": (
+        tj.multi_similarity_loss,
+        {},
+        tj.cosine,
+        losses.MultiSimilarityLoss(),
+    ),
+    "circle": (tj.circle_loss, {}, tj.cosine, losses.CircleLoss()),
+    "contrastive": (
+        tj.contrastive_loss,
+        {"positive_margin": 0.5, "negative_margin": 3.0},
+        tj.euclidean,
+        losses.ContrastiveLoss(
+            pos_margin=0.5, neg_margin=3, distance=distances.LpDistance(**PLAIN)
+        ),
+    ),
+}
+
+
+@every_seed
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+@every_labels_name
+def test_losses_of_pairs(labels_name, name, seed):
+    loss, options, metric, theirs = PAIR_LOSSES[name]
+    labels = LABELS[labels_name]
+    assert_same(
+        on_matrix(loss, labels, metric=metric, **options),
+        lambda x: theirs(x, torch.tensor(labels)),
+        embeddings(seed),
+        rtol=1e-8,
+    )
+
+
+@every_seed
+@every_labels_name
+def test_multi_similarity_with_its_miner(labels_name, seed):
+    labels = LABELS[labels_name]
+    miner, theirs = miners.MultiSimilarityMiner(0.1), losses.MultiSimilarityLoss()
+
+    def mined_loss(x):
+        return theirs(x, torch.tensor(labels), miner(x, torch.tensor(labels)))
+
+    loss = on_matrix(tj.multi_similarity_loss, labels, metric=tj.cosine, epsilon=0.1)
+    assert_same(loss, mined_loss, embeddings(seed), rtol=1e-8)
+
+
+@every_seed
+@pytest.mark.parametrize("labels_name", ["p x k", "two classes"])
+def test_generalized_lifted_structure(labels_name, seed):
+    """An anchor without a positive has a loss there, of its negatives alone."""
+    labels = LABELS[labels_name]
+    theirs = losses.GeneralizedLiftedStructureLoss(
+        distance=distances.LpDistance(**PLAIN)
+    )
+    assert_same(
+        on_matrix(tj.generalized_lifted_structure_loss, labels),
+        lambda x: theirs(x, torch.tensor(labels)),
+        embeddings(seed),
+        rtol=1e-8,
+    )
+
+
+@every_seed
+@pytest.mark.parametrize("labels_name", ["p x k", "two classes"])
+def test_margin_loss(labels_name, seed):
+    """Of all triplets there: a pair counts as often as it is in a triplet."""
+    labels = LABELS[labels_name]
+
+    def reduce_fn(terms):
+        sides = terms.positives, terms.negatives
+        weights = terms.negatives.valid, terms.positives.valid
+        total, active = (
+            sum((getattr(s, key) * w).sum() for s, w in zip(sides, weights))
+            for key in ("total", "active")
+        )
+        return total / active
+
+    theirs = losses.MarginLoss(margin=0.3, distance=distances.LpDistance(**PLAIN))
+
+    # The last numbers are boundaries: one for each class.
+    def ours(numbers):
+        d, beta = tj.euclidean(numbers[:96].reshape(16, 6)), numbers[96:]
+        options = {"margin": 0.3, "reduce_fn": reduce_fn}
+        return tj.margin_loss(d, labels, beta=beta[labels], **options)
+
+    def of_torch(numbers):
+        theirs.beta = numbers[96:]
+        return theirs(numbers[:96].reshape(16, 6), torch.tensor(labels))
+
+    beta = np.linspace(2.5, 3.5, labels.max() + 1)
+    numbers = np.concatenate([embeddings(seed).ravel(), beta])
+    assert_same(ours, of_torch, numbers, rtol=1e-8)
+
+
+# name -> (our loss, our options, their loss, name of their class vectors)
+CLASS_VECTORS = {
+    "cosface": (tj.cosface_loss, {}, losses.CosFaceLoss, "W"),
+    "arcface": (
+        tj.arcface_loss,
+        {"margin": float(np.radians(28.6))},
+        losses.ArcFaceLoss,
+        "W",
+    ),
+    "proxy_anchor": (tj.proxy_anchor_loss, {}, losses.ProxyAnchorLoss, "proxies"),
+}
+
+
+@every_seed
+@pytest.mark.parametrize("name", CLASS_VECTORS)
+@every_labels_name
+def test_losses_of_class_vectors(labels_name, name, seed):
+    """Gradients by embeddings and by class vectors, one of which has no embedding."""
+    loss, options, theirs, attribute = CLASS_VECTORS[name]
+    labels = LABELS[labels_name]
+    classes = np.arange(labels.max() + 2)
+    module = theirs(num_classes=len(classes), embedding_size=6)
+
+    def ours(both):
+        d = tj.cosine(both[:16], both[16:])
+        return loss(d, labels, reference_labels=classes, **options)
+
+    def of_torch(both):
+        vectors = both[16:].T if attribute == "W" else both[16:]
+        module._parameters.pop(attribute, None)
+        setattr(module, attribute, vectors)
+        return module(both[:16], torch.tensor(labels))
+
+    both = np.concatenate([embeddings(seed), embeddings(9, n=len(classes))])
+    assert_same(ours, of_torch, both, rtol=1e-8)
 
 
 @every_seed

@@ -121,3 +121,58 @@ def test_what_they_make_of_no_triplet():
         value, gradient = theirs(loss, x)
         assert value > 0
         assert (gradient != 0).any()
+
+
+def columns(x, count):
+    """Anchors, positives and further documents, of one array."""
+    return [x[12 * i : 12 * (i + 1)] for i in range(count)]
+
+
+def in_batch_negatives(count, **options):
+    """InfoNCE of anchors and documents; those after the positives are negatives."""
+    labels = np.arange(12)
+    references = np.arange(12 * (count - 1))
+
+    def loss(x):
+        d = tj.cosine(x[:12], x[12:])
+        return tj.info_nce_loss(d, labels, reference_labels=references, **options)
+
+    return loss
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@every_seed
+def test_multiple_negatives_ranking(count, seed):
+    """Columns after the second are hard negatives, of all anchors."""
+    other = st_losses.MultipleNegativesRankingLoss(torch.nn.Identity())
+    assert_same(
+        in_batch_negatives(count),
+        lambda x: other.compute_loss_from_embeddings(columns(x, count), None),
+        embeddings(seed, n=12 * count),
+    )
+
+
+@every_seed
+def test_symmetric_multiple_negatives_ranking(seed):
+    other = st_losses.MultipleNegativesRankingLoss(
+        torch.nn.Identity(),
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+    )
+    assert_same(
+        in_batch_negatives(2, symmetric=True),
+        lambda x: other.compute_loss_from_embeddings(columns(x, 2), None),
+        embeddings(seed, n=24),
+    )
+
+
+@every_seed
+def test_cached_multiple_negatives_ranking(seed):
+    model = torch.nn.Sequential(torch.nn.Identity())
+    other = st_losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=5)
+
+    def theirs(x):
+        parts = [list(torch.split(column, 5)) for column in columns(x, 3)]
+        return other.calculate_loss(parts)
+
+    assert_same(in_batch_negatives(3), theirs, embeddings(seed, n=36))

@@ -40,9 +40,12 @@ from tripletjax.pair_losses import (
     LogSumExp,
     PairTerms,
     Parameters,
+    PerAnchor,
     Separable,
     Shape,
+    at_anchors,
     both_sides,
+    is_per_anchor,
     sums_of_pairs,
 )
 from tripletjax.pairs import PairMasks
@@ -384,7 +387,7 @@ def _inside(d: Array, limits: tuple[Array, Array] | None, side: Direction) -> An
     if limits is None:
         return True
     low, high = (side.at(x) for x in limits)
-    return (low < d) & (d < high)
+    return ~((d < low) | (d >= high))
 
 
 def _log_sum_exps(
@@ -541,7 +544,8 @@ def _separable_terms(
     of_positives, total, active = numbers
     (of_anchors,) = classes
     d_ap, exists = of_positives.distances(spec), of_positives.exists
-    positives = sums_of_pairs(shape.positive_costs, d_ap.T, exists.T, parameters)
+    each = at_anchors(parameters, lambda x: x[:, None])
+    positives = sums_of_pairs(shape.positive_costs, d_ap.T, exists.T, each)
     negatives = of_anchors.negatives.astype(total.dtype)
     anchors = (positives.valid + negatives > 0).astype(total.dtype)
     return PairTerms(positives, TripletTerms(total, active, negatives), anchors)
@@ -589,30 +593,58 @@ def _separable_walk(
         squares = materialize(tile.squares)
         negative = squares < jnp.inf
         d, slope = with_slope(form.distance, jnp.where(negative, squares, 0))
-        costs, pull = jax.vjp(shape.negative_costs, d, parameters)
-        costs = materialize(jnp.where(negative, costs, 0))
         sides = _directions(spec, batch, tile)
-        for side in sides:
-            parts = (
-                sum_in_one_loop(costs, side.axis),
-                jnp.sum((costs > 0).astype(costs.dtype), side.axis),
-            )
-            sums = tuple(add_rows(x, side.start, new) for x, new in zip(sums, parts))
+        # Both directions have one cost, unless a parameter is that of the anchor.
+        groups = [[side] for side in sides] if of_anchors else [sides]
+        by_distances = []
+        for group in groups:
+            here = at_anchors(parameters, group[0].at)
+            costs, pull = jax.vjp(shape.negative_costs, d, here)
+            costs = materialize(jnp.where(negative, costs, 0))
+            for side in group:
+                parts = (
+                    sum_in_one_loop(costs, side.axis),
+                    jnp.sum((costs > 0).astype(costs.dtype), side.axis),
+                )
+                sums = tuple(
+                    add_rows(x, side.start, new) for x, new in zip(sums, parts)
+                )
+            if gradients is None:
+                continue
+            grads, by_parameters = gradients
+            each = [1.0 if weights is None else side.at(weights) for side in group]
+            new, by_here = pull(jnp.where(negative, sum(each), 0).astype(d.dtype))
+            by_distances.append(new)
+            by_parameters = _add_parameters(by_parameters, by_here, group[0])
+            gradients = grads, by_parameters
         if gradients is None:
             return sums, None
         grads, by_parameters = gradients
-        each = [1.0 if weights is None else side.at(weights) for side in sides]
-        by_distance, new = pull(jnp.where(negative, sum(each), 0).astype(d.dtype))
+        by_distance = functools.reduce(jnp.add, by_distances)
         by_square = jnp.where(negative, by_distance * slope, 0)
-        grads = vjp_negatives(batch, grads, tile, by_square)
-        return sums, (grads, jax.tree.map(jnp.add, by_parameters, new))
+        return sums, (vjp_negatives(batch, grads, tile, by_square), by_parameters)
 
+    of_anchors = any(
+        map(is_per_anchor, jax.tree.leaves(parameters, is_leaf=is_per_anchor))
+    )
     zeros = batch.zeros((_anchor_count(spec, batch),))
     gradients = None
     if gradient:
         by_parameters = jax.tree.map(jnp.zeros_like, parameters)
         gradients = Gradients.zero(batch), by_parameters
     return tiles.scan(visit, ((zeros, zeros), gradients))
+
+
+def _add_parameters(total: Parameters, new: Parameters, side: Direction) -> Parameters:
+    """Gradients by parameters with those of a tile, in the rows of a side's anchors."""
+
+    def add(old: Any, part: Array) -> Any:
+        if not is_per_anchor(old):
+            return old + part
+        values = add_rows(old.values, side.start, part.reshape(-1))
+        return PerAnchor(values, old.name)
+
+    return jax.tree.map(add, total, new, is_leaf=is_per_anchor)
 
 
 LOG_SUM_EXP = TileWalk(_log_sum_exp_forward, _log_sum_exp_terms, _log_sum_exp_backward)
@@ -695,5 +727,8 @@ def _block_terms(
     spec: PairSpec, panel: Panel, parameters: Parameters, distances: Array
 ) -> Any:
     """The terms of a panel; rows that two panels share count in the first."""
-    terms = spec.shape.terms(distances, panel.masks, parameters)
+    here = at_anchors(
+        parameters, lambda x: rows_at(x, panel.start, len(panel.a)), keep=True
+    )
+    terms = spec.shape.terms(distances, panel.masks, here)
     return jax.tree.map(lambda x: jnp.where(panel.real, x, 0), terms)

@@ -52,6 +52,7 @@ def over_mesh(
     suits: Callable[[dict[str, Any]], bool] | None = None,
     nonnegative: tuple[str, ...] = ("margin",),
     parameters: Parameters | None = None,
+    of_anchors: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Split the work of a function with `axis_name` over a mesh, wherever it can.
 
@@ -67,6 +68,7 @@ def over_mesh(
         nonnegative: numeric options that must be finite and at least 0.
         parameters: arguments that every device has whole, with the check of each, in
             place of `WHOLE` and `nonnegative`.
+        of_anchors: those of the parameters that may have a row for each anchor.
     """
     checks: dict[str, Any] = dict.fromkeys(WHOLE) | dict.fromkeys(
         nonnegative, check_nonnegative
@@ -80,7 +82,10 @@ def over_mesh(
         @functools.partial(jax.jit, static_argnames=("mesh", "options"))
         @own_promotion
         def mapped(arrays: dict[str, Any], *, mesh: Any, options: tuple) -> Any:
-            return _mapped(of, arrays, mesh, dict(options), of_device, together)
+            rows = tuple(name for name in of_anchors if jnp.ndim(arrays.get(name, 0)))
+            anchor_rows = *ANCHOR_ROWS, *rows
+            settings = dict(options)
+            return _mapped(of, arrays, anchor_rows, mesh, settings, of_device, together)
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -111,6 +116,7 @@ def over_mesh(
 def _mapped(
     function: Callable[..., Any],
     arrays: dict[str, Any],
+    anchor_rows: tuple[str, ...],
     mesh: Any,
     options: dict[str, Any],
     of_device: OfDevice | None,
@@ -121,9 +127,10 @@ def _mapped(
     split, same = PartitionSpec(axis_name), PartitionSpec()
     n = len(arrays["embeddings"])
     devices = math.prod(mesh.shape[name] for name in names_of(axis_name))
-    arrays = _divisible(arrays, devices)
+    arrays = _divisible(arrays, anchor_rows, devices)
+    rows = *anchor_rows, *REFERENCE_ROWS
     specs = {
-        name: jax.tree.map(lambda _, s=split if name in ROWS else same: s, x)
+        name: jax.tree.map(lambda _, s=split if name in rows else same: s, x)
         for name, x in arrays.items()
     }
     explicit = AxisType.Explicit in mesh.axis_types
@@ -189,10 +196,12 @@ def _mesh_of(
     return sharding.mesh, axes
 
 
-def _divisible(arrays: dict[str, Any], devices: int) -> dict[str, Any]:
+def _divisible(
+    arrays: dict[str, Any], anchor_rows: tuple[str, ...], devices: int
+) -> dict[str, Any]:
     """Arrays with padding, so that every device gets as many rows."""
     arrays = dict(arrays)
-    for rows, where in ((ANCHOR_ROWS, "where"), (REFERENCE_ROWS, "reference_where")):
+    for rows, where in ((anchor_rows, "where"), (REFERENCE_ROWS, "reference_where")):
         if rows[0] not in arrays:
             continue
         n = len(arrays[rows[0]])

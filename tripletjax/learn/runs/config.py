@@ -147,6 +147,12 @@ class Config:
         default="classes",
         choices=choices.RELEVANCE,
     )
+    rounds: int = _batches_of_classes(
+        "number of times that training stops to mine the classes that the model "
+        "confuses, which come into a batch together from there on",
+        default=0,
+        rule="at least 0",
+    )
     memory: int = _batches_of_classes(
         "number of embeddings of earlier batches in the cross-batch memory",
         default=0,
@@ -201,6 +207,7 @@ class Config:
                 "{memory_momentum} requires {memory}, got "
                 f"{self.memory_momentum!r}."
             )
+        self._check_rounds()
         self._check_loss()
         if self.backbone is not None:
             excluded = "model", "head", "channels", "stride"
@@ -223,6 +230,20 @@ class Config:
                 raise OptionError(
                     "{steps} must be at least 1 with {hidden}, got 0: a head of two "
                     "layers has no closed form."
+                )
+
+    def _check_rounds(self) -> None:
+        """Check the options that rounds depend on."""
+        if self.rounds and self.steps is not None and self.rounds >= self.steps:
+            raise OptionError(
+                f"{{rounds}} must be less than {{steps}} {self.steps}, got "
+                f"{self.rounds}."
+            )
+        for name, value in (("relevance", "classes"), ("class_sampling", "uniform")):
+            if self.rounds and getattr(self, name) != value:
+                raise OptionError(
+                    f"{{rounds}} requires {{{name}}} {value}, got "
+                    f"{getattr(self, name)}."
                 )
 
     def _check_loss(self) -> None:

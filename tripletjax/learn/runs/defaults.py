@@ -22,6 +22,7 @@ from tripletjax.learn.data.image_shape import WHOLE, Box
 from tripletjax.learn.data.triplet_files import TripletDataset
 from tripletjax.learn.networks import backbones
 from tripletjax.learn.runs.config import Config
+from tripletjax.learn.runs.options import OptionError
 from tripletjax.learn.runs.plan import (
     BackbonePlan,
     ClassBatchPlan,
@@ -279,17 +280,24 @@ def _plan_batches(
     per_class = config.per_class or recipe.per_class
     # Momentum 0 stands for the network itself, whose embeddings are soon out of date.
     momentum = _either(config.memory_momentum, MEMORY_MOMENTUM) or None
+    in_batch = config.classes or min(turns * classes, max(2, batch // per_class))
+    if config.rounds and in_batch >= turns * classes:
+        raise OptionError(
+            f"{{rounds}} requires {{classes}} below {turns * classes}, the number of "
+            f"classes, got {in_batch}: a batch would hold all of them."
+        )
     return ClassBatchPlan(
         loss=config.loss,
         temperature=_number(config, "temperature"),
         scale=_number(config, "scale"),
         learn_loss=config.learn_loss,
         batch_all_fraction=config.batch_all_fraction,
-        classes=config.classes or min(turns * classes, max(2, batch // per_class)),
+        classes=in_batch,
         per_class=per_class,
         class_sampling=config.class_sampling,
         relevance=config.relevance,
         rotation_classes=turns,
+        rounds=config.rounds,
         memory=config.memory,
         memory_warmup=config.memory_warmup if config.memory else 0.0,
         memory_momentum=momentum if config.memory else None,

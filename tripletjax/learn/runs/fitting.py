@@ -20,9 +20,14 @@ def fit(
     batches: loop.Batches,
     plan: Plan,
     on: Placement = ONE_DEVICE,
+    *,
+    steps: int | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Train a model in place, as `learn.fit` with the options of a plan."""
+    """Train a model in place, as `learn.fit` with the options of a plan.
+
+    Its first `steps` alone, if given, with the schedule of all of them.
+    """
     return loop.fit(
         model,
         _optimizer(
@@ -32,7 +37,7 @@ def fit(
             slow_backbone=plan.pretrained and not plan.frozen,
         ),
         batches,
-        steps=plan.steps,
+        steps=plan.steps if steps is None else steps,
         loss=task.loss(plan, on),
         mesh=on.mesh,
         augment=AnyView() if plan.frozen else plan.augment,

@@ -25,6 +25,7 @@ class ClassBatchPlan:
     class_sampling: str
     relevance: str
     rotation_classes: int
+    rounds: int = 0
     memory: int = 0
     memory_warmup: float = 0.0
     memory_momentum: float | None = None

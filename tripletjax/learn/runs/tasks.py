@@ -5,7 +5,7 @@ A task has its batches, its losses and its evaluation.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from tripletjax.learn.data.image_array import (
 )
 from tripletjax.learn.distributed.placement import ONE_DEVICE, Placement
 from tripletjax.learn.networks.embedding import embed_images
-from tripletjax.learn.runs import defaults
+from tripletjax.learn.runs import defaults, rounds
 from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.defaults import Start
 from tripletjax.learn.runs.plan import ClassBatchPlan, Plan, TripletBatchPlan
@@ -150,6 +150,11 @@ class LabelTask:
             train = train.part(np.flatnonzero(np.isin(train.labels, several)))
         return train
 
+    def mine_round(self, plan: Plan, embed: Embed, step: int) -> rounds.Round:
+        """Mine the training images for the round that begins with a step."""
+        train = self._trained(_batches_of(plan, ClassBatchPlan))
+        return rounds.mine_round(embed(train.images), train.labels, step)
+
     def _levels(self, of: ClassBatchPlan) -> np.ndarray:
         """Groups ``[levels, k]`` of the labels of batches, none but by folders."""
         labels = np.unique(self._trained(of).labels)
@@ -158,11 +163,31 @@ class LabelTask:
         levels = hierarchy.levels_of([self.label_names[label] for label in labels])
         return hierarchy.with_turns(levels, of.rotation_classes)
 
-    def batches(self, plan: Plan, on: Placement = ONE_DEVICE) -> loop.Batches:
-        """Batches, or the parts of this process."""
+    def batches(
+        self,
+        plan: Plan,
+        on: Placement = ONE_DEVICE,
+        mined: Sequence[rounds.Round] = (),
+    ) -> loop.Batches:
+        """Batches, or the parts of this process, with the groups of mined rounds."""
         of = _batches_of(plan, ClassBatchPlan)
         _check_splits(on, "classes * per_class", of.classes * of.per_class)
-        train, levels = self._trained(of), self._levels(of)
+        levels, turns = self._levels(of), of.rotation_classes
+        first = self._batches_in_groups(plan, on, levels[0] if len(levels) else None)
+        if not mined:
+            return first
+        later = []
+        for one in mined:
+            (groups,) = hierarchy.with_turns(np.array([one.groups]), turns)
+            later.append((one.step, self._batches_in_groups(plan, on, groups)))
+        return rounds.RoundBatches([(0, first), *later])
+
+    def _batches_in_groups(
+        self, plan: Plan, on: Placement, groups: np.ndarray | None
+    ) -> loop.Batches:
+        """Batches in which classes of a group come together."""
+        of = _batches_of(plan, ClassBatchPlan)
+        train = self._trained(of)
         return sampling.ImageBatches(
             train.images,
             train.labels,
@@ -172,7 +197,7 @@ class LabelTask:
             of.rotation_classes,
             of.class_sampling,
             on.shard,
-            groups=levels[0] if len(levels) else None,
+            groups=groups,
         )
 
     def loss(self, plan: Plan, on: Placement = ONE_DEVICE) -> objectives.Objective:

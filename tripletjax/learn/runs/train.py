@@ -4,6 +4,7 @@ A run directory holds
 
 - ``config.json``: the request, and every choice that was made (`RunRecord`);
 - ``backbone.safetensors``: a copy of the weights that the run began with, if any;
+- ``rounds.json``: groups of classes of each round, if requested (`rounds`);
 - ``metrics.jsonl``: records of metrics, validations and evaluations;
 - ``checkpoints/``: the last two states, to go on from;
 - ``best/``: the model that the rule of `selection` keeps, at each of the last two
@@ -40,7 +41,14 @@ from tripletjax.learn.networks import heads
 from tripletjax.learn.networks.embedding import as_floats, embed_images
 from tripletjax.learn.networks.embedding_networks import Standardized
 from tripletjax.learn.networks.weights import Frozen
-from tripletjax.learn.runs import comparisons, fitting, preparation, record, tasks
+from tripletjax.learn.runs import (
+    comparisons,
+    fitting,
+    preparation,
+    record,
+    rounds,
+    tasks,
+)
 from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.model import build_model, fill_backbone, load_model
 from tripletjax.learn.runs.plan import Plan
@@ -245,31 +253,66 @@ class _Run:
             whole: Any = self.model.model
             nnx.update(whole.head, nnx.state(self.fitted_head))
         self.log.begin_again(self.plan, progress=self.progress)
+        if rounds.rounds_of(self.plan):
+            rounds.begin_rounds(self.out)
 
     def train(self) -> None:
         """Train the model to the last step, or keep the closed form of its head."""
-        plan, task = self.plan, self.task
         if self.on.of_first(self._keeps_closed_form):
             self._keep_closed_form()
             return
+        plan = self.plan
         with Interrupts() as interrupts:
-            for line in fitting.fit(
-                self.trained_part,
-                task,
-                self.batches,
-                plan,
-                self.on,
-                validate=task.validate,
-                validate_every=plan.validate_every,
-                validation_classes=task.validation_classes,
-                checkpoints=self.checkpoints,
-                checkpoint_every=plan.checkpoint_every,
-                kept_model=self.kept_model,
-                interrupts=interrupts,
-                progress=self.progress,
-            ):
-                if self.log is not None:
-                    self.log.add_record(line)
+            for step in rounds.first_steps(plan.steps, rounds.rounds_of(plan)):
+                # Groups of the rounds before a later checkpoint are in the file.
+                if max(self.checkpoints.steps, default=0) <= step:
+                    self._train_to(step, interrupts)
+                    self.on.of_first(functools.partial(self._mine_round, step))
+            self._train_to(plan.steps, interrupts)
+
+    def _train_to(self, step: int, interrupts: Interrupts) -> None:
+        """Train the model to a step, and save its state there."""
+        plan, task = self.plan, self.task
+        for line in fitting.fit(
+            self.trained_part,
+            task,
+            self._batches_of_rounds(),
+            plan,
+            self.on,
+            steps=step,
+            validate=task.validate,
+            validate_every=plan.validate_every,
+            validation_classes=task.validation_classes,
+            checkpoints=self.checkpoints,
+            checkpoint_every=plan.checkpoint_every,
+            kept_model=self.kept_model,
+            interrupts=interrupts,
+            progress=self.progress,
+        ):
+            if self.log is not None:
+                self.log.add_record(line)
+
+    def _batches_of_rounds(self) -> loop.Batches:
+        """Batches with the groups of the rounds so far."""
+        task, plan = self.task, self.plan
+        if not isinstance(task, tasks.LabelTask) or not rounds.rounds_of(plan):
+            return self.batches
+        mined = self.on.of_first(lambda: rounds.read_rounds(self.out))
+        return task.batches(plan, self.on, mined)
+
+    def _mine_round(self, step: int) -> None:
+        """Mine the training images for the batches from a step on."""
+        assert isinstance(self.task, tasks.LabelTask)
+        embed = functools.partial(embed_images, self.trained_part)
+        new = self.task.mine_round(self.plan, embed, step)
+        rounds.write_round(self.out, new)
+        if self.progress:
+            print(
+                f"- step {step}: {len({*new.groups}):,} groups of classes; "
+                f"{100 * new.nearer:.1f} % of the training images have a negative "
+                "nearer than the nearest positive",
+                flush=True,
+            )
 
     def _keeps_closed_form(self) -> bool:
         """Whether the closed form is requested, or training shows no gain over it.

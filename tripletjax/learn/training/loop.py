@@ -251,18 +251,16 @@ def fit(
         embed_chunk_size=embed_chunk_size,
         validate_every=validate_every,
     )
-    _check_at_least(0, memory=memory, memory_warmup_steps=memory_warmup_steps)
     _check_decays(ema_decay=ema_decay, memory_momentum=memory_momentum)
-    if not memory:
-        _check_unused(memory_warmup_steps or None, memory_momentum)
+    _check_memory(memory, memory_warmup_steps, memory_momentum)
     on = Placement(mesh)
-    learned = loss if isinstance(loss, LearnedLoss) else None
+    losses, learned = _losses_of(loss, on)
     loop = _Loop(
         model,
         _by_step(batches),
         on,
         Schedule(steps, log_every, validate_every, checkpoint_every),
-        _losses_of(learned.function if learned else loss, on),
+        losses,
         seed=seed,
         memory_warmup_steps=memory_warmup_steps,
         embed_chunk_size=embed_chunk_size,
@@ -275,12 +273,11 @@ def fit(
             "memory_momentum": memory_momentum or 0.0,
         },
     )
-    slow = memory_momentum is not None
     loop.begin(
         learned and learned.parameters,
         ema=ema_decay > 0,
         memory=memory,
-        slow=slow,
+        slow=memory_momentum is not None,
         classes=validation_classes,
     )
     if (resumed := loop.restore()) is not None:
@@ -509,8 +506,12 @@ def _by_step(batches: Any) -> Any:
     return _InOrder(batches)
 
 
-def _losses_of(loss: Objective | None, on: Placement) -> Sequence[tuple[int, Loss]]:
-    """Losses with the steps from which they hold."""
+def _losses_of(
+    loss: Objective | None, on: Placement
+) -> tuple[Sequence[tuple[int, Loss]], LearnedLoss | None]:
+    """Losses with the steps from which they hold, and the learned one."""
+    if isinstance(loss, LearnedLoss):
+        return [(0, loss.function)], loss
     if loss is None:
         loss = batch_loss(axis_name=on.axis_name)
     losses = loss if isinstance(loss, list | tuple) else [(0, loss)]
@@ -520,7 +521,7 @@ def _losses_of(loss: Objective | None, on: Placement) -> Sequence[tuple[int, Los
         )
     if losses[0][0] != 0:
         raise ValueError(f"the first loss must hold from step 0, not {losses[0][0]}.")
-    return losses
+    return losses, None
 
 
 def _check_at_least(least: int, **values: int | None) -> None:
@@ -535,12 +536,14 @@ def _check_decays(**values: float | None) -> None:
             raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}.")
 
 
-def _check_unused(warmup_steps: int | None, momentum: float | None) -> None:
-    for name, value in (
-        ("memory_warmup_steps", warmup_steps),
-        ("memory_momentum", momentum),
-    ):
-        if value is not None:
+def _check_memory(memory: int, warmup_steps: int, momentum: float | None) -> None:
+    _check_at_least(0, memory=memory, memory_warmup_steps=warmup_steps)
+    options = {
+        "memory_warmup_steps": warmup_steps or None,
+        "memory_momentum": momentum,
+    }
+    for name, value in options.items():
+        if value is not None and not memory:
             raise ValueError(f"{name} requires memory > 0, got {value!r}.")
 
 
