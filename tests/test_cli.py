@@ -226,11 +226,36 @@ MINE = ("mine", "--run", "r", "--data", ".", "--out", "a.csv")
             ["cluster", "--run", "r", "--index", ".", "--threshold", "-1"],
             "--threshold must be at least 0",
         ),
+        (
+            [
+                *("cluster", "--run", "r", "--index", "."),
+                *("--out", "a.csv", "--json", "a.png"),
+            ],
+            "a.png must be one output alone; give another file.",
+        ),
+        (
+            [
+                *("identify", "--run", "r", "--gallery", ".", "precious"),
+                *("--out", "a.png", "--json", "a.png"),
+            ],
+            "a.png must be one output alone; give another file.",
+        ),
+        (
+            [
+                *("search", "--run", "r", "--index", ".", "--query", "precious"),
+                *("--out", "a.png", "--json", "a.png"),
+            ],
+            "a.png must be one output alone; give another file.",
+        ),
         (["search", "--run", "r", "--index", ".", "--rerank"], "requires --query"),
+        (
+            ["evaluate", "--run", "r", "--data", "two\nlines"],
+            r"evaluate: folder two\nlines does not exist.",
+        ),
         (["mine", "--run", "r", "--data", "."], "required: --out"),
         (
             ["mine", "--run", "r", "--data", ".", "--out", "a.txt"],
-            "--out must be a .csv file, got",
+            "--out must be a .csv file, got 'a.txt'.",
         ),
         (["mine", "--run", "r", "--data", ".", "--out", "a.csv"], "no trained model"),
         (
@@ -416,7 +441,10 @@ def test_verification_and_naming(trained, tmp_path, capsys):
     assert cli.main([*verify, *images]) == 2
     assert "no threshold was chosen" in capsys.readouterr().err
     assert cli.main([*identify, *images]) == 2
-    assert "Or give --within DISTANCE" in capsys.readouterr().err
+    assert (
+        "or --embedder. Or give --within DISTANCE, or --closed."
+        in capsys.readouterr().err
+    )
     assert cli.main([*verify, "--data", str(people), "--far", "1e-5"]) == 0
     output = capsys.readouterr().out
     assert "1,000,000 are needed" in output
@@ -490,7 +518,9 @@ def test_groups_of_digits(trained, tmp_path, capsys):
     run, folder = shutil.copytree(trained, tmp_path / "run"), tmp_path / "index"
     cluster = ["cluster", "--run", str(run), "--index", str(folder)]
     assert cli.main(cluster) == 2
-    assert capsys.readouterr().err.endswith("Or give --threshold DISTANCE\n")
+    assert capsys.readouterr().err.endswith(
+        "with the same --run or --embedder. Or give --threshold DISTANCE.\n"
+    )
     assert (
         cli.main(["verify", "--run", str(run), "--data", str(tmp_path / "people")]) == 0
     )

@@ -135,6 +135,10 @@ def test_intervals_are_of_drawn_classes():
     # Classes that no draw can change have no interval around them.
     sure = clustering.evaluate(labels, labels, replicates=10)
     assert sure["intervals"]["bcubed_f"] == [100, 100]
+    # One class has no draws that differ.
+    single = clustering.evaluate(np.zeros(4, int), np.array([0, 0, 1, 2]))
+    assert single["bcubed_recall"] == 37.5
+    assert {single["intervals"][name] for name in evaluation.METRICS} == {None}
     alone = clustering.evaluate(np.arange(5), np.arange(5), replicates=5)
     assert (alone["pairwise_f"], alone["intervals"]["pairwise_f"]) == (None, None)
 

@@ -124,6 +124,12 @@ def test_keys_name_function_dimension_version_and_size(user_module):
             "colours:embed",
             r"raised IndexError: list index out of range \(colours.py, line 2\)",
         ),
+        ("raise SystemExit(2)", "colours:embed", r"raised SystemExit: 2 \(colours.py"),
+        (
+            "def embed(images):\n    raise SystemExit",
+            "colours:embed",
+            r"raised SystemExit \(colours.py, line 2\)",
+        ),
         ("embed = lambda images: 3", "colours:embed", r"vectors \[1, d\] for 1 images"),
         ("embed = lambda images: [[1], [2]]", "colours:embed", r"got shape \(2, 1\)"),
         ("embed = lambda images: [[]]", "colours:embed", r"got shape \(1, 0\)"),
@@ -366,6 +372,36 @@ def test_every_command_takes_a_function(user_module, tmp_path, capsys):
     own = ("--embedder-dir", tmp_path / "own")
     assert call("search", "--index", people, *own)[0] == 0
     assert (tmp_path / "own" / "index").is_dir()
+
+
+def test_one_class_is_refused_before_images_are_read(user_module, tmp_path, capsys):
+    """Photographs of thousands take minutes."""
+    user_module(COLOURS)
+    (tmp_path / "one" / "class").mkdir(parents=True)
+    picture(4, 4).save(tmp_path / "one" / "class" / "1.png")
+    for more in (("evaluate",), ("mine", "--out", "a.csv")):
+        arguments = [*more, "--embedder", "colours:embed", "--data", "one"]
+        assert cli.main(arguments) == 2
+        assert capsys.readouterr().err == (
+            f"tripletjax {more[0]}: one must have at least 2 folders of readable "
+            "images, one per class, got 1.\n"
+        )
+
+
+def test_a_name_with_a_line_break_is_printed_in_one_line(user_module, tmp_path, capsys):
+    user_module(COLOURS)
+    folder = tmp_path / "two\nlines"
+    folder.mkdir()
+    (folder / "a\x1b\n.png").write_text("no image")
+    embedder = ("--embedder", "colours:embed", "--embedder-dir", str(tmp_path / "own"))
+    assert cli.main(["search", *embedder, "--index", str(folder), "--duplicates"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert r"- a\x1b\n.png: it is not a readable image" in lines
+    arguments = ["cluster", *embedder, "--index", str(folder), "--threshold", "1"]
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err.endswith(
+        r"two\nlines must have at least 2 readable images to group, got 0." "\n"
+    )
 
 
 def test_serve_takes_a_file(tmp_path, monkeypatch, capsys):

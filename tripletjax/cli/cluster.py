@@ -7,7 +7,14 @@ from tripletjax.apps.clustering import report as clustering_report
 from tripletjax.apps.identification import Gallery
 from tripletjax.apps.search import report as search_report
 from tripletjax.apps.verification.calibration import Calibration
-from tripletjax.cli.common import check_new, open_embedder, shown, updated_index
+from tripletjax.cli.common import (
+    check_distinct,
+    check_new,
+    one_line,
+    open_embedder,
+    shown,
+    updated_index,
+)
 from tripletjax.cli.options import Cluster
 from tripletjax.learn import reports
 from tripletjax.learn.embedder import ImageEmbedder
@@ -15,10 +22,11 @@ from tripletjax.learn.embedder import ImageEmbedder
 
 def call(options: Cluster) -> int:
     sheet = None if options.out is None else options.out.with_suffix(".png")
+    target = options.copy_to or options.link_to
+    check_distinct(options.out, sheet, options.json, target)
     check_new(options.out, sheet)
     if options.json is not None:
         reports.check_replaceable(options.json)
-    target = options.copy_to or options.link_to
     if target is not None:
         clustering_report.check_target(target, options.index)
     embedder = open_embedder(options)
@@ -50,7 +58,7 @@ def call(options: Cluster) -> int:
     if target is not None:
         written.append(target)
     for line in clustering_report.format_report(report):
-        print(line)
+        print(one_line(line))
     for path in written:
         print(f"written: {shown(path)}")
     return 0
@@ -63,7 +71,7 @@ def _threshold(options: Cluster, embedder: ImageEmbedder) -> tuple[float, str]:
     try:
         calibration = Calibration.read(options.home, embedder.key)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} Or give --threshold DISTANCE") from None
+        raise FileNotFoundError(f"{error} Or give --threshold DISTANCE.") from None
     chosen = clustering.choose_threshold(calibration)
     return chosen.threshold, (
         f"threshold of the best BCubed F, {100 * chosen.bcubed_f:.1f} %, on "

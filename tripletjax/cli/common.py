@@ -1,6 +1,7 @@
 """Parts of several commands: messages, tables, checks of files, and indexes."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Errors that one line explains.
 FAULTS = ValueError, OSError, ImportError, FloatingPointError
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def message_of(error: BaseException, extras: str) -> str:
@@ -41,7 +43,12 @@ def message_of(error: BaseException, extras: str) -> str:
 
 def shown(path: Path) -> str:
     """The text of a path that need not be UTF-8."""
-    return os.fsencode(path).decode(errors="replace")
+    return one_line(os.fsencode(path).decode(errors="replace"))
+
+
+def one_line(text: str) -> str:
+    """A text with escapes for line breaks and other control characters of names."""
+    return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def print_table(
@@ -66,8 +73,17 @@ def check_images(images: Iterable[Path]) -> None:
             raise FileNotFoundError(f"there is no image {image}.")
 
 
+def check_distinct(*files: Path | None) -> None:
+    """Raise ValueError if two outputs of a command are one file."""
+    paths = [file.resolve() for file in files if file is not None]
+    for file in files:
+        if file is not None and paths.count(file.resolve()) > 1:
+            raise ValueError(f"{file} must be one output alone; give another file.")
+
+
 def check_new(*files: Path | None) -> None:
-    """Raise FileExistsError if one of the files exists."""
+    """Raise FileExistsError if one of the files exists, ValueError if two are one."""
+    check_distinct(*files)
     for file in files:
         if file is not None and file.exists():
             raise FileExistsError(f"{file} already exists; give another file.")
@@ -107,5 +123,5 @@ def updated_index(
     if options.run is None:
         print(f"index: {shown(database)}")
     for line in (*changes.notes, *changes.skipped):
-        print(f"- {line}")
+        print(f"- {one_line(line)}")
     return index, changes

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tripletjax.cli.common import open_embedder, print_table, shown
+from tripletjax.cli.common import one_line, open_embedder, print_table, shown
 from tripletjax.cli.options import Evaluate
 from tripletjax.learn import evaluation, reports
 from tripletjax.learn.files import free_path
@@ -37,7 +37,7 @@ def _print_report(report: dict[str, Any], folder: Path) -> None:
     classes = f"{report['classes']:,} classes in {shown(folder)}"
     print(f"{report['images']:,} images of {classes}")
     for note in report["notes"]:
-        print(f"- {note}")
+        print(f"- {one_line(note)}")
     retrieval, pairs, spread = (
         report[name] for name in ("retrieval", "verification", "collapse")
     )

@@ -11,8 +11,10 @@ from tripletjax.apps.images import load_image
 from tripletjax.apps.search import Index
 from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.cli.common import (
+    check_distinct,
     check_images,
     check_new,
+    one_line,
     open_embedder,
     shown,
     updated_index,
@@ -23,6 +25,7 @@ from tripletjax.learn.embedder import ImageEmbedder
 
 
 def call(options: Identify) -> int:
+    check_distinct(options.out, options.json)
     check_new(options.out)
     if options.json is not None:
         reports.check_replaceable(options.json)
@@ -70,7 +73,7 @@ def call(options: Identify) -> int:
     if options.json is not None:
         reports.write_report(report, options.json)
     for line in lines:
-        print(line)
+        print(one_line(line))
     return 0
 
 
@@ -93,6 +96,6 @@ def _calibration(options: Identify, embedder: ImageEmbedder) -> Calibration | No
     except FileNotFoundError as error:
         if options.within is None and not options.closed:
             raise FileNotFoundError(
-                f"{error} Or give --within DISTANCE, or --closed"
+                f"{error} Or give --within DISTANCE, or --closed."
             ) from None
         return None

@@ -14,7 +14,7 @@ from typing import Any
 
 import tripletjax as tj
 from tripletjax.cli import compile_cache
-from tripletjax.cli.common import FAULTS, message_of
+from tripletjax.cli.common import FAULTS, message_of, one_line
 from tripletjax.cli.options import COMMANDS
 
 
@@ -75,7 +75,8 @@ def _main(argv: Sequence[str]) -> int:
         command: Any = importlib.import_module(f"tripletjax.cli.{name}")
         return command.call(options)
     except FAULTS as error:
-        print(f"{prog}: {message_of(error, COMMANDS[name].extras)}", file=sys.stderr)
+        message = one_line(message_of(error, COMMANDS[name].extras))
+        print(f"{prog}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped.", file=sys.stderr)

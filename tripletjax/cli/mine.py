@@ -2,7 +2,7 @@
 
 from tripletjax.apps import mining
 from tripletjax.apps.mining import report as mining_report
-from tripletjax.cli.common import check_new, open_embedder, shown
+from tripletjax.cli.common import check_new, one_line, open_embedder, shown
 from tripletjax.cli.options import Mine
 
 
@@ -25,7 +25,7 @@ def call(options: Mine) -> int:
     )
     written = mining_report.write(result, files)
     for line in mining_report.format_report(result.report):
-        print(line)
+        print(one_line(line))
     print()
     for file in written:
         print(f"written: {shown(file)}")

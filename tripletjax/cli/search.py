@@ -7,6 +7,7 @@ from tripletjax.apps.search import report as search_report
 from tripletjax.cli.common import (
     check_images,
     check_new,
+    one_line,
     open_embedder,
     shown,
     updated_index,
@@ -32,7 +33,7 @@ def call(options: Search) -> int:
     if options.json is not None:
         write_json(options.json, report)
     for line in lines:
-        print(line)
+        print(one_line(line))
     for file in (options.out, options.json):
         if file is not None:
             print(f"written: {shown(file)}")

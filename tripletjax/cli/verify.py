@@ -4,7 +4,7 @@ from tripletjax.apps import verification
 from tripletjax.apps.images import load_image
 from tripletjax.apps.verification import report as verification_report
 from tripletjax.apps.verification.calibration import FOLDER, Calibration
-from tripletjax.cli.common import open_embedder, shown
+from tripletjax.cli.common import one_line, open_embedder, shown
 from tripletjax.cli.options import Verify
 from tripletjax.learn import reports
 from tripletjax.learn.data.sources import parse_source
@@ -59,7 +59,7 @@ def _calibrate(options: Verify, embedder: ImageEmbedder, data: str) -> None:
     calibration = result.calibration
     earlier = None if calibration is None else calibration.write(home)
     for line in verification_report.format_report(result.report):
-        print(line)
+        print(one_line(line))
     print()
     if calibration is not None:
         print(verification_report.format_threshold(calibration))

@@ -10,7 +10,7 @@ Rates are in percent, distances between unit vectors. Undefined values are None.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,8 @@ def embed_folder(
     skipped = [f"{file.name}: not in a folder of a class" for file in listing.loose]
     skipped += listing.skipped
     entries = len(skipped)
+    # Before images are read, which takes long.
+    _check_classes(folder, {*map(printable, listing.classes)}, least)
     x, kept, images, first_copy, unreadable = _embed_files(
         embedder, listing, keep=keep, progress=progress
     )
@@ -197,11 +199,7 @@ def embed_folder(
     names, labels = np.unique(
         [printable(listing.classes[index]) for index in kept], return_inverse=True
     )
-    if len(names) < least:
-        raise ValueError(
-            f"{folder} must have at least {least} folders of readable images, one per "
-            f"class, got {len(names)}."
-        )
+    _check_classes(folder, names, least)
     notes = [*listing.notes, *listing.left_out]
     if copies:
         notes.append(
@@ -227,6 +225,15 @@ def embed_folder(
         tuple(skipped),
         tuple(notes),
     )
+
+
+def _check_classes(folder: Path, names: Collection[str], least: int) -> None:
+    """Raise ValueError if a folder has fewer classes."""
+    if len(names) < least:
+        raise ValueError(
+            f"{folder} must have at least {least} folders of readable images, one per "
+            f"class, got {len(names)}."
+        )
 
 
 def _embed_files(

@@ -110,7 +110,8 @@ def evaluate(
     sides = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
     for name in METRICS:
         values = np.array([getattr(one, name) for one in drawn])
-        if np.isnan(values).all():
+        # Draws of one class are all the same.
+        if classes < 2 or np.isnan(values).all():
             intervals[name] = None
             continue
         bias = np.nanmean(values) - getattr(metrics, name)

@@ -63,7 +63,7 @@ class FunctionEmbedder:
     def _call(self, images: list[Image.Image]) -> np.ndarray:
         try:
             x = np.asarray(self.function(images))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"{self.name} raised {describe(error)}.") from error
         x = check_vectors(x, len(images), self.name)
         if self.dim is not None and x.shape[1] != self.dim:
@@ -115,7 +115,8 @@ def _import_function(name: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         function: Any = importlib.import_module(module_name)
-    except Exception as error:
+    # A script may parse arguments, and exit, when it is imported.
+    except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module_name}.".startswith(f"{missing}."):
             raise ValueError(

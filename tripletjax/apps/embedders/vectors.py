@@ -52,4 +52,4 @@ def describe(error: BaseException) -> str:
     if own and Path(own[-1].filename).parent != Path(__file__).parent:
         place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})"
     message = " ".join(str(error).split()).rstrip(".")
-    return f"{type(error).__name__}: {message}{place}"
+    return f"{type(error).__name__}{message and f': {message}'}{place}"

@@ -144,7 +144,7 @@ def format_report(report: dict[str, Any]) -> Iterator[str]:
     for error in errors[:PRINTED]:
         yield (
             f"  {error['path']}: nearest class {error['nearest_class']}, at "
-            f"{error['ratio']:.2f} of the distance to its own"
+            f"{error['ratio']:.2f} of the distance to its own class"
         )
     if len(errors) > PRINTED:
         yield f"  and {len(errors) - PRINTED:,} more"

@@ -31,9 +31,9 @@ def held_out_images(
     train, test, validation = (np.sort(np.array(part, int)) for part in parts)
     if len(np.unique(labels[train])) < 2:
         raise ValueError(
-            f"split is classes, but of {len(members)} classes "
-            f"{len(np.unique(labels[np.concatenate([test, validation])]))} are held "
-            "out, which leaves fewer than 2 to train on."
+            "split classes must leave at least 2 classes to train on, got "
+            f"{len(np.unique(labels[train]))} of {len(members)}; give more classes, or "
+            "split images."
         )
     return train, validation, test
 

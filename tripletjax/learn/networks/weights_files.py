@@ -146,7 +146,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         torch: Any = importlib.import_module("torch")
     except ImportError:
         raise WeightsError(
-            f"{path} is a file of PyTorch, which reads it: pip install torch. Or "
+            f"{path} is a file of PyTorch and requires it: pip install torch. Or "
             f"convert it where PyTorch is installed: {CONVERT}."
         ) from None
     try:

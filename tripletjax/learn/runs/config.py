@@ -5,7 +5,13 @@ from functools import partial
 
 from tripletjax.learn import choices
 from tripletjax.learn.data.augment import Augment
-from tripletjax.learn.runs.options import OptionError, check_options, documented, option
+from tripletjax.learn.runs.options import (
+    OptionError,
+    check_options,
+    documented,
+    option,
+    text_of,
+)
 from tripletjax.learn.training.losses import LOSSES, MARGIN, find_loss
 
 # Groups of options, in the order of the help.
@@ -220,7 +226,7 @@ class Config:
             rule = "requires {backbone}"
         for name in excluded:
             if (value := getattr(self, name)) is not None:
-                raise OptionError(f"{{{name}}} {rule}, got {value!r}.")
+                raise OptionError(f"{{{name}}} {rule}, got {text_of(value)}.")
         if self.steps == 0:
             if self.backbone is None:
                 raise OptionError(

@@ -6,6 +6,7 @@ the rows of the command, the check of values, and the documentation.
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -102,6 +103,11 @@ def help_of(field: dataclasses.Field) -> str:
     return f"{text} (default: {default})" if shown else text
 
 
+def text_of(value: Any) -> str:
+    """A value in an error: a path as it was given, others as Python writes them."""
+    return repr(os.fspath(value)) if isinstance(value, os.PathLike) else repr(value)
+
+
 def check_options(values: Any) -> None:
     """Check each option of a dataclass by its own choices and rule.
 
@@ -118,7 +124,7 @@ def check_options(values: Any) -> None:
             rule = declared.rule
         else:
             continue
-        raise OptionError(f"{{{field.name}}} must be {rule}, got {value!r}.")
+        raise OptionError(f"{{{field.name}}} must be {rule}, got {text_of(value)}.")
 
 
 def documented(cls: type[T]) -> type[T]:

@@ -19,7 +19,7 @@ from tripletjax.learn.runs import record, tasks
 from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.defaults import SCARCE_CHARACTERS, Start
 from tripletjax.learn.runs.model import BACKBONE
-from tripletjax.learn.runs.options import OptionError, options_of
+from tripletjax.learn.runs.options import OptionError, options_of, text_of
 from tripletjax.learn.runs.plan import ClassBatchPlan, Plan
 from tripletjax.learn.runs.record import ImageRecord, RunRecord
 from tripletjax.learn.training.losses import find_loss
@@ -133,7 +133,7 @@ def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:
         # Data may have moved; their content is compared when it is read.
         moved = field.name in LOCATIONS and None not in (was, now)
         if was != now and field.name != "steps" and not moved:
-            changed.append(f"{{{field.name}}} was {was!r}, got {now!r}")
+            changed.append(f"{{{field.name}}} was {text_of(was)}, got {text_of(now)}")
     if changed:
         raise OptionError(
             f"the run in {out} has another configuration: {', '.join(changed)}."
