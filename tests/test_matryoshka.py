@@ -81,11 +81,27 @@ def test_gradients_by_vectors_and_weights():
         ({"dims": (4.0,)}, TypeError, "dims must be an integer, got 4.0"),
         ({"dims": (4, 9)}, ValueError, "at most the 8 dimensions of embeddings, got 9"),
         ({"dims": (4, 8), "weights": (1.0,)}, ValueError, "one for each of 2 dims"),
+        (
+            {"dims": (4, 8), "weights": 2.0},
+            ValueError,
+            "weights must be a sequence of numbers",
+        ),
+        (
+            {"dims": (4, 8), "weights": np.ones((2, 2))},
+            ValueError,
+            "weights must be a seq",
+        ),
+        ({"dims": 8}, TypeError, "dims must be a sequence of integers, got 8"),
     ],
 )
 def test_bad_input_is_named(arguments, error, words):
     with pytest.raises(error, match=words):
         tj.matryoshka_loss(SUPCON, **arguments)(X, LABELS)
+
+
+def test_a_loss_must_be_callable():
+    with pytest.raises(TypeError, match="loss must be callable, got None"):
+        tj.matryoshka_loss(None, (8,))
 
 
 def test_terms_are_no_loss():

@@ -928,11 +928,11 @@ def costs_of(
     return jnp.where(valid, costs, 0)
 
 
-def check_elementwise(costs: Array, gaps: Array) -> None:
-    """Raise for costs of a hinge that have another shape than the gaps."""
+def check_elementwise(costs: Array, gaps: Array, *, name: str = "hinge") -> None:
+    """Raise for costs of a function that have another shape than its argument."""
     if jnp.shape(costs) != gaps.shape:
         raise ValueError(
-            f"hinge must be elementwise: for shape {gaps.shape} it returned shape "
+            f"{name} must be elementwise: for shape {gaps.shape} it returned shape "
             f"{jnp.shape(costs)}."
         )
 

@@ -1,10 +1,11 @@
 """Matryoshka losses: embeddings whose prefixes are embeddings as well."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -40,7 +41,8 @@ def matryoshka_loss(
         A function with the arguments of the loss.
 
     Raises:
-        TypeError: if dims are no integers, or the loss returns more than one array.
+        TypeError: if dims are no integers, or the loss is not callable or returns more
+            than one array.
         ValueError: if dims are not from 1 to the dimensions of the embeddings, or
             weights have another number.
 
@@ -57,10 +59,18 @@ def matryoshka_loss(
     >>> print(f"{value:.4f}", gradient.shape)
     7.5111 (12, 8)
     """
+    if not callable(loss):
+        raise TypeError(f"loss must be callable, got {loss!r}.")
+    if not isinstance(dims, Iterable):
+        raise TypeError(f"dims must be a sequence of integers, got {dims!r}.")
     lengths = [as_integer("dims", dim) for dim in dims]
     if not lengths or min(lengths) < 1:
         raise ValueError(f"dims must be at least 1, got {lengths}.")
-    factors = [1.0] * len(lengths) if weights is None else [*weights]
+    if weights is None:
+        weights = [1.0] * len(lengths)
+    if not np.iterable(weights) or any(map(jnp.ndim, weights)):
+        raise ValueError(f"weights must be a sequence of numbers, got {weights!r}.")
+    factors = [*weights]
     if len(factors) != len(lengths):
         raise ValueError(
             f"weights must be one for each of {len(lengths)} dims, got {len(factors)}."

@@ -37,6 +37,7 @@ from tripletjax.losses import (
     Reduction,
     SumReduction,
     TripletTerms,
+    check_elementwise,
     mean_active,
     mean_valid,
     reduced,
@@ -256,6 +257,22 @@ class LogSumExp:
             return None
         return self.limits(*lax.stop_gradient((distances, exists, parameters)))
 
+    def logits_of(self, distances: Array, parameters: Parameters) -> Array:
+        """The checked logits of negatives of any shape."""
+        return _elementwise("logit", self.logit, distances, parameters)
+
+    def terms_of(self, pairs: AnchorPairs, parameters: Parameters) -> Any:
+        """The checked terms ``[..., n]`` of the pairs of each anchor, as floats."""
+        shape, dtype = pairs.negatives.shape, pairs.negatives.dtype
+        terms = self.cost(pairs, parameters)
+        for leaf in jax.tree.leaves(terms):
+            if jnp.shape(leaf) != shape:
+                raise ValueError(
+                    f"cost must return terms of shape {shape}, one per anchor, got "
+                    f"shape {jnp.shape(leaf)}; sum over the last axis of the positives."
+                )
+        return jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), terms)
+
     def terms(self, distances: Array, masks: PairMasks, parameters: Parameters) -> Any:
         """The terms ``[..., n]`` of a distance matrix ``[..., n, m]``."""
         positive, negative = masks
@@ -265,18 +282,16 @@ class LogSumExp:
             low, high = (x[..., None] for x in limits)
             # A NaN stays, for the loss to show it.
             kept = kept & ~((distances < low) | (distances >= high))
-        logits = self.logit(jnp.where(kept, distances, 0), parameters)
+        logits = self.logits_of(jnp.where(kept, distances, 0), parameters)
         nearest = jnp.min(jnp.where(kept, distances, jnp.inf), axis=-1)
-        return self.cost(
-            AnchorPairs(
-                d_ap,
-                positive,
-                log_sum_exp(logits, kept),
-                lax.stop_gradient(nearest),
-                jnp.any(negative, axis=-1),
-            ),
-            parameters,
+        pairs = AnchorPairs(
+            d_ap,
+            positive,
+            log_sum_exp(logits, kept),
+            lax.stop_gradient(nearest),
+            jnp.any(negative, axis=-1),
         )
+        return self.terms_of(pairs, parameters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,10 +310,18 @@ class Separable:
         for name in ("positive_cost", "negative_cost"):
             object.__setattr__(self, name, canonical(getattr(self, name)))
 
+    def positive_costs(self, distances: Array, parameters: Parameters) -> Array:
+        """The checked costs of positives of any shape."""
+        return _elementwise("positive_cost", self.positive_cost, distances, parameters)
+
+    def negative_costs(self, distances: Array, parameters: Parameters) -> Array:
+        """The checked costs of negatives of any shape."""
+        return _elementwise("negative_cost", self.negative_cost, distances, parameters)
+
     def terms(self, distances: Array, masks: PairMasks, parameters: Parameters) -> Any:
         """The terms ``[..., n]`` of a distance matrix ``[..., n, m]``."""
         parameters = at_anchors(parameters, lambda x: x[..., None])
-        functions = self.positive_cost, self.negative_cost
+        functions = self.positive_costs, self.negative_costs
         positives, negatives = (
             sums_of_pairs(function, distances, mask, parameters)
             for function, mask in zip(functions, masks)
@@ -312,6 +335,18 @@ class Shape(Protocol):
 
     def terms(self, distances: Array, masks: PairMasks, parameters: Parameters) -> Any:
         """The terms ``[..., n]`` of a distance matrix ``[..., n, m]``."""
+
+
+def _elementwise(
+    name: str,
+    function: Callable[[Array, Parameters], Array],
+    distances: Array,
+    parameters: Parameters,
+) -> Array:
+    """The values of a user's function, in the shape and the dtype of the distances."""
+    values = function(distances, parameters)
+    check_elementwise(values, distances, name=name)
+    return jnp.asarray(values).astype(distances.dtype)
 
 
 def sums_of_pairs(

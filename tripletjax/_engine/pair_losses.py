@@ -99,21 +99,23 @@ def pair_terms(
 ) -> Any:
     """The terms of the anchors ``[n]``; if symmetric, of all references as well.
 
-    If `spec.summed`, sums over negatives may stand for all anchors in their first.
-
     Args:
         spec: the loss.
         walk: the walks over tiles of its shape.
         batch: vectors and their pairs.
         parameters: values of the parameters.
     """
+    by_products = spec.metric.products is not None
     classes = None
-    if spec.metric.products is not None and batch.has_classes:
+    if by_products and batch.has_classes:
         classes = tuple(_all_positives(side) for side in _sides(spec, batch))
 
     def terms(sizes: BlockSizes) -> Any:
         sizes = sizes._replace(tile=spec.block_size or sizes.tile)
         here = dataclasses.replace(spec, sizes=sizes)
+        if not by_products:
+            # A user's metric may close over traced arrays, which have gradients.
+            return _terms_by_panels(here, batch, parameters)
         return _terms(here, walk, batch, classes, parameters)
 
     return by_platform(terms, batch.size)
@@ -133,8 +135,8 @@ def _terms(
 ) -> Any:
     """The terms, by tiles or by panels.
 
-    The choice is made once more for the gradient, so that nothing of size O(n d) is
-    kept for it.
+    The gradient makes the choice once more, so that no intermediate results of the
+    chosen branch have to be kept.
     """
     return _terms_forward(spec, walk, batch, classes, parameters)[0]
 
@@ -349,7 +351,7 @@ def _log_sum_exp_terms(
     pairs = AnchorPairs(
         positives.distances(spec).T, positives.exists.T, total, nearest, negatives > 0
     )
-    return spec.shape.cost(pairs, parameters)
+    return spec.shape.terms_of(pairs, parameters)
 
 
 def _log_sum_exp_backward(
@@ -403,7 +405,7 @@ def _log_sum_exps(
         squares = materialize(tile.squares)
         negative = squares < jnp.inf
         d = form.distance(jnp.where(negative, squares, 0))
-        logits = jnp.where(negative, shape.logit(d, parameters), -jnp.inf)
+        logits = jnp.where(negative, shape.logits_of(d, parameters), -jnp.inf)
         shift = _finite(jnp.max(logits))
         powers = materialize(jnp.exp(logits - shift))
         sides = _directions(spec, batch, tile)
@@ -473,7 +475,7 @@ def _log_sum_exp_gradients(
         squares = materialize(tile.squares)
         negative = squares < jnp.inf
         d, slope = with_slope(form.distance, jnp.where(negative, squares, 0))
-        logits, pull = jax.vjp(shape.logit, d, parameters)
+        logits, pull = jax.vjp(shape.logits_of, d, parameters)
         logits = jnp.where(negative, logits, -jnp.inf)
         shift = _finite(jnp.max(logits))
         sides = _directions(spec, batch, tile)
@@ -541,10 +543,9 @@ def _separable_terms(
     assert isinstance(shape, Separable)
     of_positives, total, active = numbers
     (of_anchors,) = classes
-    d_ap = spec.metric.inner_products.distance(of_positives.squares)
-    exists = of_positives.exists
+    d_ap, exists = of_positives.distances(spec), of_positives.exists
     each = at_anchors(parameters, lambda x: x[:, None])
-    positives = sums_of_pairs(shape.positive_cost, d_ap.T, exists.T, each)
+    positives = sums_of_pairs(shape.positive_costs, d_ap.T, exists.T, each)
     negatives = of_anchors.negatives.astype(total.dtype)
     anchors = (positives.valid + negatives > 0).astype(total.dtype)
     return PairTerms(positives, TripletTerms(total, active, negatives), anchors)
@@ -598,7 +599,7 @@ def _separable_walk(
         by_distances = []
         for group in groups:
             here = at_anchors(parameters, group[0].at)
-            costs, pull = jax.vjp(shape.negative_cost, d, here)
+            costs, pull = jax.vjp(shape.negative_costs, d, here)
             costs = materialize(jnp.where(negative, costs, 0))
             for side in group:
                 parts = (
@@ -662,6 +663,7 @@ def _terms_by_panels(spec: PairSpec, batch: Batch, parameters: Parameters) -> An
 def _side_terms(spec: PairSpec, batch: Batch, parameters: Parameters) -> Any:
     panels = Panels.of(spec.metric, batch, spec.sizes)
 
+    @jax.checkpoint
     def of_block(block: Array) -> tuple[Array, Any]:
         panel = _refined(panels, block)
         terms = _block_terms(spec, panel, parameters, panel.distances)
