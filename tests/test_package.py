@@ -53,7 +53,8 @@ assert images.shape == (12, 4, 4, 1) and len(set(y.tolist())) == 3
 CORE = (
     ("_closures",),
     ("_api",),
-    ("distances", "pairs", "_matrices", "_thresholds"),
+    ("_matrices", "_thresholds"),
+    ("distances", "pairs"),
     ("_pairwise",),
     ("retrieval", "verification", "collapse"),
     ("mining",),

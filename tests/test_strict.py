@@ -53,6 +53,9 @@ CALLS = {
         tj.matryoshka_loss(tj.blockwise.batch_hard_loss, (3, 6), weights=(2.0, 1.0))
     )(X, Y),
     "pair_masks": lambda: tj.pair_masks(Y, RY, **PADDED),
+    "ignore_false_negatives": lambda: tj.ignore_false_negatives(
+        distances(), Y, margin=0.1, share=0.1
+    ),
     "batch_hard_triplets": lambda: tj.batch_hard_triplets(distances(), Y),
     "batch_easy_hard_triplets": lambda: tj.batch_easy_hard_triplets(distances(), Y),
     "batch_semi_hard_triplets": lambda: tj.batch_semi_hard_triplets(distances(), Y),
