@@ -20,7 +20,13 @@ from programs import cache_folder, compile_quickly, remove_old_programs, repeata
 # Must come before anything asks JAX for its devices.
 jax.config.update("jax_num_cpu_devices", 8)
 
-settings.register_profile("tripletjax", deadline=None, print_blob=True)
+# Random inputs are the same in every run, unless other ones are requested.
+settings.register_profile(
+    "tripletjax",
+    deadline=None,
+    print_blob=True,
+    derandomize="TRIPLETJAX_TESTS_RANDOM" not in os.environ,
+)
 settings.load_profile("tripletjax")
 
 

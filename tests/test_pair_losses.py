@@ -192,11 +192,21 @@ def rounding_of_ranks(name, dtype):
     return np.finfo(dtype).eps * RANKS.get(name, 0)
 
 
+def rounding_of_temperature(name, dtype):
+    """That of ranks times a gap of up to 16 temperatures; 1 - s is 0 beyond."""
+    return 16 * rounding_of_ranks(name, dtype)
+
+
 def check_rows(name, got, expected, rtol, axis=-1):
-    """Errors are at most a share of the largest number of each row."""
+    """Errors are at most a share of the largest number of each row.
+
+    Weights are differences of shares of 1. Those of an anchor with a small cost are
+    rounded as the largest weights are: 2 eps of the largest number of all is allowed.
+    """
     largest = np.maximum(np.abs(expected).max(axis, keepdims=True), 1e-30)
     error = np.abs(np.asarray(got, float) - expected)
     error -= rounding_of_ranks(name, got.dtype)
+    error -= 2 * np.finfo(got.dtype).eps * np.abs(expected).max()
     assert (error / largest).max() <= rtol
 
 
@@ -220,7 +230,8 @@ def test_value_and_gradients_are_the_oracles(name, problem):
         # Gradients by parameters are sums over pairs, which may cancel.
         total = np.abs(slope).sum()
         for key, got in by_parameters.items():
-            error = abs(float(got) - slopes[key]) - rounding_of_ranks(name, dtype)
+            error = abs(float(got) - slopes[key])
+            error -= rounding_of_temperature(name, dtype)
             assert error <= rtol * max(abs(slopes[key]), total), key
 
 
@@ -308,7 +319,7 @@ def test_gradients_by_embeddings_are_the_oracles(name):
             total = np.abs(of_x).sum()
             for key, slope in zip(parameters, of_parameters):
                 error = abs(float(slopes[key]) - slope)
-                error -= rounding_of_ranks(name, dtype)
+                error -= rounding_of_temperature(name, dtype)
                 assert error <= rtol * max(abs(slope), total), key
 
 
