@@ -713,6 +713,8 @@ def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
     queries = sorted((unseen / "group1" / "kind1").iterdir())[:2]
     sheet, file = tmp_path / "more" / "hits.png", tmp_path / "hits.json"
     command = ["search", "--run", str(trained), "--index", str(unseen)]
+    # Other tests have an index of the folder in the run.
+    command += ["--database", str(tmp_path / "index")]
     more = ["-k", "3", "--out", str(sheet), "--json", str(file)]
     assert cli.main([*command, "--query", *map(str, queries), *more]) == 0
     told = capsys.readouterr().out
