@@ -116,7 +116,7 @@ def chips(topology: str) -> list:
 
 
 def cost(text: str, blocks: int) -> tuple[int, int]:
-    """Estimated cycles and operations of a call, with so many blocks of vectors."""
+    """Estimated cycles and operations of a call, with a number of blocks of vectors."""
     computations: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():

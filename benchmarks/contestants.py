@@ -28,7 +28,7 @@ PAIR_LOSSES = ("supcon", "nt_xent", "multi_similarity", "contrastive", "sigmoid"
 TWO_SIDES = ("clip", "arcface")
 # How long memory is watched, and how long and often time is taken at most.
 PEAK_SECONDS, REPEAT_SECONDS, MOST_REPEATS = 0.3, 3.0, 101
-# What takes so many seconds is not repeated often.
+# Cases that take this number of seconds are not repeated often.
 LONG = 2.0
 
 
@@ -68,7 +68,7 @@ def measure(
     Args:
         library: one of `LIBRARIES`.
         case: what to compute.
-        limit: after so many seconds it is stopped.
+        limit: seconds after which it is stopped.
         with_product: whether to time the bare product, too.
 
     Returns:

@@ -127,7 +127,7 @@ def heads_of(
 def _changed(
     plan: Plan, fold: LabelTask, changes: dict[str, Any]
 ) -> tuple[Plan, LabelTask]:
-    """The plan with changes, and the task with so many views (2 by default)."""
+    """The plan with changes, and the task with a number of views (2 by default)."""
     of_batches = {k: v for k, v in changes.items() if k in ("loss", "temperature")}
     of_plan = {k: v for k, v in changes.items() if k not in (*of_batches, "views")}
     views = changes.get("views", 2)

@@ -115,7 +115,9 @@ def read_and_embedded(n: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, help="measure reading of so many instead")
+    parser.add_argument(
+        "--images", type=int, help="measure reading of this number of images instead"
+    )
     arguments = parser.parse_args()
     if arguments.images:
         read_and_embedded(arguments.images)

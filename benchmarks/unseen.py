@@ -53,7 +53,7 @@ def episodes(labels, groups, ways, within):
 
 
 def capped(labels, most: int = 10):
-    """Indices of at most so many items of each class, drawn at random."""
+    """Indices of at most `most` items of each class, drawn at random."""
     order = np.random.default_rng(0).permutation(len(labels))
     ranks = [np.sum(labels[order[:i]] == labels[row]) for i, row in enumerate(order)]
     return np.sort(order[np.array(ranks) < most])

@@ -31,7 +31,7 @@ from tripletjax.apps.verification import report as verification_report
 from tripletjax.learn.data.class_folders import find_classes
 from tripletjax.learn.embedder import ImageEmbedder
 
-# Of every third class nobody is in the gallery; of the others so many images.
+# Every third class is unknown to the gallery; the others have three images there.
 UNKNOWN, KNOWN = 3, 3
 QUERIES = 4
 # Images in the folder of another class, of which the picture has some.

@@ -39,7 +39,7 @@ def pytest_configure(config):
 MAPS, MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
 
-# Counting them takes a while: it is done after every so many tests.
+# Counting them takes a while: it is done after every MAPS_EVERY tests.
 MAPS_EVERY = 10
 _tests = itertools.count(1)
 

@@ -767,7 +767,7 @@ def proxy_anchor(d, positive, negative, margin=0.1, scale=32.0):
 
 
 def contrastive(d, positive, negative, positive_margin=0.0, negative_margin=1.0):
-    """Hadsell et al. 2006 with hinges in place of squares, each side averaged."""
+    """Hadsell et al. 2006 with hinges instead of squares, each side averaged."""
     of_positives, of_negatives = [], []
     for a in range(len(d)):
         of_positives += [d[a][p] - positive_margin for p in _of(positive, a)]

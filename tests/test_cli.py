@@ -84,10 +84,10 @@ def test_every_option_is_explained(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([name, "--help"])
     assert stopped.value.code == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     summary, _, _ = inspect.getdoc(COMMANDS[name]).partition("\n\n")
-    assert " ".join(summary.split()) in " ".join(told.split())
-    assert any(text in told for text in ("--out", "--port", "OUT."))
+    assert " ".join(summary.split()) in " ".join(printed.split())
+    assert any(text in printed for text in ("--out", "--port", "OUT."))
     for row in PARSERS[name]._actions:
         assert row.help, row.option_strings
 

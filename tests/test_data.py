@@ -291,8 +291,8 @@ def test_broken_images_are_named_and_skipped(tmp_path):
             "files outside the folders of classes": 1,
             "folders without images": 1,
         }
-        told = "an image that can be used: papers; most often, it is not a readable"
-        assert sum(told in note for note in dataset.decoding.notes) == 1
+        words = "an image that can be used: papers; most often, it is not a readable"
+        assert sum(words in note for note in dataset.decoding.notes) == 1
         assert len(dataset.label_names) == 8
     assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 32
 

@@ -172,7 +172,7 @@ def _blockwise(
         is_leaf=is_per_anchor,
     )
     symmetric = loss.symmetric and not apart
-    spec = PairSpec(loss.shape, metric, symmetric, summed, block_size)
+    spec = PairSpec(loss.shape, metric, symmetric, summed, block_size=block_size)
     walk = WALKS[type(loss.shape)]
 
     def one(inputs: tuple[list[Batch], Any]) -> Any:

@@ -630,7 +630,7 @@ def _spec(
         block_size = as_integer("block_size", block_size)
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}.")
-    return LossSpec(mining, metric, cost, fallback, block_size)
+    return LossSpec(mining, metric, cost, fallback, block_size=block_size)
 
 
 def _loss(

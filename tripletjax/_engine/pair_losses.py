@@ -27,9 +27,8 @@ from tripletjax._engine.panels import Panel, Panels
 from tripletjax._engine.reductions import sum_in_one_loop
 from tripletjax._engine.search import MAX_TILE_POSITIVES, positives_of
 from tripletjax._engine.slopes import with_slope
-from tripletjax._engine.spec import Gradients
+from tripletjax._engine.spec import BlockSpec, Gradients
 from tripletjax._pairwise.batch import Batch
-from tripletjax._pairwise.block_sizes import CPU, BlockSizes, by_platform
 from tripletjax._pairwise.class_index import ClassIndex
 from tripletjax._pairwise.slices import add_rows, materialize, rows_at
 from tripletjax._pairwise.tiles import Tile, Tiles
@@ -57,7 +56,7 @@ LEAST_EXPONENT = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
-class PairSpec:
+class PairSpec(BlockSpec):
     """A loss of pairs; static.
 
     Attributes:
@@ -65,16 +64,12 @@ class PairSpec:
         metric: a distance between vectors.
         symmetric: whether references are anchors as well.
         summed: whether only sums of the terms over the anchors are wanted.
-        block_size: vectors on each side of a tile, in place of `sizes.tile`.
-        sizes: tile and panel sizes.
     """
 
     shape: Shape
     metric: Metric
     symmetric: bool = False
     summed: bool = False
-    block_size: int | None = None
-    sizes: BlockSizes = CPU
 
 
 class TileWalk(NamedTuple):
@@ -110,15 +105,13 @@ def pair_terms(
     if by_products and batch.has_classes:
         classes = tuple(_all_positives(side) for side in _sides(spec, batch))
 
-    def terms(sizes: BlockSizes) -> Any:
-        sizes = sizes._replace(tile=spec.block_size or sizes.tile)
-        here = dataclasses.replace(spec, sizes=sizes)
+    def terms(spec: PairSpec) -> Any:
         if not by_products:
             # A user's metric may close over traced arrays, which have gradients.
-            return _terms_by_panels(here, batch, parameters)
-        return _terms(here, walk, batch, classes, parameters)
+            return _terms_by_panels(spec, batch, parameters)
+        return _terms(spec, walk, batch, classes, parameters)
 
-    return by_platform(terms, batch.size)
+    return spec.by_platform(terms, batch.size)
 
 
 def _sides(spec: PairSpec, batch: Batch) -> list[Batch]:
@@ -587,6 +580,10 @@ def _separable_walk(
     assert isinstance(shape, Separable)
     tiles = Tiles.of(spec.metric, batch, spec.sizes)
 
+    of_anchors = any(
+        map(is_per_anchor, jax.tree.leaves(parameters, is_leaf=is_per_anchor))
+    )
+
     # The state: the sums, and the gradients by vectors and by parameters if wanted.
     def visit(state: tuple, tile: Tile) -> tuple:
         sums, gradients = state
@@ -596,7 +593,7 @@ def _separable_walk(
         sides = _directions(spec, batch, tile)
         # Both directions have one cost, unless a parameter is that of the anchor.
         groups = [[side] for side in sides] if of_anchors else [sides]
-        by_distances = []
+        pulled = []
         for group in groups:
             here = at_anchors(parameters, group[0].at)
             costs, pull = jax.vjp(shape.negative_costs, d, here)
@@ -609,24 +606,18 @@ def _separable_walk(
                 sums = tuple(
                     add_rows(x, side.start, new) for x, new in zip(sums, parts)
                 )
-            if gradients is None:
-                continue
-            grads, by_parameters = gradients
-            each = [1.0 if weights is None else side.at(weights) for side in group]
-            new, by_here = pull(jnp.where(negative, sum(each), 0).astype(d.dtype))
-            by_distances.append(new)
-            by_parameters = _add_parameters(by_parameters, by_here, group[0])
-            gradients = grads, by_parameters
+            if gradients is not None:
+                each = [1.0 if weights is None else side.at(weights) for side in group]
+                pulled.append(pull(jnp.where(negative, sum(each), 0).astype(d.dtype)))
         if gradients is None:
             return sums, None
         grads, by_parameters = gradients
-        by_distance = functools.reduce(jnp.add, by_distances)
+        by_distance = functools.reduce(jnp.add, (by_d for by_d, _ in pulled))
+        for group, (_, by_here) in zip(groups, pulled):
+            by_parameters = _add_parameters(by_parameters, by_here, group[0])
         by_square = jnp.where(negative, by_distance * slope, 0)
         return sums, (vjp_negatives(batch, grads, tile, by_square), by_parameters)
 
-    of_anchors = any(
-        map(is_per_anchor, jax.tree.leaves(parameters, is_leaf=is_per_anchor))
-    )
     zeros = batch.zeros((_anchor_count(spec, batch),))
     gradients = None
     if gradient:

@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 from jax import Array
 
@@ -24,27 +24,19 @@ class Mining(enum.Enum):
     SEMI_HARD = enum.auto()
 
 
-@dataclasses.dataclass(frozen=True)
-class LossSpec:
-    """A loss; static.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSpec:
+    """The blocks of a loss; static.
 
     Attributes:
-        mining: the triplets.
-        metric: a distance between vectors.
-        cost: the cost of a triplet.
-        fallback: whether a pair without a semi-hard negative takes the farthest.
         sizes: tile and panel sizes.
-        block_size: vectors on each side of a tile, in place of `sizes.tile`.
+        block_size: vectors on each side of a tile, instead of `sizes.tile`.
     """
 
-    mining: Mining
-    metric: Metric
-    cost: Cost = RELU
-    fallback: bool = True
     block_size: int | None = None
     sizes: BlockSizes = CPU
 
-    def by_platform(self, compute: Callable[["LossSpec"], T], n: int) -> T:
+    def by_platform(self, compute: Callable[[Self], T], n: int) -> T:
         """The computation for n vectors, with the block sizes of the platform."""
 
         def with_cut(sizes: BlockSizes) -> T:
@@ -52,6 +44,23 @@ class LossSpec:
             return compute(dataclasses.replace(self, sizes=sizes._replace(tile=tile)))
 
         return by_platform(with_cut, n)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSpec(BlockSpec):
+    """A loss; static.
+
+    Attributes:
+        mining: the triplets.
+        metric: a distance between vectors.
+        cost: the cost of a triplet.
+        fallback: whether a pair without a semi-hard negative takes the farthest.
+    """
+
+    mining: Mining
+    metric: Metric
+    cost: Cost = RELU
+    fallback: bool = True
 
 
 class Gradients(NamedTuple):

@@ -24,11 +24,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
-import tripletjax as tj
 from tripletjax.apps import clustering, identification, mining, verification
 from tripletjax.apps.embedders import vectors_of
 from tripletjax.apps.images import shrink, thumbnail
-from tripletjax.apps.mining.label_errors import NEIGHBORS
 from tripletjax.apps.search.index import DUPLICATE_DISTANCE, Index
 from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.learn.data.image_files import ImageError, ImageTooLargeError, open_image
@@ -262,12 +260,7 @@ class App:
         x, labels, n = known.vectors, known.labels, len(known.paths)
         if len(known.names) < 2:
             raise RequestError("Label errors require at least two classes.")
-        distances, neighbors = tj.retrieval.nearest_neighbors(
-            x, x, min(NEIGHBORS, n - 1), positions=np.arange(n)
-        )
-        errors = mining.find_label_errors(
-            x, labels, np.asarray(distances), np.asarray(neighbors)
-        )
+        errors = mining.find_label_errors(x, labels, *mining.find_neighbors(x))
         pictures: Pictures = []
         for image, nearest, ratio in zip(errors.images, errors.nearest, errors.ratio):
             for row, text in ((image, f"ratio {ratio:.2f}"), (nearest, "nearest")):

@@ -39,9 +39,7 @@ def call(options: Cluster) -> int:
     report = clustering_report.make_report(groups, origin)
     report["index"] = search_report.report_changes(index, changes)
     if known is not None:
-        row_of = {path: row for row, path in enumerate(groups.paths)}
-        numbers = groups.numbers[[row_of[path] for path in known.paths]]
-        metrics = clustering.evaluate(known.labels, numbers)
+        metrics = clustering.evaluate(known.labels, groups.numbers_of(known.paths))
         report["evaluation"] = {**metrics, "notes": [*known.notes]}
     written: list[Path] = []
     if options.out is not None and sheet is not None:

@@ -161,7 +161,7 @@ class _Table:
         return cls(entries // count, entries % count, counts, sizes, count)
 
     def measure(self, weights: np.ndarray) -> ClusteringMetrics:
-        """Measure with so many copies of each class ``[c]``."""
+        """Measure with given numbers of copies of each class ``[c]``."""
         n = self.counts.astype(np.float64)
         copies = weights.astype(np.float64)
         w, sizes = copies[self.classes], self.class_sizes.astype(np.float64)

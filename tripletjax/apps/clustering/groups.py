@@ -39,6 +39,11 @@ class Groups:
         """Number of groups of at least two images, which come first."""
         return sum(size > 1 for size in self.sizes)
 
+    def numbers_of(self, paths: Sequence[str]) -> np.ndarray:
+        """The group of each of some images ``[n]``."""
+        row_of = {path: row for row, path in enumerate(self.paths)}
+        return self.numbers[[row_of[path] for path in paths]]
+
     def paths_of(self, number: int) -> list[str]:
         """Paths of the images of a group, the nearest to their mean first."""
         return [self.paths[row] for row in self.members[number]]

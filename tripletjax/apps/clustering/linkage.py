@@ -20,7 +20,7 @@ import tripletjax as tj
 NEIGHBORS = 16
 # Groups that are searched at a time, and pairs whose distances are computed at a time.
 BLOCK, PAIRS = 4096, 2**16
-# Groups to search in are padded to a power of two, and at least to so many.
+# The number of groups to search in is padded to a power of two, at least to this.
 LEAST = 256
 
 
@@ -95,7 +95,7 @@ class _Groups:
 
     @classmethod
     def of(cls, x: np.ndarray, counts: np.ndarray) -> "_Groups":
-        """Groups of one vector each, of so many copies."""
+        """Groups of one vector each, with the number of its copies."""
         x, counts = x.astype(np.float64), counts.astype(np.float64)
         squares = counts * np.einsum("nd,nd->n", x, x)
         sums, known = counts[:, None] * x, np.zeros(len(x))

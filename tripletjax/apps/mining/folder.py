@@ -105,7 +105,7 @@ def mine(
     _check_counts(folder, images.labels, k, range_min)
     # Equal images have equal vectors, whatever batch they were embedded in.
     x, labels = images.x[images.first_copy], images.labels
-    distances, neighbors = _find_neighbors(x, progress)
+    distances, neighbors = find_neighbors(x, progress=progress)
     errors = find_label_errors(x, labels, distances, neighbors)
     where = np.ones(len(x), bool)
     where[errors.images] = not skip_label_errors
@@ -197,7 +197,7 @@ def _fits_a_line(path: str) -> bool:
 
 
 def _check_counts(folder: Path, labels: np.ndarray, k: int, range_min: int) -> None:
-    """Raise ValueError if no image has a positive, or none has so many negatives."""
+    """Raise ValueError if no image has a positive, or none has `k` negatives."""
     counts = np.unique(labels, return_counts=True)[1]
     if counts.max() < 2:
         raise ValueError(
@@ -213,8 +213,10 @@ def _check_counts(folder: Path, labels: np.ndarray, k: int, range_min: int) -> N
         )
 
 
-def _find_neighbors(x: np.ndarray, progress: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Distances and indices ``[n, k]`` of the nearest images of each image."""
+def find_neighbors(
+    x: np.ndarray, *, progress: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distances and indices ``[n, k]`` of the nearest images, for label errors."""
     k = min(NEIGHBORS, len(x) - 1)
 
     def find(rows: np.ndarray, _: int) -> tuple[jax.Array, jax.Array]:

@@ -465,7 +465,7 @@ def _embeddings_before(
 
 
 def sample_of_classes(labels: np.ndarray, most: int) -> np.ndarray:
-    """Positions of at most so many labels, several of each class in the sample."""
+    """Positions of at most `most` labels, several of each class in the sample."""
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     rank = np.random.default_rng(0).permutation(len(counts))
     order = np.argsort(rank[classes], kind="stable")
