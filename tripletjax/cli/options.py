@@ -326,8 +326,8 @@ class Search(EmbedderOptions):
     )
     together: bool = option("search once, by the mean of all queries", default=False)
     rerank: bool = option(
-        "re-rank the hits by k-reciprocal neighbours: those first that have the query "
-        "and its neighbours among their own",
+        "re-rank the hits by k-reciprocal neighbours: hits that share neighbours with "
+        "the query come first",
         default=False,
     )
     k: int = option(
@@ -540,7 +540,7 @@ class Mine(EmbedderOptions):
     )
     relative_margin: float | None = option(
         "least difference between the distances of the negative and of the positive, "
-        "as a share of that of the positive",
+        "as a share of the positive's distance",
         rule="finite",
     )
     farthest_positive: bool = option(

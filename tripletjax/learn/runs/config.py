@@ -132,8 +132,8 @@ class Config:
         "learn the temperature, or the scale, bias or beta of the loss", default=False
     )
     batch_all_fraction: float = _api(
-        "share of the steps that hard mining begins with all triplets, without which "
-        "it collapses",
+        "share of the steps in which the loss hard first trains on all triplets, "
+        "against collapse",
         default=0.5,
         rule="0 to 1",
     )
@@ -154,8 +154,8 @@ class Config:
         choices=choices.RELEVANCE,
     )
     rounds: int = _batches_of_classes(
-        "number of times that training stops to mine the classes that the model "
-        "confuses, which come into a batch together from there on",
+        "number of mining rounds: training stops, mines the classes that the model "
+        "confuses, and puts them into the same batches",
         default=0,
         rule="at least 0",
     )
