@@ -66,7 +66,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery_built",
     "filename_pattern": r"\.py$",
     "abort_on_example_error": True,
-    "image_scrapers": ("animations.as_gif", "matplotlib"),
+    "image_scrapers": ("gallery_figures.as_gif", "matplotlib"),
     "remove_config_comments": True,
     "download_all_examples": False,
     "show_memory": False,
@@ -77,7 +77,7 @@ sphinx_gallery_conf = {
         "%pip install -q -e '../..[train]'\n"
         "%matplotlib inline"
     ),
-    "reset_modules": ("matplotlib",),
+    "reset_modules": ("matplotlib", "gallery_figures.set_style"),
     "min_reported_time": 5,
 }
 
@@ -153,29 +153,66 @@ def link_names(app, doctree, docname):
         node.replace_self(link)
 
 
+def describe_thumbnails(app, doctree, docname):
+    """Thumbnails of the gallery have the title of their page as alternative text."""
+    for node in doctree.findall(nodes.image):
+        page = re.fullmatch(r".*/thumb/sphx_glr_(\w+)_thumb.png", node["uri"])
+        if page:
+            node["alt"] = app.env.titles[f"gallery_built/{page[1]}"].astext()
+
+
+def allow_breaks_in_names(app, page, template, context, doctree):
+    """Names may break at dots, underscores and capitals, as narrow tables need it."""
+
+    def mark(match):
+        return match[1] + NAME_BREAK.sub("<wbr>", match[2]) + match[3]
+
+    if "body" in context:
+        context["body"] = NAME_PARTS.sub(mark, context["body"])
+
+
+NAME_PARTS = re.compile(r'(<span class="pre">)([^<]+)(</span>)')
+NAME_BREAK = re.compile(
+    r"(?<=[a-z0-9])(?=[A-Z])|(?<=[\w)][._/(=,])(?=[^\W\d])|(?<=[/,])(?=\w)"
+)
+
+
 def write_text_for_models(app, exception):
     """`llms.txt` lists the pages, and `llms-full.txt` has their text."""
     if exception or app.builder.format != "html":
         return
-    titles = {page: title.astext() for page, title in app.env.titles.items()}
-    pages = [page for page in in_order(app.env, "index") if page in titles]
-    index = [
-        "# tripletjax",
-        "",
-        "> Triplet, contrastive and softmax losses for JAX.",
-        "",
-    ]
-    index += [f"- [{titles[page]}]({page}.html)" for page in pages]
-    Path(app.outdir, "llms.txt").write_text("\n".join(index) + "\n")
-    texts = [Path(app.env.doc2path(page)) for page in pages]
-    texts = [file.read_text() for file in texts if file.suffix == ".md"]
-    functions = [
-        f"# {name}\n\n{inspect.getdoc(function)}"
-        for name in sorted(app.env.domains["py"].objects)
-        if callable(function := pydoc.locate(name)) and inspect.getdoc(function)
-    ]
-    text = "\n\n".join(texts + functions)
-    Path(app.outdir, "llms-full.txt").write_text(text + "\n")
+    groups = {
+        "reference/generated/": "Functions and classes",
+        "gallery_built/": "Gallery",
+    }
+    listed, texts = {"Pages": [], **{title: [] for title in groups.values()}}, []
+    for page in in_order(app.env, "index"):
+        if page not in app.env.titles:
+            continue
+        title, summary = app.env.titles[page].astext(), ""
+        file = Path(app.env.doc2path(page))
+        if page.startswith("reference/generated/"):
+            title = Path(page).name
+            text = inspect.getdoc(pydoc.locate(title)) or ""
+            summary = ": " + text.partition("\n")[0].rstrip(",:")
+            texts.append(f"# {title}\n\n{text}")
+        elif page.startswith("gallery_built/plot_"):
+            texts.append(
+                f"# {title}\n\n```python\n{file.with_suffix('.py').read_text()}```"
+            )
+        elif page == "reference/command":
+            texts.append(app.env.get_doctree(page).astext())
+        elif file.suffix == ".md" and not page.startswith("reference/"):
+            blocks = r"(?ms)^```\{toctree\}.*?^```\n"
+            texts.append(re.sub(blocks, "", file.read_text()).strip())
+        group = next(
+            (g for start, g in groups.items() if page.startswith(start)), "Pages"
+        )
+        listed[group].append(f"- [{title}]({page}.html){summary}")
+    index = ["# tripletjax", "> Triplet, contrastive and softmax losses for JAX."]
+    index += [f"## {name}\n\n" + "\n".join(lines) for name, lines in listed.items()]
+    Path(app.outdir, "llms.txt").write_text("\n\n".join(index) + "\n")
+    Path(app.outdir, "llms-full.txt").write_text("\n\n".join(texts) + "\n")
 
 
 def in_order(env, page):
@@ -209,6 +246,8 @@ def setup(app):
     app.connect("missing-reference", find_elsewhere)
     app.connect("doctree-read", strip_code)
     app.connect("doctree-resolved", link_names)
+    app.connect("doctree-resolved", describe_thumbnails)
+    app.connect("html-page-context", allow_breaks_in_names)
     app.connect("build-finished", write_text_for_models)
 
 
