@@ -10,6 +10,7 @@ from pathlib import Path
 import latex2mathml.converter
 import matplotlib
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.util.inspect import stringify_signature
 from sphinx.util.nodes import make_refnode
 
@@ -30,7 +31,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
     "sphinxcontrib.bibtex",
-    "sphinxcontrib.programoutput",
+    "command_options",
 ]
 exclude_patterns = ["_templates", "gallery", "gallery_built/*.ipynb"]
 templates_path = ["_templates"]
@@ -153,28 +154,37 @@ def link_names(app, doctree, docname):
         node.replace_self(link)
 
 
+def add_anchors(app, doctree):
+    """Pages of source code link to all objects of a file by one module's name."""
+    for node in doctree.findall(addnodes.desc_signature):
+        names = {f"{module}.{node['fullname']}" for module in SHORT_MODULES}
+        node["ids"] += sorted(names - {*node["ids"]})
+
+
+SHORT_MODULES = "tripletjax", "tripletjax.learn"
+
+
 def describe_thumbnails(app, doctree, docname):
     """Thumbnails of the gallery have the title of their page as alternative text."""
     for node in doctree.findall(nodes.image):
-        page = re.fullmatch(r".*/thumb/sphx_glr_(\w+)_thumb.png", node["uri"])
+        page = re.fullmatch(r".*/thumb/sphx_glr_(\w+)_thumb[.]\w+", node["uri"])
         if page:
             node["alt"] = app.env.titles[f"gallery_built/{page[1]}"].astext()
 
 
-def allow_breaks_in_names(app, page, template, context, doctree):
-    """Names may break at dots, underscores and capitals, as narrow tables need it."""
+# A long name in code, and its borders between words of some length.
+LONG_NAME = re.compile(r'(?<=<span class="pre">)[^<]{17,}(?=</span>)')
+WORD_BORDER = re.compile(r"(?<=[a-z0-9])(?=[A-Z]\w{3})|(?<=\w[._/(=,])(?=[^\W\d]\w{3})")
 
-    def mark(match):
-        return match[1] + NAME_BREAK.sub("<wbr>", match[2]) + match[3]
+
+def allow_breaks_in_names(app, page, template, context, doctree):
+    """Long names may break between their words, which narrow tables need."""
+
+    def mark(name):
+        return WORD_BORDER.sub("<wbr>", name[0])
 
     if "body" in context:
-        context["body"] = NAME_PARTS.sub(mark, context["body"])
-
-
-NAME_PARTS = re.compile(r'(<span class="pre">)([^<]+)(</span>)')
-NAME_BREAK = re.compile(
-    r"(?<=[a-z0-9])(?=[A-Z])|(?<=[\w)][._/(=,])(?=[^\W\d])|(?<=[/,])(?=\w)"
-)
+        context["body"] = LONG_NAME.sub(mark, context["body"])
 
 
 def write_text_for_models(app, exception):
@@ -245,6 +255,7 @@ def setup(app):
     app.connect("autodoc-skip-member", leave_out_fields)
     app.connect("missing-reference", find_elsewhere)
     app.connect("doctree-read", strip_code)
+    app.connect("doctree-read", add_anchors)
     app.connect("doctree-resolved", link_names)
     app.connect("doctree-resolved", describe_thumbnails)
     app.connect("html-page-context", allow_breaks_in_names)
