@@ -174,7 +174,9 @@ def describe_thumbnails(app, doctree, docname):
 
 # A long name in code, and its borders between words of some length.
 LONG_NAME = re.compile(r'(?<=<span class="pre">)[^<]{17,}(?=</span>)')
-WORD_BORDER = re.compile(r"(?<=[a-z0-9])(?=[A-Z]\w{3})|(?<=\w[._/(=,])(?=[^\W\d]\w{3})")
+WORD_BORDER = re.compile(
+    r"(?<=[a-z0-9])(?=[A-Z]\w{3})|(?<=\w[._/(=,])(?=[^\W\d]\w{3}|&quot;)"
+)
 
 
 def allow_breaks_in_names(app, page, template, context, doctree):
