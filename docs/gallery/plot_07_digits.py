@@ -2,9 +2,9 @@
 Digits in two dimensions, before and after
 ==========================================
 
-A network with two outputs, not of unit length, trained for some seconds on digits of
-some writers, and shown those of others. At the left, the two directions in which pixels
-vary most.
+A network with two outputs, not of unit norm, trains for some seconds on digits of some
+writers. The figure shows digits of other writers: above, the two directions in which
+pixels vary most, and below, the two outputs of the network.
 """
 
 import jax
