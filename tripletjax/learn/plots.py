@@ -164,9 +164,9 @@ def triplets(
     chosen = worst[np.sort(first)][:ROWS]
 
     columns = 3 * len(distances) + 0.5 * (len(distances) - 1)
-    figure = Figure(
-        figsize=(WIDTH, 1.45 * WIDTH / columns * len(chosen) + 1), layout="constrained"
-    )
+    width = max(3.4, 0.9 * columns)
+    height = WITH_TEXT * width / columns * len(chosen) + 1
+    figure = Figure(figsize=(width, height), layout="constrained")
     _set_title(
         figure,
         f"The {what} in the worst order by {next(iter(distances))}: anchor, nearer, "
@@ -311,7 +311,7 @@ def pairs_sheet(
     rows = [
         ("" if start else name, pairs[start : start + PAIRS])
         for name, pairs in groups
-        for start in range(0, len(pairs), PAIRS)
+        for start in range(0, max(len(pairs), 1), PAIRS)
     ]
     figure = Figure(figsize=(WIDTH, 1.8 * len(rows) + 0.5), layout="constrained")
     _set_title(figure, title)
