@@ -725,6 +725,19 @@ def test_labels_of_other_dtypes():
     np.testing.assert_array_equal(terms.valid, [0, 0, 1, 1, 1, 1])
 
 
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.uint32, pytest.param(np.uint64, marks=pytest.mark.slow)]
+)
+def test_labels_without_a_sign_with_padding(dtype):
+    """Also the largest label of the dtype, which padding may have as well."""
+    with jax.enable_x64(dtype is np.uint64):
+        labels = np.arange(8).astype(dtype) % 4 - dtype(1)
+        where = np.arange(8) != 5
+        got = blockwise.batch_hard_loss(vectors(8), labels, where=where)
+        expected = blockwise.batch_hard_loss(vectors(8), np.arange(8) % 4, where=where)
+    assert got == expected
+
+
 def test_both_ways_are_taken():
     """What these tests rely on: some of their classes are few, and some many."""
     most = {k: np.bincount(v).max() - 1 for k, v in LABELS.items()}
