@@ -609,6 +609,8 @@ def test_triplets_split_over_devices():
         ({"reduce_fn": "mean"}, TypeError, "reduce_fn must be callable"),
         ({"block_size": 0}, ValueError, "block_size must be at least 1"),
         ({"block_size": 1.5}, TypeError, "block_size must be an integer"),
+        ({"axis_name": 3}, TypeError, "axis_name must be a string.*got 3"),
+        ({"embeddings": [[1.0], [1, 2]]}, ValueError, "embeddings is not a rect"),
     ],
 )
 def test_bad_input_is_named(loss, change, error, words):

@@ -962,6 +962,9 @@ def test_wrong_boundaries_are_named(blockwise):
         loss(x, [0, 0, 1, 1], beta=np.ones(3))
     with pytest.raises(ValueError, match="beta must be finite"):
         loss(x, [0, 0, 1, 1], beta=np.array([1, 1, np.nan, 1]))
+    for wrong in (np.ones(4, bool), np.ones(4, complex)):
+        with pytest.raises(TypeError, match="beta must be a real number"):
+            loss(x, [0, 0, 1, 1], beta=wrong)
 
 
 # False negatives.
@@ -1079,6 +1082,11 @@ def test_known_parameters_are_finite(value):
         ({"temperatures": 1.0}, TypeError, "unexpected keyword argument"),
         ({"reduce_fn": jnp.mean}, TypeError, "reduce_fn must take"),
         ({"labels": [0.0, 1.0]}, TypeError, "labels must be integers"),
+        (
+            {"reduce_fn": tj.mean_of_anchors},
+            TypeError,
+            "terms must be PairTerms, got TripletTerms; use tripletjax.mean_valid",
+        ),
     ],
 )
 @pytest.mark.parametrize("blockwise", [False, True])
@@ -1087,6 +1095,25 @@ def test_bad_input_is_named(options, error, words, blockwise):
     arguments = {"labels": [0, 0, 1, 1]} | options
     with pytest.raises(error, match=words):
         loss(jnp.ones((4, 4)), **arguments)
+
+
+def test_block_sizes_are_at_least_1():
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        tj.blockwise.sigmoid_loss(jnp.ones((4, 3)), [0, 0, 1, 1], block_size=0)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("info_nce_loss", {"symmetric": True}), ("proxy_anchor_loss", {})],
+)
+def test_references_that_are_anchors_have_no_positions(name, options, blockwise):
+    loss = getattr(tj.blockwise if blockwise else tj, name)
+    options = options | {"reference_labels": [0, 1], "positions": np.arange(2)}
+    if blockwise:
+        options["references"] = jnp.ones((2, 2))
+    with pytest.raises(ValueError, match="positions cannot be combined"):
+        loss(jnp.ones((2, 2)), [0, 1], **options)
 
 
 @pytest.mark.parametrize("blockwise", [False, True])
