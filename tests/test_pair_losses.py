@@ -760,15 +760,17 @@ def test_one_class_alone():
     d = tj.cosine(vectors(6))
     labels = np.zeros(6, int)
     assert tj.supcon_loss(d, labels) > 0
-    for loss in (
-        tj.nt_xent_loss,
-        tj.decoupled_contrastive_loss,
-        tj.nca_loss,
-        tj.circle_loss,
-        tj.generalized_lifted_structure_loss,
+    for name, counts in (
+        ("nt_xent", True),
+        ("nca", True),
+        ("decoupled_contrastive", False),
+        ("circle", False),
+        ("generalized_lifted_structure", False),
     ):
-        terms = loss(d, labels, reduce_fn=None)
-        assert tj.mean_valid(terms) == terms.total.sum() == 0
+        terms = LOSSES[name][0](d, labels, reduce_fn=None)
+        assert terms.total.sum() == 0
+        assert bool(terms.valid.any()) == counts
+        assert tj.mean_valid(terms) == 0
 
 
 def test_small_losses_do_not_vanish():
@@ -857,6 +859,14 @@ def test_the_bias_of_the_prior_fits_any_batch():
             )
         )(-np.log(n - 1))
         np.testing.assert_allclose(slope, 0, atol=1e-6)
+
+
+def test_equal_logits_have_half_a_slope_in_the_sigmoid_loss():
+    """Logits of 0 and, where XLA rounds them in two ways, logits near 0."""
+    d = jnp.linspace(0, 1e-7, 256)[None]
+    masks = tj.PairMasks(jnp.zeros(d.shape, bool), jnp.ones(d.shape, bool))
+    slopes = jax.jit(jax.grad(lambda d: tj.sigmoid_loss(d, masks)))(d)
+    np.testing.assert_allclose(slopes, -10 / 2, rtol=1e-5)
 
 
 def test_softmax_losses_take_distances_or_similarities():
@@ -1095,6 +1105,15 @@ def test_bad_input_is_named(options, error, words, blockwise):
     arguments = {"labels": [0, 0, 1, 1]} | options
     with pytest.raises(error, match=words):
         loss(jnp.ones((4, 4)), **arguments)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_traced_parameters_are_scalars(blockwise):
+    loss = tj.blockwise.supcon_loss if blockwise else tj.supcon_loss
+    with pytest.raises(ValueError, match=r"temperature must be a scalar, got.*\(2,\)"):
+        jax.eval_shape(
+            lambda t: loss(jnp.ones((4, 4)), [0, 0, 1, 1], temperature=t), jnp.ones(2)
+        )
 
 
 def test_block_sizes_are_at_least_1():
