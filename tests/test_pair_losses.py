@@ -398,6 +398,21 @@ def test_forms_agree(name):
             check_forms(name, vectors(), labels, where)
 
 
+@pytest.mark.parametrize(("n", "d", "classes"), [(300, 2048, 60), (800, 4, 4)])
+def test_gradients_of_many_vectors(n, d, classes):
+    """Two blocks that overlap, of 256 unit vectors or of 655 rows of the matrix."""
+    x = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
+    labels = np.arange(n) % classes
+
+    def by_matrix(x):
+        return tj.supcon_loss(tj.cosine(x), labels)
+
+    value, expected = jax.value_and_grad(by_matrix)(x)
+    total, got = jax.value_and_grad(tj.blockwise.supcon_loss)(x, labels)
+    np.testing.assert_allclose(total, value, rtol=1e-5)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.std(expected))
+
+
 @every_form
 def test_padding_may_hold_anything(name):
     where = np.random.default_rng(0).random(40) < 0.7
@@ -715,6 +730,34 @@ def test_long_vectors_do_not_underflow(name):
     np.testing.assert_allclose(value, expected, rtol=2e-5)
     assert np.isfinite(gradient).all()
     assert (np.abs(gradient).max(axis=1) > 1).all()
+
+
+@pytest.mark.parametrize("margin", [None, 0.5])
+def test_exponents_that_vanish_beside_those_of_other_anchors(margin):
+    """A block has one maximum; other anchors, or ignored negatives, can be far below.
+
+    The first item of both classes is the same vector. With a margin, it is ignored.
+    """
+    x = np.eye(6, dtype=np.float32)[[0, 1, 0, 2, 3, 4]]
+    labels = np.int32([0, 0, 1, 1, 2, 2])
+    options = {"temperature": 0.005, "false_negative_margin": margin}
+
+    def by_matrix(x):
+        terms = tj.nt_xent_loss(tj.cosine(x), labels, **options, reduce_fn=None)
+        return terms.total.sum(), terms.total
+
+    def by_blocks(x):
+        terms = tj.blockwise.nt_xent_loss(x, labels, **options, reduce_fn=None)
+        return terms.total.sum(), terms.total
+
+    (_, expected), gradient = jax.value_and_grad(by_matrix, has_aux=True)(x)
+    (_, total), got = jax.value_and_grad(by_blocks, has_aux=True)(x)
+    # Positives and negatives are at distance 1, other than the two first items.
+    far = np.log(5)
+    near = np.log(4) if margin else 200.0
+    np.testing.assert_allclose(expected, [near, far] * 2 + [far] * 2, rtol=1e-5)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(got, gradient, rtol=1e-5, atol=1e-4)
 
 
 def test_ignored_pairs_have_no_weight():
