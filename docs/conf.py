@@ -172,8 +172,8 @@ def describe_thumbnails(app, doctree, docname):
             node["alt"] = app.env.titles[f"gallery_built/{page[1]}"].astext()
 
 
-# A long name in code, and its borders between words of some length.
-LONG_NAME = re.compile(r'(?<=<span class="pre">)[^<]{17,}(?=</span>)')
+# A long name in code or a title, and its borders between words of some length.
+LONG_NAME = re.compile(r'((?<=<span class="pre">)|(?<=<h1>))[^<]{17,}(?=<)')
 WORD_BORDER = re.compile(
     r"(?<=[a-z0-9])(?=[A-Z]\w{3})|(?<=\w[._/(=,])(?=[^\W\d]\w{3}|&quot;)"
 )
@@ -187,6 +187,8 @@ def allow_breaks_in_names(app, page, template, context, doctree):
 
     if "body" in context:
         context["body"] = LONG_NAME.sub(mark, context["body"])
+    for neighbour in filter(None, map(context.get, ("prev", "next"))):
+        neighbour["title"] = WORD_BORDER.sub("<wbr>", neighbour["title"])
 
 
 def write_text_for_models(app, exception):
