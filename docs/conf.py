@@ -173,7 +173,7 @@ def describe_thumbnails(app, doctree, docname):
 
 
 # A long name in code or a title, and its borders between words of some length.
-LONG_NAME = re.compile(r'((?<=<span class="pre">)|(?<=<h1>))[^<]{17,}(?=<)')
+LONG_NAME = re.compile(r'(?:(?<=<span class="pre">)|(?<=<h1>))[^<]{17,}(?=<)')
 WORD_BORDER = re.compile(
     r"(?<=[a-z0-9])(?=[A-Z]\w{3})|(?<=\w[._/(=,])(?=[^\W\d]\w{3}|&quot;)"
 )
