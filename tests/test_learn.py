@@ -1180,6 +1180,7 @@ def test_a_pretrained_network_instead_of_training_from_scratch():
     (faces,) = defaults._notes_on_scratch(4999, aligned=True)
     assert general.startswith("4,999 photographs are few to train from scratch")
     assert "--backbone with efficientnet-lite0 of the extra pretrained" in general
+    assert faces.startswith(general)
     assert "docs/faces.md" in faces
     assert defaults._notes_on_scratch(5000, aligned=False) == []
 

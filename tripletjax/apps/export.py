@@ -349,7 +349,8 @@ def _import(package: str) -> Any:
         return __import__(package)
     except ImportError as error:
         raise ImportError(
-            f'{error}; export requires pip install "tripletjax[train,export]"'
+            f'{error}; export requires pip install -e ".[train,export]" in a copy of '
+            "the repository of tripletjax."
         ) from error
 
 

@@ -35,8 +35,8 @@ def message_of(error: BaseException, extras: str) -> str:
         return error.as_typed
     if isinstance(error, ModuleNotFoundError):
         return (
-            f'{error}: it needs pip install "tripletjax[{extras}]" (or -e '
-            f'".[{extras}]" in a checkout)'
+            f'{error}: it needs pip install -e ".[{extras}]" in a copy of the '
+            "repository of tripletjax."
         )
     return str(error)
 

@@ -23,7 +23,7 @@ COLUMNS = {
     "map_at_r": "MAP@R",
     "r_precision": "R-precision",
     "recall_at_1": "recall@1",
-    "gallery_recall_at_1": "nearest training image",
+    "gallery_recall_at_1": "nearest training image is of the class",
     "triplet_accuracy": "positive nearer than negative",
 }
 

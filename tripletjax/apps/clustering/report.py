@@ -59,9 +59,9 @@ def format_report(report: dict[str, Any]) -> Iterator[str]:
     """Format the report of groups as lines."""
     yield (
         f"{report['images']:,} images in {report['groups']:,} groups at threshold "
-        f"{report['threshold']:.4f}: {report['groups_of_several']:,} groups of several "
-        f"images, {report['single_images']:,} single images, largest group "
-        f"{report['largest']:,}"
+        f"{report['threshold']:.4f}; groups of several images: "
+        f"{report['groups_of_several']:,}, the largest of {report['largest']:,}; single "
+        f"images: {report['single_images']:,}"
     )
     yield f"- {report['origin']}"
     if (metrics := report.get("evaluation")) is None:

@@ -256,7 +256,8 @@ def _open_session(file: Path) -> Any:
         onnxruntime = importlib.import_module("onnxruntime")
     except ImportError as error:
         raise ImportError(
-            f'{error}; embedder {file} requires pip install "tripletjax[train,export]"'
+            f'{error}; embedder {file} requires pip install -e ".[train,export]" in a '
+            "copy of the repository of tripletjax."
         ) from error
     options = onnxruntime.SessionOptions()
     # Level 4: fatal errors alone; others are raised as exceptions.

@@ -531,7 +531,7 @@ def _notes_on_scratch(count: int, *, aligned: bool) -> list[str]:
         return []
     example = "efficientnet-lite0 of the extra pretrained"
     if aligned:
-        example = "a network for faces if these are faces (docs/faces.md)"
+        example += ", or a network for faces if these are faces (docs/faces.md)"
     return [
         f"{count:,} photographs are few to train from scratch; a pretrained network is "
         f"better: --backbone with {example}"
