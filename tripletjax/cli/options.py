@@ -115,14 +115,14 @@ class EmbedderOptions(Options):
         rule="at least 1",
     )
     embedder_mean: tuple[float, ...] = _other(
-        "mean of pixel values from 0 to 1 for an ONNX file, one for all channels or one "
-        "for each (default: that of FILE.onnx.json)",
+        "mean of pixel values from 0 to 1 for an ONNX file, for all channels or for "
+        "each (default: that of FILE.onnx.json)",
         default=(),
         metavar="NUMBER",
     )
     embedder_std: tuple[float, ...] = _other(
-        "standard deviation of pixel values, one for all channels or one for each "
-        "(default: that of FILE.onnx.json)",
+        "standard deviation of pixel values for an ONNX file, for all channels or for "
+        "each (default: that of FILE.onnx.json)",
         default=(),
         metavar="NUMBER",
     )
@@ -205,9 +205,9 @@ class Train(Options):
 
     requested: dict[str, Any]
     augment: str | None = option(
-        "random changes of the images while training: those of photos or of "
-        "characters, which also decide size and network, none, or more for characters "
-        "with few images (default: detected from the images)",
+        "random changes of images while training: none, more for few characters, or "
+        "those of photos or characters, which also decide size and network (default: "
+        "by the images)",
         group=DATA,
         choices=(*choices.KINDS, *choices.AUGMENTS),
     )
@@ -222,8 +222,8 @@ class Train(Options):
     )
     processes: str | None = _of_run(
         "number of processes: start this command once for each, with --coordinator and "
-        "--process; or the word cluster, where Slurm, Open MPI, Kubernetes or a TPU pod "
-        "started them",
+        "--process; or the word cluster, if Slurm, Open MPI, Kubernetes or a TPU pod "
+        "starts them",
         metavar="N",
     )
     coordinator: str | None = _of_run(

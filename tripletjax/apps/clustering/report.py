@@ -60,8 +60,8 @@ def format_report(report: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{report['images']:,} images in {report['groups']:,} groups at threshold "
         f"{report['threshold']:.4f}; groups of several images: "
-        f"{report['groups_of_several']:,}, the largest of {report['largest']:,}; single "
-        f"images: {report['single_images']:,}"
+        f"{report['groups_of_several']:,}, the largest of {report['largest']:,}; "
+        f"single images: {report['single_images']:,}"
     )
     yield f"- {report['origin']}"
     if (metrics := report.get("evaluation")) is None:

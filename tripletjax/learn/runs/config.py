@@ -67,9 +67,8 @@ class Config:
         rule="shares from 0 to 1 with top < bottom and left < right",
     )
     rotation_classes: int | None = _data_of_classes(
-        "1, 2, 4 or 8: quarter turns and mirror images of a class that are classes of "
-        "their own, with itself (default: 1, and up to 8 for many classes of few "
-        "drawings)"
+        "1, or number of turned and mirrored copies of a class, with itself, that are "
+        "classes of their own: 2, 4 or 8 (default: by the images)"
     )
     model: str | None = _network(
         "network to train from scratch; resnet18, resnet34 and resnet50 are those of "
@@ -175,10 +174,13 @@ class Config:
         rule="at least 0 and below 1",
     )
     triplets_per_batch: int | None = _batches(
-        "number of triplets in a batch, if triplets are given", rule="at least 1", task="triplets"
+        "number of triplets in a batch, if triplets are given",
+        rule="at least 1",
+        task="triplets",
     )
     embed_chunk_size: int | None = _batches(
-        "number of images of a batch embedded at a time, to save memory", rule="at least 1"
+        "number of images of a batch embedded at a time, to save memory",
+        rule="at least 1",
     )
     steps: int | None = _training(
         "number of training steps; 0 for the closed form of a head on a frozen "
