@@ -361,7 +361,7 @@ def test_the_mirror_image_is_a_view_that_is_told(
     learn.run(config, tmp_path / "run", progress=False)
     made = RunRecord.read(tmp_path / "run")
     assert made.plan.backbone.views == 2
-    assert "on its features, 2 of each image" in "\n".join(made.notes)
+    assert "on its features, of 2 views of each image" in "\n".join(made.notes)
 
 
 @pytest.mark.slow

@@ -543,8 +543,8 @@ def _notes_on_backbone(
 ) -> list[str]:
     title, images = start.backbone.title, start.backbone.images
     trained = {
-        "frozen": "the backbone is frozen: a head is trained on its features, "
-        f"{backbone.views} of each image",
+        "frozen": "the backbone is frozen: a head is trained on its features, of "
+        f"{backbone.views} views of each image",
         "top": "the last stages of the backbone are trained, at a tenth of the "
         "learning rate of the head",
         "all": "the whole backbone is trained, at a tenth of the learning rate of the "
