@@ -332,6 +332,19 @@ def test_forms_agree(name):
             check_forms(name, vectors(), labels, where)
 
 
+def test_gradients_of_many_vectors():
+    """Unit vectors have their gradients in two blocks of 256, which overlap."""
+    x = np.random.default_rng(0).normal(size=(300, 2048)).astype(np.float32)
+    labels = np.arange(300) % 60
+
+    def loss(x):
+        return tj.supcon_loss(tj.cosine(x), labels)
+
+    expected = jax.grad(loss)(x)
+    got = jax.grad(tj.blockwise.supcon_loss)(x, labels)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.std(expected))
+
+
 @every_form
 def test_padding_may_hold_anything(name):
     where = np.random.default_rng(0).random(40) < 0.7
@@ -632,6 +645,34 @@ def test_the_maximum_is_that_of_kept_pairs():
             value, (by_d, _) = run(jnp.where(jnp.eye(40, dtype=bool), own, d), *args)
             np.testing.assert_allclose(value, expected, rtol=1e-6)
             np.testing.assert_allclose(by_d, gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("margin", [None, 0.5])
+def test_exponents_that_vanish_beside_those_of_other_anchors(margin):
+    """A block has one maximum; other anchors, or ignored negatives, can be far below.
+
+    The first item of both classes is the same vector. With a margin, it is ignored.
+    """
+    x = np.eye(6, dtype=np.float32)[[0, 1, 0, 2, 3, 4]]
+    labels = np.int32([0, 0, 1, 1, 2, 2])
+    options = {"temperature": 0.005, "false_negative_margin": margin}
+
+    def by_matrix(x):
+        terms = tj.nt_xent_loss(tj.cosine(x), labels, **options, reduce_fn=None)
+        return terms.total.sum(), terms.total
+
+    def by_blocks(x):
+        terms = tj.blockwise.nt_xent_loss(x, labels, **options, reduce_fn=None)
+        return terms.total.sum(), terms.total
+
+    (_, expected), gradient = jax.value_and_grad(by_matrix, has_aux=True)(x)
+    (_, total), got = jax.value_and_grad(by_blocks, has_aux=True)(x)
+    # Positives and negatives are at distance 1, other than the two first items.
+    far = np.log(5)
+    near = np.log(4) if margin else 200.0
+    np.testing.assert_allclose(expected, [near, far] * 2 + [far] * 2, rtol=1e-5)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(got, gradient, rtol=1e-5, atol=1e-4)
 
 
 def test_ignored_pairs_have_no_weight():

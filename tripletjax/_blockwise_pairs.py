@@ -11,13 +11,9 @@ from jax.typing import ArrayLike
 
 from tripletjax import pair_losses, separable_losses, smooth_ap, softmax_losses
 from tripletjax._api import as_integer
-from tripletjax._engine.pair_losses import (
-    LOG_SUM_EXP,
-    SEPARABLE,
-    PairSpec,
-    TileWalk,
-    pair_terms,
-)
+from tripletjax._engine.log_sum_exp import LOG_SUM_EXP
+from tripletjax._engine.pair_losses import PairSpec, TileWalk, pair_terms
+from tripletjax._engine.separable import SEPARABLE
 from tripletjax._engine.smooth_ap import SMOOTH_AP
 from tripletjax._matrices import check_not_distances
 from tripletjax._pairwise.batch import Batch, as_batch, for_each_batch
@@ -161,7 +157,9 @@ def _blockwise(
     sides = [] if loss.swapped else [(embeddings, labels, options)]
     if loss.swapped or apart:
         sides.append(_other_side(embeddings, labels, options))
-    checked = [as_batch(metric, x, y, **side) for x, y, side in sides]
+    checked = [
+        as_batch(metric, x, y, reverse_mode=True, **side) for x, y, side in sides
+    ]
     batches, lead = [batch for batch, _ in checked], checked[0][1]
     anchors = batches[0].anchors
     parameters = loss.parameters_for(anchors.dtype, anchors.shape[:-1])

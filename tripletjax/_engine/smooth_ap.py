@@ -14,20 +14,33 @@ from jax import Array, lax
 
 from tripletjax._engine.by_tiles import vjp_negatives
 from tripletjax._engine.pair_losses import (
-    Classes,
-    PairSpec,
+    PairGradients,
     Positives,
+    Problem,
     TileWalk,
 )
 from tripletjax._engine.reductions import add_up, sum_in_one_loop
 from tripletjax._engine.search import in_threes
 from tripletjax._engine.slopes import with_slope
 from tripletjax._engine.spec import Gradients
-from tripletjax._pairwise.batch import Batch
 from tripletjax._pairwise.slices import materialize
 from tripletjax._pairwise.tiles import Tile, Tiles
 from tripletjax.pair_losses import Parameters
 from tripletjax.smooth_ap import SmoothAP
+
+
+class Numbers(NamedTuple):
+    """Numbers of every anchor, or their cotangents.
+
+    Attributes:
+        positives: its positives.
+        ahead: negatives ahead of each positive whose rank counts ``[k, n]``.
+        nearest: distance of its nearest negative ``[n]``.
+    """
+
+    positives: Positives
+    ahead: Array
+    nearest: Array
 
 
 class Thresholds(NamedTuple):
@@ -42,62 +55,47 @@ class Thresholds(NamedTuple):
     count: Array
 
     @classmethod
-    def of(cls, spec: PairSpec, positives: Positives, classes: Classes) -> "Thresholds":
-        shape = spec.shape
-        assert isinstance(shape, SmoothAP)
-        distances, _ = shape.with_anchor(positives.distances(spec), positives.exists)
-        return cls(distances, classes[0].max_positives + shape.include_anchor)
+    def of(cls, problem: Problem, positives: Positives) -> "Thresholds":
+        shape, (classes,) = _shape(problem), problem.classes
+        d_ap = positives.distances(problem)
+        distances, _ = shape.with_anchor(d_ap, positives.exists)
+        return cls(distances, classes.max_positives + shape.include_anchor)
 
 
-def _forward(
-    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
-) -> tuple[tuple[Positives, Array, Array], Any]:
-    """Positives, negatives ahead of each, and distances of the nearest negatives."""
-    positives = Positives.of(spec, batch, classes)
-    thresholds = Thresholds.of(spec, positives, classes)
-    tiles = Tiles.of(spec.metric, batch, spec.sizes)
-    return (positives, *_negatives_ahead(tiles, thresholds, parameters)), ()
+def _forward(problem: Problem) -> tuple[Numbers, None]:
+    positives = Positives.of(problem)
+    thresholds = Thresholds.of(problem, positives)
+    ahead = _negatives_ahead(problem.tiles, thresholds, problem.parameters)
+    return Numbers(positives, *ahead), None
 
 
-def _terms(
-    spec: PairSpec,
-    classes: Classes,
-    parameters: Parameters,
-    numbers: tuple[Positives, Array, Array],
-) -> Any:
-    shape = spec.shape
-    assert isinstance(shape, SmoothAP)
+def _terms(problem: Problem, numbers: Numbers) -> Any:
     positives, ahead, nearest = numbers
-    d_ap, exists = positives.distances(spec), positives.exists
-    (temperature,) = parameters
+    shape, (temperature,) = _shape(problem), problem.parameters
+    d_ap, exists = positives.distances(problem), positives.exists
     costs = shape.costs(*shape.with_anchor(d_ap, exists), ahead, temperature)
     return shape.terms_of_costs(costs, d_ap.T, exists.T, nearest)
 
 
 def _backward(
-    spec: PairSpec,
-    batch: Batch,
-    classes: Classes,
-    parameters: Parameters,
-    numbers: tuple[Positives, Array, Array],
-    extra: Any,
-    cotangents: tuple[Positives, Array, Array],
-) -> tuple[Gradients, Parameters]:
-    positives, (by_positives, by_ahead, _) = numbers[0], cotangents
-    shape, form = spec.shape, spec.metric.inner_products
-    assert isinstance(shape, SmoothAP)
-    thresholds = Thresholds.of(spec, positives, classes)
-    tiles = Tiles.of(spec.metric, batch, spec.sizes)
+    problem: Problem, numbers: Numbers, cotangents: Numbers, gradients: PairGradients
+) -> PairGradients:
+    positives, by_square = numbers.positives, cotangents.positives.squares
+    thresholds = Thresholds.of(problem, positives)
     grads, by_threshold, by_parameters = _gradients(
-        tiles, thresholds, parameters, by_ahead
+        problem.tiles, thresholds, problem.parameters, cotangents.ahead, gradients
     )
-    _, slopes = with_slope(form.distance, positives.squares)
-    by_square = by_positives.squares
-    by_square += by_threshold[int(shape.include_anchor) :] * slopes
-    return positives.vjp(spec, batch, classes, by_square, grads), by_parameters
+    _, slopes = with_slope(problem.distance, positives.squares)
+    by_square += by_threshold[int(_shape(problem).include_anchor) :] * slopes
+    return positives.vjp(problem, by_square, grads), by_parameters
 
 
 SMOOTH_AP = TileWalk(_forward, _terms, _backward)
+
+
+def _shape(problem: Problem) -> SmoothAP:
+    assert isinstance(problem.spec.shape, SmoothAP)
+    return problem.spec.shape
 
 
 class Tiled(NamedTuple):
@@ -134,18 +132,19 @@ def _negatives_ahead(
             least = jnp.minimum(old, least)
             nearest = lax.dynamic_update_slice_in_dim(nearest, least, start, 0)
 
-        def add(r: Array, rows: list[Array], ahead: Array) -> Array:
-            for axis, start, some in zip((1, 0), starts, rows):
+        def count(r: Array, rows: list[Array], counts: list[Array]) -> list[Array]:
+            for side, (axis, some) in enumerate(zip((1, 0), rows)):
                 steps = [
                     jax.nn.sigmoid((jnp.expand_dims(own, axis) - d) / temperature)
                     for own in some
                 ]
                 sums = jnp.stack([sum_in_one_loop(x, axis) for x in steps])
-                ahead = _add_at(ahead, r, start, sums)
-            return ahead
+                counts[side] = lax.dynamic_update_slice_in_dim(counts[side], sums, r, 0)
+            return counts
 
         own = tile.along(thresholds.distances)
-        return in_threes(thresholds.count, own, add, ahead), nearest
+        counts = in_threes(thresholds.count, own, count, [*map(jnp.zeros_like, own)])
+        return _add_columns(ahead, starts, counts), nearest
 
     zeros = tiles.batch.zeros((len(tiles.halves),))
     none = tiles.batch.zeros(thresholds.distances.shape)
@@ -153,7 +152,11 @@ def _negatives_ahead(
 
 
 def _gradients(
-    tiles: Tiles, thresholds: Thresholds, parameters: Parameters, by_ahead: Array
+    tiles: Tiles,
+    thresholds: Thresholds,
+    parameters: Parameters,
+    by_ahead: Array,
+    gradients: PairGradients,
 ) -> tuple[Gradients, Array, Parameters]:
     """Gradients by vectors, by thresholds ``[k, n]`` and by parameters."""
     batch, form = tiles.batch, tiles.metric.inner_products
@@ -161,15 +164,17 @@ def _gradients(
 
     # The state: gradients by vectors, by thresholds and by the temperature.
     def visit(state: tuple[Gradients, Array, Array], tile: Tile) -> tuple:
-        grads, *of_thresholds = state
+        grads, by_threshold, by_temperature = state
         d, starts = Tiled.of(tiles, tile)
         directions = len(starts)
 
         # The state: gradients by thresholds, by the temperature and by the distances.
-        def add(r: Array, rows: list[Array], state: tuple[Array, Array, Array]) -> Any:
-            by_threshold, by_temperature, by_d = state
-            sides = zip((1, 0), starts, rows[:directions], rows[directions:])
-            for axis, start, some, weights in sides:
+        def add(
+            r: Array, rows: list[Array], state: tuple[list[Array], Array, Array]
+        ) -> tuple[list[Array], Array, Array]:
+            by_own, by_temperature, by_d = state
+            sides = zip((1, 0), rows[:directions], rows[directions:])
+            for side, (axis, some, weights) in enumerate(sides):
                 slopes = []
                 for own, weight in zip(some, weights):
                     gaps = (jnp.expand_dims(own, axis) - d) / temperature
@@ -180,27 +185,31 @@ def _gradients(
                     scaled = jnp.where(slopes[-1] != 0, slopes[-1] * gaps, 0)
                     by_temperature -= jnp.sum(jnp.sum(scaled, axis))
                 sums = jnp.stack([sum_in_one_loop(x, axis) for x in slopes])
-                by_threshold = _add_at(by_threshold, r, start, sums)
+                by_own[side] = lax.dynamic_update_slice_in_dim(by_own[side], sums, r, 0)
                 by_d = by_d - add_up(slopes)
-            return by_threshold, by_temperature, by_d
+            return by_own, by_temperature, by_d
 
-        rows = tile.along(thresholds.distances) + tile.along(by_ahead)
-        *of_thresholds, by_d = in_threes(
-            thresholds.count, rows, add, (*of_thresholds, jnp.zeros_like(d))
+        own = tile.along(thresholds.distances)
+        none = [*map(jnp.zeros_like, own)], by_temperature, jnp.zeros_like(d)
+        by_own, by_temperature, by_d = in_threes(
+            thresholds.count, own + tile.along(by_ahead), add, none
         )
+        by_threshold = _add_columns(by_threshold, starts, by_own)
         negative = tile.squares < jnp.inf
         _, slope = with_slope(form.distance, jnp.where(negative, tile.squares, 0))
         by_square = jnp.where(negative, by_d * slope, 0)
-        return vjp_negatives(batch, grads, tile, by_square), *of_thresholds
+        grads = vjp_negatives(batch, grads, tile, by_square)
+        return grads, by_threshold, by_temperature
 
-    none = batch.zeros(thresholds.distances.shape)
-    state = Gradients.zero(batch), none, batch.zeros()
+    grads, (by_temperature,) = gradients
+    state = grads, batch.zeros(thresholds.distances.shape), by_temperature
     grads, by_threshold, by_temperature = tiles.scan(visit, state)
     return grads, by_threshold, (by_temperature,)
 
 
-def _add_at(x: Array, r: Array, start: Array, rows: Array) -> Array:
-    """``x[r:, start:]`` with some rows added."""
-    corner = (lax.convert_element_type(r, start.dtype), start)
-    old = lax.dynamic_slice(x, corner, rows.shape)
-    return lax.dynamic_update_slice(x, old + rows, corner)
+def _add_columns(x: Array, starts: list[Array], parts: list[Array]) -> Array:
+    """``[k, n]`` with parts ``[k, size]`` added from columns on."""
+    for start, part in zip(starts, parts):
+        old = lax.dynamic_slice_in_dim(x, start, part.shape[1], axis=1)
+        x = lax.dynamic_update_slice_in_dim(x, old + part, start, axis=1)
+    return x
