@@ -645,14 +645,6 @@ MUTANTS = [
         "tests/test_pair_losses.py",
     ),
     Mutant(
-        "log-sum-exp-no-negative",
-        "_engine/log_sum_exp.py",
-        "exists = total != -jnp.inf",
-        "exists = total == total",
-        "anchors without a negative have a gradient of NaN",
-        "tests/test_pair_losses.py::test_degenerate_batches",
-    ),
-    Mutant(
         "log-sum-exp-weights",
         "_engine/log_sum_exp.py",
         "jnp.where(inside, side.at(by_total) * jnp.exp(x), 0)",
@@ -682,7 +674,7 @@ MUTANTS = [
         "each = [1.0 if weights is None else side.at(weights) for side in group]",
         "each = [1.0 for side in group]",
         "gradients of terms ignore the weights of anchors",
-        "tests/test_pair_losses.py::test_gradients_of_terms_are_those_of_the_reduction",
+        "tests/test_pair_losses.py",
     ),
     Mutant(
         "separable-per-anchor",
@@ -698,7 +690,7 @@ MUTANTS = [
         "gradients = jax.tree.map(lambda x: x * weight, of_total)",
         "gradients = of_total",
         "gradients of a mean are those of the sum",
-        "tests/test_pair_losses.py::test_gradients_by_embeddings_are_the_oracles",
+        "tests/test_pair_losses.py",
     ),
     Mutant(
         "pairs-symmetric-columns",
@@ -706,14 +698,6 @@ MUTANTS = [
         "start = tile.column + len(self.batch.anchors)",
         "start = tile.column",
         "the other direction adds to the anchors",
-        "tests/test_pair_losses.py",
-    ),
-    Mutant(
-        "pairs-panel-overlap",
-        "_engine/pair_losses.py",
-        "return jax.tree.map(lambda x: jnp.where(panel.real, x, 0), terms)",
-        "return terms",
-        "rows that two panels share count twice",
         "tests/test_pair_losses.py",
     ),
     Mutant(
