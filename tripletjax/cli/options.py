@@ -205,9 +205,9 @@ class Train(Options):
 
     requested: dict[str, Any]
     augment: str | None = option(
-        "random changes of images while training: none, more for few characters, or "
-        "those of photos or characters, which also decide size and network (default: "
-        "by the images)",
+        "random changes of images while training: none, more (for few images per "
+        "class), or those of photos or characters, which also decide size and network "
+        "(default: by the images)",
         group=DATA,
         choices=(*choices.KINDS, *choices.AUGMENTS),
     )

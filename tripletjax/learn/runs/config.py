@@ -67,8 +67,8 @@ class Config:
         rule="shares from 0 to 1 with top < bottom and left < right",
     )
     rotation_classes: int | None = _data_of_classes(
-        "1, or number of turned and mirrored copies of a class, with itself, that are "
-        "classes of their own: 2, 4 or 8 (default: by the images)"
+        "number of classes that a class makes with its turned and mirrored copies: 1, "
+        "2, 4 or 8 (default: by the images)"
     )
     model: str | None = _network(
         "network to train from scratch; resnet18, resnet34 and resnet50 are those of "
