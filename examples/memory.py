@@ -6,7 +6,7 @@ network with and without, on the digits of `examples/train.py`:
 
     python examples/memory.py                   # semi-hard: the memory helps
     python examples/memory.py --classes 10      # larger batches: less so
-    python examples/memory.py --mining hard     # the hardest of so many: it does harm
+    python examples/memory.py --loss hard       # the hardest of so many: it does harm
 """
 
 import argparse
@@ -56,16 +56,16 @@ LOSSES = {
 
 # Given away, the memory is written in place.
 @functools.partial(
-    jax.jit, static_argnames=("graph", "decay", "mining"), donate_argnames="memory"
+    jax.jit, static_argnames=("graph", "decay", "batch_loss"), donate_argnames="memory"
 )
-def train_step(params, slow, optimizer, memory, x, y, *, graph, decay, mining):
+def train_step(params, slow, optimizer, memory, x, y, *, graph, decay, batch_loss):
     def loss_of(params):
         embeddings = nnx.merge(graph, params)(x)
         pairs = {}
         if memory is not None:
             # The batch itself and what is kept; nobody is its own positive.
             pairs = tj.memory.references(memory, embeddings, y)
-        return LOSSES[mining](embeddings, y, margin=0.2, **pairs)
+        return batch_loss(embeddings, y, margin=0.2, **pairs)
 
     loss, gradients = jax.value_and_grad(loss_of)(params)
     updates, optimizer = tx.update(gradients, optimizer, params)
@@ -77,7 +77,7 @@ def train_step(params, slow, optimizer, memory, x, y, *, graph, decay, mining):
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--mining", choices=LOSSES, default="semi-hard")
+parser.add_argument("--loss", choices=LOSSES, default="semi-hard")
 parser.add_argument("--classes", type=int, default=3, help="with two images each")
 parser.add_argument("--steps", type=int, default=400)
 parser.add_argument("--size", type=int, default=400, help="of the memory")
@@ -99,7 +99,7 @@ for name, size, decay in (
                 *(params, slow, optimizer, memory, images[rows], labels[rows]),
                 graph=graph,
                 decay=decay,
-                mining=options.mining,
+                batch_loss=LOSSES[options.loss],
             )
         x = nnx.merge(graph, params)(jnp.asarray(images[half:]))
         found.append(100 * tj.retrieval.evaluate(x, labels[half:]).map_at_r)
