@@ -67,16 +67,7 @@ class ConvNeXt(nnx.Module):
 class _Stage(nnx.Module):
     """Blocks, after the image is halved where the width changes."""
 
-    def __init__(
-        self,
-        incoming: int,
-        width: int,
-        depth: int,
-        *,
-        dtype: DTypeLike | None,
-        rngs: nnx.Rngs,
-    ):
-        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+    def __init__(self, incoming: int, width: int, depth: int, **options: Any):
         self.halves = incoming != width
         if self.halves:
             self.norm = nnx.LayerNorm(incoming, epsilon=1e-6, **options)
@@ -90,8 +81,7 @@ class _Stage(nnx.Module):
 
 
 class _Block(nnx.Module):
-    def __init__(self, width: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs):
-        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+    def __init__(self, width: int, **options: Any):
         self.depthwise = DepthwiseConv(width, 7, **options)
         self.norm = nnx.LayerNorm(width, epsilon=1e-6, **options)
         self.mlp = Mlp(width, 4 * width, **options)

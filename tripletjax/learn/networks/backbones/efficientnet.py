@@ -128,10 +128,8 @@ class _Block(nnx.Module):
         lite: bool,
         padding: str,
         eps: float,
-        dtype: DTypeLike | None,
-        rngs: nnx.Rngs,
+        **options: Any,
     ):
-        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         inside = expansion * incoming
         self.expands = expansion > 1
         if self.expands:

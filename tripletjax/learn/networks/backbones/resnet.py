@@ -85,10 +85,8 @@ class _Basic(nnx.Module):
         stride: int,
         *,
         learn_statistics: bool,
-        dtype: DTypeLike | None,
-        rngs: nnx.Rngs,
+        **options: Any,
     ):
-        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.conv1 = Conv(incoming, width, 3, stride, 1, **options)
         self.conv2 = Conv(width, width, 3, 1, 1, **options)
         norms = [BatchNorm(width, learn_statistics=learn_statistics) for _ in range(2)]
@@ -111,10 +109,8 @@ class _Bottleneck(nnx.Module):
         stride: int,
         *,
         learn_statistics: bool,
-        dtype: DTypeLike | None,
-        rngs: nnx.Rngs,
+        **options: Any,
     ):
-        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         out = EXPANSION * width
         self.conv1 = Conv(incoming, width, 1, **options)
         self.conv2 = Conv(width, width, 3, stride, 1, **options)

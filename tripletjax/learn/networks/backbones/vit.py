@@ -131,10 +131,7 @@ class ViT(nnx.Module):
 
 
 class _Block(nnx.Module):
-    def __init__(
-        self, width: int, heads: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs
-    ):
-        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+    def __init__(self, width: int, heads: int, **options: Any):
         self.norm1 = nnx.LayerNorm(width, epsilon=1e-6, **options)
         self.qkv = nnx.Linear(width, 3 * width, **options)
         self.proj = nnx.Linear(width, width, **options)
