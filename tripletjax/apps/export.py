@@ -36,6 +36,7 @@ from tripletjax.learn.networks.backbones.layers import whole_depthwise
 from tripletjax.learn.networks.embedding import as_floats
 from tripletjax.learn.networks.embedding_networks import Standardized
 from tripletjax.learn.networks.weights import save_weights, shapes_of
+from tripletjax.learn.networks.weights_files import read_arrays
 from tripletjax.learn.runs.model import BACKBONE, build_model
 
 # Largest difference of an exported value from that of the run.
@@ -186,7 +187,8 @@ def _write_weights(embedder: Embedder, path: Path) -> None:
         save_weights(backbone, path)
         return
     file = run_dir / BACKBONE
-    rules = backbones.FAMILIES[plan.family].rules_of(shapes_of(file))
+    module = backbones.FAMILIES[plan.family].module
+    rules = module.rules_of(shapes_of(read_arrays(file)))
     save_weights(backbone, path, like=file, rules=rules)
 
 

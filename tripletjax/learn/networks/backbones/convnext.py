@@ -14,7 +14,7 @@ from tripletjax.learn.networks.backbones.layers import (
     Mlp,
     through,
 )
-from tripletjax.learn.networks.weights import Rules
+from tripletjax.learn.networks.weights import Rules, Shapes
 
 
 class ConvNeXt(nnx.Module):
@@ -211,9 +211,7 @@ NAMINGS: tuple[tuple[str, str, Rules], ...] = (
 )
 
 
-def _depthwise(
-    shapes: Mapping[str, tuple[int, ...]], form: str
-) -> list[list[tuple[int, ...]]]:
+def _depthwise(shapes: Shapes, form: str) -> list[list[tuple[int, ...]]]:
     """Shapes of the depthwise kernels, by stage and block."""
     stages = []
     for stage in range(4):
@@ -227,7 +225,7 @@ def _depthwise(
     return stages
 
 
-def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+def options_of(shapes: Shapes, file: str) -> dict[str, Any] | None:
     """The network that arrays of these names are of; None if no ConvNeXt's."""
     for stem, form, rules in NAMINGS:
         stages = _depthwise(shapes, form)
@@ -240,7 +238,7 @@ def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
     return None
 
 
-def rules_of(shapes: Mapping[str, tuple[int, ...]]) -> Rules:
+def rules_of(shapes: Shapes) -> Rules:
     return next(rules for stem, _, rules in NAMINGS if stem in shapes)
 
 

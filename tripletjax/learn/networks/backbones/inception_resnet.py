@@ -15,7 +15,7 @@ from tripletjax.learn.networks.backbones.layers import (
     max_pool,
     through,
 )
-from tripletjax.learn.networks.weights import Rules
+from tripletjax.learn.networks.weights import Rules, Shapes
 
 # As in TensorFlow, where it comes from.
 EPS = 1e-3
@@ -214,7 +214,7 @@ RULES: Rules = {
 }
 
 
-def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+def options_of(shapes: Shapes, file: str) -> dict[str, Any] | None:
     """The network that arrays of these names are of; None if not of this family."""
     if not {"conv2d_1a.conv.weight", "last_linear.weight"} <= set(shapes):
         return None
@@ -227,7 +227,7 @@ def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
     return {"repeats": tuple(repeats)}
 
 
-def rules_of(shapes: Mapping[str, tuple[int, ...]]) -> Rules:
+def rules_of(shapes: Shapes) -> Rules:
     return RULES
 
 

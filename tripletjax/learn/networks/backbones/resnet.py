@@ -14,7 +14,7 @@ from tripletjax.learn.networks.backbones.layers import (
     max_pool,
     through,
 )
-from tripletjax.learn.networks.weights import Rules
+from tripletjax.learn.networks.weights import Rules, Shapes
 
 # A bottleneck block multiplies its channels by this factor.
 EXPANSION = 4
@@ -148,7 +148,7 @@ RULES: Rules = {
 }
 
 
-def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+def options_of(shapes: Shapes, file: str) -> dict[str, Any] | None:
     """The network that arrays of these names and shapes are of; None if no ResNet's."""
     firsts = [f"layer{stage}.0.conv1.weight" for stage in range(1, 5)]
     if not {"conv1.weight", "bn1.weight", *firsts} <= set(shapes):
@@ -166,7 +166,7 @@ def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
     }
 
 
-def rules_of(shapes: Mapping[str, tuple[int, ...]]) -> Rules:
+def rules_of(shapes: Shapes) -> Rules:
     return RULES
 
 
