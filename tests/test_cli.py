@@ -341,7 +341,6 @@ def test_without_a_name_runs_have_those_of_their_data(tmp_path, monkeypatch):
     assert places == [Path("runs", "unseen-2"), Path("runs", "digits")]
 
 
-@pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_an_evaluation_tells_what_the_core_does(trained, unseen, tmp_path, capsys):
     out, file = tmp_path / "report", tmp_path / "more" / "report.json"
@@ -379,7 +378,6 @@ def test_an_evaluation_tells_what_the_core_does(trained, unseen, tmp_path, capsy
     )
 
 
-@pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_what_an_evaluation_skips_and_finds_is_named(trained, unseen, tmp_path):
     folder = shapes(tmp_path / "more", kinds=2, each=3)
@@ -400,7 +398,6 @@ def test_what_an_evaluation_skips_and_finds_is_named(trained, unseen, tmp_path):
         evaluation.evaluate(trained, folder / "group0")
 
 
-@pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_an_evaluation_of_a_few_images(trained, tmp_path):
     """Their nine different pairs show no false accept rate of 10 %."""
@@ -426,7 +423,6 @@ def test_histograms_count_every_pair_from_both_sides():
         assert np.abs(np.cumsum(counts - expected)).max() <= 1
 
 
-@pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_verification_and_naming(trained, tmp_path, capsys):
     """As their users type it: a threshold first, then two images, then names."""
@@ -505,7 +501,6 @@ def test_verification_and_naming(trained, tmp_path, capsys):
     assert (report["known"], report["unknown"]) == (12, 4)
 
 
-@pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_groups_of_digits(trained, tmp_path, capsys):
     """As its users type it: a threshold by verify, then groups of other digits."""
@@ -567,7 +562,6 @@ def test_groups_of_digits(trained, tmp_path, capsys):
     assert "at least 2 readable images to group, got 0" in capsys.readouterr().err
 
 
-@pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_reranked_hits_and_metrics(trained, unseen, tmp_path, capsys):
     query = sorted((unseen / "group1" / "kind1").iterdir())[0]
@@ -627,7 +621,6 @@ def test_metrics_of_ranks_are_those_of_the_core():
     assert {*alone["recall_at_k"].values()} == {None}
 
 
-@pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_a_threshold_is_not_of_classes_that_were_trained_on(trained, tmp_path):
     people = shapes(tmp_path / "people", kinds=8, each=9)
@@ -653,7 +646,6 @@ def test_a_threshold_is_not_of_classes_that_were_trained_on(trained, tmp_path):
     assert "3 classes have names of classes" in " ".join(report["notes"])
 
 
-@pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_mined_triplets_are_trained_on(trained, tmp_path, capsys):
     folder = tmp_path / "digits"
@@ -707,7 +699,6 @@ def test_interrupts_exit_130(monkeypatch, capsys, tmp_path):
     assert cli.main(["evaluate", *arguments]) == 130
 
 
-@pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
     queries = sorted((unseen / "group1" / "kind1").iterdir())[:2]

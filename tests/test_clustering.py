@@ -19,9 +19,6 @@ from tripletjax.apps.clustering import evaluation
 from tripletjax.apps.clustering import report as clustering_report
 from tripletjax.apps.clustering.groups import make_groups
 
-# Fixtures of the module are made once, by one worker.
-pytestmark = pytest.mark.xdist_group("clustering")
-
 
 def vectors(n, d, seed=0):
     x = np.random.default_rng(seed).normal(size=(n, d))

@@ -18,9 +18,6 @@ from tripletjax.apps.identification.evaluation import Strangers
 from tripletjax.apps.identification.gallery import Gallery
 from tripletjax.apps.verification.calibration import TooFewPairsError
 
-# Fixtures of the module are made once, by one worker.
-pytestmark = pytest.mark.xdist_group("identification")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):

@@ -76,7 +76,6 @@ def finished_exactly(own_data_dir, tmp_path_factory):
     return out
 
 
-@pytest.mark.xdist_group("finished")
 def test_an_embedder_needs_nothing_that_reads_data_or_draws(finished):
     code = f"""
 import sys
@@ -337,7 +336,6 @@ def test_a_zero_vector_has_a_finite_gradient():
 # Runs.
 
 
-@pytest.mark.xdist_group("finished")
 def test_a_run_leaves_everything_behind(finished):
     out, evaluations = finished
     gain = evaluations["trained"]["map_at_r"] - evaluations["untrained"]["map_at_r"]
@@ -386,7 +384,6 @@ def test_a_run_leaves_everything_behind(finished):
             assert len(set(image.convert("L").tobytes())) > 20
 
 
-@pytest.mark.xdist_group("finished")
 def test_the_embedder_is_the_trained_model(finished, embed):
     out, evaluations = finished
     dataset = datasets.load("digits")
@@ -398,7 +395,6 @@ def test_the_embedder_is_the_trained_model(finished, embed):
         learn.load_embedder(out / "checkpoints")
 
 
-@pytest.mark.xdist_group("finished")
 def test_the_embedder_takes_images_of_any_kind(embed, tmp_path):
     images = datasets.load("digits").test.images[:6]
     expected = embed(images)
@@ -418,7 +414,6 @@ def test_the_embedder_takes_images_of_any_kind(embed, tmp_path):
     np.testing.assert_allclose(embed(every), expected[:3], atol=1e-6)
 
 
-@pytest.mark.xdist_group("finished")
 @pytest.mark.parametrize(
     ("images", "error", "words"),
     [
@@ -437,7 +432,6 @@ def test_the_embedder_names_what_it_cannot_take(embed, images, error, words):
         embed(images)
 
 
-@pytest.mark.xdist_group("finished exactly")
 @pytest.mark.full
 @pytest.mark.usefixtures("exact")
 def test_a_run_is_repeatable(finished_exactly, tmp_path):
@@ -1125,7 +1119,6 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
     assert kept.steps == [1]
 
 
-@pytest.mark.xdist_group("finished")
 def test_nothing_is_overwritten(finished):
     out, _ = finished
     before = (out / "metrics.jsonl").read_text()
@@ -1147,7 +1140,6 @@ def test_bad_configurations_are_named(options, words):
         learn.Config(**options)
 
 
-@pytest.mark.xdist_group("finished")
 def test_an_image_of_pillow_is_turned_upright(embed, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 8), np.uint8))
     exif = Image.Exif()
@@ -1340,7 +1332,6 @@ def test_symmetric_classes_are_not_turned(drawn, turns):
 # Runs that are stopped.
 
 
-@pytest.mark.xdist_group("finished")
 def test_a_run_is_not_gone_on_with_by_accident(finished, tmp_path):
     out, evaluations = finished
     assert learn.run(small(), out, resume=True) == evaluations
@@ -1352,7 +1343,6 @@ def test_a_run_is_not_gone_on_with_by_accident(finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.xdist_group("finished exactly")
 @pytest.mark.slow
 @pytest.mark.usefixtures("exact")
 def test_a_run_killed_before_its_first_state_begins_again(
@@ -1795,7 +1785,6 @@ def whole(own_data_dir, tmp_path_factory):
     return out
 
 
-@pytest.mark.xdist_group("whole")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "kills"), [(0, 3), pytest.param(1, 5, marks=pytest.mark.full)]
@@ -1822,7 +1811,6 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(
     assert_same_run(out, whole)
 
 
-@pytest.mark.xdist_group("whole")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "number", unless_full([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM])
@@ -1846,7 +1834,6 @@ def test_an_interrupted_run_saves_and_goes_on(whole, tmp_path, number):
     )
 
 
-@pytest.mark.xdist_group("whole")
 @pytest.mark.full
 def test_a_damaged_checkpoint_falls_back_and_says_so(whole, tmp_path):
     process = start(tmp_path / "run")

@@ -18,9 +18,6 @@ from tripletjax.apps.mining.label_errors import NEAREST, NEIGHBORS, RATIO
 from tripletjax.learn.data.digits import digits
 from tripletjax.learn.data.triplet_files import load_triplets
 
-# Fixtures of the module are made once, by one worker.
-pytestmark = pytest.mark.xdist_group("mine")
-
 
 def unit(images):
     """Pixels as unit vectors."""

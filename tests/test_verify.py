@@ -30,9 +30,6 @@ from tripletjax.apps.verification.calibration import (
 from tripletjax.apps.verification.pair_distances import PairDistances, distances_of
 from tripletjax.learn.embedder import Embedder
 
-# Fixtures of the module are made once, by one worker.
-pytestmark = pytest.mark.xdist_group("verification")
-
 
 def unit(images):
     """Small pixels as unit vectors, with what a file is mixed in."""
