@@ -470,39 +470,39 @@ def test_given_triplets_on_kept_features(own_data_dir, folder, resnet, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--backbone", "none.safetensors"], "none.safetensors"),
-        (["--backbone", "pickle.pth"], "file of PyTorch"),
+        ("--backbone none.safetensors", "none.safetensors"),
+        ("--backbone pickle.pth", "file of PyTorch"),
         (
-            ["--backbone", "FILE", "--model", "cnn"],
+            "--backbone FILE --model cnn",
             "--model cannot be combined with --backbone, got 'cnn'",
         ),
         (
-            ["--backbone-training", "top"],
+            "--backbone-training top",
             "--backbone-training requires --backbone, got 'top'",
         ),
-        (["--hidden", "8"], "--hidden requires --backbone, got 8"),
+        ("--hidden 8", "--hidden requires --backbone, got 8"),
         (
-            ["--model", "resnet18", "--views", "2"],
+            "--model resnet18 --views 2",
             "--views cannot be combined with --model resnet18, got 2",
         ),
-        (["--backbone", "FILE", "--size", "4"], "size must be at least 8"),
-        (["--backbone", "FILE", "--views", "0"], "--views must be at least 1, got 0"),
-        (["--backbone", "FILE", "--rotation-classes", "4"], "cannot be turned"),
-        (["--backbone", "FILE", "--backbone-training", "some"], "invalid choice"),
-        (["--steps", "0"], "--steps must be at least 1 without --backbone, got 0"),
+        ("--backbone FILE --size 4", "size must be at least 8"),
+        ("--backbone FILE --views 0", "--views must be at least 1, got 0"),
+        ("--backbone FILE --rotation-classes 4", "cannot be turned"),
+        ("--backbone FILE --backbone-training some", "invalid choice"),
+        ("--steps 0", "--steps must be at least 1 without --backbone, got 0"),
         (
-            ["--backbone", "FILE", "--steps", "0", "--hidden", "8"],
+            "--backbone FILE --steps 0 --hidden 8",
             "--steps must be at least 1 with --hidden, got 0",
         ),
         (
-            ["--backbone", "FILE", "--steps", "0", "--backbone-training", "top"],
+            "--backbone FILE --steps 0 --backbone-training top",
             "steps must be at least 1 with a trained backbone, got 0",
         ),
     ],
 )
 def test_bad_arguments(arguments, words, own_data_dir, resnet, tmp_path, capsys):
     (tmp_path / "pickle.pth").write_bytes(b"PK\x03\x04")
-    arguments = [str(resnet) if x == "FILE" else x for x in arguments]
+    arguments = [str(resnet) if x == "FILE" else x for x in arguments.split()]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         try:

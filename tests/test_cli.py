@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -128,183 +129,126 @@ def test_help_needs_no_extra(tmp_path):
     assert re.search(r"No module named '\w+': it needs pip install", result.stderr)
 
 
-MINE = ("mine", "--run", "r", "--data", ".", "--out", "a.csv")
+MINE = "mine --run r --data . --out a.csv"
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "required: COMMAND"),
-        (["fly"], "invalid choice"),
-        (["train", "--data", "nowhere"], "tfds:NAME, got 'nowhere'"),
-        (["train", "--out", "."], "not an empty directory"),
+        ("", "required: COMMAND"),
+        ("fly", "invalid choice"),
+        ("train --data nowhere", "tfds:NAME, got 'nowhere'"),
+        ("train --out .", "not an empty directory"),
+        ("train --steps 0", "--steps must be at least 1 without --backbone, got 0."),
+        ("train --loss some", "invalid choice"),
+        ("train --margin -1", "--margin must be finite and at least 0, got -1.0"),
+        ("train --data digits --triplets a.csv", "--data cannot be combined with"),
+        ("train --loss hard --triplets a.csv", "--loss cannot be combined with"),
+        ("train --triplets-per-batch 4", "--triplets-per-batch requires --triplets"),
+        ("train --augment some", "invalid choice"),
+        ("train --resume", "--resume requires --out"),
+        ("train --memory-warmup 0.2", "--memory-warmup requires --memory."),
+        ("train --views 2", "--views requires --backbone, got 2."),
+        ("evaluate --run r", "required: --data"),
+        ("evaluate --run r --data .", "no trained model"),
+        ("evaluate --run r --data none", "folder none does not exist"),
         (
-            ["train", "--steps", "0"],
-            "--steps must be at least 1 without --backbone, got 0.",
-        ),
-        (["train", "--loss", "some"], "invalid choice"),
-        (
-            ["train", "--margin", "-1"],
-            "--margin must be finite and at least 0, got -1.0",
-        ),
-        (
-            ["train", "--data", "digits", "--triplets", "a.csv"],
-            "--data cannot be combined with",
-        ),
-        (
-            ["train", "--loss", "hard", "--triplets", "a.csv"],
-            "--loss cannot be combined with",
-        ),
-        (
-            ["train", "--triplets-per-batch", "4"],
-            "--triplets-per-batch requires --triplets",
-        ),
-        (["train", "--augment", "some"], "invalid choice"),
-        (["train", "--resume"], "--resume requires --out"),
-        (["train", "--memory-warmup", "0.2"], "--memory-warmup requires --memory."),
-        (["train", "--views", "2"], "--views requires --backbone, got 2."),
-        (["evaluate", "--run", "r"], "required: --data"),
-        (["evaluate", "--run", "r", "--data", "."], "no trained model"),
-        (["evaluate", "--run", "r", "--data", "none"], "folder none does not exist"),
-        (
-            ["evaluate", "--run", "r", "--data", ".", "--json", "precious"],
+            "evaluate --run r --data . --json precious",
             "precious exists and is not a tripletjax report",
         ),
+        ("evaluate --run r --data . --out .", "not an empty directory"),
+        ("search --run r", "required: --index"),
+        ("search --run r --index .", "no trained model"),
+        ("search --run r --index . --together", "--together requires"),
         (
-            ["evaluate", "--run", "r", "--data", ".", "--out", "."],
-            "not an empty directory",
-        ),
-        (["search", "--run", "r"], "required: --index"),
-        (["search", "--run", "r", "--index", "."], "no trained model"),
-        (["search", "--run", "r", "--index", ".", "--together"], "--together requires"),
-        (
-            ["search", "--run", "r", "--index", ".", "--json", "precious"],
+            "search --run r --index . --json precious",
             "precious already exists; give another file",
         ),
         (
-            ["search", "--run", "r", "--index", ".", "--out", "a.png"],
+            "search --run r --index . --out a.png",
             "--out requires --query or --duplicates",
         ),
         (
-            ["search", "--run", "r", "--index", ".", "--query", "nowhere.png"],
+            "search --run r --index . --query nowhere.png",
             "there is no image nowhere.png",
         ),
         (
-            [
-                *("search", "--run", "r", "--index", ".", "--query", "a.png"),
-                *("--out", "a.jpg"),
-            ],
+            "search --run r --index . --query a.png --out a.jpg",
             "--out must be a .png file, got a.jpg",
         ),
-        (["verify", "--run", "r"], "give two images, or --data FOLDER"),
-        (["verify", "--run", "r", "a", "--data", "."], "give two images, or --data"),
-        (["verify", "--run", "r", "a"], "images must be two, got 1"),
-        (["verify", "--run", "r", "a", "b", "--far", "0.1"], "--far requires --data"),
-        (["verify", "--run", "r", "a", "b"], "no trained model"),
+        ("verify --run r", "give two images, or --data FOLDER"),
+        ("verify --run r a --data .", "give two images, or --data"),
+        ("verify --run r a", "images must be two, got 1"),
+        ("verify --run r a b --far 0.1", "--far requires --data"),
+        ("verify --run r a b", "no trained model"),
         (
-            ["verify", "--run", "r", "--data", ".", "--json", "precious"],
+            "verify --run r --data . --json precious",
             "precious exists and is not a tripletjax report",
         ),
-        (["cluster", "--run", "r"], "required: --index"),
-        (["cluster", "--run", "r", "--index", "."], "no trained model"),
+        ("cluster --run r", "required: --index"),
+        ("cluster --run r --index .", "no trained model"),
+        ("cluster --run r --index . --out groups.png", "--out must be a .csv file"),
         (
-            ["cluster", "--run", "r", "--index", ".", "--out", "groups.png"],
-            "--out must be a .csv file",
-        ),
-        (
-            ["cluster", "--run", "r", "--index", "..", "--copy-to", "precious"],
+            "cluster --run r --index .. --copy-to precious",
             "precious already exists; give another folder",
         ),
         (
-            [
-                *("cluster", "--run", "r", "--index", "."),
-                *("--copy-to", "a", "--link-to", "b"),
-            ],
+            "cluster --run r --index . --copy-to a --link-to b",
             "--link-to cannot be combined with --copy-to.",
         ),
+        ("cluster --run r --index . --threshold -1", "--threshold must be at least 0"),
         (
-            ["cluster", "--run", "r", "--index", ".", "--threshold", "-1"],
-            "--threshold must be at least 0",
-        ),
-        (
-            [
-                *("cluster", "--run", "r", "--index", "."),
-                *("--out", "a.csv", "--json", "a.png"),
-            ],
+            "cluster --run r --index . --out a.csv --json a.png",
             "a.png must be one output alone; give another file.",
         ),
         (
-            [
-                *("identify", "--run", "r", "--gallery", ".", "precious"),
-                *("--out", "a.png", "--json", "a.png"),
-            ],
+            "identify --run r --gallery . precious --out a.png --json a.png",
             "a.png must be one output alone; give another file.",
         ),
         (
-            [
-                *("search", "--run", "r", "--index", ".", "--query", "precious"),
-                *("--out", "a.png", "--json", "a.png"),
-            ],
+            "search --run r --index . --query precious --out a.png --json a.png",
             "a.png must be one output alone; give another file.",
         ),
-        (["search", "--run", "r", "--index", ".", "--rerank"], "requires --query"),
+        ("search --run r --index . --rerank", "requires --query"),
         (
-            ["evaluate", "--run", "r", "--data", "two\nlines"],
+            "evaluate --run r --data 'two\nlines'",
             r"evaluate: folder two\nlines does not exist.",
         ),
-        (["mine", "--run", "r", "--data", "."], "required: --out"),
+        ("mine --run r --data .", "required: --out"),
         (
-            ["mine", "--run", "r", "--data", ".", "--out", "a.txt"],
+            "mine --run r --data . --out a.txt",
             "--out must be a .csv file, got 'a.txt'.",
         ),
-        (["mine", "--run", "r", "--data", ".", "--out", "a.csv"], "no trained model"),
+        ("mine --run r --data . --out a.csv", "no trained model"),
+        (f"{MINE} --json precious", "precious already exists; give another file"),
+        (f"{MINE} --json a.csv", "the report must be a file of its own, got a.csv"),
+        (f"{MINE} --seed 1", "--seed requires --random."),
+        (f"{MINE} --random", "--random requires --range-max."),
         (
-            [*MINE, "--json", "precious"],
-            "precious already exists; give another file",
-        ),
-        ([*MINE, "--json", "a.csv"], "the report must be a file of its own, got a.csv"),
-        ([*MINE, "--seed", "1"], "--seed requires --random."),
-        ([*MINE, "--random"], "--random requires --range-max."),
-        (
-            [*MINE, "--range-min", "3", "--range-max", "3"],
+            f"{MINE} --range-min 3 --range-max 3",
             "--range-max must be above --range-min, got 3 and 3.",
         ),
-        ([*MINE, "--margin", "nan"], "--margin must be finite, got nan."),
-        ([*MINE, "-k", "0"], "-k must be at least 1, got 0."),
-        (["serve", "--run", "r"], "required: --index"),
-        (["serve", "--run", "r", "--index", "."], "no trained model"),
-        (["export", "--run", "r"], "required: --out"),
-        (["export", "--run", "r", "--out", "a.onnx"], "no trained model"),
-        (["train", "--relevance", "some"], "invalid choice"),
+        (f"{MINE} --margin nan", "--margin must be finite, got nan."),
+        (f"{MINE} -k 0", "-k must be at least 1, got 0."),
+        ("serve --run r", "required: --index"),
+        ("serve --run r --index .", "no trained model"),
+        ("export --run r", "required: --out"),
+        ("export --run r --out a.onnx", "no trained model"),
+        ("train --relevance some", "invalid choice"),
         (
-            ["train", "--relevance", "folders", "--triplets", "a.csv"],
+            "train --relevance folders --triplets a.csv",
             "--relevance cannot be combined with --triplets",
         ),
-        (["identify", "--run", "r", "a"], "required: --gallery"),
+        ("identify --run r a", "required: --gallery"),
+        ("identify --run r --gallery .", "give images to name, or --data"),
+        ("identify --run r --gallery . nowhere.png", "there is no image nowhere.png"),
+        ("identify --run r --gallery . precious", "no trained model"),
         (
-            ["identify", "--run", "r", "--gallery", "."],
-            "give images to name, or --data",
-        ),
-        (
-            ["identify", "--run", "r", "--gallery", ".", "nowhere.png"],
-            "there is no image nowhere.png",
-        ),
-        (
-            ["identify", "--run", "r", "--gallery", ".", "precious"],
-            "no trained model",
-        ),
-        (
-            [
-                *("identify", "--run", "r", "--gallery", ".", "precious"),
-                *("--closed", "--within", "1"),
-            ],
+            "identify --run r --gallery . precious --closed --within 1",
             "--closed cannot be combined with --within.",
         ),
         (
-            [
-                *("identify", "--run", "r", "--gallery", ".", "--data", "."),
-                *("--out", "a.png"),
-            ],
+            "identify --run r --gallery . --data . --out a.png",
             "--out requires images to name",
         ),
     ],
@@ -315,7 +259,7 @@ def test_bad_arguments_are_one_line_and_exit_2(
     (tmp_path / "precious").write_text("kept")
     monkeypatch.chdir(tmp_path)
     try:
-        status = cli.main(arguments)
+        status = cli.main(shlex.split(arguments))
     except SystemExit as stopped:
         status = stopped.code
     assert status == 2
