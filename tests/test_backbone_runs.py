@@ -489,7 +489,6 @@ def test_given_triplets_on_kept_features(own_data_dir, folder, resnet, tmp_path)
         ("--backbone FILE --views 0", "--views must be at least 1, got 0"),
         ("--backbone FILE --rotation-classes 4", "cannot be turned"),
         ("--backbone FILE --backbone-training some", "invalid choice"),
-        ("--steps 0", "--steps must be at least 1 without --backbone, got 0"),
         (
             "--backbone FILE --steps 0 --hidden 8",
             "--steps must be at least 1 with --hidden, got 0",

@@ -1,5 +1,6 @@
 """The learning system in small: data, batches, augmentation, models, a whole run."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -1127,19 +1128,6 @@ def test_nothing_is_overwritten(finished):
     assert (out / "metrics.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"loss": "some"}, "loss must be one of semi-hard, hard, all, supcon"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"batch_all_fraction": 2}, "batch_all_fraction"),
-    ],
-)
-def test_bad_configurations_are_named(options, words):
-    with pytest.raises(ValueError, match=words):
-        learn.Config(**options)
-
-
 def test_an_image_of_pillow_is_turned_upright(embed, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 8), np.uint8))
     exif = Image.Exif()
@@ -1343,22 +1331,30 @@ def test_a_run_is_not_gone_on_with_by_accident(finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@contextlib.contextmanager
+def killed_at(step, owner=MetricsLog, name="add"):
+    """A run within is killed before it writes the record of a step."""
+    write = getattr(owner, name)
+
+    def killed(first, line):
+        if (line["step"] if isinstance(line, dict) else line.step) == step:
+            raise MemoryError
+        write(first, line)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(MemoryError):
+            yield
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("exact")
 def test_a_run_killed_before_its_first_state_begins_again(
     finished_exactly, tmp_path, monkeypatch
 ):
-    out, add = tmp_path / "run", MetricsLog.add
-
-    def killed(log, line):
-        add(log, line)
-        if line["step"] == 10:
-            raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "add", killed)
-        with pytest.raises(MemoryError):
-            learn.run(small(), out, progress=False)
+    out = tmp_path / "run"
+    with killed_at(20):
+        learn.run(small(), out, progress=False)
     assert steps_of(out) == 10
     # Choices stay, whatever would be chosen now.
     monkeypatch.setattr(defaults, "CHARACTERS", augment.Augment(rotation=90.0))
@@ -1378,7 +1374,7 @@ def test_a_run_killed_before_its_first_state_begins_again(
     ids=lambda options: options.get("loss", "default"),
 )
 def test_a_run_with_rounds_is_the_same_wherever_it_is_killed(
-    loss, tmp_path, own_data_dir, monkeypatch
+    loss, tmp_path, own_data_dir
 ):
     config = small(
         steps=9, checkpoint_every=2, log_every=1, classes=4, rounds=2, **loss
@@ -1394,18 +1390,8 @@ def test_a_run_with_rounds_is_the_same_wherever_it_is_killed(
     # Killed before a round is mined, after it is written, and within the next round.
     kills = [(rounds, "write_round", 3), (MetricsLog, "add", 4), (MetricsLog, "add", 8)]
     for owner, name, step in kills:
-        act = getattr(owner, name)
-
-        def killed(first, line, act=act, step=step):
-            at = line["step"] if isinstance(line, dict) else line.step
-            if at == step:
-                raise MemoryError
-            act(first, line)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, killed)
-            with pytest.raises(MemoryError):
-                learn.run(config, out, resume=True, progress=False)
+        with killed_at(step, owner, name):
+            learn.run(config, out, resume=True, progress=False)
     learn.run(config, out, resume=True, progress=False)
     assert_same_run(out, whole)
     assert (out / rounds.FILE).read_bytes() == (whole / rounds.FILE).read_bytes()
@@ -1496,24 +1482,15 @@ def test_a_summary_of_fewer_steps_does_not_finish_a_lengthened_run(finished, tmp
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("exact")
-def test_a_killed_lengthening_goes_on_to_its_new_goal(tmp_path, monkeypatch):
+def test_a_killed_lengthening_goes_on_to_its_new_goal(tmp_path):
     def longer(out, steps):
         config = small(steps=steps, checkpoint_every=2, log_every=1)
         return learn.run(config, out, resume=steps > 4, progress=False)
 
     out, whole = tmp_path / "run", tmp_path / "whole"
     first = longer(out, 4)
-    add = MetricsLog.add
-
-    def killed(log, line):
-        add(log, line)
-        if line["step"] == 7:
-            raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "add", killed)
-        with pytest.raises(MemoryError):
-            longer(out, 10)
+    with killed_at(7):
+        longer(out, 10)
     assert json.loads((out / "summary.json").read_text())["evaluations"] == first
     evaluations = learn.run(
         learn.Config(**requested_of(out)), out, resume=True, progress=False
