@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import oracles
 import pytest
-from folders import shapes, write_digits
+from folders import assert_drawn, shapes, write_digits
 from PIL import Image
 
 import tripletjax as tj
@@ -294,8 +294,7 @@ def test_an_evaluation_tells_what_the_core_does(trained, unseen, tmp_path, capsy
     report = json.loads(file.read_text())
     assert report == json.loads((out / "report.json").read_text())
     for name in ("roc", "distances", "neighbors"):
-        with Image.open(out / f"{name}.png") as picture:
-            assert np.ptp(np.asarray(picture)) > 0
+        assert_drawn(out / f"{name}.png")
 
     files = sorted(unseen.glob("*/*/*"))
     labels = np.unique([file.parent for file in files], return_inverse=True)[1]
@@ -430,8 +429,7 @@ def test_verification_and_naming(trained, tmp_path, capsys):
     assert [one["query"] for one in report["probes"]] == images
     for one in report["probes"]:
         assert (one["name"] is None) == (one["distance"] > report["threshold"])
-    with Image.open(sheet) as picture:
-        assert np.ptp(np.asarray(picture)) > 0
+    assert_drawn(sheet)
     for options, words in (
         (["--closed"], "closed set: every probe is named after its nearest class"),
         (["--within", "0.01", "--means"], "threshold 0.0100"),
@@ -489,8 +487,7 @@ def test_groups_of_digits(trained, tmp_path, capsys):
     # Even a few steps of training tell most digits apart.
     assert metrics["bcubed_f"] > 40
     assert f"BCubed F              {metrics['bcubed_f']:.2f} %" in output
-    with Image.open(table.with_suffix(".png")) as picture:
-        assert np.ptp(np.asarray(picture)) > 0
+    assert_drawn(table.with_suffix(".png"))
     assert sum(one.is_symlink() for one in links.rglob("*.png")) == 297
 
     # The index is known; the files that exist are not written over.
@@ -669,8 +666,7 @@ def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
         np.testing.assert_allclose([hit["distance"] for hit in found["hits"]], d, 1e-4)
         for path in paths:
             assert path in told
-    with Image.open(sheet) as picture:
-        assert np.ptp(np.asarray(picture)) > 0
+    assert_drawn(sheet)
     # What is there is not written over.
     assert cli.main([*command, "--query", str(queries[0]), "--out", str(sheet)]) == 2
     capsys.readouterr()

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folders import write_digits
-from PIL import Image
+from folders import assert_drawn, write_digits
 
 import tripletjax as tj
 from tripletjax.apps import mining
@@ -225,8 +224,7 @@ def test_wrong_labels_are_written_and_can_be_left_out(tmp_path):
     assert json.loads(files.report.read_text())["label_errors"]
     left = {mined.images.files[index] for index in np.unique(mined.triplets)}
     assert not left & named
-    with Image.open(files.picture) as picture:
-        assert np.ptp(np.asarray(picture)) > 0
+    assert_drawn(files.picture)
     lines = [*mining_report.format_report(mined.report)]
     assert f"{len(rows)} likely label errors" in lines
 

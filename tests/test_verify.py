@@ -11,7 +11,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from folders import prepare_digits, shapes
+from folders import assert_drawn, prepare_digits, shapes
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
@@ -296,8 +296,7 @@ def test_pictures_and_lines_of_a_report(found, tmp_path):
     verification_report.write(found, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == found.report
     for name in ("roc", "distances", "errors"):
-        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
-            assert np.ptp(np.asarray(picture)) > 0
+        assert_drawn(tmp_path / "out" / f"{name}.png")
     told = "\n".join(verification_report.format_report(found.report))
     assert "72 images of 8 classes" in told
     assert f"{found.report['verification']['equal_error_rate']:.2f} %" in told
