@@ -273,10 +273,13 @@ def test_temporary_memory(name):
 
 
 def large_batches() -> dict[str, Program]:
-    """A loss of each shape, two sides and class vectors, for 65,536 embeddings."""
-    n, scalar = 65_536, shape()
-    x, y = shape(n, D), shape(n, dtype=jnp.int32)
-    vectors, classes = shape(4096, D), shape(4096, dtype=jnp.int32)
+    """A loss of each shape, two sides and class vectors, for 65,536 embeddings.
+
+    Cosine distances need 32 MiB for the unit vectors.
+    """
+    n, d, scalar = 65_536, 128, shape()
+    x, y = shape(n, d), shape(n, dtype=jnp.int32)
+    vectors, classes = shape(4096, d), shape(4096, dtype=jnp.int32)
 
     def supcon(x, temperature, y):
         return blockwise.supcon_loss(x, y, temperature=temperature)

@@ -161,7 +161,9 @@ def _blockwise(
     sides = [] if loss.swapped else [(embeddings, labels, options)]
     if loss.swapped or apart:
         sides.append(_other_side(embeddings, labels, options))
-    checked = [as_batch(metric, x, y, **side) for x, y, side in sides]
+    checked = [
+        as_batch(metric, x, y, reverse_mode=True, **side) for x, y, side in sides
+    ]
     batches, lead = [batch for batch, _ in checked], checked[0][1]
     anchors = batches[0].anchors
     parameters = loss.parameters_for(anchors.dtype, anchors.shape[:-1])

@@ -645,7 +645,7 @@ def _loss(
     axis_name: AxisName | None,
     block_size: int | None,
     reduce_fn: Reduction | None,
-    **pairs: ArrayLike | None,
+    **pairs: Any,
 ) -> Any:
     spec = _spec(mining, metric, hinge=hinge, fallback=fallback, block_size=block_size)
     batch, lead = as_batch(metric, embeddings, labels, axis_name=axis_name, **pairs)

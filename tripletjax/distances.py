@@ -329,7 +329,6 @@ def common_offset(x: Array) -> Array:
     small integers, and ties between their distances, stay exact.
     """
     x = jax.lax.stop_gradient(x)
-    x = jnp.where(jnp.isfinite(x), x, 0)
     mean, squares = jnp.mean(x, axis=0), jnp.mean(x * x, axis=0)
     rounded = jax.lax.reduce_precision(mean, exponent_bits=8, mantissa_bits=7)
     # The mean is over four standard deviations.
@@ -341,10 +340,13 @@ def _direction(x: Array) -> Array:
     """The unit vector along `x`; a zero vector stays zero, with gradient 0."""
     # Scaled first, for the squares of tiny and of huge vectors to be finite.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
-    null = largest < jnp.finfo(x.dtype).tiny
-    x = jnp.where(null, 0, x) / jnp.where(null, 1, largest)
+    x = x / jnp.where(largest < jnp.finfo(x.dtype).tiny, jnp.inf, largest)
     squared = jnp.sum(x * x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.where(null, 1, squared))
+    return x * jax.lax.rsqrt(jnp.where(squared == 0, 1, squared))
+
+
+def identity(x: Array) -> Array:
+    return x
 
 
 def _nothing(x: Array) -> Array:
@@ -353,7 +355,7 @@ def _nothing(x: Array) -> Array:
 
 def _half_if_zero(x: Array) -> Array:
     # 1 - 0 is half of |a|^2 + |b|^2: a zero vector lacks its part.
-    return jnp.where(jnp.all(x == 0, axis=-1), 0.5, 0).astype(x.dtype)
+    return jnp.where(jnp.max(jnp.abs(x), axis=-1) == 0, 0.5, 0).astype(x.dtype)
 
 
 def _manhattan(a: Array, b: Array) -> Array:
@@ -363,15 +365,15 @@ def _manhattan(a: Array, b: Array) -> Array:
 
 
 euclidean = InnerProductForm(
-    lambda x: x, _nothing, lambda half: _safe_sqrt(2 * half)
+    identity, _nothing, lambda half: _safe_sqrt(2 * half)
 ).metric("euclidean")
 euclidean.__doc__ = r"""The Euclidean distance, $\lVert x - y \rVert_2$.
 
 Its gradient at distance 0 is 0."""
 
-squared_euclidean = InnerProductForm(
-    lambda x: x, _nothing, lambda half: 2 * half
-).metric("squared_euclidean")
+squared_euclidean = InnerProductForm(identity, _nothing, lambda half: 2 * half).metric(
+    "squared_euclidean"
+)
 squared_euclidean.__doc__ = r"""The squared Euclidean distance,
 $\lVert x - y \rVert_2^2$: FaceNet's."""
 

@@ -72,21 +72,25 @@ class PairSpec(BlockSpec):
     summed: bool = False
 
 
+# Gradients by vectors and by parameters.
+PairGradients = tuple[Gradients, Parameters]
+
+
 class TileWalk(NamedTuple):
     """The walks over tiles of a shape of losses, by way of numbers of size O(n k).
 
     Attributes:
-        forward: ``(spec, batch, classes, parameters) -> (numbers, extra)``; `extra` is
-            anything that the backward walk can use.
+        forward: ``(spec, batch, classes, parameters) -> (numbers, gradients)``, where
+            gradients are those of the negatives' total, or None.
         terms: ``(spec, classes, parameters, numbers) -> terms``, which JAX
             differentiates.
-        backward: ``(spec, batch, classes, parameters, numbers, extra, cotangents of
-            the numbers) -> (Gradients, gradients by parameters)``.
+        backward: ``(spec, batch, classes, parameters, numbers, cotangents of the
+            numbers, gradients) -> gradients`` with their own added.
     """
 
-    forward: Callable[..., tuple[Any, Any]]
+    forward: Callable[..., tuple[Any, PairGradients | None]]
     terms: Callable[..., Any]
-    backward: Callable[..., tuple[Gradients, Parameters]]
+    backward: Callable[..., PairGradients]
 
 
 def pair_terms(
@@ -166,27 +170,48 @@ def _terms_backward(
 ) -> tuple:
     batch, classes, parameters, kept = inputs
 
-    def by_panels() -> tuple[Gradients, Parameters]:
-        return _gradients_by_panels(spec, batch, parameters, cotangents)
+    def by_panels(gradients: PairGradients) -> PairGradients:
+        return _gradients_by_panels(spec, batch, parameters, cotangents, gradients)
 
-    def by_tiles() -> tuple[Gradients, Parameters]:
-        numbers, extra = kept
+    def by_tiles(gradients: PairGradients) -> PairGradients:
         _, pull = jax.vjp(
             functools.partial(walk.terms, spec, classes), parameters, numbers
         )
         direct, by_numbers = pull(cotangents)
         grads, by_parameters = walk.backward(
-            spec, batch, classes, parameters, numbers, extra, by_numbers
+            spec, batch, classes, parameters, numbers, by_numbers, gradients
         )
         return grads, jax.tree.map(jnp.add, direct, by_parameters)
 
+    gradients = _no_gradients(batch, parameters)
     if classes is None:
-        grads, by_parameters = by_panels()
+        gradients = by_panels(gradients)
     else:
+        numbers, of_total = kept
+        if of_total is not None:
+            weight = cotangents.negatives.total[0]
+            gradients = jax.tree.map(lambda x: x * weight, of_total)
         few = _few_positives(classes)
-        grads, by_parameters = lax.cond(few, by_tiles, by_panels)
+        gradients = _update_if(few, by_tiles, gradients)
+        gradients = _update_if(~few, by_panels, gradients)
+    grads, by_parameters = gradients
     pairs: Any = None  # Labels and masks have no gradient.
     return Batch(grads.anchors, grads.references, pairs), None, by_parameters
+
+
+def _no_gradients(batch: Batch, parameters: Parameters) -> PairGradients:
+    return Gradients.zero(batch), jax.tree.map(jnp.zeros_like, parameters)
+
+
+def _update_if(
+    condition: Array, update: Callable[[PairGradients], PairGradients], state: Any
+) -> PairGradients:
+    """The state, updated if a condition holds.
+
+    A loop updates the state in place, while `lax.cond` makes a copy.
+    """
+    count = condition.astype(jnp.int32)
+    return lax.fori_loop(0, count, lambda _, state: update(state), state)
 
 
 _terms.defvjp(_terms_forward, _terms_backward)
@@ -320,7 +345,7 @@ def _anchor_count(spec: PairSpec, batch: Batch) -> int:
 
 def _log_sum_exp_forward(
     spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
-) -> tuple[tuple[Positives, Array, Array], Any]:
+) -> tuple[tuple[Positives, Array, Array], None]:
     """Positives, log-sum-exps of logits, and distances of the nearest negatives."""
     positives = Positives.of(spec, batch, classes)
     tiles = Tiles.of(spec.metric, batch, spec.sizes)
@@ -328,7 +353,7 @@ def _log_sum_exp_forward(
     total, nearest = _log_sum_exps(spec, tiles, limits, parameters)
     distance = spec.metric.inner_products.distance
     nearest = jnp.where(nearest < jnp.inf, distance(nearest), jnp.inf)
-    return (positives, total, nearest), ()
+    return (positives, total, nearest), None
 
 
 def _log_sum_exp_terms(
@@ -353,15 +378,15 @@ def _log_sum_exp_backward(
     classes: Classes,
     parameters: Parameters,
     numbers: tuple[Positives, Array, Array],
-    extra: Any,
     cotangents: tuple[Positives, Array, Array],
-) -> tuple[Gradients, Parameters]:
+    gradients: PairGradients,
+) -> PairGradients:
     positives, total, _ = numbers
     by_positives, by_total, _ = cotangents
     tiles = Tiles.of(spec.metric, batch, spec.sizes)
     limits = _limits(spec, positives, parameters)
     grads, by_parameters = _log_sum_exp_gradients(
-        spec, tiles, limits, parameters, total, by_total
+        spec, tiles, limits, parameters, total, by_total, gradients
     )
     grads = positives.vjp(spec, batch, classes, by_positives.squares, grads)
     return grads, by_parameters
@@ -455,16 +480,16 @@ def _log_sum_exp_gradients(
     parameters: Parameters,
     total: Array,
     by_total: Array,
-) -> tuple[Gradients, Parameters]:
-    """Gradients by vectors and by parameters, for gradients by log-sum-exps."""
+    gradients: PairGradients,
+) -> PairGradients:
+    """Add the gradients by vectors and by parameters, for those by log-sum-exps."""
     shape, form, batch = spec.shape, spec.metric.inner_products, tiles.batch
     assert isinstance(shape, LogSumExp)
     exists = total != -jnp.inf
     by_total = jnp.where(exists, by_total, 0)
 
-    # The state: the gradients by vectors and by parameters.
-    def visit(state: tuple[Gradients, Parameters], tile: Tile) -> tuple:
-        grads, by_parameters = state
+    def visit(gradients: PairGradients, tile: Tile) -> PairGradients:
+        grads, by_parameters = gradients
         squares = materialize(tile.squares)
         negative = squares < jnp.inf
         d, slope = with_slope(form.distance, jnp.where(negative, squares, 0))
@@ -504,8 +529,7 @@ def _log_sum_exp_gradients(
         grads = vjp_negatives(batch, grads, tile, by_square)
         return grads, jax.tree.map(jnp.add, by_parameters, new)
 
-    none = Gradients.zero(batch), jax.tree.map(jnp.zeros_like, parameters)
-    return tiles.scan(visit, none)
+    return tiles.scan(visit, gradients)
 
 
 # Separable losses.
@@ -513,16 +537,15 @@ def _log_sum_exp_gradients(
 
 def _separable_forward(
     spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
-) -> tuple[tuple[Positives, Array, Array], Any]:
+) -> tuple[tuple[Positives, Array, Array], PairGradients | None]:
     """Positives, and summed costs of negatives and how many cost anything.
 
     If only sums over the anchors are wanted, all anchors have one weight, and the same
-    walk makes the gradients: these are the extra.
+    walk makes the gradients of the total.
     """
     positives = Positives.of(spec, batch, classes)
-    sums, gradients = _separable_walk(
-        spec, batch, parameters, None, gradient=spec.summed
-    )
+    none = _no_gradients(batch, parameters) if spec.summed else None
+    sums, gradients = _separable_walk(spec, batch, parameters, None, none)
     return (positives, *sums), gradients
 
 
@@ -550,16 +573,14 @@ def _separable_backward(
     classes: Classes,
     parameters: Parameters,
     numbers: tuple[Positives, Array, Array],
-    extra: Any,
     cotangents: tuple[Positives, Array, Array],
-) -> tuple[Gradients, Parameters]:
+    gradients: PairGradients | None,
+) -> PairGradients:
     positives, (by_positives, by_total, _) = numbers[0], cotangents
-    if spec.summed:
-        grads, by_parameters = jax.tree.map(lambda x: x * by_total[0], extra)
-    else:
-        _, gradients = _separable_walk(spec, batch, parameters, by_total, gradient=True)
-        assert gradients is not None
-        grads, by_parameters = gradients
+    if not spec.summed:
+        _, gradients = _separable_walk(spec, batch, parameters, by_total, gradients)
+    assert gradients is not None
+    grads, by_parameters = gradients
     grads = positives.vjp(spec, batch, classes, by_positives.squares, grads)
     return grads, by_parameters
 
@@ -569,12 +590,12 @@ def _separable_walk(
     batch: Batch,
     parameters: Parameters,
     weights: Array | None,
-    *,
-    gradient: bool,
-) -> tuple[tuple[Array, Array], tuple[Gradients, Parameters] | None]:
+    gradients: PairGradients | None,
+) -> tuple[tuple[Array, Array], PairGradients | None]:
     """Summed costs of negatives and how many cost anything, ``[n]``; and gradients.
 
-    Gradients are those of the costs summed over the anchors, with their weights.
+    The walk adds the gradients of the costs, summed over the anchors with their
+    weights, to `gradients` if they are given.
     """
     shape, form = spec.shape, spec.metric.inner_products
     assert isinstance(shape, Separable)
@@ -619,10 +640,6 @@ def _separable_walk(
         return sums, (vjp_negatives(batch, grads, tile, by_square), by_parameters)
 
     zeros = batch.zeros((_anchor_count(spec, batch),))
-    gradients = None
-    if gradient:
-        by_parameters = jax.tree.map(jnp.zeros_like, parameters)
-        gradients = Gradients.zero(batch), by_parameters
     return tiles.scan(visit, ((zeros, zeros), gradients))
 
 
@@ -666,12 +683,15 @@ def _side_terms(spec: PairSpec, batch: Batch, parameters: Parameters) -> Any:
 
 
 def _gradients_by_panels(
-    spec: PairSpec, batch: Batch, parameters: Parameters, cotangents: Any
-) -> tuple[Gradients, Parameters]:
+    spec: PairSpec,
+    batch: Batch,
+    parameters: Parameters,
+    cotangents: Any,
+    gradients: PairGradients,
+) -> PairGradients:
     n = len(batch.anchors)
-    none = Gradients.zero(batch), jax.tree.map(jnp.zeros_like, parameters)
     own = jax.tree.map(lambda x: x[:n], cotangents)
-    grads, by_parameters = _side_gradients(spec, batch, parameters, own, none)
+    grads, by_parameters = _side_gradients(spec, batch, parameters, own, gradients)
     if not spec.symmetric:
         return grads, by_parameters
     other = jax.tree.map(lambda x: x[n:], cotangents)
@@ -686,13 +706,12 @@ def _side_gradients(
     batch: Batch,
     parameters: Parameters,
     cotangents: Any,
-    gradients: tuple[Gradients, Parameters],
-) -> tuple[Gradients, Parameters]:
+    gradients: PairGradients,
+) -> PairGradients:
     panels = Panels.of(spec.metric, batch, spec.sizes)
 
-    # The state: the gradients by vectors and by parameters.
-    def step(block: Array, state: tuple[Gradients, Parameters]) -> tuple:
-        grads, by_parameters = state
+    def step(block: Array, gradients: PairGradients) -> PairGradients:
+        grads, by_parameters = gradients
         panel = _refined(panels, block)
         terms = functools.partial(_block_terms, spec, panel)
         _, pull = jax.vjp(terms, parameters, panel.distances)

@@ -15,6 +15,7 @@ from jax import Array, lax
 from tripletjax._engine.by_tiles import vjp_negatives
 from tripletjax._engine.pair_losses import (
     Classes,
+    PairGradients,
     PairSpec,
     Positives,
     TileWalk,
@@ -51,12 +52,12 @@ class Thresholds(NamedTuple):
 
 def _forward(
     spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
-) -> tuple[tuple[Positives, Array, Array], Any]:
+) -> tuple[tuple[Positives, Array, Array], None]:
     """Positives, negatives ahead of each, and distances of the nearest negatives."""
     positives = Positives.of(spec, batch, classes)
     thresholds = Thresholds.of(spec, positives, classes)
     tiles = Tiles.of(spec.metric, batch, spec.sizes)
-    return (positives, *_negatives_ahead(tiles, thresholds, parameters)), ()
+    return (positives, *_negatives_ahead(tiles, thresholds, parameters)), None
 
 
 def _terms(
@@ -80,16 +81,16 @@ def _backward(
     classes: Classes,
     parameters: Parameters,
     numbers: tuple[Positives, Array, Array],
-    extra: Any,
     cotangents: tuple[Positives, Array, Array],
-) -> tuple[Gradients, Parameters]:
+    gradients: PairGradients,
+) -> PairGradients:
     positives, (by_positives, by_ahead, _) = numbers[0], cotangents
     shape, form = spec.shape, spec.metric.inner_products
     assert isinstance(shape, SmoothAP)
     thresholds = Thresholds.of(spec, positives, classes)
     tiles = Tiles.of(spec.metric, batch, spec.sizes)
     grads, by_threshold, by_parameters = _gradients(
-        tiles, thresholds, parameters, by_ahead
+        tiles, thresholds, parameters, by_ahead, gradients
     )
     _, slopes = with_slope(form.distance, positives.squares)
     by_square = by_positives.squares
@@ -134,18 +135,19 @@ def _negatives_ahead(
             least = jnp.minimum(old, least)
             nearest = lax.dynamic_update_slice_in_dim(nearest, least, start, 0)
 
-        def add(r: Array, rows: list[Array], ahead: Array) -> Array:
-            for axis, start, some in zip((1, 0), starts, rows):
+        def count(r: Array, rows: list[Array], counts: list[Array]) -> list[Array]:
+            for side, (axis, some) in enumerate(zip((1, 0), rows)):
                 steps = [
                     jax.nn.sigmoid((jnp.expand_dims(own, axis) - d) / temperature)
                     for own in some
                 ]
                 sums = jnp.stack([sum_in_one_loop(x, axis) for x in steps])
-                ahead = _add_at(ahead, r, start, sums)
-            return ahead
+                counts[side] = lax.dynamic_update_slice_in_dim(counts[side], sums, r, 0)
+            return counts
 
         own = tile.along(thresholds.distances)
-        return in_threes(thresholds.count, own, add, ahead), nearest
+        counts = in_threes(thresholds.count, own, count, [*map(jnp.zeros_like, own)])
+        return _add_columns(ahead, starts, counts), nearest
 
     zeros = tiles.batch.zeros((len(tiles.halves),))
     none = tiles.batch.zeros(thresholds.distances.shape)
@@ -153,7 +155,11 @@ def _negatives_ahead(
 
 
 def _gradients(
-    tiles: Tiles, thresholds: Thresholds, parameters: Parameters, by_ahead: Array
+    tiles: Tiles,
+    thresholds: Thresholds,
+    parameters: Parameters,
+    by_ahead: Array,
+    gradients: PairGradients,
 ) -> tuple[Gradients, Array, Parameters]:
     """Gradients by vectors, by thresholds ``[k, n]`` and by parameters."""
     batch, form = tiles.batch, tiles.metric.inner_products
@@ -161,15 +167,17 @@ def _gradients(
 
     # The state: gradients by vectors, by thresholds and by the temperature.
     def visit(state: tuple[Gradients, Array, Array], tile: Tile) -> tuple:
-        grads, *of_thresholds = state
+        grads, by_threshold, by_temperature = state
         d, starts = Tiled.of(tiles, tile)
         directions = len(starts)
 
         # The state: gradients by thresholds, by the temperature and by the distances.
-        def add(r: Array, rows: list[Array], state: tuple[Array, Array, Array]) -> Any:
-            by_threshold, by_temperature, by_d = state
-            sides = zip((1, 0), starts, rows[:directions], rows[directions:])
-            for axis, start, some, weights in sides:
+        def add(
+            r: Array, rows: list[Array], state: tuple[list[Array], Array, Array]
+        ) -> tuple[list[Array], Array, Array]:
+            by_own, by_temperature, by_d = state
+            sides = zip((1, 0), rows[:directions], rows[directions:])
+            for side, (axis, some, weights) in enumerate(sides):
                 slopes = []
                 for own, weight in zip(some, weights):
                     gaps = (jnp.expand_dims(own, axis) - d) / temperature
@@ -180,27 +188,31 @@ def _gradients(
                     scaled = jnp.where(slopes[-1] != 0, slopes[-1] * gaps, 0)
                     by_temperature -= jnp.sum(jnp.sum(scaled, axis))
                 sums = jnp.stack([sum_in_one_loop(x, axis) for x in slopes])
-                by_threshold = _add_at(by_threshold, r, start, sums)
+                by_own[side] = lax.dynamic_update_slice_in_dim(by_own[side], sums, r, 0)
                 by_d = by_d - add_up(slopes)
-            return by_threshold, by_temperature, by_d
+            return by_own, by_temperature, by_d
 
-        rows = tile.along(thresholds.distances) + tile.along(by_ahead)
-        *of_thresholds, by_d = in_threes(
-            thresholds.count, rows, add, (*of_thresholds, jnp.zeros_like(d))
+        own = tile.along(thresholds.distances)
+        none = [*map(jnp.zeros_like, own)], by_temperature, jnp.zeros_like(d)
+        by_own, by_temperature, by_d = in_threes(
+            thresholds.count, own + tile.along(by_ahead), add, none
         )
+        by_threshold = _add_columns(by_threshold, starts, by_own)
         negative = tile.squares < jnp.inf
         _, slope = with_slope(form.distance, jnp.where(negative, tile.squares, 0))
         by_square = jnp.where(negative, by_d * slope, 0)
-        return vjp_negatives(batch, grads, tile, by_square), *of_thresholds
+        grads = vjp_negatives(batch, grads, tile, by_square)
+        return grads, by_threshold, by_temperature
 
-    none = batch.zeros(thresholds.distances.shape)
-    state = Gradients.zero(batch), none, batch.zeros()
+    grads, (by_temperature,) = gradients
+    state = grads, batch.zeros(thresholds.distances.shape), by_temperature
     grads, by_threshold, by_temperature = tiles.scan(visit, state)
     return grads, by_threshold, (by_temperature,)
 
 
-def _add_at(x: Array, r: Array, start: Array, rows: Array) -> Array:
-    """``x[r:, start:]`` with some rows added."""
-    corner = (lax.convert_element_type(r, start.dtype), start)
-    old = lax.dynamic_slice(x, corner, rows.shape)
-    return lax.dynamic_update_slice(x, old + rows, corner)
+def _add_columns(x: Array, starts: list[Array], parts: list[Array]) -> Array:
+    """``[k, n]`` with parts ``[k, size]`` added from columns on."""
+    for start, part in zip(starts, parts):
+        old = lax.dynamic_slice_in_dim(x, start, part.shape[1], axis=1)
+        x = lax.dynamic_update_slice_in_dim(x, old + part, start, axis=1)
+    return x

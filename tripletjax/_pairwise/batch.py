@@ -1,5 +1,6 @@
 """Batches: checked vectors, and the pairs that match among them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,8 +9,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from tripletjax._api import own_promotion
+from tripletjax._pairwise.block_sizes import CPU
 from tripletjax._pairwise.mesh import AxisName, check_split, gather_rows
-from tripletjax.distances import Metric, as_vectors
+from tripletjax._pairwise.slices import Blocks, rows_at
+from tripletjax.distances import Metric, as_vectors, identity
 from tripletjax.pairs import PairMasks, Pairs
 
 
@@ -79,6 +83,7 @@ def as_batch(
     *,
     references: ArrayLike | None = None,
     axis_name: AxisName | None = None,
+    reverse_mode: bool = False,
     **options: Any,
 ) -> tuple[Batch, tuple[int, ...]]:
     """Check vectors and pairs of a batch.
@@ -89,6 +94,8 @@ def as_batch(
         labels: integers ``[..., n]``, or `PairMasks`.
         references: vectors ``[..., m, d]``, or None.
         axis_name: mesh axes over which the batch is split, or None.
+        reverse_mode: whether derivatives of the vectors have reverse mode alone, which
+            then takes O(block) memory.
         **options: `reference_labels`, `positions`, `where` and `reference_where`.
 
     Returns:
@@ -110,6 +117,8 @@ def as_batch(
         **options,
     )
     vectors = _vectors_of(metric)
+    if reverse_mode and vectors is not identity:
+        vectors = functools.partial(_with_gradient_in_place, vectors)
     # Padding may hold anything, which must not reach the products.
     x = vectors(_without_padding(x, pairs.where))
     if y is not None:
@@ -179,7 +188,45 @@ def _checked_vectors(
 
 def _vectors_of(metric: Metric) -> Callable[[Array], Array]:
     """The function from embeddings to the vectors whose products a metric takes."""
-    return (lambda x: x) if metric.products is None else metric.products.vectors
+    return identity if metric.products is None else metric.products.vectors
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_gradient_in_place(vectors: Callable[[Array], Array], x: Array) -> Array:
+    """A function of each row of ``[..., n, d]``, without a second array of gradients.
+
+    XLA has one for a norm and its gradient: ``tests/test_compiled_memory.py``.
+    """
+    return vectors(x)
+
+
+def _in_place_forward(
+    vectors: Callable[[Array], Array], x: Array
+) -> tuple[Array, Array]:
+    return vectors(x), x
+
+
+@own_promotion
+def _in_place_backward(
+    vectors: Callable[[Array], Array], x: Array, gradient: Array
+) -> tuple[Array]:
+    rows = x.reshape(-1, x.shape[-1])
+    blocks = Blocks.of(len(rows), CPU.panel // x.shape[-1])
+
+    # The state: the gradient by vectors, and in front the one by `x`.
+    def step(block: Array, gradient: Array) -> Array:
+        start = blocks.start(block)
+        old = rows_at(gradient, start, blocks.size)
+        _, pull = jax.vjp(vectors, rows_at(rows, start, blocks.size))
+        (new,) = pull(old)
+        new = jnp.where(blocks.fresh(block)[:, None], new, old)
+        return lax.dynamic_update_slice_in_dim(gradient, new, start, axis=0)
+
+    gradient = lax.fori_loop(0, blocks.count, step, gradient.reshape(rows.shape))
+    return (gradient.reshape(x.shape),)
+
+
+_with_gradient_in_place.defvjp(_in_place_forward, _in_place_backward)
 
 
 def as_pair_of_vectors(
