@@ -134,9 +134,9 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     with replaced(out) as part:
         if weights:
-            expected = _backbone_features(embedder)(images)
+            expected = np.asarray(_features(embedder).of_shape(images))
             _write_weights(embedder, part)
-            restored = _load_features(embedder, part)
+            restored = _features(embedder, part).of_shape
         else:
             expected = embedder.embed(list(images))
             function = function_of(embedder)
@@ -192,24 +192,15 @@ def _write_weights(embedder: Embedder, path: Path) -> None:
     save_weights(backbone, path, like=file, rules=rules)
 
 
-def _backbone_features(embedder: Embedder) -> Callable[[np.ndarray], np.ndarray]:
-    """The function from prepared images to the features of the backbone."""
-    model = heads.features_of(embedder.model)
-    return lambda images: np.asarray(
-        dataclasses.replace(embedder, model=model).of_shape(images)
-    )
-
-
-def _load_features(
-    embedder: Embedder, path: Path
-) -> Callable[[np.ndarray], np.ndarray]:
-    """The same function by the weights of a file, as another run would load them."""
-    network, _ = backbones.load(path)
-    model = Standardized(network, embedder.model.mean, embedder.model.std)
-    model.eval()
-    return lambda images: np.asarray(
-        dataclasses.replace(embedder, model=model).of_shape(images)
-    )
+def _features(embedder: Embedder, path: Path | None = None) -> Embedder:
+    """The features of the backbone, of the run or as another run would load them."""
+    if path is None:
+        model = heads.features_of(embedder.model)
+    else:
+        network, _ = backbones.load(path)
+        model = Standardized(network, embedder.model.mean, embedder.model.std)
+        model.eval()
+    return dataclasses.replace(embedder, model=model)
 
 
 def _to_float32(embedder: Embedder) -> Embedder:
