@@ -62,10 +62,7 @@ def configured(folder, backbone, training, **options):
     if training != "frozen":
         del options["views"]
     return learn.Config(
-        data=str(folder),
-        backbone=str(backbone),
-        backbone_training=training,
-        **options,
+        data=str(folder), backbone=str(backbone), backbone_training=training, **options
     )
 
 
@@ -118,12 +115,7 @@ def test_what_a_run_trains_and_keeps(run_of, resnet, training):
     assert changed == CHANGED[training]
     evaluations = json.loads((out / "summary.json").read_text())["evaluations"]
     closed_form = ["closed form"] if training == "frozen" else []
-    assert list(evaluations) == [
-        "raw pixels",
-        "pretrained",
-        *closed_form,
-        "trained",
-    ]
+    assert list(evaluations) == ["raw pixels", "pretrained", *closed_form, "trained"]
 
 
 def test_a_run_keeps_the_network_of_a_wrapped_file(tmp_path, resnet):

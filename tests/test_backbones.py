@@ -384,10 +384,7 @@ def test_statistics_stay_unless_they_are_to_be_learnt():
             lambda x: x.update({"bn1.bias": np.ones(3, np.float32)}),
             "misshapen: bn1.bias [3], for bn1.bias, which is [8] here",
         ),
-        (
-            lambda x: x.update({"bn1.bias": np.ones(8, np.int32)}),
-            "misshapen: bn1.bias",
-        ),
+        (lambda x: x.update({"bn1.bias": np.ones(8, np.int32)}), "misshapen: bn1.bias"),
         (
             lambda x: x.update({"bn1.bias": np.full(8, np.nan, np.float32)}),
             "not finite: bn1.bias",

@@ -120,12 +120,7 @@ def test_folds_of_triplets_have_no_anchor_of_validation():
     features = draw.normal(size=(40, FEATURES))
     task = TripletTask(
         triplet_files.TripletDataset(
-            "file",
-            kept(features),
-            triplets,
-            triplets[:0],
-            triplets[:0],
-            "key",
+            "file", kept(features), triplets, triplets[:0], triplets[:0], "key"
         )
     )
     rows, labels = task.labelled_rows

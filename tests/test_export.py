@@ -241,10 +241,7 @@ def photographs(folder):
 
 @pytest.mark.parametrize(
     ("suffix", "blocks"),
-    [
-        (".stablehlo", (0, 2)),
-        pytest.param(".onnx", (0, 1), marks=pytest.mark.slow),
-    ],
+    [(".stablehlo", (0, 2)), pytest.param(".onnx", (0, 1), marks=pytest.mark.slow)],
 )
 def test_the_recipe_of_the_docs_gives_the_vectors_of_the_run(
     suffix, blocks, tmp_path, monkeypatch

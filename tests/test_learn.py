@@ -270,10 +270,7 @@ SLOW_NETWORKS = [
 
 
 @in_lanes(
-    ("kind", "dtype", "shape"),
-    NETWORKS,
-    quick=QUICK_NETWORKS,
-    slow=SLOW_NETWORKS,
+    ("kind", "dtype", "shape"), NETWORKS, quick=QUICK_NETWORKS, slow=SLOW_NETWORKS
 )
 def test_any_image_size_gives_unit_vectors(kind, dtype, shape):
     options = {"size": shape[:2]} if kind == "photo" else {}
@@ -1366,11 +1363,7 @@ def test_a_run_killed_before_its_first_state_begins_again(
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize(
     "loss",
-    [
-        {},
-        {"loss": "arcface"},
-        {"loss": "supcon", "learn_loss": True, "memory": 16},
-    ],
+    [{}, {"loss": "arcface"}, {"loss": "supcon", "learn_loss": True, "memory": 16}],
     ids=lambda options: options.get("loss", "default"),
 )
 def test_a_run_with_rounds_is_the_same_wherever_it_is_killed(

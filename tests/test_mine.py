@@ -78,11 +78,7 @@ def expected_triplets(images, *, k, range_min=0, range_max=None, margin=None):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"k": 3},
-        {"k": 2, "margin": 0.05, "range_min": 3, "range_max": 30},
-    ],
+    "options", [{"k": 3}, {"k": 2, "margin": 0.05, "range_min": 3, "range_max": 30}]
 )
 def test_triplets_and_exclusions_are_those_of_sorting(folder, options):
     mined = mining.mine(EMBEDDER, folder, **options)

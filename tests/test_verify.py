@@ -122,9 +122,7 @@ def test_folds_share_no_class(found):
     # A number for each pair, so that every distance names its pair.
     count = len(pairs.same)
     numbered = dataclasses.replace(
-        pairs,
-        same=np.arange(count),
-        different=count + np.arange(len(pairs.different)),
+        pairs, same=np.arange(count), different=count + np.arange(len(pairs.different))
     )
     number, same, fold, folds = intervals._folds_of_classes(numbered, pairs.labels)
     assert folds == 4

@@ -141,24 +141,14 @@ PEERS = {
         )
         for name in ("resnet18", "resnet34", "resnet50")
     },
-    "torchvision bottlenecks": (
-        small_bottlenecks,
-        resnet_features,
-        "resnet",
-        SMALL,
-    ),
+    "torchvision bottlenecks": (small_bottlenecks, resnet_features, "resnet", SMALL),
     "timm resnet": (
         lambda: timm_model("resnet18", layers=DEPTHS),
         timm_features,
         "resnet",
         SMALL,
     ),
-    "torchvision convnext": (
-        small_convnext,
-        convnext_features,
-        "convnext",
-        SMALL,
-    ),
+    "torchvision convnext": (small_convnext, convnext_features, "convnext", SMALL),
     "timm convnext": (
         lambda: timm_model("convnext_tiny", depths=DEPTHS, dims=WIDTHS),
         timm_features,

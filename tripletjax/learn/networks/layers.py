@@ -110,10 +110,7 @@ def _convolved(
 
 
 _conv = functools.partial(
-    nnx.Conv,
-    use_bias=False,
-    kernel_init=LECUN_NORMAL,
-    conv_general_dilated=_convolved,
+    nnx.Conv, use_bias=False, kernel_init=LECUN_NORMAL, conv_general_dilated=_convolved
 )
 
 
