@@ -16,7 +16,7 @@ from tripletjax.apps.verification.calibration import (
 from tripletjax.apps.verification.intervals import REPLICATES, folds_of, intervals_of
 from tripletjax.apps.verification.lfw import PairsFile, read_pairs
 from tripletjax.apps.verification.pair_distances import PairDistances
-from tripletjax.apps.verification.protocol import find_pairs, stem, stems
+from tripletjax.apps.verification.protocol import find_pairs, stem
 from tripletjax.learn import evaluation
 from tripletjax.learn.data.class_folders import without_number
 from tripletjax.learn.embedder import Embedder, ImageEmbedder
@@ -150,7 +150,7 @@ def _chooser(
     """Choose images by path and class: not trained on, and named by the protocol."""
     if protocol is None:
         return lambda path, of: of not in trained_on
-    named = {*stems(protocol.first + protocol.second)}
+    named = {*map(stem, protocol.first + protocol.second)}
     named |= {path.rpartition("/")[2] for path in named}
     return lambda path, of: of not in trained_on and stem(path) in named
 
