@@ -332,6 +332,19 @@ def test_forms_agree(name):
             check_forms(name, vectors(), labels, where)
 
 
+def test_gradients_of_many_vectors():
+    """Unit vectors have their gradients in two blocks of 256, which overlap."""
+    x = np.random.default_rng(0).normal(size=(300, 2048)).astype(np.float32)
+    labels = np.arange(300) % 60
+
+    def loss(x):
+        return tj.supcon_loss(tj.cosine(x), labels)
+
+    expected = jax.grad(loss)(x)
+    got = jax.grad(tj.blockwise.supcon_loss)(x, labels)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.std(expected))
+
+
 @every_form
 def test_padding_may_hold_anything(name):
     where = np.random.default_rng(0).random(40) < 0.7
