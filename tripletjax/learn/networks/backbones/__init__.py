@@ -54,10 +54,10 @@ class Family:
     """A family of networks.
 
     Attributes:
-        module: has `options_of` (from the shapes of a file's arrays, and the path of
-            the file, to options; None for a file of another family), `rules_of` (from
-            these shapes to the rules of `load_weights`) and `title_of` (from options
-            to the name of a network).
+        module: has `options_of`, from the shapes of a file's arrays, and the path of
+            the file, to options; None for a file of another family. Its `rules_of`
+            gives the rules of `load_weights` for these shapes, and its `title_of` the
+            name of a network for its options.
         network: builds a network from options.
         least: smallest side of images, in pixels.
         images_of: from options to the images that a network was trained on.
