@@ -647,6 +647,34 @@ def test_the_maximum_is_that_of_kept_pairs():
             np.testing.assert_allclose(by_d, gradient, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("margin", [None, 0.5])
+def test_exponents_that_vanish_beside_those_of_other_anchors(margin):
+    """A block has one maximum; other anchors, or ignored negatives, can be far below.
+
+    The first item of both classes is the same vector. With a margin, it is ignored.
+    """
+    x = np.eye(6, dtype=np.float32)[[0, 1, 0, 2, 3, 4]]
+    labels = np.int32([0, 0, 1, 1, 2, 2])
+    options = {"temperature": 0.005, "false_negative_margin": margin}
+
+    def by_matrix(x):
+        terms = tj.nt_xent_loss(tj.cosine(x), labels, **options, reduce_fn=None)
+        return terms.total.sum(), terms.total
+
+    def by_blocks(x):
+        terms = tj.blockwise.nt_xent_loss(x, labels, **options, reduce_fn=None)
+        return terms.total.sum(), terms.total
+
+    (_, expected), gradient = jax.value_and_grad(by_matrix, has_aux=True)(x)
+    (_, total), got = jax.value_and_grad(by_blocks, has_aux=True)(x)
+    # Positives and negatives are at distance 1, other than the two first items.
+    far = np.log(5)
+    near = np.log(4) if margin else 200.0
+    np.testing.assert_allclose(expected, [near, far] * 2 + [far] * 2, rtol=1e-5)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(got, gradient, rtol=1e-5, atol=1e-4)
+
+
 def test_ignored_pairs_have_no_weight():
     """fast-reid's masked zeros take the softmax of circle loss."""
     d = np.float32([[1.9, 1.8, 0.2, 0.1]])

@@ -624,6 +624,17 @@ def log_sum_exp_loss(
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes do not fit.
 
+    Requirements:
+        The batch of the loss that you define. Without a negative, ``pairs.negatives``
+        is minus infinity.
+
+    Settings:
+        The settings of the named losses are on their pages.
+
+    Relations:
+        All losses of `tripletjax.softmax_losses` have this form, such as `supcon_loss`,
+        `circle_loss` and `arcface_loss`.
+
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
@@ -682,6 +693,15 @@ def separable_loss(
     Raises:
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes do not fit.
+
+    Requirements:
+        The batch of the loss that you define. Positives alone collapse the embedding.
+
+    Settings:
+        The settings of the named losses are on their pages.
+
+    Relations:
+        `contrastive_loss`, `margin_loss` and `sigmoid_loss` have this form.
 
     >>> import jax
     >>> import jax.numpy as jnp

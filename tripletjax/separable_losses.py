@@ -58,8 +58,7 @@ def contrastive_loss(
 
     $$\ell_a = \sum_{p \in P_a} [d_{ap} - m_+]_+ + \sum_{n \in N_a} [m_- - d_{an}]_+$$
 
-    The paper has squares of these costs, which `separable_loss` can compute. Choose
-    both margins for your metric: cosine distances lie between 0 and 2.
+    The paper has squares of these costs, which `separable_loss` can compute.
 
     Memory: O(n m), at most 6 times the size of the distances.
 
@@ -79,6 +78,18 @@ def contrastive_loss(
     Raises:
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes do not fit.
+
+    Requirements:
+        Two classes, and two items of one of them. Positives alone collapse the
+        embedding.
+
+    Settings:
+        The defaults are those of pytorch-metric-learning, for Euclidean distances of
+        unit norm. With cosine distances, a negative margin of 1 stops at similarity 0.
+
+    Relations:
+        `margin_loss` has the same costs, with margins $\beta - m$ and $\beta + m$, and
+        another mean.
 
     References:
         Hadsell, Chopra, LeCun. Dimensionality Reduction by Learning an Invariant
@@ -150,6 +161,19 @@ def margin_loss(
     Raises:
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes do not fit.
+
+    Requirements:
+        Two classes, and two items of one of them. Positives alone collapse the
+        embedding.
+
+    Settings:
+        Wu et al. 2017, as in MXNet's example: margin 0.2 and beta from 1.2, for
+        `euclidean` distances of unit norm. Adam has a learning rate of 1e-4, and SGD
+        has 0.1 for beta. `tripletjax.blockwise` needs ``metric=tj.euclidean`` for them.
+
+    Relations:
+        `contrastive_loss` with margins $\beta - m$ and $\beta + m$ has the same costs,
+        and another mean.
 
     References:
         Wu, Manmatha, Smola, Krähenbühl. Sampling Matters in Deep Embedding Learning.
@@ -223,6 +247,18 @@ def sigmoid_loss(
     Raises:
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes do not fit, or the scale is not above 0.
+
+    Requirements:
+        Cosine distances. Two sides, such as images and texts, need `reference_labels`
+        or `PairMasks`.
+
+    Settings:
+        Zhai et al. 2023 and their code: scale and bias are learned from 10 and -10.
+        They report that batches of 32,000 pairs suffice.
+
+    Relations:
+        It is near `info_nce_loss`, but the cost of a pair does not depend on other
+        pairs.
 
     References:
         Zhai, Mustafa, Kolesnikov, Beyer. Sigmoid Loss for Language Image Pre-Training.
