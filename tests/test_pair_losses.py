@@ -332,16 +332,18 @@ def test_forms_agree(name):
             check_forms(name, vectors(), labels, where)
 
 
-def test_gradients_of_many_vectors():
-    """Unit vectors have their gradients in two blocks of 256, which overlap."""
-    x = np.random.default_rng(0).normal(size=(300, 2048)).astype(np.float32)
-    labels = np.arange(300) % 60
+@pytest.mark.parametrize(("n", "d", "classes"), [(300, 2048, 60), (800, 4, 4)])
+def test_gradients_of_many_vectors(n, d, classes):
+    """Two blocks that overlap, of 256 unit vectors or of 655 rows of the matrix."""
+    x = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
+    labels = np.arange(n) % classes
 
-    def loss(x):
+    def by_matrix(x):
         return tj.supcon_loss(tj.cosine(x), labels)
 
-    expected = jax.grad(loss)(x)
-    got = jax.grad(tj.blockwise.supcon_loss)(x, labels)
+    value, expected = jax.value_and_grad(by_matrix)(x)
+    total, got = jax.value_and_grad(tj.blockwise.supcon_loss)(x, labels)
+    np.testing.assert_allclose(total, value, rtol=1e-5)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.std(expected))
 
 
