@@ -992,11 +992,13 @@ def costs_of(
 
 def check_elementwise(costs: Array, gaps: Array, *, name: str = "hinge") -> None:
     """Raise for costs of a function that have another shape than its argument."""
-    if jnp.shape(costs) != gaps.shape:
-        raise ValueError(
-            f"{name} must be elementwise: for shape {gaps.shape} it returned shape "
-            f"{jnp.shape(costs)}."
-        )
+    shape = getattr(costs, "shape", None)
+    if shape == gaps.shape:
+        return
+    result = f"a {type(costs).__name__}" if shape is None else f"shape {shape}"
+    raise ValueError(
+        f"{name} must be elementwise: for shape {gaps.shape} it returned {result}."
+    )
 
 
 def sums_of(costs: Array, valid: Array) -> TripletTerms:

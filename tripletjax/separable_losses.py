@@ -190,9 +190,20 @@ def margin_loss(
     return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
+@jax.custom_jvp
 def _softplus(x: Array) -> Array:
     # Half the time of `jax.nn.softplus`, which treats infinities and NaN apart.
     return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+@_softplus.defjvp
+def _softplus_slope(primals: tuple[Array], tangents: tuple[Array]) -> tuple:
+    # The slopes of a maximum and of an absolute value fit together only if both have
+    # the same sign of x. XLA may compute x twice, with two roundings.
+    (x,), (tangent,) = primals, tangents
+    power = jnp.exp(-jnp.abs(x))
+    slope = jnp.where(x >= 0, 1, power) / (1 + power)
+    return _softplus(x), slope * tangent
 
 
 def _sigmoid_positive(d: Array, parameters: tuple) -> Array:

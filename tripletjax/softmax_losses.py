@@ -833,18 +833,17 @@ def _class_cost(pairs: AnchorPairs, logits: Array) -> TripletTerms:
     return pairs.terms(jnp.where(valid, costs, 0), valid)
 
 
-def _class_similarity(pairs: AnchorPairs) -> Array:
-    """Similarity of the nearest class vector of an anchor's class, or 0."""
+def _class_distance(pairs: AnchorPairs) -> Array:
+    """Distance of the nearest class vector of an anchor's class, 0 without one."""
     nearest = jnp.argmin(jnp.where(pairs.exists, pairs.distances, jnp.inf), axis=-1)
-    nearest = jnp.take_along_axis(
+    return jnp.take_along_axis(
         pairs.distances, nearest[..., None], axis=-1, mode="promise_in_bounds"
     )[..., 0]
-    return jnp.where(pairs.has_positive, 1 - nearest, 0)
 
 
 def _cosface_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
     margin, scale = parameters
-    return _class_cost(pairs, scale * (_class_similarity(pairs) - margin))
+    return _class_cost(pairs, scale * (1 - _class_distance(pairs) - margin))
 
 
 _CLASS_VECTORS = "references are class vectors, with the labels of their classes"
@@ -926,9 +925,11 @@ def cosface_loss(
 
 def _arcface_cost(pairs: AnchorPairs, parameters: tuple) -> TripletTerms:
     margin, scale = parameters
-    s = _class_similarity(pairs)
-    inside = jnp.abs(s) < 1
-    sine = jnp.where(inside, jnp.sqrt(jnp.where(inside, (1 - s) * (1 + s), 1)), 0)
+    d = _class_distance(pairs)
+    # Small distances have digits that 1 - s has not.
+    s, square = 1 - d, d * (2 - d)
+    inside = square > 0
+    sine = jnp.where(inside, jnp.sqrt(jnp.where(inside, square, 1)), 0)
     rotated = s * jnp.cos(margin) - sine * jnp.sin(margin)
     continued = s - margin * jnp.sin(margin)
     cosines = jnp.where(s > -jnp.cos(margin), rotated, continued)
