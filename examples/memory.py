@@ -7,7 +7,7 @@ two, on the digits of `examples/train.py`:
 
     python examples/memory.py                   # semi-hard: the memory helps
     python examples/memory.py --classes 10      # larger batches: the gain is smaller
-    python examples/memory.py --mining hard     # batch-hard: the memory does harm
+    python examples/memory.py --loss hard       # batch-hard: the memory does harm
 """
 
 import argparse
@@ -57,16 +57,16 @@ LOSSES = {
 
 # A donated memory is written in place.
 @functools.partial(
-    jax.jit, static_argnames=("graph", "decay", "mining"), donate_argnames="memory"
+    jax.jit, static_argnames=("graph", "decay", "batch_loss"), donate_argnames="memory"
 )
-def train_step(params, slow, optimizer, memory, x, y, *, graph, decay, mining):
+def train_step(params, slow, optimizer, memory, x, y, *, graph, decay, batch_loss):
     def loss_of(params):
         embeddings = nnx.merge(graph, params)(x)
         pairs = {}
         if memory is not None:
             # The batch and the memory; no anchor is its own positive.
             pairs = tj.memory.references(memory, embeddings, y)
-        return LOSSES[mining](embeddings, y, margin=0.2, **pairs)
+        return batch_loss(embeddings, y, margin=0.2, **pairs)
 
     loss, gradients = jax.value_and_grad(loss_of)(params)
     updates, optimizer = tx.update(gradients, optimizer, params)
@@ -78,7 +78,7 @@ def train_step(params, slow, optimizer, memory, x, y, *, graph, decay, mining):
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--mining", choices=LOSSES, default="semi-hard")
+parser.add_argument("--loss", choices=LOSSES, default="semi-hard")
 parser.add_argument("--classes", type=int, default=3, help="classes of a batch")
 parser.add_argument("--steps", type=int, default=400)
 parser.add_argument("--size", type=int, default=400, help="embeddings in the memory")
@@ -100,7 +100,7 @@ for name, size, decay in (
                 *(params, slow, optimizer, memory, images[rows], labels[rows]),
                 graph=graph,
                 decay=decay,
-                mining=options.mining,
+                batch_loss=LOSSES[options.loss],
             )
         x = nnx.merge(graph, params)(jnp.asarray(images[half:]))
         scores.append(100 * tj.retrieval.evaluate(x, labels[half:]).map_at_r)

@@ -10,13 +10,7 @@ from tripletjax.learn.runs.options import OptionError
 
 if TYPE_CHECKING:
     from tripletjax.apps.search import Changes, Index
-    from tripletjax.cli.options import (
-        Cluster,
-        EmbedderOptions,
-        Identify,
-        Search,
-        Serve,
-    )
+    from tripletjax.cli.options import Cluster, EmbedderOptions, Identify, Search, Serve
     from tripletjax.learn.embedder import ImageEmbedder
 
 # Errors that one line explains.

@@ -477,9 +477,7 @@ class Cluster(EmbedderOptions):
     extras: ClassVar[str] = "train,search"
 
     index: Path = option(
-        "folder of images to group, which is only read",
-        required=True,
-        metavar="FOLDER",
+        "folder of images to group, which is only read", required=True, metavar="FOLDER"
     )
     database: Path | None = database_option()
     remove_missing: bool = remove_missing_option()

@@ -95,10 +95,7 @@ def _request(options: Train, on: Placement) -> tuple[Config, Path]:
         )
     config, out = on.of_first(
         lambda: preparation.make_request(
-            requested,
-            augment=options.augment,
-            out=options.out,
-            resume=options.resume,
+            requested, augment=options.augment, out=options.out, resume=options.resume
         )
     )
     return dataclasses.replace(config, **locations), out

@@ -128,9 +128,7 @@ def neighbors(
                 same = labels[index] == labels[query]
                 wrong = WRONG if rank <= others else BEYOND
                 color = QUERY if rank == 0 else RIGHT if same else wrong
-                _draw_framed(
-                    axes, start + rank, row, _drop_grey_axis(images[index]), color
-                )
+                _draw_framed(axes, start + rank, row, images[index], color)
     for row, query in enumerate(chosen):
         options = _text_options(label_names[labels[query]])
         axes.text(0, row + 0.5, **options, ha="right", va="center", fontsize=8)
@@ -187,7 +185,7 @@ def triplets(
             for column, (distance, image, color) in enumerate(
                 [(None, anchor, QUERY), *others]
             ):
-                picture = _drop_grey_axis(np.asarray(images[image]))
+                picture = np.asarray(images[image])
                 text = "" if distance is None else f"{distance:.2f}"
                 _draw_framed(
                     axes, start + column, row * WITH_TEXT, picture, color, text=text
@@ -451,7 +449,3 @@ def _find_fonts(text: str) -> list[str] | None:
 def _characters(file: str) -> frozenset[int]:
     """Code points of a font."""
     return frozenset(FT2Font(file).get_charmap())
-
-
-def _drop_grey_axis(image: np.ndarray) -> np.ndarray:
-    return image[..., 0] if image.shape[-1] == 1 else image
