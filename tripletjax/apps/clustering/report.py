@@ -20,7 +20,7 @@ from tripletjax.learn.files import replaced
 
 REPORT = f"{reports.PREFIX}clustering"
 # Groups of a contact sheet, and images of each.
-ROWS, COLUMNS = 8, 10
+ROWS, COLUMNS = 8, 6
 TITLES = {
     "bcubed_f": "BCubed F",
     "bcubed_precision": "BCubed precision",

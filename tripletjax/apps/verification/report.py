@@ -170,7 +170,7 @@ def _pair_picture(
 ) -> tuple[np.ndarray, np.ndarray, str, bool]:
     """Two images, their caption, and whether the threshold decides them correctly."""
     first, second = (result.files[image] for image in images)
-    names = first.parent.name if same else f"{first.parent.name} / {second.parent.name}"
+    names = first.parent.name if same else f"{first.parent.name}\n{second.parent.name}"
     return (
         thumbnail(first),
         thumbnail(second),
