@@ -60,7 +60,7 @@ def training(lines: Sequence[dict], path: str | Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("step")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def neighbors(
@@ -134,7 +134,7 @@ def neighbors(
     for row, query in enumerate(chosen):
         options = _text_options(label_names[labels[query]])
         axes.text(0, row + 0.5, **options, ha="right", va="center", fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def triplets(
@@ -192,7 +192,7 @@ def triplets(
                 _draw_framed(
                     axes, start + column, row * WITH_TEXT, picture, color, text=text
                 )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def distances(
@@ -322,7 +322,7 @@ def pairs_sheet(
             _draw_framed(
                 axes, column, 0, both, color, text=text, pair=True, dashed=dashed
             )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def contact_sheet(
@@ -356,7 +356,7 @@ def contact_sheet(
             _draw_framed(
                 axes, rank, row * WITH_TEXT, image, color, text=text, dashed=dashed
             )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _table(
@@ -424,7 +424,7 @@ def _write_diagram(axes: Axes, title: str, path: str | Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _shorten(name: str, most: int = 16) -> str:

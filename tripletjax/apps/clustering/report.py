@@ -17,6 +17,7 @@ from tripletjax.apps.clustering.groups import Groups
 from tripletjax.apps.images import decode_path, thumbnail
 from tripletjax.apps.search.index import Index
 from tripletjax.learn import plots, reports
+from tripletjax.learn.counts import counted
 from tripletjax.learn.files import replaced
 
 REPORT = f"{reports.PREFIX}clustering"
@@ -58,9 +59,10 @@ def make_report(groups: Groups, origin: str) -> dict[str, Any]:
 def format_report(report: dict[str, Any]) -> Iterator[str]:
     """Format the report of groups as lines."""
     yield (
-        f"{report['images']:,} images in {report['groups']:,} groups at threshold "
-        f"{report['threshold']:.4f}: {report['groups_of_several']:,} groups of several "
-        f"images, {report['single_images']:,} single images, largest group "
+        f"{counted(report['images'], 'image')} in {counted(report['groups'], 'group')} "
+        f"at threshold {report['threshold']:.4f}: "
+        f"{counted(report['groups_of_several'], 'group')} of several images, "
+        f"{counted(report['single_images'], 'single image')}, largest group "
         f"{report['largest']:,}"
     )
     yield f"- {report['origin']}"
@@ -70,8 +72,9 @@ def format_report(report: dict[str, Any]) -> Iterator[str]:
         yield f"- {note}"
     yield ""
     yield (
-        f"{metrics['images']:,} images of known classes: {metrics['groups']:,} groups, "
-        f"{metrics['classes']:,} classes, with "
+        f"{counted(metrics['images'], 'image')} of known classes: "
+        f"{counted(metrics['groups'], 'group')}, "
+        f"{counted(metrics['classes'], 'class')}, with "
         f"{100 * metrics['intervals']['confidence']:g} % intervals over classes"
     )
     for name in METRICS:
@@ -113,7 +116,7 @@ def draw(index: Index, groups: Groups, out: Path) -> None:
         images = [thumbnail(index.file_of(path)) for path in paths]
         captions = [(_caption(path), None) for path in paths[1:]]
         size = groups.sizes[number]
-        rows.append((f"group {number + 1}\n{size:,} images", images, captions))
+        rows.append((f"group {number + 1}\n{counted(size, 'image')}", images, captions))
     title = "largest groups, from the image nearest to the mean to the farthest"
     out.parent.mkdir(parents=True, exist_ok=True)
     plots.contact_sheet(rows, out, title=title)

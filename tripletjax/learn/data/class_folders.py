@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data.folder_listing import FolderListing, find_files, printable
 from tripletjax.learn.data.image_files import is_image
 
@@ -120,8 +121,9 @@ def _of_one_folder(
     below = (file for file in listing.files if file.parent != folder)
     if name_of_file is None or any(map(is_image, below)):
         raise ValueError(
-            f"{folder} must hold one folder per class, but {len(images)} images "
-            f"lie in it directly, such as {printable(images[0].name)}."
+            f"{folder} must hold one folder per class, but "
+            f"{counted(len(images), 'image lies', 'images lie')} in it directly, such "
+            f"as {printable(images[0].name)}."
         )
     return ClassFolders(
         images,
