@@ -272,8 +272,8 @@ class App:
                 pictures.append((picture, f"{text} {_name(path)}"))
         text = (
             f"Likely label errors: {len(errors.images):,} of {counted(n, 'image')}. "
-            "The ratio is the distance to the nearest other class, divided by the distance to "
-            "the own class."
+            "The ratio is the distance to the nearest other class, divided by the "
+            "distance to the own class."
         )
         return text, pictures[:MAX_RESULTS]
 

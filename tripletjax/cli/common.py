@@ -49,7 +49,10 @@ def message_of(error: BaseException, options: "type[Options]") -> str:
     if isinstance(error, MemoryError):
         return f"not enough memory: {first_line(error)}"
     if isinstance(error, jax.errors.JaxRuntimeError):
-        return f"JAX failed: {first_line(error)}"
+        code, _, text = first_line(error).partition(": ")
+        if code == "RESOURCE_EXHAUSTED":
+            return f"not enough memory: {text}"
+        return f"JAX failed: {code}: {text}"
     return as_typed(text_of_error(error), options.names())
 
 

@@ -196,7 +196,7 @@ def embed_folder(
         embedder, listing, keep=keep, progress=progress
     )
     skipped += unreadable
-    copies = np.count_nonzero(first_copy != np.arange(len(first_copy)))
+    copies = int(np.count_nonzero(first_copy != np.arange(len(first_copy))))
     names, labels = np.unique(
         [printable(listing.classes[index]) for index in kept], return_inverse=True
     )

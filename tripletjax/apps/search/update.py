@@ -278,10 +278,9 @@ class Update:
         if 2 * gone > n:
             raise FileNotFoundError(
                 f"{gone:,} of the {counted(n, 'image')} in the index of "
-                f"{self.rows.folder} {'is' if gone == 1 else 'are'} missing. If they are "
-                "on a disk that is not mounted, mount the disk; "
-                "to remove them from the index, use --remove-missing "
-                "(remove_missing=True)."
+                f"{self.rows.folder} missing. If the folder is on a disk that is not "
+                "mounted, mount the disk; to remove missing images from the index, use "
+                "--remove-missing (remove_missing=True)."
             )
 
     def _note_moved_folders(self, *, drop: bool) -> list[str]:

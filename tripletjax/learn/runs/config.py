@@ -68,7 +68,7 @@ class Config:
     )
     rotation_classes: int | None = _data_of_classes(
         "number of turned and mirrored copies of each class that are classes of their "
-        "own",
+        "own: 1, 2, 4 or 8",
         rule="1, 2, 4 or 8",
     )
     model: str | None = _network(
