@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -143,9 +144,32 @@ MINE = ("mine", "--run", "r", "--data", ".", "--out", "a.csv")
             "--steps must be at least 1 without --backbone, got 0.",
         ),
         (["train", "--loss", "some"], "invalid choice"),
+        (["train", "--steps", "1.5"], "--steps must be a whole number, got '1.5'"),
+        (["train", "--margin", "x"], "--margin must be a number, got 'x'"),
+        (["train", "--margin", "nan"], "at least 0, got nan."),
+        (["train", "--margin", "-1e-3"], "at least 0, got -0.001."),
+        (["train", "--margin", "1e39"], "finite in float32 and at least 0, got 1e+39."),
+        (["train", "--data", ""], "--data must not be empty"),
+        (["train", "--out", ""], "--out must not be empty"),
+        (["train", "--classes", "0"], "--classes must be at least 2, got 0."),
+        (["train", "--per-class", "0"], "--per-class must be at least 2, got 0."),
+        (["train", "--size", "8193"], "--size must be 1 to 8192, got 8193."),
+        (
+            ["train", "--rotation-classes", "0"],
+            "--rotation-classes must be 1, 2, 4 or 8, got 0.",
+        ),
+        (
+            ["train", "--seed", str(2**63)],
+            f"--seed must be at least 0 and below 2**63, got {2**63}.",
+        ),
+        (["train", "--devices", "0"], "--devices must be all or at least 1, got 0."),
+        (
+            ["train", "--triplets", "none.csv"],
+            "none.csv: no such file or directory",
+        ),
         (
             ["train", "--margin", "-1"],
-            "--margin must be finite and at least 0, got -1.0",
+            "--margin must be finite in float32 and at least 0, got -1.0.",
         ),
         (
             ["train", "--data", "digits", "--triplets", "a.csv"],
@@ -202,6 +226,10 @@ MINE = ("mine", "--run", "r", "--data", ".", "--out", "a.csv")
         (["verify", "--run", "r", "a", "b", "--far", "0.1"], "--far requires --data"),
         (["verify", "--run", "r", "a", "b"], "no trained model"),
         (
+            ["verify", "--run", "r", "--data", ".", "--far", "1"],
+            "--far must be above 0 and below 1, got 1.0.",
+        ),
+        (
             ["verify", "--run", "r", "--data", ".", "--json", "precious"],
             "precious exists and is not a tripletjax report",
         ),
@@ -224,7 +252,7 @@ MINE = ("mine", "--run", "r", "--data", ".", "--out", "a.csv")
         ),
         (
             ["cluster", "--run", "r", "--index", ".", "--threshold", "-1"],
-            "--threshold must be at least 0",
+            "--threshold must be 0 to 2, as distances of unit vectors, got -1.0.",
         ),
         (
             [
@@ -269,7 +297,8 @@ MINE = ("mine", "--run", "r", "--data", ".", "--out", "a.csv")
             [*MINE, "--range-min", "3", "--range-max", "3"],
             "--range-max must be above --range-min, got 3 and 3.",
         ),
-        ([*MINE, "--margin", "nan"], "--margin must be finite, got nan."),
+        ([*MINE, "--margin", "nan"], "--margin must be finite in float32, got nan."),
+        ([*MINE, "--margin", "1e39"], "--margin must be finite in float32, got 1e+39."),
         ([*MINE, "-k", "0"], "-k must be at least 1, got 0."),
         (["serve", "--run", "r"], "required: --index"),
         (["serve", "--run", "r", "--index", "."], "no trained model"),
@@ -301,6 +330,14 @@ MINE = ("mine", "--run", "r", "--data", ".", "--out", "a.csv")
             "--closed cannot be combined with --within.",
         ),
         (
+            ["identify", "--run", "r", "--gallery", ".", "precious", "--fpir", "0"],
+            "--fpir must be above 0 and below 1, got 0.0.",
+        ),
+        (
+            ["search", "--run", "r", "--index", ".", "--within", "2.1"],
+            "--within must be 0 to 2, as distances of unit vectors, got 2.1.",
+        ),
+        (
             [
                 *("identify", "--run", "r", "--gallery", ".", "--data", "."),
                 *("--out", "a.png"),
@@ -319,7 +356,8 @@ def test_bad_arguments_are_one_line_and_exit_2(
     except SystemExit as stopped:
         status = stopped.code
     assert status == 2
-    assert words in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
     assert (tmp_path / "precious").read_text() == "kept"
 
@@ -707,6 +745,47 @@ def test_interrupts_exit_130(monkeypatch, capsys, tmp_path):
     assert cli.main(["evaluate", *arguments]) == 130
 
 
+def test_an_interrupt_that_python_drops_comes_again(monkeypatch, capsys, tmp_path):
+    class Dropped:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def drop(*_, **__):
+        Dropped()
+        for _ in range(1000):
+            time.sleep(0.001)
+
+    monkeypatch.setattr(evaluation, "evaluate", drop)
+    arguments = ["evaluate", "--run", str(tmp_path), "--data", str(tmp_path)]
+    assert cli.main(arguments) == 130
+    assert capsys.readouterr().err.split() == ["tripletjax", "evaluate:", "stopped."]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError("Unable to allocate 9 GiB"), "not enough memory: Unable to"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nMore"),
+            "not enough memory: Out of memory.",
+        ),
+        (OSError(28, "No space left", "a.png"), "a.png: no space left"),
+        (ValueError("json + data must be 3"), "--json + --data must be 3"),
+        (ValueError("data are few"), "evaluate: data are few"),
+        (ValueError("data must be more"), "evaluate: --data must be more"),
+    ],
+)
+def test_errors_of_the_library_are_one_line(error, words, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    assert cli.main(["evaluate", "--run", "r", "--data", "."]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tripletjax evaluate: ")
+    assert words in line
+
+
 @pytest.mark.xdist_group("run of the command")
 @pytest.mark.slow
 def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
@@ -857,7 +936,7 @@ def test_files_are_written_before_lines_are_printed(trained, tmp_path, monkeypat
     ):
         file = tmp_path / f"{number}.json"
         options = ["--json", str(file), "--database", str(tmp_path / "db")]
-        assert cli.main([*command, *options]) == 2
+        assert cli.main([*command, *options]) == 141
         assert query.rpartition("/")[2] in file.read_text()
 
 

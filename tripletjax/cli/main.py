@@ -1,7 +1,7 @@
 """Parsing of arguments, the call of a command, and its exit status.
 
 The exit status is 0, 2 for wrong use or bad input, with one line on stderr, or 130 for
-an interrupt.
+an interrupt. It is 141 if a program such as head has closed the output.
 """
 
 import _thread
@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -110,7 +111,15 @@ def _main(argv: Sequence[str]) -> int:
         compile_cache.keep_programs()
         # Its imports take seconds, and need extras.
         command: Any = importlib.import_module(f"tripletjax.cli.{name}")
-        return command.call(options)
+        status = command.call(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Python flushes the output at its end, which would fail again.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except FAULTS as error:
         message = one_line(message_of(error, COMMANDS[name]))
         print(f"{prog}: {message}", file=sys.stderr)
