@@ -56,7 +56,7 @@ def test_several_files_appear_together(tmp_path):
     with replaced_together() as part:
         part(first).write_text("new")
         part(second).mkdir()
-        (part(second).parent / "b.part" / "c.txt").write_text("new")
+        (part(second) / "c.txt").write_text("new")
         assert not first.exists()
         assert not second.exists()
     assert first.read_text() == (second / "c.txt").read_text() == "new"

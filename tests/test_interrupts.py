@@ -11,19 +11,29 @@ from tripletjax.learn.training.interrupts import Interrupts, deferred_interrupts
 
 def test_an_interrupt_comes_at_the_end_of_the_body():
     done = []
-    with pytest.raises(KeyboardInterrupt), deferred_interrupts():
+
+    @deferred_interrupts()
+    def body():
         signal.raise_signal(signal.SIGINT)
         done.append("body")
+
+    with pytest.raises(KeyboardInterrupt):
+        body()
     assert done == ["body"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_second_interrupt_ends_the_body():
     done = []
-    with pytest.raises(KeyboardInterrupt), deferred_interrupts():
+
+    @deferred_interrupts()
+    def body():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         done.append("body")
+
+    with pytest.raises(KeyboardInterrupt):
+        body()
     assert done == []
 
 

@@ -12,6 +12,7 @@ import inspect
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -59,7 +60,8 @@ def _keeping_interrupts() -> Iterator[None]:
 
     def hook(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            _thread.interrupt_main()
+            # Not at once: it would interrupt this hook, and be dropped, too.
+            threading.Timer(0.01, _thread.interrupt_main).start()
         else:
             before(unraisable)
 

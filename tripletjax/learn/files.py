@@ -59,7 +59,7 @@ def part_of(path: Path) -> Path:
 
 def part_within(folder: Path) -> Path:
     """The directory within a directory at which `filled` writes its new files."""
-    return part_of(folder / folder.name)
+    return folder / "unfinished.part"
 
 
 @contextlib.contextmanager
@@ -88,9 +88,10 @@ def replaced_together() -> Iterator[Callable[[Path], Path]]:
     parts: dict[Path, Path] = {}
 
     def part(path: Path) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        parts[path] = part_of(path)
-        _remove(parts[path])
+        if path not in parts:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parts[path] = part_of(path)
+            _remove(parts[path])
         return parts[path]
 
     try:
@@ -139,12 +140,12 @@ def _naming(parts: Mapping[Path, Path]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        for path, part in parts.items():
-            if isinstance(error.filename, str):
+        if isinstance(error.filename, str):
+            for path, part in parts.items():
                 error.filename = error.filename.replace(str(part), str(path))
-            elif error.errno is not None:
-                # Errors of writing, such as a full disk, name no file.
-                error.filename = str(path)
+        elif error.errno is not None and parts:
+            # Errors of writing, such as a full disk, name no file.
+            error.filename = str([*parts][-1])
         raise
 
 
