@@ -12,7 +12,7 @@ import inspect
 import os
 import re
 import sys
-import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -58,10 +58,14 @@ def _keeping_interrupts() -> Iterator[None]:
     """
     before = sys.unraisablehook
 
+    def interrupt_later() -> None:
+        time.sleep(0.05)
+        _thread.interrupt_main()
+
     def hook(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            # Not at once: it would interrupt this hook, and be dropped, too.
-            threading.Timer(0.01, _thread.interrupt_main).start()
+            # Later, since an interrupt of this hook would be dropped, too.
+            _thread.start_new_thread(interrupt_later, ())
         else:
             before(unraisable)
 

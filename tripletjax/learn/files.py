@@ -140,9 +140,11 @@ def _naming(parts: Mapping[Path, Path]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error.filename, str):
+        if isinstance(error.filename, str | os.PathLike):
+            name = os.fspath(error.filename)
             for path, part in parts.items():
-                error.filename = error.filename.replace(str(part), str(path))
+                name = name.replace(str(part), str(path))
+            error.filename = name
         elif error.errno is not None and parts:
             # Errors of writing, such as a full disk, name no file.
             error.filename = str([*parts][-1])
