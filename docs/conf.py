@@ -54,7 +54,7 @@ autosummary_ignore_module_all = False
 autodoc_typehints = "none"  # docstrings say types with shapes
 autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True, "member-order": "bysource"}
-napoleon_custom_sections = ["References"]
+napoleon_custom_sections = ["Requirements", "Settings", "Relations", "References"]
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_preprocess_types = False
@@ -97,7 +97,7 @@ def write_math_in_docstrings(app, what, name, object, options, lines):
         r"arXiv:(\d{4}\.\d{5})", r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", text
     )
     if what == "function" and name.endswith("_loss"):
-        text += "\n\n.. seealso:: Data, requirements and settings: :doc:`/losses`\n"
+        text += "\n\n.. seealso:: Which loss for my data: :doc:`/losses`\n"
     lines[:] = text.split("\n")
 
 
@@ -141,7 +141,7 @@ def link_names(app, doctree, docname):
     """Names of public objects in the text of guides link to their pages."""
     objects = app.env.domains["py"].objects
     for node in list(doctree.findall(nodes.literal)):
-        name = re.sub(r"^tj\.", "", node.astext()).partition("(")[0]
+        name = re.sub(r"^(metric=)?tj\.", "", node.astext()).partition("(")[0]
         if isinstance(node.parent, nodes.reference | nodes.title):
             continue
         found = objects.get(f"tripletjax.{name}") if name.isascii() else None

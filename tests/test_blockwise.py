@@ -609,6 +609,8 @@ def test_triplets_split_over_devices():
         ({"reduce_fn": "mean"}, TypeError, "reduce_fn must be callable"),
         ({"block_size": 0}, ValueError, "block_size must be at least 1"),
         ({"block_size": 1.5}, TypeError, "block_size must be an integer"),
+        ({"axis_name": 3}, TypeError, "axis_name must be a string.*got 3"),
+        ({"embeddings": [[1.0], [1, 2]]}, ValueError, "embeddings is not a rect"),
     ],
 )
 def test_bad_input_is_named(loss, change, error, words):
@@ -723,6 +725,19 @@ def test_labels_of_other_dtypes():
         x, labels, references=x[::-1], reference_labels=references, reduce_fn=None
     )
     np.testing.assert_array_equal(terms.valid, [0, 0, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.uint32, pytest.param(np.uint64, marks=pytest.mark.slow)]
+)
+def test_labels_without_a_sign_with_padding(dtype):
+    """Also the largest label of the dtype, which padding may have as well."""
+    with jax.enable_x64(dtype is np.uint64):
+        labels = np.arange(8).astype(dtype) % 4 - dtype(1)
+        where = np.arange(8) != 5
+        got = blockwise.batch_hard_loss(vectors(8), labels, where=where)
+        expected = blockwise.batch_hard_loss(vectors(8), np.arange(8) % 4, where=where)
+    assert got == expected
 
 
 def test_both_ways_are_taken():

@@ -158,7 +158,7 @@ PROGRAMS = PAIR_PROGRAMS | {
         8 * MATRIX, tj.batch_semi_hard_triplets, DISTANCES, Y
     ),
     "random_semi_hard_triplets": of(
-        13 * MATRIX, tj.random_semi_hard_triplets, KEY, DISTANCES, Y
+        14 * MATRIX + MIB, tj.random_semi_hard_triplets, KEY, DISTANCES, Y
     ),
     "all_triplets": of(4 * MATRIX, tj.all_triplets, Y, size=N),
     "all_triplets by distance": Program(

@@ -98,6 +98,15 @@ def test_the_reference_has_what_is_public_and_nothing_else():
     assert not sorted(n for n in listed - public if not n.startswith(chosen))
 
 
+def test_pages_of_losses_have_requirements_settings_and_relations():
+    titles = ["Requirements", "Settings", "Relations"]
+    for module in (tj, tj.blockwise):
+        for name in filter(re.compile(r"_loss$").search, module.__all__):
+            text = inspect.getdoc(getattr(module, name))
+            found = re.findall(rf"^({'|'.join(titles)}):\n    \S", text, re.M)
+            assert found == titles, f"{module.__name__}.{name}"
+
+
 def test_the_bibliography_has_every_source():
     cited = {
         number

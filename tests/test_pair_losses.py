@@ -143,7 +143,7 @@ def matrix_program(name):
 
 
 def problem_of(name, problem):
-    """Continuous distances, labels, options and masks of a problem."""
+    """Continuous distances, labels and options of a problem."""
     distances, labels, options = problem
     seed = int(distances.sum() * 8) + int(labels.sum())
     random = np.random.default_rng(seed)
@@ -152,7 +152,7 @@ def problem_of(name, problem):
     if name in TWO_SIDES and "reference_labels" not in options:
         options["reference_labels"] = labels[::-1].copy()
         options["reference_where"] = options["where"]
-    return distances, labels, options, oracles.pair_masks(labels, **options)
+    return distances, labels, options
 
 
 # The largest logit of losses whose logits lose more than 2e-5 to rounding, for
@@ -210,29 +210,75 @@ def check_rows(name, got, expected, rtol, axis=-1):
     assert (error / largest).max() <= rtol
 
 
+def check_matrix(name, d, labels, options, dtype, rtol, parameters):
+    """Value and gradients of the form of distances are those of the oracle."""
+    masks = oracles.pair_masks(labels, **options)
+    parameters = {k: dtype(v) for k, v in parameters.items()}
+    with jax.enable_x64(dtype is np.float64):
+        value, (by_d, by_parameters) = matrix_program(name)(
+            d.astype(dtype), labels, options, parameters
+        )
+    assert value.dtype == by_d.dtype == dtype
+    expected, slope, slopes = oracle_gradients(name, d, masks, parameters)
+    np.testing.assert_allclose(value, expected, rtol=rtol, atol=rtol / 100)
+    check_rows(name, by_d, slope, rtol, -2 if name == "proxy_anchor" else -1)
+    # Gradients by parameters are sums over pairs, which may cancel.
+    total = np.abs(slope).sum()
+    for key, got in by_parameters.items():
+        error = abs(float(got) - slopes[key])
+        error -= rounding_of_temperature(name, dtype)
+        assert error <= rtol * max(abs(slopes[key]), total), key
+
+
 @every_loss
 @settings(max_examples=15)
 @given(problem=problems())
 def test_value_and_gradients_are_the_oracles(name, problem):
     """To 1e-10 in float64, and in float32 to 2e-5 of the largest of each anchor."""
-    d, labels, options, masks = problem_of(name, problem)
-    axis = -2 if name == "proxy_anchor" else -1
+    d, labels, options = problem_of(name, problem)
     for dtype, rtol in ((np.float64, 1e-10), (np.float32, tolerance(name))):
-        parameters = {k: dtype(v) for k, v in LOSSES[name][2].items()}
-        with jax.enable_x64(dtype is np.float64):
-            value, (by_d, by_parameters) = matrix_program(name)(
-                d.astype(dtype), labels, options, parameters
-            )
-        assert value.dtype == by_d.dtype == dtype
-        expected, slope, slopes = oracle_gradients(name, d, masks, parameters)
-        np.testing.assert_allclose(value, expected, rtol=rtol, atol=rtol / 100)
-        check_rows(name, by_d, slope, rtol, axis)
-        # Gradients by parameters are sums over pairs, which may cancel.
-        total = np.abs(slope).sum()
-        for key, got in by_parameters.items():
-            error = abs(float(got) - slopes[key])
-            error -= rounding_of_temperature(name, dtype)
-            assert error <= rtol * max(abs(slopes[key]), total), key
+        check_matrix(name, d, labels, options, dtype, rtol, LOSSES[name][2])
+
+
+# Values that differ from the defaults, so that no sign and no factor cancels.
+OTHERS = {
+    "temperature": 0.2,
+    "margin": 0.3,
+    "scale": 6.0,
+    "bias": -2.5,
+    "alpha": 3.0,
+    "beta": 1.4,
+    "base": 0.7,
+    "epsilon": 0.2,
+    "positive_margin": 0.4,
+    "negative_margin": 1.3,
+    "false_negative_margin": 0.2,
+}
+
+
+def one_problem(name, largest):
+    """Seven anchors of uneven classes, of which two are padding, in random order."""
+    d = np.random.default_rng(2).uniform(0, largest, (7, 7)).astype(np.float32)
+    labels = np.int32([0, 0, 0, 1, 1, 2, 1])
+    options = {"where": np.arange(7) != 3}
+    if name in TWO_SIDES:
+        options["reference_labels"] = np.int32([1, 0, 2, 0, 3, 1, 0])
+        options["reference_where"] = np.arange(7) != 1
+    return d, labels, options
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_other_parameters(name):
+    """One batch with several positives, for the quick tests."""
+    problem, parameters = one_problem(name, 2), {k: OTHERS[k] for k in LOSSES[name][2]}
+    check_matrix(name, *problem, np.float32, tolerance(name), parameters)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_near_duplicates(name):
+    """Small distances have all their digits, and so have the gradients."""
+    problem, parameters = one_problem(name, 1e-6), LOSSES[name][2]
+    check_matrix(name, *problem, np.float32, tolerance(name), parameters)
 
 
 REFERENCES = np.int32(np.arange(18) % 9)
@@ -323,6 +369,26 @@ def test_gradients_by_embeddings_are_the_oracles(name):
                 assert error <= rtol * max(abs(slope), total), key
 
 
+@pytest.mark.parametrize(
+    "name", ["info_nce of both sides", "proxy_anchor", "smooth_ap", "sigmoid"]
+)
+def test_values_of_embeddings_with_padding(name):
+    """One batch with several positives, for the quick tests."""
+    loss, oracle, parameters, fixed = LOSSES[name]
+    _, labels, options = one_problem(name, 1)
+    x, references = vectors(7), {}
+    if name in TWO_SIDES:
+        references["references"] = vectors(7, seed=1)
+    parameters = {k: OTHERS[k] for k in parameters}
+    value = getattr(tj.blockwise, loss.__name__)(
+        x, labels, **references, **options, **parameters, **fixed
+    )
+    d = oracles.matrix(oracles.cosine, x, *references.values())
+    masks = oracles.pair_masks(labels, **options)
+    expected = oracle(d, *masks, **parameters, **fixed)
+    np.testing.assert_allclose(value, expected, rtol=2e-5)
+
+
 @every_form
 def test_forms_agree(name):
     """Value and gradients, for classes of all sizes, with padding and without."""
@@ -330,6 +396,21 @@ def test_forms_agree(name):
     for labels in LABELS.values():
         for where in (None, padding):
             check_forms(name, vectors(), labels, where)
+
+
+@pytest.mark.parametrize(("n", "d", "classes"), [(300, 2048, 60), (800, 4, 4)])
+def test_gradients_of_many_vectors(n, d, classes):
+    """Two blocks that overlap, of 256 unit vectors or of 655 rows of the matrix."""
+    x = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
+    labels = np.arange(n) % classes
+
+    def by_matrix(x):
+        return tj.supcon_loss(tj.cosine(x), labels)
+
+    value, expected = jax.value_and_grad(by_matrix)(x)
+    total, got = jax.value_and_grad(tj.blockwise.supcon_loss)(x, labels)
+    np.testing.assert_allclose(total, value, rtol=1e-5)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.std(expected))
 
 
 @every_form
@@ -634,6 +715,51 @@ def test_the_maximum_is_that_of_kept_pairs():
             np.testing.assert_allclose(by_d, gradient, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", unless_slow(["supcon", "nt_xent", "nca"], ["nca"]))
+def test_long_vectors_do_not_underflow(name):
+    """The logit of an anchor with itself is 0, and all others are below -200."""
+    x, labels = 10 * np.asarray(vectors(12), float), np.arange(12) // 3
+    value, gradient = jax.value_and_grad(
+        lambda x: getattr(tj.blockwise, f"{name}_loss")(
+            x, labels, metric=tj.squared_euclidean
+        )
+    )(jnp.float32(x))
+    d = oracles.matrix(oracles.squared_euclidean, x)
+    assert (d + 99 * np.eye(12)).min() > 20
+    expected = LOSSES[name][1](d, *oracles.pair_masks(labels))
+    np.testing.assert_allclose(value, expected, rtol=2e-5)
+    assert np.isfinite(gradient).all()
+    assert (np.abs(gradient).max(axis=1) > 1).all()
+
+
+@pytest.mark.parametrize("margin", [None, 0.5])
+def test_exponents_that_vanish_beside_those_of_other_anchors(margin):
+    """A block has one maximum; other anchors, or ignored negatives, can be far below.
+
+    The first item of both classes is the same vector. With a margin, it is ignored.
+    """
+    x = np.eye(6, dtype=np.float32)[[0, 1, 0, 2, 3, 4]]
+    labels = np.int32([0, 0, 1, 1, 2, 2])
+    options = {"temperature": 0.005, "false_negative_margin": margin}
+
+    def by_matrix(x):
+        terms = tj.nt_xent_loss(tj.cosine(x), labels, **options, reduce_fn=None)
+        return terms.total.sum(), terms.total
+
+    def by_blocks(x):
+        terms = tj.blockwise.nt_xent_loss(x, labels, **options, reduce_fn=None)
+        return terms.total.sum(), terms.total
+
+    (_, expected), gradient = jax.value_and_grad(by_matrix, has_aux=True)(x)
+    (_, total), got = jax.value_and_grad(by_blocks, has_aux=True)(x)
+    # Positives and negatives are at distance 1, other than the two first items.
+    far = np.log(5)
+    near = np.log(4) if margin else 200.0
+    np.testing.assert_allclose(expected, [near, far] * 2 + [far] * 2, rtol=1e-5)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(got, gradient, rtol=1e-5, atol=1e-4)
+
+
 def test_ignored_pairs_have_no_weight():
     """fast-reid's masked zeros take the softmax of circle loss."""
     d = np.float32([[1.9, 1.8, 0.2, 0.1]])
@@ -656,6 +782,9 @@ def test_an_anchor_is_no_negative_of_itself():
     d = np.float32([[0, 0.1, 1.9], [0.1, 0, 1.9], [1.9, 1.9, 0]])
     value = tj.decoupled_contrastive_loss(d, [0, 0, 1], temperature=0.005)
     np.testing.assert_allclose(value, (0.1 - 1.9) / 0.005, rtol=1e-5)
+    x = jnp.float32([[1, 0], [0.9, np.sqrt(0.19)], [-0.9, -np.sqrt(0.19)]])
+    value = tj.blockwise.decoupled_contrastive_loss(x, [0, 0, 1], temperature=0.005)
+    np.testing.assert_allclose(value, (0.1 - (1.9 + 2) / 2) / 0.005, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["supcon", "nt_xent", "circle", "nca"])
@@ -674,9 +803,17 @@ def test_one_class_alone():
     d = tj.cosine(vectors(6))
     labels = np.zeros(6, int)
     assert tj.supcon_loss(d, labels) > 0
-    for loss in (tj.nt_xent_loss, tj.circle_loss, tj.nca_loss):
-        assert loss(d, labels) == 0
-    assert tj.generalized_lifted_structure_loss(d, labels) == 0
+    for name, counts in (
+        ("nt_xent", True),
+        ("nca", True),
+        ("decoupled_contrastive", False),
+        ("circle", False),
+        ("generalized_lifted_structure", False),
+    ):
+        terms = LOSSES[name][0](d, labels, reduce_fn=None)
+        assert terms.total.sum() == 0
+        assert bool(terms.valid.any()) == counts
+        assert tj.mean_valid(terms) == 0
 
 
 def test_small_losses_do_not_vanish():
@@ -728,7 +865,9 @@ def test_arcface_has_a_finite_gradient_everywhere():
         d = jnp.stack([own, jnp.ones_like(own)], -1)
         return tj.arcface_loss(d, jnp.zeros(len(own), int), scale=4.0, **classes)
 
-    slopes = jax.grad(loss)(jnp.float32([0, 1e-7, 1, 1.9, 1.99, 2, 2.0001]))
+    slopes = jax.grad(loss)(
+        jnp.float32([-1e-7, 0, 1e-40, 1e-7, 1, 1.9, 1.99, 2, 2.0001])
+    )
     assert np.isfinite(slopes).all()
     assert (slopes > 0).all()
 
@@ -749,6 +888,28 @@ def test_sigmoid_loss_is_divided_by_the_anchors():
         signs = 2 * np.eye(2) - 1
         expected = np.logaddexp(0, -signs * z).sum() / 2
         np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_the_bias_of_the_prior_fits_any_batch():
+    """One positive in n pairs is as probable as the bias log(1 / (n - 1)) says."""
+    for n in (2, 32):
+        slope = jax.grad(
+            lambda bias: tj.sigmoid_loss(
+                jnp.ones((n, n)),  # noqa: B023
+                np.arange(n),  # noqa: B023
+                bias=bias,
+                reference_labels=np.arange(n),  # noqa: B023
+            )
+        )(-np.log(n - 1))
+        np.testing.assert_allclose(slope, 0, atol=1e-6)
+
+
+def test_equal_logits_have_half_a_slope_in_the_sigmoid_loss():
+    """Logits of 0 and, where XLA rounds them in two ways, logits near 0."""
+    d = jnp.linspace(0, 1e-7, 256)[None]
+    masks = tj.PairMasks(jnp.zeros(d.shape, bool), jnp.ones(d.shape, bool))
+    slopes = jax.jit(jax.grad(lambda d: tj.sigmoid_loss(d, masks)))(d)
+    np.testing.assert_allclose(slopes, -10 / 2, rtol=1e-5)
 
 
 def test_softmax_losses_take_distances_or_similarities():
@@ -854,6 +1015,9 @@ def test_wrong_boundaries_are_named(blockwise):
         loss(x, [0, 0, 1, 1], beta=np.ones(3))
     with pytest.raises(ValueError, match="beta must be finite"):
         loss(x, [0, 0, 1, 1], beta=np.array([1, 1, np.nan, 1]))
+    for wrong in (np.ones(4, bool), np.ones(4, complex)):
+        with pytest.raises(TypeError, match="beta must be a real number"):
+            loss(x, [0, 0, 1, 1], beta=wrong)
 
 
 # False negatives.
@@ -868,7 +1032,13 @@ def test_masks_without_false_negatives(problem):
     """Ties at the limit stay, whole rows without a positive as well."""
     d, labels, options = problem
     positive, negative = oracles.pair_masks(labels, **options)
-    for rule in ({"margin": 0.125}, {"margin": 0.0}, {"margin": -0.25, "share": 0.0}):
+    for rule in (
+        {"margin": 0.125},
+        {"margin": 0.0},
+        {"margin": -0.25, "share": 0.0},
+        {"share": 0.25},
+        {"share": -0.5},
+    ):
         got = tj.ignore_false_negatives(d, labels, **rule, **options)
         kept = oracles.ignore_false_negatives(d, positive, negative, **rule)
         np.testing.assert_array_equal(got.positive, positive)
@@ -916,6 +1086,14 @@ def test_false_negatives_have_no_weight(name, rule):
     assert not any(np.any(g) for g in by_rule.values())
 
 
+def test_a_share_is_that_of_the_size_of_a_similarity():
+    """A share of a similarity below 0 would turn the rule around."""
+    d = jnp.float32([[0, 1.5, 1.45, 1.35], [1, 0, 2, 2], [2, 2, 0, 2], [2, 2, 2, 0]])
+    masks = tj.ignore_false_negatives(d, [0, 0, 1, 2], share=0.2)
+    # The similarity of the positive is -0.5, and negatives go up to -0.4.
+    np.testing.assert_array_equal(masks.negative[0], [False, False, True, False])
+
+
 def test_collapse_is_not_a_false_negative():
     """Equal distances stay negatives, or collapse would cost nothing."""
     x, labels = jnp.ones((8, 3)), jnp.arange(8) // 2
@@ -957,6 +1135,11 @@ def test_known_parameters_are_finite(value):
         ({"temperatures": 1.0}, TypeError, "unexpected keyword argument"),
         ({"reduce_fn": jnp.mean}, TypeError, "reduce_fn must take"),
         ({"labels": [0.0, 1.0]}, TypeError, "labels must be integers"),
+        (
+            {"reduce_fn": tj.mean_of_anchors},
+            TypeError,
+            "terms must be PairTerms, got TripletTerms; use tripletjax.mean_valid",
+        ),
     ],
 )
 @pytest.mark.parametrize("blockwise", [False, True])
@@ -965,6 +1148,34 @@ def test_bad_input_is_named(options, error, words, blockwise):
     arguments = {"labels": [0, 0, 1, 1]} | options
     with pytest.raises(error, match=words):
         loss(jnp.ones((4, 4)), **arguments)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_traced_parameters_are_scalars(blockwise):
+    loss = tj.blockwise.supcon_loss if blockwise else tj.supcon_loss
+    with pytest.raises(ValueError, match=r"temperature must be a scalar, got.*\(2,\)"):
+        jax.eval_shape(
+            lambda t: loss(jnp.ones((4, 4)), [0, 0, 1, 1], temperature=t), jnp.ones(2)
+        )
+
+
+def test_block_sizes_are_at_least_1():
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        tj.blockwise.sigmoid_loss(jnp.ones((4, 3)), [0, 0, 1, 1], block_size=0)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("info_nce_loss", {"symmetric": True}), ("proxy_anchor_loss", {})],
+)
+def test_references_that_are_anchors_have_no_positions(name, options, blockwise):
+    loss = getattr(tj.blockwise if blockwise else tj, name)
+    options = options | {"reference_labels": [0, 1], "positions": np.arange(2)}
+    if blockwise:
+        options["references"] = jnp.ones((2, 2))
+    with pytest.raises(ValueError, match="positions cannot be combined"):
+        loss(jnp.ones((2, 2)), [0, 1], **options)
 
 
 @pytest.mark.parametrize("blockwise", [False, True])

@@ -63,6 +63,8 @@ both_forms = pytest.mark.parametrize("module", [tj, tj.blockwise])
 def test_functions_that_are_not_elementwise(module, name):
     with pytest.raises(ValueError, match=f"{name} must be elementwise"):
         general(module, **{name: lambda d, _: jnp.sum(d)})
+    with pytest.raises(ValueError, match=f"{name} must be elem.*returned a tuple"):
+        general(module, **{name: lambda d, _: (d, d)})
 
 
 @both_forms
@@ -71,6 +73,22 @@ def test_costs_of_another_shape(module):
         general(module, cost=lambda pairs, _: pairs.distances)
     with pytest.raises(ValueError, match="cost must return terms of shape"):
         general(module, cost=lambda pairs, _: jnp.sum(pairs.negatives))
+    with pytest.raises(TypeError, match="cost must return terms of the anchors"):
+        general(module, cost=lambda pairs, _: None)
+
+
+@both_forms
+@pytest.mark.parametrize(
+    "limits",
+    [
+        lambda d, exists, _: jnp.zeros(12),
+        lambda d, exists, _: (0.0, 1.0),
+        lambda d, exists, _: (d[:, 0], d),
+    ],
+)
+def test_limits_of_another_shape(module, limits):
+    with pytest.raises(ValueError, match=r"limits must return low and high.*\(12,\)"):
+        general(module, logit=lambda d, _: -d, limits=limits)
 
 
 @both_forms

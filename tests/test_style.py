@@ -53,9 +53,8 @@ def prose_of_docstring(text: str) -> str:
     text = re.sub(r"^ *>>> .*?(\n *\n|\Z)", blank, text, flags=re.M | re.S)
     text = re.sub(r"^ *\|.*$", "", text, flags=re.M)
     text = re.sub(r"::\n\n(?:(?: {2,}.*)?\n)+", blank, text)
-    return re.sub(
-        r"^ *(Args|Returns|Raises|Yields|Attributes|Note):$", "", text, flags=re.M
-    )
+    title = "Args|Returns|Raises|Yields|Attributes|Note|Requirements|Settings|Relations"
+    return re.sub(rf"^ *({title}):$", "", text, flags=re.M)
 
 
 def prose_of_script(text: str) -> str:

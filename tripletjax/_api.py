@@ -115,9 +115,9 @@ def jitted(
             given = arguments.match(args, kwargs)
             if given is None:
                 return run(*args, **kwargs)  # Python raises the TypeError.
+            placed, named, explicit = arguments.convert(given)
             if check is not None:
                 check(*args, **kwargs)
-            placed, named, explicit = arguments.convert(given)
             chosen: Any = run_explicit if explicit else run
             return chosen(*placed, **named)
 
@@ -311,13 +311,19 @@ def _array(name: str, leaf: Any) -> Any:
     return leaf
 
 
+def check_real(name: str, value: Any) -> None:
+    """Raise for a number or an array, which may be traced, of another type."""
+    dtype = value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype
+    if dtype.kind not in "fiu" and dtype != jnp.bfloat16:
+        raise TypeError(f"{name} must be a real number, got {value!r}.")
+
+
 def known_scalar(name: str, value: Any) -> Any:
     """A checked real scalar, or None if the value is traced."""
     if isinstance(value, jax.core.Tracer):
         return None
     number = np.asarray(value)
-    if number.dtype.kind not in "fiu" and number.dtype != jnp.bfloat16:
-        raise TypeError(f"{name} must be a real number, got {value!r}.")
+    check_real(name, number)
     if number.ndim:
         raise ValueError(
             f"{name} must be a scalar, got shape {number.shape}; use jax.vmap to sweep "

@@ -11,13 +11,9 @@ from jax.typing import ArrayLike
 
 from tripletjax import pair_losses, separable_losses, smooth_ap, softmax_losses
 from tripletjax._api import as_integer
-from tripletjax._engine.pair_losses import (
-    LOG_SUM_EXP,
-    SEPARABLE,
-    PairSpec,
-    TileWalk,
-    pair_terms,
-)
+from tripletjax._engine.log_sum_exp import LOG_SUM_EXP
+from tripletjax._engine.pair_losses import PairSpec, TileWalk, pair_terms
+from tripletjax._engine.separable import SEPARABLE
 from tripletjax._engine.smooth_ap import SMOOTH_AP
 from tripletjax._matrices import check_not_distances
 from tripletjax._pairwise.batch import Batch, as_batch, for_each_batch

@@ -20,6 +20,7 @@ ones.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -29,6 +30,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from tripletjax import losses
 from tripletjax._api import as_integer, jitted
 from tripletjax._blockwise_pairs import (
     arcface_loss,
@@ -120,6 +122,16 @@ def _terms_of_anchors(result: Any, n: int, options: dict[str, Any]) -> Any:
     return without_padding(result, n, options)
 
 
+def _with_sections(function: Callable[P, R]) -> Callable[P, R]:
+    """Add the docstring of the form of distances, from Requirements to References."""
+    of_distances = inspect.getdoc(getattr(losses, function.__name__)) or ""
+    _, title, sections = of_distances.partition("Requirements:")
+    sections, _, _ = sections.partition(">>> ")
+    text, prompt, example = inspect.cleandoc(function.__doc__ or "").partition(">>> ")
+    function.__doc__ = text + title + sections + prompt + example
+    return function
+
+
 def _blockwise_loss(
     *, flags: tuple[str, ...] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -137,7 +149,7 @@ def _blockwise_loss(
         check=check_not_distances,
     )
     split = over_mesh(together=_terms_of_anchors)
-    return lambda function: split(compiled(function))
+    return lambda function: split(compiled(_with_sections(function)))
 
 
 @_blockwise_loss()
@@ -191,10 +203,6 @@ def batch_all_loss(
     Raises:
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes do not fit, or the margin is negative or not finite.
-
-    References:
-        Hermans, Beyer, Leibe. In Defense of the Triplet Loss for Person
-        Re-Identification. 2017. arXiv:1703.07737
 
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
@@ -263,10 +271,6 @@ def batch_hard_loss(
     Raises:
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes do not fit, or the margin is negative or not finite.
-
-    References:
-        Hermans, Beyer, Leibe. In Defense of the Triplet Loss for Person
-        Re-Identification. 2017. arXiv:1703.07737
 
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
@@ -337,10 +341,6 @@ def batch_semi_hard_loss(
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes do not fit, or the margin is negative or not finite.
 
-    References:
-        Schroff, Kalenichenko, Philbin. FaceNet: A Unified Embedding for Face
-        Recognition and Clustering. 2015. arXiv:1503.03832
-
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
     >>> x = jnp.array([[0.0], [2.0], [1.0], [3.0]])
@@ -387,6 +387,7 @@ def _check_triplets_of_embeddings(
     optional=("reduce_fn",),
     check=_check_triplets_of_embeddings,
 )
+@_with_sections
 def triplet_loss(
     embeddings: ArrayLike,
     triplets: Triplets | CountedTriplets,

@@ -373,6 +373,18 @@ def triplet_margin_loss(
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes differ, or the margin is negative or not finite.
 
+    Requirements:
+        Triplets of vectors. Easy triplets have no gradient with ``jax.nn.relu``: mine
+        again during training.
+
+    Settings:
+        FaceNet (arXiv:1503.03832): margin 0.2 with `squared_euclidean` and unit norm.
+        The code of Balntas et al. 2016 has margin 2 with swap, without unit norm.
+
+    Relations:
+        It equals `triplet_loss` of the same triplets. It is near PyTorch's
+        ``TripletMarginLoss``, whose default margin is 1.
+
     References:
         Wang et al. Learning Fine-Grained Image Similarity with Deep Ranking. 2014.
         arXiv:1404.4661
@@ -520,6 +532,19 @@ def triplet_loss(
         ValueError: if shapes do not fit, the margin is negative or not finite, or
             indices are out of range.
 
+    Requirements:
+        Triplets of a miner, such as `batch_hard_triplets`. Triplets that are not valid
+        have no loss.
+
+    Settings:
+        FaceNet (arXiv:1503.03832): margin 0.2 with squared Euclidean distances of unit
+        norm.
+
+    Relations:
+        With all triplets of a batch, the semi-hard or the hard ones, it equals
+        `batch_all_loss`, `batch_semi_hard_loss` or `batch_hard_loss`.
+        `triplet_margin_loss` takes vectors instead of indices.
+
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
     >>> d = tj.euclidean(jnp.array([[0.0], [1.0], [1.5]]))
@@ -599,6 +624,19 @@ def batch_hard_loss(
         ValueError: if shapes do not fit, there is no distance, or the margin is
             negative or not finite.
 
+    Requirements:
+        Two classes, and two items of one of them. An anchor without a positive or a
+        negative has no loss.
+
+    Settings:
+        Hermans et al. 2017: ``hinge=jax.nn.softplus`` with ``margin=0``, 18 classes of
+        4 images, and Adam with a learning rate of 3e-4 for a pretrained network. They
+        take Euclidean distances without unit norm.
+
+    Relations:
+        It equals `triplet_loss` of `batch_hard_triplets`.
+        `generalized_lifted_structure_loss` has a soft maximum and minimum instead.
+
     References:
         Hermans, Beyer, Leibe. In Defense of the Triplet Loss for Person
         Re-Identification. 2017. arXiv:1703.07737
@@ -674,6 +712,18 @@ def batch_semi_hard_loss(
         ValueError: if shapes do not fit, there is no distance, or the margin is
             negative or not finite.
 
+    Requirements:
+        Two classes, and two items of one of them. Larger batches have nearer negatives.
+
+    Settings:
+        Schroff et al. 2015: margin 0.2 with `squared_euclidean` and unit norm, and
+        AdaGrad with a learning rate of 0.05. Their batches had about 1,800 images, with
+        about 40 of each person.
+
+    Relations:
+        It equals `triplet_loss` of `batch_semi_hard_triplets`. `batch_hard_loss` has
+        one triplet for each anchor instead.
+
     References:
         Schroff, Kalenichenko, Philbin. FaceNet: A Unified Embedding for Face
         Recognition and Clustering. 2015. arXiv:1503.03832
@@ -748,6 +798,18 @@ def batch_all_loss(
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes do not fit, there is no distance, or the margin is
             negative or not finite.
+
+    Requirements:
+        Two classes, and two items of one of them. An anchor without a positive or a
+        negative has no loss.
+
+    Settings:
+        Hermans et al. 2017: the mean over active triplets, the default, was better than
+        the mean over all. Margins from 0.1 to 1 differed by at most 1.2 points of MAP.
+
+    Relations:
+        It equals `triplet_loss` of `all_triplets` with the same `reduce_fn`.
+        `batch_hard_loss` takes only the hardest triplet of each anchor.
 
     References:
         Hermans, Beyer, Leibe. In Defense of the Triplet Loss for Person
@@ -930,11 +992,13 @@ def costs_of(
 
 def check_elementwise(costs: Array, gaps: Array, *, name: str = "hinge") -> None:
     """Raise for costs of a function that have another shape than its argument."""
-    if jnp.shape(costs) != gaps.shape:
-        raise ValueError(
-            f"{name} must be elementwise: for shape {gaps.shape} it returned shape "
-            f"{jnp.shape(costs)}."
-        )
+    shape = getattr(costs, "shape", None)
+    if shape == gaps.shape:
+        return
+    result = f"a {type(costs).__name__}" if shape is None else f"shape {shape}"
+    raise ValueError(
+        f"{name} must be elementwise: for shape {gaps.shape} it returned {result}."
+    )
 
 
 def sums_of(costs: Array, valid: Array) -> TripletTerms:

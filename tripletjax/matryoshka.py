@@ -46,6 +46,17 @@ def matryoshka_loss(
         ValueError: if dims are not from 1 to the dimensions of the embeddings, or
             weights have another number.
 
+    Requirements:
+        The batch of the loss, which must return one array.
+
+    Settings:
+        Kusupati et al. 2022 and their code: lengths of 8, 16 and so on to 2,048, with
+        weights of 1.
+
+    Relations:
+        With the whole length alone, for vectors of unit norm, it equals the loss.
+        sentence-transformers' ``MatryoshkaLoss`` is near.
+
     References:
         Kusupati et al. Matryoshka Representation Learning. 2022. arXiv:2205.13147
 

@@ -873,7 +873,7 @@ def random_semi_hard_triplets(
 
     A pair without such a negative has no triplet.
 
-    Memory: O(n m), at most 13 times the size of the distances.
+    Memory: O(n m), at most 14 times the size of the distances.
 
     Args:
         key: a random key, ``jax.random.key(seed)``.

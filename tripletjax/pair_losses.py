@@ -30,7 +30,13 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from tripletjax._api import check_finite, check_nonnegative, check_positive, jitted
+from tripletjax._api import (
+    check_finite,
+    check_nonnegative,
+    check_positive,
+    check_real,
+    jitted,
+)
 from tripletjax._closures import canonical
 from tripletjax._matrices import as_distances, check_not_embeddings, values_at_hand
 from tripletjax.losses import (
@@ -158,6 +164,15 @@ class PairTerms(NamedTuple):
         return self.positives.valid + self.negatives.valid
 
 
+def _checked(terms: PairTerms) -> PairTerms:
+    if not isinstance(terms, PairTerms):
+        raise TypeError(
+            f"terms must be PairTerms, got {type(terms).__name__}; use "
+            "tripletjax.mean_valid or tripletjax.mean_active."
+        )
+    return terms
+
+
 # The docstrings of these functions are those of the public reductions.
 
 
@@ -179,7 +194,7 @@ def _mean_of_anchors(sums: PairTerms) -> Array:
     >>> print(f"{tj.mean_of_anchors(terms):.4f}")
     0.6667
     """
-    return sums.total / jnp.maximum(sums.anchors, 1)
+    return _checked(sums).total / jnp.maximum(sums.anchors, 1)
 
 
 def _mean_active_by_side(sums: PairTerms) -> Array:
@@ -200,7 +215,8 @@ def _mean_active_by_side(sums: PairTerms) -> Array:
     >>> print(tj.mean_active_by_side(terms))
     1.5
     """
-    return mean_active.of_sums(sums.positives) + mean_active.of_sums(sums.negatives)
+    positives, negatives, _ = _checked(sums)
+    return mean_active.of_sums(positives) + mean_active.of_sums(negatives)
 
 
 def _mean_valid_by_side(sums: PairTerms) -> Array:
@@ -221,7 +237,8 @@ def _mean_valid_by_side(sums: PairTerms) -> Array:
     >>> print(tj.mean_valid_by_side(terms))
     1.25
     """
-    return mean_valid.of_sums(sums.positives) + mean_valid.of_sums(sums.negatives)
+    positives, negatives, _ = _checked(sums)
+    return mean_valid.of_sums(positives) + mean_valid.of_sums(negatives)
 
 
 mean_of_anchors = SumReduction(_mean_of_anchors)
@@ -255,7 +272,15 @@ class LogSumExp:
         """The limits of each anchor's negatives, or None."""
         if self.limits is None:
             return None
-        return self.limits(*lax.stop_gradient((distances, exists, parameters)))
+        limits = [*self.limits(*lax.stop_gradient((distances, exists, parameters)))]
+        shapes, needed = [jnp.shape(x) for x in limits], exists.shape[:-1]
+        if shapes != [needed] * 2:
+            raise ValueError(
+                f"limits must return low and high, each of shape {needed}, got shapes "
+                f"{shapes}."
+            )
+        low, high = limits
+        return low, high
 
     def logits_of(self, distances: Array, parameters: Parameters) -> Array:
         """The checked logits of negatives of any shape."""
@@ -265,6 +290,8 @@ class LogSumExp:
         """The checked terms ``[..., n]`` of the pairs of each anchor, as floats."""
         shape, dtype = pairs.negatives.shape, pairs.negatives.dtype
         terms = self.cost(pairs, parameters)
+        if terms is None:
+            raise TypeError("cost must return terms of the anchors, got None.")
         for leaf in jax.tree.leaves(terms):
             if jnp.shape(leaf) != shape:
                 raise ValueError(
@@ -506,6 +533,7 @@ def check_finite_values(name: str, value: Any) -> None:
     if not jnp.ndim(value):
         check_finite(name, value)
         return
+    check_real(name, value)
     values = values_at_hand(value)
     if values is not None and not np.isfinite(values.astype(float)).all():
         raise ValueError(f"{name} must be finite, got NaN or infinite values.")
@@ -624,6 +652,17 @@ def log_sum_exp_loss(
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes do not fit.
 
+    Requirements:
+        The batch of the loss that you define. Without a negative, ``pairs.negatives``
+        is minus infinity.
+
+    Settings:
+        The settings of the named losses are on their pages.
+
+    Relations:
+        All losses of `tripletjax.softmax_losses` have this form, such as `supcon_loss`,
+        `circle_loss` and `arcface_loss`.
+
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import tripletjax as tj
@@ -682,6 +721,15 @@ def separable_loss(
     Raises:
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes do not fit.
+
+    Requirements:
+        The batch of the loss that you define. Positives alone collapse the embedding.
+
+    Settings:
+        The settings of the named losses are on their pages.
+
+    Relations:
+        `contrastive_loss`, `margin_loss` and `sigmoid_loss` have this form.
 
     >>> import jax
     >>> import jax.numpy as jnp

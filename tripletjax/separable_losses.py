@@ -58,8 +58,7 @@ def contrastive_loss(
 
     $$\ell_a = \sum_{p \in P_a} [d_{ap} - m_+]_+ + \sum_{n \in N_a} [m_- - d_{an}]_+$$
 
-    The paper has squares of these costs, which `separable_loss` can compute. Choose
-    both margins for your metric: cosine distances lie between 0 and 2.
+    The paper has squares of these costs, which `separable_loss` can compute.
 
     Memory: O(n m), at most 6 times the size of the distances.
 
@@ -79,6 +78,18 @@ def contrastive_loss(
     Raises:
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes do not fit.
+
+    Requirements:
+        Two classes, and two items of one of them. Positives alone collapse the
+        embedding.
+
+    Settings:
+        The defaults are those of pytorch-metric-learning, for Euclidean distances of
+        unit norm. With cosine distances, a negative margin of 1 stops at similarity 0.
+
+    Relations:
+        `margin_loss` has the same costs, with margins $\beta - m$ and $\beta + m$, and
+        another mean.
 
     References:
         Hadsell, Chopra, LeCun. Dimensionality Reduction by Learning an Invariant
@@ -151,6 +162,19 @@ def margin_loss(
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes do not fit.
 
+    Requirements:
+        Two classes, and two items of one of them. Positives alone collapse the
+        embedding.
+
+    Settings:
+        Wu et al. 2017, as in MXNet's example: margin 0.2 and beta from 1.2, for
+        `euclidean` distances of unit norm. Adam has a learning rate of 1e-4, and SGD
+        has 0.1 for beta. `tripletjax.blockwise` needs ``metric=tj.euclidean`` for them.
+
+    Relations:
+        `contrastive_loss` with margins $\beta - m$ and $\beta + m$ has the same costs,
+        and another mean.
+
     References:
         Wu, Manmatha, Smola, Krähenbühl. Sampling Matters in Deep Embedding Learning.
         2017. arXiv:1706.07567
@@ -166,9 +190,20 @@ def margin_loss(
     return of_distances(loss, distances, labels, pairs, reduce_fn)
 
 
+@jax.custom_jvp
 def _softplus(x: Array) -> Array:
     # Half the time of `jax.nn.softplus`, which treats infinities and NaN apart.
     return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+@_softplus.defjvp
+def _softplus_slope(primals: tuple[Array], tangents: tuple[Array]) -> tuple:
+    # The slopes of a maximum and of an absolute value fit together only if both have
+    # the same sign of x. XLA may compute x twice, with two roundings.
+    (x,), (tangent,) = primals, tangents
+    power = jnp.exp(-jnp.abs(x))
+    slope = jnp.where(x >= 0, 1, power) / (1 + power)
+    return _softplus(x), slope * tangent
 
 
 def _sigmoid_positive(d: Array, parameters: tuple) -> Array:
@@ -223,6 +258,18 @@ def sigmoid_loss(
     Raises:
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes do not fit, or the scale is not above 0.
+
+    Requirements:
+        Cosine distances. Two sides, such as images and texts, need `reference_labels`
+        or `PairMasks`.
+
+    Settings:
+        Zhai et al. 2023 and their code: scale and bias are learned from 10 and -10.
+        They report that batches of 32,000 pairs suffice.
+
+    Relations:
+        It is near `info_nce_loss`, but the cost of a pair does not depend on other
+        pairs.
 
     References:
         Zhai, Mustafa, Kolesnikov, Beyer. Sigmoid Loss for Language Image Pre-Training.

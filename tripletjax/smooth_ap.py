@@ -265,6 +265,17 @@ def smooth_ap_loss(
         TypeError: if an argument has the wrong dtype or is not callable.
         ValueError: if shapes do not fit, or the temperature is not above 0.
 
+    Requirements:
+        Two classes, and two items of one of them. Without a negative the loss is 0.
+
+    Settings:
+        Brown et al. 2020 and their code: temperature 0.01, 28 classes of 4 images, Adam
+        with a learning rate of 1e-5.
+
+    Relations:
+        For small temperatures it nears 1 minus the average precision, which has no
+        gradient.
+
     References:
         Brown, Xie, Kalogeiton, Zisserman. Smooth-AP: Smoothing the Path Towards
         Large-Scale Image Retrieval. 2020. arXiv:2007.12163 (equations 4 to 6)

@@ -14,21 +14,33 @@ from jax import Array, lax
 
 from tripletjax._engine.by_tiles import vjp_negatives
 from tripletjax._engine.pair_losses import (
-    Classes,
     PairGradients,
-    PairSpec,
     Positives,
+    Problem,
     TileWalk,
 )
 from tripletjax._engine.reductions import add_up, sum_in_one_loop
 from tripletjax._engine.search import in_threes
 from tripletjax._engine.slopes import with_slope
 from tripletjax._engine.spec import Gradients
-from tripletjax._pairwise.batch import Batch
 from tripletjax._pairwise.slices import materialize
 from tripletjax._pairwise.tiles import Tile, Tiles
 from tripletjax.pair_losses import Parameters
 from tripletjax.smooth_ap import SmoothAP
+
+
+class Numbers(NamedTuple):
+    """Numbers of every anchor, or their cotangents.
+
+    Attributes:
+        positives: its positives.
+        ahead: negatives ahead of each positive whose rank counts ``[k, n]``.
+        nearest: distance of its nearest negative ``[n]``.
+    """
+
+    positives: Positives
+    ahead: Array
+    nearest: Array
 
 
 class Thresholds(NamedTuple):
@@ -43,62 +55,47 @@ class Thresholds(NamedTuple):
     count: Array
 
     @classmethod
-    def of(cls, spec: PairSpec, positives: Positives, classes: Classes) -> "Thresholds":
-        shape = spec.shape
-        assert isinstance(shape, SmoothAP)
-        distances, _ = shape.with_anchor(positives.distances(spec), positives.exists)
-        return cls(distances, classes[0].max_positives + shape.include_anchor)
+    def of(cls, problem: Problem, positives: Positives) -> "Thresholds":
+        shape, (classes,) = _shape(problem), problem.classes
+        d_ap = positives.distances(problem)
+        distances, _ = shape.with_anchor(d_ap, positives.exists)
+        return cls(distances, classes.max_positives + shape.include_anchor)
 
 
-def _forward(
-    spec: PairSpec, batch: Batch, classes: Classes, parameters: Parameters
-) -> tuple[tuple[Positives, Array, Array], None]:
-    """Positives, negatives ahead of each, and distances of the nearest negatives."""
-    positives = Positives.of(spec, batch, classes)
-    thresholds = Thresholds.of(spec, positives, classes)
-    tiles = Tiles.of(spec.metric, batch, spec.sizes)
-    return (positives, *_negatives_ahead(tiles, thresholds, parameters)), None
+def _forward(problem: Problem) -> tuple[Numbers, None]:
+    positives = Positives.of(problem)
+    thresholds = Thresholds.of(problem, positives)
+    ahead = _negatives_ahead(problem.tiles, thresholds, problem.parameters)
+    return Numbers(positives, *ahead), None
 
 
-def _terms(
-    spec: PairSpec,
-    classes: Classes,
-    parameters: Parameters,
-    numbers: tuple[Positives, Array, Array],
-) -> Any:
-    shape = spec.shape
-    assert isinstance(shape, SmoothAP)
+def _terms(problem: Problem, numbers: Numbers) -> Any:
     positives, ahead, nearest = numbers
-    d_ap, exists = positives.distances(spec), positives.exists
-    (temperature,) = parameters
+    shape, (temperature,) = _shape(problem), problem.parameters
+    d_ap, exists = positives.distances(problem), positives.exists
     costs = shape.costs(*shape.with_anchor(d_ap, exists), ahead, temperature)
     return shape.terms_of_costs(costs, d_ap.T, exists.T, nearest)
 
 
 def _backward(
-    spec: PairSpec,
-    batch: Batch,
-    classes: Classes,
-    parameters: Parameters,
-    numbers: tuple[Positives, Array, Array],
-    cotangents: tuple[Positives, Array, Array],
-    gradients: PairGradients,
+    problem: Problem, numbers: Numbers, cotangents: Numbers, gradients: PairGradients
 ) -> PairGradients:
-    positives, (by_positives, by_ahead, _) = numbers[0], cotangents
-    shape, form = spec.shape, spec.metric.inner_products
-    assert isinstance(shape, SmoothAP)
-    thresholds = Thresholds.of(spec, positives, classes)
-    tiles = Tiles.of(spec.metric, batch, spec.sizes)
+    positives, by_square = numbers.positives, cotangents.positives.squares
+    thresholds = Thresholds.of(problem, positives)
     grads, by_threshold, by_parameters = _gradients(
-        tiles, thresholds, parameters, by_ahead, gradients
+        problem.tiles, thresholds, problem.parameters, cotangents.ahead, gradients
     )
-    _, slopes = with_slope(form.distance, positives.squares)
-    by_square = by_positives.squares
-    by_square += by_threshold[int(shape.include_anchor) :] * slopes
-    return positives.vjp(spec, batch, classes, by_square, grads), by_parameters
+    _, slopes = with_slope(problem.distance, positives.squares)
+    by_square += by_threshold[int(_shape(problem).include_anchor) :] * slopes
+    return positives.vjp(problem, by_square, grads), by_parameters
 
 
 SMOOTH_AP = TileWalk(_forward, _terms, _backward)
+
+
+def _shape(problem: Problem) -> SmoothAP:
+    assert isinstance(problem.spec.shape, SmoothAP)
+    return problem.spec.shape
 
 
 class Tiled(NamedTuple):

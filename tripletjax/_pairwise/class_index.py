@@ -54,7 +54,7 @@ class ClassIndex(NamedTuple):
             _, ordered, order = lax.sort((~real, references, index), num_keys=2)
             size = jnp.sum(real)
             # Labels of padding are not in order: the searches below must not see them.
-            last = jnp.iinfo(ordered.dtype).max
+            last = jnp.array(jnp.iinfo(ordered.dtype).max, ordered.dtype)
             ordered = jnp.where(index < size, ordered, last)
         inverse = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
         if square:

@@ -11,7 +11,12 @@ AxisName = str | tuple[str, ...]
 
 
 def names_of(axis_name: AxisName) -> tuple[str, ...]:
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(names, tuple) or not all(isinstance(x, str) for x in names):
+        raise TypeError(
+            f"axis_name must be a string or a tuple of strings, got {axis_name!r}."
+        )
+    return names
 
 
 def check_split(x: Array, axis_name: AxisName, *, what: str = "embeddings") -> None:
@@ -21,7 +26,7 @@ def check_split(x: Array, axis_name: AxisName, *, what: str = "embeddings") -> N
         ValueError: if there are no such axes here, or all devices have the same.
     """
     try:
-        index = lax.axis_index(axis_name)
+        index = lax.axis_index(names_of(axis_name))
     except NameError:
         raise ValueError(
             f"axis_name is {axis_name!r}, but no such mesh axis is mapped over here: "

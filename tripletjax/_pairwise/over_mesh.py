@@ -169,7 +169,7 @@ def _mesh_of(
     axis_name = options.get("axis_name")
     if axis_name is not None:
         with contextlib.suppress(NameError):
-            lax.axis_size(axis_name)
+            lax.axis_size(names_of(axis_name))
             return None
         mesh: Any = jax.sharding.get_abstract_mesh()
         if mesh.empty and not isinstance(x, jax.core.Tracer):
