@@ -80,7 +80,9 @@ def find_classes(
     root = _root_of(folder, listing.files)
     files = [f for f in listing.files if f.is_relative_to(root) and f.parent != root]
     if not files:
-        raise ValueError(f"{folder} has no images in folders.")
+        raise ValueError(
+            "; ".join([f"{folder} has no images in folders", *listing.notes])
+        )
     loose = [file for file in listing.files if file not in {*files}]
     paths = [str(file.relative_to(folder)) for file in files]
     classes = [os.path.dirname(file.relative_to(root)) for file in files]
