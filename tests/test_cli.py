@@ -149,6 +149,10 @@ MINE = ("mine", "--run", "r", "--data", ".", "--out", "a.csv")
         (["train", "--margin", "nan"], "at least 0, got nan."),
         (["train", "--margin", "-1e-3"], "at least 0, got -0.001."),
         (["train", "--margin", "1e39"], "finite in float32 and at least 0, got 1e+39."),
+        (
+            ["train", "--loss", "arcface", "--margin", "4"],
+            "--margin must be at most pi, as an angle, with --loss arcface, got 4.0.",
+        ),
         (["train", "--data", ""], "--data must not be empty"),
         (["train", "--out", ""], "--out must not be empty"),
         (["train", "--classes", "0"], "--classes must be at least 2, got 0."),
@@ -431,9 +435,9 @@ def test_what_an_evaluation_skips_and_finds_is_named(trained, unseen, tmp_path):
     skipped = "\n".join(report["skipped"])
     for name in ("broken.png", "blank.png", "notes.txt"):
         assert name in skipped
-    assert any("1 images are copies" in note for note in report["notes"])
+    assert any("1 image is a copy" in note for note in report["notes"])
     assert "2 images are skipped" in report["notes"]
-    assert "1 entries that are no images of a class are skipped" in report["notes"]
+    assert "1 entry that is no image of a class is skipped" in report["notes"]
     with pytest.raises(ValueError, match="at least 2 folders of readable"):
         evaluation.evaluate(trained, folder / "group0")
 
@@ -823,7 +827,7 @@ def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
     copy = shutil.copy(queries[0], queries[0].with_name("copy.png"))
     try:
         assert cli.main([*command, "--duplicates", "--within", "0"]) == 0
-        assert "1 groups of 2 images within 0" in capsys.readouterr().out
+        assert "1 group of 2 images within 0" in capsys.readouterr().out
         assert cli.main([*command, "--duplicates", "--out", str(table)]) == 0
         assert "copy.png" in table.read_text()
         assert cli.main(command) == 0
@@ -846,7 +850,7 @@ def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
         (
             {"blank": 1},
             {"folders without images": 2},
-            "1 images are left out (blank: 1).\n"
+            "1 image is left out (blank: 1).\n"
             "Other entries that are left out: folders without images: 2.\n"
             "config.json names each entry with its reason.\n",
         ),

@@ -557,7 +557,7 @@ def test_folders_that_cannot_be_trained_on(tmp_path, content):
     words = "has no images"
     if content == "loose":
         Image.new("L", (8, 8)).save(folder / "a.png")
-        words = "one folder per class, but 1 images lie in it directly"
+        words = "one folder per class, but 1 image lies in it directly"
     elif content == "one class":
         shapes(folder, kinds=1)
         words = "has one folder of images"

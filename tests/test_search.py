@@ -822,7 +822,7 @@ def test_an_index_that_can_only_be_read_is_searched(folder, tmp_path, monkeypatc
         index.update()
     (folder / "new.png").unlink()
     (folder / "group0" / "kind0" / "0.png").unlink()
-    with pytest.raises(OSError, match=r"1 are missing.*another database"):
+    with pytest.raises(OSError, match=r"1 is missing.*another database"):
         index.update()
 
 

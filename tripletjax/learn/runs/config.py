@@ -1,6 +1,7 @@
 """Request for a run: every option of training, declared once."""
 
 import dataclasses
+import math
 from functools import partial
 
 from tripletjax.learn import choices
@@ -266,6 +267,11 @@ class Config:
                 raise OptionError(
                     f"{{{name}}} requires {{loss}} {owners}; got {self.loss}."
                 )
+        if self.loss == "arcface" and (self.margin or 0) > math.pi:
+            raise OptionError(
+                "{margin} must be at most pi, as an angle, with {loss} arcface, got "
+                f"{self.margin!r}."
+            )
         if self.learn_loss and not loss.learned:
             owners = ", ".join(k for k, of in LOSSES.items() if of.learned)
             raise OptionError(
