@@ -52,7 +52,7 @@ def describe(row: dict) -> str:
 
 
 def plot(out: dict, file: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
+    figure, axes = plt.subplots(2, 1, figsize=(5.8, 9), constrained_layout=True)
     units = {"bytes": (2**20, "MiB beside the embeddings"), "seconds": (1, "seconds")}
     for axis, (key, (unit, label)) in zip(axes, units.items()):
         for library, rows in out["results"].items():
@@ -72,10 +72,11 @@ def plot(out: dict, file: Path) -> None:
         axis.set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=45)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8, loc="lower right")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2)
     figure.suptitle(
-        f"batch {out['loss']}: loss and gradient, classes of 4, 128 dimensions "
-        "(x: the next size fails)",
+        f"batch {out['loss']}: loss and gradient, classes of 4,\n"
+        "128 dimensions (x: the next size fails)",
         fontsize=10,
     )
     figure.savefig(file, dpi=120)

@@ -10,6 +10,7 @@ from pathlib import Path
 import latex2mathml.converter
 import matplotlib
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.util.inspect import stringify_signature
 from sphinx.util.nodes import make_refnode
 
@@ -30,7 +31,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
     "sphinxcontrib.bibtex",
-    "sphinxcontrib.programoutput",
+    "command_options",
 ]
 exclude_patterns = ["_templates", "gallery", "gallery_built/*.ipynb"]
 templates_path = ["_templates"]
@@ -66,7 +67,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery_built",
     "filename_pattern": r"\.py$",
     "abort_on_example_error": True,
-    "image_scrapers": ("animations.as_gif", "matplotlib"),
+    "image_scrapers": ("gallery_figures.as_gif", "matplotlib"),
     "remove_config_comments": True,
     "download_all_examples": False,
     "show_memory": False,
@@ -77,7 +78,7 @@ sphinx_gallery_conf = {
         "%pip install -q -e '../..[train]'\n"
         "%matplotlib inline"
     ),
-    "reset_modules": ("matplotlib",),
+    "reset_modules": ("matplotlib", "gallery_figures.set_style"),
     "min_reported_time": 5,
 }
 
@@ -153,29 +154,77 @@ def link_names(app, doctree, docname):
         node.replace_self(link)
 
 
+def add_anchors(app, doctree):
+    """Pages of source code link to all objects of a file by one module's name."""
+    for node in doctree.findall(addnodes.desc_signature):
+        names = {f"{module}.{node['fullname']}" for module in SHORT_MODULES}
+        node["ids"] += sorted(names - {*node["ids"]})
+
+
+SHORT_MODULES = "tripletjax", "tripletjax.learn"
+
+
+def describe_thumbnails(app, doctree, docname):
+    """Thumbnails of the gallery have the title of their page as alternative text."""
+    for node in doctree.findall(nodes.image):
+        page = re.fullmatch(r".*/thumb/sphx_glr_(\w+)_thumb[.]\w+", node["uri"])
+        if page:
+            node["alt"] = app.env.titles[f"gallery_built/{page[1]}"].astext()
+
+
+# A long name in code, and its borders between words of some length.
+LONG_NAME = re.compile(r'(?<=<span class="pre">)[^<]{17,}(?=</span>)')
+WORD_BORDER = re.compile(
+    r"(?<=[a-z0-9])(?=[A-Z]\w{3})|(?<=\w[._/(=,])(?=[^\W\d]\w{3}|&quot;)"
+)
+
+
+def allow_breaks_in_names(app, page, template, context, doctree):
+    """Long names may break between their words, which narrow tables need."""
+
+    def mark(name):
+        return WORD_BORDER.sub("<wbr>", name[0])
+
+    if "body" in context:
+        context["body"] = LONG_NAME.sub(mark, context["body"])
+
+
 def write_text_for_models(app, exception):
     """`llms.txt` lists the pages, and `llms-full.txt` has their text."""
     if exception or app.builder.format != "html":
         return
-    titles = {page: title.astext() for page, title in app.env.titles.items()}
-    pages = [page for page in in_order(app.env, "index") if page in titles]
-    index = [
-        "# tripletjax",
-        "",
-        "> Triplet, contrastive and softmax losses for JAX.",
-        "",
-    ]
-    index += [f"- [{titles[page]}]({page}.html)" for page in pages]
-    Path(app.outdir, "llms.txt").write_text("\n".join(index) + "\n")
-    texts = [Path(app.env.doc2path(page)) for page in pages]
-    texts = [file.read_text() for file in texts if file.suffix == ".md"]
-    functions = [
-        f"# {name}\n\n{inspect.getdoc(function)}"
-        for name in sorted(app.env.domains["py"].objects)
-        if callable(function := pydoc.locate(name)) and inspect.getdoc(function)
-    ]
-    text = "\n\n".join(texts + functions)
-    Path(app.outdir, "llms-full.txt").write_text(text + "\n")
+    groups = {
+        "reference/generated/": "Functions and classes",
+        "gallery_built/": "Gallery",
+    }
+    listed, texts = {"Pages": [], **{title: [] for title in groups.values()}}, []
+    for page in in_order(app.env, "index"):
+        if page not in app.env.titles:
+            continue
+        title, summary = app.env.titles[page].astext(), ""
+        file = Path(app.env.doc2path(page))
+        if page.startswith("reference/generated/"):
+            title = Path(page).name
+            text = inspect.getdoc(pydoc.locate(title)) or ""
+            summary = ": " + text.partition("\n")[0].rstrip(",:")
+            texts.append(f"# {title}\n\n{text}")
+        elif page.startswith("gallery_built/plot_"):
+            texts.append(
+                f"# {title}\n\n```python\n{file.with_suffix('.py').read_text()}```"
+            )
+        elif page == "reference/command":
+            texts.append(app.env.get_doctree(page).astext())
+        elif file.suffix == ".md" and not page.startswith("reference/"):
+            blocks = r"(?ms)^```\{toctree\}.*?^```\n"
+            texts.append(re.sub(blocks, "", file.read_text()).strip())
+        group = next(
+            (g for start, g in groups.items() if page.startswith(start)), "Pages"
+        )
+        listed[group].append(f"- [{title}]({page}.html){summary}")
+    index = ["# tripletjax", "> Triplet, contrastive and softmax losses for JAX."]
+    index += [f"## {name}\n\n" + "\n".join(lines) for name, lines in listed.items()]
+    Path(app.outdir, "llms.txt").write_text("\n\n".join(index) + "\n")
+    Path(app.outdir, "llms-full.txt").write_text("\n\n".join(texts) + "\n")
 
 
 def in_order(env, page):
@@ -208,7 +257,10 @@ def setup(app):
     app.connect("autodoc-skip-member", leave_out_fields)
     app.connect("missing-reference", find_elsewhere)
     app.connect("doctree-read", strip_code)
+    app.connect("doctree-read", add_anchors)
     app.connect("doctree-resolved", link_names)
+    app.connect("doctree-resolved", describe_thumbnails)
+    app.connect("html-page-context", allow_breaks_in_names)
     app.connect("build-finished", write_text_for_models)
 
 

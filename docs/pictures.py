@@ -14,13 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tripletjax.apps import (
-    clustering,
-    identification,
-    mining,
-    search,
-    verification,
-)
+from tripletjax.apps import clustering, identification, mining, search, verification
 from tripletjax.apps.clustering import report as clustering_report
 from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.identification import report as identification_report
@@ -71,7 +65,7 @@ def draw_applications(run: Path, unseen: Path, out: Path) -> None:
         index = search.Index(unseen, root / "index", embedder)
         index.update(progress=True)
         queries = [files[0] for files in [*classes.values()][::every][:QUERIES]]
-        hits = search_report.search_files(index, queries, k=8)
+        hits = search_report.search_files(index, queries, k=5)
         search_report.draw_hits(index, hits, out / "search.png")
 
         draw_label_errors(embedder, classes, root / "moved", out / "label_errors.png")

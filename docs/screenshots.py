@@ -22,7 +22,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
     arguments = parser.parse_args()
     options = webdriver.ChromeOptions()
-    for option in ("headless=new", "no-sandbox", "window-size=1100,820"):
+    for option in (
+        "headless=new",
+        "no-sandbox",
+        "window-size=680,1000",
+        "hide-scrollbars",
+    ):
         options.add_argument(f"--{option}")
     with tempfile.TemporaryDirectory() as profile:
         options.add_argument(f"--user-data-dir={profile}")

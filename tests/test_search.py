@@ -16,7 +16,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 import pytest
-from folders import shapes
+from folders import assert_drawn, shapes
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -411,8 +411,7 @@ def test_what_is_found_is_told_and_drawn(folder, tmp_path):
         hit.path for hit in index.search(mean, 4, leave_out=own)[0]
     ]
     search_report.draw_hits(index, found, tmp_path / "more" / "hits.png")
-    with Image.open(tmp_path / "more" / "hits.png") as picture:
-        assert np.ptp(np.asarray(picture)) > 0
+    assert_drawn(tmp_path / "more" / "hits.png")
     search_report.write_groups([["a, b.png", "c.png"]], tmp_path / "groups.csv")
     assert (tmp_path / "groups.csv").read_text().splitlines() == [
         "group,path",

@@ -31,9 +31,8 @@ losses = {
 # A loss is a function of a matrix of distances, and JAX differentiates through both.
 # All three are drawn to the scale of their longest arrow.
 
-colors = np.array(["#0072b2", "#d55e00", "#009e73"])
-plt.rcParams["font.size"] = 13
-figure, axes = plt.subplots(1, 3, figsize=(10, 4.2), layout="constrained")
+colors = np.array(["C0", "C1", "C2"])
+figure, axes = plt.subplots(1, 3, figsize=(6, 4), layout="constrained")
 for panel, (name, loss) in zip(axes, losses.items()):
 
     def of_points(points, loss=loss):
@@ -41,7 +40,7 @@ for panel, (name, loss) in zip(axes, losses.items()):
 
     value, gradient = jax.value_and_grad(of_points)(points)
     step = -0.5 * gradient / jnp.linalg.norm(gradient, axis=1).max()
-    panel.scatter(*points.T, c=colors[labels], s=110, zorder=2)
+    panel.scatter(*points.T, c=colors[labels], s=50, zorder=2)
     panel.quiver(
         *points.T,
         *step.T,
@@ -51,12 +50,12 @@ for panel, (name, loss) in zip(axes, losses.items()):
         width=0.014,
         zorder=3,
     )
-    panel.set_title(f"{name}, loss {value:.2f}")
+    panel.set_title(f"{name}\nloss {value:.2f}")
     panel.set_aspect("equal")
     panel.margins(0.25)
-    panel.set_xlabel("first dimension")
     panel.set_xticks([])
     panel.set_yticks([])
+    panel.set_xlabel("first dimension")
 axes[0].set_ylabel("second dimension")
 figure.suptitle("Negative gradient of each loss; colours are classes")
 plt.show()

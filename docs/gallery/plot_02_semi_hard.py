@@ -54,15 +54,15 @@ readings = {
 # %%
 # No two rows are the same. The second is a variant of the first.
 
-colors = {1: "C0", 2: "C2", 3: "C4"}
-figure, axes = plt.subplots(len(readings), 1, figsize=(9, 8), layout="constrained")
+colors = {1: "C0", 2: "C2", 3: "C3"}
+figure, axes = plt.subplots(len(readings), 1, figsize=(6, 7.5), layout="constrained")
 for panel, (name, triplets) in zip(axes, readings.items()):
     panel.axhline(0, color="0.8", zorder=0)
     panel.plot(0, 0, "ko", markersize=10)
     for positive, color in colors.items():
         panel.plot(points[positive], 0, "o", color=color, markersize=9)
     panel.plot(
-        points[4:], np.zeros(5), "x", color="C3", markersize=9, markeredgewidth=2
+        points[4:], np.zeros(5), "x", color="C1", markersize=9, markeredgewidth=2
     )
     rows = np.ravel(triplets.valid) & (np.ravel(triplets.anchor) == 0)
     chosen = np.stack([np.ravel(triplets.positive), np.ravel(triplets.negative)], 1)
@@ -80,12 +80,13 @@ for panel, (name, triplets) in zip(axes, readings.items()):
             },
         )
     panel.set_xlim(-0.15, 2.8)
-    panel.set_ylim(-0.15, 0.6)
+    panel.set_ylim(-0.15, 0.45)
     panel.set_xticks([])
     panel.set_yticks([])
-    panel.set_title(name.replace("\n", " "), fontsize=12, loc="left")
+    panel.set_title(name, loc="left")
     panel.spines[:].set_visible(False)
 figure.suptitle(
-    "Anchor (black), positives (dots), negatives (crosses); arrows show the selection"
+    "Anchor (black), positives (dots), negatives (crosses).\n"
+    "An arrow is a triplet: from its positive to its negative."
 )
 plt.show()

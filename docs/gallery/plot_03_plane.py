@@ -43,12 +43,13 @@ for _ in range(180):
 # %%
 # The triplets themselves are mined again for the picture.
 
-figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
+figure, axes = plt.subplots(figsize=(6, 6.3), layout="constrained")
 lines = axes.add_collection(LineCollection([], colors="0.75", linewidths=0.6))
 dots = axes.scatter([], [], s=30, zorder=2)
 axes.set_xlim(-3, 3)
 axes.set_ylim(-3, 3)
 axes.set_aspect("equal")
+axes.set(xlabel="first dimension", ylabel="second dimension")
 
 
 def draw(number):

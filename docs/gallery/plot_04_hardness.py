@@ -25,11 +25,11 @@ distances = tj.euclidean(x)
 # many there were.
 
 bands = {
-    "hard": (tj.hard_band(), "C3"),
-    "semi-hard": (tj.semi_hard_band(margin), "C1"),
+    "hard": (tj.hard_band(), "C1"),
+    "semi-hard": (tj.semi_hard_band(margin), "C0"),
     "easy": (tj.easy_band(margin), "C2"),
 }
-figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+figure, axes = plt.subplots(layout="constrained")
 for name, (band, color) in bands.items():
     found = tj.all_triplets(labels, size=200_000, distances=distances, band=band)
     assert found.count <= 200_000
@@ -59,7 +59,7 @@ miners = {
     "semi-hard": tj.batch_semi_hard_triplets(distances, labels),
     "easy positive": tj.batch_easy_hard_triplets(distances, labels),
 }
-figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+figure, axes = plt.subplots(layout="constrained")
 for name, triplets in miners.items():
     gaps = [
         distances[triplets.anchor, j] for j in (triplets.negative, triplets.positive)

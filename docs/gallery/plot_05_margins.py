@@ -62,7 +62,7 @@ keys = jax.random.split(jax.random.key(0), 2)
 sweep = jax.jit(jax.vmap(jax.vmap(trained, (None, 0)), (0, None)))
 found = 100 * np.asarray(sweep(margins, keys))
 
-figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+figure, axes = plt.subplots(layout="constrained")
 axes.plot(range(len(margins)), found.mean(axis=1), "o-")
 axes.vlines(range(len(margins)), found.min(axis=1), found.max(axis=1), alpha=0.5)
 axes.set_xticks(range(len(margins)), [f"{margin:g}" for margin in np.asarray(margins)])

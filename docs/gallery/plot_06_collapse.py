@@ -93,7 +93,7 @@ def descend(params, speed, rows, *, loss):
     return params, speed, value, active
 
 
-figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+figure, axes = plt.subplots(2, 1, figsize=(6, 8.5), sharex=True, layout="constrained")
 for name, (early, late) in ways.items():
     random = np.random.default_rng(0)
     params, spread, shares = start(jax.random.key(0)), [], []
@@ -112,10 +112,10 @@ for name, (early, late) in ways.items():
     axes[1].plot(steps, shares)
 axes[0].set_title("mean distance of embeddings")
 axes[1].set_title("share of active triplets")
+axes[1].set_xlabel("step")
 for panel in axes:
-    panel.set_xlabel("step")
     panel.set_ylim(0, None)
-figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")
 plt.show()
 
 # %%

@@ -2,9 +2,9 @@
 Digits in two dimensions, before and after
 ==========================================
 
-A network with two outputs, not of unit length, trained for some seconds on digits of
-some writers, and shown those of others. At the left, the two directions in which pixels
-vary most.
+A network with two outputs, not of unit norm, trains for some seconds on digits of some
+writers. The figure shows digits of other writers: above, the two directions in which
+pixels vary most, and below, the two outputs of the network.
 """
 
 import jax
@@ -55,7 +55,7 @@ for _ in range(600):
 unseen = pixels[half:]
 directions = jnp.linalg.svd(pixels[:half] - pixels[:half].mean(0))[2][:2]
 views = {"pixels, two directions": unseen @ directions.T, "trained": model(unseen)}
-figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained")
+figure, axes = plt.subplots(2, 1, figsize=(6, 9), layout="constrained")
 for panel, (name, x) in zip(axes, views.items()):
     metrics = tj.retrieval.evaluate(x, digits[half:])
     dots = panel.scatter(*np.asarray(x).T, c=digits[half:], cmap="tab10", s=8)
@@ -66,5 +66,5 @@ for panel, (name, x) in zip(axes, views.items()):
     panel.set_xticks([])
     panel.set_yticks([])
 figure.colorbar(dots, ax=axes, ticks=range(10), label="digit")
-figure.suptitle("Digits of writers never seen")
+figure.suptitle("Digits of unseen writers")
 plt.show()

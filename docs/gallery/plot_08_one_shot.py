@@ -83,7 +83,7 @@ for _ in range(200):
 episodes = np.array(episodes)  # [200, 20, fonts]
 queries = episodes[:, :, 4:].reshape(200, -1)
 
-figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+figure, axes = plt.subplots(layout="constrained")
 for name, x in views.items():
     found = []
     for shots in (1, 2, 4):
@@ -98,8 +98,8 @@ for name, x in views.items():
     axes.fill_between((1, 2, 4), low, high, alpha=0.2)
 axes.set_xticks((1, 2, 4))
 axes.set_xlabel("examples of each letter")
-axes.set_ylabel("named right, of 20 letters, in %")
-axes.set_title("Letters of scripts never seen (median and 90 % of draws)")
+axes.set_ylabel("accuracy of 20 letters, in %")
+axes.set_title("Letters of unseen scripts\nMedian and middle 90 % of the episodes")
 axes.legend()
 plt.show()
 

@@ -30,7 +30,7 @@ views = {
 # `verification.evaluate` goes over all pairs without keeping their distances;
 # `verification.roc` takes distances of pairs that are given.
 
-figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
+figure, axes = plt.subplots(layout="constrained")
 upper = np.triu_indices(len(labels), 1)
 same = labels[upper[0]] == labels[upper[1]]
 for name, x in views.items():
@@ -45,7 +45,7 @@ axes.set_xscale("log")
 axes.set_xlim(1e-4, 1)
 axes.set_xlabel("false accept rate")
 axes.set_ylabel("true accept rate")
-axes.set_title("Pairs of digits of writers never seen")
+axes.set_title("Pairs of digits of unseen writers")
 axes.legend()
 plt.show()
 

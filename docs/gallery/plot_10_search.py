@@ -21,10 +21,10 @@ x = LinearDiscriminantAnalysis().fit(pixels[:half], digits[:half]).transform(pix
 x = jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), jnp.float32)
 
 # %%
-# For each of six digits the most difficult query that has any right one among its eight
+# For each of six digits the most difficult query that has any right one among its six
 # nearest.
 
-distances, neighbors = tj.retrieval.nearest_neighbors(x[half:], x[:half], 8)
+distances, neighbors = tj.retrieval.nearest_neighbors(x[half:], x[:half], 6)
 right = digits[:half][np.asarray(neighbors)] == digits[half:, None]
 worst = [
     min(
@@ -34,7 +34,7 @@ worst = [
     for digit in (1, 3, 5, 7, 8, 9)
 ]
 
-figure, axes = plt.subplots(len(worst), 9, figsize=(8, 5.8), layout="constrained")
+figure, axes = plt.subplots(len(worst), 7, figsize=(6, 6.8), layout="constrained")
 for line, query in zip(axes, worst):
     shown = [half + query, *np.asarray(neighbors[query])]
     for place, (panel, row) in enumerate(zip(line, shown)):
@@ -44,11 +44,11 @@ for line, query in zip(axes, worst):
         if place:
             good = right[query, place - 1]
             panel.spines[:].set(
-                color="#0072b2" if good else "#d55e00",
+                color="C0" if good else "C1",
                 linestyle="-" if good else "--",
                 linewidth=2,
             )
-            panel.set_xlabel(f"{distances[query, place - 1]:.2f}", fontsize=8)
+            panel.set_xlabel(f"{distances[query, place - 1]:.2f}")
     line[0].set_ylabel(f"{digits[half + query]}", rotation=0, labelpad=12)
 figure.suptitle("Difficult queries and their nearest, with distances")
 plt.show()

@@ -71,7 +71,7 @@ for number in range(600):
     params, memory, _ = step(params, memory, rows)
     kept[(number * batch + np.arange(batch)) % size] = rows
 
-figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+figure, axes = plt.subplots(2, 1, figsize=(6, 8), layout="constrained")
 for number, away in ages.items():
     axes[0].plot(range(1, 21), away, "o-", label=f"at step {number}")
 axes[0].set_xlabel("age in steps")

@@ -25,7 +25,7 @@ def empty(panel, title):
         at = number * size
         panel.add_patch(Rectangle((at, at), size, size, color="C2", alpha=0.8))
     panel.set(xlim=(0, blocks), ylim=(blocks, 0), xticks=[], yticks=[], aspect="equal")
-    panel.set_title(title, fontsize=10)
+    panel.set_title(title)
 
 
 def block(panel, row, column, color):
@@ -42,17 +42,17 @@ def block(panel, row, column, color):
 # of block 4 along its columns. Right: for large classes, a panel of all references for
 # some anchors at a time.
 
-figure, axes = plt.subplots(1, 3, figsize=(10, 3.8), layout="constrained")
-empty(axes[0], "half of the blocks")
+figure, axes = plt.subplots(1, 3, figsize=(6, 2.9), layout="constrained")
+empty(axes[0], "half of\nthe blocks")
 for row in range(blocks):
     for column in range(row, blocks):
         block(axes[0], row, column, "C0")
-empty(axes[1], "a tile, for anchors both ways")
+empty(axes[1], "a tile, for anchors\nboth ways")
 block(axes[1], 1, 4, "C0")
-arrow = {"arrowstyle": "->", "color": "C3", "linewidth": 2}
+arrow = {"arrowstyle": "->", "color": "C1", "linewidth": 2}
 axes[1].annotate("", (0.1, 1.5), (4, 1.5), arrowprops=arrow)
 axes[1].annotate("", (4.5, 5.9), (4.5, 2), arrowprops=arrow)
-empty(axes[2], "a panel, for large classes")
+empty(axes[2], "a panel, for\nlarge classes")
 for column in range(blocks):
     block(axes[2], 2, column, "C1")
 figure.suptitle("Rows are anchors, columns are references")
@@ -63,7 +63,7 @@ plt.show()
 # of the vectors and one block.
 
 sizes = 2 ** np.arange(8, 21)
-figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+figure, axes = plt.subplots(layout="constrained")
 axes.loglog(sizes, 4 * sizes**2 / 2**20, label="n x n matrix")
 axes.loglog(sizes, 4 * (sizes * 128 + 512**2) / 2**20, label="vectors and a block")
 axes.set_xlabel("images in the batch")

@@ -37,6 +37,7 @@ from tripletjax.learn.networks.backbones.layers import whole_depthwise
 from tripletjax.learn.networks.embedding import as_floats
 from tripletjax.learn.networks.embedding_networks import Standardized
 from tripletjax.learn.networks.weights import save_weights, shapes_of
+from tripletjax.learn.networks.weights_files import read_arrays
 from tripletjax.learn.runs.model import BACKBONE, build_model
 
 # Largest difference of an exported value from that of the run.
@@ -134,9 +135,9 @@ def export(
     with replaced_together() as part_beside:
         part = part_beside(out)
         if weights:
-            expected = _backbone_features(embedder)(images)
+            expected = np.asarray(_features(embedder).of_shape(images))
             _write_weights(embedder, part)
-            restored = _load_features(embedder, part)
+            restored = _features(embedder, part).of_shape
         else:
             expected = embedder.embed(list(images))
             function = function_of(embedder)
@@ -187,28 +188,20 @@ def _write_weights(embedder: Embedder, path: Path) -> None:
         save_weights(backbone, path)
         return
     file = run_dir / BACKBONE
-    rules = backbones.FAMILIES[plan.family].rules_of(shapes_of(file))
+    module = backbones.FAMILIES[plan.family].module
+    rules = module.rules_of(shapes_of(read_arrays(file)))
     save_weights(backbone, path, like=file, rules=rules)
 
 
-def _backbone_features(embedder: Embedder) -> Callable[[np.ndarray], np.ndarray]:
-    """The function from prepared images to the features of the backbone."""
-    model = heads.features_of(embedder.model)
-    return lambda images: np.asarray(
-        dataclasses.replace(embedder, model=model).of_shape(images)
-    )
-
-
-def _load_features(
-    embedder: Embedder, path: Path
-) -> Callable[[np.ndarray], np.ndarray]:
-    """The same function by the weights of a file, as another run would load them."""
-    network, _ = backbones.load(path)
-    model = Standardized(network, embedder.model.mean, embedder.model.std)
-    model.eval()
-    return lambda images: np.asarray(
-        dataclasses.replace(embedder, model=model).of_shape(images)
-    )
+def _features(embedder: Embedder, path: Path | None = None) -> Embedder:
+    """The features of the backbone, of the run or as another run would load them."""
+    if path is None:
+        model = heads.features_of(embedder.model)
+    else:
+        network, _ = backbones.load(path)
+        model = Standardized(network, embedder.model.mean, embedder.model.std)
+        model.eval()
+    return dataclasses.replace(embedder, model=model)
 
 
 def _to_float32(embedder: Embedder) -> Embedder:
@@ -350,7 +343,8 @@ def _import(package: str) -> Any:
         return __import__(package)
     except ImportError as error:
         raise ImportError(
-            f'{error}; export requires pip install "tripletjax[train,export]"'
+            f'{error}; export requires pip install -e ".[train,export]" in a copy of '
+            "the repository of tripletjax."
         ) from error
 
 

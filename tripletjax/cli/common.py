@@ -43,8 +43,8 @@ def message_of(error: BaseException, options: "type[Options]") -> str:
     if isinstance(error, ModuleNotFoundError):
         extras = options.extras
         return (
-            f'{error}: it needs pip install "tripletjax[{extras}]" (or -e '
-            f'".[{extras}]" in a checkout)'
+            f'{error}: it needs pip install -e ".[{extras}]" in a copy of the '
+            "repository of tripletjax."
         )
     if isinstance(error, MemoryError):
         return f"not enough memory: {first_line(error)}"

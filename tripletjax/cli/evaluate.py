@@ -47,8 +47,7 @@ def _print_report(report: dict[str, Any], folder: Path) -> None:
     title, beside = counted(retrieval["queries"], "query", "queries"), None
     if (reranked := report.get("reranked")) is not None:
         beside = _rows_of_retrieval(reranked)
-        images = counted(reranked["images"], "image")
-        title += f", and with {images} of each re-ranked"
+        title += f", and with the {reranked['images']:,} nearest re-ranked"
     print_table(f"retrieval, {title}", rows, " %", beside=beside)
     rows = {
         "equal error rate": pairs["equal_error_rate"],

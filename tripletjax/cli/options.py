@@ -103,7 +103,9 @@ class Options:
 class EmbedderOptions(Options):
     """Options of a command that uses an embedder: of a run, or any other."""
 
-    run: Path | None = option("directory of a finished run", metavar="RUN")
+    run: Path | None = option(
+        "directory of a finished run; required without --embedder", metavar="RUN"
+    )
     embedder: str | None = _other(
         "function from a list of Pillow images to vectors, in a module of the current "
         "directory or an installed one; or an ONNX file from images to vectors",
@@ -115,18 +117,19 @@ class EmbedderOptions(Options):
         metavar="DIR",
     )
     embedder_size: int | None = _other(
-        "image size in pixels: side of the input of an ONNX file (default: that of the "
-        "file), or largest longer side of images for a function (default: 640)",
+        "image size in pixels: side of the images for an ONNX file (default: that of "
+        "the file), or largest longer side of the images for a function (default: 640)",
         rule="at least 1",
     )
     embedder_mean: tuple[float, ...] = _other(
-        "mean of pixel values from 0 to 1, for all channels or each, for an ONNX file "
-        "(default: that of FILE.onnx.json)",
+        "mean of pixel values from 0 to 1 for an ONNX file, for all channels or for "
+        "each (default: that of FILE.onnx.json)",
         default=(),
         metavar="NUMBER",
     )
     embedder_std: tuple[float, ...] = _other(
-        "standard deviation of pixel values, as --embedder-mean",
+        "standard deviation of pixel values for an ONNX file, for all channels or for "
+        "each (default: that of FILE.onnx.json)",
         default=(),
         metavar="NUMBER",
     )
@@ -221,9 +224,9 @@ class Train(Options):
 
     requested: dict[str, Any]
     augment: str | None = option(
-        "random changes of the images while training: none, more than usual, or those "
-        "for photos or characters, which also decide size and network (default: "
-        "detected by smooth tones)",
+        "random changes of images while training: none, more (for few images per "
+        "class), or those of photos or characters, which also decide size and network "
+        "(default: by the images)",
         group=DATA,
         choices=(*choices.KINDS, *choices.AUGMENTS),
     )
@@ -238,8 +241,8 @@ class Train(Options):
     )
     processes: str | None = _of_run(
         "number of processes: start this command once for each, with --coordinator and "
-        "--process; in the processes of a cluster that JAX knows (Slurm, Open MPI, "
-        "Kubernetes, TPU pods): cluster",
+        "--process; or the word cluster, if Slurm, Open MPI, Kubernetes or a TPU pod "
+        "starts them",
         metavar="N",
     )
     coordinator: str | None = _of_run(
@@ -305,8 +308,8 @@ class Evaluate(EmbedderOptions):
     """Measure an embedder on a folder of classes.
 
     Retrieval: every image is a query for the others of its class. Verification: every
-    pair of images is of the same class or of different classes. The report and its
-    pictures (ROC, distances of pairs, nearest neighbours) are written to --out.
+    pair of images is of the same class or of different classes. The command writes the
+    report and its pictures (ROC, distances of pairs, nearest neighbours) to --out.
     """
 
     data: Path = option(
@@ -384,12 +387,12 @@ class Search(EmbedderOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verify(EmbedderOptions):
-    """Decide whether two images are of the same class, by a threshold of its own.
+    """Choose a threshold on a folder of classes, or compare two images by it.
 
-    With --data: measure verification on classes that the run was not trained on, and
-    keep a threshold in the directory of the run or the embedder. With two images: same
-    or different by that threshold. Distances are Euclidean, of unit vectors: from 0 to
-    2.
+    With --data, the command measures verification on classes that the run was not
+    trained on, and keeps a threshold in the directory of the run or the embedder. With
+    two images, it prints whether they are of the same class by this threshold.
+    Distances are Euclidean, of unit vectors: from 0 to 2.
     """
 
     images: tuple[Path, ...] = option(
@@ -447,15 +450,16 @@ class Identify(EmbedderOptions):
         metavar="FOLDER",
     )
     data: Path | None = option(
-        "folder of classes to measure on: classes that are in the gallery, by name, "
-        "are known, others unknown",
+        "folder of classes to measure on; classes named like one of the gallery are "
+        "known, others unknown",
         metavar="FOLDER",
     )
     means: bool = option(
         "compare with the mean of each class instead of every image", default=False
     )
     fpir: float | None = option(
-        "largest share of unknown images that may get a name of this gallery",
+        "threshold by the largest share of unknown images that get a name of this "
+        "gallery",
         metavar="SHARE",
         rule="above 0 and below 1",
     )
@@ -499,9 +503,7 @@ class Cluster(EmbedderOptions):
     extras: ClassVar[str] = "train,search"
 
     index: Path = option(
-        "folder of images to group, which is only read",
-        required=True,
-        metavar="FOLDER",
+        "folder of images to group, which is only read", required=True, metavar="FOLDER"
     )
     database: Path | None = database_option()
     remove_missing: bool = remove_missing_option()
@@ -561,12 +563,13 @@ class Mine(EmbedderOptions):
         "rank of negatives to stop before (default: no limit)", rule="at least 1"
     )
     margin: float | None = option(
-        "least difference between the distances of the negative and of the positive",
+        "least difference between the distances of the negative and of the positive "
+        "(default: no limit)",
         rule="finite in float32",
     )
     relative_margin: float | None = option(
         "least difference between the distances of the negative and of the positive, "
-        "as a share of the positive's distance",
+        "as a share of the positive's distance (default: no limit)",
         rule="finite in float32",
     )
     farthest_positive: bool = option(

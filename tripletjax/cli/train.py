@@ -24,7 +24,7 @@ COLUMNS = {
     "map_at_r": "MAP@R",
     "r_precision": "R-precision",
     "recall_at_1": "recall@1",
-    "gallery_recall_at_1": "nearest training image",
+    "gallery_recall_at_1": "nearest training image is of the class",
     "triplet_accuracy": "positive nearer than negative",
 }
 
@@ -96,10 +96,7 @@ def _request(options: Train, on: Placement) -> tuple[Config, Path]:
         )
     config, out = on.of_first(
         lambda: preparation.make_request(
-            requested,
-            augment=options.augment,
-            out=options.out,
-            resume=options.resume,
+            requested, augment=options.augment, out=options.out, resume=options.resume
         )
     )
     return dataclasses.replace(config, **locations), out

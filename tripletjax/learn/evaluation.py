@@ -27,13 +27,7 @@ from tripletjax.learn.data.folder_listing import printable
 from tripletjax.learn.data.image_shape import ImageSpec
 from tripletjax.learn.embedder import Embedder, ImageEmbedder, load_embedder
 from tripletjax.learn.files import digest_of_image, filled
-from tripletjax.learn.reports import (
-    PREFIX,
-    check_empty,
-    number,
-    percent,
-    write_report,
-)
+from tripletjax.learn.reports import PREFIX, check_empty, number, percent, write_report
 from tripletjax.verification import VerificationMetrics
 
 KS = (1, 2, 4, 8)
@@ -370,11 +364,7 @@ def of_metrics(metrics: VerificationMetrics, fars: Sequence[float]) -> dict[str,
         "accuracy": percent(metrics.accuracy),
         "threshold": number(metrics.threshold),
         "at_far": [
-            {
-                "far": 100 * far,
-                "tar": percent(tar),
-                "threshold": number(threshold),
-            }
+            {"far": 100 * far, "tar": percent(tar), "threshold": number(threshold)}
             for far, tar, threshold in zip(fars, metrics.tar_at_far, metrics.thresholds)
         ],
         "positives": int(metrics.positives),

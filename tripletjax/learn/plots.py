@@ -19,8 +19,12 @@ from tripletjax.learn.data.image_array import ImageSource
 
 # Blue and orange differ for colour-blind readers, too.
 RIGHT, WRONG, QUERY, BEYOND = "#0072b2", "#d55e00", "#444444", "#cccccc"
+# At this width in inches, type of 10 points is 9 pixels high on a telephone.
+WIDTH, TYPE = 5.8, 10
+# Images in a row of this width, and pairs.
+IMAGES, PAIRS = 6, 3
 # The height of a picture with text below, as a multiple of one without.
-WITH_TEXT = 1.3
+WITH_TEXT = 1.4
 # The largest number of triplets in a picture.
 ROWS = 10
 
@@ -35,7 +39,7 @@ def training(lines: Sequence[dict], path: str | Path) -> None:
     """
     trained = [line for line in lines if "loss" in line]
     validated = [line for line in lines if line.get("validation")]
-    figure = Figure(figsize=(7, 8 if validated else 6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 8 if validated else 6), layout="constrained")
     panels = figure.subplots(4 if validated else 3, 1, sharex=True)
     titles = {
         "loss": "loss",
@@ -46,15 +50,16 @@ def training(lines: Sequence[dict], path: str | Path) -> None:
     names = [name for name in titles if name in trained[0]]
     for axes, name, title in zip(panels, names, map(titles.get, names)):
         steps, values = zip(*((line["step"], line[name]) for line in trained))
-        axes.plot(steps, values, color="#30638e", linewidth=1.2)
-        axes.set_title(title, loc="left", fontsize=10)
+        axes.plot(steps, values, color=RIGHT, linewidth=1.2)
+        axes.set_title(title, loc="left", fontsize=TYPE)
     if validated:
+        panels[-1].set_prop_cycle(color=[RIGHT, WRONG, QUERY])
         steps = [line["step"] for line in validated]
         for name in validated[0]["validation"]:
             values = [line["validation"][name] for line in validated]
             panels[-1].plot(steps, values, marker=".", label=name)
-        panels[-1].set_title("validation, in %", loc="left", fontsize=10)
-        panels[-1].legend(loc="lower right", fontsize=8)
+        panels[-1].set_title("validation, in %", loc="left", fontsize=TYPE)
+        panels[-1].legend(loc="lower right")
     for axes in panels:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
@@ -72,7 +77,7 @@ def neighbors(
     *,
     what: str = "images",
     k: int = 8,
-    queries: int = 8,
+    queries: int = 6,
 ) -> None:
     """Draw query images with their nearest neighbours, for each embedding.
 
@@ -106,34 +111,29 @@ def neighbors(
     chosen = sorted(hardest, key=right.__getitem__)[:queries]
     first = next(iter(ranked))
 
-    figure = Figure(
-        figsize=((k + 1) * 0.7 * len(ranked) + 0.8, 0.68 * len(chosen) + 0.9),
-        layout="constrained",
-    )
+    height = len(ranked) * (0.56 * len(chosen) + 0.4) + 0.6
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     title = (
         f"The {what} with the worst neighbours by {first}. Blue: same class; orange: "
         "another class; light grey: beyond the size of the class"
     )
     if not len(several):
         title = f"The {what} have one image per class: all neighbours differ in class"
-    # A letter of this size is about 0.085 inches wide.
-    title = textwrap.fill(title, int(figure.get_figwidth() / 0.085))
-    figure.suptitle(title, fontsize=11)
-    titles = [f"{name}: query, then its {k} nearest" for name in ranked]
-    axes, starts = _table(figure, titles, k + 1, len(chosen))
-    for start, neighbor in zip(starts, ranked.values()):
+    _set_title(figure, title)
+    parts = np.atleast_1d(np.asarray(figure.subfigures(len(ranked), 1)))
+    for part, (name, neighbor) in zip(parts, ranked.items()):
+        axes, _ = _table(
+            part, [f"{name}: query and its {k} nearest"], k + 1, len(chosen)
+        )
         for row, query in enumerate(chosen):
+            options = _text_options(label_names[labels[query]])
+            axes.text(0, row + 0.5, **options, ha="right", va="center", fontsize=TYPE)
             others = np.sum(labels == labels[query]) - 1
             for rank, index in enumerate((query, *neighbor[query])):
                 same = labels[index] == labels[query]
                 wrong = WRONG if rank <= others else BEYOND
                 color = QUERY if rank == 0 else RIGHT if same else wrong
-                _draw_framed(
-                    axes, start + rank, row, _drop_grey_axis(images[index]), color
-                )
-    for row, query in enumerate(chosen):
-        options = _text_options(label_names[labels[query]])
-        axes.text(0, row + 0.5, **options, ha="right", va="center", fontsize=8)
+                _draw_framed(axes, rank, row, images[index], color)
     figure.savefig(path, dpi=120, format="png")
 
 
@@ -163,16 +163,17 @@ def triplets(
     _, first = np.unique(triplets[worst, 0], return_index=True)
     chosen = worst[np.sort(first)][:ROWS]
 
-    figure = Figure(
-        figsize=(3.4 * len(distances), 0.95 * len(chosen) + 1), layout="constrained"
-    )
-    figure.suptitle(
-        f"The {what} in the worst order by {next(iter(distances))}:\n"
-        "anchor, nearer, farther; the positive is blue, the negative orange",
-        fontsize=10,
+    columns = 3 * len(distances) + 0.5 * (len(distances) - 1)
+    width = max(3.4, 0.9 * columns)
+    height = WITH_TEXT * width / columns * len(chosen) + 1
+    figure = Figure(figsize=(width, height), layout="constrained")
+    _set_title(
+        figure,
+        f"The {what} in the worst order by {next(iter(distances))}: anchor, nearer, "
+        "farther; the positive is blue, the negative orange",
     )
     titles = [
-        f"{name}: {np.mean(positive < negative):.1%} in order"
+        f"{name}:\n{np.mean(positive < negative):.1%} in order"
         for name, (positive, negative) in distances.items()
     ]
     axes, starts = _table(figure, titles, 3, len(chosen) * WITH_TEXT)
@@ -187,7 +188,7 @@ def triplets(
             for column, (distance, image, color) in enumerate(
                 [(None, anchor, QUERY), *others]
             ):
-                picture = _drop_grey_axis(np.asarray(images[image]))
+                picture = np.asarray(images[image])
                 text = "" if distance is None else f"{distance:.2f}"
                 _draw_framed(
                     axes, start + column, row * WITH_TEXT, picture, color, text=text
@@ -220,7 +221,7 @@ def distances(
     """
     if threshold is None and pairs["threshold"] is not None:
         threshold = pairs["threshold"], "most accurate threshold"
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4), layout="constrained")
     axes = figure.subplots()
     # Steps are joined, so that the line is smooth.
     width = len(same) // 100
@@ -248,7 +249,7 @@ def distances(
         handles += beside.plot(x, probability(x), "--", color=QUERY, label=label)
         beside.set(ylim=(0, 1.02), ylabel="probability")
         beside.spines["top"].set_visible(False)
-    figure.legend(handles=handles, fontsize=9, loc="outside lower center", ncols=2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
     _write_diagram(axes, f"Distances of {what}", path)
 
 
@@ -271,8 +272,8 @@ def roc(
     axes = figure.subplots()
     least = 1 / max(different.sum(), 1)
     true, false = (np.cumsum(x) / max(x.sum(), 1) for x in (same, different))
-    axes.plot(np.maximum(false, least), true, color="#30638e")
-    bars = {"color": "#30638e", "linewidth": 4, "alpha": 0.35}
+    axes.plot(np.maximum(false, least), true, color=RIGHT)
+    bars = {"color": RIGHT, "linewidth": 4, "alpha": 0.35}
     for number, (far, low, high) in enumerate(intervals):
         label = None if number else "intervals over classes"
         axes.plot([far, far], [low, high], **bars, label=label)
@@ -281,7 +282,7 @@ def roc(
         label = f"equal error rate {100 * equal:.1f} %"
         axes.plot([max(equal, least)], [1 - equal], "o", color=WRONG, label=label)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", fontsize=9)
+        axes.legend(loc="upper left")
     axes.set(
         xscale="log",
         xlim=(least, 1),
@@ -299,7 +300,7 @@ def pairs_sheet(
     *,
     title: str,
 ) -> None:
-    """Draw pairs of images, in a row for each group.
+    """Draw pairs of images, in rows for each group.
 
     Args:
         groups: the name of each group, and its pairs: two images uint8 ``[height,
@@ -307,14 +308,16 @@ def pairs_sheet(
         path: the PNG file to write.
         title: of the sheet.
     """
-    most = max(len(pairs) for _, pairs in groups)
-    figure = Figure(
-        figsize=(2.1 * most + 0.4, 1.6 * len(groups) + 0.4), layout="constrained"
-    )
-    figure.suptitle(textwrap.fill(title, max(30, 22 * most)), fontsize=10)
-    parts = np.atleast_1d(np.asarray(figure.subfigures(len(groups), 1)))
-    for part, (name, pairs) in zip(parts, groups):
-        axes, _ = _table(part, [name], most, 0.65)
+    rows = [
+        ("" if start else name, pairs[start : start + PAIRS])
+        for name, pairs in groups
+        for start in range(0, max(len(pairs), 1), PAIRS)
+    ]
+    figure = Figure(figsize=(WIDTH, 1.8 * len(rows) + 0.5), layout="constrained")
+    _set_title(figure, title)
+    parts = np.atleast_1d(np.asarray(figure.subfigures(len(rows), 1)))
+    for part, (name, pairs) in zip(parts, rows):
+        axes, _ = _table(part, [name], PAIRS, 0.82)
         for column, (first, second, text, right) in enumerate(pairs):
             gap = np.full((len(first), 6, 3), 255, np.uint8)
             both = np.concatenate([first, gap, second], axis=1)
@@ -341,10 +344,9 @@ def contact_sheet(
         title: of the sheet.
     """
     most = max(len(images) for _, images, _ in rows)
-    figure = Figure(
-        figsize=(1.15 * most + 0.4, 1.55 * len(rows) + 0.6), layout="constrained"
-    )
-    figure.suptitle(textwrap.fill(title, max(24, 13 * most)), fontsize=10)
+    width = max(IMAGES, most) * WIDTH / IMAGES
+    figure = Figure(figsize=(width, 1.4 * len(rows) + 0.5), layout="constrained")
+    _set_title(figure, title)
     axes, _ = _table(figure, [""], most, len(rows) * WITH_TEXT)
     for row, (name, images, hits) in enumerate(rows):
         captions = [(name, None), *hits]
@@ -373,7 +375,7 @@ def _table(
     axes.autoscale(False)
     for start, title in zip(starts, titles):
         axes.text(
-            start + columns / 2, -0.05, title, ha="center", va="bottom", fontsize=10
+            start + columns / 2, -0.05, title, ha="center", va="bottom", fontsize=TYPE
         )
     return axes, starts
 
@@ -403,11 +405,18 @@ def _draw_framed(
     axes.add_patch(frame)
     if text:
         middle, below = left + width / 2, top + height + 0.05
-        options = _text_options(text, 30 if pair else 16)
-        axes.text(middle, below, **options, ha="center", va="top", fontsize=7)
+        options = _text_options(text, 24 if pair else 12)
+        axes.text(middle, below, **options, ha="center", va="top", fontsize=TYPE)
 
 
-def _text_options(text: str, most: int = 16) -> dict[str, Any]:
+def _set_title(figure: Figure, title: str) -> None:
+    """Give a figure a title, in lines of its width."""
+    # A letter of this size is about 0.08 inches wide.
+    lines = textwrap.fill(title, int(figure.get_figwidth() / 0.08))
+    figure.suptitle(lines, fontsize=TYPE)
+
+
+def _text_options(text: str, most: int = 12) -> dict[str, Any]:
     """Options of `Axes.text` for short lines, without mathematics."""
     lines = [_shorten(line, most) for line in text.splitlines()]
     fonts = _find_fonts("".join(lines))
@@ -420,14 +429,14 @@ def _text_options(text: str, most: int = 16) -> dict[str, Any]:
 
 def _write_diagram(axes: Axes, title: str, path: str | Path) -> None:
     """Give a diagram its title, and write it."""
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(title, loc="left", fontsize=TYPE)
     axes.spines[["top", "right"]].set_visible(False)
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
     figure.savefig(path, dpi=120, format="png")
 
 
-def _shorten(name: str, most: int = 16) -> str:
+def _shorten(name: str, most: int) -> str:
     return name if len(name) <= most else "…" + name[1 - most :]
 
 
@@ -451,7 +460,3 @@ def _find_fonts(text: str) -> list[str] | None:
 def _characters(file: str) -> frozenset[int]:
     """Code points of a font."""
     return frozenset(FT2Font(file).get_charmap())
-
-
-def _drop_grey_axis(image: np.ndarray) -> np.ndarray:
-    return image[..., 0] if image.shape[-1] == 1 else image

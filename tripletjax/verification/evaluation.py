@@ -326,7 +326,7 @@ def tar_at_far(
     fars: Sequence[float] = (0.1, 0.01, 0.001),
     where: ArrayLike | None = None,
 ) -> Array:
-    """True accept rates of given pairs at false accept rates, FaceNet's VAL@FAR.
+    """True accept rates of given pairs at false accept rates, FaceNet's ``VAL@FAR``.
 
     The largest TAR whose FAR is at most each of `fars`.
 

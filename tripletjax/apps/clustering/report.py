@@ -1,6 +1,5 @@
 """Groups of images as lines, JSON, CSV, a contact sheet and folders."""
 
-import contextlib
 import csv
 import os
 import shutil
@@ -22,7 +21,7 @@ from tripletjax.learn.files import replaced
 
 REPORT = f"{reports.PREFIX}clustering"
 # Groups of a contact sheet, and images of each.
-ROWS, COLUMNS = 8, 10
+ROWS, COLUMNS = 8, 6
 TITLES = {
     "bcubed_f": "BCubed F",
     "bcubed_precision": "BCubed precision",
@@ -60,10 +59,9 @@ def format_report(report: dict[str, Any]) -> Iterator[str]:
     """Format the report of groups as lines."""
     yield (
         f"{counted(report['images'], 'image')} in {counted(report['groups'], 'group')} "
-        f"at threshold {report['threshold']:.4f}: "
-        f"{counted(report['groups_of_several'], 'group')} of several images, "
-        f"{counted(report['single_images'], 'single image')}, largest group "
-        f"{report['largest']:,}"
+        f"at threshold {report['threshold']:.4f}; groups of several images: "
+        f"{report['groups_of_several']:,}, the largest of {report['largest']:,}; "
+        f"single images: {report['single_images']:,}"
     )
     yield f"- {report['origin']}"
     if (metrics := report.get("evaluation")) is None:
@@ -142,18 +140,8 @@ def copy_groups(
 ) -> None:
     """Copy the images of each group into a folder of its own.
 
-    Single images lie in one folder. The target appears whole or not at all.
-
-    Args:
-        index: of the images, which are only read.
-        groups: of its images.
-        target: a new folder outside the folder of the index.
-        progress: whether to show a progress bar.
-
-    Raises:
-        FileExistsError: if the target exists.
-        ValueError: if the target lies in the folder of the index.
-        OSError: if an image cannot be copied.
+    Single images lie in one folder. The target appears whole or not at all, and must
+    lie outside the folder of the index.
     """
     _fill(index, groups, target, shutil.copy2, "copying", progress)
 
@@ -162,11 +150,7 @@ def link_groups(
     index: Index, groups: Groups, target: Path, *, progress: bool = False
 ) -> None:
     """Link to the images of each group from a folder of its own, as `copy_groups`."""
-    _fill(index, groups, target, _link, "linking", progress)
-
-
-def _link(file: Path, link: Path) -> None:
-    link.symlink_to(file)
+    _fill(index, groups, target, os.symlink, "linking", progress)
 
 
 def _fill(
@@ -180,17 +164,15 @@ def _fill(
     check_target(target, index.folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     digits = len(str(max(groups.several, 1)))
-    with contextlib.ExitStack() as stack:
-        # Beside the target, so that one step moves it there.
-        part = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
-        stack.callback(shutil.rmtree, part, ignore_errors=True)
-        whole = part / "groups"
+    # Beside the target, so that one step moves it there.
+    beside = tempfile.TemporaryDirectory(
+        prefix=f"{target.name}-", dir=target.parent, ignore_cleanup_errors=True
+    )
+    bar = tqdm(total=len(groups.paths), desc=title, unit="image", disable=not progress)
+    with beside as part, bar:
+        whole = Path(part) / "groups"
         whole.mkdir()
         taken: dict[Path, int] = {}
-        bar = tqdm(
-            total=len(groups.paths), desc=title, unit="image", disable=not progress
-        )
-        stack.enter_context(bar)
         for number, size in enumerate(groups.sizes):
             name = SINGLE if size == 1 else f"group-{number + 1:0{digits}}"
             folder = whole / name

@@ -14,9 +14,6 @@ from tripletjax.learn import plots
 from tripletjax.learn.counts import counted
 from tripletjax.learn.reports import number
 
-# Probes in a row of the picture.
-IN_ROW = 5
-
 
 def make_gallery_report(
     gallery: Gallery,
@@ -174,7 +171,7 @@ def draw(
         pairs.append((*images, text, identity.name is not None))
     out.parent.mkdir(parents=True, exist_ok=True)
     plots.pairs_sheet(
-        [("", pairs[i : i + IN_ROW]) for i in range(0, len(pairs), IN_ROW)],
+        [("", pairs)],
         out,
         title="probes beside their nearest image of the gallery (solid blue: named; "
         "dashed orange: unknown)",

@@ -15,7 +15,7 @@ from tripletjax.learn.files import replaced_together, write_json
 # Likely label errors in the picture and in the printed lines, at most.
 PICTURED, PRINTED = 10, 5
 # Neighbours of each in the picture.
-NEIGHBORS = 7
+NEIGHBORS = 5
 TRIPLET_COLUMNS = (
     *("anchor", "positive", "negative"),
     *("positive_distance", "negative_distance"),

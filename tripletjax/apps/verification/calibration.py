@@ -70,10 +70,8 @@ class Calibration:
 
     def summary(self) -> dict[str, Any]:
         """All but the vectors, for JSON."""
-        values = {field.name: getattr(self, field.name) for field in FIELDS}
-        return {
-            name: values[name] for name in values if name not in ("vectors", "names")
-        }
+        arrays = "vectors", "names"
+        return {name: x for name, x in vars(self).items() if name not in arrays}
 
     def write(self, directory: str | Path) -> Path | None:
         """Save the calibration in the directory of a run or another embedder.
@@ -131,9 +129,6 @@ class Calibration:
                 f"embedder. {again}"
             )
         return calibration
-
-
-FIELDS = dataclasses.fields(Calibration)
 
 
 def check_enough(different: int, far: float) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +54,9 @@ def find_pairs(
 
     pairs = [
         tuple(map(resolve, both))
-        for both in zip(stems(protocol.first), stems(protocol.second))
+        for both in zip(map(stem, protocol.first), map(stem, protocol.second))
     ]
-    missing = sorted({p for both in pairs for p in both} - index_of.keys() - skipped)
+    missing = sorted({p for both in pairs for p in both} - known)
     if missing:
         raise FileNotFoundError(
             "the file of pairs names "
@@ -77,7 +77,3 @@ def find_pairs(
 
 def stem(path: str) -> str:
     return path.rpartition(".")[0]
-
-
-def stems(paths: Sequence[str]) -> list[str]:
-    return [stem(path) for path in paths]

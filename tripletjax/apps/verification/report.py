@@ -34,8 +34,11 @@ def format_report(report: dict[str, Any]) -> Iterator[str]:
     )
     tar_intervals = {one["far"]: one["tar"] for one in intervals["at_far"]}
     rows = [
-        (name.replace("_", " "), pairs[name], intervals[name])
-        for name in ("equal_error_rate", "area_under_roc")
+        (title, pairs[name], intervals[name])
+        for title, name in (
+            ("equal error rate", "equal_error_rate"),
+            ("area under the ROC", "area_under_roc"),
+        )
     ]
     rows += [
         (f"TAR at FAR {one['far']:g} %", one["tar"], tar_intervals.get(one["far"]))
@@ -43,13 +46,14 @@ def format_report(report: dict[str, Any]) -> Iterator[str]:
     ]
     for name, value, interval in rows:
         text = "-" if value is None else f"{value:.2f} %"
+        line = f"  {name:<22}{text:>10}"
         if interval is not None:
-            text += f"   {interval[0]:.2f} to {interval[1]:.2f}"
-        yield f"  {name:<22}{text:>10}"
+            line += f"   {interval[0]:.2f} to {interval[1]:.2f}"
+        yield line
     if (fold := report["k_fold"]) is not None:
+        name, text = f"{fold['folds']}-fold accuracy", f"{fold['accuracy']:.2f} %"
         yield (
-            f"  {fold['folds']}-fold accuracy       {fold['accuracy']:.2f} % "
-            f"± {fold['standard_error']:.2f}, of {fold['by']}"
+            f"  {name:<22}{text:>10} ± {fold['standard_error']:.2f}, of {fold['by']}"
         )
 
 
@@ -170,7 +174,7 @@ def _pair_picture(
 ) -> tuple[np.ndarray, np.ndarray, str, bool]:
     """Two images, their caption, and whether the threshold decides them correctly."""
     first, second = (result.files[image] for image in images)
-    names = first.parent.name if same else f"{first.parent.name} / {second.parent.name}"
+    names = first.parent.name if same else f"{first.parent.name}\n{second.parent.name}"
     return (
         thumbnail(first),
         thumbnail(second),

@@ -194,16 +194,13 @@ def load(
     images = Images(stored.images, source.labels[stored.kept])
     held_out = HELD_OUT[stored.decoding.kind]
     parts = held_out_images(images.labels, stored.digests, split, held_out)
-    dataset = _dataset(
+    return _dataset(
         name,
         images,
         np.array(stored.digests),
         parts,
         source.label_names,
         stored.decoding,
-    )
-    return dataclasses.replace(
-        dataset,
         skipped=source.skipped,
         skip_counts=source.skip_counts,
         entry_counts=source.entry_counts,
@@ -235,6 +232,7 @@ def _dataset(
     parts: Sequence[np.ndarray],
     label_names: Sequence[str],
     decoding: Decoding,
+    **left_out: Any,
 ) -> Dataset:
     train, validation, test = (images.part(part) for part in parts)
     classes = len(np.unique(train.labels))
@@ -254,7 +252,9 @@ def _dataset(
         )
     )
     names = tuple(label_names)
-    return Dataset(name, train, validation, test, names, key, decoding=decoding)
+    return Dataset(
+        name, train, validation, test, names, key, decoding=decoding, **left_out
+    )
 
 
 def _from_folder(

@@ -44,8 +44,8 @@ class Config:
         metavar="DATA",
     )
     triplets: str | None = _data(
-        "CSV file of triplets to learn from instead: paths of an anchor, a positive "
-        "and a negative in each line",
+        "CSV file of triplets to learn from, instead of classes: paths of an anchor, a "
+        "positive and a negative in each line",
         metavar="FILE.csv",
     )
     split: str = _data_of_classes(
@@ -68,8 +68,8 @@ class Config:
         rule="shares from 0 to 1 with top < bottom and left < right",
     )
     rotation_classes: int | None = _data_of_classes(
-        "number of turned and mirrored copies of each class that are classes of their "
-        "own: 1, 2, 4 or 8",
+        "number of classes that a class makes with its turned and mirrored copies: 1, "
+        "2, 4 or 8 (default: by the images)",
         rule="1, 2, 4 or 8",
     )
     model: str | None = _network(
@@ -152,8 +152,8 @@ class Config:
         choices=choices.CLASS_SAMPLING,
     )
     relevance: str = _batches_of_classes(
-        "images that are to be nearer: those of one class, or those that share more "
-        "folders",
+        "images to bring near: those of one class (classes), or the nearer, the more "
+        "folders they share (folders)",
         default="classes",
         choices=choices.RELEVANCE,
     )
@@ -164,7 +164,8 @@ class Config:
         rule="at least 0",
     )
     memory: int = _batches_of_classes(
-        "number of embeddings of earlier batches in the cross-batch memory",
+        "number of embeddings of earlier batches in the cross-batch memory, as further "
+        "references; 0 for none",
         default=0,
         rule="at least 0",
     )
@@ -177,10 +178,13 @@ class Config:
         rule="at least 0 and below 1",
     )
     triplets_per_batch: int | None = _batches(
-        "number of given triplets in a batch", rule="at least 1", task="triplets"
+        "number of triplets in a batch, if triplets are given",
+        rule="at least 1",
+        task="triplets",
     )
     embed_chunk_size: int | None = _batches(
-        "number of images embedded at a time, to bound the memory", rule="at least 1"
+        "number of images of a batch embedded at a time, to save memory",
+        rule="at least 1",
     )
     steps: int | None = _training(
         "number of training steps; 0 for the closed form of a head on a frozen "

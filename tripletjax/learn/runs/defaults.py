@@ -546,7 +546,7 @@ def _notes_on_scratch(count: int, *, aligned: bool) -> list[str]:
         return []
     example = "efficientnet-lite0 of the extra pretrained"
     if aligned:
-        example = "a network for faces if these are faces (docs/faces.md)"
+        example += ", or a network for faces if these are faces (docs/faces.md)"
     return [
         f"{count:,} photographs are few to train from scratch; a pretrained network is "
         f"better: --backbone with {example}"
@@ -558,8 +558,8 @@ def _notes_on_backbone(
 ) -> list[str]:
     title, images = start.backbone.title, start.backbone.images
     trained = {
-        "frozen": "the backbone is frozen: a head is trained on its features, "
-        f"{backbone.views} of each image",
+        "frozen": "the backbone is frozen: a head is trained on its features, of "
+        f"{backbone.views} views of each image",
         "top": "the last stages of the backbone are trained, at a tenth of the "
         "learning rate of the head",
         "all": "the whole backbone is trained, at a tenth of the learning rate of the "

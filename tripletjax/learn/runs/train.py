@@ -31,10 +31,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from tripletjax.learn import plots
-from tripletjax.learn.data.image_array import (
-    ImageArray,
-    StoredImages,
-)
+from tripletjax.learn.data.image_array import ImageArray, StoredImages
 from tripletjax.learn.distributed.placement import Placement
 from tripletjax.learn.files import write_json
 from tripletjax.learn.networks import heads

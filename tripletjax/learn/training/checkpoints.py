@@ -249,10 +249,7 @@ def _digest(arrays: list[Any]) -> str:
     return digest_of(
         part
         for x in map(np.asarray, arrays)
-        for part in (
-            f"{x.shape}{x.dtype}",
-            np.ascontiguousarray(x).view(np.uint8).data,
-        )
+        for part in (f"{x.shape}{x.dtype}", np.ascontiguousarray(x).view(np.uint8).data)
     )
 
 
