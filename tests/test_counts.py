@@ -39,10 +39,10 @@ def groups(n):
         (gallery, "gallery: 1 class, 1 image", "gallery: 2 classes, 2 images"),
         (
             groups,
-            "1 image in 1 group at threshold 0.5000; groups of several images: 1, the "
-            "largest of 1; single images: 1",
-            "2 images in 2 groups at threshold 0.5000; groups of several images: 2, the "
-            "largest of 2; single images: 2",
+            "1 image in 1 group at threshold 0.5000; groups of several images: 1, "
+            "the largest of 1; single images: 1",
+            "2 images in 2 groups at threshold 0.5000; groups of several images: 2, "
+            "the largest of 2; single images: 2",
         ),
         (
             lambda n: note_of(n, "class")[0].partition(", ")[0],

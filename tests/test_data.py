@@ -820,7 +820,10 @@ def test_triplets_of_a_file(tmp_path):
         (["a.png,b.png,c.png", "", "a.png,b.png,c.png,d.png"], "line 3: .* has 4"),
         (["a.png,b.png,a.png"], "line 1: .* three different images, got a.png"),
         (["a.png,b.png,"], "line 1: .* three different images"),
-        (["a.png,b.png,c.png"], r"t\.csv: none of 3 images .* read; .*/a\.png: no such file"),
+        (
+            ["a.png,b.png,c.png"],
+            r"t\.csv: none of 3 .* read; .*/a\.png: no such",
+        ),
         (["a,p,n", "a.png,b.png,c.png"], "line 1: .*anchor, positive and negative"),
     ],
 )
