@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -141,7 +142,43 @@ MINE = "mine --run r --data . --out a.csv"
         ("train --out .", "not an empty directory"),
         ("train --steps 0", "--steps must be at least 1 without --backbone, got 0."),
         ("train --loss some", "invalid choice"),
-        ("train --margin -1", "--margin must be finite and at least 0, got -1.0"),
+        ("train --steps 1.5", "--steps must be a whole number, got '1.5'"),
+        ("train --margin x", "--margin must be a number, got 'x'"),
+        ("train --margin -1", "finite in float32 and at least 0, got -1.0."),
+        ("train --margin nan", "--margin must be finite in float32 and at least 0"),
+        ("train --margin -1e-3", "at least 0, got -0.001."),
+        ("train --margin 1e39", "at least 0, got 1e+39."),
+        (
+            "train --loss arcface --margin 4",
+            "--margin must be at most pi, as an angle, with --loss arcface, got 4.0.",
+        ),
+        ("train --data=", "--data must not be empty"),
+        ("train --out=", "--out must not be empty"),
+        ("train --classes 0", "--classes must be at least 2, got 0."),
+        ("train --per-class 0", "--per-class must be at least 2, got 0."),
+        ("train --size 8193", "--size must be 1 to 8192, got 8193."),
+        (
+            "train --rotation-classes 0",
+            "--rotation-classes must be 1, 2, 4 or 8, got 0.",
+        ),
+        (
+            f"train --seed {2**63}",
+            f"--seed must be at least 0 and below 2**63, got {2**63}.",
+        ),
+        ("train --devices 0", "--devices must be all or at least 1, got 0."),
+        ("train --triplets none.csv", "none.csv: no such file or directory"),
+        (
+            "verify --run r --data . --far 1",
+            "--far must be above 0 and below 1, got 1.0.",
+        ),
+        (
+            "identify --run r --gallery . precious --fpir 0",
+            "--fpir must be above 0 and below 1, got 0.0.",
+        ),
+        (
+            "search --run r --index . --within 2.1",
+            "--within must be 0 to 2, as distances of unit vectors, got 2.1.",
+        ),
         ("train --data digits --triplets a.csv", "--data cannot be combined with"),
         ("train --loss hard --triplets a.csv", "--loss cannot be combined with"),
         ("train --triplets-per-batch 4", "--triplets-per-batch requires --triplets"),
@@ -196,7 +233,7 @@ MINE = "mine --run r --data . --out a.csv"
             "cluster --run r --index . --copy-to a --link-to b",
             "--link-to cannot be combined with --copy-to.",
         ),
-        ("cluster --run r --index . --threshold -1", "--threshold must be at least 0"),
+        ("cluster --run r --index . --threshold -1", "--threshold must be 0 to 2"),
         (
             "cluster --run r --index . --out a.csv --json a.png",
             "a.png must be one output alone; give another file.",
@@ -228,7 +265,7 @@ MINE = "mine --run r --data . --out a.csv"
             f"{MINE} --range-min 3 --range-max 3",
             "--range-max must be above --range-min, got 3 and 3.",
         ),
-        (f"{MINE} --margin nan", "--margin must be finite, got nan."),
+        (f"{MINE} --margin nan", "--margin must be finite in float32, got nan."),
         (f"{MINE} -k 0", "-k must be at least 1, got 0."),
         ("serve --run r", "required: --index"),
         ("serve --run r --index .", "no trained model"),
@@ -263,7 +300,8 @@ def test_bad_arguments_are_one_line_and_exit_2(
     except SystemExit as stopped:
         status = stopped.code
     assert status == 2
-    assert words in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
     assert (tmp_path / "precious").read_text() == "kept"
 
@@ -334,9 +372,9 @@ def test_what_an_evaluation_skips_and_finds_is_named(trained, unseen, tmp_path):
     skipped = "\n".join(report["skipped"])
     for name in ("broken.png", "blank.png", "notes.txt"):
         assert name in skipped
-    assert any("1 images are copies" in note for note in report["notes"])
+    assert any("1 image is a copy" in note for note in report["notes"])
     assert "2 images are skipped" in report["notes"]
-    assert "1 entries that are no images of a class are skipped" in report["notes"]
+    assert "1 entry that is no image of a class is skipped" in report["notes"]
     with pytest.raises(ValueError, match="at least 2 folders of readable"):
         evaluation.evaluate(trained, folder / "group0")
 
@@ -640,6 +678,47 @@ def test_interrupts_exit_130(monkeypatch, capsys, tmp_path):
     assert cli.main(["evaluate", *arguments]) == 130
 
 
+def test_an_interrupt_that_python_drops_comes_again(monkeypatch, capsys, tmp_path):
+    class Dropped:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def drop(*_, **__):
+        Dropped()
+        for _ in range(1000):
+            time.sleep(0.001)
+
+    monkeypatch.setattr(evaluation, "evaluate", drop)
+    arguments = ["evaluate", "--run", str(tmp_path), "--data", str(tmp_path)]
+    assert cli.main(arguments) == 130
+    assert capsys.readouterr().err.split() == ["tripletjax", "evaluate:", "stopped."]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError("Unable to allocate 9 GiB"), "not enough memory: Unable to"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nMore"),
+            "not enough memory: Out of memory.",
+        ),
+        (OSError(28, "No space left", "a.png"), "a.png: no space left"),
+        (ValueError("json + data must be 3"), "--json + --data must be 3"),
+        (ValueError("data are few"), "evaluate: data are few"),
+        (ValueError("data must be more"), "evaluate: --data must be more"),
+    ],
+)
+def test_errors_of_the_library_are_one_line(error, words, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    assert cli.main(["evaluate", "--run", "r", "--data", "."]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tripletjax evaluate: ")
+    assert words in line
+
+
 @pytest.mark.slow
 def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
     queries = sorted((unseen / "group1" / "kind1").iterdir())[:2]
@@ -675,7 +754,7 @@ def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
     copy = shutil.copy(queries[0], queries[0].with_name("copy.png"))
     try:
         assert cli.main([*command, "--duplicates", "--within", "0"]) == 0
-        assert "1 groups of 2 images within 0" in capsys.readouterr().out
+        assert "1 group of 2 images within 0" in capsys.readouterr().out
         assert cli.main([*command, "--duplicates", "--out", str(table)]) == 0
         assert "copy.png" in table.read_text()
         assert cli.main(command) == 0
@@ -698,7 +777,7 @@ def test_a_search_shows_what_the_index_finds(trained, unseen, tmp_path, capsys):
         (
             {"blank": 1},
             {"folders without images": 2},
-            "1 images are left out (blank: 1).\n"
+            "1 image is left out (blank: 1).\n"
             "Other entries that are left out: folders without images: 2.\n"
             "config.json names each entry with its reason.\n",
         ),
@@ -788,7 +867,7 @@ def test_files_are_written_before_lines_are_printed(trained, tmp_path, monkeypat
     ):
         file = tmp_path / f"{number}.json"
         options = ["--json", str(file), "--database", str(tmp_path / "db")]
-        assert cli.main([*command, *options]) == 2
+        assert cli.main([*command, *options]) == 141
         assert query.rpartition("/")[2] in file.read_text()
 
 

@@ -130,7 +130,7 @@ def test_keys_name_function_dimension_version_and_size(user_module):
             "colours:embed",
             r"raised SystemExit \(colours.py, line 2\)",
         ),
-        ("embed = lambda images: 3", "colours:embed", r"vectors \[1, d\] for 1 images"),
+        ("embed = lambda images: 3", "colours:embed", r"vectors \[1, d\] for 1 image,"),
         ("embed = lambda images: [[1], [2]]", "colours:embed", r"got shape \(2, 1\)"),
         ("embed = lambda images: [[]]", "colours:embed", r"got shape \(1, 0\)"),
         ("embed = lambda images: [['a']]", "colours:embed", "numbers, got dtype <U1"),

@@ -1507,6 +1507,13 @@ def test_a_run_goes_on_without_its_options_and_with_moved_data(tmp_path, monkeyp
     assert requested["steps"] == 4
     elsewhere = learn.Config(**requested | {"data": "moved"})
     assert elsewhere == dataclasses.replace(config, data="moved")
+    # A finished run has no results on other data.
+    other = dataclasses.replace(config, data=str(shapes(tmp_path / "other", each=5)))
+    with pytest.raises(ValueError, match=f"data must have the content of {folder}"):
+        learn.run(other, out, resume=True, progress=False)
+    finished = learn.run(elsewhere, out, resume=True, progress=False)
+    assert finished == json.loads(json.dumps(evaluations))
+    assert requested_of(out)["data"] == str(moved)
     (out / "summary.json").unlink()
     assert learn.run(elsewhere, out.name, resume=True, progress=False) == evaluations
     # From now on it is found there.

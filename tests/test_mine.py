@@ -233,7 +233,7 @@ def test_paths_that_no_line_can_hold_are_skipped(folder, tmp_path):
     (tmp_path / "digits" / "0" / "a\nb.png").write_bytes(file.read_bytes())
     mined = mining.mine(EMBEDDER, tmp_path / "digits")
     assert mined.report["images"] == 8
-    assert "1 images are skipped: each has a path that holds a line" in str(
+    assert "1 image is skipped: each has a path that holds a line" in str(
         mined.report["notes"]
     )
 

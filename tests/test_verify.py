@@ -351,7 +351,7 @@ def test_given_pairs_in_their_folds(tmp_path):
     broken.write_bytes(b"\x89PNG none")
     less = verification.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
     assert less.report["verification"]["positives"] == 5
-    assert "1 pairs of skipped images are left out" in " ".join(less.report["notes"])
+    assert "1 pair of skipped images is left out" in " ".join(less.report["notes"])
     # The single outer folder of an archive changes nothing.
     (tmp_path / "archive").mkdir()
     folder.rename(tmp_path / "archive" / "lfw")
@@ -361,7 +361,7 @@ def test_given_pairs_in_their_folds(tmp_path):
     assert again.report["verification"] == less.report["verification"]
     (tmp_path / "archive" / "lfw").rename(folder)
     broken.unlink()
-    with pytest.raises(FileNotFoundError, match="1 images that do not exist in"):
+    with pytest.raises(FileNotFoundError, match="1 image that does not exist in"):
         verification.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
 
 

@@ -25,12 +25,13 @@ from jax import Array
 from PIL import Image
 
 from tripletjax.apps.embedders.onnx_files import METADATA
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data.digits import digits
 from tripletjax.learn.data.folder_listing import find_files
 from tripletjax.learn.data.image_files import open_image
 from tripletjax.learn.data.image_shape import View
 from tripletjax.learn.embedder import Embedder
-from tripletjax.learn.files import replaced, write_json
+from tripletjax.learn.files import replaced_together, write_json
 from tripletjax.learn.networks import backbones, heads
 from tripletjax.learn.networks.backbones.layers import whole_depthwise
 from tripletjax.learn.networks.embedding import as_floats
@@ -131,8 +132,8 @@ def export(
     images, compared_on = _comparison_images(embedder, check)
     spec = embedder.shape
     shape = spec.height, spec.width, spec.channels
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(out) as part:
+    with replaced_together() as part_beside:
+        part = part_beside(out)
         if weights:
             expected = np.asarray(_features(embedder).of_shape(images))
             _write_weights(embedder, part)
@@ -158,7 +159,7 @@ def export(
                 f"{difference:.2g} on {compared_on}; no file is written."
             )
         if preparation is not None:
-            write_json(preparation, dataclasses.asdict(spec))
+            write_json(part_beside(preparation), dataclasses.asdict(spec))
     size, dim = out.stat().st_size, expected.shape[1]
     return Exported(
         out, preparation, size, shape, dim, len(images), compared_on, difference, notes
@@ -372,11 +373,11 @@ def _comparison_images(
     if check is None and data == "digits":
         pixels = digits()[0][:COMPARED, ..., 0]
         images = [embedder.prepare(Image.fromarray(image)) for image in pixels]
-        return np.stack(images), f"{len(images)} digits"
+        return np.stack(images), counted(len(images), "digit")
     if folder.is_dir():
         images = [*_prepare_sample(embedder, find_files(folder).files)]
         if images:
-            return np.stack(images), f"{len(images)} images of {folder}"
+            return np.stack(images), f"{counted(len(images), 'image')} of {folder}"
     if check is not None:
         raise FileNotFoundError(f"check must have a readable image, got {check}.")
     spec, draw = embedder.shape, np.random.default_rng(0)

@@ -68,6 +68,13 @@ class Options:
         add_options(parser, cls, {})
 
     @classmethod
+    def names(cls) -> frozenset[str]:
+        """Names of the options that the command takes by name."""
+        return frozenset(
+            field.name for field, one in options_of(cls) if not one.positional
+        )
+
+    @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
         """The options of parsed values, by their names."""
         return cls(
@@ -183,8 +190,9 @@ def _row(
         row["default"] = field.default
     if hint is bool:
         return flag(field.name), row | {"action": "store_true"}
-    row["type"] = inner[0] if inner else hint
-    row["metavar"] = declared.metavar or METAVARS[row["type"]]
+    value_type = inner[0] if inner else hint
+    row["type"] = partial(_parse, value_type)
+    row["metavar"] = declared.metavar or METAVARS[value_type]
     if declared.positional:
         return field.name, row if required else row | {"nargs": "*"}
     if declared.choices is not None:
@@ -192,6 +200,17 @@ def _row(
     if isinstance(field.default, tuple):
         row["nargs"] = "+"
     return flag(field.name), row | {"required": required}
+
+
+def _parse(value_type: type, text: str) -> Any:
+    """The value of an option from its text."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    try:
+        return value_type(text)
+    except ValueError:
+        rule = "a whole number" if value_type is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,6 +292,11 @@ class Train(Options):
         add_options(parser, cls, groups)
 
     @classmethod
+    def names(cls) -> frozenset[str]:
+        of_config = (field.name for field, one in options_of(Config) if one.in_command)
+        return super().names() | {*of_config}
+
+    @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
         own = {field.name for field, _ in options_of(cls)}
         requested = {k: v for k, v in values.items() if k not in own}
@@ -340,7 +364,7 @@ class Search(EmbedderOptions):
         "largest distance of a hit, or of two duplicates (default: any distance, 0.1 "
         "for duplicates)",
         metavar="DISTANCE",
-        rule="at least 0",
+        rule="0 to 2, as distances of unit vectors",
     )
     classes: tuple[str, ...] = option(
         "folders of the index to search in, at any depth", default=(), metavar="FOLDER"
@@ -387,6 +411,7 @@ class Verify(EmbedderOptions):
         "false accept rate of the threshold (default: 0.01); with too few pairs to "
         "show it, no threshold is chosen",
         metavar="SHARE",
+        rule="above 0 and below 1",
     )
     classes_from: str | None = classes_from_option()
     out: Path | None = option(
@@ -436,12 +461,13 @@ class Identify(EmbedderOptions):
         "threshold by the largest share of unknown images that get a name of this "
         "gallery",
         metavar="SHARE",
+        rule="above 0 and below 1",
     )
     within: float | None = option(
         "largest distance at which a class gives its name (default: the threshold of "
         "tripletjax verify)",
         metavar="DISTANCE",
-        rule="at least 0",
+        rule="0 to 2, as distances of unit vectors",
     )
     closed: bool = option(
         "name every image after its nearest class, at any distance", default=False
@@ -485,7 +511,7 @@ class Cluster(EmbedderOptions):
         "largest distance of two groups that merge, the root mean square over their "
         "pairs (default: best BCubed F on the images of tripletjax verify)",
         metavar="DISTANCE",
-        rule="at least 0",
+        rule="0 to 2, as distances of unit vectors",
     )
     evaluate: bool = option(
         "compare the groups with the folders of the index as known classes",
@@ -539,12 +565,12 @@ class Mine(EmbedderOptions):
     margin: float | None = option(
         "least difference between the distances of the negative and of the positive "
         "(default: no limit)",
-        rule="finite",
+        rule="finite in float32",
     )
     relative_margin: float | None = option(
         "least difference between the distances of the negative and of the positive, "
         "as a share of the positive's distance (default: no limit)",
-        rule="finite",
+        rule="finite in float32",
     )
     farthest_positive: bool = option(
         "take the farthest positive of each anchor instead of the nearest",
@@ -558,7 +584,9 @@ class Mine(EmbedderOptions):
         default=False,
     )
     seed: int | None = option(
-        "seed of the draws (default: 0)", metavar="S", rule="at least 0"
+        "seed of the draws (default: 0)",
+        metavar="S",
+        rule="at least 0 and below 2**63",
     )
     out: Path = option(
         "file of triplets to write",

@@ -16,6 +16,7 @@ from tripletjax.apps.clustering.groups import Groups
 from tripletjax.apps.images import decode_path, thumbnail
 from tripletjax.apps.search.index import Index
 from tripletjax.learn import plots, reports
+from tripletjax.learn.counts import counted
 from tripletjax.learn.files import replaced
 
 REPORT = f"{reports.PREFIX}clustering"
@@ -57,8 +58,8 @@ def make_report(groups: Groups, origin: str) -> dict[str, Any]:
 def format_report(report: dict[str, Any]) -> Iterator[str]:
     """Format the report of groups as lines."""
     yield (
-        f"{report['images']:,} images in {report['groups']:,} groups at threshold "
-        f"{report['threshold']:.4f}; groups of several images: "
+        f"{counted(report['images'], 'image')} in {counted(report['groups'], 'group')} "
+        f"at threshold {report['threshold']:.4f}; groups of several images: "
         f"{report['groups_of_several']:,}, the largest of {report['largest']:,}; "
         f"single images: {report['single_images']:,}"
     )
@@ -69,8 +70,9 @@ def format_report(report: dict[str, Any]) -> Iterator[str]:
         yield f"- {note}"
     yield ""
     yield (
-        f"{metrics['images']:,} images of known classes: {metrics['groups']:,} groups, "
-        f"{metrics['classes']:,} classes, with "
+        f"{counted(metrics['images'], 'image')} of known classes: "
+        f"{counted(metrics['groups'], 'group')}, "
+        f"{counted(metrics['classes'], 'class')}, with "
         f"{100 * metrics['intervals']['confidence']:g} % intervals over classes"
     )
     for name in METRICS:
@@ -112,7 +114,7 @@ def draw(index: Index, groups: Groups, out: Path) -> None:
         images = [thumbnail(index.file_of(path)) for path in paths]
         captions = [(_caption(path), None) for path in paths[1:]]
         size = groups.sizes[number]
-        rows.append((f"group {number + 1}\n{size:,} images", images, captions))
+        rows.append((f"group {number + 1}\n{counted(size, 'image')}", images, captions))
     title = "largest groups, from the image nearest to the mean to the farthest"
     out.parent.mkdir(parents=True, exist_ok=True)
     plots.contact_sheet(rows, out, title=title)

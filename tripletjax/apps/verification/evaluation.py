@@ -18,6 +18,7 @@ from tripletjax.apps.verification.lfw import PairsFile, read_pairs
 from tripletjax.apps.verification.pair_distances import PairDistances
 from tripletjax.apps.verification.protocol import find_pairs, stem
 from tripletjax.learn import evaluation
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data.class_folders import without_number
 from tripletjax.learn.embedder import Embedder, ImageEmbedder
 
@@ -185,7 +186,13 @@ def _pairs_of(
     else:
         indices, same, fold, left_out = find_pairs(protocol, folder, images)
         if left_out:
-            notes.append(f"{left_out:,} pairs of skipped images are left out")
+            notes.append(
+                counted(
+                    left_out,
+                    "pair of skipped images is left out",
+                    "pairs of skipped images are left out",
+                )
+            )
         pairs = PairDistances.of_given(images.x, images.labels, indices, same)
         fold = np.concatenate([fold[same], fold[~same]])
     if not len(pairs.same) or not len(pairs.different):
@@ -200,8 +207,8 @@ def _pairs_of(
 def _notes_on_samples(pairs: PairDistances) -> list[str]:
     """Notes on pairs of which a random sample stands for all."""
     return [
-        f"intervals and pictures use {len(sample):,} random pairs of {which}, of "
-        f"{count:,}"
+        f"intervals and pictures use {counted(len(sample), 'random pair')} of {which}, "
+        f"of {count:,}"
         for which, sample, count in (
             ("the same class", pairs.same, pairs.all_same),
             ("different classes", pairs.different, pairs.all_different),
@@ -230,8 +237,12 @@ def _not_trained_on(
             "or train with --split classes, which holds some out."
         )
     return trained_on, [
-        f"{len(trained_on):,} classes of the folder are left out: the run was trained "
-        f"on them; {held_out:,} were held out"
+        counted(
+            len(trained_on),
+            "class of the folder is left out: the run was trained on it",
+            "classes of the folder are left out: the run was trained on them",
+        )
+        + f"; {held_out:,} were held out"
     ]
 
 

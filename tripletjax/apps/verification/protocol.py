@@ -9,6 +9,7 @@ import numpy as np
 
 from tripletjax.apps.verification.lfw import PairsFile
 from tripletjax.learn import evaluation
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data.sources import parse_source
 
 
@@ -58,8 +59,9 @@ def find_pairs(
     missing = sorted({p for both in pairs for p in both} - known)
     if missing:
         raise FileNotFoundError(
-            f"the file of pairs names {len(missing):,} images that do not exist in "
-            f"{folder}, such as {missing[0]}."
+            "the file of pairs names "
+            + counted(len(missing), "image that does", "images that do")
+            + f" not exist in {folder}, such as {missing[0]}."
         )
     whole = np.array([all(path in index_of for path in both) for both in pairs])
     numbers = [

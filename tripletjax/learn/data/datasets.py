@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from tripletjax.learn.choices import CLASSES_FROM, KINDS, SPLITS
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data.class_folders import find_classes
 from tripletjax.learn.data.digits import TRAIN, digits
 from tripletjax.learn.data.folder_listing import format_names, printable
@@ -237,8 +238,8 @@ def _dataset(
     classes = len(np.unique(train.labels))
     if classes < 2:
         raise ValueError(
-            f"{name} has {classes} class{'' if classes == 1 else 'es'} to train on; at "
-            "least 2 are needed."
+            f"{name} has {counted(classes, 'class')} to train on; at least 2 are "
+            "needed."
         )
     shape = images.images.shape[1:]
     key = digest_of(
@@ -341,8 +342,12 @@ def _drop_contradictions(source: _Source) -> _Source:
     if not rows:
         raise ValueError(f"every image is in several classes: {skipped[0]}.")
     note = (
-        f"{len(skipped):,} images that are in several classes are left out, and named "
-        "in config.json"
+        counted(
+            len(skipped),
+            "image that is in several classes is left out",
+            "images that are in several classes are left out",
+        )
+        + ", and named in config.json"
     )
     stored = dataclasses.replace(
         stored,

@@ -82,7 +82,7 @@ class LabelTask:
     ) -> tuple[Plan, list[str]]:
         plan, notes = defaults.plan_for_classes(config, self.dataset, start)
         if plan.steps:
-            notes = [*notes, *note_of(self.validation_classes, self.unit)]
+            notes = [*notes, *note_of(self.validation_classes, "class")]
         return plan, notes
 
     @property
@@ -357,7 +357,7 @@ class TripletTask:
     ) -> tuple[Plan, list[str]]:
         plan, notes = defaults.plan_for_triplets(config, self.dataset, start)
         if plan.steps:
-            notes = [*notes, *note_of(self.validation_classes, self.unit)]
+            notes = [*notes, *note_of(self.validation_classes, "anchor")]
         return plan, notes
 
     @property
