@@ -14,13 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tripletjax.apps import (
-    clustering,
-    identification,
-    mining,
-    search,
-    verification,
-)
+from tripletjax.apps import clustering, identification, mining, search, verification
 from tripletjax.apps.clustering import report as clustering_report
 from tripletjax.apps.embedders import embedder_of, vectors_of
 from tripletjax.apps.identification import report as identification_report

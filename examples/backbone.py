@@ -1,8 +1,8 @@
 """A Flax NNX network of another library, trained by the loop of this library.
 
-Any `nnx.Module` from images to features will do: of a package such as jimm or bonsai,
-or your own. Here it is a small stand-in that gets its weights from a safetensors file,
-by rules, as a pretrained one would.
+Replace `TheirNetwork` by any `nnx.Module` from images to features: of a package such as
+jimm or bonsai, or your own. Here it is a small network that reads its weights from a
+safetensors file, by rules, as a pretrained network would.
 
     python examples/backbone.py
 """
@@ -45,12 +45,10 @@ class Embedder(nnx.Module):
         return tj.normalize(x)
 
 
-def a_file_of_weights() -> Path:
+def write_weights() -> Path:
     """Stands for the file that you have, in PyTorch's names and layout."""
-    file, draw = (
-        Path(tempfile.mkdtemp()) / "theirs.safetensors",
-        np.random.default_rng(7),
-    )
+    file = Path(tempfile.mkdtemp()) / "theirs.safetensors"
+    draw = np.random.default_rng(7)
     arrays = {
         "conv.weight": draw.normal(0, 0.3, (32, 1, 3, 3)),
         "conv.bias": np.zeros(32),
@@ -69,7 +67,7 @@ def main() -> None:
     network = TheirNetwork(nnx.Rngs(0))
     loaded = learn.load_weights(
         network,
-        a_file_of_weights(),
+        write_weights(),
         {
             r"conv\.weight": "conv.kernel",
             r"conv\.bias": "conv.bias",
@@ -79,7 +77,9 @@ def main() -> None:
             r"norm\.num_batches_tracked|classifier\.weight": None,
         },
     )
-    print(f"{loaded.parameters:,} parameters; not needed: {', '.join(loaded.unused)}")
+    print(
+        f"{loaded.parameters:,} parameters; unused arrays: {', '.join(loaded.unused)}"
+    )
 
     images, labels = digits()
     model = Embedder(network, 32, rngs=nnx.Rngs(0))
@@ -88,7 +88,7 @@ def main() -> None:
         print({name: round(value, 3) for name, value in line.items()})
     x = learn.embed_images(model, images[898:])
     recall = tj.retrieval.recall_at_k(x, labels[898:], ks=(1,))
-    print(f"recall@1 of images never seen: {float(recall[1]):.3f}")
+    print(f"recall@1 of images of other writers: {float(recall[1]):.3f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The losses inside jit, vmap and scan: training several networks at once.
 
-One Flax network per margin is trained, all in one compiled program: `scan` over the
-steps of a functional training loop, `vmap` over the margins.
+One compiled program trains a Flax network for each margin: `scan` goes over the steps
+of a functional training loop, and `vmap` over the margins.
 """
 
 import jax

@@ -1,8 +1,8 @@
 """Deep Ranking on handwritten digits: images in the order of their relevance.
 
-Images of one digit are relevant to each other, and more so the more alike they are
-written: the network learns both from triplets that are sampled by relevance. After Wang
-et al. Learning Fine-Grained Image Similarity with Deep Ranking. 2014.
+Images of one digit are relevant to each other, and the more alike they are, the more
+relevant. The network learns this order from triplets that are sampled by relevance, as
+in Wang et al. Learning Fine-Grained Image Similarity with Deep Ranking. 2014.
 """
 
 import jax
@@ -30,7 +30,7 @@ train, test = slice(0, half), slice(half, None)
 
 
 def relevance_of(images: jax.Array, labels: jax.Array) -> jax.Array:
-    """From 0 for another digit to 1 for a copy: any numbers of yours will do."""
+    """From 0 for another digit to 1 for a copy; replace it by numbers of your own."""
     apart = tj.squared_euclidean(images.reshape(len(images), -1))
     alike = jnp.exp(-apart / (WIDTH * 64))
     return jnp.where(labels[:, None] == labels, alike, 0)
@@ -49,7 +49,7 @@ draw = jax.jit(
     )
 )
 model = MultiScaleCNN(64, channels=(16, 32), shallow=8, in_channels=1, rngs=nnx.Rngs(0))
-# The regularised hinge: weights are held small.
+# Weight decay is the regularisation of the paper.
 schedule = optax.cosine_decay_schedule(2e-3, STEPS)
 optimizer = nnx.Optimizer(
     model, optax.adamw(schedule, weight_decay=DECAY), wrt=nnx.Param
@@ -59,7 +59,7 @@ optimizer = nnx.Optimizer(
 @nnx.jit
 def step(model: MultiScaleCNN, optimizer: nnx.Optimizer, triplets: tj.Triplets):
     def loss_of(model):
-        # All in one: the network is compiled once, not three times.
+        # One call for all three: the network is compiled once.
         x = model(images[train][jnp.concatenate(triplets[:3])])
         a, p, n = jnp.split(x, 3)
         return tj.triplet_margin_loss(
@@ -72,9 +72,9 @@ def step(model: MultiScaleCNN, optimizer: nnx.Optimizer, triplets: tj.Triplets):
 
 
 def measure(x: jax.Array) -> str:
-    """How test images are ordered, by 20,000 triplets of other people's writing."""
+    """The share of 20,000 triplets of other writers whose order is right."""
     of_test = relevance_of(images[test], labels[test])
-    told = []
+    parts = []
     for name, out in (("digits", 1.0), ("writing", 0.0)):
         triplets = tj.relevance_triplets(
             *(jax.random.key(1), of_test, labels[test]),
@@ -84,15 +84,15 @@ def measure(x: jax.Array) -> str:
             out_of_category=out,
         )
         three = jnp.stack(triplets[:3], axis=1)
-        # Where nothing is an order within a digit, the negative is of another.
+        # If one set of negatives is empty, the negative comes from the other set.
         other = labels[test][triplets.negative] != labels[test][triplets.anchor]
         valid = triplets.valid & (other == (out > 0))
         order = tj.retrieval.similarity_precision(x, three, where=valid)
-        found = tj.retrieval.score_at_top_k(x, three[:2000], k=30, where=valid[:2000])
-        told.append(
-            f"{name} {order:.1%} in order, score@30 {found.score:.0f} of {found.count}"
+        score = tj.retrieval.score_at_top_k(x, three[:2000], k=30, where=valid[:2000])
+        parts.append(
+            f"{name} {order:.1%} in order, score@30 {score.score:.0f} of {score.count}"
         )
-    return "; ".join(told)
+    return "; ".join(parts)
 
 
 def embed(model: MultiScaleCNN) -> jax.Array:

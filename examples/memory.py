@@ -1,12 +1,13 @@
-"""Small batches compared with embeddings of earlier ones: when a memory helps.
+"""Cross-batch memory: small batches compared with embeddings of earlier batches.
 
-A batch of six images has few negatives. A memory has more, embedded by the network as
-it was, or by a copy that follows it slowly, as in MoCo. This script trains the same
-network with and without, on the digits of `examples/train.py`:
+A batch of six images has few negatives. A memory adds the embeddings of earlier
+batches, from the network at that time, or from a copy that follows the network slowly,
+as in MoCo. This script trains the same network without a memory and with each of the
+two, on the digits of `examples/train.py`:
 
     python examples/memory.py                   # semi-hard: the memory helps
-    python examples/memory.py --classes 10      # larger batches: less so
-    python examples/memory.py --mining hard     # the hardest of so many: it does harm
+    python examples/memory.py --classes 10      # larger batches: the gain is smaller
+    python examples/memory.py --loss hard       # batch-hard: the memory does harm
 """
 
 import argparse
@@ -54,18 +55,18 @@ LOSSES = {
 }
 
 
-# Given away, the memory is written in place.
+# A donated memory is written in place.
 @functools.partial(
-    jax.jit, static_argnames=("graph", "decay", "mining"), donate_argnames="memory"
+    jax.jit, static_argnames=("graph", "decay", "batch_loss"), donate_argnames="memory"
 )
-def train_step(params, slow, optimizer, memory, x, y, *, graph, decay, mining):
+def train_step(params, slow, optimizer, memory, x, y, *, graph, decay, batch_loss):
     def loss_of(params):
         embeddings = nnx.merge(graph, params)(x)
         pairs = {}
         if memory is not None:
-            # The batch itself and what is kept; nobody is its own positive.
+            # The batch and the memory; no anchor is its own positive.
             pairs = tj.memory.references(memory, embeddings, y)
-        return LOSSES[mining](embeddings, y, margin=0.2, **pairs)
+        return batch_loss(embeddings, y, margin=0.2, **pairs)
 
     loss, gradients = jax.value_and_grad(loss_of)(params)
     updates, optimizer = tx.update(gradients, optimizer, params)
@@ -77,10 +78,10 @@ def train_step(params, slow, optimizer, memory, x, y, *, graph, decay, mining):
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--mining", choices=LOSSES, default="semi-hard")
-parser.add_argument("--classes", type=int, default=3, help="with two images each")
+parser.add_argument("--loss", choices=LOSSES, default="semi-hard")
+parser.add_argument("--classes", type=int, default=3, help="classes of a batch")
 parser.add_argument("--steps", type=int, default=400)
-parser.add_argument("--size", type=int, default=400, help="of the memory")
+parser.add_argument("--size", type=int, default=400, help="embeddings in the memory")
 parser.add_argument("--seeds", type=int, default=3)
 options = parser.parse_args()
 
@@ -89,7 +90,7 @@ for name, size, decay in (
     ("of the network", options.size, 0.0),
     ("of a slow copy", options.size, 0.99),
 ):
-    found = []
+    scores = []
     for seed in range(options.seeds):
         graph, params = nnx.split(Network(nnx.Rngs(seed)))
         slow, optimizer = params, tx.init(params)
@@ -99,8 +100,8 @@ for name, size, decay in (
                 *(params, slow, optimizer, memory, images[rows], labels[rows]),
                 graph=graph,
                 decay=decay,
-                mining=options.mining,
+                batch_loss=LOSSES[options.loss],
             )
         x = nnx.merge(graph, params)(jnp.asarray(images[half:]))
-        found.append(100 * tj.retrieval.evaluate(x, labels[half:]).map_at_r)
-    print(f"{name:<16}MAP@R {np.mean(found):.1f} +- {np.std(found):.1f} %")
+        scores.append(100 * tj.retrieval.evaluate(x, labels[half:]).map_at_r)
+    print(f"{name:<16}MAP@R {np.mean(scores):.1f} +- {np.std(scores):.1f} %")

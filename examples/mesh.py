@@ -3,14 +3,14 @@
     python examples/mesh.py
     JAX_NUM_CPU_DEVICES=8 python examples/mesh.py     # eight simulated devices
 
-On two machines, or here twice, a number for each process:
+In two processes, on two machines or on one, give each process its number:
 
     python examples/mesh.py --coordinator 127.0.0.1:1234 --processes 2 --process 0 &
     python examples/mesh.py --coordinator 127.0.0.1:1234 --processes 2 --process 1
 
-On a cluster that JAX knows (Slurm, MPI, Kubernetes, TPU pods) `--cluster` is enough.
-Every process reads and embeds its part of the batch; the loss is of all of it, and the
-numbers are those of one device.
+If Slurm, Open MPI, Kubernetes or a TPU pod starts the processes, `--cluster` is enough.
+Every process reads and embeds its part of the batch. The loss is that of the whole
+batch, and the numbers are those of one device.
 """
 
 import argparse
@@ -44,7 +44,7 @@ parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--coordinator", help="address and port of process 0")
 parser.add_argument("--processes", type=int, default=1)
 parser.add_argument("--process", type=int, default=0)
-parser.add_argument("--cluster", action="store_true", help="JAX finds out by itself")
+parser.add_argument("--cluster", action="store_true", help="JAX finds the others")
 options = parser.parse_args()
 if options.cluster:
     jax.distributed.initialize()
@@ -91,7 +91,7 @@ with jax.set_mesh(mesh):
         if (step + 1) % 50 == 0 and jax.process_index() == 0:
             print(f"step {step + 1}: loss {loss:.4f}", flush=True)
 
-# What each process has of the parameters is all of them.
+# Every process has all parameters.
 params = jax.tree.map(lambda x: x.addressable_data(0), params)
 if jax.process_index() == 0:
     x = nnx.merge(graph, params)(jnp.asarray(data.test.images))

@@ -8,15 +8,15 @@ import tripletjax as tj
 embeddings = tj.normalize(jax.random.normal(jax.random.key(0), (32, 16)))
 labels = jnp.arange(32) % 8
 
-# Distances, then a loss. Any metric, any loss over them.
+# A loss takes the distances of any metric.
 distances = tj.euclidean(embeddings)
 for loss in (tj.batch_all_loss, tj.batch_hard_loss, tj.batch_semi_hard_loss):
     print(f"{loss.__name__:<22}{loss(distances, labels, margin=0.2):.4f}")
 
-# Which triplets? Mining gives indices, and the loss of any of them.
+# Mining returns indices of triplets, and `triplet_loss` is their loss.
 triplets = tj.batch_hard_triplets(distances, labels)
 print("anchor 0: positive", triplets.positive[0], "negative", triplets.negative[0])
-print(f"their loss            {tj.triplet_loss(distances, triplets, margin=0.2):.4f}")
+print(f"loss of the triplets  {tj.triplet_loss(distances, triplets, margin=0.2):.4f}")
 
 
 # Gradients go through to the embeddings; a few steps of descent lower the loss.

@@ -1,7 +1,7 @@
-"""Trains vectors of sentences, from the docstrings of Python's standard library.
+"""Train embeddings of sentences, from the docstrings of Python's standard library.
 
-Sentences of one module are of one class. The network gets a dict of tokens and a mask,
-so that the same script serves other inputs than text.
+The sentences of a module are a class. The network takes a dict of tokens and a mask:
+`learn.fit` trains any model on any inputs.
 """
 
 import ast
@@ -46,7 +46,7 @@ def words_of(sentence: str) -> list[str]:
 
 
 def read_modules() -> dict[str, list[str]]:
-    """Different sentences of each module; a sentence of several is of none."""
+    """Different sentences of each module, without sentences of several modules."""
     root = Path(sysconfig.get_path("stdlib"))
     modules = {}
     for name in sorted(sys.stdlib_module_names):
@@ -75,7 +75,7 @@ def encode(sentences: list[str]) -> dict[str, np.ndarray]:
 
 
 class SentenceNetwork(nnx.Module):
-    """The weighted mean of the vectors of words; the weights are learnt, too."""
+    """The weighted mean of the vectors of words, with learned weights."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.words = nnx.Embed(BUCKETS, DIM, rngs=rngs)
@@ -103,7 +103,7 @@ class Batches:
 
 
 def drop_words(key: jax.Array, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Leave out a fifth of the words, but the first: else they are learnt by heart."""
+    """Leave out a fifth of the words, but not the first, against memorizing."""
     kept = jax.random.bernoulli(key, 0.8, inputs["mask"].shape).at[:, 0].set(True)
     return inputs | {"mask": inputs["mask"] & kept}
 

@@ -1,6 +1,7 @@
-"""Trains an embedding of handwritten digits with a triplet loss: copy and change it.
+"""Train an embedding of handwritten digits with a triplet loss: a script to copy.
 
-`tripletjax train` does more: your folders, augmentation, checkpoints, pictures.
+`tripletjax train` also reads your folders, augments images, saves checkpoints and draws
+pictures.
 """
 
 import jax
@@ -25,7 +26,7 @@ test_images, test_labels = jnp.asarray(images[half:]), labels[half:]
 
 
 class CNN(nnx.Module):
-    """From images to unit vectors: the margin is then on a fixed scale."""
+    """From images to unit vectors, so that the margin has a fixed scale."""
 
     def __init__(self, dim: int, rngs: nnx.Rngs):
         self.first = nnx.Conv(1, 32, (3, 3), rngs=rngs)
@@ -52,7 +53,7 @@ def batches(labels: np.ndarray, seed: int = 0):
 
 
 def shifted(key: jax.Array, x: jax.Array) -> jax.Array:
-    """Each image moved by up to a pixel: without such changes it is learnt by heart."""
+    """Move each image by up to a pixel, against memorizing."""
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     crop = lambda x, start: jax.lax.dynamic_slice(x, (*start, 0), (8, 8, 1))  # noqa: E731
     return jax.vmap(crop)(padded, jax.random.randint(key, (len(x), 2), 0, 3))
@@ -63,7 +64,7 @@ def loss_fn(model: CNN, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Arra
     terms = tj.blockwise.batch_semi_hard_loss(
         model(x), y, margin=MARGIN, reduce_fn=None
     )
-    # What share of the triplets still teaches something: watch it fall.
+    # The share of triplets with a loss above 0, which falls during training.
     active = terms.active.sum() / terms.valid.sum()
     return tj.mean_valid(terms), active
 

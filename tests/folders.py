@@ -44,6 +44,12 @@ def write_digits(folder, *, per_class, classes=10, swapped=()):
     return wrong
 
 
+def assert_drawn(file):
+    """A picture of more than one colour."""
+    with Image.open(file) as picture:
+        assert np.ptp(np.asarray(picture)) > 0
+
+
 class PreparedDigits(tfds.core.GeneratorBasedBuilder):
     """The digits as a dataset of the catalogue, in two splits."""
 

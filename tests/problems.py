@@ -40,10 +40,7 @@ def unless_slow(values, quick, *, slow=None):
     With a list of `slow` ones, the rest is left to the full lane.
     """
     return [
-        pytest.param(
-            value,
-            marks=_marks(value in quick, slow is None or value in slow),
-        )
+        pytest.param(value, marks=_marks(value in quick, slow is None or value in slow))
         for value in values
     ]
 
@@ -143,10 +140,7 @@ def easy_semi_hard_of(d, positive, negative):
 
 LOSSES |= {
     "mined: batch hard": (mined(tj.batch_hard_triplets), *LOSSES["batch hard"][1:]),
-    "mined: semi-hard": (
-        mined(tj.batch_semi_hard_triplets),
-        *LOSSES["semi-hard"][1:],
-    ),
+    "mined: semi-hard": (mined(tj.batch_semi_hard_triplets), *LOSSES["semi-hard"][1:]),
     "mined: all": (mined(every), oracles.batch_all_triplets_of, oracles.mean_valid),
     "mined: easy positive, semi-hard negative": (
         mined(tj.batch_easy_hard_triplets),

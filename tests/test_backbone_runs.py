@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from folders import shapes
-from problems import unless_full
+from problems import unless_full, unless_slow
 from programs import compilations
 from safetensors.numpy import load_file, save_file
 
@@ -62,10 +62,7 @@ def configured(folder, backbone, training, **options):
     if training != "frozen":
         del options["views"]
     return learn.Config(
-        data=str(folder),
-        backbone=str(backbone),
-        backbone_training=training,
-        **options,
+        data=str(folder), backbone=str(backbone), backbone_training=training, **options
     )
 
 
@@ -91,22 +88,8 @@ def run_of(own_data_dir, folder, resnet, tmp_path_factory):
     return run_of
 
 
-def in_each_group(trainings, kept):
-    """Values of `training`, each in the group of tests that need the same run."""
-    return [
-        pytest.param(
-            training,
-            marks=[
-                pytest.mark.xdist_group(f"{training} backbone"),
-                pytest.mark.slow if training in kept else pytest.mark.full,
-            ],
-        )
-        for training in trainings
-    ]
-
-
 @pytest.mark.parametrize(
-    "training", in_each_group(["frozen", "top", "all"], ["frozen", "top"])
+    "training", unless_slow(["frozen", "top", "all"], [], slow=["frozen", "top"])
 )
 def test_what_a_run_trains_and_keeps(run_of, resnet, training):
     out = run_of(training)
@@ -132,12 +115,7 @@ def test_what_a_run_trains_and_keeps(run_of, resnet, training):
     assert changed == CHANGED[training]
     evaluations = json.loads((out / "summary.json").read_text())["evaluations"]
     closed_form = ["closed form"] if training == "frozen" else []
-    assert list(evaluations) == [
-        "raw pixels",
-        "pretrained",
-        *closed_form,
-        "trained",
-    ]
+    assert list(evaluations) == ["raw pixels", "pretrained", *closed_form, "trained"]
 
 
 def test_a_run_keeps_the_network_of_a_wrapped_file(tmp_path, resnet):
@@ -184,7 +162,9 @@ def stopped_at_first_checkpoint():
             yield
 
 
-@pytest.mark.parametrize("training", in_each_group(["frozen", "top", "all"], ["top"]))
+@pytest.mark.parametrize(
+    "training", unless_slow(["frozen", "top", "all"], [], slow=["top"])
+)
 def test_resumed_is_bit_identical(run_of, folder, resnet, training, tmp_path):
     config = configured(folder, resnet, training)
     out = tmp_path / "run"
@@ -244,7 +224,9 @@ def assert_each_compiled_once(lines):
     assert len(evaluated) == len({*evaluated})
 
 
-@pytest.mark.parametrize("training", in_each_group(["frozen", "top"], ["frozen"]))
+@pytest.mark.parametrize(
+    "training", unless_slow(["frozen", "top"], [], slow=["frozen"])
+)
 def test_such_runs_serve_as_any(run_of, folder, training, tmp_path, capsys):
     run, unseen = str(run_of(training)), shapes(tmp_path / "unseen", kinds=4, each=6)
     files = sorted(str(file) for file in folder.rglob("*.png"))[:2]
@@ -307,7 +289,6 @@ def test_a_run_of_few_classes_keeps_the_closed_form(
     assert (summary["steps"], summary["kept_step"]) == (3, 3)
 
 
-@pytest.mark.xdist_group("frozen backbone")
 @pytest.mark.slow
 def test_a_head_on_kept_features_is_the_whole_network(run_of):
     """Training measures what the run then does."""
@@ -322,7 +303,6 @@ def test_a_head_on_kept_features_is_the_whole_network(run_of):
     assert metrics == pytest.approx(again, abs=1e-3)
 
 
-@pytest.mark.xdist_group("frozen backbone")
 @pytest.mark.slow
 def test_features_are_made_once(folder, resnet, run_of, tmp_path, monkeypatch):
     run_of("frozen")
@@ -361,7 +341,7 @@ def test_the_mirror_image_is_a_view_that_is_told(
     learn.run(config, tmp_path / "run", progress=False)
     made = RunRecord.read(tmp_path / "run")
     assert made.plan.backbone.views == 2
-    assert "on its features, 2 of each image" in "\n".join(made.notes)
+    assert "on its features, of 2 views of each image" in "\n".join(made.notes)
 
 
 @pytest.mark.slow
@@ -389,7 +369,7 @@ def _saved_network(tmp_path):
     return backbones.load(file)
 
 
-@pytest.mark.parametrize("training", in_each_group(["top", "all"], ["top"]))
+@pytest.mark.parametrize("training", unless_slow(["top", "all"], [], slow=["top"]))
 def test_a_trained_backbone_is_written_for_another_run(
     run_of, resnet, training, tmp_path
 ):
@@ -406,7 +386,6 @@ def test_a_trained_backbone_is_written_for_another_run(
     assert changed == CHANGED[training]
 
 
-@pytest.mark.xdist_group("frozen backbone")
 @pytest.mark.slow
 def test_a_backbone_that_was_not_trained_is_not_written(run_of, tmp_path):
     with pytest.raises(
@@ -483,39 +462,38 @@ def test_given_triplets_on_kept_features(own_data_dir, folder, resnet, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--backbone", "none.safetensors"], "none.safetensors"),
-        (["--backbone", "pickle.pth"], "file of PyTorch"),
+        ("--backbone none.safetensors", "none.safetensors"),
+        ("--backbone pickle.pth", "file of PyTorch"),
         (
-            ["--backbone", "FILE", "--model", "cnn"],
+            "--backbone FILE --model cnn",
             "--model cannot be combined with --backbone, got 'cnn'",
         ),
         (
-            ["--backbone-training", "top"],
+            "--backbone-training top",
             "--backbone-training requires --backbone, got 'top'",
         ),
-        (["--hidden", "8"], "--hidden requires --backbone, got 8"),
+        ("--hidden 8", "--hidden requires --backbone, got 8"),
         (
-            ["--model", "resnet18", "--views", "2"],
+            "--model resnet18 --views 2",
             "--views cannot be combined with --model resnet18, got 2",
         ),
-        (["--backbone", "FILE", "--size", "4"], "size must be at least 8"),
-        (["--backbone", "FILE", "--views", "0"], "--views must be at least 1, got 0"),
-        (["--backbone", "FILE", "--rotation-classes", "4"], "cannot be turned"),
-        (["--backbone", "FILE", "--backbone-training", "some"], "invalid choice"),
-        (["--steps", "0"], "--steps must be at least 1 without --backbone, got 0"),
+        ("--backbone FILE --size 4", "size must be at least 8"),
+        ("--backbone FILE --views 0", "--views must be at least 1, got 0"),
+        ("--backbone FILE --rotation-classes 4", "cannot be turned"),
+        ("--backbone FILE --backbone-training some", "invalid choice"),
         (
-            ["--backbone", "FILE", "--steps", "0", "--hidden", "8"],
+            "--backbone FILE --steps 0 --hidden 8",
             "--steps must be at least 1 with --hidden, got 0",
         ),
         (
-            ["--backbone", "FILE", "--steps", "0", "--backbone-training", "top"],
+            "--backbone FILE --steps 0 --backbone-training top",
             "steps must be at least 1 with a trained backbone, got 0",
         ),
     ],
 )
 def test_bad_arguments(arguments, words, own_data_dir, resnet, tmp_path, capsys):
     (tmp_path / "pickle.pth").write_bytes(b"PK\x03\x04")
-    arguments = [str(resnet) if x == "FILE" else x for x in arguments]
+    arguments = [str(resnet) if x == "FILE" else x for x in arguments.split()]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         try:
@@ -528,7 +506,6 @@ def test_bad_arguments(arguments, words, own_data_dir, resnet, tmp_path, capsys)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.xdist_group("frozen backbone")
 @pytest.mark.slow
 def test_another_file_than_the_run_began_with(run_of, folder, tmp_path):
     other = tmp_path / "other.safetensors"
@@ -539,7 +516,6 @@ def test_another_file_than_the_run_began_with(run_of, folder, tmp_path):
         learn.run(config, tmp_path / "run", resume=True, progress=False)
 
 
-@pytest.mark.xdist_group("frozen backbone")
 @pytest.mark.slow
 def test_a_damaged_copy_of_the_weights(run_of, tmp_path):
     shutil.copytree(run_of("frozen"), tmp_path / "run")

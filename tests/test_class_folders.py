@@ -1,6 +1,7 @@
 """Which class a file is of, by the folders that it lies in or by its name."""
 
 import pytest
+from PIL import Image
 from test_folder_listing import make_tree
 
 from tripletjax.learn.data.class_folders import find_classes, without_number
@@ -88,3 +89,10 @@ def test_names_with_backslashes_are_explained(tmp_path):
             ValueError, match=r"backslashes, such as photos\\ann.*Windows"
         ):
             find_classes(folder, name_of_file=name_of_file)
+
+
+def test_an_error_names_hidden_folders(tmp_path):
+    (tmp_path / ".kind").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / ".kind" / "0.png")
+    with pytest.raises(ValueError, match=r"has no images in folders; .*hidden.*\.kind"):
+        find_classes(tmp_path)

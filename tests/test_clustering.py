@@ -7,7 +7,7 @@ import os
 import numpy as np
 import oracles
 import pytest
-from folders import shapes
+from folders import assert_drawn, shapes
 from PIL import Image
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import pdist
@@ -18,9 +18,6 @@ from tripletjax.apps import clustering, search, verification
 from tripletjax.apps.clustering import evaluation
 from tripletjax.apps.clustering import report as clustering_report
 from tripletjax.apps.clustering.groups import make_groups
-
-# Fixtures of the module are made once, by one worker.
-pytestmark = pytest.mark.xdist_group("clustering")
 
 
 def vectors(n, d, seed=0):
@@ -211,8 +208,7 @@ def test_a_table_and_a_sheet_of_groups(index, groups, tmp_path):
         assert int(row["group"]) == number + 1
         assert int(row["size"]) == groups.sizes[number]
     clustering_report.draw(index, groups, sheet)
-    with Image.open(sheet) as picture:
-        assert np.ptp(np.asarray(picture)) > 0
+    assert_drawn(sheet)
 
 
 @pytest.mark.parametrize("link", [False, True])

@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 from flax import nnx
+from plans import class_batches, make_plan
 
 from tripletjax.learn.data import datasets, triplet_files
-from tripletjax.learn.data.augment import Augment
 from tripletjax.learn.data.image_array import ArrayImages, KeptFeatures
-from tripletjax.learn.data.image_shape import WHOLE
 from tripletjax.learn.networks import heads, whitening
 from tripletjax.learn.runs import comparisons
-from tripletjax.learn.runs.plan import BackbonePlan, ClassBatchPlan, Plan
+from tripletjax.learn.runs.plan import BackbonePlan
 from tripletjax.learn.runs.tasks import LabelTask, TripletTask
 
 CLASSES, EACH, FEATURES = 20, 6, 8
@@ -31,50 +30,18 @@ def task_of(features, labels):
 
 
 def plan_of(**options):
-    plan = {
-        "batches": ClassBatchPlan(
-            loss="all",
-            temperature=None,
-            scale=None,
-            learn_loss=False,
-            batch_all_fraction=0.5,
-            classes=16,
-            per_class=4,
-            class_sampling="uniform",
-            relevance="classes",
-            rotation_classes=1,
-        ),
-        "box": WHOLE,
-        "size": 1,
-        "model": "backbone",
-        "backbone": BackbonePlan(
-            family="resnet",
-            options={},
-            training="frozen",
-            hidden=0,
-            views=1,
-            digest="digest",
-            multiple=1,
-        ),
-        "head": "mean",
-        "channels": (8,),
-        "stride": 1,
-        "dim": FEATURES,
-        "mirror": False,
-        "bfloat16": False,
-        "augment": Augment(),
-        "margin": 0.2,
-        "steps": 60,
-        "seed": 0,
-        "learning_rate": 0.05,
-        "weight_decay": 0.0,
-        "ema_decay": 0.9,
-        "embed_chunk_size": 64,
-        "log_every": 100,
-        "validate_every": 100,
-        "checkpoint_every": 100,
-    }
-    return Plan(**plan | options)
+    backbone = BackbonePlan(
+        family="resnet",
+        options={},
+        training="frozen",
+        hidden=0,
+        views=1,
+        digest="digest",
+        multiple=1,
+    )
+    batches = class_batches(classes=16, per_class=4)
+    features = {"model": "backbone", "backbone": backbone, "dim": FEATURES}
+    return make_plan(batches=batches, size=1, **features | options)
 
 
 def noisy_features():
@@ -153,12 +120,7 @@ def test_folds_of_triplets_have_no_anchor_of_validation():
     features = draw.normal(size=(40, FEATURES))
     task = TripletTask(
         triplet_files.TripletDataset(
-            "file",
-            kept(features),
-            triplets,
-            triplets[:0],
-            triplets[:0],
-            "key",
+            "file", kept(features), triplets, triplets[:0], triplets[:0], "key"
         )
     )
     rows, labels = task.labelled_rows

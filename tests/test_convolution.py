@@ -17,11 +17,7 @@ SAME = "SAME"
 
 def by_xla(x, kernel, stride=1, padding=SAME):
     return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 

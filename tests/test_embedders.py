@@ -130,7 +130,7 @@ def test_keys_name_function_dimension_version_and_size(user_module):
             "colours:embed",
             r"raised SystemExit \(colours.py, line 2\)",
         ),
-        ("embed = lambda images: 3", "colours:embed", r"vectors \[1, d\] for 1 images"),
+        ("embed = lambda images: 3", "colours:embed", r"vectors \[1, d\] for 1 image,"),
         ("embed = lambda images: [[1], [2]]", "colours:embed", r"got shape \(2, 1\)"),
         ("embed = lambda images: [[]]", "colours:embed", r"got shape \(1, 0\)"),
         ("embed = lambda images: [['a']]", "colours:embed", "numbers, got dtype <U1"),
@@ -310,7 +310,7 @@ def test_missing_and_broken_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is no ONNX file that ONNX Runtime reads"):
         open_embedder(str(broken))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match=r'pip install "tripletjax\[train,export\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[train,export\]"'):
         open_embedder(str(tmp_path / "model.onnx"))
 
 
@@ -424,22 +424,19 @@ def test_serve_takes_a_file(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "give --run RUN, or --embedder with another embedder."),
-        (
-            ["--run", "a", "--embedder", "b:c"],
-            "--embedder cannot be combined with --run",
-        ),
-        (["--run", "a", "--embedder-dir", "b"], "--embedder-dir requires --embedder."),
-        (["--run", "a", "--embedder-std", "1"], "--embedder-std requires --embedder."),
-        (["--embedder", "b:c", "--embedder-size", "0"], "must be at least 1, got 0"),
-        (["--embedder", "json:dumps", "--embedder-mean", "1"], "mean and std require"),
-        (["--embedder", "nowhere:embed"], "module nowhere does not exist"),
+        ("", "give --run RUN, or --embedder with another embedder."),
+        ("--run a --embedder b:c", "--embedder cannot be combined with --run"),
+        ("--run a --embedder-dir b", "--embedder-dir requires --embedder."),
+        ("--run a --embedder-std 1", "--embedder-std requires --embedder."),
+        ("--embedder b:c --embedder-size 0", "must be at least 1, got 0"),
+        ("--embedder json:dumps --embedder-mean 1", "mean and std require"),
+        ("--embedder nowhere:embed", "module nowhere does not exist"),
     ],
 )
 def test_wrong_use_is_one_line(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    assert cli.main(["search", *arguments, "--index", str(tmp_path)]) == 2
+    assert cli.main(["search", *arguments.split(), "--index", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1

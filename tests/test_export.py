@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from folders import shapes
 from PIL import Image
+from plans import make_plan
 from problems import in_lanes
 
 from tripletjax import cli
@@ -24,7 +25,6 @@ from tripletjax.learn.embedder import Embedder
 from tripletjax.learn.networks.embedding_networks import MODELS
 from tripletjax.learn.runs.config import Config
 from tripletjax.learn.runs.model import build_model
-from tripletjax.learn.runs.plan import ClassBatchPlan, Plan
 from tripletjax.learn.runs.record import ImageRecord, RunRecord
 
 ROOT = Path(__file__).parent.parent
@@ -33,36 +33,8 @@ SHAPE = (20, 24, 1)
 
 def untrained(name, shape=SHAPE, **options):
     """An embedder of a run that has not been trained."""
-    fields = {field.name: None for field in dataclasses.fields(Plan)}
-    plan = Plan(
-        **fields
-        | {
-            "batches": ClassBatchPlan(
-                classes=2,
-                per_class=2,
-                loss="all",
-                class_sampling="uniform",
-                relevance="classes",
-                rotation_classes=1,
-                rounds=0,
-                batch_all_fraction=0.0,
-                temperature=None,
-                scale=None,
-                learn_loss=False,
-            ),
-            "model": name,
-            "dim": 16,
-            "channels": (8, 16),
-            "stride": 1,
-            "head": "grid",
-            "mirror": True,
-            "seed": 0,
-            "box": (0.1, 0.2, 0.85, 0.9),
-            "size": 16,
-            "bfloat16": False,
-        }
-        | options
-    )
+    seen = {"box": (0.1, 0.2, 0.85, 0.9), "mirror": True, "head": "grid"}
+    plan = make_plan(model=name, dim=16, **seen | options)
     record = RunRecord(
         requested=Config(data="nowhere"),
         plan=plan,
@@ -269,10 +241,7 @@ def photographs(folder):
 
 @pytest.mark.parametrize(
     ("suffix", "blocks"),
-    [
-        (".stablehlo", (0, 2)),
-        pytest.param(".onnx", (0, 1), marks=pytest.mark.slow),
-    ],
+    [(".stablehlo", (0, 2)), pytest.param(".onnx", (0, 1), marks=pytest.mark.slow)],
 )
 def test_the_recipe_of_the_docs_gives_the_vectors_of_the_run(
     suffix, blocks, tmp_path, monkeypatch

@@ -132,8 +132,6 @@ def test_a_run_by_folders(own_data_dir, tmp_path):
             tmp_path / "other",
             progress=False,
         )
-    with pytest.raises(ValueError, match="relevance must be one of classes, folders"):
-        Config(relevance="some")
 
 
 @pytest.mark.slow

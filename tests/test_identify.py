@@ -18,9 +18,6 @@ from tripletjax.apps.identification.evaluation import Strangers
 from tripletjax.apps.identification.gallery import Gallery
 from tripletjax.apps.verification.calibration import TooFewPairsError
 
-# Fixtures of the module are made once, by one worker.
-pytestmark = pytest.mark.xdist_group("identification")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -246,10 +243,7 @@ def test_a_gallery_of_one_image_per_person_in_one_folder(root, tmp_path):
     # Probes in one folder have the names of the gallery, with or without a number.
     assert [
         *map(gallery.name_of_probe, ("kind1", "kind1_02", "kind1 (2)", "eve_2"))
-    ] == [
-        *["kind1"] * 3,
-        "eve_2",
-    ]
+    ] == [*["kind1"] * 3, "eve_2"]
 
 
 @pytest.mark.slow

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folders import write_digits
-from PIL import Image
+from folders import assert_drawn, write_digits
 
 import tripletjax as tj
 from tripletjax.apps import mining
@@ -17,9 +16,6 @@ from tripletjax.apps.mining import report as mining_report
 from tripletjax.apps.mining.label_errors import NEAREST, NEIGHBORS, RATIO
 from tripletjax.learn.data.digits import digits
 from tripletjax.learn.data.triplet_files import load_triplets
-
-# Fixtures of the module are made once, by one worker.
-pytestmark = pytest.mark.xdist_group("mine")
 
 
 def unit(images):
@@ -82,11 +78,7 @@ def expected_triplets(images, *, k, range_min=0, range_max=None, margin=None):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"k": 3},
-        {"k": 2, "margin": 0.05, "range_min": 3, "range_max": 30},
-    ],
+    "options", [{"k": 3}, {"k": 2, "margin": 0.05, "range_min": 3, "range_max": 30}]
 )
 def test_triplets_and_exclusions_are_those_of_sorting(folder, options):
     mined = mining.mine(EMBEDDER, folder, **options)
@@ -228,8 +220,7 @@ def test_wrong_labels_are_written_and_can_be_left_out(tmp_path):
     assert json.loads(files.report.read_text())["label_errors"]
     left = {mined.images.files[index] for index in np.unique(mined.triplets)}
     assert not left & named
-    with Image.open(files.picture) as picture:
-        assert np.ptp(np.asarray(picture)) > 0
+    assert_drawn(files.picture)
     lines = [*mining_report.format_report(mined.report)]
     assert f"{len(rows)} likely label errors" in lines
 
@@ -242,7 +233,7 @@ def test_paths_that_no_line_can_hold_are_skipped(folder, tmp_path):
     (tmp_path / "digits" / "0" / "a\nb.png").write_bytes(file.read_bytes())
     mined = mining.mine(EMBEDDER, tmp_path / "digits")
     assert mined.report["images"] == 8
-    assert "1 images are skipped: each has a path that holds a line" in str(
+    assert "1 image is skipped: each has a path that holds a line" in str(
         mined.report["notes"]
     )
 

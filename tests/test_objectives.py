@@ -48,13 +48,7 @@ def trained(steps=6, **options):
     model = Linear()
     lines = list(
         loop.fit(
-            model,
-            SGD,
-            batches(),
-            steps=steps,
-            log_every=1,
-            progress=False,
-            **options,
+            model, SGD, batches(), steps=steps, log_every=1, progress=False, **options
         )
     )
     return model, lines

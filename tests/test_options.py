@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from plans import class_batches, make_plan
 
 from tripletjax import learn
 from tripletjax.cli import train
@@ -99,16 +100,7 @@ def test_wrong_requests(given, words):
 def written(folder, config, **changes):
     """The record of a run in a folder."""
     batches = plan.TripletBatchPlan(triplets_per_batch=2)
-    made = plan.Plan(
-        **{
-            field.name: 1
-            for field in dataclasses.fields(plan.Plan)
-            if field.name not in changes
-        }
-        | {"batches": batches, "augment": Augment(), "backbone": None}
-        | {"box": (0.0, 0.0, 1.0, 1.0), "channels": (8, 16)}
-        | changes
-    )
+    made = make_plan(**{"batches": batches} | changes)
     images = record.ImageRecord(
         shape=(8, 8, 1), white=255.0, background="white", mean=(0.5,), std=(0.25,)
     )
@@ -154,19 +146,7 @@ def test_records_are_read_back_as_they_were(tmp_path):
         digest=None,
         multiple=1,
     )
-    batches = plan.ClassBatchPlan(
-        loss="hard",
-        temperature=None,
-        scale=None,
-        learn_loss=False,
-        batch_all_fraction=0.5,
-        classes=4,
-        per_class=2,
-        class_sampling="uniform",
-        relevance="classes",
-        rotation_classes=1,
-        rounds=2,
-    )
+    batches = class_batches(loss="hard", rounds=2)
     config = learn.Config(augment=Augment(flip=True), channels=(8, 16), size=9)
     for number, changes in enumerate(({}, {"backbone": backbone, "batches": batches})):
         told = written(tmp_path / str(number), config, **changes)

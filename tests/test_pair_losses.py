@@ -715,7 +715,7 @@ def test_the_maximum_is_that_of_kept_pairs():
             np.testing.assert_allclose(by_d, gradient, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", unless_slow(["supcon", "nt_xent", "nca"], ["nca"]))
+@pytest.mark.parametrize("name", unless_slow(["supcon", "nt_xent", "nca"], []))
 def test_long_vectors_do_not_underflow(name):
     """The logit of an anchor with itself is 0, and all others are below -200."""
     x, labels = 10 * np.asarray(vectors(12), float), np.arange(12) // 3

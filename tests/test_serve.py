@@ -28,9 +28,6 @@ from test_verify import EMBEDDER
 from tripletjax import cli
 from tripletjax.apps import clustering, search, serve, verification
 
-# Fixtures of the module are made once, by one worker.
-pytestmark = pytest.mark.xdist_group("page")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):

@@ -11,7 +11,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from folders import prepare_digits, shapes
+from folders import assert_drawn, prepare_digits, shapes
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
@@ -29,9 +29,6 @@ from tripletjax.apps.verification.calibration import (
 )
 from tripletjax.apps.verification.pair_distances import PairDistances, distances_of
 from tripletjax.learn.embedder import Embedder
-
-# Fixtures of the module are made once, by one worker.
-pytestmark = pytest.mark.xdist_group("verification")
 
 
 def unit(images):
@@ -125,9 +122,7 @@ def test_folds_share_no_class(found):
     # A number for each pair, so that every distance names its pair.
     count = len(pairs.same)
     numbered = dataclasses.replace(
-        pairs,
-        same=np.arange(count),
-        different=count + np.arange(len(pairs.different)),
+        pairs, same=np.arange(count), different=count + np.arange(len(pairs.different))
     )
     number, same, fold, folds = intervals._folds_of_classes(numbered, pairs.labels)
     assert folds == 4
@@ -299,8 +294,7 @@ def test_pictures_and_lines_of_a_report(found, tmp_path):
     verification_report.write(found, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == found.report
     for name in ("roc", "distances", "errors"):
-        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
-            assert np.ptp(np.asarray(picture)) > 0
+        assert_drawn(tmp_path / "out" / f"{name}.png")
     told = "\n".join(verification_report.format_report(found.report))
     assert "72 images of 8 classes" in told
     assert f"{found.report['verification']['equal_error_rate']:.2f} %" in told
@@ -357,7 +351,7 @@ def test_given_pairs_in_their_folds(tmp_path):
     broken.write_bytes(b"\x89PNG none")
     less = verification.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
     assert less.report["verification"]["positives"] == 5
-    assert "1 pairs of skipped images are left out" in " ".join(less.report["notes"])
+    assert "1 pair of skipped images is left out" in " ".join(less.report["notes"])
     # The single outer folder of an archive changes nothing.
     (tmp_path / "archive").mkdir()
     folder.rename(tmp_path / "archive" / "lfw")
@@ -367,7 +361,7 @@ def test_given_pairs_in_their_folds(tmp_path):
     assert again.report["verification"] == less.report["verification"]
     (tmp_path / "archive" / "lfw").rename(folder)
     broken.unlink()
-    with pytest.raises(FileNotFoundError, match="1 images that do not exist in"):
+    with pytest.raises(FileNotFoundError, match="1 image that does not exist in"):
         verification.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
 
 

@@ -29,7 +29,7 @@ JAX's transformations:
 - `tripletjax.retrieval`: neighbours and ranking metrics.
 - `tripletjax.verification`: verification metrics: ROC, TAR@FAR, equal error rate.
 - `tripletjax.collapse`: spread and effective rank, which detect collapse.
-- `tripletjax.learn`: training an embedding (needs the extra ``tripletjax[train]``).
+- `tripletjax.learn`: training an embedding (needs the extra ``train``).
 """
 
 import importlib.metadata

@@ -62,7 +62,7 @@ CHECKPOINTS = {
         "args": argparse.Namespace(lr=0.1),
     },
     "model.module._orig_mod.encoder.": lambda state: {
-        "model": {f"module._orig_mod.encoder.{name}": x for name, x in state.items()},
+        "model": {f"module._orig_mod.encoder.{name}": x for name, x in state.items()}
     },
 }
 

@@ -25,17 +25,19 @@ from jax import Array
 from PIL import Image
 
 from tripletjax.apps.embedders.onnx_files import METADATA
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data.digits import digits
 from tripletjax.learn.data.folder_listing import find_files
 from tripletjax.learn.data.image_files import open_image
 from tripletjax.learn.data.image_shape import View
 from tripletjax.learn.embedder import Embedder
-from tripletjax.learn.files import replaced, write_json
+from tripletjax.learn.files import replaced_together, write_json
 from tripletjax.learn.networks import backbones, heads
 from tripletjax.learn.networks.backbones.layers import whole_depthwise
 from tripletjax.learn.networks.embedding import as_floats
 from tripletjax.learn.networks.embedding_networks import Standardized
 from tripletjax.learn.networks.weights import save_weights, shapes_of
+from tripletjax.learn.networks.weights_files import read_arrays
 from tripletjax.learn.runs.model import BACKBONE, build_model
 
 # Largest difference of an exported value from that of the run.
@@ -130,12 +132,12 @@ def export(
     images, compared_on = _comparison_images(embedder, check)
     spec = embedder.shape
     shape = spec.height, spec.width, spec.channels
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(out) as part:
+    with replaced_together() as part_beside:
+        part = part_beside(out)
         if weights:
-            expected = _backbone_features(embedder)(images)
+            expected = np.asarray(_features(embedder).of_shape(images))
             _write_weights(embedder, part)
-            restored = _load_features(embedder, part)
+            restored = _features(embedder, part).of_shape
         else:
             expected = embedder.embed(list(images))
             function = function_of(embedder)
@@ -157,7 +159,7 @@ def export(
                 f"{difference:.2g} on {compared_on}; no file is written."
             )
         if preparation is not None:
-            write_json(preparation, dataclasses.asdict(spec))
+            write_json(part_beside(preparation), dataclasses.asdict(spec))
     size, dim = out.stat().st_size, expected.shape[1]
     return Exported(
         out, preparation, size, shape, dim, len(images), compared_on, difference, notes
@@ -186,28 +188,20 @@ def _write_weights(embedder: Embedder, path: Path) -> None:
         save_weights(backbone, path)
         return
     file = run_dir / BACKBONE
-    rules = backbones.FAMILIES[plan.family].rules_of(shapes_of(file))
+    module = backbones.FAMILIES[plan.family].module
+    rules = module.rules_of(shapes_of(read_arrays(file)))
     save_weights(backbone, path, like=file, rules=rules)
 
 
-def _backbone_features(embedder: Embedder) -> Callable[[np.ndarray], np.ndarray]:
-    """The function from prepared images to the features of the backbone."""
-    model = heads.features_of(embedder.model)
-    return lambda images: np.asarray(
-        dataclasses.replace(embedder, model=model).of_shape(images)
-    )
-
-
-def _load_features(
-    embedder: Embedder, path: Path
-) -> Callable[[np.ndarray], np.ndarray]:
-    """The same function by the weights of a file, as another run would load them."""
-    network, _ = backbones.load(path)
-    model = Standardized(network, embedder.model.mean, embedder.model.std)
-    model.eval()
-    return lambda images: np.asarray(
-        dataclasses.replace(embedder, model=model).of_shape(images)
-    )
+def _features(embedder: Embedder, path: Path | None = None) -> Embedder:
+    """The features of the backbone, of the run or as another run would load them."""
+    if path is None:
+        model = heads.features_of(embedder.model)
+    else:
+        network, _ = backbones.load(path)
+        model = Standardized(network, embedder.model.mean, embedder.model.std)
+        model.eval()
+    return dataclasses.replace(embedder, model=model)
 
 
 def _to_float32(embedder: Embedder) -> Embedder:
@@ -349,7 +343,8 @@ def _import(package: str) -> Any:
         return __import__(package)
     except ImportError as error:
         raise ImportError(
-            f'{error}; export requires pip install "tripletjax[train,export]"'
+            f'{error}; export requires pip install -e ".[train,export]" in a copy of '
+            "the repository of tripletjax."
         ) from error
 
 
@@ -378,11 +373,11 @@ def _comparison_images(
     if check is None and data == "digits":
         pixels = digits()[0][:COMPARED, ..., 0]
         images = [embedder.prepare(Image.fromarray(image)) for image in pixels]
-        return np.stack(images), f"{len(images)} digits"
+        return np.stack(images), counted(len(images), "digit")
     if folder.is_dir():
         images = [*_prepare_sample(embedder, find_files(folder).files)]
         if images:
-            return np.stack(images), f"{len(images)} images of {folder}"
+            return np.stack(images), f"{counted(len(images), 'image')} of {folder}"
     if check is not None:
         raise FileNotFoundError(f"check must have a readable image, got {check}.")
     spec, draw = embedder.shape, np.random.default_rng(0)

@@ -29,6 +29,7 @@ from tripletjax.apps.embedders import vectors_of
 from tripletjax.apps.images import shrink, thumbnail
 from tripletjax.apps.search.index import DUPLICATE_DISTANCE, Index
 from tripletjax.apps.verification.calibration import Calibration
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data.image_files import ImageError, ImageTooLargeError, open_image
 
 # Limits of an upload; the number of pixels is read before the image is decoded.
@@ -242,7 +243,9 @@ class App:
         except ValueError as error:
             raise RequestError(f"Near-duplicates cannot be listed: {error}") from None
         count = sum(map(len, groups))
-        text = f"Groups of near-duplicates: {len(groups):,}, of {count:,} images."
+        text = (
+            f"Groups of near-duplicates: {len(groups):,}, of {counted(count, 'image')}."
+        )
         return text, groups[:MAX_RESULTS]
 
     def label_errors(self) -> tuple[str, Pictures]:
@@ -268,16 +271,16 @@ class App:
                 picture = thumbnail(self.index.file_of(path))
                 pictures.append((picture, f"{text} {_name(path)}"))
         text = (
-            f"Likely label errors: {len(errors.images):,} of {n:,} images. The ratio "
-            "is the distance to the nearest other class, divided by the distance to "
-            "the own class."
+            f"Likely label errors: {len(errors.images):,} of {counted(n, 'image')}. "
+            "The ratio is the distance to the nearest other class, divided by the "
+            "distance to the own class."
         )
         return text, pictures[:MAX_RESULTS]
 
     def first_of_groups(self, groups: list[list[str]]) -> Pictures:
         """A thumbnail of the first image of each group, with the group's size."""
         return [
-            (thumbnail(self.index.file_of(paths[0])), f"{len(paths):,} images")
+            (thumbnail(self.index.file_of(paths[0])), counted(len(paths), "image"))
             for paths in groups
         ]
 

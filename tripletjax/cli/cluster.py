@@ -17,7 +17,9 @@ from tripletjax.cli.common import (
 )
 from tripletjax.cli.options import Cluster
 from tripletjax.learn import reports
+from tripletjax.learn.counts import counted
 from tripletjax.learn.embedder import ImageEmbedder
+from tripletjax.learn.files import replaced_together
 
 
 def call(options: Cluster) -> int:
@@ -42,17 +44,18 @@ def call(options: Cluster) -> int:
         metrics = clustering.evaluate(known.labels, groups.numbers_of(known.paths))
         report["evaluation"] = {**metrics, "notes": [*known.notes]}
     written: list[Path] = []
-    if options.out is not None and sheet is not None:
-        clustering_report.write_table(groups, options.out)
-        clustering_report.draw(index, groups, sheet)
-        written += [options.out, sheet]
-    if options.json is not None:
-        reports.write_report(report, options.json)
-        written.append(options.json)
-    if options.copy_to is not None:
-        clustering_report.copy_groups(index, groups, options.copy_to, progress=True)
-    if options.link_to is not None:
-        clustering_report.link_groups(index, groups, options.link_to, progress=True)
+    with replaced_together() as part:
+        if options.out is not None and sheet is not None:
+            clustering_report.write_table(groups, part(options.out))
+            clustering_report.draw(index, groups, part(sheet))
+            written += [options.out, sheet]
+        if options.json is not None:
+            reports.write_report(report, part(options.json))
+            written.append(options.json)
+        if options.copy_to is not None:
+            clustering_report.copy_groups(index, groups, options.copy_to, progress=True)
+        if options.link_to is not None:
+            clustering_report.link_groups(index, groups, options.link_to, progress=True)
     if target is not None:
         written.append(target)
     for line in clustering_report.format_report(report):
@@ -73,5 +76,5 @@ def _threshold(options: Cluster, embedder: ImageEmbedder) -> tuple[float, str]:
     chosen = clustering.choose_threshold(calibration)
     return chosen.threshold, (
         f"threshold of the best BCubed F, {100 * chosen.bcubed_f:.1f} %, on "
-        f"{chosen.images:,} images of tripletjax verify"
+        f"{counted(chosen.images, 'image')} of tripletjax verify"
     )

@@ -2,11 +2,14 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tripletjax.learn.runs.options import OptionError
+import jax
+
+from tripletjax.learn.errors import first_line, text_of_error
+from tripletjax.learn.runs.options import OptionError, flag
 
 if TYPE_CHECKING:
     from tripletjax.apps.search import Changes, Index
@@ -14,31 +17,60 @@ if TYPE_CHECKING:
         Cluster,
         EmbedderOptions,
         Identify,
+        Options,
         Search,
         Serve,
     )
     from tripletjax.learn.embedder import ImageEmbedder
 
 # Errors that one line explains.
-FAULTS = ValueError, OSError, ImportError, FloatingPointError
+FAULTS = (
+    *(ValueError, OSError, ImportError, FloatingPointError),
+    *(MemoryError, jax.errors.JaxRuntimeError),
+)
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
-def message_of(error: BaseException, extras: str) -> str:
+def message_of(error: BaseException, options: "type[Options]") -> str:
     """The message of an error, as the user of a command reads it.
 
     Args:
         error: any error.
-        extras: extras of the package that the command requires.
+        options: options of the command.
     """
     if isinstance(error, OptionError):
         return error.as_typed
     if isinstance(error, ModuleNotFoundError):
+        extras = options.extras
         return (
-            f'{error}: it needs pip install "tripletjax[{extras}]" (or -e '
-            f'".[{extras}]" in a checkout)'
+            f'{error}: it needs pip install -e ".[{extras}]" in a copy of the '
+            "repository of tripletjax."
         )
-    return str(error)
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {first_line(error)}"
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        code, _, text = first_line(error).partition(": ")
+        if code == "RESOURCE_EXHAUSTED":
+            return f"not enough memory: {text}"
+        return f"JAX failed: {code}: {text}"
+    return as_typed(text_of_error(error), options.names())
+
+
+def as_typed(message: str, names: Collection[str]) -> str:
+    """The message of an error with its subject as the command spells it.
+
+    Args:
+        message: such as ``"classes must be at least 2, got 1."``.
+        names: of the options of the command.
+    """
+
+    def spell(word: re.Match) -> str:
+        return flag(word[0]) if word[0] in names else word[0]
+
+    subject = re.match(r"\w+(?: \+ \w+)*(?= (?:must|requires|cannot)\b)", message)
+    if subject is None:
+        return message
+    return re.sub(r"\w+", spell, subject[0]) + message[subject.end() :]
 
 
 def shown(path: Path) -> str:

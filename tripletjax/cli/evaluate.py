@@ -6,6 +6,7 @@ from typing import Any
 from tripletjax.cli.common import one_line, open_embedder, print_table, shown
 from tripletjax.cli.options import Evaluate
 from tripletjax.learn import evaluation, reports
+from tripletjax.learn.counts import counted
 from tripletjax.learn.files import free_path
 
 
@@ -34,8 +35,8 @@ def call(options: Evaluate) -> int:
 
 
 def _print_report(report: dict[str, Any], folder: Path) -> None:
-    classes = f"{report['classes']:,} classes in {shown(folder)}"
-    print(f"{report['images']:,} images of {classes}")
+    classes = f"{counted(report['classes'], 'class')} in {shown(folder)}"
+    print(f"{counted(report['images'], 'image')} of {classes}")
     for note in report["notes"]:
         print(f"- {one_line(note)}")
     retrieval, pairs, spread = (
@@ -43,17 +44,19 @@ def _print_report(report: dict[str, Any], folder: Path) -> None:
     )
     rows = _rows_of_retrieval(retrieval)
     rows["mean average precision"] = retrieval["mean_average_precision"]
-    title, beside = f"retrieval, {retrieval['queries']:,} queries", None
+    title, beside = counted(retrieval["queries"], "query", "queries"), None
     if (reranked := report.get("reranked")) is not None:
         beside = _rows_of_retrieval(reranked)
-        title += f", and with {reranked['images']:,} images of each re-ranked"
-    print_table(title, rows, " %", beside=beside)
+        title += f", and with the {reranked['images']:,} nearest re-ranked"
+    print_table(f"retrieval, {title}", rows, " %", beside=beside)
     rows = {
         "equal error rate": pairs["equal_error_rate"],
         "area under the ROC": pairs["area_under_roc"],
         **{f"TAR at FAR {x['far']:g} %": x["tar"] for x in pairs["at_far"]},
     }
-    n = f"{pairs['positives']:,} same and {pairs['negatives']:,} different pairs"
+    n = f"{pairs['positives']:,} same and " + counted(
+        pairs["negatives"], "different pair"
+    )
     print_table(f"verification, {n}", rows, " %")
     rows = {
         "mean distance": spread["mean_distance"],

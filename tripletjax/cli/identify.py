@@ -22,6 +22,7 @@ from tripletjax.cli.common import (
 from tripletjax.cli.options import Identify
 from tripletjax.learn import evaluation, reports
 from tripletjax.learn.embedder import ImageEmbedder
+from tripletjax.learn.files import replaced_together
 
 
 def call(options: Identify) -> int:
@@ -48,6 +49,7 @@ def call(options: Identify) -> int:
     )
     lines = [f"- {line}" for line in gallery.notes]
     lines += [*identification_report.format_gallery(report), ""]
+    identities: list[Identity] = []
     if options.data is not None:
         probes = evaluation.embed_folder(
             embedder,
@@ -67,11 +69,13 @@ def call(options: Identify) -> int:
             options.images, identities
         )
         lines += identification_report.format_identities(options.images, identities)
+    with replaced_together() as part:
         if options.out is not None:
-            identification_report.draw(index, options.images, identities, options.out)
+            draw = identification_report.draw
+            draw(index, options.images, identities, part(options.out))
             lines.append(f"written: {shown(options.out)}")
-    if options.json is not None:
-        reports.write_report(report, options.json)
+        if options.json is not None:
+            reports.write_report(report, part(options.json))
     for line in lines:
         print(one_line(line))
     return 0

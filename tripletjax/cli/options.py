@@ -68,6 +68,13 @@ class Options:
         add_options(parser, cls, {})
 
     @classmethod
+    def names(cls) -> frozenset[str]:
+        """Names of the options that the command takes by name."""
+        return frozenset(
+            field.name for field, one in options_of(cls) if not one.positional
+        )
+
+    @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
         """The options of parsed values, by their names."""
         return cls(
@@ -96,7 +103,9 @@ class Options:
 class EmbedderOptions(Options):
     """Options of a command that uses an embedder: of a run, or any other."""
 
-    run: Path | None = option("directory of a finished run", metavar="RUN")
+    run: Path | None = option(
+        "directory of a finished run; required without --embedder", metavar="RUN"
+    )
     embedder: str | None = _other(
         "function from a list of Pillow images to vectors, in a module of the current "
         "directory or an installed one; or an ONNX file from images to vectors",
@@ -108,18 +117,19 @@ class EmbedderOptions(Options):
         metavar="DIR",
     )
     embedder_size: int | None = _other(
-        "image size in pixels: side of the input of an ONNX file (default: that of the "
-        "file), or largest longer side of images for a function (default: 640)",
+        "image size in pixels: side of the images for an ONNX file (default: that of "
+        "the file), or largest longer side of the images for a function (default: 640)",
         rule="at least 1",
     )
     embedder_mean: tuple[float, ...] = _other(
-        "mean of pixel values from 0 to 1, for all channels or each, for an ONNX file "
-        "(default: that of FILE.onnx.json)",
+        "mean of pixel values from 0 to 1 for an ONNX file, for all channels or for "
+        "each (default: that of FILE.onnx.json)",
         default=(),
         metavar="NUMBER",
     )
     embedder_std: tuple[float, ...] = _other(
-        "standard deviation of pixel values, as --embedder-mean",
+        "standard deviation of pixel values for an ONNX file, for all channels or for "
+        "each (default: that of FILE.onnx.json)",
         default=(),
         metavar="NUMBER",
     )
@@ -180,8 +190,9 @@ def _row(
         row["default"] = field.default
     if hint is bool:
         return flag(field.name), row | {"action": "store_true"}
-    row["type"] = inner[0] if inner else hint
-    row["metavar"] = declared.metavar or METAVARS[row["type"]]
+    value_type = inner[0] if inner else hint
+    row["type"] = partial(_parse, value_type)
+    row["metavar"] = declared.metavar or METAVARS[value_type]
     if declared.positional:
         return field.name, row if required else row | {"nargs": "*"}
     if declared.choices is not None:
@@ -189,6 +200,17 @@ def _row(
     if isinstance(field.default, tuple):
         row["nargs"] = "+"
     return flag(field.name), row | {"required": required}
+
+
+def _parse(value_type: type, text: str) -> Any:
+    """The value of an option from its text."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    try:
+        return value_type(text)
+    except ValueError:
+        rule = "a whole number" if value_type is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,9 +224,9 @@ class Train(Options):
 
     requested: dict[str, Any]
     augment: str | None = option(
-        "random changes of the images while training: none, more than usual, or those "
-        "for photos or characters, which also decide size and network (default: "
-        "detected by smooth tones)",
+        "random changes of images while training: none, more (for few images per "
+        "class), or those of photos or characters, which also decide size and network "
+        "(default: by the images)",
         group=DATA,
         choices=(*choices.KINDS, *choices.AUGMENTS),
     )
@@ -219,8 +241,8 @@ class Train(Options):
     )
     processes: str | None = _of_run(
         "number of processes: start this command once for each, with --coordinator and "
-        "--process; in the processes of a cluster that JAX knows (Slurm, Open MPI, "
-        "Kubernetes, TPU pods): cluster",
+        "--process; or the word cluster, if Slurm, Open MPI, Kubernetes or a TPU pod "
+        "starts them",
         metavar="N",
     )
     coordinator: str | None = _of_run(
@@ -270,6 +292,11 @@ class Train(Options):
         add_options(parser, cls, groups)
 
     @classmethod
+    def names(cls) -> frozenset[str]:
+        of_config = (field.name for field, one in options_of(Config) if one.in_command)
+        return super().names() | {*of_config}
+
+    @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
         own = {field.name for field, _ in options_of(cls)}
         requested = {k: v for k, v in values.items() if k not in own}
@@ -281,8 +308,8 @@ class Evaluate(EmbedderOptions):
     """Measure an embedder on a folder of classes.
 
     Retrieval: every image is a query for the others of its class. Verification: every
-    pair of images is of the same class or of different classes. The report and its
-    pictures (ROC, distances of pairs, nearest neighbours) are written to --out.
+    pair of images is of the same class or of different classes. The command writes the
+    report and its pictures (ROC, distances of pairs, nearest neighbours) to --out.
     """
 
     data: Path = option(
@@ -337,7 +364,7 @@ class Search(EmbedderOptions):
         "largest distance of a hit, or of two duplicates (default: any distance, 0.1 "
         "for duplicates)",
         metavar="DISTANCE",
-        rule="at least 0",
+        rule="0 to 2, as distances of unit vectors",
     )
     classes: tuple[str, ...] = option(
         "folders of the index to search in, at any depth", default=(), metavar="FOLDER"
@@ -360,12 +387,12 @@ class Search(EmbedderOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verify(EmbedderOptions):
-    """Decide whether two images are of the same class, by a threshold of its own.
+    """Choose a threshold on a folder of classes, or compare two images by it.
 
-    With --data: measure verification on classes that the run was not trained on, and
-    keep a threshold in the directory of the run or the embedder. With two images: same
-    or different by that threshold. Distances are Euclidean, of unit vectors: from 0 to
-    2.
+    With --data, the command measures verification on classes that the run was not
+    trained on, and keeps a threshold in the directory of the run or the embedder. With
+    two images, it prints whether they are of the same class by this threshold.
+    Distances are Euclidean, of unit vectors: from 0 to 2.
     """
 
     images: tuple[Path, ...] = option(
@@ -384,6 +411,7 @@ class Verify(EmbedderOptions):
         "false accept rate of the threshold (default: 0.01); with too few pairs to "
         "show it, no threshold is chosen",
         metavar="SHARE",
+        rule="above 0 and below 1",
     )
     classes_from: str | None = classes_from_option()
     out: Path | None = option(
@@ -422,22 +450,24 @@ class Identify(EmbedderOptions):
         metavar="FOLDER",
     )
     data: Path | None = option(
-        "folder of classes to measure on: classes that are in the gallery, by name, "
-        "are known, others unknown",
+        "folder of classes to measure on; classes named like one of the gallery are "
+        "known, others unknown",
         metavar="FOLDER",
     )
     means: bool = option(
         "compare with the mean of each class instead of every image", default=False
     )
     fpir: float | None = option(
-        "largest share of unknown images that may get a name of this gallery",
+        "threshold by the largest share of unknown images that get a name of this "
+        "gallery",
         metavar="SHARE",
+        rule="above 0 and below 1",
     )
     within: float | None = option(
         "largest distance at which a class gives its name (default: the threshold of "
         "tripletjax verify)",
         metavar="DISTANCE",
-        rule="at least 0",
+        rule="0 to 2, as distances of unit vectors",
     )
     closed: bool = option(
         "name every image after its nearest class, at any distance", default=False
@@ -473,9 +503,7 @@ class Cluster(EmbedderOptions):
     extras: ClassVar[str] = "train,search"
 
     index: Path = option(
-        "folder of images to group, which is only read",
-        required=True,
-        metavar="FOLDER",
+        "folder of images to group, which is only read", required=True, metavar="FOLDER"
     )
     database: Path | None = database_option()
     remove_missing: bool = remove_missing_option()
@@ -483,7 +511,7 @@ class Cluster(EmbedderOptions):
         "largest distance of two groups that merge, the root mean square over their "
         "pairs (default: best BCubed F on the images of tripletjax verify)",
         metavar="DISTANCE",
-        rule="at least 0",
+        rule="0 to 2, as distances of unit vectors",
     )
     evaluate: bool = option(
         "compare the groups with the folders of the index as known classes",
@@ -535,13 +563,14 @@ class Mine(EmbedderOptions):
         "rank of negatives to stop before (default: no limit)", rule="at least 1"
     )
     margin: float | None = option(
-        "least difference between the distances of the negative and of the positive",
-        rule="finite",
+        "least difference between the distances of the negative and of the positive "
+        "(default: no limit)",
+        rule="finite in float32",
     )
     relative_margin: float | None = option(
         "least difference between the distances of the negative and of the positive, "
-        "as a share of the positive's distance",
-        rule="finite",
+        "as a share of the positive's distance (default: no limit)",
+        rule="finite in float32",
     )
     farthest_positive: bool = option(
         "take the farthest positive of each anchor instead of the nearest",
@@ -555,7 +584,9 @@ class Mine(EmbedderOptions):
         default=False,
     )
     seed: int | None = option(
-        "seed of the draws (default: 0)", metavar="S", rule="at least 0"
+        "seed of the draws (default: 0)",
+        metavar="S",
+        rule="at least 0 and below 2**63",
     )
     out: Path = option(
         "file of triplets to write",

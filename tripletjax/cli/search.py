@@ -1,5 +1,6 @@
 """``tripletjax search``."""
 
+from pathlib import Path
 from typing import Any
 
 from tripletjax.apps import search
@@ -13,7 +14,8 @@ from tripletjax.cli.common import (
     updated_index,
 )
 from tripletjax.cli.options import Search
-from tripletjax.learn.files import write_json
+from tripletjax.learn.counts import counted
+from tripletjax.learn.files import replaced_together, write_json
 
 
 def call(options: Search) -> int:
@@ -26,12 +28,14 @@ def call(options: Search) -> int:
     if options.approximate and not index.has_approximate:
         print("building the approximate index, once")
         index.build_approximate()
-    if options.query:
-        report["queries"], lines = _nearest(index, options)
-    elif options.duplicates:
-        report["duplicates"], lines = _duplicates(index, options)
-    if options.json is not None:
-        write_json(options.json, report)
+    with replaced_together() as part:
+        out = None if options.out is None else part(options.out)
+        if options.query:
+            report["queries"], lines = _nearest(index, options, out)
+        elif options.duplicates:
+            report["duplicates"], lines = _duplicates(index, options, out)
+        if options.json is not None:
+            write_json(part(options.json), report)
     for line in lines:
         print(one_line(line))
     for file in (options.out, options.json):
@@ -41,7 +45,7 @@ def call(options: Search) -> int:
 
 
 def _nearest(
-    index: search.Index, options: Search
+    index: search.Index, options: Search, out: Path | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The hits of the queries, and the lines to print."""
     hits = search_report.search_files(
@@ -54,20 +58,21 @@ def _nearest(
         approximate=options.approximate,
         rerank=options.rerank,
     )
-    if options.out is not None:
-        search_report.draw_hits(index, hits, options.out)
+    if out is not None:
+        search_report.draw_hits(index, hits, out)
     return hits, [*search_report.ranked_lines(hits)]
 
 
 def _duplicates(
-    index: search.Index, options: Search
+    index: search.Index, options: Search, out: Path | None
 ) -> tuple[list[list[str]], list[str]]:
     """Groups of near-duplicates, and the lines to print."""
     within = search.DUPLICATE_DISTANCE if options.within is None else options.within
     groups = index.duplicates(within)
     count = sum(map(len, groups))
-    lines = [f"{len(groups):,} groups of {count:,} images within {within:g}"]
-    if options.out is not None:
-        search_report.write_groups(groups, options.out)
+    images = counted(count, "image")
+    lines = [f"{counted(len(groups), 'group')} of {images} within {within:g}"]
+    if out is not None:
+        search_report.write_groups(groups, out)
         return groups, lines
     return groups, [*lines, *("  " + "  ".join(group) for group in groups)]

@@ -10,6 +10,7 @@ from typing import Any
 from tripletjax import learn
 from tripletjax.cli.common import FAULTS, message_of, shown
 from tripletjax.cli.options import Train
+from tripletjax.learn.counts import counted
 from tripletjax.learn.distributed import processes
 from tripletjax.learn.distributed.placement import Placement, mesh_of
 from tripletjax.learn.runs import preparation, record
@@ -23,7 +24,7 @@ COLUMNS = {
     "map_at_r": "MAP@R",
     "r_precision": "R-precision",
     "recall_at_1": "recall@1",
-    "gallery_recall_at_1": "nearest training image",
+    "gallery_recall_at_1": "nearest training image is of the class",
     "triplet_accuracy": "positive nearer than negative",
 }
 
@@ -46,7 +47,7 @@ def call(options: Train) -> int:
         ):
             return _train(dataclasses.replace(options, devices="all"))
     except (*FAULTS, processes.OtherProcessError) as error:
-        processes.end(f"{PROG}: {message_of(error, options.extras)}")
+        processes.end(f"{PROG}: {message_of(error, Train)}")
     except KeyboardInterrupt:
         processes.end("", 130)
     except Exception:
@@ -87,7 +88,7 @@ def _request(options: Train, on: Placement) -> tuple[Config, Path]:
     own = {k: v for k, v in requested.items() if k not in locations}
     own |= {"augment": options.augment, "resume": options.resume}
     first = on.of_first(lambda: own)
-    differ = [k for k in sorted(first | own) if first.get(k) != own.get(k)]
+    differ = [k for k in sorted(first | own) if repr(first.get(k)) != repr(own.get(k))]
     if differ:
         raise OptionError(
             "options must be those of process 0, got others for "
@@ -95,10 +96,7 @@ def _request(options: Train, on: Placement) -> tuple[Config, Path]:
         )
     config, out = on.of_first(
         lambda: preparation.make_request(
-            requested,
-            augment=options.augment,
-            out=options.out,
-            resume=options.resume,
+            requested, augment=options.augment, out=options.out, resume=options.resume
         )
     )
     return dataclasses.replace(config, **locations), out
@@ -134,7 +132,8 @@ def _print_results(
         for key in ("skipped", "skipped_entries")
     )
     if skipped:
-        print(f"{skipped:,} images are left out{reasons and f' ({reasons})'}.")
+        images = counted(skipped, "image is left out", "images are left out")
+        print(f"{images}{reasons and f' ({reasons})'}.")
     if entries:
         print(f"Other entries that are left out: {entries}.")
     if skipped or entries:

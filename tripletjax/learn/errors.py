@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,17 @@ def one_line_errors(folder: Path, action: str) -> Iterator[None]:
         ) from error
 
 
-def first_line(error: Exception) -> str:
+def text_of_error(error: BaseException) -> str:
+    """The message of an error; one of the operating system begins with the file."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    reason = error.strerror[:1].lower() + error.strerror[1:]
+    if error.filename is None:
+        return reason
+    return f"{os.fsdecode(error.filename)}: {reason}"
+
+
+def first_line(error: BaseException) -> str:
     """The first line of an error; some print whole trees of arrays."""
     first = str(error).strip().partition("\n")[0] or repr(error)
     return first if len(first) <= 200 else first[:200] + "..."

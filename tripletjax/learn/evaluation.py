@@ -20,19 +20,14 @@ from tqdm import tqdm
 
 import tripletjax as tj
 from tripletjax.learn import plots
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data import image_files
 from tripletjax.learn.data.class_folders import ClassFolders, find_classes
 from tripletjax.learn.data.folder_listing import printable
 from tripletjax.learn.data.image_shape import ImageSpec
 from tripletjax.learn.embedder import Embedder, ImageEmbedder, load_embedder
-from tripletjax.learn.files import digest_of_image
-from tripletjax.learn.reports import (
-    PREFIX,
-    check_empty,
-    number,
-    percent,
-    write_report,
-)
+from tripletjax.learn.files import digest_of_image, filled
+from tripletjax.learn.reports import PREFIX, check_empty, number, percent, write_report
 from tripletjax.verification import VerificationMetrics
 
 KS = (1, 2, 4, 8)
@@ -147,9 +142,9 @@ def evaluate(
     if rerank:
         report["reranked"] = reranked_retrieval(images.x, images.labels)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        draw(images, pairs, out)
-        write_report(report, out / "report.json")
+        with filled(out) as part:
+            draw(images, pairs, part)
+            write_report(report, part / "report.json")
     return report
 
 
@@ -195,7 +190,7 @@ def embed_folder(
         embedder, listing, keep=keep, progress=progress
     )
     skipped += unreadable
-    copies = np.count_nonzero(first_copy != np.arange(len(first_copy)))
+    copies = int(np.count_nonzero(first_copy != np.arange(len(first_copy))))
     names, labels = np.unique(
         [printable(listing.classes[index]) for index in kept], return_inverse=True
     )
@@ -203,13 +198,20 @@ def embed_folder(
     notes = [*listing.notes, *listing.left_out]
     if copies:
         notes.append(
-            f"{copies:,} images are copies of others: within a class they raise the "
-            "metrics, between classes they lower them"
+            counted(copies, "image is a copy", "images are copies")
+            + " of others: within a class they raise the metrics, between classes "
+            "they lower them"
         )
     if unreadable:
-        notes.append(f"{len(unreadable):,} images are skipped")
+        notes.append(counted(len(unreadable), "image is skipped", "images are skipped"))
     if entries:
-        notes.append(f"{entries:,} entries that are no images of a class are skipped")
+        notes.append(
+            counted(
+                entries,
+                "entry that is no image of a class is skipped",
+                "entries that are no images of a class are skipped",
+            )
+        )
     if not np.isfinite(x).all():
         raise ValueError("the embedder returned a vector that is not finite.")
     rows = np.array(sorted(images))
@@ -362,11 +364,7 @@ def of_metrics(metrics: VerificationMetrics, fars: Sequence[float]) -> dict[str,
         "accuracy": percent(metrics.accuracy),
         "threshold": number(metrics.threshold),
         "at_far": [
-            {
-                "far": 100 * far,
-                "tar": percent(tar),
-                "threshold": number(threshold),
-            }
+            {"far": 100 * far, "tar": percent(tar), "threshold": number(threshold)}
             for far, tar, threshold in zip(fars, metrics.tar_at_far, metrics.thresholds)
         ],
         "positives": int(metrics.positives),
@@ -398,7 +396,8 @@ def histograms(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def draw(embedded: Embedded, pairs: dict[str, Any], out: Path) -> None:
     """Draw the pictures of a report."""
     same, different, rows = histograms(embedded.x, embedded.labels)
-    title = f"{pairs['positives']:,} same and {pairs['negatives']:,} different pairs"
+    different_pairs = counted(pairs["negatives"], "different pair")
+    title = f"{pairs['positives']:,} same and {different_pairs}"
     if rows < len(embedded.labels):
         title = f"pairs of {rows:,} images with all others"
     plots.distances(same, different, pairs, out / "distances.png", what=title)
@@ -419,8 +418,11 @@ def note_on_seen_names(names: Sequence[str], seen: Sequence[str]) -> list[str]:
     if not both:
         return []
     return [
-        f"{len(both):,} classes have names of classes that the run was trained on, "
-        f"such as {both[0]}: if they are the same, this is no test on unseen classes"
+        counted(
+            len(both), "class has the name of a class", "classes have names of classes"
+        )
+        + f" that the run was trained on, such as {both[0]}: if they are the same, "
+        "this is no test on unseen classes"
     ]
 
 
@@ -432,7 +434,13 @@ def note_on_sizes(labels: np.ndarray) -> str | None:
         return "every class has one image: there are no positives"
     notes = []
     if alone := int((counts == 1).sum()):
-        notes.append(f"{alone:,} classes have one image: they are negatives only")
+        notes.append(
+            counted(
+                alone,
+                "class has one image: the image is a negative only",
+                "classes have one image: the images are negatives only",
+            )
+        )
     share = pairs.max() / pairs.sum()
     if share > 0.25 and len(counts) > 4:
         notes.append(

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,11 @@ def part_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
+def part_within(folder: Path) -> Path:
+    """The directory within a directory at which `filled` writes its new files."""
+    return folder / "unfinished.part"
+
+
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Write a file, or a new directory, whole or not at all.
@@ -68,18 +73,90 @@ def replaced(path: Path) -> Iterator[Path]:
     Args:
         path: replaced if it is a file; a directory must not exist at the end.
     """
-    part = part_of(path)
-    _remove(part)
+    with replaced_together() as part:
+        yield part(path)
+
+
+@contextlib.contextmanager
+def replaced_together() -> Iterator[Callable[[Path], Path]]:
+    """Write several files or new directories, all of them or none, as `replaced`.
+
+    Yields:
+        A function from a path to the path beside it that the body writes to. It creates
+        the folder of the path.
+    """
+    parts: dict[Path, Path] = {}
+
+    def part(path: Path) -> Path:
+        if path not in parts:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parts[path] = part_of(path)
+            _remove(parts[path])
+        return parts[path]
+
     try:
-        yield part
-        for file in (part, *part.rglob("*")):
-            if file.is_file():
-                with file.open("rb+") as opened:
-                    os.fsync(opened.fileno())
-        part.replace(path)
+        with _naming(parts):
+            yield part
+            for written in parts.values():
+                _flush(written)
+            for path, written in parts.items():
+                written.replace(path)
+    except BaseException:
+        for written in parts.values():
+            _remove(written)
+        raise
+
+
+@contextlib.contextmanager
+def filled(folder: Path) -> Iterator[Path]:
+    """Fill a new or empty directory with files, all of them or none.
+
+    The directory itself stays: it may be a link, or the root of a file system.
+
+    Yields:
+        The directory within that the body writes to.
+    """
+    is_new, part = not folder.exists(), part_within(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _remove(part)
+        part.mkdir()
+        with _naming({folder: part}):
+            yield part
+            _flush(part)
+            for file in part.iterdir():
+                file.replace(folder / file.name)
+        part.rmdir()
     except BaseException:
         _remove(part)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def _naming(parts: Mapping[Path, Path]) -> Iterator[None]:
+    """Name the paths in OSErrors of the body, instead of their parts."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.filename, str | os.PathLike):
+            name = os.fspath(error.filename)
+            for path, part in parts.items():
+                name = name.replace(str(part), str(path))
+            error.filename = name
+        elif error.errno is not None and parts:
+            # Errors of writing, such as a full disk, name no file.
+            error.filename = str([*parts][-1])
+        raise
+
+
+def _flush(path: Path) -> None:
+    """Flush a file, or those of a directory, to disk."""
+    for file in (path, *path.rglob("*")):
+        if file.is_file():
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
 
 
 def _remove(path: Path) -> None:

@@ -65,7 +65,7 @@ def training(lines: Sequence[dict], path: str | Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("step")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def neighbors(
@@ -133,8 +133,8 @@ def neighbors(
                 same = labels[index] == labels[query]
                 wrong = WRONG if rank <= others else BEYOND
                 color = QUERY if rank == 0 else RIGHT if same else wrong
-                _draw_framed(axes, rank, row, _drop_grey_axis(images[index]), color)
-    figure.savefig(path, dpi=120)
+                _draw_framed(axes, rank, row, images[index], color)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def triplets(
@@ -188,12 +188,12 @@ def triplets(
             for column, (distance, image, color) in enumerate(
                 [(None, anchor, QUERY), *others]
             ):
-                picture = _drop_grey_axis(np.asarray(images[image]))
+                picture = np.asarray(images[image])
                 text = "" if distance is None else f"{distance:.2f}"
                 _draw_framed(
                     axes, start + column, row * WITH_TEXT, picture, color, text=text
                 )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def distances(
@@ -325,7 +325,7 @@ def pairs_sheet(
             _draw_framed(
                 axes, column, 0, both, color, text=text, pair=True, dashed=dashed
             )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def contact_sheet(
@@ -358,7 +358,7 @@ def contact_sheet(
             _draw_framed(
                 axes, rank, row * WITH_TEXT, image, color, text=text, dashed=dashed
             )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _table(
@@ -433,7 +433,7 @@ def _write_diagram(axes: Axes, title: str, path: str | Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _shorten(name: str, most: int) -> str:
@@ -460,7 +460,3 @@ def _find_fonts(text: str) -> list[str] | None:
 def _characters(file: str) -> frozenset[int]:
     """Code points of a font."""
     return frozenset(FT2Font(file).get_charmap())
-
-
-def _drop_grey_axis(image: np.ndarray) -> np.ndarray:
-    return image[..., 0] if image.shape[-1] == 1 else image

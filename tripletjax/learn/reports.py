@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tripletjax.learn.files import write_json
+from tripletjax.learn.files import part_within, write_json
 
 # Every report begins its entry "what" with this prefix.
 PREFIX = "tripletjax "
@@ -22,8 +22,13 @@ def write_report(report: dict[str, Any], file: Path) -> None:
 
 
 def check_empty(out: Path) -> None:
-    """Raise FileExistsError if a path exists and is not an empty directory."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    """Raise FileExistsError if a path exists and is not an empty directory.
+
+    A killed process may have left a part of a report, which `filled` removes.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir() or {*out.iterdir()} - {part_within(out)}:
         raise FileExistsError(f"{out} exists and is not an empty directory.")
 
 

@@ -108,24 +108,11 @@ def _bootstrap(
 ) -> VerificationMetrics:
     if replicates < 1:
         raise ValueError(f"replicates must be at least 1, got {replicates}.")
-    same, different = (jnp.asarray(x) for x in (positives, negatives))
-    for name, x in (("positives", same), ("negatives", different)):
-        if x.ndim != 1 or x.size == 0:
-            raise ValueError(f"{name} must be distances [n], got shape {x.shape}.")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} must be floats, got dtype {x.dtype}.")
-    same_identities, different_identities = (
-        jnp.asarray(x) for x in (positive_identities, negative_identities)
+    same, same_identities, different, different_identities = (
+        jnp.asarray(x)
+        for x in (positives, positive_identities, negatives, negative_identities)
     )
-    for name, x, shape in (
-        ("positive_identities", same_identities, same.shape),
-        ("negative_identities", different_identities, (*different.shape, 2)),
-    ):
-        if x.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)}, got shape {x.shape}.")
-        if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise TypeError(f"{name} must be integers, got dtype {x.dtype}.")
-
+    _check_pairs(same, same_identities, different, different_identities)
     order = jnp.argsort(same)
     same, same_identities = same[order], same_identities[order]
     broken = jnp.isnan(same).any() | jnp.isnan(different).any()
@@ -162,3 +149,21 @@ def _bootstrap(
         return metrics_of(curve, fars, lambda thresholds: thresholds)
 
     return lax.map(replicate, jax.random.split(key, replicates))
+
+
+def _check_pairs(
+    same: Array, same_identities: Array, different: Array, different_identities: Array
+) -> None:
+    for name, x in (("positives", same), ("negatives", different)):
+        if x.ndim != 1 or x.size == 0:
+            raise ValueError(f"{name} must be distances [n], got shape {x.shape}.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floats, got dtype {x.dtype}.")
+    for name, x, shape in (
+        ("positive_identities", same_identities, same.shape),
+        ("negative_identities", different_identities, (*different.shape, 2)),
+    ):
+        if x.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got shape {x.shape}.")
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise TypeError(f"{name} must be integers, got dtype {x.dtype}.")

@@ -1,6 +1,5 @@
 """Groups of images as lines, JSON, CSV, a contact sheet and folders."""
 
-import contextlib
 import csv
 import os
 import shutil
@@ -17,6 +16,7 @@ from tripletjax.apps.clustering.groups import Groups
 from tripletjax.apps.images import decode_path, thumbnail
 from tripletjax.apps.search.index import Index
 from tripletjax.learn import plots, reports
+from tripletjax.learn.counts import counted
 from tripletjax.learn.files import replaced
 
 REPORT = f"{reports.PREFIX}clustering"
@@ -58,10 +58,10 @@ def make_report(groups: Groups, origin: str) -> dict[str, Any]:
 def format_report(report: dict[str, Any]) -> Iterator[str]:
     """Format the report of groups as lines."""
     yield (
-        f"{report['images']:,} images in {report['groups']:,} groups at threshold "
-        f"{report['threshold']:.4f}: {report['groups_of_several']:,} groups of several "
-        f"images, {report['single_images']:,} single images, largest group "
-        f"{report['largest']:,}"
+        f"{counted(report['images'], 'image')} in {counted(report['groups'], 'group')} "
+        f"at threshold {report['threshold']:.4f}; groups of several images: "
+        f"{report['groups_of_several']:,}, the largest of {report['largest']:,}; "
+        f"single images: {report['single_images']:,}"
     )
     yield f"- {report['origin']}"
     if (metrics := report.get("evaluation")) is None:
@@ -70,8 +70,9 @@ def format_report(report: dict[str, Any]) -> Iterator[str]:
         yield f"- {note}"
     yield ""
     yield (
-        f"{metrics['images']:,} images of known classes: {metrics['groups']:,} groups, "
-        f"{metrics['classes']:,} classes, with "
+        f"{counted(metrics['images'], 'image')} of known classes: "
+        f"{counted(metrics['groups'], 'group')}, "
+        f"{counted(metrics['classes'], 'class')}, with "
         f"{100 * metrics['intervals']['confidence']:g} % intervals over classes"
     )
     for name in METRICS:
@@ -113,7 +114,7 @@ def draw(index: Index, groups: Groups, out: Path) -> None:
         images = [thumbnail(index.file_of(path)) for path in paths]
         captions = [(_caption(path), None) for path in paths[1:]]
         size = groups.sizes[number]
-        rows.append((f"group {number + 1}\n{size:,} images", images, captions))
+        rows.append((f"group {number + 1}\n{counted(size, 'image')}", images, captions))
     title = "largest groups, from the image nearest to the mean to the farthest"
     out.parent.mkdir(parents=True, exist_ok=True)
     plots.contact_sheet(rows, out, title=title)
@@ -139,18 +140,8 @@ def copy_groups(
 ) -> None:
     """Copy the images of each group into a folder of its own.
 
-    Single images lie in one folder. The target appears whole or not at all.
-
-    Args:
-        index: of the images, which are only read.
-        groups: of its images.
-        target: a new folder outside the folder of the index.
-        progress: whether to show a progress bar.
-
-    Raises:
-        FileExistsError: if the target exists.
-        ValueError: if the target lies in the folder of the index.
-        OSError: if an image cannot be copied.
+    Single images lie in one folder. The target appears whole or not at all, and must
+    lie outside the folder of the index.
     """
     _fill(index, groups, target, shutil.copy2, "copying", progress)
 
@@ -159,11 +150,7 @@ def link_groups(
     index: Index, groups: Groups, target: Path, *, progress: bool = False
 ) -> None:
     """Link to the images of each group from a folder of its own, as `copy_groups`."""
-    _fill(index, groups, target, _link, "linking", progress)
-
-
-def _link(file: Path, link: Path) -> None:
-    link.symlink_to(file)
+    _fill(index, groups, target, os.symlink, "linking", progress)
 
 
 def _fill(
@@ -177,17 +164,15 @@ def _fill(
     check_target(target, index.folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     digits = len(str(max(groups.several, 1)))
-    with contextlib.ExitStack() as stack:
-        # Beside the target, so that one step moves it there.
-        part = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
-        stack.callback(shutil.rmtree, part, ignore_errors=True)
-        whole = part / "groups"
+    # Beside the target, so that one step moves it there.
+    beside = tempfile.TemporaryDirectory(
+        prefix=f"{target.name}-", dir=target.parent, ignore_cleanup_errors=True
+    )
+    bar = tqdm(total=len(groups.paths), desc=title, unit="image", disable=not progress)
+    with beside as part, bar:
+        whole = Path(part) / "groups"
         whole.mkdir()
         taken: dict[Path, int] = {}
-        bar = tqdm(
-            total=len(groups.paths), desc=title, unit="image", disable=not progress
-        )
-        stack.enter_context(bar)
         for number, size in enumerate(groups.sizes):
             name = SINGLE if size == 1 else f"group-{number + 1:0{digits}}"
             folder = whole / name

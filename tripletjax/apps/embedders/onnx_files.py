@@ -219,18 +219,7 @@ def load_onnx(
     sides = _size_of(file, (height, width), preparation)
     dtype = DTYPES[inputs[0].type]
     mean, std = preparation.mean or (), preparation.std or ()
-    if dtype is not np.uint8 and not (mean and std):
-        raise ValueError(
-            f"embedder {file} requires the mean and the deviation of pixel values: "
-            f"--embedder-mean and --embedder-std, or mean and std in {file.name}.json, "
-            f"such as {IMAGENET} for most networks of ImageNet."
-        )
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) not in (0, 1, channels):
-            raise ValueError(
-                f"{name} must have 1 or {channels} values for {file}, got "
-                f"{len(values)}."
-            )
+    _check_scaling(file, mean, std, channels, required=dtype is not np.uint8)
     prepared = dataclasses.asdict(preparation if spec is None else spec)
     return OnnxEmbedder(
         key=f"onnx {_digest_of_weights(file)}, preparation 1 "
@@ -251,12 +240,35 @@ def load_onnx(
     )
 
 
+def _check_scaling(
+    file: Path,
+    mean: Sequence[float],
+    std: Sequence[float],
+    channels: int,
+    *,
+    required: bool,
+) -> None:
+    if required and not (mean and std):
+        raise ValueError(
+            f"embedder {file} requires the mean and the deviation of pixel values: "
+            f"--embedder-mean and --embedder-std, or mean and std in {file.name}.json, "
+            f"such as {IMAGENET} for most networks of ImageNet."
+        )
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (0, 1, channels):
+            raise ValueError(
+                f"{name} must have 1 or {channels} values for {file}, got "
+                f"{len(values)}."
+            )
+
+
 def _open_session(file: Path) -> Any:
     try:
         onnxruntime = importlib.import_module("onnxruntime")
     except ImportError as error:
         raise ImportError(
-            f'{error}; embedder {file} requires pip install "tripletjax[train,export]"'
+            f'{error}; embedder {file} requires pip install -e ".[train,export]" in a '
+            "copy of the repository of tripletjax."
         ) from error
     options = onnxruntime.SessionOptions()
     # Level 4: fatal errors alone; others are raised as exceptions.

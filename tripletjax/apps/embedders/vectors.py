@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from tripletjax.learn.counts import counted
+
 # The largest number of images that a function or a file gets at a time.
 BATCH = 64
 
@@ -25,7 +27,8 @@ def check_vectors(x: Any, n: int, name: str) -> np.ndarray:
     x = np.asarray(x)
     if x.ndim != 2 or len(x) != n or not x.shape[1]:
         raise ValueError(
-            f"{name} must return vectors [{n}, d] for {n} images, got shape {x.shape}."
+            f"{name} must return vectors [{n}, d] for {counted(n, 'image')}, got shape "
+            f"{x.shape}."
         )
     # The kinds of numbers; extensions such as bfloat16 are of the kind V.
     if x.dtype.kind not in "biufV":

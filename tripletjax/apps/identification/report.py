@@ -11,6 +11,7 @@ from tripletjax.apps.images import encode_path, thumbnail
 from tripletjax.apps.search.index import Index
 from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.learn import plots
+from tripletjax.learn.counts import counted
 from tripletjax.learn.reports import number
 
 
@@ -54,7 +55,8 @@ def make_gallery_report(
 
 def format_gallery(report: dict[str, Any]) -> Iterator[str]:
     """Format the report of a gallery as lines."""
-    yield f"gallery: {report['classes']:,} classes, {report['images']:,} images"
+    images = counted(report["images"], "image")
+    yield f"gallery: {counted(report['classes'], 'class')}, {images}"
     others, threshold = report["others"], report["threshold"]
     if threshold is None:
         yield "closed set: every probe is named after its nearest class"
@@ -65,15 +67,22 @@ def format_gallery(report: dict[str, Any]) -> Iterator[str]:
         return
     if others["left_out"]:
         yield (
-            f"- {others['left_out']:,} images of {others['data']} are of classes of "
-            "the gallery, or copies of its images, and are not counted"
+            "- "
+            + counted(
+                others["left_out"],
+                f"image of {others['data']} is of a class of the gallery, or a copy of "
+                "its images, and is not counted",
+                f"images of {others['data']} are of classes of the gallery, or copies "
+                "of its images, and are not counted",
+            )
         )
     if others["fpir"] is None:
         yield "false positives at this gallery: unknown, no other class was calibrated"
         return
     yield (
         f"false positives at this gallery: {others['fpir']:.1f} % ({others['named']:,} "
-        f"of {others['images']:,} images of other classes in {others['data']}); "
+        f"of {counted(others['images'], 'image')} of other classes in "
+        f"{others['data']}); "
         "--fpir SHARE chooses a threshold by this rate"
     )
 
@@ -119,13 +128,14 @@ def make_probe_reports(
 def format_evaluation(report: dict[str, Any]) -> Iterator[str]:
     """Format the result of `evaluate` as lines."""
     yield (
-        f"probes: {report['known']:,} of the {report['classes']:,} classes of the "
-        f"gallery, {report['unknown']:,} of other classes"
+        f"probes: {report['known']:,} of the {counted(report['classes'], 'class')} of "
+        f"the gallery, {report['unknown']:,} of other classes"
     )
     if report["copies"]:
         yield (
-            f"- {report['copies']:,} probes are copies of images of the gallery: the "
-            "identification rates are too high"
+            "- "
+            + counted(report["copies"], "probe is a copy", "probes are copies")
+            + " of images of the gallery: the identification rates are too high"
         )
     for rank, rate in report["rate_at_rank"].items():
         yield f"  identified at rank {rank}: {_format_rate(rate)}"

@@ -3,10 +3,4 @@
 from tripletjax.apps.mining.folder import Mining, find_neighbors, mine
 from tripletjax.apps.mining.label_errors import LabelErrors, find_label_errors
 
-__all__ = [
-    "LabelErrors",
-    "Mining",
-    "find_label_errors",
-    "find_neighbors",
-    "mine",
-]
+__all__ = ["LabelErrors", "Mining", "find_label_errors", "find_neighbors", "mine"]

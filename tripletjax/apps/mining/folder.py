@@ -17,6 +17,7 @@ from tripletjax.apps.mining.label_errors import (
     find_label_errors,
 )
 from tripletjax.learn import evaluation
+from tripletjax.learn.counts import counted
 from tripletjax.learn.embedder import ImageEmbedder
 from tripletjax.learn.reports import PREFIX, number, percent
 
@@ -167,7 +168,8 @@ def _embed(
     notes = [*images.notes, *filter(None, [evaluation.note_on_sizes(images.labels)])]
     if unwritable:
         notes.append(
-            f"{len(unwritable):,} images are skipped: each has a path that {UNWRITABLE}"
+            counted(len(unwritable), "image is skipped", "images are skipped")
+            + f": each has a path that {UNWRITABLE}"
         )
     return images, notes
 

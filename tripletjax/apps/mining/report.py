@@ -9,12 +9,17 @@ from typing import Any, NamedTuple
 from tripletjax.apps.images import thumbnail
 from tripletjax.apps.mining.folder import QUANTILES, Mining
 from tripletjax.learn import plots
-from tripletjax.learn.files import replaced, write_json
+from tripletjax.learn.counts import counted
+from tripletjax.learn.files import replaced_together, write_json
 
 # Likely label errors in the picture and in the printed lines, at most.
 PICTURED, PRINTED = 10, 5
 # Neighbours of each in the picture.
 NEIGHBORS = 5
+TRIPLET_COLUMNS = (
+    *("anchor", "positive", "negative"),
+    *("positive_distance", "negative_distance"),
+)
 
 
 class Files(NamedTuple):
@@ -53,25 +58,25 @@ def write(mining: Mining, files: Files) -> list[Path]:
 
     Paths of images are relative to the file of triplets.
     """
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
     written = [files.triplets, files.report]
-    if errors := mining.report["label_errors"]:
-        draw(mining, files.picture)
-        _write_rows(files.label_errors, [*errors[0]], (e.values() for e in errors))
-        written += [files.label_errors, files.picture]
-    write_json(files.report, mining.report)
-    names = _relative(mining.images.files, files.triplets)
-    _write_rows(
-        files.triplets,
-        ["anchor", "positive", "negative", "positive_distance", "negative_distance"],
-        (
-            [*(names[image] for image in triplet), *distances]
-            for triplet, distances in zip(
-                mining.triplets.tolist(), mining.distances.tolist()
-            )
-        ),
-    )
+    with replaced_together() as part:
+        if errors := mining.report["label_errors"]:
+            draw(mining, part(files.picture))
+            rows = (e.values() for e in errors)
+            _write_rows(part(files.label_errors), [*errors[0]], rows)
+            written += [files.label_errors, files.picture]
+        write_json(part(files.report), mining.report)
+        names = _relative(mining.images.files, files.triplets)
+        _write_rows(
+            part(files.triplets),
+            [*TRIPLET_COLUMNS],
+            (
+                [*(names[image] for image in triplet), *distances]
+                for triplet, distances in zip(
+                    mining.triplets.tolist(), mining.distances.tolist()
+                )
+            ),
+        )
     return written
 
 
@@ -85,8 +90,8 @@ def _relative(images: Sequence[Path], file: Path) -> list[str]:
 
 
 def _write_rows(file: Path, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV file whole or not at all, with texts in quotes."""
-    with replaced(file) as part, part.open("w", newline="", encoding="utf-8") as opened:
+    """Write a CSV file with texts in quotes."""
+    with file.open("w", newline="", encoding="utf-8") as opened:
         writer = csv.writer(opened, quoting=csv.QUOTE_NONNUMERIC)
         writer.writerow(header)
         writer.writerows(rows)
@@ -121,11 +126,13 @@ def _class_of(mining: Mining, image: int) -> str:
 
 def format_report(report: dict[str, Any]) -> Iterator[str]:
     """Format the report of `mine` as lines."""
-    yield f"{report['images']:,} images of {report['classes']:,} classes"
+    classes = counted(report["classes"], "class")
+    yield f"{counted(report['images'], 'image')} of {classes}"
     for line in (*report["notes"], *report["skipped"]):
         yield f"- {line}"
     yield ""
-    yield f"{report['triplets']:,} triplets of {report['anchors']:,} anchors"
+    anchors = counted(report["anchors"], "anchor")
+    yield f"{counted(report['triplets'], 'triplet')} of {anchors}"
     distances = report["distances"]
     titles = "".join(f"{100 * q:>7g} %" for q in QUANTILES)
     yield f"  {'quantiles of distances':<24}{titles}"
@@ -140,7 +147,7 @@ def format_report(report: dict[str, Any]) -> Iterator[str]:
         yield f"  {name.replace('_', ' '):<16}{count:>12,}"
     yield ""
     errors = report["label_errors"]
-    yield f"{len(errors):,} likely label errors"
+    yield counted(len(errors), "likely label error")
     for error in errors[:PRINTED]:
         yield (
             f"  {error['path']}: nearest class {error['nearest_class']}, at "

@@ -73,11 +73,7 @@ def search_reranked(
 
 
 def _rerank(
-    query: np.ndarray,
-    hits: list[Hit],
-    x: np.ndarray,
-    k: int,
-    within: float | None,
+    query: np.ndarray, hits: list[Hit], x: np.ndarray, k: int, within: float | None
 ) -> list[RerankedHit]:
     if not hits:
         return []

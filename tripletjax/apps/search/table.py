@@ -21,8 +21,8 @@ from tripletjax.learn.errors import first_line
 
 # The largest number of values in a condition.
 CONDITION = 1000
-# The line of LanceDB's sources in the text of an error.
-SOURCE = re.compile(r",?\s*\S+\.rs:\d+(:\d+)?")
+# The line of LanceDB's sources in the text of an error, which may be cut off.
+SOURCE = re.compile(r",?\s*(\S+\.rs:\d+(:\d+)?|\S*/\.cargo/\S+)")
 
 
 class TableError(OSError):

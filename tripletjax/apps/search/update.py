@@ -22,6 +22,7 @@ from tripletjax.apps.search.folder_table import (
     folder_of,
 )
 from tripletjax.apps.search.rejections import Rejections
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data.folder_listing import FolderListing, find_files
 from tripletjax.learn.data.image_files import (
     ImageError,
@@ -60,7 +61,8 @@ class Changes:
         counts = [(name, getattr(self, name)) for name in names]
         counts.append(("skipped", len(self.skipped)))
         text = ", ".join(f"{count:,} {name}" for name, count in counts if count)
-        return f"{self.images:,} images in the index ({text or 'no change'})"
+        images = counted(self.images, "image")
+        return f"{images} in the index ({text or 'no change'})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +267,9 @@ class Update:
         unusable = [p for p in (*self.unreadable, *self.rejected) if p in before]
         if removed or unusable:
             if not self.database.is_writable:
-                raise self._outdated(f"{len(removed) + len(unusable):,} are missing")
+                raise self._outdated(
+                    counted(len(removed) + len(unusable), "is missing", "are missing")
+                )
             self.rows.delete([*removed, *unusable])
         return len(removed)
 
@@ -273,10 +277,10 @@ class Update:
         n = len(self.before)
         if 2 * gone > n:
             raise FileNotFoundError(
-                f"{gone:,} of the {n:,} images in the index of {self.rows.folder} are "
-                "missing. If they are on a disk that is not mounted, mount the disk; "
-                "to remove them from the index, use --remove-missing "
-                "(remove_missing=True)."
+                f"{gone:,} of the {counted(n, 'image')} in the index of "
+                f"{self.rows.folder} missing. If the folder is on a disk that is not "
+                "mounted, mount the disk; to remove missing images from the index, use "
+                "--remove-missing (remove_missing=True)."
             )
 
     def _note_moved_folders(self, *, drop: bool) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from tripletjax.apps.verification.pair_distances import PairDistances
+from tripletjax.learn.counts import counted
 from tripletjax.learn.files import free_path, replaced, write_json
 
 FOLDER, FILE, VECTORS = "calibration", "calibration.json", "vectors.npz"
@@ -69,10 +70,8 @@ class Calibration:
 
     def summary(self) -> dict[str, Any]:
         """All but the vectors, for JSON."""
-        values = {field.name: getattr(self, field.name) for field in FIELDS}
-        return {
-            name: values[name] for name in values if name not in ("vectors", "names")
-        }
+        arrays = "vectors", "names"
+        return {name: x for name, x in vars(self).items() if name not in arrays}
 
     def write(self, directory: str | Path) -> Path | None:
         """Save the calibration in the directory of a run or another embedder.
@@ -82,13 +81,18 @@ class Calibration:
         """
         wanted = Path(directory) / FOLDER
         earlier = None
-        with replaced(wanted) as part:
-            write_json(part / FILE, {"format": FORMAT, **self.summary()})
-            with (part / VECTORS).open("wb") as file:
-                np.savez(file, vectors=self.vectors, names=self.names)
-            if wanted.exists():
-                earlier = free_path(wanted.with_name(f"{FOLDER}-before"))
-                wanted.rename(earlier)
+        try:
+            with replaced(wanted) as part:
+                write_json(part / FILE, {"format": FORMAT, **self.summary()})
+                with (part / VECTORS).open("wb") as file:
+                    np.savez(file, vectors=self.vectors, names=self.names)
+                if wanted.exists():
+                    earlier = free_path(wanted.with_name(f"{FOLDER}-before"))
+                    wanted.rename(earlier)
+        except BaseException:
+            if earlier is not None and earlier.exists() and not wanted.exists():
+                earlier.rename(wanted)
+            raise
         return earlier
 
     @classmethod
@@ -127,9 +131,6 @@ class Calibration:
         return calibration
 
 
-FIELDS = dataclasses.fields(Calibration)
-
-
 def check_enough(different: int, far: float) -> None:
     """Raise `TooFewPairsError` if the pairs cannot measure a false accept rate."""
     if not 0 < far < 1:
@@ -137,9 +138,9 @@ def check_enough(different: int, far: float) -> None:
     if different * far < NEEDED - 1e-6:
         needed = -(-NEEDED // far)
         raise TooFewPairsError(
-            f"a false accept rate of {far:g} cannot be measured by {different:,} pairs "
-            f"of different classes: {needed:,.0f} are needed, for {NEEDED} false "
-            "accepts"
+            f"a false accept rate of {far:g} cannot be measured by "
+            f"{counted(different, 'pair')} of different classes: {needed:,.0f} are "
+            f"needed, for {NEEDED} false accepts"
         )
 
 

@@ -1,7 +1,7 @@
 """Verification of a folder: metrics, intervals, and a threshold with its rates."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from tripletjax.apps.verification.calibration import (
 from tripletjax.apps.verification.intervals import REPLICATES, folds_of, intervals_of
 from tripletjax.apps.verification.lfw import PairsFile, read_pairs
 from tripletjax.apps.verification.pair_distances import PairDistances
-from tripletjax.apps.verification.protocol import find_pairs, stem, stems
+from tripletjax.apps.verification.protocol import find_pairs, stem
 from tripletjax.learn import evaluation
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data.class_folders import without_number
 from tripletjax.learn.embedder import Embedder, ImageEmbedder
 
@@ -92,18 +93,7 @@ def evaluate(
         raise ValueError(f"far must be a share between 0 and 1, got {far}.")
     protocol = None if pairs_file is None else read_pairs(pairs_file)
     data = encode_path(folder.resolve()) if name is None else name
-    trained_on, notes = _not_trained_on(embedder, folder, name)
-    images = evaluation.embed_folder(
-        embedder,
-        folder,
-        choose=_chooser(trained_on, protocol),
-        classes_from=classes_from,
-        name_of_file=without_number,
-        progress=progress,
-    )
-    notes += images.notes
-    if protocol is None and not trained_on:
-        notes += _note_on_same_names(embedder, images.names)
+    images, notes = _embed(embedder, folder, protocol, classes_from, name, progress)
     pairs, fold, more = _pairs_of(images, protocol, folder)
     notes += [*more, *_notes_on_samples(pairs)]
     fars = tuple(f for f in evaluation.FARS if f * pairs.all_different >= 1)
@@ -144,13 +134,38 @@ def evaluate(
     return Verification(report, calibration, pairs, images.files, _worst(pairs))
 
 
+def _embed(
+    embedder: ImageEmbedder,
+    folder: Path,
+    protocol: PairsFile | None,
+    classes_from: str | None,
+    name: str | None,
+    progress: bool,
+) -> tuple[evaluation.Embedded, list[str]]:
+    """The embedded images of classes that the run was not trained on, and notes."""
+    trained_on, notes = _not_trained_on(embedder, folder, name)
+    images = evaluation.embed_folder(
+        embedder,
+        folder,
+        choose=_chooser(trained_on, protocol),
+        classes_from=classes_from,
+        name_of_file=without_number,
+        progress=progress,
+    )
+    notes += images.notes
+    if protocol is None and not trained_on and isinstance(embedder, Embedder):
+        seen = embedder.record.seen_names
+        notes += evaluation.note_on_seen_names(images.names, seen)
+    return images, notes
+
+
 def _chooser(
     trained_on: frozenset[str], protocol: PairsFile | None
 ) -> Callable[[str, str], bool]:
     """Choose images by path and class: not trained on, and named by the protocol."""
     if protocol is None:
         return lambda path, of: of not in trained_on
-    named = {*stems(protocol.first + protocol.second)}
+    named = {*map(stem, protocol.first + protocol.second)}
     named |= {path.rpartition("/")[2] for path in named}
     return lambda path, of: of not in trained_on and stem(path) in named
 
@@ -171,7 +186,13 @@ def _pairs_of(
     else:
         indices, same, fold, left_out = find_pairs(protocol, folder, images)
         if left_out:
-            notes.append(f"{left_out:,} pairs of skipped images are left out")
+            notes.append(
+                counted(
+                    left_out,
+                    "pair of skipped images is left out",
+                    "pairs of skipped images are left out",
+                )
+            )
         pairs = PairDistances.of_given(images.x, images.labels, indices, same)
         fold = np.concatenate([fold[same], fold[~same]])
     if not len(pairs.same) or not len(pairs.different):
@@ -186,8 +207,8 @@ def _pairs_of(
 def _notes_on_samples(pairs: PairDistances) -> list[str]:
     """Notes on pairs of which a random sample stands for all."""
     return [
-        f"intervals and pictures use {len(sample):,} random pairs of {which}, of "
-        f"{count:,}"
+        f"intervals and pictures use {counted(len(sample), 'random pair')} of {which}, "
+        f"of {count:,}"
         for which, sample, count in (
             ("the same class", pairs.same, pairs.all_same),
             ("different classes", pairs.different, pairs.all_different),
@@ -216,15 +237,13 @@ def _not_trained_on(
             "or train with --split classes, which holds some out."
         )
     return trained_on, [
-        f"{len(trained_on):,} classes of the folder are left out: the run was trained "
-        f"on them; {held_out:,} were held out"
+        counted(
+            len(trained_on),
+            "class of the folder is left out: the run was trained on it",
+            "classes of the folder are left out: the run was trained on them",
+        )
+        + f"; {held_out:,} were held out"
     ]
-
-
-def _note_on_same_names(embedder: ImageEmbedder, names: Sequence[str]) -> list[str]:
-    if not isinstance(embedder, Embedder):
-        return []
-    return evaluation.note_on_seen_names(names, embedder.record.seen_names)
 
 
 def _worst(pairs: PairDistances) -> tuple:

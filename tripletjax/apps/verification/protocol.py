@@ -2,13 +2,14 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from tripletjax.apps.verification.lfw import PairsFile
 from tripletjax.learn import evaluation
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data.sources import parse_source
 
 
@@ -53,13 +54,14 @@ def find_pairs(
 
     pairs = [
         tuple(map(resolve, both))
-        for both in zip(stems(protocol.first), stems(protocol.second))
+        for both in zip(map(stem, protocol.first), map(stem, protocol.second))
     ]
-    missing = sorted({p for both in pairs for p in both} - index_of.keys() - skipped)
+    missing = sorted({p for both in pairs for p in both} - known)
     if missing:
         raise FileNotFoundError(
-            f"the file of pairs names {len(missing):,} images that do not exist in "
-            f"{folder}, such as {missing[0]}."
+            "the file of pairs names "
+            + counted(len(missing), "image that does", "images that do")
+            + f" not exist in {folder}, such as {missing[0]}."
         )
     whole = np.array([all(path in index_of for path in both) for both in pairs])
     numbers = [
@@ -75,7 +77,3 @@ def find_pairs(
 
 def stem(path: str) -> str:
     return path.rpartition(".")[0]
-
-
-def stems(paths: Sequence[str]) -> list[str]:
-    return [stem(path) for path in paths]

@@ -12,6 +12,8 @@ from tripletjax.apps.verification.calibration import Calibration
 from tripletjax.apps.verification.decision import Decision
 from tripletjax.apps.verification.evaluation import REPORT, Verification
 from tripletjax.learn import plots, reports
+from tripletjax.learn.counts import counted
+from tripletjax.learn.files import filled
 
 # Bins of the histograms of distances.
 BINS = 2000
@@ -20,18 +22,23 @@ BINS = 2000
 def format_report(report: dict[str, Any]) -> Iterator[str]:
     """Format the report of `evaluate` as lines."""
     pairs, intervals = report["verification"], report["intervals"]
-    yield f"{report['images']:,} images of {report['classes']:,} classes"
+    classes = counted(report["classes"], "class")
+    yield f"{counted(report['images'], 'image')} of {classes}"
     for line in (*report["notes"], *report["skipped"]):
         yield f"- {line}"
     yield ""
     yield (
-        f"{pairs['positives']:,} same and {pairs['negatives']:,} different pairs, with "
+        f"{pairs['positives']:,} same and "
+        f"{counted(pairs['negatives'], 'different pair')}, with "
         f"{100 * intervals['confidence']:g} % intervals over classes"
     )
     tar_intervals = {one["far"]: one["tar"] for one in intervals["at_far"]}
     rows = [
-        (name.replace("_", " "), pairs[name], intervals[name])
-        for name in ("equal_error_rate", "area_under_roc")
+        (title, pairs[name], intervals[name])
+        for title, name in (
+            ("equal error rate", "equal_error_rate"),
+            ("area under the ROC", "area_under_roc"),
+        )
     ]
     rows += [
         (f"TAR at FAR {one['far']:g} %", one["tar"], tar_intervals.get(one["far"]))
@@ -39,13 +46,14 @@ def format_report(report: dict[str, Any]) -> Iterator[str]:
     ]
     for name, value, interval in rows:
         text = "-" if value is None else f"{value:.2f} %"
+        line = f"  {name:<22}{text:>10}"
         if interval is not None:
-            text += f"   {interval[0]:.2f} to {interval[1]:.2f}"
-        yield f"  {name:<22}{text:>10}"
+            line += f"   {interval[0]:.2f} to {interval[1]:.2f}"
+        yield line
     if (fold := report["k_fold"]) is not None:
+        name, text = f"{fold['folds']}-fold accuracy", f"{fold['accuracy']:.2f} %"
         yield (
-            f"  {fold['folds']}-fold accuracy       {fold['accuracy']:.2f} % "
-            f"± {fold['standard_error']:.2f}, of {fold['by']}"
+            f"  {name:<22}{text:>10} ± {fold['standard_error']:.2f}, of {fold['by']}"
         )
 
 
@@ -127,7 +135,7 @@ def _draw_curves(result: Verification, out: Path, *, scale: float) -> None:
     counts = metrics["positives"], metrics["negatives"]
     if len(pairs.different) < pairs.all_different:
         counts = len(pairs.same), len(pairs.different)
-    title = f"{counts[0]:,} same and {counts[1]:,} different pairs"
+    title = f"{counts[0]:,} same and {counted(int(counts[1]), 'different pair')}"
     plots.roc(
         same,
         different,
@@ -180,8 +188,8 @@ def write(result: Verification, out: Path) -> None:
 
     Args:
         result: of `evaluate`.
-        out: the directory, which is created.
+        out: a new or empty directory.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    draw(result, out)
-    reports.write_report(result.report, out / "report.json")
+    with filled(out) as part:
+        draw(result, part)
+        reports.write_report(result.report, part / "report.json")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data.folder_listing import FolderListing, find_files, printable
 from tripletjax.learn.data.image_files import is_image
 
@@ -79,7 +80,9 @@ def find_classes(
     root = _root_of(folder, listing.files)
     files = [f for f in listing.files if f.is_relative_to(root) and f.parent != root]
     if not files:
-        raise ValueError(f"{folder} has no images in folders.")
+        raise ValueError(
+            "; ".join([f"{folder} has no images in folders", *listing.notes])
+        )
     loose = [file for file in listing.files if file not in {*files}]
     paths = [str(file.relative_to(folder)) for file in files]
     classes = [os.path.dirname(file.relative_to(root)) for file in files]
@@ -120,8 +123,9 @@ def _of_one_folder(
     below = (file for file in listing.files if file.parent != folder)
     if name_of_file is None or any(map(is_image, below)):
         raise ValueError(
-            f"{folder} must hold one folder per class, but {len(images)} images "
-            f"lie in it directly, such as {printable(images[0].name)}."
+            f"{folder} must hold one folder per class, but "
+            f"{counted(len(images), 'image lies', 'images lie')} in it directly, such "
+            f"as {printable(images[0].name)}."
         )
     return ClassFolders(
         images,

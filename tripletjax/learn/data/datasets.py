@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from tripletjax.learn.choices import CLASSES_FROM, KINDS, SPLITS
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data.class_folders import find_classes
 from tripletjax.learn.data.digits import TRAIN, digits
 from tripletjax.learn.data.folder_listing import format_names, printable
@@ -193,16 +194,13 @@ def load(
     images = Images(stored.images, source.labels[stored.kept])
     held_out = HELD_OUT[stored.decoding.kind]
     parts = held_out_images(images.labels, stored.digests, split, held_out)
-    dataset = _dataset(
+    return _dataset(
         name,
         images,
         np.array(stored.digests),
         parts,
         source.label_names,
         stored.decoding,
-    )
-    return dataclasses.replace(
-        dataset,
         skipped=source.skipped,
         skip_counts=source.skip_counts,
         entry_counts=source.entry_counts,
@@ -234,13 +232,14 @@ def _dataset(
     parts: Sequence[np.ndarray],
     label_names: Sequence[str],
     decoding: Decoding,
+    **left_out: Any,
 ) -> Dataset:
     train, validation, test = (images.part(part) for part in parts)
     classes = len(np.unique(train.labels))
     if classes < 2:
         raise ValueError(
-            f"{name} has {classes} class{'' if classes == 1 else 'es'} to train on; at "
-            "least 2 are needed."
+            f"{name} has {counted(classes, 'class')} to train on; at least 2 are "
+            "needed."
         )
     shape = images.images.shape[1:]
     key = digest_of(
@@ -253,7 +252,9 @@ def _dataset(
         )
     )
     names = tuple(label_names)
-    return Dataset(name, train, validation, test, names, key, decoding=decoding)
+    return Dataset(
+        name, train, validation, test, names, key, decoding=decoding, **left_out
+    )
 
 
 def _from_folder(
@@ -341,8 +342,12 @@ def _drop_contradictions(source: _Source) -> _Source:
     if not rows:
         raise ValueError(f"every image is in several classes: {skipped[0]}.")
     note = (
-        f"{len(skipped):,} images that are in several classes are left out, and named "
-        "in config.json"
+        counted(
+            len(skipped),
+            "image that is in several classes is left out",
+            "images that are in several classes are left out",
+        )
+        + ", and named in config.json"
     )
     stored = dataclasses.replace(
         stored,

@@ -118,10 +118,11 @@ def layout_of(images: ImageSource, labels: np.ndarray) -> Layout:
     box, error = _narrowed(judge)
     whole = judge(WHOLE_CELLS)
     if whole - error < max(WORTHWHILE * whole, 0.01):
-        return Layout(WHOLE, True, "no part of it tells classes apart better")
+        return Layout(WHOLE, True, "no part of the image tells classes apart better")
     why = (
         "edges tell classes apart best there, with "
-        f"{100 * error:.0f} % of the pairs in the wrong order and not {100 * whole:.0f}"
+        f"{100 * error:.0f} % of the pairs in the wrong order instead of "
+        f"{100 * whole:.0f} % over the whole image"
     )
     # A network uses a little of the surroundings, too.
     top, left, bottom, right = box

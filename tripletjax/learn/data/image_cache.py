@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data import cache_cleanup
 from tripletjax.learn.data.image_analysis import kind_of, tone_share
 from tripletjax.learn.data.image_array import ArrayImages, ImageArray, StoredImages
@@ -36,7 +37,7 @@ from tripletjax.learn.data.image_shape import (
     peak,
     white_of,
 )
-from tripletjax.learn.errors import one_line_errors
+from tripletjax.learn.errors import one_line_errors, text_of_error
 from tripletjax.learn.files import digest_of, digest_of_file, digest_of_image
 
 # The version of decoding. Images of another version are decoded again.
@@ -247,10 +248,10 @@ class ImageCacheBuilder(tfds.core.GeneratorBasedBuilder):
         if not digests:
             reasons = "; ".join(sorted(set(self.skipped.values()))[:3])
             raise ValueError(
-                f"none of {len(self.pictures)} images can be used: {reasons}"
+                f"none of {counted(len(self.pictures), 'image')} can be used: {reasons}"
             )
         if animated:
-            count = "1 image has" if animated == 1 else f"{animated:,} images have"
+            count = counted(animated, "image has", "images have")
             note = f"{count} several frames: the first one is used"
             decoding = dataclasses.replace(decoding, notes=(*decoding.notes, note))
         self.info.metadata["summary"] = json.dumps(
@@ -269,7 +270,7 @@ class ImageCacheBuilder(tfds.core.GeneratorBasedBuilder):
         looks = [*self._apply(_look, sample)]
         if not looks:
             raise ValueError(
-                f"none of {len(sample)} images could be read; the first: "
+                f"none of {counted(len(sample), 'image')} could be read; the first: "
                 f"{self.skipped[0]}"
             )
         sizes, colours, tones, wide, transparent = zip(*looks)
@@ -309,7 +310,7 @@ class ImageCacheBuilder(tfds.core.GeneratorBasedBuilder):
         for part, results in read_ahead(indices, open_and_apply):
             for row, result in zip(part, results):
                 if isinstance(result, OSError):
-                    self.skipped[indices[row]] = str(result)
+                    self.skipped[indices[row]] = text_of_error(result)
                 else:
                     yield result
 

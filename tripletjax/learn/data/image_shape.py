@@ -10,10 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from tripletjax.learn.data.image_files import (
-    ImageError,
-    open_image,
-)
+from tripletjax.learn.data.image_files import ImageError, open_image
 
 # The longer side of images for a network: lines need fewer pixels than photographs.
 # Photographs are cached at twice the size, so that a network can look at a part.

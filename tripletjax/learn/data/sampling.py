@@ -73,7 +73,8 @@ class ClassBatches:
                 )
         if len(values) < self.classes:
             raise ValueError(
-                f"classes is {self.classes} but the labels have only {len(values)}."
+                f"classes must be at most {len(values)}, the number of classes of the "
+                f"labels, got {self.classes}."
             )
         if self.class_sampling not in CLASS_SAMPLING:
             raise ValueError(

@@ -10,23 +10,14 @@ State = TypeVar("State")
 
 
 def arrays_of(state: Any) -> list[Any]:
-    """List the arrays of a state, each random key as its data.
-
-    Args:
-        state: any tree of arrays and random keys.
-
-    Returns:
-        Its leaves in order; `with_arrays` is the inverse.
-    """
+    """List the leaves of a state in order, each random key as its data."""
     return [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(state)]
 
 
 def with_arrays(like: State, arrays: Sequence[Any]) -> State:
     """Rebuild a state from the arrays of `arrays_of`.
 
-    Args:
-        like: a state of the same structure, whose random keys name the generators.
-        arrays: its new leaves, in the order of `arrays_of`.
+    Its structure and the generators of its random keys are those of `like`.
     """
     leaves = [
         jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(old))

@@ -166,10 +166,11 @@ def mesh_of(devices: str | None) -> Mesh | None:
     if devices.isdecimal():
         count = int(devices)
     if count < 1:
-        raise ValueError(f"devices must be all or a number, got {devices!r}.")
+        raise ValueError(f"devices must be all or at least 1, got {devices}.")
     if count > len(known):
         raise ValueError(
-            f"devices is {count}, but there are {len(known)} ({known[0].platform})."
+            f"devices must be at most {len(known)}, the number of devices "
+            f"({known[0].platform}), got {count}."
         )
     return jax.make_mesh(
         (count,), ("data",), axis_types=(AxisType.Auto,), devices=known[:count]

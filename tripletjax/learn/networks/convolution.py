@@ -119,11 +119,7 @@ def _convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
 def _by_xla(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 

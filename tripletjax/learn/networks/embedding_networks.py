@@ -54,14 +54,7 @@ class EmbeddingCNN(nnx.Module):
         self.head = nnx.Linear(2 * channels[-1], dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: Array) -> Array:
-        """Embed images.
-
-        Args:
-            images: floats from 0 to 1, ``[n, height, width, channels]``.
-
-        Returns:
-            Unit vectors ``[n, dim]``.
-        """
+        """Unit vectors ``[n, dim]`` of images ``[n, height, width, c]`` from 0 to 1."""
         return unit_norm(self.head(self.stages(images)))
 
 
@@ -111,14 +104,7 @@ class EmbeddingResNet(nnx.Module):
         self.head = nnx.Linear(width, dim, **options)
 
     def __call__(self, images: Array) -> Array:
-        """Embed images.
-
-        Args:
-            images: floats from 0 to 1, ``[n, height, width, channels]``.
-
-        Returns:
-            Unit vectors ``[n, dim]``.
-        """
+        """Unit vectors ``[n, dim]`` of images ``[n, height, width, c]`` from 0 to 1."""
         x = self.stem(images)
         for block in self.blocks:
             x = block(x)
@@ -189,14 +175,7 @@ class EmbeddingPhotoNet(nnx.Module):
         self.head = nnx.Linear(features * width, dim, **options)
 
     def __call__(self, images: Array) -> Array:
-        """Embed images.
-
-        Args:
-            images: floats ``[n, height, width, channels]`` of the network's size.
-
-        Returns:
-            Unit vectors ``[n, dim]``.
-        """
+        """Unit vectors ``[n, dim]`` of images of its size, floats from 0 to 1."""
         if images.shape[1:3] != self.size:
             raise ValueError(
                 f"images must be {self.size[0]} x {self.size[1]} pixels, got "
@@ -255,14 +234,7 @@ class MultiScaleCNN(nnx.Module):
         self.head = nnx.Linear(2 * channels[-1] + 2 * 16 * shallow, dim, **options)
 
     def __call__(self, images: Array) -> Array:
-        """Embed images.
-
-        Args:
-            images: floats from 0 to 1, ``[n, height, width, channels]``.
-
-        Returns:
-            Unit vectors ``[n, dim]``.
-        """
+        """Unit vectors ``[n, dim]`` of images ``[n, height, width, c]`` from 0 to 1."""
         parts = [unit_norm(self.deep(images))]
         for path, side in zip(self.paths, (64, 32)):
             # Coarse images of one size, whatever the size of the images.

@@ -1,4 +1,7 @@
-"""Layers of embedding networks in Flax NNX."""
+"""Layers of embedding networks in Flax NNX.
+
+`options` are ``dtype`` and ``rngs`` of the layers of Flax.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -44,20 +47,10 @@ def _interpolation(n: int, side: int) -> np.ndarray:
 class Stages(nnx.Module):
     """Stages of two layers, with pooling by half between; then mean and maximum."""
 
-    def __init__(
-        self,
-        channels: Sequence[int],
-        in_channels: int,
-        *,
-        dtype: DTypeLike | None,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, channels: Sequence[int], in_channels: int, **options: Any):
         stages = []
         for out in channels:
-            layers = [
-                Layer(width, out, dtype=dtype, rngs=rngs)
-                for width in (in_channels, out)
-            ]
+            layers = [Layer(width, out, **options) for width in (in_channels, out)]
             stages.append(nnx.List(layers))
             in_channels = out
         self.stages = nnx.List(stages)
@@ -73,15 +66,8 @@ class Stages(nnx.Module):
 
 class Residual(nnx.Module):
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        *,
-        dtype: DTypeLike | None,
-        rngs: nnx.Rngs,
+        self, in_channels: int, out_channels: int, stride: int, **options: Any
     ):
-        options = {"dtype": dtype, "rngs": rngs}
         self.first = Layer(in_channels, out_channels, stride=stride, **options)
         self.second = Layer(out_channels, out_channels, active=False, **options)
         changes = stride > 1 or in_channels != out_channels
@@ -105,12 +91,9 @@ class Layer(nnx.Module):
         stride: int = 1,
         *,
         active: bool = True,
-        dtype: DTypeLike | None,
-        rngs: nnx.Rngs,
+        **options: Any,
     ):
-        self.convolution = _conv(
-            in_channels, out_channels, size, stride, dtype=dtype, rngs=rngs
-        )
+        self.convolution = _conv(in_channels, out_channels, size, stride, **options)
         self.norm = GroupNorm(out_channels)
         self.active = active
 
@@ -119,33 +102,16 @@ class Layer(nnx.Module):
         return jax.nn.relu(x) if self.active else x
 
 
-def _conv(
-    in_channels: int,
-    out_channels: int,
-    size: tuple[int, int],
-    stride: int,
-    *,
-    dtype: DTypeLike | None,
-    rngs: nnx.Rngs,
-) -> nnx.Conv:
-    return nnx.Conv(
-        in_channels,
-        out_channels,
-        size,
-        stride,
-        use_bias=False,
-        kernel_init=LECUN_NORMAL,
-        conv_general_dilated=_convolved,
-        dtype=dtype,
-        rngs=rngs,
-    )
-
-
 def _convolved(
     x: Array, kernel: Array, strides: Sequence[int], padding: Any, **_: Any
 ) -> Array:
     """Convolution as Flax calls it, one function for all layers and networks."""
     return convolution(x, kernel, strides[0], padding)
+
+
+_conv = functools.partial(
+    nnx.Conv, use_bias=False, kernel_init=LECUN_NORMAL, conv_general_dilated=_convolved
+)
 
 
 class GroupNorm(nnx.Module):
@@ -223,8 +189,7 @@ class StandardizedConv(nnx.Module):
 
 
 class StandardizedBlock(nnx.Module):
-    def __init__(self, channels: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs):
-        options = {"dtype": dtype, "rngs": rngs}
+    def __init__(self, channels: int, **options: Any):
         self.first = StandardizedConv(channels, channels, 3, **options)
         self.second = StandardizedConv(channels, channels, 3, **options)
         # A block begins close to the identity.

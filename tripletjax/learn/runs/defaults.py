@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data import image_analysis
 from tripletjax.learn.data.augment import Augment
 from tripletjax.learn.data.datasets import Dataset
@@ -474,16 +475,28 @@ def _notes_on_classes(sizes: np.ndarray, classes: int, turns: int) -> list[str]:
     """Notes on turned copies, and on classes of one image."""
     notes = []
     if turns > 1:
-        notes.append(f"{turns - 1} turned copies of each class are further classes")
+        notes.append(
+            counted(
+                turns - 1,
+                "turned copy of each class is a further class",
+                "turned copies of each class are further classes",
+            )
+        )
     alone = int((sizes == 1).sum())
     if classes < len(sizes):
         notes.append(
-            f"{alone:,} classes of one training image are not trained on: no positive"
+            counted(
+                alone,
+                "class of one training image is not trained on",
+                "classes of one training image are not trained on",
+            )
+            + ": no positive"
         )
     elif alone:
         notes.append(
-            f"warning: {alone:,} of {len(sizes):,} classes have one training image: "
-            "their positives are copies of it, which differ by augmentation alone"
+            f"warning: {alone:,} of {len(sizes):,} classes "
+            f"{'has' if alone == 1 else 'have'} one training image: their positives "
+            "are copies of it, which differ by augmentation alone"
         )
     return notes
 
@@ -503,13 +516,14 @@ def _notes_on_relevance(config: Config, names: Sequence[str]) -> list[str]:
         return []
     levels = levels_of(names)
     if not len(levels):
-        raise ValueError(
-            "relevance=folders requires folders of folders of classes, such as "
+        raise OptionError(
+            "{relevance} folders requires folders of folders of classes, such as "
             "Greek/character01; the data have one level."
         )
-    groups = ", ".join(f"{1 + level.max():,} groups" for level in levels)
+    groups = ", ".join(counted(1 + int(level.max()), "group") for level in levels)
+    classes = counted(len(names), "class")
     return [
-        f"relevance by folders: {len(names):,} classes in {groups}; images of a group "
+        f"relevance by folders: {classes} in {groups}; images of a group "
         "come nearer to each other than to all others"
     ]
 
@@ -521,8 +535,9 @@ def _notes_on_memory(batches: ClassBatchPlan) -> list[str]:
     if batches.memory_momentum is not None:
         source = f"a slow copy of the network (momentum {batches.memory_momentum:g})"
     return [
-        f"batches are also compared with the last {batches.memory:,} embeddings of "
-        f"{source}, kept after {100 * batches.memory_warmup:g} % of the steps"
+        "batches are also compared with the last "
+        f"{counted(batches.memory, 'embedding')} of {source}, kept after "
+        f"{100 * batches.memory_warmup:g} % of the steps"
     ]
 
 
@@ -531,7 +546,7 @@ def _notes_on_scratch(count: int, *, aligned: bool) -> list[str]:
         return []
     example = "efficientnet-lite0 of the extra pretrained"
     if aligned:
-        example = "a network for faces if these are faces (docs/faces.md)"
+        example += ", or a network for faces if these are faces (docs/faces.md)"
     return [
         f"{count:,} photographs are few to train from scratch; a pretrained network is "
         f"better: --backbone with {example}"
@@ -543,8 +558,8 @@ def _notes_on_backbone(
 ) -> list[str]:
     title, images = start.backbone.title, start.backbone.images
     trained = {
-        "frozen": "the backbone is frozen: a head is trained on its features, "
-        f"{backbone.views} of each image",
+        "frozen": "the backbone is frozen: a head is trained on its features, of "
+        f"{backbone.views} views of each image",
         "top": "the last stages of the backbone are trained, at a tenth of the "
         "learning rate of the head",
         "all": "the whole backbone is trained, at a tenth of the learning rate of the "

@@ -5,7 +5,6 @@ the rows of the command, the check of values, and the documentation.
 """
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -32,14 +31,22 @@ class OptionError(ValueError):
         return re.sub(r"\{(\w+)\}", lambda name: flag(name[1]), self.text)
 
 
+# The largest number of float32, and the smallest of full precision above 0.
+FINITE, TINY = float.fromhex("0x1.fffffep127"), 2.0**-126
 # Rules for values, by the words that an error has for them.
 RULES: dict[str, Callable[[Any], bool]] = {
+    "at least 2": lambda x: x >= 2,
     "at least 1": lambda x: x >= 1,
     "at least 0": lambda x: x >= 0,
-    "finite": math.isfinite,
-    "finite and at least 0": lambda x: 0 <= x < float("inf"),
-    "finite and above 0": lambda x: 0 < x < float("inf"),
+    "1 to 8192": lambda x: 1 <= x <= 8192,
+    "1, 2, 4 or 8": lambda x: x in (1, 2, 4, 8),
+    "at least 0 and below 2**63": lambda x: 0 <= x < 2**63,
+    "finite in float32": lambda x: abs(x) <= FINITE,
+    "finite in float32 and at least 0": lambda x: 0 <= x <= FINITE,
+    "finite in float32 and above 0": lambda x: TINY <= x <= FINITE,
+    "0 to 2, as distances of unit vectors": lambda x: 0 <= x <= 2,
     "0 to 1": lambda x: 0 <= x <= 1,
+    "above 0 and below 1": lambda x: 0 < x < 1,
     "at least 0 and below 1": lambda x: 0 <= x < 1,
     "shares from 0 to 1 with top < bottom and left < right": (
         lambda box: 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1

@@ -30,6 +30,7 @@ SAMPLE, LOOK = 4096, 256
 FARTHEST = 2.0
 # Options with the paths of data.
 LOCATIONS = ("data", "triplets", "backbone")
+AUGMENTS = dict(zip(choices.AUGMENTS, (Augment(), SCARCE_CHARACTERS)))
 
 
 class RunExistsError(FileExistsError):
@@ -80,8 +81,7 @@ def make_request(
     if augment in choices.KINDS:
         merged["kind"] = augment
     elif augment is not None:
-        augments = dict(zip(choices.AUGMENTS, (Augment(), SCARCE_CHARACTERS)))
-        merged["augment"] = augments[augment]
+        merged["augment"] = AUGMENTS[augment]
     config = Config(**merged)
     if out is None:
         label = parse_source(config.data).label
@@ -106,6 +106,13 @@ def find_run(
     steps = old.plan.steps if config.steps is None else config.steps
     finished = summary.get("steps") == steps
     return old, summary["evaluations"] if finished else None
+
+
+def is_moved(old: RunRecord, config: Config) -> bool:
+    """Whether the data of a request have another path than those of a run."""
+    return any(
+        getattr(old.requested, name) != getattr(config, name) for name in LOCATIONS
+    )
 
 
 def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:
@@ -133,17 +140,25 @@ def _old_run(out: Path, config: Config, resume: bool) -> RunRecord | None:
         # Data may have moved; their content is compared when it is read.
         moved = field.name in LOCATIONS and None not in (was, now)
         if was != now and field.name != "steps" and not moved:
-            changed.append(f"{{{field.name}}} was {text_of(was)}, got {text_of(now)}")
+            # The command has one option for both.
+            name = "augment" if field.name == "kind" else field.name
+            changed.append(f"{{{name}}} was {_word_of(was)}, got {_word_of(now)}")
     if changed:
         raise OptionError(
             f"the run in {out} has another configuration: {', '.join(changed)}."
         )
     if config.steps is not None and config.steps < old.plan.steps:
-        raise ValueError(
-            f"the run in {out} was made with {old.plan.steps} steps, got steps "
-            f"{config.steps}: a run can be lengthened, not shortened."
+        raise OptionError(
+            f"{{steps}} must be at least {old.plan.steps}, the steps of the run in "
+            f"{out}, got {config.steps}: a run can be lengthened, not shortened."
         )
     return old
+
+
+def _word_of(value: Any) -> str:
+    """A value in an error, an augmentation by its word in the command."""
+    words = (word for word, augment in AUGMENTS.items() if augment == value)
+    return text_of(next(words, value))
 
 
 def start_of(config: Config, old: RunRecord | None) -> Start | None:
@@ -252,6 +267,13 @@ def _go_on(old: RunRecord, config: Config, task: tasks.Task, out: Path) -> RunRe
     Its plan stays, whatever this version would choose.
     """
     if old.data_key != task.dataset.key:
+        name = "data" if config.triplets is None else "triplets"
+        before, now = getattr(old.requested, name), getattr(config, name)
+        if before != now:
+            raise OptionError(
+                f"{{{name}}} must have the content of {before}, which the run in {out} "
+                f"was trained on, got {now}."
+            )
         raise ValueError(
             f"the data {task.dataset.name!r} have changed since the run in {out} began."
         )

@@ -17,9 +17,7 @@ from jax import Array
 import tripletjax as tj
 from tripletjax.learn import plots
 from tripletjax.learn.data import datasets, hierarchy, sampling, triplet_files
-from tripletjax.learn.data.image_array import (
-    ImageArray,
-)
+from tripletjax.learn.data.image_array import ImageArray
 from tripletjax.learn.distributed.placement import ONE_DEVICE, Placement
 from tripletjax.learn.networks.embedding import embed_images
 from tripletjax.learn.runs import defaults, rounds
@@ -84,7 +82,7 @@ class LabelTask:
     ) -> tuple[Plan, list[str]]:
         plan, notes = defaults.plan_for_classes(config, self.dataset, start)
         if plan.steps:
-            notes = [*notes, *note_of(self.validation_classes, self.unit)]
+            notes = [*notes, *note_of(self.validation_classes, "class")]
         return plan, notes
 
     @property
@@ -164,10 +162,7 @@ class LabelTask:
         return hierarchy.with_turns(levels, of.rotation_classes)
 
     def batches(
-        self,
-        plan: Plan,
-        on: Placement = ONE_DEVICE,
-        mined: Sequence[rounds.Round] = (),
+        self, plan: Plan, on: Placement = ONE_DEVICE, mined: Sequence[rounds.Round] = ()
     ) -> loop.Batches:
         """Batches, or the parts of this process, with the groups of mined rounds."""
         of = _batches_of(plan, ClassBatchPlan)
@@ -362,7 +357,7 @@ class TripletTask:
     ) -> tuple[Plan, list[str]]:
         plan, notes = defaults.plan_for_triplets(config, self.dataset, start)
         if plan.steps:
-            notes = [*notes, *note_of(self.validation_classes, self.unit)]
+            notes = [*notes, *note_of(self.validation_classes, "anchor")]
         return plan, notes
 
     @property
@@ -482,11 +477,7 @@ Task = LabelTask | TripletTask
 
 def load(config: Config, *, size: int | None, progress: bool) -> Task:
     """Load the task of a request, with images of a size if one is given."""
-    options: dict[str, Any] = {
-        "size": size,
-        "kind": config.kind,
-        "progress": progress,
-    }
+    options: dict[str, Any] = {"size": size, "kind": config.kind, "progress": progress}
     if config.triplets is not None:
         return TripletTask(triplet_files.load_triplets(config.triplets, **options))
     options |= {"split": config.split, "classes_from": config.classes_from}

@@ -31,10 +31,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from tripletjax.learn import plots
-from tripletjax.learn.data.image_array import (
-    ImageArray,
-    StoredImages,
-)
+from tripletjax.learn.data.image_array import ImageArray, StoredImages
 from tripletjax.learn.distributed.placement import Placement
 from tripletjax.learn.files import write_json
 from tripletjax.learn.networks import heads
@@ -166,13 +163,16 @@ def run(
     out = on.of_first(lambda path=out: Path(path).resolve())
     config = preparation.normalize(config)
     old, finished = on.of_first(lambda: preparation.find_run(out, config, resume))
-    if finished is not None:
+    moved = on.of_first(lambda: old is not None and preparation.is_moved(old, config))
+    if finished is not None and not moved:
         return finished
     start = preparation.start_of(config, old)
     current, task = preparation.make_plan(config, old, start, out, on, progress)
     # Options of batches that contradict each other fail before a file is written.
     batches = task.batches(current.plan, on)
     on.of_first(lambda: preparation.write(current, old, start, out))
+    if finished is not None:
+        return finished
     if not (out / record.FILE).exists():
         raise FileNotFoundError(
             f"{out} is not the run directory of the first process: all processes must "

@@ -18,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from tripletjax.learn.distributed.keys import State, arrays_of, with_arrays
 from tripletjax.learn.errors import first_line
 from tripletjax.learn.files import digest_of, digest_of_file, free_path, write_text
+from tripletjax.learn.training.interrupts import deferred_interrupts
 
 
 class StateMismatchError(ValueError):
@@ -44,6 +45,7 @@ class Checkpoints:
         ValueError: if `keep` is less than 2.
     """
 
+    @deferred_interrupts()
     def __init__(self, directory: str | Path, *, keep: int = 2, writable: bool = True):
         if keep < 2:
             raise ValueError(f"keep must be at least 2, got {keep}.")
@@ -81,6 +83,7 @@ class Checkpoints:
                 shutil.rmtree(self.directory / str(step))
             self._orbax.reload()
 
+    @deferred_interrupts()
     def save(self, step: int, state: Any) -> None:
         """Write a checkpoint, unless one of this step exists.
 
@@ -115,6 +118,7 @@ class Checkpoints:
             digests[str(step)] = _file_digests(self.directory / str(step))
             write_text(self._digests_file, json.dumps(digests))
 
+    @deferred_interrupts()
     def restore(self, like: State) -> tuple[int, State, list[str]] | None:
         """Read the newest undamaged checkpoint.
 
@@ -161,6 +165,7 @@ class Checkpoints:
             raise OSError("; ".join(messages) + "; no other checkpoint exists.")
         return None
 
+    @deferred_interrupts()
     def close(self) -> None:
         self._orbax.close()
         if self._alias is not None:
@@ -244,10 +249,7 @@ def _digest(arrays: list[Any]) -> str:
     return digest_of(
         part
         for x in map(np.asarray, arrays)
-        for part in (
-            f"{x.shape}{x.dtype}",
-            np.ascontiguousarray(x).view(np.uint8).data,
-        )
+        for part in (f"{x.shape}{x.dtype}", np.ascontiguousarray(x).view(np.uint8).data)
     )
 
 

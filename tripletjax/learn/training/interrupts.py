@@ -1,4 +1,4 @@
-"""Signals that stop a training between steps."""
+"""Signals that stop a training between steps, or after a checkpoint."""
 
 import contextlib
 import signal
@@ -49,3 +49,29 @@ class Interrupts:
         if self.received:
             raise KeyboardInterrupt
         self.received = True
+
+
+@contextlib.contextmanager
+def deferred_interrupts() -> Iterator[None]:
+    """Deliver SIGINT at the end of the body; a second one raises KeyboardInterrupt.
+
+    Orbax (0.12.8) awaits in its own event loop, which drops a KeyboardInterrupt or
+    turns it into an error of the checkpoint.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if received:
+            signal.raise_signal(signal.SIGINT)

@@ -261,50 +261,20 @@ def fit(
         on,
         Schedule(steps, log_every, validate_every, checkpoint_every),
         losses,
+        learned,
+        tx=tx,
+        augment=augment,
         seed=seed,
+        ema_decay=ema_decay,
+        memory=memory,
         memory_warmup_steps=memory_warmup_steps,
+        memory_momentum=memory_momentum,
         embed_chunk_size=embed_chunk_size,
+        classes=validation_classes,
         checkpoints=checkpoints,
         kept_model=kept_model,
-        step_options={
-            "tx": of_params(tx, learned and learned.tx),
-            "augment": augment,
-            "ema_decay": ema_decay,
-            "memory_momentum": memory_momentum or 0.0,
-        },
     )
-    loop.begin(
-        learned and learned.parameters,
-        ema=ema_decay > 0,
-        memory=memory,
-        slow=memory_momentum is not None,
-        classes=validation_classes,
-    )
-    if (resumed := loop.restore()) is not None:
-        yield resumed
-    # Signals go to the caller while it holds a record.
-    own = interrupts is None
-    interrupts = interrupts or Interrupts()
-    outside = interrupts.paused if own else contextlib.nullcontext
-    with interrupts if own else contextlib.nullcontext(), _when_left(loop.update_model):
-        for step, batch in loop.batches(progress=progress):
-            metrics = loop.step(step, *batch)
-            due = loop.schedule.after(step + 1)
-            if due.log:
-                record = loop.record(step + 1, metrics, rows_of(batch[0]))
-                with outside():
-                    yield record
-            if due.validate and validate is not None:
-                record = loop.validated(step + 1, validate)
-                with outside():
-                    yield record
-            stop = loop.agree(interrupts.received, due)
-            if due.save or stop:
-                loop.save(step + 1)
-            if stop and not due.last:
-                loop.update_model()
-                raise Stopped(f"stopped after step {step + 1}")
-    loop.update_model()
+    yield from loop.run(validate, interrupts, progress=progress)
 
 
 class _Loop:
@@ -315,8 +285,6 @@ class _Loop:
         start: the step that the training begins with.
     """
 
-    state: TrainState
-
     def __init__(
         self,
         model: nnx.Module,
@@ -324,49 +292,48 @@ class _Loop:
         on: Placement,
         schedule: Schedule,
         losses: Sequence[tuple[int, Loss]],
+        learned: LearnedLoss | None,
         *,
+        tx: optax.GradientTransformation,
+        augment: Callable[[Array, Any], Any] | None,
         seed: int,
+        ema_decay: float,
+        memory: int,
         memory_warmup_steps: int,
+        memory_momentum: float | None,
         embed_chunk_size: int | None,
+        classes: int,
         checkpoints: Checkpoints | None,
         kept_model: Checkpoints | None,
-        step_options: dict[str, Any],
     ):
         self.model, self.on, self.schedule, self.losses = model, on, schedule, losses
         self.key, self.start, self.warned = jax.random.key(seed), 0, False
         self.memory_warmup_steps = memory_warmup_steps
         self.embed_chunk_size = embed_chunk_size
         self.checkpoints, self.kept_model = checkpoints, kept_model
-        self.step_options = step_options
         self.source = batches
-
-    def begin(
-        self, learned: Any, *, ema: bool, memory: int, slow: bool, classes: int
-    ) -> None:
-        """Make the state before the first step.
-
-        Args:
-            learned: parameters of the loss, or None.
-            ema: whether parameters are averaged.
-            memory: number of embeddings in the memory.
-            slow: whether an average of the parameters embeds images for the memory.
-            classes: number of values in `Validation.by_class`.
-        """
-        self.model.train()
-        graph, of_model, rest = nnx.split(self.model, nnx.Param, ...)
+        model.train()
+        graph, of_model, rest = nnx.split(model, nnx.Param, ...)
         check_static(graph)
-        self.step_options["graph"] = graph
-        params = Params(of_model, learned)
+        tx = of_params(tx, learned and learned.tx)
+        self.step_options: dict[str, Any] = {
+            "graph": graph,
+            "tx": tx,
+            "augment": augment,
+            "ema_decay": ema_decay,
+            "memory_momentum": memory_momentum or 0.0,
+        }
+        params: Any = Params(of_model, learned and learned.parameters)
         state = TrainState(
             params=params,
             rest=rest,
-            optimizer=self.step_options["tx"].init(params),
-            average=jax.tree.map(jnp.copy, params) if ema else None,
+            optimizer=tx.init(params),
+            average=jax.tree.map(jnp.copy, params) if ema_decay else None,
             finite=jnp.array(True),
-            candidate=first_candidate(self.model, classes),
+            candidate=first_candidate(model, classes),
         )
         if memory:
-            inputs, labels = self.source[0]
+            inputs, labels = batches[0]
             # A copy, since a model with statistics changes them.
             x = jax.eval_shape(
                 lambda inputs: nnx.merge(graph, of_model, rest, copy=True)(
@@ -377,10 +344,49 @@ class _Loop:
             label_dtype = jnp.asarray(labels).dtype
             state = state._replace(
                 memory=tj.memory.create(memory, x.shape[1], label_dtype=label_dtype),
-                slow=of_model if slow else None,
+                slow=None if memory_momentum is None else of_model,
             )
         # Copies, since a step gives the memory of its state away.
-        self.state = self.on.everywhere(jax.tree.map(jnp.copy, strongly_typed(state)))
+        self.state = on.everywhere(jax.tree.map(jnp.copy, strongly_typed(state)))
+
+    def run(
+        self,
+        validate: Callable[[nnx.Module], Validation] | None,
+        interrupts: Interrupts | None,
+        *,
+        progress: bool,
+    ) -> Iterator[dict[str, Any]]:
+        """Train, and yield the records of `fit`."""
+        if (resumed := self.restore()) is not None:
+            yield resumed
+        # Signals go to the caller while it holds a record.
+        own = interrupts is None
+        interrupts = interrupts or Interrupts()
+        inside = interrupts if own else contextlib.nullcontext()
+        outside = interrupts.paused if own else contextlib.nullcontext
+        try:
+            with inside:
+                for step, batch in self.batches(progress=progress):
+                    metrics = self.step(step, *batch)
+                    due = self.schedule.after(step + 1)
+                    if due.log:
+                        record = self.record(step + 1, metrics, rows_of(batch[0]))
+                        with outside():
+                            yield record
+                    if due.validate and validate is not None:
+                        record = self.validated(step + 1, validate)
+                        with outside():
+                            yield record
+                    stop = self.agree(interrupts.received, due)
+                    if due.save or stop:
+                        self.save(step + 1)
+                    if stop and not due.last:
+                        raise Stopped(f"stopped after step {step + 1}")
+        except (GeneratorExit, Stopped):
+            # The loop over the records was left early.
+            self.update_model()
+            raise
+        self.update_model()
 
     def restore(self) -> dict[str, Any] | None:
         """Go on from the newest checkpoint, if there is one, and return a record."""
@@ -443,7 +449,7 @@ class _Loop:
                 f"{numbers['spread']:.1e} apart. Train on all triplets (loss all), "
                 "or lower the learning rate.",
                 CollapseWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         rate = (self.bar.format_dict["rate"] or 0) * rows * self.on.processes
         shown = {name: f"{value:.3f}" for name, value in numbers.items()}
@@ -538,13 +544,12 @@ def _check_decays(**values: float | None) -> None:
 
 def _check_memory(memory: int, warmup_steps: int, momentum: float | None) -> None:
     _check_at_least(0, memory=memory, memory_warmup_steps=warmup_steps)
-    options = {
-        "memory_warmup_steps": warmup_steps or None,
-        "memory_momentum": momentum,
-    }
-    for name, value in options.items():
-        if value is not None and not memory:
-            raise ValueError(f"{name} requires memory > 0, got {value!r}.")
+    if warmup_steps and not memory:
+        raise ValueError(
+            f"memory_warmup_steps requires memory > 0, got {warmup_steps!r}."
+        )
+    if momentum is not None and not memory:
+        raise ValueError(f"memory_momentum requires memory > 0, got {momentum!r}.")
 
 
 def _prefetched(batches: Batches, steps: range) -> Iterator[Any]:
@@ -558,13 +563,3 @@ def _prefetched(batches: Batches, steps: range) -> Iterator[Any]:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
-
-
-@contextlib.contextmanager
-def _when_left(act: Callable[[], None]) -> Iterator[None]:
-    """Act if a generator is left before its end, as by a break."""
-    try:
-        yield
-    except GeneratorExit:
-        act()
-        raise

@@ -84,9 +84,7 @@ LOSSES: dict[str, BatchLoss] = {
         metric=tj.euclidean,
     ),
     "contrastive": _euclidean(
-        _contrastive_loss,
-        tj.mean_active_by_side,
-        {"margin": 1.0},
+        _contrastive_loss, tj.mean_active_by_side, {"margin": 1.0}
     ),
     "margin": _euclidean(
         tj.blockwise.margin_loss, tj.mean_active, {"margin": 0.2}, learned={"beta": 1.2}

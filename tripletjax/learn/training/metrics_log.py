@@ -85,6 +85,6 @@ def summary_writer() -> type:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            'tensorboard requires tensorboardX: pip install "tripletjax[tensorboard]"'
+            "tensorboard requires tensorboardX: pip install tensorboardX"
         ) from error
     return SummaryWriter

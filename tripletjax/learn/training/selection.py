@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 from scipy.special import stdtrit
 
+from tripletjax.learn.counts import counted
 from tripletjax.learn.data.splits import MIN_CLASSES
 from tripletjax.learn.networks.embedding import strongly_typed
 
@@ -128,8 +129,8 @@ def note_of(classes: int, unit: str) -> list[str]:
     if classes >= MIN_CLASSES:
         return []
     return [
-        f"the last checkpoint is kept: validation has {classes} {unit}, and a choice "
-        f"needs at least {MIN_CLASSES}"
+        f"the last checkpoint is kept: validation has {counted(classes, unit)}, and a "
+        f"choice needs at least {MIN_CLASSES}"
     ]
 
 

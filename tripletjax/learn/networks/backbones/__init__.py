@@ -32,9 +32,10 @@ from tripletjax.learn.networks.backbones.images import FACENET, IMAGENET, Images
 from tripletjax.learn.networks.weights import (
     COUNTER,
     Loaded,
-    Rules,
+    Shapes,
     is_float,
     load_arrays,
+    shapes_of,
 )
 from tripletjax.learn.networks.weights_files import (
     Arrays,
@@ -46,7 +47,6 @@ from tripletjax.learn.networks.weights_files import (
 
 # Parts of the longest prefix of a wrapper, and the least number of a network's arrays.
 LONGEST, LEAST = 6, 8
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,57 +54,30 @@ class Family:
     """A family of networks.
 
     Attributes:
+        module: has `options_of`, from the shapes of a file's arrays, and the path of
+            the file, to options; None for a file of another family. Its `rules_of`
+            gives the rules of `load_weights` for these shapes, and its `title_of` the
+            name of a network for its options.
         network: builds a network from options.
-        options_of: from the shapes of a file's arrays, and the path of the file, to
-            options; None for a file of another family.
-        rules_of: from the shapes of a file's arrays to the rules of `load_weights`.
-        title_of: from options to the name of a network.
-        images_of: from options to the images that a network was trained on.
         least: smallest side of images, in pixels.
+        images_of: from options to the images that a network was trained on.
     """
 
+    module: Any
     network: Callable[..., nnx.Module]
-    options_of: Callable[[Shapes, str], dict[str, Any] | None]
-    rules_of: Callable[[Shapes], Rules]
-    title_of: Callable[[Mapping[str, Any]], str]
-    images_of: Callable[[Mapping[str, Any]], Images]
     least: int
-
-
-def _family(
-    network: Callable[..., nnx.Module],
-    module: Any,
-    least: int,
-    images_of: Callable[[Mapping[str, Any]], Images],
-) -> Family:
-    def options_of(shapes: Shapes, file: str) -> dict[str, Any] | None:
-        if module is efficientnet:
-            return module.options_of(shapes, file)
-        return module.options_of(shapes)
-
-    return Family(
-        network=network,
-        options_of=options_of,
-        rules_of=module.rules_of,
-        title_of=module.title_of,
-        images_of=images_of,
-        least=least,
-    )
-
-
-def _of_imagenet(options: Mapping[str, Any]) -> Images:
-    return IMAGENET
+    images_of: Callable[[Mapping[str, Any]], Images] = lambda options: IMAGENET
 
 
 FAMILIES = {
-    "resnet": _family(resnet.ResNet, resnet, 8, _of_imagenet),
-    "vit": _family(vit.ViT, vit, 1, _of_imagenet),
-    "convnext": _family(convnext.ConvNeXt, convnext, 32, _of_imagenet),
-    "efficientnet": _family(
-        efficientnet.EfficientNet, efficientnet, 8, efficientnet.images_of
+    "resnet": Family(resnet, resnet.ResNet, 8),
+    "vit": Family(vit, vit.ViT, 1),
+    "convnext": Family(convnext, convnext.ConvNeXt, 32),
+    "efficientnet": Family(
+        efficientnet, efficientnet.EfficientNet, 8, efficientnet.images_of
     ),
-    "inception-resnet-v1": _family(
-        inception_resnet.InceptionResNetV1, inception_resnet, 75, lambda _: FACENET
+    "inception-resnet-v1": Family(
+        inception_resnet, inception_resnet.InceptionResNetV1, 75, lambda _: FACENET
     ),
 }
 # Networks to train from scratch, by the name of a model.
@@ -138,7 +111,7 @@ class Backbone:
     @property
     def title(self) -> str:
         """Name of the network."""
-        return self.of.title_of(self.options)
+        return self.of.module.title_of(self.options)
 
     @property
     def images(self) -> Images:
@@ -174,7 +147,7 @@ class Backbone:
 
     def fill(self, network: nnx.Module, arrays: Arrays, *, title: str) -> Loaded:
         """Load arrays into a network that `build` built; `title` names their file."""
-        rules = self.of.rules_of(shapes_of(arrays))
+        rules = self.of.module.rules_of(shapes_of(arrays))
         return load_arrays(network, arrays, rules, title=title)
 
 
@@ -271,10 +244,6 @@ def recognise(backbone: str | Path) -> Backbone:
     return open_weights(backbone).backbone
 
 
-def shapes_of(arrays: Arrays) -> Shapes:
-    return {name: array.shape for name, array in arrays.items()}
-
-
 # Words in prefixes of a moving average of the network.
 AVERAGES = {"ema", "teacher"}
 
@@ -315,7 +284,7 @@ def _unwrap(shapes: Shapes, path: Path) -> tuple[str, Backbone]:
 
 def _by_names(shapes: Shapes, path: Path) -> Backbone | None:
     for family, of in FAMILIES.items():
-        if (options := of.options_of(shapes, str(path))) is not None:
+        if (options := of.module.options_of(shapes, str(path))) is not None:
             return Backbone(family, options)
     return None
 

@@ -14,7 +14,7 @@ from tripletjax.learn.networks.backbones.layers import (
     Mlp,
     through,
 )
-from tripletjax.learn.networks.weights import Rules
+from tripletjax.learn.networks.weights import Rules, Shapes
 
 
 class ConvNeXt(nnx.Module):
@@ -67,16 +67,7 @@ class ConvNeXt(nnx.Module):
 class _Stage(nnx.Module):
     """Blocks, after the image is halved where the width changes."""
 
-    def __init__(
-        self,
-        incoming: int,
-        width: int,
-        depth: int,
-        *,
-        dtype: DTypeLike | None,
-        rngs: nnx.Rngs,
-    ):
-        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+    def __init__(self, incoming: int, width: int, depth: int, **options: Any):
         self.halves = incoming != width
         if self.halves:
             self.norm = nnx.LayerNorm(incoming, epsilon=1e-6, **options)
@@ -90,8 +81,7 @@ class _Stage(nnx.Module):
 
 
 class _Block(nnx.Module):
-    def __init__(self, width: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs):
-        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+    def __init__(self, width: int, **options: Any):
         self.depthwise = DepthwiseConv(width, 7, **options)
         self.norm = nnx.LayerNorm(width, epsilon=1e-6, **options)
         self.mlp = Mlp(width, 4 * width, **options)
@@ -221,9 +211,7 @@ NAMINGS: tuple[tuple[str, str, Rules], ...] = (
 )
 
 
-def _depthwise(
-    shapes: Mapping[str, tuple[int, ...]], form: str
-) -> list[list[tuple[int, ...]]]:
+def _depthwise(shapes: Shapes, form: str) -> list[list[tuple[int, ...]]]:
     """Shapes of the depthwise kernels, by stage and block."""
     stages = []
     for stage in range(4):
@@ -237,7 +225,7 @@ def _depthwise(
     return stages
 
 
-def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+def options_of(shapes: Shapes, file: str) -> dict[str, Any] | None:
     """The network that arrays of these names are of; None if no ConvNeXt's."""
     for stem, form, rules in NAMINGS:
         stages = _depthwise(shapes, form)
@@ -250,7 +238,7 @@ def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
     return None
 
 
-def rules_of(shapes: Mapping[str, tuple[int, ...]]) -> Rules:
+def rules_of(shapes: Shapes) -> Rules:
     return next(rules for stem, _, rules in NAMINGS if stem in shapes)
 
 

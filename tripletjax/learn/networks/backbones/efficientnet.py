@@ -22,7 +22,7 @@ from tripletjax.learn.networks.backbones.layers import (
     DepthwiseConv,
     through,
 )
-from tripletjax.learn.networks.weights import Rules
+from tripletjax.learn.networks.weights import Rules, Shapes
 
 # By stage: size of the depthwise kernel, and stride of the first block.
 KERNELS = (3, 3, 5, 3, 5, 5, 3)
@@ -128,10 +128,8 @@ class _Block(nnx.Module):
         lite: bool,
         padding: str,
         eps: float,
-        dtype: DTypeLike | None,
-        rngs: nnx.Rngs,
+        **options: Any,
     ):
-        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         inside = expansion * incoming
         self.expands = expansion > 1
         if self.expands:
@@ -237,7 +235,6 @@ NAMINGS = BY_ORIGINAL, TIMM, TORCHVISION
 ORIGINAL_IN_TIMM = "tf_efficientnet"
 # Number of blocks from which on torchvision has the epsilon of the original: B5's.
 LARGE = 39
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def _depths_of(shapes: Shapes, naming: Naming) -> list[int]:

@@ -15,7 +15,7 @@ from tripletjax.learn.networks.backbones.layers import (
     max_pool,
     through,
 )
-from tripletjax.learn.networks.weights import Rules
+from tripletjax.learn.networks.weights import Rules, Shapes
 
 # As in TensorFlow, where it comes from.
 EPS = 1e-3
@@ -110,11 +110,9 @@ class _Conv(nnx.Module):
         size: int | tuple[int, int],
         stride: int = 1,
         padding: int | tuple[int, int] = 0,
-        *,
-        dtype: DTypeLike | None,
-        rngs: nnx.Rngs,
+        **options: Any,
     ):
-        self.conv = Conv(incoming, out, size, stride, padding, dtype=dtype, rngs=rngs)
+        self.conv = Conv(incoming, out, size, stride, padding, **options)
         self.bn = BatchNorm(out, eps=EPS)
 
     def __call__(self, x: Array) -> Array:
@@ -139,11 +137,8 @@ class _Block(nnx.Module):
         paths: Sequence[Sequence[Shape]],
         scale: float,
         active: bool,
-        *,
-        dtype: DTypeLike | None,
-        rngs: nnx.Rngs,
+        **options: Any,
     ):
-        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.branch0 = _Conv(*first, **options)
         self.branch1 = _path(paths[0], **options)
         self.branch2 = _path(paths[1] if len(paths) > 1 else [], **options)
@@ -190,11 +185,8 @@ class _Mixed(nnx.Module):
         self,
         singles: Sequence[Sequence[Shape]],
         paths: Sequence[Sequence[Shape]],
-        *,
-        dtype: DTypeLike | None,
-        rngs: nnx.Rngs,
+        **options: Any,
     ):
-        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         branches = [_Conv(*shape, **options) for (shape,) in singles]
         branches += [_path(path, **options) for path in paths]
         for index, branch in enumerate(branches):
@@ -222,7 +214,7 @@ RULES: Rules = {
 }
 
 
-def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+def options_of(shapes: Shapes, file: str) -> dict[str, Any] | None:
     """The network that arrays of these names are of; None if not of this family."""
     if not {"conv2d_1a.conv.weight", "last_linear.weight"} <= set(shapes):
         return None
@@ -235,7 +227,7 @@ def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
     return {"repeats": tuple(repeats)}
 
 
-def rules_of(shapes: Mapping[str, tuple[int, ...]]) -> Rules:
+def rules_of(shapes: Shapes) -> Rules:
     return RULES
 
 

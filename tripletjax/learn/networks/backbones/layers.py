@@ -1,4 +1,7 @@
-"""Layers as PyTorch has them, in forms that are fast on CPUs and can be exported."""
+"""Layers as PyTorch has them, in forms that are fast on CPUs and can be exported.
+
+`options` are ``dtype`` and ``rngs`` of the layers, here and in the networks.
+"""
 
 import contextlib
 import contextvars
@@ -223,11 +226,9 @@ class LayerScale(nnx.Module):
 class Mlp(nnx.Module):
     """Two linear layers with a GELU between."""
 
-    def __init__(
-        self, width: int, hidden: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs
-    ):
-        self.fc1 = nnx.Linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, width, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, hidden: int, **options: Any):
+        self.fc1 = nnx.Linear(width, hidden, **options)
+        self.fc2 = nnx.Linear(hidden, width, **options)
 
     def __call__(self, x: Array) -> Array:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))

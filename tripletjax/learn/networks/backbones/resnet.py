@@ -14,7 +14,7 @@ from tripletjax.learn.networks.backbones.layers import (
     max_pool,
     through,
 )
-from tripletjax.learn.networks.weights import Rules
+from tripletjax.learn.networks.weights import Rules, Shapes
 
 # A bottleneck block multiplies its channels by this factor.
 EXPANSION = 4
@@ -85,10 +85,8 @@ class _Basic(nnx.Module):
         stride: int,
         *,
         learn_statistics: bool,
-        dtype: DTypeLike | None,
-        rngs: nnx.Rngs,
+        **options: Any,
     ):
-        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.conv1 = Conv(incoming, width, 3, stride, 1, **options)
         self.conv2 = Conv(width, width, 3, 1, 1, **options)
         norms = [BatchNorm(width, learn_statistics=learn_statistics) for _ in range(2)]
@@ -111,10 +109,8 @@ class _Bottleneck(nnx.Module):
         stride: int,
         *,
         learn_statistics: bool,
-        dtype: DTypeLike | None,
-        rngs: nnx.Rngs,
+        **options: Any,
     ):
-        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         out = EXPANSION * width
         self.conv1 = Conv(incoming, width, 1, **options)
         self.conv2 = Conv(width, width, 3, stride, 1, **options)
@@ -152,7 +148,7 @@ RULES: Rules = {
 }
 
 
-def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+def options_of(shapes: Shapes, file: str) -> dict[str, Any] | None:
     """The network that arrays of these names and shapes are of; None if no ResNet's."""
     firsts = [f"layer{stage}.0.conv1.weight" for stage in range(1, 5)]
     if not {"conv1.weight", "bn1.weight", *firsts} <= set(shapes):
@@ -170,7 +166,7 @@ def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
     }
 
 
-def rules_of(shapes: Mapping[str, tuple[int, ...]]) -> Rules:
+def rules_of(shapes: Shapes) -> Rules:
     return RULES
 
 

@@ -17,7 +17,7 @@ from tripletjax.learn.networks.backbones.layers import (
     cubic_weights,
     through,
 )
-from tripletjax.learn.networks.weights import Part, Rules
+from tripletjax.learn.networks.weights import Part, Rules, Shapes
 
 # Of every head.
 HEAD = 64
@@ -131,10 +131,7 @@ class ViT(nnx.Module):
 
 
 class _Block(nnx.Module):
-    def __init__(
-        self, width: int, heads: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs
-    ):
-        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+    def __init__(self, width: int, heads: int, **options: Any):
         self.norm1 = nnx.LayerNorm(width, epsilon=1e-6, **options)
         self.qkv = nnx.Linear(width, 3 * width, **options)
         self.proj = nnx.Linear(width, width, **options)
@@ -210,7 +207,7 @@ NAMED_BY_TRANSFORMERS: Rules = {
 }
 
 
-def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+def options_of(shapes: Shapes, file: str) -> dict[str, Any] | None:
     """The network that arrays of these names and shapes are of; None if no ViT's."""
     for prefix in ("", "dinov2.", "dinov2_with_registers."):
         embeddings = f"{prefix}embeddings."
@@ -253,7 +250,7 @@ def options_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
     }
 
 
-def rules_of(shapes: Mapping[str, tuple[int, ...]]) -> Rules:
+def rules_of(shapes: Shapes) -> Rules:
     return RULES if "patch_embed.proj.weight" in shapes else NAMED_BY_TRANSFORMERS
 
 
