@@ -156,7 +156,7 @@ def main() -> None:
                 held_out = set(order[fold :: arguments.folds].tolist())
                 others = [names[i] for i in order if i not in held_out][:count]
                 unseen = {names[i]: classes[names[i]] for i in sorted(held_out)}
-                title = f"{len(others)} classes"
+                title = f"{count or 'all other'} classes"
                 with tempfile.TemporaryDirectory() as directory:
                     folder = link(
                         {name: classes[name] for name in others}, root, Path(directory)
