@@ -365,7 +365,7 @@ def test_strict_promotion():
         ({"range_min": 3, "range_max": 3}, ValueError, "range_max must be above"),
         ({"key": jax.random.key(0)}, ValueError, "key requires range_max"),
         ({"margin": np.nan}, ValueError, "margin must be finite, got nan"),
-        ({"margin": "much"}, TypeError, "margin must be a real number"),
+        ({"margin": "much"}, TypeError, "margin must be numeric, got dtype"),
         ({"relative_margin": [0.1, 0.2]}, ValueError, "relative_margin must be a scal"),
         ({"positions": [0, 1]}, ValueError, "positions"),
         ({"where": [1, 1, 1, 0]}, TypeError, "where must be boolean"),

@@ -672,7 +672,10 @@ def test_goes_on_with_other_devices(tmp_path, count):
 def test_wrong_devices():
     with pytest.raises(ValueError, match=r"split over 3 devices.*40 rows"):
         trained(2, mesh=over(3))
-    for devices, words in (("9", "there are 8"), ("some", "all or a number")):
+    for devices, words in (
+        ("9", "must be at most 8"),
+        ("some", "must be all or at least 1"),
+    ):
         with pytest.raises(ValueError, match=words):
             placement.mesh_of(devices)
 

@@ -193,7 +193,7 @@ def test_one_program_serves_two_trainings_of_a_learned_loss():
         ),
         (
             {"loss": "supcon", "temperature": 0.0},
-            "temperature must be finite and above",
+            "temperature must be finite .*above 0, got 0.0",
         ),
         ({"loss": "circle", "learn_loss": True}, "learn_loss requires loss supcon"),
         ({"loss": "cosface", "memory": 64}, "memory cannot be combined with loss cosf"),

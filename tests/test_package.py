@@ -68,7 +68,7 @@ CORE = (
 )
 ROOMS = (
     *CORE,
-    ("learn.choices", "learn.errors", "learn.files"),
+    ("learn.choices", "learn.counts", "learn.errors", "learn.files"),
     ("learn.data", "learn.reports"),
     ("learn.networks", "learn.distributed", "learn.plots"),
     ("learn.training",),

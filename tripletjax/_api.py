@@ -293,10 +293,10 @@ def _array(name: str, leaf: Any) -> Any:
     except ValueError as error:
         raise ValueError(f"{name} is not a rectangular array: {error}") from None
     if leaf.dtype.kind in "OSUmM":
-        raise TypeError(
-            f"{name} must be numeric, got dtype {leaf.dtype}. "
-            "np.unique(x, return_inverse=True)[1] turns names into integers."
-        )
+        hint = ""
+        if "labels" in name:
+            hint = " np.unique(x, return_inverse=True)[1] turns names into integers."
+        raise TypeError(f"{name} must be numeric, got dtype {leaf.dtype}.{hint}")
     if not leaf.dtype.isnative:
         leaf = leaf.astype(leaf.dtype.newbyteorder("="))
     narrow = jax.dtypes.canonicalize_dtype(leaf.dtype)
