@@ -20,8 +20,8 @@ RULES = {
     "name the person": r"\b([Nn]obody|[Ss]omebody|[Ww]hom)\b",
     "say where a link goes": r"(?i)\[more\]",
 }
-# The record of experiments and the list of changes, which grow by short notes.
-EXEMPT = ("docs/notes.md", "CHANGELOG.md")
+# The list of changes, which grows by short notes.
+EXEMPT = ("CHANGELOG.md",)
 # Sentences that stay as they are, by their first words.
 EXCEPTIONS: tuple[str, ...] = ()
 
