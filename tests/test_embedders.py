@@ -314,6 +314,7 @@ def test_missing_and_broken_files_are_named(tmp_path, monkeypatch):
         open_embedder(str(tmp_path / "model.onnx"))
 
 
+@pytest.mark.slow
 def test_every_command_takes_a_function(user_module, tmp_path, capsys):
     """Indexes, threshold and reports lie in runs, and not beside the user's files."""
     user_module(COLOURS)

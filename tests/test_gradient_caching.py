@@ -171,6 +171,7 @@ def test_two_sides(shared):
     assert_same(got, expected)
 
 
+@pytest.mark.slow
 def test_double_precision():
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), PARAMS)

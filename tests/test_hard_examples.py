@@ -255,6 +255,7 @@ def blobs(n=300):
     return grid(random, n) + labels[:, None] % 3, labels
 
 
+@pytest.mark.slow
 def test_blocks_and_tiles_change_nothing(monkeypatch):
     x, labels = blobs()
     options = {"k": 6, "range_max": 40, "margin": -0.5, "key": jax.random.key(3)}
@@ -295,7 +296,7 @@ def test_draws_are_uniform():
     np.testing.assert_allclose(counts[2:6], 1000, atol=90)
 
 
-@pytest.mark.parametrize("n", [64, 61])
+@pytest.mark.parametrize("n", unless_slow([64, 61], [61]))
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_devices_share_the_anchors(kind, n):
     x, labels = blobs(n)

@@ -320,6 +320,7 @@ def labeled_faces(root, people=6, each=3):
     return root / "faces", root / "pairs.txt"
 
 
+@pytest.mark.slow
 def test_given_pairs_in_their_folds(tmp_path):
     folder, file = labeled_faces(tmp_path)
     found = verification.evaluate(EMBEDDER, folder, pairs_file=file, replicates=10)
