@@ -24,16 +24,16 @@ class CommandOptions(SphinxDirective):
             return [_make_list(map(_describe_command, commands._choices_actions))]
         (name,) = self.arguments
         parser = commands.choices[name]
-        found = [_make_paragraph(parser.description)]
+        content = [_make_paragraph(parser.description)]
         for group in parser._action_groups:
             actions = [x for x in group._group_actions if x.dest != "help"]
             if not actions:
                 continue
-            found.append(nodes.rubric("", group.title))
-            found.append(_make_list(_describe(parser, x, name) for x in actions))
+            content.append(nodes.rubric("", group.title))
+            content.append(_make_list(_describe(parser, x, name) for x in actions))
         if parser.epilog:
-            found.append(_make_paragraph(parser.epilog))
-        return found
+            content.append(_make_paragraph(parser.epilog))
+        return content
 
 
 def _describe_command(action):
@@ -54,20 +54,20 @@ def _describe(parser, action, command):
 
 
 def _make_list(pairs):
-    found = nodes.definition_list()
+    listing = nodes.definition_list()
     for term, text in pairs:
         definition = nodes.definition("", _make_paragraph(text))
-        found += nodes.definition_list_item("", term, definition)
-    return found
+        listing += nodes.definition_list_item("", term, definition)
+    return listing
 
 
 def _make_paragraph(text):
     """A paragraph in which options are literals, whose dashes stay as they are."""
     parts = re.split(r"(--[\w-]+)", " ".join(text.split()))
-    found = nodes.paragraph()
+    paragraph = nodes.paragraph()
     for number, part in enumerate(parts):
-        found += nodes.literal(part, part) if number % 2 else nodes.Text(part)
-    return found
+        paragraph += nodes.literal(part, part) if number % 2 else nodes.Text(part)
+    return paragraph
 
 
 def setup(app):

@@ -57,7 +57,7 @@ def _terms(problem: Problem, numbers: Numbers) -> Any:
     # Cost functions take the positives of an anchor along the last axis.
     d_ap, exists = positives.distances(problem).T, positives.exists.T
     pairs = AnchorPairs(d_ap, exists, total, nearest, negatives > 0)
-    return _shape(problem).terms_of(pairs, problem.parameters)
+    return problem.shape_of(LogSumExp).terms_of(pairs, problem.parameters)
 
 
 def _backward(
@@ -71,14 +71,9 @@ def _backward(
 LOG_SUM_EXP = TileWalk(_forward, _terms, _backward)
 
 
-def _shape(problem: Problem) -> LogSumExp:
-    assert isinstance(problem.spec.shape, LogSumExp)
-    return problem.spec.shape
-
-
 def _limits(problem: Problem, positives: Positives) -> tuple[Array, Array] | None:
     d_ap, exists = positives.distances(problem).T, positives.exists.T
-    return _shape(problem).limits_of(d_ap, exists, problem.parameters)
+    return problem.shape_of(LogSumExp).limits_of(d_ap, exists, problem.parameters)
 
 
 def _inside(d: Array, limits: tuple[Array, Array] | None, side: Direction) -> Any:
@@ -99,7 +94,7 @@ def _log_sum_exps(
         squares = materialize(tile.squares)
         negative = squares < jnp.inf
         d = problem.distance(jnp.where(negative, squares, 0))
-        logits = _shape(problem).logits_of(d, problem.parameters)
+        logits = problem.shape_of(LogSumExp).logits_of(d, problem.parameters)
         logits = jnp.where(negative, logits, -jnp.inf)
         shift = _finite(jnp.max(logits))
         powers = materialize(jnp.exp(logits - shift))
@@ -163,7 +158,9 @@ def _add_gradients(
         squares = materialize(tile.squares)
         negative = squares < jnp.inf
         d, slope = with_slope(problem.distance, jnp.where(negative, squares, 0))
-        logits, pull = jax.vjp(_shape(problem).logits_of, d, problem.parameters)
+        logits, pull = jax.vjp(
+            problem.shape_of(LogSumExp).logits_of, d, problem.parameters
+        )
         logits = jnp.where(negative, logits, -jnp.inf)
         shift = _finite(jnp.max(logits))
         sides = problem.directions(tile)

@@ -10,7 +10,7 @@ Everything else goes by panels of rows, which the backward pass computes again.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from tripletjax.distances import Metric
 from tripletjax.pair_losses import Parameters, Shape, at_anchors, both_sides
 from tripletjax.pairs import PairMasks
 
+S = TypeVar("S", bound=Shape)
 # Classes of the anchors and, if symmetric, of the references.
 Classes = tuple[ClassIndex, ...]
 # Gradients by vectors and by parameters.
@@ -66,6 +67,11 @@ class Problem(NamedTuple):
     batch: Batch
     classes: Classes
     parameters: Parameters
+
+    def shape_of(self, kind: type[S]) -> S:
+        """The shape of the loss, which is of a known class."""
+        assert isinstance(self.spec.shape, kind)
+        return self.spec.shape
 
     @property
     def tiles(self) -> Tiles:

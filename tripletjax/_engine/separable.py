@@ -63,7 +63,9 @@ def _terms(problem: Problem, numbers: Numbers) -> PairTerms:
     (of_anchors,) = problem.classes
     d_ap, exists = of_positives.distances(problem).T, of_positives.exists.T
     each = at_anchors(problem.parameters, lambda x: x[:, None])
-    positives = sums_of_pairs(_shape(problem).positive_costs, d_ap, exists, each)
+    positives = sums_of_pairs(
+        problem.shape_of(Separable).positive_costs, d_ap, exists, each
+    )
     negatives = of_anchors.negatives.astype(total.dtype)
     anchors = (positives.valid + negatives > 0).astype(total.dtype)
     return PairTerms(positives, TripletTerms(total, active, negatives), anchors)
@@ -80,11 +82,6 @@ def _backward(
 
 
 SEPARABLE = TileWalk(_forward, _terms, _backward)
-
-
-def _shape(problem: Problem) -> Separable:
-    assert isinstance(problem.spec.shape, Separable)
-    return problem.spec.shape
 
 
 def _walk(
@@ -111,7 +108,7 @@ def _walk(
         pulled = []
         for group in groups:
             here = at_anchors(parameters, group[0].at)
-            costs, pull = jax.vjp(_shape(problem).negative_costs, d, here)
+            costs, pull = jax.vjp(problem.shape_of(Separable).negative_costs, d, here)
             costs = materialize(jnp.where(negative, costs, 0))
             for side in group:
                 parts = (

@@ -56,7 +56,7 @@ class Thresholds(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem, positives: Positives) -> "Thresholds":
-        shape, (classes,) = _shape(problem), problem.classes
+        shape, (classes,) = problem.shape_of(SmoothAP), problem.classes
         d_ap = positives.distances(problem)
         distances, _ = shape.with_anchor(d_ap, positives.exists)
         return cls(distances, classes.max_positives + shape.include_anchor)
@@ -71,7 +71,7 @@ def _forward(problem: Problem) -> tuple[Numbers, None]:
 
 def _terms(problem: Problem, numbers: Numbers) -> Any:
     positives, ahead, nearest = numbers
-    shape, (temperature,) = _shape(problem), problem.parameters
+    shape, (temperature,) = problem.shape_of(SmoothAP), problem.parameters
     d_ap, exists = positives.distances(problem), positives.exists
     costs = shape.costs(*shape.with_anchor(d_ap, exists), ahead, temperature)
     return shape.terms_of_costs(costs, d_ap.T, exists.T, nearest)
@@ -86,16 +86,11 @@ def _backward(
         problem.tiles, thresholds, problem.parameters, cotangents.ahead, gradients
     )
     _, slopes = with_slope(problem.distance, positives.squares)
-    by_square += by_threshold[int(_shape(problem).include_anchor) :] * slopes
+    by_square += by_threshold[int(problem.shape_of(SmoothAP).include_anchor) :] * slopes
     return positives.vjp(problem, by_square, grads), by_parameters
 
 
 SMOOTH_AP = TileWalk(_forward, _terms, _backward)
-
-
-def _shape(problem: Problem) -> SmoothAP:
-    assert isinstance(problem.spec.shape, SmoothAP)
-    return problem.spec.shape
 
 
 class Tiled(NamedTuple):

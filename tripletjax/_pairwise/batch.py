@@ -193,9 +193,10 @@ def _vectors_of(metric: Metric) -> Callable[[Array], Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _with_gradient_in_place(vectors: Callable[[Array], Array], x: Array) -> Array:
-    """A function of each row of ``[..., n, d]``, without a second array of gradients.
+    """A function of each row of ``[..., n, d]``, with one array for both gradients.
 
-    XLA has one for a norm and its gradient: ``tests/test_compiled_memory.py``.
+    The gradient by `x` overwrites that by the result, block by block. XLA alone keeps
+    both for a norm (jax 0.10.2, ``tests/test_compiled_memory.py``).
     """
     return vectors(x)
 

@@ -31,6 +31,7 @@ from tripletjax.learn.data.folder_listing import find_files
 from tripletjax.learn.data.image_files import open_image
 from tripletjax.learn.data.image_shape import View
 from tripletjax.learn.embedder import Embedder
+from tripletjax.learn.errors import install_command
 from tripletjax.learn.files import replaced_together, write_json
 from tripletjax.learn.networks import backbones, heads
 from tripletjax.learn.networks.backbones.layers import whole_depthwise
@@ -343,8 +344,7 @@ def _import(package: str) -> Any:
         return __import__(package)
     except ImportError as error:
         raise ImportError(
-            f'{error}; export requires pip install -e ".[train,export]" in a copy of '
-            "the repository of tripletjax."
+            f"{error}; export requires {install_command('train,export')}."
         ) from error
 
 

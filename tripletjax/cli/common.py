@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from tripletjax.learn.errors import first_line, text_of_error
+from tripletjax.learn.errors import first_line, install_command, text_of_error
 from tripletjax.learn.runs.options import OptionError, flag
 
 if TYPE_CHECKING:
@@ -41,11 +41,7 @@ def message_of(error: BaseException, options: "type[Options]") -> str:
     if isinstance(error, OptionError):
         return error.as_typed
     if isinstance(error, ModuleNotFoundError):
-        extras = options.extras
-        return (
-            f'{error}: it needs pip install -e ".[{extras}]" in a copy of the '
-            "repository of tripletjax."
-        )
+        return f"{error}: it needs {install_command(options.extras)}."
     if isinstance(error, MemoryError):
         return f"not enough memory: {first_line(error)}"
     if isinstance(error, jax.errors.JaxRuntimeError):

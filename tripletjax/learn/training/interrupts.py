@@ -16,19 +16,22 @@ class Interrupts:
 
     A second signal raises KeyboardInterrupt at once.
 
+    Args:
+        signals: the signals, instead of these two.
+
     Attributes:
         received: whether a signal came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *signals: int) -> None:
         self.received = False
+        self._signals = signals or (signal.SIGINT, signal.SIGTERM)
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
         # Python delivers signals to the main thread alone.
         if threading.current_thread() is threading.main_thread():
-            numbers = signal.SIGINT, signal.SIGTERM
-            self._before = {n: signal.signal(n, self._note) for n in numbers}
+            self._before = {n: signal.signal(n, self._note) for n in self._signals}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -58,20 +61,10 @@ def deferred_interrupts() -> Iterator[None]:
     Orbax (0.12.8) awaits in its own event loop, which drops a KeyboardInterrupt or
     turns it into an error of the checkpoint.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-        if len(received) > 1:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, note)
+    interrupts = Interrupts(signal.SIGINT)
     try:
-        yield
+        with interrupts:
+            yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if received:
+        if interrupts.received:
             signal.raise_signal(signal.SIGINT)
