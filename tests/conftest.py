@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import signal
 from pathlib import Path
 
 # Tests run side by side, and threads of OpenBLAS and OpenMP that find no core free
@@ -11,6 +12,10 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 # Tests have a compile cache of their own, and never use that of the user.
 os.environ["TRIPLETJAX_COMPILE_CACHE"] = "off"
+# Shells start background jobs with SIGINT ignored, which processes of the tests would
+# inherit. Tests of interrupts need the handler of Python.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest
